@@ -1,0 +1,211 @@
+"""One schema per study: a frozen dataclass whose fields carry type, bounds, choices, help and profile values.
+
+The notebook's form cell, the widgets, the command line, papermill's parameters and the manifest are all derived from it.
+
+A field whose value is ``None`` (or an empty string, as a form cell gives it) is *empty*: `StudyConfig.resolved` fills it
+from the chosen profile. A value that was given always wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+Profile = Literal["smoke", "quick", "full"]
+
+
+def setting(
+    default: Any = None,
+    *,
+    help: str,
+    low: float | None = None,
+    high: float | None = None,
+    step: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """Declare one field of a study's config.
+
+    Args:
+        default: the value when nothing is given; ``None`` leaves the field to the profile.
+        help: one line for the form, the widget's description and ``--help``.
+        low, high: inclusive bounds of the value, or of each entry of a tuple.
+        step: slider step; a number with ``low``, ``high`` and ``step`` becomes a slider in the form.
+        above: exclusive lower bound (learning rates, tolerances).
+    """
+    bounds = {"low": low, "high": high, "step": step, "above": above}
+    return field(default=default, metadata={"help": help, **bounds})
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """What one field allows: the view of the schema that forms, widgets and the command line share."""
+
+    name: str
+    base: type  # int, float, bool or str
+    is_tuple: bool
+    choices: tuple[str, ...]  # the words a Literal allows, () when the value is free
+    default: Any
+    help: str
+    low: float | None
+    high: float | None
+    step: float | None
+    above: float | None
+
+    @property
+    def is_slider(self) -> bool:
+        return None not in (self.low, self.high, self.step) and not self.is_tuple
+
+    def allowed(self) -> str:
+        """The allowed values in words, for error messages and help."""
+        if self.choices and self.base is str and not self.is_tuple:
+            return "one of " + ", ".join(repr(c) for c in self.choices)
+        noun = {int: "an integer", float: "a number", bool: "True or False", str: "text"}[self.base]
+        if self.low is not None and self.high is not None:
+            noun += f" in [{self.low:g}, {self.high:g}]"
+        elif self.low is not None:
+            noun += f" of at least {self.low:g}"
+        elif self.above is not None and self.high is not None:
+            noun += f" in ({self.above:g}, {self.high:g}]"
+        elif self.above is not None:
+            noun += f" greater than {self.above:g}"
+        if self.is_tuple:
+            noun = f"one or more values without repeats, each {noun}"
+            if self.choices:
+                noun += ", or the word " + " or ".join(repr(c) for c in self.choices)
+        return noun
+
+    def coerce(self, value: Any) -> Any:
+        """Turn what a form, papermill or a caller gives into the field's value; ``None`` when it is empty.
+
+        Raises:
+            ValueError: one sentence naming the field, the value and what is allowed.
+        """
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return None
+        problem = ValueError(f"{self.name}: got {value!r}; allowed is {self.allowed()}.")
+        if isinstance(value, str) and value in self.choices:
+            return value
+        if not self.is_tuple:
+            return self._one(value, problem)
+        if isinstance(value, str):
+            value = [part for part in value.strip("[]() ").replace(",", " ").split() if part]
+        elif isinstance(value, int | float):
+            value = [value]
+        if not isinstance(value, Iterable):
+            raise problem
+        entries = tuple(self._one(v, problem) for v in value)
+        if not entries or len(set(entries)) != len(entries):
+            raise problem
+        return entries
+
+    def _one(self, value: Any, problem: ValueError) -> Any:
+        if self.base is bool:
+            if isinstance(value, str) and value.lower() in ("true", "false"):
+                return value.lower() == "true"
+            if not isinstance(value, bool):
+                raise problem
+            return value
+        if self.base is str:
+            value = str(value)
+            if self.choices and value not in self.choices:
+                raise problem
+            return value
+        if isinstance(value, bool):
+            raise problem
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise problem from None
+        if not math.isfinite(number) or (self.base is int and number != int(number)):
+            raise problem
+        too_low = (self.low is not None and number < self.low) or (
+            self.above is not None and number <= self.above
+        )
+        if too_low or (self.high is not None and number > self.high):
+            raise problem
+        return self.base(number)
+
+
+def _spec(owner: type, item: dataclasses.Field) -> FieldSpec:
+    annotation = typing.get_type_hints(owner)[item.name]
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    parts = [p for p in (typing.get_args(annotation) if is_union else (annotation,)) if p is not type(None)]
+    choices: tuple[str, ...] = ()
+    base, is_tuple = str, False
+    for part in parts:
+        if typing.get_origin(part) is Literal:
+            choices = typing.get_args(part)
+        elif typing.get_origin(part) is tuple:
+            base, is_tuple = typing.get_args(part)[0], True
+        else:
+            base = part
+    keys = ("help", "low", "high", "step", "above")
+    return FieldSpec(
+        item.name, base, is_tuple, choices, item.default, **{k: item.metadata[k] for k in keys}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Fields that every study has. Subclasses add theirs and set `study` and `profiles`."""
+
+    study: ClassVar[str]
+    profiles: ClassVar[dict[str, dict[str, Any]]]
+    # Where and how a run happens may change between a run and its continuation; what is computed may not.
+    circumstances: ClassVar[frozenset[str]] = frozenset({"profile", "data_dir", "output_dir", "device"})
+
+    profile: Profile = setting("quick", help="smoke: seconds; quick: minutes; full: the original's size")
+    dataset: Literal["wikitext-2", "embedded", "hmm"] = setting(
+        "wikitext-2", help="text to train on; embedded needs no network"
+    )
+    data_dir: str | None = setting(None, help="a folder with the text, used instead of the network")
+    output_dir: str = setting("results", help="folder for the study's files and zip")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", help="auto: the GPU if there is one")
+    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", help="arithmetic of the matrix products")
+
+    def __post_init__(self) -> None:
+        for spec in self.specs():
+            value = spec.coerce(getattr(self, spec.name))
+            if value is None and spec.default is not None:
+                value = spec.coerce(spec.default)
+            object.__setattr__(self, spec.name, value)
+
+    @classmethod
+    def specs(cls) -> list[FieldSpec]:
+        """The schema, field by field, in the order of the form."""
+        return [_spec(cls, item) for item in dataclasses.fields(cls)]
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [item.name for item in dataclasses.fields(cls)]
+
+    def resolved(self) -> StudyConfig:
+        """The same config with every empty field filled from its profile.
+
+        ``data_dir`` may stay empty: that is its meaning (use the network).
+        """
+        values = self.profiles[self.profile]
+        given = {n: v for n in self.names() if (v := getattr(self, n)) is not None}
+        return type(self)(**{**{n: v for n, v in values.items() if n not in given}, **given})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they go into JSON."""
+        return {
+            n: list(v) if isinstance(v, tuple) else v
+            for n in self.names()
+            for v in [getattr(self, n)]
+        }
+
+    def differences(self, recorded: dict[str, Any]) -> list[str]:
+        """Fields in which this (resolved) config computes something else than a recorded one did."""
+        mine = self.to_dict()
+        return [
+            f"{n} ({recorded.get(n)!r} there, {mine[n]!r} now)"
+            for n in self.names()
+            if n not in self.circumstances and recorded.get(n) != mine[n]
+        ]
