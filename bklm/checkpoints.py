@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_model, save_model
 
 log = logging.getLogger(__name__)
 
@@ -81,11 +82,7 @@ class CheckpointFolder:
         target = self.path / f"epoch_{epoch:04d}"
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=self.path))
         try:
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()},
-                temporary / "model.safetensors",
-                metadata={"format": "pt"},
-            )
+            save_model(model, str(temporary / "model.safetensors"))
             torch.save(state, temporary / "state.pt")
             for file in temporary.iterdir():
                 _sync(file)
@@ -99,18 +96,26 @@ class CheckpointFolder:
             shutil.rmtree(old)
         return target
 
-    def newest(self) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The newest whole checkpoint as (folder, weights, state), or None. Damaged ones are set aside and reported."""
+    def restore(self, model: torch.nn.Module) -> tuple[Path, dict[str, Any]] | None:
+        """Load the newest whole checkpoint into ``model`` and return (folder, state); None when there is none.
+
+        Damaged checkpoints are set aside and reported, and the one before is tried.
+
+        Raises:
+            RuntimeError: the checkpoint is whole but holds another model's weights.
+        """
         for leftover in self.path.glob(".epoch_*"):
             shutil.rmtree(leftover)
         for folder in reversed(self._epochs()):
             try:
-                weights = load_file(folder / "model.safetensors")
+                with safe_open(folder / "model.safetensors", framework="pt"):
+                    pass  # opening checks the header against the file's length
                 state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
             except Exception as error:  # a damaged file raises whatever its reader happens to trip over
                 set_aside(folder, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
                 continue
-            return folder, weights, state
+            load_model(model, str(folder / "model.safetensors"))
+            return folder, state
         return None
 
     def remove(self) -> None:
