@@ -14,8 +14,8 @@ __all__ = ["AnalyticMoE"]
 class AnalyticMoE(nn.Module):
     """Mixture of `num_experts` two-layer networks, of which each token visits `top_k`; (..., D) -> (..., D).
 
-    Training picks the `top_k` largest of logits + Gumbel noise, with gates 1/k in the forward and the gradient of
-    p = softmax((logits + noise) / tau) (straight-through); inference picks the `top_k` largest logits.
+    Training picks the `top_k` largest of logits + Gumbel noise, with gates 1/k in the forward and the gradient
+    of p = softmax((logits + noise) / tau) (straight-through); inference picks the `top_k` largest logits.
     """
 
     def __init__(self, d_model: int, num_experts: int = 4, top_k: int = 1, dropout_p: float = 0.1,
