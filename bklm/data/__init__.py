@@ -1,0 +1,26 @@
+"""Text, tokens, windows and baselines. Imports nothing else of bklm.
+
+tokens = tokenize_corpus(load_corpus("embedded"), vocab_size_limit=5_000)
+loader = make_loader(windows(tokens.train, seq_len=128), batch_size=32, shuffle=True, seed=0)
+KneserNey(order=3).fit(tokens.train, tokens.vocab_size).perplexity(tokens.valid)
+"""
+
+from .corpora import CORPUS_NAMES, SPLITS, Corpus, load_corpus
+from .loaders import IGNORED, Windows, get_wikitext2_dataloaders, make_loader, set_epoch, windows
+from .tokens import TokenizedCorpus, Vocabulary, tokenize_corpus
+
+__all__ = [
+    "CORPUS_NAMES",
+    "IGNORED",
+    "SPLITS",
+    "Corpus",
+    "TokenizedCorpus",
+    "Vocabulary",
+    "Windows",
+    "get_wikitext2_dataloaders",
+    "load_corpus",
+    "make_loader",
+    "set_epoch",
+    "tokenize_corpus",
+    "windows",
+]

@@ -1,0 +1,179 @@
+"""Corpora in a folder: plain text files, or a data set that Hugging Face `datasets` saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .corpora import SPLITS, Corpus
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["Dialogues", "corpus_from_folder", "corpus_from_splits"]
+
+TEXT_LAYOUTS = ("{}.txt", "wiki.{}.raw", "wiki.{}.tokens")
+LAYOUTS_IN_WORDS = (
+    "train.txt, valid.txt and test.txt, or wiki.train.raw, wiki.valid.raw and wiki.test.raw (or .tokens), "
+    "or a saved Hugging Face data set"
+)
+# What hub data sets call the three splits, first match wins.
+SPLIT_ALIASES = {
+    "train": ("train", "train_sft"),
+    "valid": ("validation", "valid", "dev"),
+    "test": ("test", "test_sft"),
+}
+
+
+def corpus_from_folder(folder: Path, max_documents: int | None = None) -> Corpus:
+    """The corpus in `folder`; see `load_corpus` for the layouts and the errors."""
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"data_dir {str(folder)!r} does not exist; give a folder with {LAYOUTS_IN_WORDS}"
+        )
+    if not folder.is_dir():
+        raise NotADirectoryError(f"data_dir {str(folder)!r} is not a folder; give one with {LAYOUTS_IN_WORDS}")
+    try:
+        present = {path.name for path in folder.iterdir()}
+    except PermissionError:
+        raise PermissionError(f"data_dir {str(folder)!r} cannot be listed; check its permissions") from None
+    name = folder.resolve().name
+    missing: list[str] = []
+    for layout in TEXT_LAYOUTS:
+        files = [layout.format(split) for split in SPLITS]
+        if present.issuperset(files):
+            texts = [_read_lines(folder / file) for file in files]
+            _refuse_empty({str(folder / file): lines for file, lines in zip(files, texts, strict=True)})
+            return Corpus(name, f"{', '.join(files)} in {folder.resolve()}", *texts)
+        if not present.isdisjoint(files):
+            missing = missing or [file for file in files if file not in present]
+    if missing:
+        raise FileNotFoundError(
+            f"data_dir {str(folder)!r} lacks {' and '.join(missing)}; all three splits are needed"
+        )
+    splits = _saved_dataset(folder)
+    if splits is None:
+        state = "is empty" if not present else "holds no corpus"
+        raise FileNotFoundError(f"data_dir {str(folder)!r} {state}; it should hold {LAYOUTS_IN_WORDS}")
+    return corpus_from_splits(name, f"saved Hugging Face data set in {folder.resolve()}", splits, max_documents)
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark, where there is one, is no text
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{str(path)!r} is not UTF-8 (byte {error.object[error.start]:#04x} at offset {error.start}); save it as UTF-8"
+        ) from None
+    except PermissionError:
+        raise PermissionError(f"{str(path)!r} cannot be read; check its permissions") from None
+    except OSError as error:
+        raise OSError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+    # Not str.splitlines, which also cuts at form feeds and Unicode separators: lines end where editors end
+    # them.
+    lines = text.split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _refuse_empty(texts: dict[str, Sequence[str]]) -> None:
+    for where, lines in texts.items():
+        if not any(line.strip() for line in lines):
+            raise ValueError(f"{where!r} holds no text; every split needs some")
+
+
+def _saved_dataset(folder: Path) -> dict[str, Dataset] | None:
+    """The splits of a data set written by `DatasetDict.save_to_disk`, or laid out as on the hub (Parquet files named
+    after their split, in the folder itself, in data/ or in wikitext-2-raw-v1/). None where there is
+    neither."""
+    try:
+        if (folder / "dataset_dict.json").exists():
+            from datasets import load_from_disk
+
+            return dict(load_from_disk(str(folder)))
+        if (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
+            raise ValueError(
+                f"data_dir {str(folder)!r} is a single saved split; save a DatasetDict with train, validation and test"
+            )
+        for place in (folder / "wikitext-2-raw-v1", folder / "data", folder):
+            files = _parquet_files(place)
+            if files:
+                from datasets import load_dataset
+
+                return dict(load_dataset("parquet", data_files=files))
+    except (OSError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"the data set saved in {str(folder)!r} cannot be read: {reason}") from error
+    return None
+
+
+def _parquet_files(place: Path) -> dict[str, list[str]]:
+    names = sorted(path.name for path in place.glob("*.parquet"))
+    found: dict[str, list[str]] = {}
+    for alias in (alias for aliases in SPLIT_ALIASES.values() for alias in aliases):
+        files = [str(place / name) for name in names if name[: len(alias) + 1] in (f"{alias}-", f"{alias}.")]
+        if files:
+            found[alias] = files
+    return found
+
+
+class Dialogues(Sequence[str]):
+    """The dialogues of a data set with a "messages" column, one text each (messages joined by a space), read as indexed."""
+
+    def __init__(self, rows: Dataset):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [join_messages(messages) for messages in self.rows[index]["messages"]]
+        return join_messages(self.rows[range(len(self))[index]]["messages"])
+
+    def __iter__(self):
+        for start in range(0, len(self), 1000):
+            yield from self[start : start + 1000]
+
+
+def join_messages(messages: Sequence[dict[str, str]]) -> str:
+    """The text of a dialogue: its messages in order, joined by a space."""
+    return " ".join(message["content"] for message in messages)
+
+
+def corpus_from_splits(
+    name: str, source: str, splits: dict[str, Dataset], max_documents: int | None = None
+) -> Corpus:
+    """A corpus from the splits of a Hugging Face data set with a "text" or a "messages" column.
+
+    Where there is no validation split, the test split's even rows become it and its odd rows stay the test
+    split.
+    """
+    found = {
+        split: splits[alias]
+        for split, aliases in SPLIT_ALIASES.items()
+        for alias in reversed(aliases)
+        if alias in splits
+    }
+    columns = {column for rows in found.values() for column in rows.column_names}
+    kind = next((kind for kind in ("text", "messages") if kind in columns), None)
+    if not {"train", "test"} <= found.keys() or kind is None:
+        raise ValueError(
+            f"{source} has splits {sorted(splits)} with columns {sorted(columns)}; "
+            f"train, validation and test are needed, with a column text or messages"
+        )
+    if kind == "messages" and max_documents is not None:
+        found = {split: rows.select(range(min(max_documents, len(rows)))) for split, rows in found.items()}
+    if "valid" not in found:
+        both = found["test"]
+        found["valid"], found["test"] = (both.select(range(first, len(both), 2)) for first in (0, 1))
+    if kind == "messages":
+        texts = [Dialogues(found[split]) for split in SPLITS]
+    else:
+        texts = [_lines(found[split][:]["text"]) for split in SPLITS]
+    _refuse_empty({f"{split} split of {source}": lines for split, lines in zip(SPLITS, texts, strict=True)})
+    return Corpus(name, source, *texts, line_is_document=kind == "messages")
+
+
+def _lines(texts: Sequence[str]) -> list[str]:
+    return [line for text in texts for line in text.removesuffix("\n").split("\n")]
