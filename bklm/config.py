@@ -145,9 +145,7 @@ def _spec(owner: type, item: dataclasses.Field) -> FieldSpec:
         else:
             base = part
     keys = ("help", "low", "high", "step", "above")
-    return FieldSpec(
-        item.name, base, is_tuple, choices, item.default, **{k: item.metadata[k] for k in keys}
-    )
+    return FieldSpec(item.name, base, is_tuple, choices, item.default, **{k: item.metadata[k] for k in keys})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,11 +193,7 @@ class StudyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they go into JSON."""
-        return {
-            n: list(v) if isinstance(v, tuple) else v
-            for n in self.names()
-            for v in [getattr(self, n)]
-        }
+        return {n: list(v) if isinstance(v, tuple) else v for n in self.names() for v in [getattr(self, n)]}
 
     def differences(self, recorded: dict[str, Any]) -> list[str]:
         """Fields in which this (resolved) config computes something else than a recorded one did."""

@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from bklm.checkpoints import CheckpointFolder
+from bklm.data import set_epoch
 from bklm.models import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -108,12 +109,16 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
         )
     on_gpu = torch.cuda.is_available() and device != "cpu"
     if precision == "fp16" and not on_gpu:
-        raise ValueError("precision: got 'fp16' on a CPU, where it is slower than fp32; choose 'fp32' or 'bf16'.")
+        raise ValueError(
+            "precision: got 'fp16' on a CPU, where it is slower than fp32; choose 'fp32' or 'bf16'."
+        )
     if precision == "bf16" and on_gpu and torch.cuda.get_device_capability() < (8, 0):
         raise ValueError(
             f"precision: got 'bf16', which {torch.cuda.get_device_name()} only emulates; choose 'fp16' or 'fp32'."
         )
-    AcceleratorState._reset_state(True)  # a notebook may ask for another device or precision than the run before
+    AcceleratorState._reset_state(
+        True
+    )  # a notebook may ask for another device or precision than the run before
     return Accelerator(cpu=not on_gpu, mixed_precision={"fp32": "no"}.get(precision, precision))
 
 
@@ -157,35 +162,36 @@ def train(
     folder: Path | None = None,
     label: str = "training",
     on_step: Callable[[int], None] | None = None,
-    on_epoch: Callable[[EpochRecord], None] | None = None,
+    on_skip: Callable[[int], None] | None = None,
 ) -> list[EpochRecord]:
     """Train ``model`` in place and return one record per epoch.
 
     Args:
-        train_batches: a sized loader of (x, y) batches, with ``set_epoch(epoch)`` deciding the order.
+        train_batches: a loader of (x, y) batches from `bklm.data.make_loader`; the epoch decides the order.
         folder: where checkpoints go; an earlier run found there is continued. None: no checkpoints.
         label: what to call this run in messages.
-        on_step: called with the number of steps done since the last call (for progress bars).
-        on_epoch: called with each new record, after its checkpoint is on disk.
+        on_step: called with the number of steps just done (for progress bars).
+        on_skip: called once with the number of steps that a continued run had already done.
 
     Raises:
         NonFiniteError: the loss or the gradient norm became infinite or NaN.
     """
     steps = len(train_batches)
+    trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
     factor = _schedule(settings, steps * settings.epochs)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     checkpoints = CheckpointFolder(folder) if folder else None
     model.to(accelerator.device)
     records, good = _resume(checkpoints, model, optimizer, scheduler, accelerator, label)
-    # Only the optimizer and the scheduler stay unprepared by intent: a single process needs Accelerate for autocast,
-    # scaling and device placement of the model; `wrapped` is what is called, `model` is what is saved.
+    if on_skip is not None and records:
+        on_skip(len(records) * steps)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     for epoch in range(len(records) + 1, settings.epochs + 1):
         torch.manual_seed(_epoch_seed(settings.seed, epoch))
-        train_batches.set_epoch(epoch)
+        set_epoch(train_batches, epoch)
         model.train()
         model.reset_expert_counts()
         started = time.perf_counter()
@@ -236,8 +242,6 @@ def train(
             "%s: epoch %d/%d, train PPL %.1f, validation PPL %.1f, %.0f s",
             label, epoch, settings.epochs, record.train_perplexity, record.val_perplexity, seconds,
         )  # fmt: skip
-        if on_epoch is not None:
-            on_epoch(record)
     accelerator.free_memory()
     return records
 
@@ -271,7 +275,9 @@ def _schedule(settings: TrainingSettings, total: int) -> Callable[[int], float]:
     return cosine
 
 
-def _state(records: list[EpochRecord], optimizer: Any, scheduler: Any, accelerator: Accelerator) -> dict[str, Any]:
+def _state(
+    records: list[EpochRecord], optimizer: Any, scheduler: Any, accelerator: Accelerator
+) -> dict[str, Any]:
     return {
         "records": [r.to_dict() for r in records],
         "optimizer": optimizer.state_dict(),
@@ -302,7 +308,9 @@ def _resume(
     return records, folder
 
 
-def _check_finite(losses: list[Tensor], norms: list[Tensor], last_step: int, label: str, good: Path | None) -> None:
+def _check_finite(
+    losses: list[Tensor], norms: list[Tensor], last_step: int, label: str, good: Path | None
+) -> None:
     values = torch.stack([torch.stack(losses).float(), torch.stack(norms).float()])
     bad = (~torch.isfinite(values)).any(dim=0)
     if not bool(bad.any()):

@@ -1,0 +1,84 @@
+"""One look for every figure: colour-blind safe, readable at phone width, drawn without pyplot's global state."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bklm.checkpoints import replacing
+
+# Okabe and Ito's palette, black last; distinct under the common colour-vision deficiencies and in print.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#6e6e6e"
+
+STYLE = {
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 6,
+    "legend.frameon": False,
+    "legend.fontsize": 11,
+    "errorbar.capsize": 4,
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+}
+
+
+def colours(n: int) -> list[tuple[float, float, float, float]] | list[str]:
+    """``n`` distinguishable colours: the palette, or for more than it holds steps of a perceptual map."""
+    if n <= len(PALETTE):
+        return list(PALETTE[:n])
+    return [mpl.colormaps["viridis"](0.95 * i / (n - 1)) for i in range(n)]
+
+
+def save_figure(
+    path: Path,
+    draw: Callable[[Figure], None],
+    *,
+    title: str,
+    note: str = "",
+    size: tuple[float, float] = (7.2, 4.6),
+) -> Path:
+    """Draw a figure and write it as PNG, atomically.
+
+    Args:
+        draw: fills the figure with axes.
+        title: the finding, as a sentence.
+        note: what a reader must know to judge it (data, seeds, "sees the future"); small print below.
+        size: inches; 7.2 is readable on a phone.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        width = int(size[0] * 10.5)
+        figure.suptitle(
+            "\n".join(textwrap.wrap(title, width)), x=0.02, ha="left", fontsize=13.5, fontweight="bold"
+        )
+        if note:
+            figure.supxlabel(
+                "\n".join(textwrap.wrap(note, int(size[0] * 14))), x=0.02, ha="left", fontsize=9, color=GREY
+            )
+        with replacing(path) as temporary:
+            figure.savefig(temporary)
+    return path
+
+
+def mean_with_error(
+    axes: Axes, x: Sequence[float], means: Sequence[float], halves: Sequence[float | None], **style: object
+) -> None:
+    """Points with 95% interval bars; no bar where one seed gives no interval."""
+    errors = None if any(h is None for h in halves) else list(halves)
+    axes.errorbar(x, means, yerr=errors, **style)

@@ -1,0 +1,113 @@
+"""The folder of one study: opened once, locked while in use, refused when it holds another experiment."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from bklm.checkpoints import set_aside, write_json
+from bklm.config import StudyConfig
+
+log = logging.getLogger("bklm")
+
+NEEDED_BYTES = 200_000_000  # checkpoints of the largest default run, twice, and the zip
+
+
+@contextlib.contextmanager
+def study_folder(config: StudyConfig) -> Iterator[Path]:
+    """Open ``<output_dir>/<study>`` for a resolved config; log to its ``run.log`` meanwhile.
+
+    Raises:
+        OSError: the folder cannot be written, or its disk is (nearly) full.
+        ValueError: it holds a study made with another config; the message names the differing fields.
+        RuntimeError: another process is working in it.
+    """
+    folder = Path(config.output_dir) / config.study
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"output_dir: cannot write to {folder} ({error.strerror}); choose a folder you may write to."
+        ) from error
+    free = shutil.disk_usage(folder).free
+    if free < NEEDED_BYTES:
+        raise OSError(
+            f"output_dir: {folder} has {free / 1e6:.0f} MB left; the study needs up to {NEEDED_BYTES / 1e6:.0f} MB; "
+            "free some space or choose another folder."
+        )
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RuntimeError(
+            f"output_dir: another run is working in {folder}; wait for it, stop it, or choose another folder."
+        ) from None
+    try:
+        _same_experiment(folder, config)
+        with _logging_to(folder / "run.log"):
+            yield folder
+    finally:
+        lock.release()
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """A finished part's JSON; None when it is not there. A damaged file is set aside, so that the part is done again."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        set_aside(path, str(error))
+        return None
+
+
+def _same_experiment(folder: Path, config: StudyConfig) -> None:
+    path = folder / "config.json"
+    recorded = read_result(path)
+    if recorded is None:
+        write_json(path, config.to_dict())
+        return
+    different = config.differences(recorded)
+    if different:
+        raise ValueError(
+            f"output_dir: {folder} holds a study made with other settings: {'; '.join(different)}. "
+            "Choose another output_dir, or the same settings to go on with it; nothing was changed."
+        )
+
+
+@contextlib.contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_screen = logging.StreamHandler(sys.stdout)
+    to_screen.setFormatter(logging.Formatter("%(message)s"))
+    level, propagate = log.level, log.propagate
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(to_file)
+    log.addHandler(to_screen)
+    try:
+        yield
+    except Exception:
+        to_file.handle(
+            log.makeRecord("bklm", logging.ERROR, __file__, 0, "the run stopped", (), sys.exc_info())
+        )
+        raise
+    finally:
+        for handler in (to_file, to_screen):
+            log.removeHandler(handler)
+            handler.close()
+        log.setLevel(level)
+        log.propagate = propagate

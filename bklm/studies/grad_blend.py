@@ -1,0 +1,296 @@
+"""The GRAD_BLEND sweep: which blend of a theoretical gradient with "hypothesis-7" trains ResNet-BK best?
+
+The gradient of the BK-core's potential is (1 - alpha) * theory + alpha * hypothesis-7. The sweep trains one model per
+(alpha, seed), all models of a seed from the same weights on the same batches, and compares validation perplexities.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_model, save_model
+from tqdm.auto import tqdm
+
+from bklm.checkpoints import CheckpointFolder, replacing, write_json
+from bklm.config import StudyConfig, setting
+from bklm.models import ResNetBK, ResNetBKConfig
+from bklm.studies.folder import read_result, study_folder
+from bklm.studies.grad_blend_report import GradBlendResult, best_alpha, write_report
+from bklm.studies.gradient_directions import measure_directions
+from bklm.studies.sweep import Sweep
+from bklm.studies.text import StudyText, prepare_text
+from bklm.training import (
+    TrainingSettings,
+    convergence_epoch,
+    evaluate,
+    gradient_variance,
+    make_accelerator,
+    train,
+)
+
+log = logging.getLogger(__name__)
+
+ORIGINAL_ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)
+FULL_GRID = tuple(round(0.1 * i, 1) for i in range(11))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradBlendConfig(StudyConfig):
+    """Settings of the sweep. ``protocol="original"`` turns the corrections off: the model then sees the future."""
+
+    study: ClassVar[str] = "grad_blend"
+    profiles: ClassVar[dict[str, dict[str, Any]]] = {
+        "smoke": {
+            "alphas": (0.0, 0.5), "seeds": (0, 1), "epochs_per_trial": 2, "final_epochs": 2, "seq_len": 32,
+            "vocab_size": 1000, "d_model": 16, "n_layers": 2, "num_experts": 2, "max_train_tokens": 8192,
+        },
+        "quick": {
+            "alphas": ORIGINAL_ALPHAS, "seeds": (0, 1, 2), "epochs_per_trial": 2, "final_epochs": 3, "seq_len": 128,
+            "vocab_size": 30000, "d_model": 64, "n_layers": 4, "num_experts": 4, "max_train_tokens": 400_000,
+        },
+        "full": {
+            "alphas": ORIGINAL_ALPHAS, "seeds": (0, 1, 2), "epochs_per_trial": 2, "final_epochs": 3, "seq_len": 128,
+            "vocab_size": 30000, "d_model": 64, "n_layers": 4, "num_experts": 4, "max_train_tokens": 0,
+        },
+    }  # fmt: skip
+    protocols: ClassVar[dict[str, dict[str, Any]]] = {
+        "corrected": {"gradient": "exact", "causal": True},
+        "original": {"gradient": "original", "causal": False},
+    }
+
+    protocol: Literal["corrected", "original"] = setting(
+        "corrected", help="original: as published; it sees the future"
+    )
+    batch_size: int = setting(32, low=4, high=128, step=4, help="sequences per optimiser step")
+    alphas: tuple[float, ...] | Literal["grid"] | None = setting(
+        None, low=0, high=1, help="share of hypothesis-7; grid: 0, 0.1 ... 1"
+    )
+    seeds: tuple[int, ...] | None = setting(None, low=0, high=2**31 - 1, help="one model per alpha and seed")
+    epochs_per_trial: int | None = setting(
+        None, low=1, high=1000, help="passes over the training text per trial"
+    )
+    final_epochs: int | None = setting(None, low=1, high=1000, help="passes with the best alpha at the end")
+    seq_len: int | None = setting(None, low=2, high=65536, help="tokens per sequence")
+    max_train_tokens: int | None = setting(None, low=0, high=10**12, help="training tokens used; 0: all")
+    vocab_size: int | None = setting(None, low=3, high=1_000_000, help="largest vocabulary, words")
+    d_model: int | None = setting(None, low=1, high=8192, help="model width")
+    n_layers: int | None = setting(None, low=1, high=256, help="blocks")
+    num_experts: int | None = setting(None, low=1, high=256, help="experts per block")
+    top_k: int = setting(1, low=1, high=256, help="experts per token")
+    dropout: float = setting(0.1, low=0, high=0.99, help="dropout inside the experts")
+    learning_rate: float = setting(1e-3, above=0, high=10, help="AdamW learning rate")
+    weight_decay: float = setting(0.01, low=0, high=10, help="AdamW weight decay")
+    clip: float = setting(0.5, above=0, high=1e6, help="largest gradient norm")
+    schedule: Literal["constant", "cosine"] = setting("constant", help="learning rate over a run")
+    gradient: Literal["exact", "local", "original"] | None = setting(
+        None, help="theory part of the blend; empty: the protocol's"
+    )
+    causal: bool | None = setting(None, help="False sees the future; empty: the protocol's")
+
+    def resolved(self) -> GradBlendConfig:
+        config = super().resolved()
+        values = {
+            **self.protocols[config.protocol],
+            **{n: v for n, v in config.to_dict().items() if v is not None},
+        }
+        if values["alphas"] == "grid":
+            values["alphas"] = FULL_GRID
+        config = type(self)(**values)
+        if config.top_k > config.num_experts:
+            raise ValueError(
+                f"top_k: got {config.top_k} with num_experts {config.num_experts}; at most as many as experts."
+            )
+        return config
+
+
+def run_grad_blend(
+    config: GradBlendConfig, on_trial: Callable[[GradBlendConfig, list[dict[str, Any]]], None] | None = None
+) -> GradBlendResult:
+    """Run the sweep, train with the best alpha, and write everything to ``<output_dir>/grad_blend`` and its zip.
+
+    A run that was stopped goes on where it was; a finished one is read back, not run again.
+
+    Args:
+        on_trial: called with the resolved config and the results so far each time a trial is done.
+
+    Raises:
+        ValueError, OSError, RuntimeError: one sentence each, before time is spent where that is possible.
+    """
+    config = config.resolved()
+    accelerator = make_accelerator(config.device, config.precision)
+    with study_folder(config) as folder:
+        log.info("Settings: %s", ", ".join(f"{k}={v}" for k, v in config.to_dict().items() if v is not None))
+        text = prepare_text(config, folder)
+        with _Runner(config, text, accelerator, folder, on_trial) as runner:
+            trials = runner.run_sweep()
+            final = runner.train_final(best_alpha(trials))
+        return write_report(config, text, trials, final, folder)
+
+
+def model_config(config: GradBlendConfig, vocab_size: int, alpha: float) -> ResNetBKConfig:
+    """The ResNet-BK of one trial of a resolved config."""
+    original = config.protocol == "original"
+    return ResNetBKConfig(
+        vocab_size,
+        d_model=config.d_model,
+        n_layers=config.n_layers,
+        n_seq=config.seq_len,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        dropout_p=config.dropout,
+        causal=config.causal,
+        gradient=config.gradient,
+        grad_blend=alpha,
+        router_gradient="none" if original else "exact",
+        clamps=original,
+    )
+
+
+def load_final_model(folder: Path) -> ResNetBK:
+    """The model that was trained with the best alpha, from a study's folder; on the CPU, in evaluation mode."""
+    result = read_result(Path(folder) / "final" / "result.json")
+    if result is None:
+        raise FileNotFoundError(f"{folder} holds no finished final model; run the study to its end first.")
+    model = ResNetBK(ResNetBKConfig(**result["model_config"]))
+    load_model(model, str(Path(folder) / "final" / "best_model.safetensors"))
+    return model.eval()
+
+
+class _Runner:
+    """Trains the models of one study, with one progress bar over all of them."""
+
+    def __init__(
+        self,
+        config: GradBlendConfig,
+        text: StudyText,
+        accelerator: Accelerator,
+        folder: Path,
+        on_trial: Callable[[GradBlendConfig, list[dict[str, Any]]], None] | None,
+    ) -> None:
+        self.config, self.text, self.accelerator, self.folder = config, text, accelerator, folder
+        self.on_trial = on_trial
+        self.sweep = Sweep(folder / "study.journal", {"alpha": config.alphas, "seed": config.seeds})
+        self.steps_per_epoch = len(text.train_loader(seed=0))
+        epochs = len(self.sweep.points) * config.epochs_per_trial + config.final_epochs
+        self.bar = tqdm(total=self.steps_per_epoch * epochs, unit="step", mininterval=1.0)
+        self.started, self.trained_steps = time.monotonic(), 0
+
+    def __enter__(self) -> _Runner:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def run_sweep(self) -> list[dict[str, Any]]:
+        """Every (alpha, seed) trained once; one result per trial, in grid order."""
+        results: dict[tuple[float, int], dict[str, Any]] = {}
+
+        def evaluate_point(point: dict[str, Any]) -> float:
+            result = self._trial(**point)
+            results[point["alpha"], point["seed"]] = result
+            log.info(
+                "Trial %d of %d, alpha %g, seed %d: validation PPL %.1f%s",
+                len(self.sweep.points) - len(self.sweep.missing()) + 1, len(self.sweep.points),
+                point["alpha"], point["seed"], result["final_perplexity"], self._time_left(),
+            )  # fmt: skip
+            if self.on_trial is not None:
+                self.on_trial(self.config, list(results.values()))
+            return result["final_perplexity"]
+
+        for point in self.sweep.points:
+            if point not in self.sweep.missing():
+                results[point["alpha"], point["seed"]] = self._trial(**point)
+        self.sweep.run(evaluate_point)
+        return [results[p["alpha"], p["seed"]] for p in self.sweep.points]
+
+    def train_final(self, alpha: float) -> dict[str, Any]:
+        """Train ``final_epochs`` with the best alpha from the first seed's weights; keep the weights."""
+        self.bar.set_description(f"best alpha {alpha:g}")
+        epochs, folder = self.config.final_epochs, self.folder / "final"
+        return self._train(alpha, self.config.seeds[0], epochs, folder, is_final=True)
+
+    def _trial(self, alpha: float, seed: int) -> dict[str, Any]:
+        self.bar.set_description(f"alpha {alpha:g}, seed {seed}")
+        folder = self.folder / "trials" / f"alpha_{alpha:g}_seed_{seed}"
+        return self._train(alpha, seed, self.config.epochs_per_trial, folder, is_final=False)
+
+    def _train(self, alpha: float, seed: int, epochs: int, folder: Path, is_final: bool) -> dict[str, Any]:
+        """Train one model, or read what an earlier run of the same model recorded."""
+        finished = read_result(folder / "result.json")
+        if finished is not None:
+            self._skip(self.steps_per_epoch * epochs)
+            return finished
+        config, text = self.config, self.text
+        torch.manual_seed(seed)
+        settings = model_config(config, text.vocab_size, alpha)
+        model = ResNetBK(settings).to(self.accelerator.device)
+        directions_before = self._directions(model, alpha)
+        records = train(
+            model,
+            text.train_loader(seed=seed),
+            text.val_loader(),
+            TrainingSettings(
+                epochs,
+                learning_rate=config.learning_rate,
+                weight_decay=config.weight_decay,
+                clip=config.clip,
+                schedule=config.schedule,
+                seed=seed,
+            ),
+            accelerator=self.accelerator,
+            unk_id=text.unk_id,
+            folder=folder / "checkpoints",
+            label=f"{'best ' if is_final else ''}alpha {alpha:g}, seed {seed}",
+            on_step=self._step,
+            on_skip=self._skip,
+        )
+        perplexities = [r.val_perplexity for r in records]
+        result = {
+            "alpha": alpha,
+            "seed": seed,
+            "final_perplexity": perplexities[-1],
+            "final_perplexity_without_unk": records[-1].val_perplexity_without_unk,
+            "final_accuracy": records[-1].val_accuracy,
+            "convergence_speed": convergence_epoch(perplexities),
+            "gradient_variance": gradient_variance(records),
+            "training_time": sum(r.seconds for r in records),
+            "epochs": [r.to_dict() for r in records],
+            "directions": {"start": directions_before, "end": self._directions(model, alpha)},
+        }
+        if is_final:
+            result["test_perplexity"] = evaluate(model, text.test_loader(), text.unk_id).perplexity
+            result["model_config"] = dataclasses.asdict(settings)
+            result["parameters"] = model.num_parameters()
+            with replacing(folder / "best_model.safetensors") as temporary:
+                save_model(model, str(temporary))
+        write_json(folder / "result.json", result)
+        CheckpointFolder(folder / "checkpoints").remove()
+        return result
+
+    def _directions(self, model: ResNetBK, alpha: float) -> list[dict[str, Any]]:
+        x, y = self.text.first_batch(sequences=8)
+        return measure_directions(model, x, y, self.config.alphas, self.config.gradient)
+
+    def _step(self, steps: int) -> None:
+        self.trained_steps += steps
+        self.bar.update(steps)
+
+    def _skip(self, steps: int) -> None:
+        """Count steps that an earlier run did, without letting them flatter the speed."""
+        self.bar.n += steps
+        self.bar.initial += steps
+        self.bar.refresh()
+
+    def _time_left(self) -> str:
+        if not self.trained_steps:
+            return ""
+        seconds = (time.monotonic() - self.started) / self.trained_steps * (self.bar.total - self.bar.n)
+        return f"; about {seconds / 60:.1f} min left" if seconds >= 60 else f"; about {seconds:.0f} s left"

@@ -1,0 +1,143 @@
+"""The text of a language-model study: corpus, tokens, loaders, and the baselines that any model must be judged against."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from bklm.checkpoints import write_json
+from bklm.data import Corpus, TokenizedCorpus, load_corpus, make_loader, tokenize_corpus, windows
+from bklm.data.baselines import KneserNey, Unigram
+from bklm.studies.folder import read_result
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class StudyText:
+    """Text ready to train on. ``baselines`` are rows with name, val_ppl and val_ppl_without_unk of the same targets."""
+
+    corpus: Corpus
+    tokens: TokenizedCorpus
+    seq_len: int
+    batch_size: int
+    layout: str  # "every-target-once", or the original's "disjoint" blocks
+    baselines: list[dict[str, Any]]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokens.vocab_size
+
+    @property
+    def unk_id(self) -> int:
+        return self.tokens.unk_id
+
+    @property
+    def train_tokens(self) -> int:
+        return len(self.tokens.train)
+
+    @property
+    def is_demonstration(self) -> bool:
+        """Whether the text is too small or too artificial to support a claim."""
+        return self.corpus.name in ("embedded", "hmm")
+
+    def train_loader(self, seed: int) -> DataLoader:
+        """Shuffled by (seed, epoch) alone: two models of one seed see identical batches."""
+        return self._loader(self.tokens.train, shuffle=True, seed=seed)
+
+    def val_loader(self) -> DataLoader:
+        return self._loader(self.tokens.valid)
+
+    def test_loader(self) -> DataLoader:
+        return self._loader(self.tokens.test)
+
+    def first_batch(self, sequences: int) -> tuple[Tensor, Tensor]:
+        """The first few training windows (x, y), always the same."""
+        data = windows(self.tokens.train, self.seq_len, self.layout, self.tokens.pad_id)
+        return data[list(range(min(sequences, len(data))))]
+
+    def prompt(self, words: int = 12) -> str:
+        """The opening words of the first validation line that is prose, to let a model continue."""
+        for line in self.corpus.valid:
+            if len(line.split()) > 2 * words and not line.strip().startswith("="):
+                return " ".join(line.split()[:words])
+        return " ".join(self.tokens.decode(self.tokens.valid[:words].tolist()).split())
+
+    def generate(
+        self, model: Any, prompt: str, max_new_tokens: int, temperature: float = 0.8, seed: int = 0
+    ) -> str:
+        """Let ``model`` continue ``prompt``; the same seed gives the same text."""
+        ids = torch.from_numpy(self.tokens.encode(prompt).astype(np.int64))[None]
+        if ids.shape[1] == 0:
+            raise ValueError("prompt: got no word; write at least one.")
+        device = next(model.parameters()).device
+        generator = torch.Generator(device).manual_seed(seed)
+        out = model.generate(ids.to(device), max_new_tokens, temperature, generator)
+        return self.tokens.decode(out[0].tolist())
+
+    def vocabulary_json(self) -> str:
+        return self.tokens.vocab.tokenizer.to_str(pretty=False)
+
+    def _loader(self, ids: np.ndarray, shuffle: bool = False, seed: int = 0) -> DataLoader:
+        data = windows(ids, self.seq_len, self.layout, self.tokens.pad_id)
+        batch_size = self.batch_size if shuffle else min(self.batch_size, len(data))
+        return make_loader(data, batch_size, shuffle=shuffle, seed=seed)
+
+
+def prepare_text(config: Any, folder: Path) -> StudyText:
+    """Load and tokenise the text of a resolved config, check that it is large enough, and score the baselines.
+
+    The baselines are kept in ``<folder>/baselines.json``, so that a continued study does not count again.
+
+    Raises:
+        ValueError, OSError: see `bklm.data.load_corpus` and `bklm.data.make_loader`; or the folder's study was made
+            from another text.
+    """
+    corpus = load_corpus(config.dataset, config.data_dir)
+    tokens = tokenize_corpus(corpus, config.vocab_size, config.max_train_tokens or None)
+    layout = "disjoint" if config.protocol == "original" else "every-target-once"
+    text = StudyText(corpus, tokens, config.seq_len, config.batch_size, layout, [])
+    for loader in (text.train_loader(0), text.val_loader(), text.test_loader()):
+        len(loader)
+    log.info(
+        "Text: %s from %s; %s training, %s validation, %s test tokens, vocabulary %s",
+        corpus.name, corpus.source, f"{len(tokens.train):,}", f"{len(tokens.valid):,}", f"{len(tokens.test):,}",
+        f"{tokens.vocab_size:,}",
+    )  # fmt: skip
+    path = folder / "baselines.json"
+    recorded = read_result(path)
+    if recorded is not None and recorded["sha256"] != corpus.sha256:
+        raise ValueError(
+            f"output_dir: {folder} holds a study of another text (SHA-256 {recorded['sha256'][:12]}... there, "
+            f"{corpus.sha256[:12]}... now); choose another output_dir, or the same text."
+        )
+    if recorded is None:
+        recorded = {"sha256": corpus.sha256, "rows": _baselines(corpus, tokens)}
+        write_json(path, recorded)
+    text.baselines.extend(recorded["rows"])
+    for row in text.baselines:
+        log.info("Baseline: %s, validation PPL %.1f", row["name"], row["val_ppl"])
+    return text
+
+
+def _baselines(corpus: Corpus, tokens: TokenizedCorpus) -> list[dict[str, Any]]:
+    models = [("unigram", Unigram()), *((f"Kneser-Ney {n}-gram", KneserNey(order=n)) for n in (2, 3))]
+    rows = []
+    for name, model in models:
+        model.fit(tokens.train, tokens.vocab_size)
+        without = model.perplexity(tokens.valid, exclude=tokens.unk_id)
+        rows.append({"name": name, "val_ppl": model.perplexity(tokens.valid), "val_ppl_without_unk": without})
+    floor = corpus.entropy_floor("valid")
+    if floor is not None:
+        rows.append(
+            {"name": "entropy floor", "val_ppl": math.exp(floor), "val_ppl_without_unk": math.exp(floor)}
+        )
+    return rows
