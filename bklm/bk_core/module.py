@@ -1,0 +1,95 @@
+"""``BKCore``: the operator as a layer that turns a potential into features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .operator import GRADIENTS, resolvent_diagonal
+
+
+class BKCore(nn.Module):
+    """Potential v (B, N, n_heads) -> features (B, N, 2 n_heads) of ``H = tridiag(1, v - 2, 1)`` at ``z = i eta``.
+
+    Channels: first Re G of all heads, then Im G of all heads. The features are bounded by 1 / eta. Each head is one row
+    of :func:`~bklm.bk_core.resolvent_diagonal`, whose docstring defines ``causal``, ``gradient`` and ``grad_blend``.
+    Output: float32, or float64 for a float64 potential (16-bit potentials are computed in float32, also under autocast). The layer has no parameters. Clamps of
+    the published model (potential, features) are the model's, not this layer's.
+
+    Raises ValueError for n_heads < 1, eta <= 0 or not finite, an unknown gradient, grad_blend outside [0, 1], or a
+    potential that is not (B, N, n_heads).
+    """
+
+    def __init__(
+        self,
+        n_heads: int = 1,
+        causal: bool = True,
+        gradient: str = "exact",
+        grad_blend: float = 0.0,
+        eta: float = 1.0,
+    ):
+        super().__init__()
+        if n_heads < 1:
+            raise ValueError(f"n_heads={n_heads}: at least one head is needed.")
+        if not 0 < eta < float("inf"):
+            raise ValueError(f"eta={eta}: the imaginary part of the shift must be positive and finite.")
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient={gradient!r} is unknown: use one of {list(GRADIENTS)}.")
+        if not 0.0 <= grad_blend <= 1.0:
+            raise ValueError(f"grad_blend={grad_blend} is outside [0, 1].")
+        self.n_heads = n_heads
+        self.causal = causal
+        self.gradient = gradient
+        self.grad_blend = grad_blend
+        self.eta = eta
+
+    def forward(self, potential: Tensor) -> Tensor:
+        """(B, N, n_heads) real -> (B, N, 2 n_heads) real."""
+        if potential.dim() != 3 or potential.shape[-1] != self.n_heads:
+            raise ValueError(
+                f"the potential has shape {tuple(potential.shape)}: (batch, positions, n_heads={self.n_heads}) is needed."
+            )
+        G = resolvent_diagonal(
+            (potential - 2).transpose(1, 2),
+            1.0,
+            1.0,
+            complex(0, self.eta),
+            causal=self.causal,
+            gradient=self.gradient,
+            grad_blend=self.grad_blend,
+        )
+        # (B, heads, N) complex -> (B, N, Re/Im, heads)
+        return torch.view_as_real(G).permute(0, 2, 3, 1).flatten(2)
+
+    @torch.no_grad()
+    def step(self, potential: Tensor, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One position of the causal layer, for generation with a constant state.
+
+        Args:
+            potential: v of this position, (B, n_heads).
+            left: the state that the previous position returned, (B, n_heads) complex; None at the first position.
+
+        Returns the features (B, 2 n_heads) of this position, equal to those of :meth:`forward` on the whole sequence to
+        rounding, and the new state. No gradient. Raises ValueError for a bidirectional layer, which cannot stream.
+        """
+        if not self.causal:
+            raise ValueError(
+                "step() needs causal=True: the bidirectional core depends on positions not yet seen."
+            )
+        if potential.dim() != 2 or potential.shape[-1] != self.n_heads:
+            raise ValueError(
+                f"the potential has shape {tuple(potential.shape)}: (batch, n_heads={self.n_heads}) is needed."
+            )
+        if potential.dtype in (torch.float16, torch.bfloat16):
+            potential = potential.float()
+        pivot = torch.complex(potential - 2, torch.full_like(potential, -self.eta))
+        if left is not None:
+            pivot = pivot - left
+        left = pivot.reciprocal()
+        return torch.cat([left.real, left.imag], dim=-1), left
+
+    def extra_repr(self) -> str:
+        return (
+            f"n_heads={self.n_heads}, causal={self.causal}, gradient={self.gradient!r}, "
+            f"grad_blend={self.grad_blend}, eta={self.eta}"
+        )

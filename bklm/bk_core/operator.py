@@ -1,0 +1,230 @@
+"""``resolvent_diagonal``: the diagonal of ``(T - z I)^-1`` for a tridiagonal T, differentiable, O(N).
+
+T has diagonal ``a_i`` (i = 0..N-1), super-diagonal ``b_i`` and sub-diagonal ``c_i``; write ``d_i = a_i - z`` and
+``k_i = b_i c_i`` (only the products enter the diagonal).
+
+    left   L_i = 1 / (d_i - k_{i-1} L_{i-1})        right   R_i = 1 / (d_i - k_i R_{i+1})
+    G_i = 1 / (d_i - k_{i-1} L_{i-1} - k_i R_{i+1})   bidirectional: sees every position
+    G_i = L_i                                         causal: sees positions <= i only
+
+Backward, from ``dG_ii/dd_j = -G_ij G_ji`` and the factorisation of the off-diagonal entries into L and R. With
+``gbar = dL/dRe G + i dL/dIm G`` and ``P_i = conj(gbar_i) G_i^2``:
+
+    bidirectional                                       causal
+    s_i = P_i + k_i L_i^2 s_{i+1}                        m_i = conj(gbar_i) + k_i L_{i+1}^2 m_{i+1}
+    t_i = P_i + k_{i-1} R_i^2 t_{i-1}                    D_i = -L_i^2 m_i
+    D_i = P_i - s_i - t_i                                K_i = L_i L_{i+1}^2 m_{i+1}
+    K_i = L_i s_{i+1} + R_{i+1} t_i
+
+    dL/da = Re D,  dL/db = Re(c K),  dL/dc = Re(b K),  dL/dz = -conj(sum D);  conjugates for complex a, b, c.
+
+For real ``a`` and ``k >= 0`` everything is bounded by ``1 / |Im z|`` and errors do not build up: no length overflows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from . import autograd, backends, pivots
+
+GRADIENTS = ("exact", "local", "original")
+
+_SINGLE = (torch.float16, torch.bfloat16, torch.float32, torch.complex64)
+_DOUBLE = (torch.float64, torch.complex128)
+
+
+def resolvent_diagonal(
+    a: Tensor,
+    b: Tensor | complex,
+    c: Tensor | complex,
+    z: Tensor | complex,
+    *,
+    causal: bool = False,
+    gradient: str = "exact",
+    grad_blend: float = 0.0,
+    backend: str = "auto",
+    return_min_pivot: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``diag((T - z I)^-1)`` (..., N), complex64 for inputs of 32 bits or fewer, complex128 for 64-bit ones.
+
+    Args:
+        a: diagonal of T, (..., N), N >= 1, real or complex floating point.
+        b: super-diagonal, a number or a tensor that broadcasts to (..., N - 1); never changes the shape of ``a``.
+        c: sub-diagonal, likewise. ``b != c`` and negative or complex ``b c`` are allowed.
+        z: shift, a number or a tensor that broadcasts to (...), finite, ``Im z != 0``. Takes the precision of a, b, c.
+        causal: entry i depends on positions 0..i only, bit for bit (the last diagonal entry of each leading block).
+        gradient: what ``a`` receives. "exact"; "local", the term of the same position only, ``-Re(conj(gbar) G^2)``;
+            "original", the published formula (no conjugate, clamped to +-1000; see reference.original_gradient).
+            b, c and z have a gradient with "exact" only.
+        grad_blend: alpha in [0, 1]; ``(1 - alpha) * gradient + alpha * hypothesis-7`` for ``a``
+            (reference.hypothesis7_gradient); b, c and z keep their exact gradient.
+        backend: "auto", or one of :func:`available_backends`.
+        return_min_pivot: also return the smallest |pivot| of every row, (...), real, without gradient, 0 where the
+            recursion broke down; no error is raised for small pivots then.
+
+    NaN and infinite entries of a, b or c are not refused and not hidden: every output that depends on one is NaN.
+    16-bit inputs are computed in 32 bits, also under autocast. Moduli |d|, |pivot| are squared in the precision of the
+    computation: between 1e-18 and 1e18 they are safe in 32 bits (1e-153 and 1e153 in 64 bits).
+
+    Raises:
+        TypeError: not tensors or numbers, integer or boolean tensors.
+        ValueError: wrong shapes, mixed devices, N = 0, Im z = 0, unknown gradient, grad_blend outside [0, 1],
+            b, c or z requiring a gradient with gradient="local" or "original".
+        SmallPivotError (a ValueError): negative or complex b c, or complex a, for which a pivot is lost in rounding.
+        BackendUnavailableError (an OSError): the named backend does not run here.
+    """
+    _check_options(gradient, grad_blend)
+    if not isinstance(a, Tensor):
+        raise TypeError(f"a must be a torch tensor (..., N), got {type(a).__name__}.")
+    if a.dim() == 0 or a.shape[-1] == 0:
+        raise ValueError(
+            f"a has shape {tuple(a.shape)}: at least one position is needed, (..., N) with N >= 1."
+        )
+    batch, n = a.shape[:-1], a.shape[-1]
+    precision = _precision(a, b, c)
+    m = math.prod(batch)
+
+    k, contracts = _coupling(b, c, a, precision)
+    if isinstance(z, Tensor):
+        rows_z = _shift_rows(z, a, m, precision)
+        if not torch.compiler.is_compiling() and m and z.device.type != "meta":
+            pivots.check_shift(rows_z.detach())
+    else:
+        rows_z = _constant_shift(z, m, precision, a.device)
+    if gradient != "exact" and torch.is_grad_enabled() and (k.requires_grad or rows_z.requires_grad):
+        raise ValueError(
+            f"gradient={gradient!r} is defined for a alone, and b, c or z requires a gradient: detach them, or use gradient='exact'."
+        )
+    rows_a = a if a.dtype in (torch.float32, torch.float64) else a.to(_as_precision(a.dtype, precision))
+    if rows_a.dtype not in (precision, _as_precision(torch.complex64, precision)):
+        rows_a = rows_a.to(_as_precision(rows_a.dtype, precision))
+    contracts = contracts and not rows_a.is_complex()
+    if m == 0:
+        empty = torch.empty(a.shape, dtype=rows_z.dtype, device=a.device)
+        return (empty, empty.real.new_empty(batch)) if return_min_pivot else empty
+    rows_a = rows_a.reshape(m, n).contiguous()
+
+    if return_min_pivot:
+        contracts = True  # nothing to raise: the caller judges
+    G = autograd.apply(rows_a, k, rows_z, causal, gradient, float(grad_blend), backend, contracts)
+    if not return_min_pivot:
+        return G.reshape(a.shape)
+    chosen = backends.select(backend, a.device)
+    pivot = pivots.smallest_pivot(rows_a.detach(), k.detach(), rows_z.detach(), G.detach(), causal, chosen)
+    return G.reshape(a.shape), pivot.reshape(batch)
+
+
+def _check_options(gradient: str, grad_blend: float) -> None:
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient={gradient!r} is unknown: use one of {list(GRADIENTS)}.")
+    if not 0.0 <= grad_blend <= 1.0:
+        raise ValueError(
+            f"grad_blend={grad_blend} is outside [0, 1]: 0 is the pure theory gradient, 1 pure hypothesis-7."
+        )
+
+
+def _precision(*values: Tensor | complex) -> torch.dtype:
+    """float32 or float64: the widest of the tensors. Numbers follow."""
+    found = torch.float32
+    for name, x in zip("abc", values, strict=True):
+        if isinstance(x, Tensor):
+            if x.dtype in _DOUBLE:
+                found = torch.float64
+            elif x.dtype not in _SINGLE:
+                raise TypeError(
+                    f"{name} has dtype {x.dtype}: real or complex floating point is needed, for instance {name}.float()."
+                )
+            if x.device != values[0].device:
+                raise ValueError(
+                    f"{name} is on {x.device} and a on {values[0].device}: move all inputs to one device."
+                )
+        elif isinstance(x, bool) or not isinstance(x, (int, float, complex)):
+            raise TypeError(f"{name} must be a tensor or a number, got {type(x).__name__}.")
+    return found
+
+
+def _as_precision(dtype: torch.dtype, precision: torch.dtype) -> torch.dtype:
+    """The real or complex type of that precision, real or complex as ``dtype`` is."""
+    if not dtype.is_complex:
+        return precision
+    return torch.complex128 if precision == torch.float64 else torch.complex64
+
+
+def _coupling(
+    b: Tensor | complex, c: Tensor | complex, a: Tensor, precision: torch.dtype
+) -> tuple[Tensor, bool]:
+    """k = b c as (1 or M, N - 1), and whether k >= 0 is known without looking at the values."""
+    batch, n = a.shape[:-1], a.shape[-1]
+    for name, x in (("b", b), ("c", c)):
+        if isinstance(x, Tensor):
+            _check_broadcast(
+                name, x, (*batch, n - 1), f"(..., N - 1) = {(*batch, n - 1)} for a of shape {tuple(a.shape)}"
+            )
+    if not isinstance(b, Tensor) and not isinstance(c, Tensor):
+        product = b * c
+        known = not isinstance(product, complex) and product >= 0
+        return _constant_coupling(product, n - 1, precision, a.device), known
+    known = b is c and not b.is_complex()
+    if isinstance(b, Tensor):
+        b = b.to(_as_precision(b.dtype, precision))
+    if isinstance(c, Tensor):
+        c = c.to(_as_precision(c.dtype, precision))
+    k = b * c
+    if k.dim() <= 1 or math.prod(k.shape[:-1]) == 1:
+        return k.reshape(1, -1).expand(1, n - 1).contiguous(), known
+    return k.expand(*batch, n - 1).reshape(math.prod(batch), n - 1).contiguous(), known
+
+
+def _check_broadcast(name: str, x: Tensor, shape: tuple[int, ...], wanted: str) -> None:
+    fits = x.dim() <= len(shape) and all(
+        have in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: it must broadcast to {wanted}.")
+
+
+def _shift_rows(z: Tensor, a: Tensor, m: int, precision: torch.dtype) -> Tensor:
+    """A tensor shift as (M,) complex."""
+    if z.dtype not in _SINGLE + _DOUBLE:
+        raise TypeError(f"z has dtype {z.dtype}: a complex tensor or number is needed, for instance 1j.")
+    if z.device != a.device:
+        raise ValueError(f"z is on {z.device} and a on {a.device}: move all inputs to one device.")
+    _check_broadcast(
+        "z", z, tuple(a.shape[:-1]), f"(...) = {tuple(a.shape[:-1])} for a of shape {tuple(a.shape)}"
+    )
+    z = z.to(_as_precision(torch.complex64, precision))
+    return z.expand(a.shape[:-1]).reshape(m).contiguous()
+
+
+def _constant_shift(z: complex, m: int, precision: torch.dtype, device: torch.device) -> Tensor:
+    """A number as (M,) complex, the same tensor every time in eager mode."""
+    if isinstance(z, bool) or not isinstance(z, (int, float, complex)):
+        raise TypeError(f"z must be a tensor or a number, got {type(z).__name__}.")
+    z = complex(z)
+    if not (math.isfinite(z.real) and math.isfinite(z.imag)) or z.imag == 0:
+        raise ValueError(
+            f"z = {z}: it must be finite with Im z != 0, because the resolvent has its poles on the real axis; "
+            f"add an imaginary part, for instance z + 1j."
+        )
+    return _constant(z, m, _as_precision(torch.complex64, precision), device)
+
+
+def _constant_coupling(product: complex, length: int, precision: torch.dtype, device: torch.device) -> Tensor:
+    dtype = _as_precision(torch.complex64 if isinstance(product, complex) else torch.float32, precision)
+    return _constant(product, length, dtype, device).unsqueeze(0)
+
+
+def _constant(value: complex, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return torch.full((length,), value, dtype=dtype, device=device)
+    return _cached_constant(value, length, dtype, device)
+
+
+@functools.lru_cache(maxsize=32)
+def _cached_constant(value: complex, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a later training step
+        return torch.full((length,), value, dtype=dtype, device=device)
