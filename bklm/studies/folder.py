@@ -73,18 +73,21 @@ def read_result(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def holds_other_experiment(config: StudyConfig) -> list[str]:
+    """The fields in which the study in a resolved config's folder was made with other settings; [] when there is none."""
+    recorded = read_result(Path(config.output_dir) / config.study / "config.json")
+    return config.differences(recorded) if recorded is not None else []
+
+
 def _same_experiment(folder: Path, config: StudyConfig) -> None:
-    path = folder / "config.json"
-    recorded = read_result(path)
-    if recorded is None:
-        write_json(path, config.to_dict())
-        return
-    different = config.differences(recorded)
+    different = holds_other_experiment(config)
     if different:
         raise ValueError(
             f"output_dir: {folder} holds a study made with other settings: {'; '.join(different)}. "
             "Choose another output_dir, or the same settings to go on with it; nothing was changed."
         )
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", config.to_dict())
 
 
 @contextlib.contextmanager

@@ -23,7 +23,14 @@ from bklm.checkpoints import CheckpointFolder, replacing, write_json
 from bklm.config import StudyConfig, setting
 from bklm.models import ResNetBK, ResNetBKConfig
 from bklm.studies.folder import read_result, study_folder
-from bklm.studies.grad_blend_report import GradBlendResult, best_alpha, write_report
+from bklm.studies.grad_blend_report import (
+    GradBlendResult,
+    alpha_table,
+    best_alpha,
+    describe_run,
+    draw_analysis,
+    write_report,
+)
 from bklm.studies.gradient_directions import measure_directions
 from bklm.studies.sweep import Sweep
 from bklm.studies.text import StudyText, prepare_text
@@ -111,15 +118,13 @@ class GradBlendConfig(StudyConfig):
         return config
 
 
-def run_grad_blend(
-    config: GradBlendConfig, on_trial: Callable[[GradBlendConfig, list[dict[str, Any]]], None] | None = None
-) -> GradBlendResult:
+def run_grad_blend(config: GradBlendConfig, on_figure: Callable[[Path], None] | None = None) -> GradBlendResult:
     """Run the sweep, train with the best alpha, and write everything to ``<output_dir>/grad_blend`` and its zip.
 
     A run that was stopped goes on where it was; a finished one is read back, not run again.
 
     Args:
-        on_trial: called with the resolved config and the results so far each time a trial is done.
+        on_figure: called with the path of grad_blend_analysis.png, drawn anew each time a trial is done.
 
     Raises:
         ValueError, OSError, RuntimeError: one sentence each, before time is spent where that is possible.
@@ -129,7 +134,7 @@ def run_grad_blend(
     with study_folder(config) as folder:
         log.info("Settings: %s", ", ".join(f"{k}={v}" for k, v in config.to_dict().items() if v is not None))
         text = prepare_text(config, folder)
-        with _Runner(config, text, accelerator, folder, on_trial) as runner:
+        with _Runner(config, text, accelerator, folder, on_figure) as runner:
             trials = runner.run_sweep()
             final = runner.train_final(best_alpha(trials))
         return write_report(config, text, trials, final, folder)
@@ -173,10 +178,10 @@ class _Runner:
         text: StudyText,
         accelerator: Accelerator,
         folder: Path,
-        on_trial: Callable[[GradBlendConfig, list[dict[str, Any]]], None] | None,
+        on_figure: Callable[[Path], None] | None,
     ) -> None:
         self.config, self.text, self.accelerator, self.folder = config, text, accelerator, folder
-        self.on_trial = on_trial
+        self.on_figure = on_figure
         self.sweep = Sweep(folder / "study.journal", {"alpha": config.alphas, "seed": config.seeds})
         self.steps_per_epoch = len(text.train_loader(seed=0))
         epochs = len(self.sweep.points) * config.epochs_per_trial + config.final_epochs
@@ -201,8 +206,7 @@ class _Runner:
                 len(self.sweep.points) - len(self.sweep.missing()) + 1, len(self.sweep.points),
                 point["alpha"], point["seed"], result["final_perplexity"], self._time_left(),
             )  # fmt: skip
-            if self.on_trial is not None:
-                self.on_trial(self.config, list(results.values()))
+            self._draw(list(results.values()))
             return result["final_perplexity"]
 
         for point in self.sweep.points:
@@ -278,6 +282,13 @@ class _Runner:
     def _directions(self, model: ResNetBK, alpha: float) -> list[dict[str, Any]]:
         x, y = self.text.first_batch(sequences=8)
         return measure_directions(model, x, y, self.config.alphas, self.config.gradient)
+
+    def _draw(self, results: list[dict[str, Any]]) -> None:
+        path = self.folder / "grad_blend_analysis.png"
+        title = f"{len(results)} of {len(self.sweep.points)} trials done"
+        draw_analysis(path, results, alpha_table(results), title, describe_run(self.config, self.text))
+        if self.on_figure is not None:
+            self.on_figure(path)
 
     def _step(self, steps: int) -> None:
         self.trained_steps += steps

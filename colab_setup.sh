@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# bash colab_setup.sh             install what the suite needs
+# bash colab_setup.sh run [...]   install, then run notebook 01 headless; extra words go to papermill (-p profile quick)
+# bash colab_setup.sh test [...]  install, then lint and test; extra words go to pytest
+#
+# Outside Colab everything goes into .venv; in a Colab runtime into the runtime, where torch and numpy are never changed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+step="starting"
+trap 'echo "colab_setup.sh: failed while $step (line $LINENO); the message above says why." >&2' ERR
+
+fail() {
+    trap - ERR
+    echo "colab_setup.sh: $1" >&2
+    exit "${2:-1}"
+}
+
+in_colab() {
+    # COLAB_RELEASE_TAG alone is set on Kaggle too.
+    [ -n "${COLAB_RELEASE_TAG:-}" ] && python3 -c 'import google.colab' 2>/dev/null
+}
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "needs Python 3.10 or newer; $(python3 --version 2>&1 || echo 'no python3') was found. Install one and run this again."
+}
+
+install() { # the words given say what else than the suite to install: test
+    local extra="${1:-}" python stamp want
+    if in_colab; then
+        PY=$(command -v python3)
+        step="adding missing packages to the Colab runtime"
+        "$PY" scripts/install.py --keep-installed ${extra:+--extra "$extra"}
+        return
+    fi
+    PY="$PWD/.venv/bin/python"
+    if ! "$PY" -c 'import pip' 2>/dev/null; then
+        step="creating the virtual environment .venv"
+        python=$(find_python) || exit 1
+        "$python" -m venv --clear .venv ||
+            fail "could not create .venv; on Debian and Ubuntu the package python3-venv provides what is missing."
+    fi
+    want="$PWD ${extra:-suite} $(cat requirements.txt pyproject.toml constraints/tested.txt scripts/install.py | cksum)"
+    stamp=".venv/installed-${extra:-suite}"
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
+        step="installing the packages of requirements.txt into .venv"
+        echo "Installing into .venv (several minutes the first time) ..."
+        "$PY" scripts/install.py ${extra:+--extra "$extra"}
+        echo "$want" >"$stamp"
+    fi
+}
+
+run() {
+    local name=01_grad_blend_sweep output_dir=results previous="" word running status=0
+    for word in "$@"; do # -p output_dir DIR moves the results
+        [ "$previous" = output_dir ] && output_dir=$word
+        previous=$word
+    done
+    step="running notebooks/$name.ipynb"
+    mkdir -p "$output_dir" || fail "cannot create $output_dir; choose another folder with -p output_dir DIR."
+    running="$output_dir/$name.running.ipynb"
+    echo "Running notebooks/$name.ipynb; results go to $output_dir/"
+    "$PY" -m papermill "notebooks/$name.ipynb" "$running" --cwd . --kernel python3 --no-progress-bar --log-level ERROR \
+        --stdout-file /dev/stdout -p headless True -p dataset embedded "$@" 2>"$output_dir/.papermill.log" || status=$?
+    if [ "$status" -ne 0 ]; then
+        mv "$running" "$output_dir/$name.failed.ipynb" 2>/dev/null || true
+        grep -v '^\s*$' "$output_dir/.papermill.log" | tail -n 3 >&2
+        fail "notebook $name stopped (the reason is above); the notebook up to there is $output_dir/$name.failed.ipynb." "$status"
+    fi
+    step="adding the executed notebook to the results zip"
+    mv "$running" "$output_dir/$name.ipynb"
+    echo
+    "$PY" -m bklm.reporting "$output_dir/grad_blend" --notebook "$output_dir/$name.ipynb"
+    rm "$output_dir/$name.ipynb" "$output_dir/.papermill.log"
+}
+
+run_tests() {
+    step="checking style with ruff"
+    "$PY" -m ruff check .
+    "$PY" -m ruff format --check .
+    step="running the tests"
+    "$PY" -m pytest "$@"
+}
+
+case "${1:-}" in
+"") install && echo "Installed. Next: bash colab_setup.sh run" ;;
+run) shift && install && run "$@" ;;
+test) shift && install test && run_tests "$@" ;;
+*) fail "got '$1'; allowed are no word (install), 'run' and 'test'." 2 ;;
+esac

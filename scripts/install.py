@@ -1,0 +1,88 @@
+"""Install what the suite needs into the Python that runs this file; standard library and pip only.
+
+    python scripts/install.py                     the suite
+    python scripts/install.py --extra test        and what its tests need
+    python scripts/install.py --keep-installed    (Colab) add only what is missing; what is there keeps its version
+
+Requirements come from requirements.txt. On the Python versions for which constraints/tested.txt was made, the tested
+versions are taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "numpy", "scipy", "pandas", "numba", "triton", "pyarrow")
+TESTED_PYTHONS = ((3, 11), (3, 14))  # from, up to but without: constraints/tested.txt has wheels for these
+
+
+def pip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *arguments], check=True)
+
+
+def installed() -> dict[str, str]:
+    """Installed distributions and their versions, names normalised."""
+    return {
+        d.metadata["Name"].lower().replace("_", "-"): d.version
+        for d in importlib.metadata.distributions()
+        if d.metadata["Name"]
+    }
+
+
+def add_missing(extra: str | None) -> None:
+    """Install beside what a prepared runtime (Colab) holds, with every installed version as a constraint."""
+    before = installed()
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False) as pins:
+        # Local versions such as 2.11.0+cu128 cannot be downloaded, but as constraints they hold what is installed.
+        pins.writelines(f"{name}=={version}\n" for name, version in sorted(before.items()) if name != "bklm")
+    pip("-r", str(ROOT / "requirements.txt"), "-c", pins.name)
+    pip("--no-deps", "--no-build-isolation", "-e", str(ROOT))
+    if extra:
+        pip("-c", pins.name, *extra_requirements(extra))
+    Path(pins.name).unlink()
+    importlib.invalidate_caches()
+    after = installed()
+    changed = [f"{n} {before[n]} -> {after.get(n)}" for n in HEAVY if n in before and after.get(n) != before[n]]
+    if changed:
+        sys.exit(
+            f"The installation changed {', '.join(changed)}; choose Runtime > Restart session before going on."
+        )
+    added = sorted(set(after) - set(before) - {"bklm"})
+    print(f"Added: {', '.join(added) or 'nothing, all was there'}. torch and numpy are as they were.")
+
+
+def extra_requirements(extra: str) -> list[str]:
+    """The requirements of one extra of the installed package."""
+    requirements = importlib.metadata.requires("bklm") or []
+    return [r.split(";")[0].strip() for r in requirements if f'extra == "{extra}"' in r.replace("'", '"')]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--extra")
+    parser.add_argument("--keep-installed", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.keep_installed:
+        add_missing(arguments.extra)
+        return
+    constraints: list[str] = []
+    if TESTED_PYTHONS[0] <= sys.version_info[:2] < TESTED_PYTHONS[1]:
+        constraints = ["-c", str(ROOT / "constraints" / "tested.txt")]
+    else:
+        version = ".".join(map(str, sys.version_info[:2]))
+        print(f"Python {version} is outside the tested ones: taking the newest versions that requirements.txt allows.")
+    target = str(ROOT) + (f"[{arguments.extra}]" if arguments.extra else "")
+    pip(*constraints, "-e", target)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"pip stopped with exit code {error.returncode}; its own message is above.")
