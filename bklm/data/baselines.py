@@ -1,18 +1,19 @@
 """What a count model reaches on the same tokens: unigram and interpolated Kneser-Ney, with exact probabilities.
 
-Source: Kneser and Ney 1995; the interpolated form and the modified discounts are those of Chen and Goodman 1999, "An empirical
-study of smoothing techniques for language modeling", sections 2.7 and 3. With h a history, h' the same without its oldest
-word and c the counts of one level,
+Source: Kneser and Ney 1995; the interpolated form and the modified discounts are those of Chen and Goodman
+1999, "An empirical study of smoothing techniques for language modeling", sections 2.7 and 3. With h a
+history, h' the same without its oldest word and c the counts of one level,
 
-    P(w | h) = max(c(h w) - D, 0) / c(h .) + backoff(h) P(w | h'),    backoff(h) = (mass that the discounts took) / c(h .)
+    P(w | h) = max(c(h w) - D, 0) / c(h .) + backoff(h) P(w | h'),    backoff(h) = (mass that the discounts
+    took) / c(h .)
 
-and P(w | h) = P(w | h') for a history that was never seen. The top level counts tokens; a level below counts in how many
-different left contexts an n-gram occurs. Below the lowest level lies the uniform distribution over the vocabulary, so that
-every id has a probability and each distribution sums to 1.
+and P(w | h) = P(w | h') for a history that was never seen. The top level counts tokens; a level below counts
+in how many different left contexts an n-gram occurs. Below the lowest level lies the uniform distribution
+over the vocabulary, so that every id has a probability and each distribution sums to 1.
 
-The counts form a trie that is stored level by level: a node is an n-gram that occurs in training, its key is `parent * V + word` with
-the parent among the nodes of the level above, and the keys of a level are sorted. Training is one sort a level, scoring
-one binary search a level; both run over the whole text at once.
+The counts form a trie that is stored level by level: a node is an n-gram that occurs in training, its key is
+`parent * V + word` with the parent among the nodes of the level above, and the keys of a level are sorted.
+Training is one sort a level, scoring one binary search a level; both run over the whole text at once.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class _CountModel:
         raise NotImplementedError
 
     def perplexity(self, ids: np.ndarray, exclude: int | Sequence[int] | None = None) -> float:
-        """Token-weighted perplexity of `ids` after the first; targets in `exclude` (an id or several, say unk) are left out."""
+        """Token-weighted perplexity of `ids` after the first; targets in `exclude` (ids, say unk) are left out."""
         log_probs = self.log_probs(ids)
         if exclude is not None:
             log_probs = log_probs[~np.isin(np.asarray(ids)[1:], exclude)]
@@ -51,18 +52,24 @@ class _CountModel:
 
     def _checked(self, ids: np.ndarray, least: int) -> np.ndarray:
         if not self.vocab_size:
-            raise ValueError(f"this {type(self).__name__} has not been fitted; call fit(train_ids, vocab_size) first")
+            raise ValueError(
+                f"this {type(self).__name__} has not been fitted; call fit(train_ids, vocab_size) first"
+            )
         return _as_ids(ids, self.vocab_size, least)
 
 
 def _as_ids(ids: np.ndarray, vocab_size: int, least: int) -> np.ndarray:
     ids = np.asarray(ids)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise TypeError(f"token ids must be a one-dimensional array of integers, not {ids.dtype} of shape {ids.shape}")
+        raise TypeError(
+            f"token ids must be a one-dimensional array of integers, not {ids.dtype} of shape {ids.shape}"
+        )
     if len(ids) < least:
         raise ValueError(f"{len(ids)} tokens are too few; give at least {least}")
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-        raise ValueError(f"token ids run from {ids.min()} to {ids.max()}, outside the vocabulary of {vocab_size}")
+        raise ValueError(
+            f"token ids run from {ids.min()} to {ids.max()}, outside the vocabulary of {vocab_size}"
+        )
     return ids.astype(np.int64)
 
 
@@ -77,7 +84,9 @@ class Unigram(_CountModel):
     def fit(self, ids: np.ndarray, vocab_size: int) -> Unigram:
         ids = _as_ids(ids, vocab_size, 1)
         self.vocab_size = vocab_size
-        self.probabilities = (np.bincount(ids, minlength=vocab_size) + self.alpha) / (len(ids) + self.alpha * vocab_size)
+        self.probabilities = (np.bincount(ids, minlength=vocab_size) + self.alpha) / (
+            len(ids) + self.alpha * vocab_size
+        )
         return self
 
     def distribution(self, history: Sequence[int] = ()) -> np.ndarray:
@@ -94,7 +103,8 @@ class KneserNey(_CountModel):
 
     Args:
         order: 1 or more; with 1 it is the unigram with absolute discounting towards the uniform distribution.
-        discount: D in (0, 1] for every level, or "modified": three discounts a level, for counts 1, 2 and more, estimated
+        discount: D in (0, 1] for every level, or "modified": three discounts a level, for counts 1, 2 and
+        more, estimated
             from the counts of counts.
     """
 
@@ -111,7 +121,9 @@ class KneserNey(_CountModel):
         self.vocab_size = vocab_size
         # Per level: sorted keys of its nodes; (c - D) / c(h .) of its nodes; backoff(h) of the nodes above.
         self.levels: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        above = np.zeros(len(ids), np.int64)  # for each start, the node of the n-gram one word shorter; the root at first
+        above = np.zeros(
+            len(ids), np.int64
+        )  # for each start, the node of the n-gram one word shorter; the root at first
         parents = 1
         pending: tuple[np.ndarray, np.ndarray, int] | None = None
         for level in range(self.order):
@@ -119,7 +131,8 @@ class KneserNey(_CountModel):
                 above * vocab_size + ids[level:], return_index=True, return_inverse=True, return_counts=True
             )
             if pending:
-                # An n-gram one word longer, seen once here whatever its count, is one left context of its own suffix.
+                # An n-gram one word longer, seen once here whatever its count, is one left context of its own
+                # suffix.
                 shorter_keys, shorter_node, shorter_parents = pending
                 contexts = np.bincount(shorter_node[first + 1], minlength=len(shorter_keys))
                 self._add_level(shorter_keys, contexts, shorter_parents)

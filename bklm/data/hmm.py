@@ -1,15 +1,17 @@
 """The hmm corpus: text drawn from a hidden Markov model, so that the best possible perplexity is known exactly.
 
-A hidden state is a pair (topic, word class). The topic is sticky and stays for 50 tokens on average; the classes follow one
-another by a sparse grammar. Three classes hold function words, the same in every topic. Five hold content words: each topic gives
-all words of the class Zipf weights, in an order of its own. So the next word depends on the class before it (a bigram
-helps), on the grammar (a longer history helps) and on the topic, which only many words together betray (a long memory helps).
+A hidden state is a pair (topic, word class). The topic is sticky and stays for 50 tokens on average; the
+classes follow one another by a sparse grammar. Three classes hold function words, the same in every topic.
+Five hold content words: each topic gives all words of the class Zipf weights, in an order of its own. So the
+next word depends on the class before it (a bigram helps), on the grammar (a longer history helps) and on the
+topic, which only many words together betray (a long memory helps).
 
-What `entropy_floor` says is the per-token cross-entropy of the true model on the very tokens drawn, by the forward algorithm
-(Rabiner 1989, scaled as in his section V.A): no model that does not know the tokens beforehand does better, up to the chance of
-a finite sample. The tokens of a split are one continuous stream, begun from the stationary law; line ends carry no meaning. A
-model that reads windows of n tokens forgets what came before each window: its floor is `entropy_floor(split, context=n)`, a
-little higher, computed on the windows that `bklm.data.windows` cuts ("every-target-once").
+What `entropy_floor` says is the per-token cross-entropy of the true model on the very tokens drawn, by the
+forward algorithm (Rabiner 1989, scaled as in his section V.A): no model that does not know the tokens
+beforehand does better, up to the chance of a finite sample. The tokens of a split are one continuous stream,
+begun from the stationary law; line ends carry no meaning. A model that reads windows of n tokens forgets what
+came before each window: its floor is `entropy_floor(split, context=n)`, a little higher, computed on the
+windows that `bklm.data.windows` cuts ("every-target-once").
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ TOPICS = 8
 FUNCTION_CLASSES, CONTENT_CLASSES = 3, 5
 FUNCTION_WORDS, CONTENT_WORDS = 16, 208  # a class; 3 * 16 + 5 * 208 = 1,088 words
 STAY_IN_TOPIC = 0.98
-# Odds of the next word class (columns) after each class (rows); 0, 1, 2 are function classes, 3 ... 7 content classes.
+# Odds of the next word class (columns) after each (rows); 0, 1, 2 are function classes, 3 ... 7 content classes.
 GRAMMAR = (
     (0, 0, 0, 6, 3, 1, 0, 0),
     (1, 0, 0, 0, 0, 6, 3, 0),
@@ -87,7 +89,8 @@ class HiddenMarkovModel:
     def log_probs(self, words: np.ndarray) -> np.ndarray:
         """log P(word | the words before it in its row), in nats: words (..., n) -> float64 (..., n).
 
-        The forward algorithm, all rows at once, the state law scaled to sum 1 at each word so that nothing underflows.
+        The forward algorithm, all rows at once, the state law scaled to sum 1 at each word so that nothing
+        underflows.
         """
         words = np.asarray(words)
         log_probs = np.empty(words.shape)
@@ -115,12 +118,14 @@ class HmmCorpus(Corpus):
     def entropy_floor(self, split: str, context: int | None = None) -> float:
         """The true model's cross-entropy on every token after the first of a split, in nats per token.
 
-        With `context`, that of the true model restarted at each window of so many inputs, as a language model is that
-        is evaluated on windows.
+        With `context`, that of the true model restarted at each window of so many inputs, as a language model
+        is that is evaluated on windows.
         """
         self.split(split)
         if context is not None and (not isinstance(context, int) or context < 1):
-            raise ValueError(f"context is {context!r}; give a whole number from 1, or None for the whole stream")
+            raise ValueError(
+                f"context is {context!r}; give a whole number from 1, or None for the whole stream"
+            )
         if (split, context) not in self._floors:
             self._floors[split, context] = self._floor(self.ids[split], context)
         return self._floors[split, context]

@@ -29,9 +29,10 @@ LAYOUTS = ("every-target-once", "disjoint")
 class Windows(Dataset):
     """Windows (x, y) over token ids (tokens,): x and y int64 (seq_len,), y the token after each of x.
 
-    "every-target-once": windows start at 0, S, 2S ... and overlap by one token, so that every token after the first is a target
-    exactly once; the last, shorter window is filled up with `pad_id` in x and -100 in y.
-    "disjoint": blocks of S + 1 tokens, as the original cut them; the tail is dropped, and one token in S + 1 is never a target.
+    "every-target-once": windows start at 0, S, 2S ... and overlap by one token, so that every token after the
+    first is a target exactly once; the last, shorter window is filled up with `pad_id` in x and -100 in y.
+    "disjoint": blocks of S + 1 tokens, as the original cut them; the tail is dropped, and one token in S + 1 is
+    never a target.
 
     Indexed with a list it gathers a whole batch, (len(list), S) each, at once.
     """
@@ -147,7 +148,7 @@ def make_loader(
 
 
 def set_epoch(loader: DataLoader, epoch: int) -> None:
-    """Say which epoch the loader's next pass is; works on a loader of `make_loader`, before and after Accelerate's `prepare`."""
+    """Say which epoch the next pass of a `make_loader` loader is, before or after Accelerate's `prepare`."""
     if hasattr(loader, "set_epoch"):
         loader.set_epoch(epoch)
     else:

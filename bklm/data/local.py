@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from .corpora import SPLITS, Corpus
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Dialogues", "corpus_from_folder", "corpus_from_splits"]
+__all__ = ["Dialogues", "corpus_from_dialogues", "corpus_from_folder", "corpus_from_splits"]
 
 TEXT_LAYOUTS = ("{}.txt", "wiki.{}.raw", "wiki.{}.tokens")
 LAYOUTS_IN_WORDS = (
@@ -118,7 +118,7 @@ def _parquet_files(place: Path) -> dict[str, list[str]]:
 
 
 class Dialogues(Sequence[str]):
-    """The dialogues of a data set with a "messages" column, one text each (messages joined by a space), read as indexed."""
+    """The dialogues of rows with a "messages" column, one text each, read as they are indexed: 200,000 cost no memory."""
 
     def __init__(self, rows: Dataset):
         self.rows = rows
@@ -126,12 +126,12 @@ class Dialogues(Sequence[str]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [join_messages(messages) for messages in self.rows[index]["messages"]]
         return join_messages(self.rows[range(len(self))[index]]["messages"])
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), 1000):
             yield from self[start : start + 1000]
 
@@ -142,37 +142,50 @@ def join_messages(messages: Sequence[dict[str, str]]) -> str:
 
 
 def corpus_from_splits(
-    name: str, source: str, splits: dict[str, Dataset], max_documents: int | None = None
+    name: str, source: str, splits: Mapping[str, Dataset], max_documents: int | None = None
 ) -> Corpus:
-    """A corpus from the splits of a Hugging Face data set with a "text" or a "messages" column.
-
-    Where there is no validation split, the test split's even rows become it and its odd rows stay the test
-    split.
-    """
+    """A corpus from the splits of a Hugging Face data set with a "text" or a "messages" column."""
     found = {
-        split: splits[alias]
+        split: next((splits[alias] for alias in aliases if alias in splits), None)
         for split, aliases in SPLIT_ALIASES.items()
-        for alias in reversed(aliases)
-        if alias in splits
     }
-    columns = {column for rows in found.values() for column in rows.column_names}
-    kind = next((kind for kind in ("text", "messages") if kind in columns), None)
-    if not {"train", "test"} <= found.keys() or kind is None:
+    train, valid, test = found.values()
+    present = [rows for rows in (train, valid, test) if rows is not None]
+    kind = next(
+        (kind for kind in ("text", "messages") if all(kind in rows.column_names for rows in present)), None
+    )
+    if train is None or test is None or kind is None or (kind == "text" and valid is None):
+        columns = {split: rows.column_names for split, rows in splits.items()}
         raise ValueError(
-            f"{source} has splits {sorted(splits)} with columns {sorted(columns)}; "
-            f"train, validation and test are needed, with a column text or messages"
+            f"{source} has the splits and columns {columns}; it needs train, validation and test with a column text, or "
+            f"train_sft and test_sft with a column messages"
         )
-    if kind == "messages" and max_documents is not None:
-        found = {split: rows.select(range(min(max_documents, len(rows)))) for split, rows in found.items()}
-    if "valid" not in found:
-        both = found["test"]
-        found["valid"], found["test"] = (both.select(range(first, len(both), 2)) for first in (0, 1))
-    if kind == "messages":
-        texts = [Dialogues(found[split]) for split in SPLITS]
-    else:
-        texts = [_lines(found[split][:]["text"]) for split in SPLITS]
-    _refuse_empty({f"{split} split of {source}": lines for split, lines in zip(SPLITS, texts, strict=True)})
-    return Corpus(name, source, *texts, line_is_document=kind == "messages")
+    if kind == "text":
+        texts = [_lines(rows[:]["text"]) for rows in present]
+        _refuse_empty({f"{split} split of {source}": lines for split, lines in zip(SPLITS, texts, strict=True)})
+        return Corpus(name, source, *texts)
+    if max_documents is not None:
+        present = [rows.select(range(min(max_documents, len(rows)))) for rows in present]
+    return corpus_from_dialogues(name, source, *map(Dialogues, present))
+
+
+def corpus_from_dialogues(name: str, source: str, train: Sequence[str], *held_out: Sequence[str]) -> Corpus:
+    """A corpus of dialogues; `held_out` is validation and test, or one split that is shared between them.
+
+    Its even rows become the validation split and its odd rows the test split, so that a limit on the number of rows
+    moves no dialogue from one to the other.
+    """
+    if len(held_out) == 1:
+        (both,) = held_out
+        if isinstance(both, Dialogues):
+            held_out = tuple(Dialogues(both.rows.select(range(first, len(both), 2))) for first in (0, 1))
+        else:
+            held_out = both[::2], both[1::2]
+    splits = dict(zip(SPLITS, (train, *held_out), strict=True))
+    for split, texts in splits.items():
+        if not len(texts):
+            raise ValueError(f"the {split} split of {source} holds no dialogue; every split needs some")
+    return Corpus(name, source, **splits, line_is_document=True)
 
 
 def _lines(texts: Sequence[str]) -> list[str]:

@@ -1,0 +1,131 @@
+"""Corpora from the Hugging Face hub: asked first whether it answers, so that a missing network is one quick sentence."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .corpora import Corpus
+from .local import corpus_from_dialogues, corpus_from_splits, join_messages
+
+__all__ = ["corpus_from_hub"]
+
+PROBE_SECONDS = 8.0  # how long the hub may take to answer before it counts as unreachable
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set's repository, its configuration, and where the repository has more than we read, the splits wanted."""
+
+    repository: str
+    configuration: str | None = None
+    splits: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.repository, self.configuration)))
+
+
+DATASETS = {
+    "wikitext-2": HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "ultrachat": HubDataset("HuggingFaceH4/ultrachat_200k", splits=("train_sft", "test_sft")),
+}
+
+
+def corpus_from_hub(name: str, max_documents: int | None = None) -> Corpus:
+    """The corpus `name` through `datasets.load_dataset`, from the hub or, where that cannot be reached, its local cache.
+
+    Raises:
+        ConnectionError: the hub cannot be reached and the cache does not hold the data set.
+        OSError: the download cannot be stored.
+    """
+    import huggingface_hub
+
+    dataset = DATASETS[name]
+    if Path(dataset.repository).is_dir():
+        # load_dataset would take it for the data set and say nothing.
+        raise OSError(
+            f"the folder {dataset.repository!r} in the current directory has the hub data set's name and would be read "
+            f"instead of it; give that folder as data_dir, or run from another directory"
+        )
+    failures = _failures()
+    unreachable: BaseException | None = None
+    try:
+        # One request with a deadline: load_dataset itself repeats a failing one for some 20 seconds.
+        info = huggingface_hub.HfApi().dataset_info(dataset.repository, timeout=PROBE_SECONDS)
+    except failures as error:
+        unreachable = error
+    try:
+        if unreachable:
+            with _offline():
+                splits = _download(dataset)
+            return corpus_from_splits(
+                name, f"Hugging Face {dataset}, from the local cache", splits, max_documents
+            )
+        source = f"Hugging Face {dataset}, revision {(info.sha or 'unknown')[:12]}"
+        if dataset.splits and max_documents is not None:
+            return corpus_from_dialogues(name, source, *_first_dialogues(dataset, max_documents))
+        return corpus_from_splits(name, source, _download(dataset))
+    except failures as error:
+        raise _in_one_sentence(name, dataset, unreachable or error) from (None if unreachable else error)
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """What Hugging Face's libraries raise when a download fails; the HTTP library under them changes with the version, and
+    its base class is among those of HfHubHTTPError."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, ValueError, DatasetsError, *HfHubHTTPError.__bases__)
+
+
+def _download(dataset: HubDataset) -> dict[str, Any]:
+    import datasets
+
+    # Naming the files keeps it from fetching the other splits of the repository too.
+    files = {split: f"data/{split}-*.parquet" for split in dataset.splits} or None
+    return datasets.load_dataset(dataset.repository, dataset.configuration, data_files=files)
+
+
+def _first_dialogues(dataset: HubDataset, number: int) -> list[list[str]]:
+    """The first `number` dialogues of each split, streamed: only the files' beginnings are fetched."""
+    import datasets
+
+    streams = (
+        datasets.load_dataset(dataset.repository, split=split, streaming=True) for split in dataset.splits
+    )
+    return [[join_messages(row["messages"]) for row in stream.take(number)] for stream in streams]
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Hugging Face's offline mode. Its libraries read HF_HUB_OFFLINE once, when imported; later, only these can be set."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    places = [(datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")]
+    before = [getattr(module, name) for module, name in places]
+    try:
+        for module, name in places:
+            setattr(module, name, True)
+        yield
+    finally:
+        for (module, name), value in zip(places, before, strict=True):
+            setattr(module, name, value)
+
+
+def _in_one_sentence(name: str, dataset: HubDataset, error: BaseException) -> OSError:
+    from huggingface_hub.constants import ENDPOINT
+
+    disk = isinstance(error, OSError) and error.errno in _DISK_TROUBLE
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    trouble = "could not be stored on disk" if disk else f"could not be fetched from {ENDPOINT}"
+    return (OSError if disk else ConnectionError)(
+        f'corpus "{name}" ({dataset}) {trouble} ({reason}); three ways on: connect this machine to the network and run '
+        f"again, or give data_dir (or BKLM_DATA_DIR) a folder with train.txt, valid.txt and test.txt, or choose "
+        f'dataset "embedded", which needs neither'
+    )
