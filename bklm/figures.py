@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from bklm.checkpoints import replacing
 
@@ -62,14 +65,15 @@ def save_figure(
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         draw(figure)
-        width = int(size[0] * 10.5)
+        width = int(size[0] * 8.6)
         figure.suptitle(
-            "\n".join(textwrap.wrap(title, width)), x=0.02, ha="left", fontsize=13.5, fontweight="bold"
+            "\n".join(textwrap.wrap(title, width)), x=0.02, ha="left", fontsize=13, fontweight="bold"
         )
         if note:
             figure.supxlabel(
-                "\n".join(textwrap.wrap(note, int(size[0] * 14))), x=0.02, ha="left", fontsize=9, color=GREY
+                "\n".join(textwrap.wrap(note, int(size[0] * 12.5))), x=0.02, ha="left", fontsize=9, color=GREY
             )
         with replacing(path) as temporary:
             figure.savefig(temporary)
@@ -82,3 +86,21 @@ def mean_with_error(
     """Points with 95% interval bars; no bar where one seed gives no interval."""
     errors = None if any(h is None for h in halves) else list(halves)
     axes.errorbar(x, means, yerr=errors, **style)
+
+
+def wide_range_axis(axis: Axis, values: Sequence[float], label: str) -> None:
+    """A logarithmic axis where ``values`` span more than a factor of 10, a linear one otherwise; plain numbers as ticks."""
+    name = axis.axis_name
+    wide = min(values) > 0 and max(values) / min(values) > 10
+    if wide:
+        axis.axes.set(**{f"{name}scale": "log"})
+        decades = math.log10(max(values) / min(values))
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
+    axis.set_label_text(label + (" (log scale)" if wide else ""))
+
+
+def legend_below(axes: Axes, **options: object) -> None:
+    """A legend under the x label: for more entries than the title's line holds."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), **options)

@@ -286,7 +286,13 @@ class _Runner:
     def _draw(self, results: list[dict[str, Any]]) -> None:
         path = self.folder / "grad_blend_analysis.png"
         title = f"{len(results)} of {len(self.sweep.points)} trials done"
-        draw_analysis(path, results, alpha_table(results), title, describe_run(self.config, self.text))
+        draw_analysis(
+            path,
+            results,
+            alpha_table(results),
+            title,
+            describe_run(self.config, self.text, len(self.config.seeds)),
+        )
         if self.on_figure is not None:
             self.on_figure(path)
 

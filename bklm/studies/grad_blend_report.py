@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bklm.checkpoints import write_json, write_text
-from bklm.figures import GREY, MARKERS, colours, mean_with_error, save_figure
+from bklm.figures import (
+    GREY,
+    MARKERS,
+    colours,
+    legend_below,
+    mean_with_error,
+    save_figure,
+    wide_range_axis,
+)
 from bklm.reporting import Bundle, interval95, with_interval, write_csv, write_manifest, zip_study
 from bklm.studies.text import StudyText
 
@@ -110,36 +118,57 @@ def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def state_finding(trials: Trials) -> str:
     """One sentence: the best alpha, and which others differ from it beyond the paired 95% interval over seeds."""
-    groups = by_alpha(trials)
     best = best_alpha(trials)
-    seeds = len(groups[best])
-    mean, half = interval95([t["final_perplexity"] for t in groups[best]])
+    group = by_alpha(trials)[best]
+    mean, half = interval95([t["final_perplexity"] for t in group])
     sentence = f"Lowest validation PPL at alpha {best:g}: {with_interval(mean, half)}"
-    others = [a for a in groups if a != best]
-    if not others:
+    gaps = {alpha: gap for alpha, gap in paired_gaps(trials).items() if alpha != best}
+    if not gaps:
         return sentence + "."
-    if seeds < 2:
+    if half is None:
         return sentence + "; one seed, so no interval and no verdict on the differences."
-    no_difference, worse = [], []
-    for alpha in others:
-        pairs = zip(groups[alpha], groups[best], strict=True)
-        gap, gap_half = interval95([t["final_perplexity"] - b["final_perplexity"] for t, b in pairs])
-        (worse if gap - gap_half > 0 else no_difference).append(f"{alpha:g} ({gap:+.1f} ± {gap_half:.1f})")
+    words = {alpha: f"{alpha:g} ({gap:+.1f} ± {gap_half:.1f})" for alpha, (gap, gap_half) in gaps.items()}
+    worse = [words[alpha] for alpha, (gap, gap_half) in gaps.items() if gap - gap_half > 0]
+    same = [word for word in words.values() if word not in worse]
     if worse:
-        sentence += f"; worse over {seeds} paired seeds: alpha {', '.join(worse)}"
-    if no_difference:
-        sentence += f"; no difference beyond the 95% interval: alpha {', '.join(no_difference)}"
+        sentence += f"; worse over {len(group)} paired seeds: alpha {', '.join(worse)}"
+    if same:
+        sentence += f"; no difference beyond the 95% interval: alpha {', '.join(same)}"
     return sentence + "."
 
 
-def describe_run(config: GradBlendConfig, text: StudyText) -> str:
-    """The small print of every figure: data, sizes, seeds, and whether the model sees the future."""
+def headline(trials: Trials) -> str:
+    """The finding in a figure's title: the best alpha and how many others are worse beyond the interval."""
+    rest = [gap for alpha, gap in paired_gaps(trials).items() if alpha != best_alpha(trials)]
+    mean, half = interval95([t["final_perplexity"] for t in by_alpha(trials)[best_alpha(trials)]])
+    title = f"Lowest validation PPL at alpha {best_alpha(trials):g}: {with_interval(mean, half)}"
+    if not rest:
+        return title
+    if rest[0][1] is None:
+        return title + "; one seed, no interval"
+    worse = sum(gap - half > 0 for gap, half in rest)
+    count = f"{worse} of {len(rest)} other alphas" if worse else "no other alpha"
+    return title + f"; {count} {'are' if worse > 1 else 'is'} worse beyond the 95% interval"
+
+
+def paired_gaps(trials: Trials) -> dict[float, tuple[float, float | None]]:
+    """Per alpha: mean difference of the final PPL to the best alpha's over the same seeds, and its 95% half-width."""
+    groups = by_alpha(trials)
+    best = groups[best_alpha(trials)]
+    return {
+        alpha: interval95(
+            [t["final_perplexity"] - b["final_perplexity"] for t, b in zip(group, best, strict=True)]
+        )
+        for alpha, group in groups.items()
+    }
+
+
+def describe_run(config: GradBlendConfig, text: StudyText, seeds: int) -> str:
+    """The small print of a figure: data, sizes, the number of seeds shown, and whether the model sees the future."""
     parts = [
         f"{text.corpus.name}, {text.train_tokens:,} training tokens, vocabulary {text.vocab_size:,}",
         f"batch {config.batch_size} x {config.seq_len}",
-        f"{len(config.seeds)} seed{'s' if len(config.seeds) > 1 else ''}, bars: 95% interval"
-        if len(config.seeds) > 1
-        else "1 seed, no interval",
+        f"{seeds} seeds, bars: 95% interval" if seeds > 1 else "1 seed, no interval",
         f"{config.protocol} protocol, theory gradient: {config.gradient}",
     ]
     if text.is_demonstration:
@@ -183,7 +212,8 @@ def write_report(
     table, finding, directions = alpha_table(trials), state_finding(trials), pooled_directions(trials)
     best = best_alpha(trials)
     best_perplexity = next(r["val_ppl"] for r in table if r["alpha"] == best)
-    note = describe_run(config, text)
+    note = describe_run(config, text, len(config.seeds))
+    note_of_one = describe_run(config, text, 1)
     names = (
         "grad_blend_results.json", "summary.json", "table.csv", "epochs.csv", "gradient_directions.csv",
         "grad_blend_analysis.png", "training_curves.png", "gradient_directions.png", "experts.png", "vocabulary.json",
@@ -210,10 +240,10 @@ def write_report(
     write_csv(paths["epochs.csv"], _epoch_rows(trials, final))
     write_csv(paths["gradient_directions.csv"], directions)
     write_text(paths["vocabulary.json"], text.vocabulary_json())
-    draw_analysis(paths["grad_blend_analysis.png"], trials, table, finding, note)
-    draw_training(paths["training_curves.png"], final, text.baselines, note)
+    draw_analysis(paths["grad_blend_analysis.png"], trials, table, headline(trials), note)
+    draw_training(paths["training_curves.png"], final, text.baselines, note_of_one)
     draw_directions(paths["gradient_directions.png"], directions, note)
-    draw_experts(paths["experts.png"], final, note)
+    draw_experts(paths["experts.png"], final, note_of_one)
     write_manifest(
         paths["manifest.json"],
         config=config,
@@ -281,7 +311,7 @@ def _epoch_rows(trials: Trials, final: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def draw_analysis(path: Path, trials: Trials, table: list[dict[str, Any]], finding: str, note: str) -> Path:
+def draw_analysis(path: Path, trials: Trials, table: list[dict[str, Any]], title: str, note: str) -> Path:
     """The original's four panels: PPL per epoch by alpha; final PPL, convergence and gradient variance against alpha."""
     groups = by_alpha(trials)
     alphas = [row["alpha"] for row in table]
@@ -308,19 +338,21 @@ def draw_analysis(path: Path, trials: Trials, table: list[dict[str, Any]], findi
             )
         by_epoch.set(title="PPL per epoch, by alpha", xlabel="epoch", ylabel="validation perplexity")
         by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
-        by_epoch.legend(title="alpha", ncols=2, fontsize=9, title_fontsize=9)
+        by_epoch.legend(title="alpha", ncols=2, fontsize=9, title_fontsize=9, loc="upper right")
         style = {"color": colours(1)[0], "marker": "o"}
         mean_with_error(final, alphas, [r["val_ppl"] for r in table], [r["val_ppl_95"] for r in table], **style)
         final.set(title="Final PPL", xlabel="alpha", ylabel="validation perplexity")
         convergence.plot(alphas, [r["convergence_epoch"] for r in table], **style)
         convergence.set(title="Convergence", xlabel="alpha", ylabel="epoch of 90% improvement")
         convergence.set_ylim(bottom=0)
-        variance.plot(alphas, [max(r["gradient_variance"], 1e-12) for r in table], **style)
-        variance.set(
-            title="Gradient-norm variance", xlabel="alpha", ylabel="variance (log scale)", yscale="log"
-        )
+        variances = [r["gradient_variance"] for r in table]
+        variance.plot(alphas, variances, **style)
+        variance.set(title="Gradient-norm variance", xlabel="alpha")
+        wide_range_axis(variance.yaxis, variances, "variance over steps")
+        for axes in (final, convergence, variance):
+            axes.set_xticks(alphas if len(alphas) <= 6 else alphas[::2])
 
-    return save_figure(path, draw, title=finding, note=note, size=(8.4, 7.6))
+    return save_figure(path, draw, title=title, note=note, size=(8.4, 7.8))
 
 
 def draw_training(path: Path, final: dict[str, Any], baselines: list[dict[str, Any]], note: str) -> Path:
@@ -339,20 +371,17 @@ def draw_training(path: Path, final: dict[str, Any], baselines: list[dict[str, A
         x = [e["epoch"] for e in epochs]
         axes.plot(x, [e["train_perplexity"] for e in epochs], marker="o", color=colours(2)[0], label="training")
         axes.plot(x, [e["val_perplexity"] for e in epochs], marker="s", color=colours(2)[1], label="validation")
-        for baseline in shown:
-            axes.axhline(baseline["val_ppl"], color=GREY, linestyle="--", linewidth=1)
-            axes.annotate(
-                f"{baseline['name']}: {baseline['val_ppl']:.0f}",
-                (1, baseline["val_ppl"]), xycoords=("axes fraction", "data"),
-                ha="right", va="bottom", fontsize=9, color=GREY,
-            )  # fmt: skip
-        axes.set(xlabel="epoch", ylabel="perplexity (log scale)", yscale="log")
+        for baseline, line in zip(shown, ("--", "-.", ":", (0, (6, 1))), strict=False):
+            label = f"{baseline['name']} ({baseline['val_ppl']:.0f})"
+            axes.axhline(baseline["val_ppl"], color=GREY, linestyle=line, linewidth=1.5, label=label)
+        curves = [e[key] for e in epochs for key in ("train_perplexity", "val_perplexity")]
+        wide_range_axis(axes.yaxis, curves + [b["val_ppl"] for b in shown], "perplexity")
+        axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.margins(x=0.12)
-        figure.legend(loc="outside upper right", ncols=2)
+        legend_below(axes, ncols=3, fontsize=10)
 
-    title = f"alpha {final['alpha']:g} ends at validation PPL {last:.1f}, {verdict}"
-    return save_figure(path, draw, title=title, note=note)
+    title = f"Trained with alpha {final['alpha']:g}: ends at validation PPL {last:.1f}, {verdict}"
+    return save_figure(path, draw, title=title, note=note, size=(7.2, 5.2))
 
 
 def draw_directions(path: Path, directions: list[dict[str, Any]], note: str) -> Path:
@@ -372,12 +401,14 @@ def draw_directions(path: Path, directions: list[dict[str, Any]], note: str) -> 
         cosine.axhline(1, color=GREY, linewidth=1, linestyle="--")
         cosine.set(title="Direction", xlabel="alpha", ylabel="cosine with the exact gradient")
         ratio.axhline(1, color=GREY, linewidth=1, linestyle="--")
-        ratio.set(title="Length", xlabel="alpha", ylabel="norm / exact norm (log scale)", yscale="log")
-        figure.legend(*cosine.get_legend_handles_labels(), loc="outside lower right", ncols=2)
+        ratio.set(title="Length", xlabel="alpha")
+        wide_range_axis(ratio.yaxis, [r["norm_ratio"] for r in blends], "norm relative to the exact one")
+        legend_below(cosine, fontsize=10, ncols=2)
 
     title = (
-        f"Before training, hypothesis-7 has cosine {start['hypothesis-7']:+.2f} with the exact gradient; "
-        f"the original's formula {start['original']:+.2f}, its diagonal term with the sign mended {start['local']:+.2f}"
+        f"Cosine with the exact gradient before training: diagonal term {start['local']:+.2f}, hypothesis-7 "
+        f"{start['hypothesis-7']:+.2f}; as the original wrote them (unconjugated) {start['original']:+.2f} and "
+        f"{start['original hypothesis-7']:+.2f}"
     )
     return save_figure(path, draw, title=title, note=note, size=(8.4, 5.0))
 
@@ -397,12 +428,11 @@ def draw_experts(path: Path, final: dict[str, Any], note: str) -> Path:
                     x, [100 * s[expert] for s in shares], color=colour, marker=marker, label=f"{expert + 1}"
                 )
             axes.axhline(100 / experts, color=GREY, linewidth=1, linestyle="--")
-            axes.set(title=f"layer {layer + 1}", xlabel="epoch", ylim=(0, None))
+            axes.set(title=f"layer {layer + 1}", xlabel="epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
-            if layer == 0:
-                axes.set_ylabel("% of training tokens")
-        handles = axes.get_legend_handles_labels()
-        figure.legend(*handles, title="expert", loc="outside right upper")
+        first = figure.axes[0]
+        first.set(ylabel="% of training tokens", ylim=(0, 100 if experts < 3 else None))
+        legend_below(first, title="expert", ncols=min(experts, 8), fontsize=10)
 
     title = f"Tokens per expert: usage entropy {min(entropies):.2f} to {max(entropies):.2f} of the maximum in the last epoch"
     return save_figure(path, draw, title=title, note=note, size=(8.4, 4.2))

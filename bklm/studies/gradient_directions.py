@@ -45,7 +45,7 @@ def measure_directions(
         hook.remove()
 
     candidates = [("exact", "exact", 0.0), ("local", "local", 0.0), ("original", "original", 0.0)]
-    candidates += [("hypothesis-7", "exact", 1.0)]
+    candidates += [("hypothesis-7", "exact", 1.0), ("original hypothesis-7", "original", 1.0)]
     candidates += [(f"alpha {a:g}", gradient, a) for a in alphas]
     rows: list[dict[str, Any]] = []
     everything: dict[str, list[Tensor]] = {name: [] for name, *_ in candidates}
