@@ -1,0 +1,17 @@
+"""Language models of one interface: logits, a loss that never holds them whole, generation, parameter counts."""
+
+from bklm.models.base import LanguageModel
+from bklm.models.leak import future_leak
+from bklm.models.loss import TokenLosses, linear_cross_entropy, linear_token_losses
+from bklm.models.resnet_bk import ResNetBK, ResNetBKConfig, ResNetBKState
+
+__all__ = [
+    "LanguageModel",
+    "ResNetBK",
+    "ResNetBKConfig",
+    "ResNetBKState",
+    "TokenLosses",
+    "future_leak",
+    "linear_cross_entropy",
+    "linear_token_losses",
+]

@@ -1,0 +1,207 @@
+"""What every language model here can do, on top of two things a model supplies: hidden states and an output
+head.
+
+A model that never sees the future also steps: ``init_state`` and ``step`` carry a state of constant size per
+layer from token to token, and ``generate`` then costs the same at position 100,000 as at 100. One that does see
+it generates by running its whole window again for each token: correct, but slow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bklm.models.loss import IGNORE_INDEX, TokenLosses, linear_cross_entropy, linear_token_losses
+
+__all__ = ["LanguageModel"]
+
+
+class LanguageModel(nn.Module):
+    """Base class. Token ids are int64 (B, N) in [0, vocab_size); logits are (B, N, vocab_size).
+
+    A subclass sets ``vocab_size`` and ``n_seq`` (the most positions it has, None for any number), and defines
+    ``hidden`` and ``head``. If it streams, it sets ``streams`` and defines ``init_state``, ``prefill`` and
+    ``step``.
+
+    Ids are checked for range on a CPU only: on an accelerator the check would wait for the device at every
+    step, and an id out of range stops in the embedding's own device assertion.
+    """
+
+    vocab_size: int
+    n_seq: int | None = None
+    streams: bool = False
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """Final hidden states (B, N, D), what the head reads."""
+        raise NotImplementedError
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, D) and bias (V,) or None of the output head; a tied model returns its embedding."""
+        raise NotImplementedError
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, N, V)."""
+        self.check_ids(input_ids)
+        return F.linear(self.hidden(input_ids), *self.head())
+
+    def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+        """Mean (or "sum") negative log-likelihood in nats of the targets (B, N) that are not -100: a scalar.
+
+        The (B*N, V) logits never exist as a whole, see `bklm.models.loss`.
+
+        Raises:
+            ValueError, TypeError: ids or targets of a wrong shape, dtype or range; no target left after
+            masking.
+        """
+        self.check_ids(input_ids)
+        self.check_targets(input_ids, targets)
+        return linear_cross_entropy(self.hidden(input_ids), *self.head(), targets, reduction=reduction)
+
+    @torch.no_grad()
+    def token_losses(self, input_ids: Tensor, targets: Tensor) -> TokenLosses:
+        """(nll, correct), each (B, N): the loss of every target in nats and whether it was the likeliest token."""
+        self.check_ids(input_ids)
+        self.check_targets(input_ids, targets)
+        return linear_token_losses(self.hidden(input_ids), *self.head(), targets)
+
+    def num_parameters(self, trainable_only: bool = False) -> int:
+        """Number of parameters, a shared one counted once; ``trainable_only``: of those that require a gradient."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
+
+    def init_state(self, batch_size: int) -> Any:
+        """The state before the first token, for `step`."""
+        raise TypeError(self._cannot_stream())
+
+    def prefill(self, input_ids: Tensor) -> tuple[Tensor, Any]:
+        """Logits (B, V) after the last token of ``input_ids`` and the state there, all positions at once."""
+        raise TypeError(self._cannot_stream())
+
+    def step(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One more token (B,): its logits (B, V) and the state after it. The state given is not changed."""
+        raise TypeError(self._cannot_stream())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue a prompt (B, N), N >= 1, by ``max_new_tokens``; returns prompt and continuation, (B, N +
+        new).
+
+        Dropout is off while generating. A streaming model reads the prompt once and then spends constant time
+        and memory per token; any other runs over everything written so far for each new token.
+
+        Args:
+            temperature: divides the logits before sampling; 0 takes the likeliest token.
+            generator: source of the draws, on the model's device; torch's global one when None.
+
+        Raises:
+            ValueError: an empty prompt, a negative count or temperature, or more than ``n_seq`` positions in
+            all.
+        """
+        self.check_ids(input_ids)
+        batch, length = input_ids.shape
+        if batch == 0 or length == 0:
+            raise ValueError(
+                f"input_ids: got shape {tuple(input_ids.shape)}; a prompt needs at least one token."
+            )
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens: got {max_new_tokens}; it must be 0 or more.")
+        if not 0.0 <= temperature < float("inf"):
+            raise ValueError(f"temperature: got {temperature}; it must be 0 (greedy) or a positive number.")
+        if self.n_seq is not None and length + max_new_tokens > self.n_seq:
+            raise ValueError(
+                f"generate: {length} prompt tokens and {max_new_tokens} new ones make {length + max_new_tokens} positions, "
+                f"but this model has n_seq = {self.n_seq}; ask for fewer, or build it with a larger n_seq or with None."
+            )
+        tokens = input_ids.new_empty(batch, length + max_new_tokens)
+        tokens[:, :length] = input_ids
+        was_training = self.training
+        self.eval()
+        try:
+            state = None
+            for position in range(length, length + max_new_tokens):
+                if not self.streams:
+                    logits = F.linear(self.hidden(tokens[:, :position])[:, -1], *self.head())
+                elif position == length:
+                    logits, state = self.prefill(input_ids)
+                else:
+                    logits, state = self.step(tokens[:, position - 1], state)
+                tokens[:, position] = _draw(logits, temperature, generator)
+        finally:
+            self.train(was_training)
+        return tokens
+
+    def reset_expert_counts(self) -> None:
+        """Start counting tokens per expert anew; nothing to do in a model without experts."""
+
+    def expert_counts(self) -> list[list[int]]:
+        """Tokens each expert has served in training since the last reset, one list per mixture layer."""
+        return []
+
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Refuse ids of a wrong dtype, rank, length or (on a CPU) range.
+
+        Raises:
+            TypeError: not int64. ValueError: the rest.
+        """
+        if input_ids.dtype != torch.int64:
+            raise TypeError(
+                f"input_ids: got {input_ids.dtype}; token ids must be int64, for instance ids.long()."
+            )
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}; it must be (batch, length).")
+        self.check_positions(input_ids.shape[1])
+        self._check_range("input_ids", input_ids)
+
+    def check_targets(self, input_ids: Tensor, targets: Tensor) -> None:
+        """Refuse targets that do not fit the ids; -100 marks one that is left out."""
+        if targets.dtype != torch.int64:
+            raise TypeError(
+                f"targets: got {targets.dtype}; token ids must be int64, for instance targets.long()."
+            )
+        if targets.shape != input_ids.shape:
+            raise ValueError(
+                f"targets: got shape {tuple(targets.shape)}; it must be that of the ids, {tuple(input_ids.shape)}."
+            )
+        self._check_range("targets", targets, allowed=IGNORE_INDEX)
+
+    def check_positions(self, length: int) -> None:
+        """Refuse more positions than the model has."""
+        if self.n_seq is not None and length > self.n_seq:
+            raise ValueError(
+                f"input_ids: got {length} positions, but this model has n_seq = {self.n_seq}; "
+                "cut the text, or build the model with a larger n_seq or with None."
+            )
+
+    def _check_range(self, name: str, ids: Tensor, allowed: int | None = None) -> None:
+        if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+            return
+        bad = (ids < 0) | (ids >= self.vocab_size)
+        if allowed is not None:
+            bad &= ids != allowed
+        if bad.any():
+            also = "" if allowed is None else f" (or {allowed} for a target to leave out)"
+            raise ValueError(
+                f"{name}: got {int(ids[bad][0])}; a vocabulary of {self.vocab_size} has ids "
+                f"0 to {self.vocab_size - 1}{also}."
+            )
+
+    def _cannot_stream(self) -> str:
+        return f"this {type(self).__name__} sees future positions, so it has no state to carry from token to token."
+
+
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """One token (B,) per row of logits (B, V)."""
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    logits = logits.float()
+    # The maximum is taken off first: a small temperature would divide the logits beyond the range of float32.
+    p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)
+    return torch.multinomial(p, 1, generator=generator).squeeze(1)

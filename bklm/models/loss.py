@@ -1,0 +1,226 @@
+"""Cross-entropy of a linear head without its logits: chunk by chunk, the gradient computed in the forward.
+
+With h (M, D) the hidden rows, W (V, D) and b (V,) the head, t (M,) the targets and P = softmax(h W^T + b),
+
+    loss = sum_i w_i (logsumexp_i - logit_i,t_i),      w_i = 0 where t_i is ignored, else 1
+    dh = w (P - onehot) W,    dW = (P - onehot)^T (w h),    db = (P - onehot)^T w
+
+All three follow from one chunk of P, so each chunk of logits is made once, used for the loss and the gradients
+while it is in the cache, and written over by the next. The backward only multiplies by the incoming scalar.
+Peak memory is two chunks and the gradients, against three (M, V) arrays for ``F.cross_entropy(F.linear(...))``;
+the matrix products are the same three. torch's own ``F.linear_cross_entropy`` with chunking does the same since
+2.13; it is not used, because it was no faster where it exists and Colab's torch lacks it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["IGNORE_INDEX", "TokenLosses", "linear_cross_entropy", "linear_token_losses"]
+
+IGNORE_INDEX = -100
+
+# Size of one chunk of logits. On a CPU it should stay near the last-level cache; a GPU wants matrix products
+# large enough to fill it. The time is flat around both values (benchmarks/train_step.py --chunks).
+CPU_CHUNK_BYTES = 16 * 2**20
+GPU_CHUNK_BYTES = 256 * 2**20
+_FEWEST_ROWS = 16
+
+
+class TokenLosses(NamedTuple):
+    """Per-token scores, shaped like the targets. Where the target is ignored: 0 and False."""
+
+    nll: Tensor  # negative log-likelihood in nats, float32 (float64 for a float64 model)
+    correct: Tensor  # bool: the largest logit is the target's
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = IGNORE_INDEX,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """``F.cross_entropy(F.linear(hidden, weight, bias), targets)`` in nats, a chunk of logits at a time.
+
+    Args:
+        hidden: (..., D), floating point.
+        weight: (V, D); bias: (V,) or None.
+        targets: (...) int64 in [0, V), or ``ignore_index``: such a row adds neither loss nor gradient.
+        reduction: "mean" over the targets that are not ignored, or "sum".
+        chunk_rows: rows of logits held at once; chosen by device when None.
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs), whatever the inputs and autocast: the logits of a
+        half-precision head are half precision, softmax, sums and the gradients of weight and bias are float32.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown reduction; on a CPU also when every target is ignored.
+            (Elsewhere that would wait for the device at every step; the mean is NaN there.)
+        TypeError: targets that are not int64.
+        RuntimeError: a second derivative is asked for; it is not offered.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean' and 'sum'.")
+    rows, targets = _flatten(hidden, weight, bias, targets)
+    valid = targets != ignore_index
+    count = valid.sum()
+    readable = targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    if reduction == "mean" and readable and count == 0:
+        raise ValueError(
+            f"targets: all {targets.numel()} are {ignore_index} (ignored), so there is no loss to average; "
+            "leave such a batch out."
+        )
+    chunk_rows = chunk_rows or _rows_per_chunk(weight)
+    if torch.is_grad_enabled():
+        total = _ChunkedCrossEntropy.apply(
+            rows, weight, bias, targets.masked_fill(~valid, 0), valid, chunk_rows
+        )
+    else:
+        total = linear_token_losses(
+            rows, weight, bias, targets, ignore_index=ignore_index, chunk_rows=chunk_rows
+        ).nll.sum()
+    return total / count if reduction == "mean" else total
+
+
+@torch.no_grad()
+def linear_token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    chunk_rows: int | None = None,
+) -> TokenLosses:
+    """The loss of every target and whether it was the likeliest token, without gradients; arguments as above."""
+    shape = targets.shape
+    rows, targets = _flatten(hidden, weight, bias, targets)
+    valid = targets != ignore_index
+    targets = targets.masked_fill(~valid, 0)
+    head = _Head(rows, weight, bias, chunk_rows or _rows_per_chunk(weight))
+    nll = rows.new_empty(len(rows), dtype=head.exact)
+    correct = torch.empty_like(valid)
+    for chunk in head.chunks():
+        logits, _, losses = head.softmax(chunk, targets[chunk])
+        nll[chunk] = losses
+        correct[chunk] = logits.argmax(1) == targets[chunk]
+    return TokenLosses(nll.masked_fill_(~valid, 0.0).view(shape), (correct & valid).view(shape))
+
+
+class _Head:
+    """The linear head at one call: dtypes, and one pair of buffers that every chunk reuses."""
+
+    def __init__(self, rows: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int) -> None:
+        device = rows.device.type
+        # An autograd.Function runs outside autocast's reach: choose the dtype of the products as F.linear
+        # would.
+        product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+        if rows.dtype == torch.float64:
+            product = torch.float64  # autocast leaves double alone
+        self.product = product
+        self.exact = torch.float32 if product.itemsize < 4 else product
+        self.rows, self.weight = rows.to(product), weight.to(product)
+        self.bias = None if bias is None else bias.to(product)
+        self.chunk_rows = min(chunk_rows, len(rows))
+        self._logits = rows.new_empty(self.chunk_rows, len(weight), dtype=product)
+        self._p = rows.new_empty(self.chunk_rows, len(weight), dtype=self.exact)
+
+    def chunks(self) -> list[slice]:
+        starts = range(0, len(self.rows), self.chunk_rows) if len(self.rows) else ()
+        return [slice(i, min(i + self.chunk_rows, len(self.rows))) for i in starts]
+
+    def softmax(self, chunk: slice, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, their softmax and the targets' losses for the rows of ``chunk``. The buffers live until the next call."""
+        h = self.rows[chunk]
+        logits, p = self._logits[: len(h)], self._p[: len(h)]
+        if self.bias is None:
+            torch.mm(h, self.weight.t(), out=logits)
+        else:
+            torch.addmm(self.bias, h, self.weight.t(), out=logits)
+        torch.softmax(logits, 1, dtype=self.exact, out=p)
+        # The largest probability is 1 / sum exp(logit - max), which gives the log-sum-exp back for the price of
+        # a maximum; -log p[target] would do only until p underflows.
+        top = logits.amax(1).to(self.exact)
+        target_logit = logits.gather(1, targets.unsqueeze(1)).squeeze(1).to(self.exact)
+        return logits, p, top - target_logit - p.amax(1).log()
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum over valid rows of the cross-entropy; the gradients are ready when the forward returns."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, bias, targets, valid, chunk_rows):
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        head = _Head(rows, weight, bias, chunk_rows)
+        full = head.product == head.exact
+        scale = valid.to(head.exact)
+        total = scale.new_zeros(())
+        d_rows = torch.empty_like(rows) if needs_rows else None
+        d_weight = torch.zeros_like(weight, dtype=head.exact) if needs_weight else None
+        d_bias = torch.zeros_like(bias, dtype=head.exact) if needs_bias else None
+        for chunk in head.chunks():
+            target, w = targets[chunk], scale[chunk]
+            _, p, losses = head.softmax(chunk, target)
+            total += losses.dot(w)
+            p.scatter_add_(1, target.unsqueeze(1), p.new_full((len(target), 1), -1.0))
+            if needs_bias:
+                d_bias.addmv_(p.t(), w)
+            if full:
+                if needs_weight:
+                    d_weight.addmm_(p.t(), head.rows[chunk] * w.unsqueeze(1))
+            else:
+                p = p.to(head.product)
+                if needs_weight:
+                    d_weight += p.t() @ (head.rows[chunk] * w.unsqueeze(1).to(head.product))
+            if needs_rows:
+                d_rows[chunk] = (p @ head.weight) * w.unsqueeze(1)
+        ctx.save_for_backward(d_rows, d_weight, d_bias)
+        ctx.dtypes = (rows.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        # The gradients are constants by now: a second derivative through them would be missing terms, not be zero.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "linear_cross_entropy: its gradient was asked for with create_graph=True, but second derivatives are "
+                "not offered; use F.cross_entropy on whole logits for them."
+            )
+        # Not in place: a graph kept for a second backward must find the gradients as they were.
+        grads = (
+            None if g is None else (g * grad_total).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*grads, None, None, None)
+
+
+def _rows_per_chunk(weight: Tensor) -> int:
+    budget = CPU_CHUNK_BYTES if weight.device.type == "cpu" else GPU_CHUNK_BYTES
+    return max(_FEWEST_ROWS, budget // (len(weight) * 4))
+
+
+def _flatten(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets: got {targets.dtype}; token ids must be int64.")
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets: got shape {tuple(targets.shape)} for hidden states {tuple(hidden.shape)}; "
+            f"the shape must be {tuple(hidden.shape[:-1])}."
+        )
+    if (
+        weight.ndim != 2
+        or weight.shape[1] != hidden.shape[-1]
+        or (bias is not None and bias.shape != weight.shape[:1])
+    ):
+        raise ValueError(
+            f"head: got weight {tuple(weight.shape)} and bias {None if bias is None else tuple(bias.shape)} for hidden "
+            f"states of width {hidden.shape[-1]}; expected (V, {hidden.shape[-1]}) and (V,)."
+        )
+    return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)

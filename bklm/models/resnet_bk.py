@@ -1,0 +1,248 @@
+"""ResNet-BK: residual blocks that mix positions through the diagonal of a resolvent, in O(N) time.
+
+Each block reads a potential v from its mixture of experts, puts it on the diagonal of a tridiagonal Hamiltonian
+and gives
+back the resolvent's diagonal as two features per head:
+
+    f = MoE(LN(x)),   v = W_v f,   G = diag((H - z)^-1),  H = tridiag(1, v - 2, 1),  z = i eta
+    x <- x + f + s W [Re G, Im G]
+
+With ``causal=True`` G_i is the last entry of the resolvent of the leading block H[0..i, 0..i], which depends on
+nothing after i; it is then also the whole state that position i + 1 needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bklm.bk_core import BKCore
+from bklm.models.base import LanguageModel
+from bklm.moe import AnalyticMoE
+
+__all__ = ["ResNetBK", "ResNetBKConfig", "ResNetBKState"]
+
+POTENTIAL_LIMIT = 3.0  # the original's clamps, used with ``clamps=True``
+FEATURE_LIMIT = 10.0
+
+
+@dataclass(frozen=True)
+class ResNetBKConfig:
+    """Size and kind of a ResNet-BK; the defaults are the original's size with the corrections.
+
+    Raises:
+        ValueError, TypeError: a field outside what is allowed, named with its value.
+    """
+
+    vocab_size: int
+    d_model: int = 64
+    n_layers: int = 4
+    n_seq: int | None = 128  # positions with a learned embedding; None: no position embedding, any length
+    num_experts: int = 4
+    top_k: int = 1
+    dropout_p: float = 0.1
+    causal: bool = True
+    gradient: str = "exact"  # of the potential: "exact", "local" or "original", see bklm.bk_core
+    grad_blend: float = 0.0  # share of hypothesis-7 in that gradient, 0 to 1
+    router_gradient: str = "exact"  # "exact", "selected" or "none", see bklm.moe
+    clamps: bool = False  # the original's +-3 on the potential and +-10 on the features
+    eta: float = 1.0  # imaginary part of z; memory reaches about 1 / eta positions back
+    n_heads: int = 1  # potentials per position, each with a Hamiltonian of its own
+
+    def __post_init__(self) -> None:
+        _check_int("vocab_size", self.vocab_size, 2)
+        for name in ("d_model", "n_layers", "num_experts", "n_heads"):
+            _check_int(name, getattr(self, name), 1)
+        if self.n_seq is not None:
+            _check_int("n_seq", self.n_seq, 1, " or None for any length")
+        _check_int("top_k", self.top_k, 1)
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k: got {self.top_k}; it can be at most num_experts = {self.num_experts}.")
+        if not 0.0 <= self.dropout_p < 1.0:
+            raise ValueError(f"dropout_p: got {self.dropout_p}; it must be at least 0 and below 1.")
+        if not 0.0 <= self.grad_blend <= 1.0:
+            raise ValueError(f"grad_blend: got {self.grad_blend}; it must lie between 0 and 1.")
+        if not 0.0 < self.eta < float("inf"):
+            raise ValueError(f"eta: got {self.eta}; the resolvent needs a positive, finite imaginary shift.")
+        _check_choice("gradient", self.gradient, ("exact", "local", "original"))
+        _check_choice("router_gradient", self.router_gradient, ("exact", "selected", "none"))
+        _check_choice("causal", self.causal, (True, False))
+        _check_choice("clamps", self.clamps, (True, False))
+
+    @classmethod
+    def original(cls, vocab_size: int, **changes: Any) -> ResNetBKConfig:
+        """The published model: it sees the future, its gradient lacks the conjugate, its router never learns."""
+        settings = {
+            "causal": False,
+            "gradient": "original",
+            "router_gradient": "none",
+            "clamps": True,
+            **changes,
+        }
+        return cls(vocab_size, **settings)
+
+
+@dataclass(frozen=True)
+class ResNetBKState:
+    """All that a causal ResNet-BK carries from one token to the next."""
+
+    position: int  # of the next token
+    resolvents: (
+        tuple[Tensor, ...] | None
+    )  # one complex (B, n_heads) per layer: G at the last position; None at the start
+
+
+class ResNetBKBlock(nn.Module):
+    """One residual block, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: ResNetBKConfig) -> None:
+        super().__init__()
+        self.clamps = config.clamps
+        self.norm = nn.LayerNorm(config.d_model)
+        self.moe = AnalyticMoE(
+            config.d_model,
+            config.num_experts,
+            config.top_k,
+            config.dropout_p,
+            router_gradient=config.router_gradient,
+        )
+        self.potential = nn.Linear(config.d_model, config.n_heads)
+        self.core = BKCore(config.n_heads, config.causal, config.gradient, config.grad_blend, config.eta)
+        self.mix = nn.Linear(2 * config.n_heads, config.d_model)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Output (B, N, D) and the core's features (B, N, 2 n_heads), the real parts before the imaginary ones."""
+        f, v = self._experts(x)
+        features = self.core(v)
+        return self._add(x, f, features), features
+
+    def step(self, x: Tensor, resolvent: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One position x (B, 1, D) after the one whose resolvent (B, n_heads) is given, or the first."""
+        f, v = self._experts(x)
+        features, resolvent = self.core.step(v.squeeze(1), resolvent)
+        return self._add(x, f, features.unsqueeze(1)), resolvent
+
+    def _experts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        f = self.moe(self.norm(x))
+        v = self.potential(f)
+        if self.clamps:
+            v = v.clamp(-POTENTIAL_LIMIT, POTENTIAL_LIMIT)
+        # Under autocast the products are half precision; the recurrence is not.
+        return f, v.float() if v.dtype.itemsize < 4 else v
+
+    def _add(self, x: Tensor, f: Tensor, features: Tensor) -> Tensor:
+        if self.clamps:
+            features = features.clamp(-FEATURE_LIMIT, FEATURE_LIMIT)
+        return x + f + self.scale * self.mix(features.to(self.mix.weight.dtype))
+
+
+class ResNetBK(LanguageModel):
+    """Token (and position) embedding, ``n_layers`` blocks, a final LayerNorm, an untied linear head with bias.
+
+    Streams when ``causal``: `step` costs the same at every position. A bidirectional one cannot, because its
+    features at every position change with each new token; `generate` then runs over the whole text for each of
+    them.
+    """
+
+    def __init__(self, config: ResNetBKConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.n_seq = config.n_seq
+        self.streams = config.causal
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = None if config.n_seq is None else nn.Embedding(config.n_seq, config.d_model)
+        self.blocks = nn.ModuleList(ResNetBKBlock(config) for _ in range(config.n_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+        self.output = nn.Linear(config.d_model, config.vocab_size)
+        self._expert_counts: list[Tensor] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=0.02)
+        nn.init.normal_(self.output.weight, std=0.02)
+        nn.init.zeros_(self.output.bias)
+
+    def head(self) -> tuple[Tensor, Tensor]:
+        return self.output.weight, self.output.bias
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        return self._run(input_ids)[0]
+
+    def init_state(self, batch_size: int) -> ResNetBKState:
+        if not self.streams:
+            raise TypeError(self._cannot_stream())
+        return ResNetBKState(0, None)
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor) -> tuple[Tensor, ResNetBKState]:
+        if not self.streams:
+            raise TypeError(self._cannot_stream())
+        self.check_ids(input_ids)
+        hidden, features = self._run(input_ids)
+        # In the causal core G_i is the left resolvent L_i itself: the features at the last position are the
+        # state.
+        resolvents = tuple(torch.complex(*g[:, -1].chunk(2, dim=-1)) for g in features)
+        return F.linear(hidden[:, -1], *self.head()), ResNetBKState(input_ids.shape[1], resolvents)
+
+    @torch.no_grad()
+    def step(self, token: Tensor, state: ResNetBKState) -> tuple[Tensor, ResNetBKState]:
+        if not self.streams:
+            raise TypeError(self._cannot_stream())
+        self.check_positions(state.position + 1)
+        x = self._embed(token.unsqueeze(1), state.position)
+        resolvents = []
+        for layer, block in enumerate(self.blocks):
+            x, resolvent = block.step(x, None if state.resolvents is None else state.resolvents[layer])
+            resolvents.append(resolvent)
+        return F.linear(self.norm(x)[:, 0], *self.head()), ResNetBKState(state.position + 1, tuple(resolvents))
+
+    def reset_expert_counts(self) -> None:
+        self._expert_counts = None
+
+    def expert_counts(self) -> list[list[int]]:
+        return [] if self._expert_counts is None else [c.tolist() for c in self._expert_counts]
+
+    def _embed(self, input_ids: Tensor, first_position: int = 0) -> Tensor:
+        x = self.embedding(input_ids)
+        if self.positions is not None:
+            x = x + self.positions.weight[first_position : first_position + input_ids.shape[1]]
+        return x
+
+    def _run(self, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x, features = self._embed(input_ids), []
+        for block in self.blocks:
+            x, g = block(x)
+            features.append(g)
+        if self.training:
+            self._count_experts()
+        return self.norm(x), features
+
+    def _count_experts(self) -> None:
+        counts = [block.moe.expert_counts for block in self.blocks]
+        if any(c is None for c in counts):
+            return
+        if self._expert_counts is None:
+            self._expert_counts = [c.clone() for c in counts]
+        else:
+            for total, count in zip(self._expert_counts, counts, strict=True):
+                total += count
+
+
+def _check_int(name: str, value: Any, least: int, also: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}; it must be a whole number{also}.")
+    if value < least:
+        raise ValueError(f"{name}: got {value}; it must be at least {least}{also}.")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}; allowed are {', '.join(map(repr, allowed))}.")
