@@ -22,6 +22,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .checks import require_whole
+
 __all__ = ["KneserNey", "Unigram", "perplexity"]
 
 
@@ -109,11 +111,9 @@ class KneserNey(_CountModel):
     """
 
     def __init__(self, order: int = 3, discount: float | str = 0.75):
-        if isinstance(order, bool) or not isinstance(order, int) or order < 1:
-            raise ValueError(f"order is {order!r}; give a whole number from 1")
         if discount != "modified" and (isinstance(discount, str) or not 0 < discount <= 1):
             raise ValueError(f'discount is {discount!r}; give a number in (0, 1], or "modified"')
-        self.order, self.discount = order, discount
+        self.order, self.discount = require_whole("order", order, 1), discount
 
     def fit(self, ids: np.ndarray, vocab_size: int) -> KneserNey:
         """Count the n-grams of `ids` (tokens,), integers in [0, vocab_size)."""

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 __all__ = ["cache_folder", "load_or_build"]
 
 log = logging.getLogger(__name__)
+_DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what a file with other bytes than ours can raise
 Arrays = dict[str, np.ndarray]
 
 
@@ -31,8 +32,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bklm"
 
 
-def load_or_build(kind: str, key: str, build: Callable[[], Arrays]) -> Arrays:
-    """The one-dimensional arrays of entry `key`, memory-mapped from disk, or else built, stored and memory-mapped.
+def load_or_build(kind: str, key: str, names: Sequence[str], build: Callable[[], Arrays]) -> Arrays:
+    """The one-dimensional arrays `names` of entry `key`, memory-mapped from disk; built and stored where it is missing.
 
     `key` must name all that the arrays depend on. Two processes may build the same entry at once: one of them
     wins, both get the same arrays.
@@ -40,22 +41,17 @@ def load_or_build(kind: str, key: str, build: Callable[[], Arrays]) -> Arrays:
     entry = cache_folder() / kind / key
     try:
         if entry.exists():
-            return _read(entry)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning(
-            "cached %s %s are damaged (%s); they are built anew%s", kind, entry, error, _set_aside(entry)
-        )
+            return _read(entry, names)
+    except _DAMAGE as error:
+        aside = _set_aside(entry)
+        log.warning("cached %s in %s cannot be used (%s); they are built anew%s", kind, entry, error, aside)
     arrays = build()
     try:
         _write(entry, arrays)
-        return _read(entry)
-    except (OSError, ValueError) as error:
-        log.warning(
-            "%s cannot be cached in %s (%s); they stay in memory, and the next run builds them again",
-            kind,
-            entry.parent,
-            error,
-        )
+        return _read(entry, names)
+    except _DAMAGE as error:
+        text = "%s cannot be cached in %s (%s); they stay in memory, and the next run builds them again"
+        log.warning(text, kind, entry.parent, error)
         return arrays
 
 
@@ -65,8 +61,8 @@ def _write(entry: Path, arrays: Arrays) -> None:
     try:
         index = {}
         for name, array in arrays.items():
-            np.save(half / f"{name}.npy", array, allow_pickle=False)
-            index[name] = {"length": len(array), "crc32": zlib.crc32(np.ascontiguousarray(array))}
+            array.tofile(half / f"{name}.bin")
+            index[name] = {"dtype": array.dtype.str, "length": len(array), "crc32": zlib.crc32(array)}
         (half / "index.json").write_text(json.dumps(index))
         try:
             half.rename(entry)
@@ -77,15 +73,19 @@ def _write(entry: Path, arrays: Arrays) -> None:
         shutil.rmtree(half, ignore_errors=True)
 
 
-def _read(entry: Path) -> Arrays:
-    arrays = {}
-    for name, facts in json.loads((entry / "index.json").read_text()).items():
-        path = entry / f"{name}.npy"
-        array = np.load(path, mmap_mode="r" if facts["length"] else None, allow_pickle=False)
-        if array.shape != (facts["length"],) or zlib.crc32(array) != facts["crc32"]:
-            raise ValueError(f"{path.name} is not what was written")
-        arrays[name] = array
-    return arrays
+def _read(entry: Path, names: Sequence[str]) -> Arrays:
+    index = json.loads((entry / "index.json").read_text())
+    return {name: _mapped(entry / f"{name}.bin", **index[name]) for name in names}
+
+
+def _mapped(path: Path, dtype: str, length: int, crc32: int) -> np.ndarray:
+    if np.dtype(dtype).kind not in "iu":
+        raise ValueError(f"{path.name} should hold integers, not {dtype}")
+    # A file of no bytes cannot be mapped.
+    array = np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+    if array.shape != (length,) or zlib.crc32(array) != crc32:
+        raise ValueError(f"{path.name} is not what was written")
+    return array
 
 
 def _set_aside(entry: Path) -> str:
@@ -96,5 +96,5 @@ def _set_aside(entry: Path) -> str:
                 entry.rename(target)
             except OSError:
                 break
-            return f", the old ones are set aside as {target.name}"
+            return f", and the old ones set aside as {target.name}"
     return ""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from .checks import require_whole
+
 __all__ = ["CORPUS_NAMES", "SPLITS", "Corpus", "load_corpus"]
 
 SPLITS = ("train", "valid", "test")
@@ -29,9 +31,9 @@ def is_title(line: str) -> bool:
 class Corpus:
     """Text in three splits.
 
-    `train`, `valid` and `test` are sequences of lines (str, without line end). For dialogues a line is a whole dialogue,
-    `line_is_document` is true, and the sequence may read from disk as it is indexed. `source` says in words
-    where the text came from; it goes into a study's manifest.
+    `train`, `valid` and `test` are sequences of lines (str, without line end). For dialogues a line is a whole
+    dialogue, `line_is_document` is true, and the sequence may read from disk as it is indexed. `source` says in
+    words where the text came from; it goes into a study's manifest.
     """
 
     name: str
@@ -48,9 +50,9 @@ class Corpus:
         return getattr(self, split)
 
     def documents(self, split: str) -> Sequence[str]:
-        """The texts of a split: cut at level-1 headings (each text begins with its heading), or one a line for dialogues.
+        """The texts of a split: cut at level-1 headings, or a line each for dialogues.
 
-        Text before the first heading is a document of its own unless it is blank.
+        Each text begins with its heading; what stands before the first heading is a text of its own unless blank.
         """
         lines = self.split(split)
         if self.line_is_document:
@@ -59,8 +61,8 @@ class Corpus:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 over the text of all splits (hex). Independent of place and container: lines are compared without
-        the white space around them, and blank lines do not count."""
+        """SHA-256 over the text of all splits (hex). Independent of place and container: white space around lines
+        and blank lines do not count."""
         digest = hashlib.sha256()
         for split in SPLITS:
             digest.update(f"\0{split}\0".encode())
@@ -71,7 +73,7 @@ class Corpus:
         return digest.hexdigest()
 
     def entropy_floor(self, split: str, context: int | None = None) -> float | None:
-        """Cross-entropy in nats per token that no model can beat, where the text's true law is known ("hmm"), else None."""
+        """Cross-entropy (nats per token) that no model beats where the text's true law is known ("hmm"), else None."""
         self.split(split)
         return None
 
@@ -92,15 +94,14 @@ def load_corpus(
     """Load a corpus by name.
 
     Args:
-        name: "wikitext-2" (Hugging Face Salesforce/wikitext, wikitext-2-raw-v1), "ultrachat" (HuggingFaceH4/ultrachat_200k),
-            "embedded" (the language reference that comes with Python; for demonstrations), or "hmm" (drawn from a hidden
-            Markov model, so that the best possible perplexity is known).
+        name: "wikitext-2" (Hugging Face Salesforce/wikitext, wikitext-2-raw-v1), "ultrachat"
+            (HuggingFaceH4/ultrachat_200k), "embedded" (the language reference that comes with Python; for
+            demonstrations), or "hmm" (drawn from a hidden Markov model: the best possible perplexity is known).
         data_dir: a folder to read instead of the network: train.txt, valid.txt and test.txt, or
             wiki.{train,valid,test}.{raw,tokens}, or a saved Hugging Face data set. The environment variable
             BKLM_DATA_DIR stands in where it is not given (and does not touch "embedded" and "hmm", which need
             no folder). The corpus is then named after the folder: what it holds is the caller's word.
-        max_documents: for dialogues, fetch no more than this many of them a split; text corpora are always
-        whole.
+        max_documents: for dialogues, fetch no more than this many of them a split; other corpora are always whole.
 
     Raises:
         ValueError: unknown name; data_dir with "embedded" or "hmm"; text that is not UTF-8; an empty split.
@@ -109,8 +110,8 @@ def load_corpus(
     """
     if name not in CORPUS_NAMES:
         raise ValueError(f"corpus {name!r} is unknown; choose one of {', '.join(map(repr, CORPUS_NAMES))}")
-    if max_documents is not None and (not isinstance(max_documents, int) or max_documents < 1):
-        raise ValueError(f"max_documents is {max_documents!r}; give a whole number from 1, or None for all")
+    if max_documents is not None:
+        max_documents = require_whole("max_documents", max_documents, 1, ", or None for all")
     if name in ("embedded", "hmm"):
         if data_dir is not None and str(data_dir):
             raise ValueError(
@@ -124,11 +125,12 @@ def load_corpus(
         from .hmm import hmm_corpus
 
         return hmm_corpus()
-    folder = str(data_dir or "") or os.environ.get("BKLM_DATA_DIR", "")
-    if folder:
+    given = str(data_dir or "")
+    if folder := given or os.environ.get("BKLM_DATA_DIR", ""):
         from .local import corpus_from_folder
 
-        return corpus_from_folder(Path(folder), max_documents)
+        called = "data_dir" if given else "BKLM_DATA_DIR"
+        return corpus_from_folder(Path(folder).expanduser(), max_documents, called)
     from .hub import corpus_from_hub
 
     return corpus_from_hub(name, max_documents)

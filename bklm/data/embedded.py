@@ -1,8 +1,8 @@
 """The embedded corpus: the language reference that every CPython carries for `help()`, as WikiText-style lines.
 
-It needs no network and no file of ours, and it is real English; it is small (about 50,000 words) and differs
-a little from one Python version to the next, so results on it are demonstrations. `source` names the version,
-`sha256` the exact text.
+It needs no network and no file of ours, and it is real English; it is small (about 60,000 training words) and
+differs a little from one Python version to the next, so results on it are demonstrations. `source` names the
+version, `sha256` the exact text.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from itertools import product
 
 import numpy as np
 
+from .checks import require_whole
 from .corpora import SPLITS, Corpus
 
 __all__ = ["HiddenMarkovModel", "HmmCorpus", "hmm_corpus"]
@@ -122,10 +123,8 @@ class HmmCorpus(Corpus):
         is that is evaluated on windows.
         """
         self.split(split)
-        if context is not None and (not isinstance(context, int) or context < 1):
-            raise ValueError(
-                f"context is {context!r}; give a whole number from 1, or None for the whole stream"
-            )
+        if context is not None:
+            context = require_whole("context", context, 1, ", or None for the whole stream")
         if (split, context) not in self._floors:
             self._floors[split, context] = self._floor(self.ids[split], context)
         return self._floors[split, context]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from .checks import require_whole
 from .corpora import load_corpus
 from .tokens import tokenize_corpus
 
@@ -38,9 +39,8 @@ class Windows(Dataset):
     """
 
     def __init__(self, ids: np.ndarray, seq_len: int, layout: str = "every-target-once", pad_id: int = 0):
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout {layout!r} is unknown; choose {' or '.join(map(repr, LAYOUTS))}")
-        _require_whole("seq_len", seq_len, 1)
+        _require_layout(layout)
+        require_whole("seq_len", seq_len, 1)
         if len(ids) < seq_len + 1:
             raise ValueError(
                 f"seq_len {seq_len} is longer than the text: it has {len(ids)} tokens and a window takes seq_len + 1; "
@@ -67,7 +67,10 @@ class Windows(Dataset):
         return self.__getitems__(index)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        places = np.asarray(indices, np.int64)[:, None] * self.stride + np.arange(self.seq_len + 1)
+        indices = np.asarray(indices, np.int64)
+        if indices.size and not 0 <= indices.min() <= indices.max() < self.count:
+            raise IndexError(f"window indices must lie in [0, {self.count})")
+        places = indices[:, None] * self.stride + np.arange(self.seq_len + 1)
         beyond = places >= len(self.ids)
         both = self.ids[np.where(beyond, 0, places)].astype(np.int64)
         x, y = both[:, :-1].copy(), both[:, 1:].copy()
@@ -131,7 +134,7 @@ def make_loader(
         ("seed", seed, 0),
         ("epoch", epoch, 0),
     ):
-        _require_whole(name, value, least)
+        require_whole(name, value, least)
     if batch_size > len(dataset):
         raise ValueError(
             f"batch_size {batch_size} is larger than the data: there are {len(dataset)} windows; "
@@ -144,6 +147,7 @@ def make_loader(
         collate_fn=_as_is,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # else each pass draws from torch's global generator, which dropout reads
     )
 
 
@@ -180,8 +184,11 @@ def get_wikitext2_dataloaders(
         ("batch_size", batch_size, 1),
         ("seq_len", seq_len, 1),
         ("num_workers", num_workers, 0),
+        ("vocab_size_limit", vocab_size_limit, 3),
+        ("seed", seed, 0),
     ):
-        _require_whole(name, value, least)
+        require_whole(name, value, least)
+    _require_layout(layout)
     tokens = tokenize_corpus(load_corpus("wikitext-2", data_dir), vocab_size_limit, max_train_tokens)
     train = Windows(tokens.train, seq_len, layout, tokens.pad_id)
     valid = Windows(tokens.valid, seq_len, layout, tokens.pad_id)
@@ -196,6 +203,6 @@ def _as_is(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torc
     return batch  # Windows.__getitems__ has made the batch already
 
 
-def _require_whole(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} is {value!r}; give a whole number from {least}")
+def _require_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown; choose {' or '.join(map(repr, LAYOUTS))}")

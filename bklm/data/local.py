@@ -26,37 +26,38 @@ SPLIT_ALIASES = {
 }
 
 
-def corpus_from_folder(folder: Path, max_documents: int | None = None) -> Corpus:
-    """The corpus in `folder`; see `load_corpus` for the layouts and the errors."""
-    if not folder.exists():
-        raise FileNotFoundError(
-            f"data_dir {str(folder)!r} does not exist; give a folder with {LAYOUTS_IN_WORDS}"
-        )
-    if not folder.is_dir():
-        raise NotADirectoryError(f"data_dir {str(folder)!r} is not a folder; give one with {LAYOUTS_IN_WORDS}")
+def corpus_from_folder(folder: Path, max_documents: int | None = None, called: str = "data_dir") -> Corpus:
+    """The corpus in `folder`, which errors call `called`; see `load_corpus` for the layouts and the errors."""
+    where = f"{called} {str(folder)!r}"
     try:
         present = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{where} does not exist; give a folder with {LAYOUTS_IN_WORDS}") from None
+    except NotADirectoryError:
+        raise NotADirectoryError(f"{where} is not a folder; give one with {LAYOUTS_IN_WORDS}") from None
     except PermissionError:
-        raise PermissionError(f"data_dir {str(folder)!r} cannot be listed; check its permissions") from None
+        raise PermissionError(f"{where} cannot be read; check its permissions") from None
+    except (OSError, ValueError) as error:  # a name too long, a NUL in it
+        raise OSError(f"{where} cannot be read: {error}") from None
     name = folder.resolve().name
-    missing: list[str] = []
     for layout in TEXT_LAYOUTS:
         files = [layout.format(split) for split in SPLITS]
         if present.issuperset(files):
             texts = [_read_lines(folder / file) for file in files]
             _refuse_empty({str(folder / file): lines for file, lines in zip(files, texts, strict=True)})
             return Corpus(name, f"{', '.join(files)} in {folder.resolve()}", *texts)
-        if not present.isdisjoint(files):
-            missing = missing or [file for file in files if file not in present]
-    if missing:
-        raise FileNotFoundError(
-            f"data_dir {str(folder)!r} lacks {' and '.join(missing)}; all three splits are needed"
+    splits = _saved_dataset(folder, where)
+    if splits is not None:
+        return corpus_from_splits(
+            name, f"saved Hugging Face data set in {folder.resolve()}", splits, max_documents
         )
-    splits = _saved_dataset(folder)
-    if splits is None:
-        state = "is empty" if not present else "holds no corpus"
-        raise FileNotFoundError(f"data_dir {str(folder)!r} {state}; it should hold {LAYOUTS_IN_WORDS}")
-    return corpus_from_splits(name, f"saved Hugging Face data set in {folder.resolve()}", splits, max_documents)
+    for layout in TEXT_LAYOUTS:
+        files = [layout.format(split) for split in SPLITS]
+        if not present.isdisjoint(files):
+            missing = " and ".join(file for file in files if file not in present)
+            raise FileNotFoundError(f"{where} lacks {missing}; all three splits are needed")
+    state = "holds no corpus" if present else "is empty"
+    raise FileNotFoundError(f"{where} {state}; it should hold {LAYOUTS_IN_WORDS}")
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -64,7 +65,8 @@ def _read_lines(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")  # a byte-order mark, where there is one, is no text
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{str(path)!r} is not UTF-8 (byte {error.object[error.start]:#04x} at offset {error.start}); save it as UTF-8"
+            f"{str(path)!r} is not UTF-8 (byte {error.object[error.start]:#04x} at offset {error.start}); "
+            f"save it as UTF-8"
         ) from None
     except PermissionError:
         raise PermissionError(f"{str(path)!r} cannot be read; check its permissions") from None
@@ -82,29 +84,30 @@ def _refuse_empty(texts: dict[str, Sequence[str]]) -> None:
             raise ValueError(f"{where!r} holds no text; every split needs some")
 
 
-def _saved_dataset(folder: Path) -> dict[str, Dataset] | None:
-    """The splits of a data set written by `DatasetDict.save_to_disk`, or laid out as on the hub (Parquet files named
-    after their split, in the folder itself, in data/ or in wikitext-2-raw-v1/). None where there is
-    neither."""
+def _saved_dataset(folder: Path, where: str) -> dict[str, Dataset] | None:
+    """The splits of a saved data set, None where there is none.
+
+    It was written by `DatasetDict.save_to_disk`, or is laid out as on the hub: Parquet files named after their split, in
+    the folder itself, in data/ or in wikitext-2-raw-v1/.
+    """
+    if (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
+        raise ValueError(
+            f"{where} is one split of a data set; save a DatasetDict with train, validation and test"
+        )
+    saved = (folder / "dataset_dict.json").exists()
+    places = (folder / "wikitext-2-raw-v1", folder / "data", folder)
+    files = next(filter(None, map(_parquet_files, places)), None)
+    if not saved and not files:
+        return None
+    import datasets
+
     try:
-        if (folder / "dataset_dict.json").exists():
-            from datasets import load_from_disk
-
-            return dict(load_from_disk(str(folder)))
-        if (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
-            raise ValueError(
-                f"data_dir {str(folder)!r} is a single saved split; save a DatasetDict with train, validation and test"
-            )
-        for place in (folder / "wikitext-2-raw-v1", folder / "data", folder):
-            files = _parquet_files(place)
-            if files:
-                from datasets import load_dataset
-
-                return dict(load_dataset("parquet", data_files=files))
-    except (OSError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise OSError(f"the data set saved in {str(folder)!r} cannot be read: {reason}") from error
-    return None
+        if saved:
+            return dict(datasets.load_from_disk(str(folder)))
+        return dict(datasets.load_dataset("parquet", data_files=files))
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise OSError(f"the data set saved in {where} cannot be read ({reason}); save it again") from error
 
 
 def _parquet_files(place: Path) -> dict[str, list[str]]:
