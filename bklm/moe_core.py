@@ -1,0 +1,252 @@
+"""Forward and hand-written backward of the mixture of experts; `bklm.moe` derives the formulas.
+
+T tokens of width D, E experts of hidden width H, k of them per token. Routing tensors are (E, T), one row an expert:
+reductions over the few experts then run vectorised over the many tokens (on a CPU a softmax over a last dimension of
+four is ten times slower). No tensor of T k H or T E H hidden activations is ever held: they live in blocks, and the
+backward computes them again. `bklm.moe_ops` ties the two together for autograd and the compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# A block of hidden activations stays in a CPU's cache; on a GPU it is large enough to fill the machine.
+_BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 128 << 20}
+
+
+class Settings(NamedTuple):
+    """What stays the same from call to call. `keep_p`: the probability that a hidden unit survives dropout."""
+
+    top_k: int
+    tau: float
+    router_gradient: str
+    keep_p: float
+    compute_dtype: torch.dtype
+
+
+def routing_dtype(x: Tensor) -> torch.dtype:
+    """Routing is never done in less than 32 bits: a rounded logit would send the token to another expert."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def mixture_of_few(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    settings: Settings,
+) -> Tensor:
+    """`mixture` without noise, dropout or gradient for the few tokens of a generation step, where grouping costs most."""
+    dtype, k = settings.compute_dtype, settings.top_k
+    with _autocast_off(x):
+        logits = F.linear(
+            x.to(routing_dtype(x)), router_weight.to(routing_dtype(x)), router_bias.to(routing_dtype(x))
+        )
+        _check_finite(logits, logits.sum().isfinite())
+        rows = []
+        for row, experts in zip(x.to(dtype).split(1), logits.topk(k).indices.tolist(), strict=True):
+            y = None
+            for e in experts:
+                h = F.linear(row, up_weight[e].to(dtype), up_bias[e].to(dtype)).relu_()
+                out = F.linear(h, down_weight[e].to(dtype), down_bias[e].to(dtype))
+                y = out if y is None else y.add_(out)
+            rows.append(y)
+        y = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return y if k == 1 else y.div_(k)
+
+
+def block_tokens(x: Tensor, hidden: int, dtype: torch.dtype) -> int:
+    limit = _BLOCK_BYTES.get(x.device.type, _BLOCK_BYTES["cuda"])
+    return max(128, limit // (hidden * dtype.itemsize))
+
+
+def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
+    device = x.device.type
+    return (
+        torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    )
+
+
+def _route(x: Tensor, weight: Tensor, bias: Tensor, noise: Tensor | None, settings: Settings, block: int):
+    """Choose each token's experts and group the tokens by expert, without padding.
+
+    Returns p (E, T), the softmax of the straight-through gradient; tokens (T k,) int64, token numbers sorted by expert,
+    then by position (empty when k = E); bounds (E, blocks + 1) int64 on the CPU: tokens[bounds[e, b]:bounds[e, b + 1]]
+    are those of expert e in the b-th block of positions. On a GPU the bounds and the check for non-finite logits
+    travel in one copy, the only synchronisation of a call.
+    """
+    dtype, num_experts, num_tokens = routing_dtype(x), len(weight), len(x)
+    logits = torch.addmm(bias.to(dtype).unsqueeze(1), weight.to(dtype), x.to(dtype).t())
+    scores = logits if noise is None else logits + noise
+    p = torch.softmax(scores / settings.tau, 0)
+    offsets = torch.arange(num_experts, device=x.device).unsqueeze(1) * num_tokens
+    starts = torch.arange(0, num_tokens, block, device=x.device)
+    edges = torch.cat((offsets + starts, offsets + num_tokens), 1)
+    if settings.top_k == num_experts:
+        tokens, bounds = edges.new_empty(0), edges
+    else:
+        chosen = scores.max(0, keepdim=True) if settings.top_k == 1 else scores.topk(settings.top_k, 0)
+        experts, order = torch.sort(chosen.indices.t().flatten(), stable=True)
+        # Pair number t k + c belongs to token t; looking t up is ten times faster than dividing by k.
+        positions = torch.arange(num_tokens, device=x.device)
+        tokens = (
+            order if settings.top_k == 1 else positions.repeat_interleave(settings.top_k).index_select(0, order)
+        )
+        bounds = torch.searchsorted(experts * num_tokens + tokens, edges)
+    # A sum is finite only if all its terms are, and costs a tenth of isfinite().all().
+    finite = logits.sum().isfinite().to(torch.int64)
+    host = torch.cat((bounds.flatten(), finite.view(1))).cpu()
+    _check_finite(logits.t(), host[-1])
+    return p, tokens, host[:-1].view(bounds.shape)
+
+
+def _check_finite(logits: Tensor, sum_is_finite: Tensor) -> None:
+    if not sum_is_finite and (bad := int((~logits.isfinite()).any(1).sum())):
+        raise ValueError(
+            f"the router's logits are not finite for {bad} of {len(logits)} tokens: the input or the parameters hold NaN or "
+            "infinity (is the learning rate too high?); go back to the last good checkpoint"
+        )
+
+
+def forward(
+    x, router_weight, router_bias, up_weight, up_bias, down_weight, down_bias, noise, keep, settings
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, balance, and p, tokens, bounds of `_route` for the backward. With k = E, p holds the gates themselves."""
+    num_tokens, (num_experts, hidden, _) = len(x), up_weight.shape
+    k, dtype, scale = settings.top_k, settings.compute_dtype, 1.0 / settings.keep_p
+    block = block_tokens(x, hidden, dtype)
+    with _autocast_off(x):
+        if router_weight is None:
+            p, tokens = x.new_ones((1, num_tokens), dtype=routing_dtype(x)), x.new_empty(0, dtype=torch.int64)
+            bounds = torch.tensor([[*range(0, num_tokens, block), num_tokens]])
+        else:
+            p, tokens, bounds = _route(x, router_weight, router_bias, noise, settings, block)
+            if k == num_experts and settings.router_gradient == "none":
+                p.fill_(1.0 / k)
+        balance = _balance_weights(bounds, p) @ p.mean(1)
+        xs, up_w, up_b, down_w, down_b = (a.to(dtype) for a in (x, up_weight, up_bias, down_weight, down_bias))
+        y = torch.zeros_like(xs) if k < num_experts else p.to(dtype).t() @ down_b
+        for e, rows, _ in _groups(tokens, bounds, block, num_tokens, k < num_experts, everywhere=False):
+            h = _hidden(_take(xs, rows), up_w[e], up_b[e], _take(keep, rows))
+            if k < num_experts:
+                out = torch.addmm(down_b[e], h, down_w[e].t(), beta=1 / k, alpha=scale / k)
+                y.index_add_(0, rows, out)
+            else:
+                y[rows].addmm_(h.mul_(p[e, rows].unsqueeze(1)), down_w[e].t(), alpha=scale)
+    return y, balance, p, tokens, bounds
+
+
+def backward(
+    grad_y, grad_balance, x, router_weight, router_bias, up_weight, up_bias, down_weight, down_bias,
+    keep, p, tokens, bounds, settings,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x, the router's and the experts' parameters, in the order and the dtypes of the inputs."""
+    num_tokens, (num_experts, hidden, _) = len(x), up_weight.shape
+    k, dtype, scale = settings.top_k, settings.compute_dtype, 1.0 / settings.keep_p
+    routed, learns = k < num_experts, settings.router_gradient != "none" and router_weight is not None
+    everywhere = learns and settings.router_gradient == "exact"
+    gate = scale / k if routed else 1.0
+    block = block_tokens(x, hidden, dtype)
+    with _autocast_off(x):
+        xs, gy, up_w, up_b, down_w, down_b = (
+            a.to(dtype).contiguous() for a in (x, grad_y, up_weight, up_bias, down_weight, down_bias)
+        )
+        gx, g_up_w, g_up_b, g_down_w, g_down_b = (
+            torch.zeros_like(a, memory_format=torch.contiguous_format)
+            for a in (x, up_weight, up_bias, down_weight, down_bias)
+        )
+        gbar = torch.zeros_like(p) if learns else None
+        for e, rows, chosen in _groups(tokens, bounds, block, num_tokens, routed, everywhere):
+            x_rows, gy_rows = _take(xs, rows), _take(gy, rows)
+            h = _hidden(x_rows, up_w[e], up_b[e], _take(keep, rows))
+            u = gy_rows @ down_w[e]
+            if learns:
+                _put(gbar[e], rows, torch.sum(h * u, 1, dtype=p.dtype).mul_(scale).add_(gy_rows @ down_b[e]))
+            if chosen is not None:
+                if not len(chosen):
+                    continue
+                h, u, x_rows, gy_rows = (a.index_select(0, chosen) for a in (h, u, x_rows, gy_rows))
+                rows = chosen + rows.start
+            # h > 0 exactly where the unit survived both ReLU and dropout.
+            u = torch.ops.aten.threshold_backward(u, h, 0)
+            if not routed:
+                weight = p[e, rows].unsqueeze(1)
+                h, u, gy_bias = h.mul_(weight * scale), u.mul_(weight * scale), p[e, rows].to(dtype) @ gy_rows
+            else:
+                gy_bias = gy_rows.sum(0) / k
+            _add_product(g_down_w[e], gy_rows.t(), h, gate)
+            _add_product(g_up_w[e], u.t(), x_rows, gate)
+            g_up_b[e].add_(u.sum(0), alpha=gate)
+            g_down_b[e].add_(gy_bias)
+            if routed:
+                gx.index_add_(0, rows, (u @ up_w[e]).to(gx.dtype), alpha=gate)
+            else:
+                _add_product(gx[rows], u, up_w[e], gate)
+        if not learns:
+            return gx, None, None, g_up_w, g_up_b, g_down_w, g_down_b
+        gbar.add_((_balance_weights(bounds, p) * (grad_balance / num_tokens)).unsqueeze(1))
+        g_logits = gbar.sub_((p * gbar).sum(0)).mul_(p).div_(settings.tau)
+        g_router = (g_logits @ x.to(p.dtype)).to(router_weight.dtype)
+        _add_product(gx, g_logits.t(), router_weight.to(p.dtype), 1.0)
+        return gx, g_router, g_logits.sum(1).to(router_bias.dtype), g_up_w, g_up_b, g_down_w, g_down_b
+
+
+def _hidden(x: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
+    """Hidden activations (n, H) of one expert after ReLU and dropout, short of the factor 1 / keep_p."""
+    hidden = torch.addmm(bias, x, weight.t()).relu_()
+    return hidden if keep is None else hidden.mul_(keep)
+
+
+def _take(a: Tensor | None, rows: Tensor | slice) -> Tensor | None:
+    # On a CPU index_select is ten times faster than a[rows].
+    return a if a is None else a[rows] if isinstance(rows, slice) else a.index_select(0, rows)
+
+
+def _put(a: Tensor, rows: Tensor | slice, values: Tensor) -> None:
+    if isinstance(rows, slice):
+        a[rows] = values
+    else:
+        a.index_copy_(0, rows, values)
+
+
+def _groups(
+    tokens: Tensor, bounds: Tensor, block: int, num_tokens: int, routed: bool, everywhere: bool
+) -> Iterator[tuple[int, Tensor | slice, Tensor | None]]:
+    """Pieces of work (expert, rows, chosen), at most `block` rows each.
+
+    Not routed: every expert on every row. Routed: each expert on its own rows. Routed and everywhere: every expert on
+    every row, with `chosen` the positions within the rows of those that selected it.
+    """
+    limits = bounds.tolist()
+    if routed and not everywhere:
+        for e, (first, *_, last) in enumerate(limits):
+            for start in range(first, last, block):
+                yield e, tokens[start : min(start + block, last)], None
+        return
+    for b, start in enumerate(range(0, num_tokens, block)):
+        for e, row in enumerate(limits):
+            chosen = tokens[row[b] : row[b + 1]] - start if routed else None
+            yield e, slice(start, min(start + block, num_tokens)), chosen
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """total += alpha a b, summed in the dtype of `total` so that low-precision blocks do not lose what they add."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, alpha=alpha)
+    else:
+        total.add_(a @ b, alpha=alpha)
+
+
+def _balance_weights(bounds: Tensor, p: Tensor) -> Tensor:
+    """E F (E,), with F the fraction of all choices that fell on each expert: Switch's balance is <E F, mean of p>."""
+    counts = (bounds[:, -1] - bounds[:, 0]).to(p.dtype)
+    return (counts * (len(counts) / counts.sum())).to(p.device)
