@@ -103,4 +103,5 @@ def wide_range_axis(axis: Axis, values: Sequence[float], label: str) -> None:
 
 def legend_below(axes: Axes, **options: object) -> None:
     """A legend under the x label: for more entries than the title's line holds."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), **options)
+    inches = axes.get_position().height * axes.figure.get_figheight()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / inches), **options)

@@ -22,10 +22,13 @@ from IPython.display import HTML, Image, display
 from bklm.checkpoints import write_text
 from bklm.config import FieldSpec, StudyConfig
 from bklm.reporting import Bundle, add_notebook, as_text, zip_study
-from bklm.studies import CONFIGS
-from bklm.studies.folder import holds_other_experiment
+from bklm.studies import GradBlendConfig
+from bklm.studies.folder import other_experiment
 
 log = logging.getLogger(__name__)
+# Which notebook's form belongs to which config.
+FORMS = {"notebooks/01_grad_blend_sweep.ipynb": GradBlendConfig}
+
 PICTURE_WIDTH = 760  # pixels: readable on a desktop, and scaled down by phones
 
 Config = TypeVar("Config", bound=StudyConfig)
@@ -47,9 +50,9 @@ def where() -> str:
 
 def form_cell(config_class: type[StudyConfig]) -> str:
     """Source of the notebook's parameters cell: one Colab form line per field of the config, `headless` last."""
-    lines = ['#@title Settings { display-mode: "form" }']
+    lines = ['# @title Settings { display-mode: "form" }']
     lines += [_form_line(spec) for spec in config_class.specs()]
-    lines.append('headless = False  #@param {type:"boolean"}')
+    lines.append('headless = False  # @param {type:"boolean"}')
     return "\n".join(lines)
 
 
@@ -60,17 +63,17 @@ def _form_line(spec: FieldSpec) -> str:
     words = [*spec.choices] if not spec.is_tuple else []
     if words:
         options = ", ".join(f'"{w}"' for w in ([""] if default is None else []) + words)
-        return f'{spec.name} = "{default or ""}"  #@param [{options}]'
+        return f'{spec.name} = "{default or ""}"  # @param [{options}]'
     if spec.base is str or spec.is_tuple:
-        return f'{spec.name} = "{default or ""}"  #@param {{type:"string"}}'
+        return f'{spec.name} = "{default or ""}"  # @param {{type:"string"}}'
     if spec.base is bool and default is None:
-        return f'{spec.name} = None  #@param ["None", "True", "False"] {{type:"raw"}}'
+        return f'{spec.name} = None  # @param ["None", "True", "False"] {{type:"raw"}}'
     if default is None:
-        return f'{spec.name} = None  #@param {{type:"raw"}}'
+        return f'{spec.name} = None  # @param {{type:"raw"}}'
     if spec.is_slider:
-        return f'{spec.name} = {default}  #@param {{type:"slider", min:{spec.low:g}, max:{spec.high:g}, step:{spec.step:g}}}'
+        return f'{spec.name} = {default}  # @param {{type:"slider", min:{spec.low:g}, max:{spec.high:g}, step:{spec.step:g}}}'
     kind = {bool: "boolean", int: "integer", float: "number"}[spec.base]
-    return f'{spec.name} = {default!r}  #@param {{type:"{kind}"}}'
+    return f'{spec.name} = {default!r}  # @param {{type:"{kind}"}}'
 
 
 def config_from(config_class: type[Config], namespace: dict[str, Any]) -> Config:
@@ -148,7 +151,7 @@ def _widget(spec: FieldSpec, value: Any) -> widgets.Widget:
 
 def _in_free_folder(config: Config) -> Config:
     base, number = config.output_dir, 1
-    while holds_other_experiment(config.resolved()):
+    while other_experiment(config.resolved()):
         number += 1
         config = replace(config, output_dir=str(Path(base) / f"run_{number}"))
     if number > 1:
@@ -235,7 +238,7 @@ def _add_this_notebook(folder: Path) -> None:
 
 def main() -> None:
     """``python -m bklm.notebook``: write every form cell into its notebook from the config it belongs to."""
-    for path, config_class in CONFIGS.items():
+    for path, config_class in FORMS.items():
         notebook = nbformat.read(path, as_version=4)
         cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
         cell.source = form_cell(config_class)

@@ -1,8 +1,20 @@
 """The studies: each a config dataclass and one run function."""
 
-from bklm.studies.grad_blend import GradBlendConfig, GradBlendResult, run_grad_blend
+from __future__ import annotations
 
-# Which notebook's form belongs to which config.
-CONFIGS = {"notebooks/01_grad_blend_sweep.ipynb": GradBlendConfig}
+import importlib
+from typing import Any
 
-__all__ = ["CONFIGS", "GradBlendConfig", "GradBlendResult", "run_grad_blend"]
+_MODULES = {
+    "grad_blend": ("GradBlendConfig", "GradBlendResult", "run_grad_blend"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = ["GradBlendConfig", "GradBlendResult", "run_grad_blend"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a study when it is first asked for, so that ``python -m bklm.studies.NAME`` runs its module only once."""
+    if name in _HOME:
+        return getattr(importlib.import_module(f"bklm.studies.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'bklm.studies' has no attribute {name!r}")

@@ -55,7 +55,7 @@ def study_folder(config: StudyConfig) -> Iterator[Path]:
             f"output_dir: another run is working in {folder}; wait for it, stop it, or choose another folder."
         ) from None
     try:
-        _same_experiment(folder, config)
+        refuse_other_experiment(folder, config)
         with _logging_to(folder / "run.log"):
             yield folder
     finally:
@@ -73,21 +73,35 @@ def read_result(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def holds_other_experiment(config: StudyConfig) -> list[str]:
-    """The fields in which the study in a resolved config's folder was made with other settings; [] when there is none."""
+def other_experiment(config: StudyConfig, text_sha256: str | None = None) -> list[str]:
+    """What differs between a resolved config and the study in its folder; [] when they agree or there is none."""
     recorded = read_result(Path(config.output_dir) / config.study / "config.json")
-    return config.differences(recorded) if recorded is not None else []
+    if recorded is None:
+        return []
+    different = config.differences(recorded["config"])
+    if text_sha256 not in (None, recorded["text_sha256"]):
+        different.append(f"the text (SHA-256 {recorded['text_sha256'][:8]}... there, {text_sha256[:8]}... now)")
+    return different
 
 
-def _same_experiment(folder: Path, config: StudyConfig) -> None:
-    different = holds_other_experiment(config)
+def claim(folder: Path, config: StudyConfig, text_sha256: str) -> None:
+    """Record that the folder belongs to this experiment; call it when nothing can be refused any more.
+
+    Raises:
+        ValueError: the folder belongs to another experiment.
+    """
+    refuse_other_experiment(folder, config, text_sha256)
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", {"config": config.to_dict(), "text_sha256": text_sha256})
+
+
+def refuse_other_experiment(folder: Path, config: StudyConfig, text_sha256: str | None = None) -> None:
+    different = other_experiment(config, text_sha256)
     if different:
         raise ValueError(
             f"output_dir: {folder} holds a study made with other settings: {'; '.join(different)}. "
             "Choose another output_dir, or the same settings to go on with it; nothing was changed."
         )
-    if not (folder / "config.json").exists():
-        write_json(folder / "config.json", config.to_dict())
 
 
 @contextlib.contextmanager

@@ -22,13 +22,16 @@ from tqdm.auto import tqdm
 from bklm.checkpoints import CheckpointFolder, replacing, write_json
 from bklm.config import StudyConfig, setting
 from bklm.models import ResNetBK, ResNetBKConfig
-from bklm.studies.folder import read_result, study_folder
+from bklm.reporting import as_text
+from bklm.studies import cli
+from bklm.studies.folder import claim, read_result, study_folder
 from bklm.studies.grad_blend_report import (
     GradBlendResult,
     alpha_table,
     best_alpha,
     describe_run,
     draw_analysis,
+    readable,
     write_report,
 )
 from bklm.studies.gradient_directions import measure_directions
@@ -133,7 +136,8 @@ def run_grad_blend(config: GradBlendConfig, on_figure: Callable[[Path], None] | 
     accelerator = make_accelerator(config.device, config.precision)
     with study_folder(config) as folder:
         log.info("Settings: %s", ", ".join(f"{k}={v}" for k, v in config.to_dict().items() if v is not None))
-        text = prepare_text(config, folder)
+        text = prepare_text(config)
+        claim(folder, config, text.corpus.sha256)
         with _Runner(config, text, accelerator, folder, on_figure) as runner:
             trials = runner.run_sweep()
             final = runner.train_final(best_alpha(trials))
@@ -159,6 +163,33 @@ def model_config(config: GradBlendConfig, vocab_size: int, alpha: float) -> ResN
     )
 
 
+def seconds_per_token(config: GradBlendConfig, vocab_size: int, steps: int = 2) -> float:
+    """Seconds that this machine takes to train on one token, from a few steps of a resolved config's own model."""
+    accelerator = make_accelerator(config.device, config.precision)
+    model = ResNetBK(model_config(config, vocab_size, 0.5)).to(accelerator.device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    x = torch.randint(vocab_size, (config.batch_size, config.seq_len), device=accelerator.device)
+    times = []
+    for _ in range(steps + 1):  # the first one compiles
+        started = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        with accelerator.autocast():
+            loss = model.loss(x, x)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        times.append(time.perf_counter() - started)
+    return min(times[1:]) / x.numel()
+
+
+def study_tokens(config: GradBlendConfig, train_tokens: int, val_tokens: int) -> float:
+    """Tokens that a resolved config's study trains on; a validation token counts a third: it has no backward pass."""
+    if config.max_train_tokens:
+        train_tokens = min(train_tokens, config.max_train_tokens)
+    epochs = len(config.alphas) * len(config.seeds) * config.epochs_per_trial + config.final_epochs
+    return epochs * (train_tokens + val_tokens / 3)
+
+
 def load_final_model(folder: Path) -> ResNetBK:
     """The model that was trained with the best alpha, from a study's folder; on the CPU, in evaluation mode."""
     result = read_result(Path(folder) / "final" / "result.json")
@@ -167,6 +198,17 @@ def load_final_model(folder: Path) -> ResNetBK:
     model = ResNetBK(ResNetBKConfig(**result["model_config"]))
     load_model(model, str(Path(folder) / "final" / "best_model.safetensors"))
     return model.eval()
+
+
+def write_sample(result: GradBlendResult, text: StudyText, prompt: str = "", temperature: float = 0.8) -> str:
+    """Up to 60 words that the final model writes after ``prompt``, or after the opening of a validation line.
+
+    Words outside the vocabulary become <unk>. Generation ends at the last position that the model was trained with.
+    """
+    n_seq = result.config.seq_len
+    words = (prompt.split() or text.prompt(n_seq // 4).split())[: n_seq - 1]
+    model = load_final_model(result.folder)
+    return text.generate(model, " ".join(words), min(60, n_seq - len(words)), temperature)
 
 
 class _Runner:
@@ -311,3 +353,13 @@ class _Runner:
             return ""
         seconds = (time.monotonic() - self.started) / self.trained_steps * (self.bar.total - self.bar.n)
         return f"; about {seconds / 60:.1f} min left" if seconds >= 60 else f"; about {seconds:.0f} s left"
+
+
+def _show(result: GradBlendResult) -> None:
+    print(as_text(readable(result.table)))
+    print(result.finding)
+    print(result.bundle)
+
+
+if __name__ == "__main__":
+    cli.main(GradBlendConfig, run_grad_blend, _show)

@@ -116,6 +116,18 @@ def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def readable_baselines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The baselines rounded for people."""
+    return [
+        {
+            "baseline": r["name"],
+            "val PPL": f"{r['val_ppl']:.1f}",
+            "without <unk>": f"{r['val_ppl_without_unk']:.1f}",
+        }
+        for r in rows
+    ]
+
+
 def state_finding(trials: Trials) -> str:
     """One sentence: the best alpha, and which others differ from it beyond the paired 95% interval over seeds."""
     best = best_alpha(trials)
@@ -402,7 +414,7 @@ def draw_directions(path: Path, directions: list[dict[str, Any]], note: str) -> 
         cosine.set(title="Direction", xlabel="alpha", ylabel="cosine with the exact gradient")
         ratio.axhline(1, color=GREY, linewidth=1, linestyle="--")
         ratio.set(title="Length", xlabel="alpha")
-        wide_range_axis(ratio.yaxis, [r["norm_ratio"] for r in blends], "norm relative to the exact one")
+        wide_range_axis(ratio.yaxis, [r["norm_ratio"] for r in blends], "norm / exact norm")
         legend_below(cosine, fontsize=10, ncols=2)
 
     title = (

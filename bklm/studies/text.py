@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bklm.checkpoints import write_json
 from bklm.data import Corpus, TokenizedCorpus, load_corpus, make_loader, tokenize_corpus, windows
 from bklm.data.baselines import KneserNey, Unigram
-from bklm.studies.folder import read_result
 
 log = logging.getLogger(__name__)
 
@@ -92,39 +89,26 @@ class StudyText:
         return make_loader(data, batch_size, shuffle=shuffle, seed=seed)
 
 
-def prepare_text(config: Any, folder: Path) -> StudyText:
+def prepare_text(config: Any) -> StudyText:
     """Load and tokenise the text of a resolved config, check that it is large enough, and score the baselines.
 
-    The baselines are kept in ``<folder>/baselines.json``, so that a continued study does not count again.
-
     Raises:
-        ValueError, OSError: see `bklm.data.load_corpus` and `bklm.data.make_loader`; or the folder's study was made
-            from another text.
+        ValueError, OSError: see `bklm.data.load_corpus` and `bklm.data.make_loader`.
     """
     corpus = load_corpus(config.dataset, config.data_dir)
     tokens = tokenize_corpus(corpus, config.vocab_size, config.max_train_tokens or None)
     layout = "disjoint" if config.protocol == "original" else "every-target-once"
-    text = StudyText(corpus, tokens, config.seq_len, config.batch_size, layout, [])
+    text = StudyText(corpus, tokens, config.seq_len, config.batch_size, layout, _baselines(corpus, tokens))
     for loader in (text.train_loader(0), text.val_loader(), text.test_loader()):
-        len(loader)
+        len(loader)  # refuses sequences and batches that the text cannot fill
     log.info(
         "Text: %s from %s; %s training, %s validation, %s test tokens, vocabulary %s",
         corpus.name, corpus.source, f"{len(tokens.train):,}", f"{len(tokens.valid):,}", f"{len(tokens.test):,}",
         f"{tokens.vocab_size:,}",
     )  # fmt: skip
-    path = folder / "baselines.json"
-    recorded = read_result(path)
-    if recorded is not None and recorded["sha256"] != corpus.sha256:
-        raise ValueError(
-            f"output_dir: {folder} holds a study of another text (SHA-256 {recorded['sha256'][:12]}... there, "
-            f"{corpus.sha256[:12]}... now); choose another output_dir, or the same text."
-        )
-    if recorded is None:
-        recorded = {"sha256": corpus.sha256, "rows": _baselines(corpus, tokens)}
-        write_json(path, recorded)
-    text.baselines.extend(recorded["rows"])
-    for row in text.baselines:
-        log.info("Baseline: %s, validation PPL %.1f", row["name"], row["val_ppl"])
+    log.info(
+        "Baselines: validation PPL %s", ", ".join(f"{r['name']} {r['val_ppl']:.1f}" for r in text.baselines)
+    )
     return text
 
 

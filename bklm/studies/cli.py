@@ -1,0 +1,53 @@
+"""The command line of every study, generated from its config: ``python -m bklm.studies.grad_blend --profile smoke``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import tyro
+
+from bklm.config import FieldSpec, StudyConfig
+
+
+def parse(config_class: type[StudyConfig], words: list[str] | None = None) -> StudyConfig:
+    """The config that the command line's words describe; exits with one sentence for a bad value."""
+    hints = typing.get_type_hints(config_class)
+    flags = dataclasses.make_dataclass(
+        config_class.__name__,
+        [
+            (
+                spec.name,
+                Annotated[hints[spec.name], tyro.conf.arg(help=_help(spec))],
+                dataclasses.field(default=spec.default),
+            )
+            for spec in config_class.specs()
+        ],
+    )
+    given = tyro.cli(
+        flags,
+        args=words,
+        prog=f"python -m {config_class.__module__}",
+        description=config_class.__doc__,
+        use_underscores=True,
+    )
+    return config_class(**{name: getattr(given, name) for name in config_class.names()})
+
+
+def _help(spec: FieldSpec) -> str:
+    bounded = (spec.low, spec.high, spec.above) != (None, None, None)
+    return f"{spec.help} ({spec.allowed()})" if bounded else spec.help
+
+
+def main(config_class: type[StudyConfig], run: Callable[[Any], Any], show: Callable[[Any], None]) -> None:
+    """Parse, run, show. What a user can mend ends in one sentence and exit code 2; the traceback is in run.log."""
+    try:
+        show(run(parse(config_class)))
+    except KeyboardInterrupt:
+        sys.exit("Stopped. What was finished is kept; the same command goes on from there.")
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
