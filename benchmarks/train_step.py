@@ -1,0 +1,313 @@
+"""What does one optimiser step of ResNet-BK cost, in time and memory, and what would it cost written plainly?
+
+    python benchmarks/train_step.py            # the published size: vocabulary 30,000, batch 32, 128 positions
+    python benchmarks/train_step.py --quick    # a small size, for CI
+    python benchmarks/train_step.py --chunks   # also: the loss by chunk size, beside torch's own chunked loss
+
+The plain arms are the same model (same weights, experts, AdamW, clip) with logits held whole, F.cross_entropy, and the
+theta/phi recursion as a Python loop in complex128 under vmap: once with the published diagonal backward, once with
+autograd through the loop. The loop is bidirectional, so the arm to compare with is the bidirectional one, whose first
+loss must agree; the causal row is what the package trains by default.
+
+Time: every arm lives in a process of its own; the parent asks them for a step in turn, so that a busy moment of the
+machine hits all of them, and reports medians and quartiles. Memory: a fresh process per arm, warmed by one step
+(optimiser state exists, gradients do not); then the kernel's peak counter is set back (/proc/self/clear_refs) and read
+after one step. malloc is told to return freed blocks, which it would otherwise keep and so hide from the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bklm.bk_core import reference
+from bklm.models import ResNetBK, ResNetBKConfig, linear_cross_entropy
+from bklm.models import loss as loss_module
+
+BKLM, PEER, LOOP, AUTOGRAD = (
+    "bklm, causal (default)",
+    "bklm, bidirectional",
+    "whole logits + loop, published backward",
+    "whole logits + loop, autograd through it",
+)
+ARMS = (BKLM, PEER, LOOP, AUTOGRAD)
+MB = 2**20
+
+
+@dataclass(frozen=True)
+class Size:
+    vocab_size: int = 30_000
+    batch: int = 32
+    length: int = 128
+    d_model: int = 64
+    n_layers: int = 4
+    num_experts: int = 4
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+QUICK = Size(vocab_size=3_000, batch=8, length=32, n_layers=2)
+
+
+class LoopCore(nn.Module):
+    """The theta/phi loop in place of BKCore; v (B, N, 1) -> (B, N, 2)."""
+
+    def __init__(self, published_backward: bool) -> None:
+        super().__init__()
+        self.published_backward = published_backward
+
+    def forward(self, v: Tensor) -> Tensor:
+        a = v.squeeze(-1).double() - 2
+        g = _PublishedLoop.apply(a) if self.published_backward else _loop(a)
+        return torch.view_as_real(g).to(v.dtype)
+
+
+def _loop(a: Tensor) -> Tensor:
+    ones = a.new_ones(a.shape[1] - 1)
+    return torch.vmap(lambda row: reference.theta_phi(row, ones, ones, 1j))(a)
+
+
+class _PublishedLoop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a):
+        g = _loop(a)
+        ctx.save_for_backward(g)
+        return g
+
+    @staticmethod
+    def backward(ctx, gbar):
+        return reference.original_gradient(gbar, *ctx.saved_tensors)
+
+
+class Trainer:
+    """One arm: a model, its optimiser, a fixed batch."""
+
+    def __init__(self, arm: str, size: Size) -> None:
+        torch.manual_seed(0)
+        config = ResNetBKConfig(
+            size.vocab_size, size.d_model, size.n_layers, size.length, size.num_experts, causal=arm == BKLM
+        )
+        self.model = ResNetBK(config).train()
+        self.plain = arm in (LOOP, AUTOGRAD)
+        if self.plain:
+            for block in self.model.blocks:
+                block.core = LoopCore(published_backward=arm == LOOP)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+        tokens = torch.randint(0, size.vocab_size, (size.batch, size.length + 1))
+        self.x, self.y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step; seconds of its parts, and the loss before it."""
+        torch.manual_seed(1)  # the same dropout and expert noise in every arm
+        clock = [time.perf_counter()]
+        hidden = self.model.hidden(self.x)
+        clock.append(time.perf_counter())
+        if self.plain:
+            logits = F.linear(hidden, *self.model.head())
+            loss = F.cross_entropy(logits.flatten(0, 1), self.y.flatten())
+            del logits
+        else:
+            loss = linear_cross_entropy(hidden, *self.model.head(), self.y)
+        del hidden
+        clock.append(time.perf_counter())
+        loss.backward()
+        clock.append(time.perf_counter())
+        nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
+        clock.append(time.perf_counter())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        clock.append(time.perf_counter())
+        names = ("blocks forward", "head and loss", "backward", "clip", "AdamW")
+        parts = dict(zip(names, (b - a for a, b in itertools.pairwise(clock)), strict=True))
+        return {**parts, "total": clock[-1] - clock[0], "loss": loss.item()}
+
+
+class GemmFloor:
+    """The matrix products that no implementation can leave out: 3 of the head, 6 per layer of the chosen experts."""
+
+    def __init__(self, size: Size) -> None:
+        rows = min(size.tokens, loss_module.CPU_CHUNK_BYTES // (4 * size.vocab_size))
+        t, d, v = size.tokens, size.d_model, size.vocab_size
+        self.repeats, self.layers = -(-t // rows), size.n_layers
+        self.h, self.w, self.logits = torch.randn(rows, d), torch.randn(v, d), torch.randn(rows, v)
+        self.dh, self.dw = torch.empty(rows, d), torch.zeros(v, d)
+        self.x, self.up, self.u = torch.randn(t, d), torch.randn(2 * d, d), torch.randn(t, 2 * d)
+        self.dx, self.dup = torch.empty(t, d), torch.empty(2 * d, d)
+        self.flop = 3 * 2 * t * d * v + size.n_layers * 6 * 2 * t * d * 2 * d
+
+    def step(self) -> dict[str, float]:
+        start = time.perf_counter()
+        for _ in range(self.repeats):
+            torch.mm(self.h, self.w.t(), out=self.logits)
+            torch.mm(self.logits, self.w, out=self.dh)
+            self.dw.addmm_(self.logits.t(), self.h)
+        for _ in range(2 * self.layers):  # up and down are of one size; forward, input and weight gradient each
+            torch.mm(self.x, self.up.t(), out=self.u)
+            torch.mm(self.u, self.up, out=self.dx)
+            torch.mm(self.u.t(), self.x, out=self.dup)
+        return {"total": time.perf_counter() - start}
+
+
+def serve(arm: str, size: Size, pipe) -> None:
+    """In a process of its own: answer "time" with the timings of a step, "memory" with its extra peak bytes."""
+    work = GemmFloor(size) if arm == "floor" else Trainer(arm, size)
+    pipe.send(work.step())
+    while (request := pipe.recv()) != "stop":
+        pipe.send(work.step() if request == "time" else extra_peak(work.step))
+
+
+def extra_peak(step) -> int:
+    """Bytes by which resident memory peaks during ``step`` above what it was before."""
+    gc.collect()
+    before = _status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    step()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(name: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+class Worker:
+    def __init__(self, arm: str, size: Size) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(arm, size, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.first = self.pipe.recv()
+
+    def ask(self, request: str):
+        self.pipe.send(request)
+        return self.pipe.recv()
+
+    def stop(self) -> None:
+        self.pipe.send("stop")
+        self.process.join()
+
+
+def measure_time(size: Size, rounds: int) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:
+    workers = {arm: Worker(arm, size) for arm in (*ARMS, "floor")}
+    timings = {arm: [] for arm in workers}
+    for i in range(rounds):
+        print(f"\rround {i + 1} of {rounds}", end="", file=sys.stderr, flush=True)
+        for arm, worker in workers.items():
+            timings[arm].append(worker.ask("time"))
+    print(file=sys.stderr)
+    losses = {arm: workers[arm].first["loss"] for arm in ARMS}
+    for worker in workers.values():
+        worker.stop()
+    return timings, losses
+
+
+def measure_memory(size: Size) -> dict[str, int]:
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    peaks = {}
+    for arm in ARMS:
+        worker = Worker(arm, size)
+        peaks[arm] = worker.ask("memory")
+        worker.stop()
+    return peaks
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def report(size: Size, rounds: int) -> None:
+    timings, losses = measure_time(size, rounds)
+    peaks = measure_memory(size) if Path("/proc/self/clear_refs").exists() else None
+    if not abs(losses[PEER] - losses[LOOP]) < 1e-4 > abs(losses[PEER] - losses[AUTOGRAD]):
+        raise SystemExit(f"the arms do not compute the same model: first losses {losses}")
+    print(
+        f"\n{'one optimiser step':44}{'ms (quartiles)':>22}{'tokens/s':>10}{'speed':>8}{'peak MB':>9}{'memory':>8}"
+    )
+    middle = {arm: quartiles([t["total"] for t in timings[arm]]) for arm in timings}
+    for arm in ARMS:
+        low, mid, high = (1e3 * q for q in middle[arm])
+        speed = middle[LOOP][1] / middle[arm][1]
+        memory = f"{peaks[arm] / MB:9.0f}{peaks[arm] / peaks[LOOP]:8.2f}" if peaks else f"{'-':>9}{'-':>8}"
+        cells = f"{mid:8.0f} ({low:.0f}-{high:.0f})"
+        print(f"{arm:44}{cells:>22}{size.tokens / middle[arm][1]:10.0f}{speed:7.2f}x{memory}")
+    if peaks is None:
+        print("peak memory: not measured, this system has no /proc/self/clear_refs")
+    floor = middle["floor"][1]
+    gflops = GemmFloor(size).flop / floor / 1e9
+    print(f"matrix products alone: {1e3 * floor:.0f} ms ({gflops:.0f} GFLOP/s)")
+    print(
+        f"distance to that floor: {BKLM} {middle[BKLM][1] / floor:.2f}x, {LOOP} {middle[LOOP][1] / floor:.2f}x"
+    )
+    print("\nwhere the time goes (median ms)")
+    for arm in (BKLM, LOOP):
+        parts = {
+            p: statistics.median(t[p] for t in timings[arm])
+            for p in timings[arm][0]
+            if p not in ("total", "loss")
+        }
+        print(f"{arm:44}" + "  ".join(f"{p} {1e3 * s:.1f}" for p, s in parts.items()))
+
+
+def report_chunks(size: Size, rounds: int) -> None:
+    """Loss and its three gradients by rows per chunk, ours and torch's (where this torch has it)."""
+    torch.manual_seed(0)
+    h = torch.randn(size.tokens, size.d_model, requires_grad=True)
+    w = (0.02 * torch.randn(size.vocab_size, size.d_model)).requires_grad_()
+    b = torch.zeros(size.vocab_size, requires_grad=True)
+    y = torch.randint(0, size.vocab_size, (size.tokens,))
+    arms = {"whole logits": lambda: F.cross_entropy(F.linear(h, w, b), y)}
+    for rows in (32, 64, 128, 256, 512):
+        arms[f"bklm, {rows} rows"] = lambda rows=rows: linear_cross_entropy(h, w, b, y, chunk_rows=rows)
+        if hasattr(nn, "LinearCrossEntropyOptions"):
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+            arms[f"torch, {rows} rows"] = lambda o=options: F.linear_cross_entropy(
+                h, w, y, linear_bias=b, options=o
+            )
+    arms["bklm, default"] = lambda: linear_cross_entropy(h, w, b, y)
+    seconds = {name: [] for name in arms}
+    for _ in range(rounds + 1):
+        for name, loss in arms.items():
+            start = time.perf_counter()
+            torch.autograd.grad(loss(), (h, w, b))
+            seconds[name].append(time.perf_counter() - start)
+    print("\nloss with its gradients, by rows of logits held at once")
+    for name, values in seconds.items():
+        low, mid, high = (1e3 * q for q in quartiles(values[1:]))
+        print(f"{name:44}{mid:8.0f} ms ({low:.0f}-{high:.0f})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small size and few rounds, for CI")
+    parser.add_argument("--chunks", action="store_true", help="also compare chunk sizes of the loss")
+    parser.add_argument("--rounds", type=int, help="steps of each arm (default 7, quick 3)")
+    args = parser.parse_args()
+    size = QUICK if args.quick else Size()
+    rounds = args.rounds or (3 if args.quick else 7)
+    if rounds < 2:
+        parser.error(f"--rounds: got {rounds}; at least 2 are needed for quartiles.")
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    print(f"{size}; torch {torch.__version__}, {torch.get_num_threads()} threads{load}")
+    report(size, rounds)
+    if args.chunks:
+        report_chunks(size, rounds)
+
+
+if __name__ == "__main__":
+    main()
