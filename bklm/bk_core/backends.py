@@ -61,7 +61,11 @@ class _Reference:
             out = _Reference.forward(*leaves, causal)[0]
             grad_a, grad_k, grad_z = torch.autograd.grad(out, leaves, gbar, materialize_grads=True)
         # torch returns conjugates for complex leaves, the contract wants D, K and sum D = -conj(grad_z)
-        return grad_a.conj(), grad_k.conj() if needs_k else None, -grad_z.conj() if needs_z else None
+        return (
+            reference.conjugate(grad_a) if a.is_complex() else grad_a,
+            reference.conjugate(grad_k) if needs_k else None,
+            -reference.conjugate(grad_z) if needs_z else None,
+        )
 
 
 def select(name: str, device: torch.device):

@@ -10,8 +10,8 @@ from . import cpu_rows
 
 
 def _array(x: Tensor) -> np.ndarray:
-    """The tensor's memory as a numpy array (conjugate views are materialised)."""
-    return x.detach().resolve_conj().numpy()
+    """The tensor's memory as a numpy array."""
+    return x.detach().numpy()
 
 
 def forward(a: Tensor, k: Tensor, z: Tensor, causal: bool) -> tuple[Tensor, tuple[Tensor, ...]]:

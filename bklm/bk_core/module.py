@@ -13,8 +13,9 @@ class BKCore(nn.Module):
 
     Channels: first Re G of all heads, then Im G of all heads. The features are bounded by 1 / eta. Each head is one row
     of :func:`~bklm.bk_core.resolvent_diagonal`, whose docstring defines ``causal``, ``gradient`` and ``grad_blend``.
-    Output: float32, or float64 for a float64 potential (16-bit potentials are computed in float32, also under autocast). The layer has no parameters. Clamps of
-    the published model (potential, features) are the model's, not this layer's.
+    Output: float32, or float64 for a float64 potential (16-bit potentials are computed in float32, also under
+    autocast). The layer has no parameters. The clamps of the published model on the potential and on the features are
+    the model's, not this layer's.
 
     Raises ValueError for n_heads < 1, eta <= 0 or not finite, an unknown gradient, grad_blend outside [0, 1], or a
     potential that is not (B, N, n_heads).

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, backends, pivots
+from .gradients import materialised
 
 GRADIENTS = ("exact", "local", "original")
 
@@ -91,22 +92,25 @@ def resolvent_diagonal(
     k, contracts = _coupling(b, c, a, precision)
     if isinstance(z, Tensor):
         rows_z = _shift_rows(z, a, m, precision)
-        if not torch.compiler.is_compiling() and m and z.device.type != "meta":
+        if autograd.is_plain(rows_z):
             pivots.check_shift(rows_z.detach())
     else:
         rows_z = _constant_shift(z, m, precision, a.device)
     if gradient != "exact" and torch.is_grad_enabled() and (k.requires_grad or rows_z.requires_grad):
         raise ValueError(
-            f"gradient={gradient!r} is defined for a alone, and b, c or z requires a gradient: detach them, or use gradient='exact'."
+            f"gradient={gradient!r} is defined for a alone, and b, c or z requires a gradient: detach them, or "
+            f"use gradient='exact'."
         )
     rows_a = a if a.dtype in (torch.float32, torch.float64) else a.to(_as_precision(a.dtype, precision))
     if rows_a.dtype not in (precision, _as_precision(torch.complex64, precision)):
         rows_a = rows_a.to(_as_precision(rows_a.dtype, precision))
+    if gradient == "original" and rows_a.is_complex():
+        raise ValueError("gradient='original' is defined for a real a only: use 'exact' or 'local'.")
     contracts = contracts and not rows_a.is_complex()
     if m == 0:
         empty = torch.empty(a.shape, dtype=rows_z.dtype, device=a.device)
         return (empty, empty.real.new_empty(batch)) if return_min_pivot else empty
-    rows_a = rows_a.reshape(m, n).contiguous()
+    rows_a = materialised(rows_a.reshape(m, n))
 
     if return_min_pivot:
         contracts = True  # nothing to raise: the caller judges
@@ -175,8 +179,8 @@ def _coupling(
         c = c.to(_as_precision(c.dtype, precision))
     k = b * c
     if k.dim() <= 1 or math.prod(k.shape[:-1]) == 1:
-        return k.reshape(1, -1).expand(1, n - 1).contiguous(), known
-    return k.expand(*batch, n - 1).reshape(math.prod(batch), n - 1).contiguous(), known
+        return materialised(k.reshape(1, -1).expand(1, n - 1)), known
+    return materialised(k.expand(*batch, n - 1).reshape(math.prod(batch), n - 1)), known
 
 
 def _check_broadcast(name: str, x: Tensor, shape: tuple[int, ...], wanted: str) -> None:
@@ -197,7 +201,7 @@ def _shift_rows(z: Tensor, a: Tensor, m: int, precision: torch.dtype) -> Tensor:
         "z", z, tuple(a.shape[:-1]), f"(...) = {tuple(a.shape[:-1])} for a of shape {tuple(a.shape)}"
     )
     z = z.to(_as_precision(torch.complex64, precision))
-    return z.expand(a.shape[:-1]).reshape(m).contiguous()
+    return materialised(z.expand(a.shape[:-1]).reshape(m))
 
 
 def _constant_shift(z: complex, m: int, precision: torch.dtype, device: torch.device) -> Tensor:
@@ -219,9 +223,9 @@ def _constant_coupling(product: complex, length: int, precision: torch.dtype, de
 
 
 def _constant(value: complex, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return torch.full((length,), value, dtype=dtype, device=device)
-    return _cached_constant(value, length, dtype, device)
+    if autograd.is_plain():
+        return _cached_constant(value, length, dtype, device)
+    return torch.full((length,), value, dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=32)

@@ -26,6 +26,15 @@ def _complex(x: Tensor | complex, like: Tensor, dtype: torch.dtype | None = None
     return torch.as_tensor(x, device=like.device).to(dtype)
 
 
+def conjugate(x: Tensor) -> Tensor:
+    """The complex conjugate, formed at once.
+
+    ``Tensor.conj`` only sets a flag, and compiled graphs (torch 2.13, aot_eager) have been seen to ignore the flag inside
+    a registered op: silently wrong gradients. ``conj_physical`` has no vmap rule.
+    """
+    return torch.complex(x.real, -x.imag)
+
+
 def dense(a: Tensor, b: Tensor, c: Tensor, z: Tensor | complex) -> Tensor:
     """Diagonal of the inverse of the full (..., N, N) matrix. O(N^3) time, O(N^2) memory.
 
@@ -114,7 +123,7 @@ def local_gradient(gbar: Tensor, G: Tensor, complex_a: bool = False) -> Tensor:
 
     Real; with ``complex_a`` the real part is not taken (the gradient of a complex ``a`` is then the conjugate).
     """
-    direction = -gbar.conj() * G * G
+    direction = -conjugate(gbar) * G * G
     return direction if complex_a else direction.real
 
 
@@ -132,7 +141,7 @@ def hypothesis7_gradient(gbar: Tensor, G: Tensor, complex_a: bool = False) -> Te
 
     ``complex_a`` as in :func:`local_gradient`.
     """
-    direction = -gbar.conj() / _floored_square(G)
+    direction = -conjugate(gbar) / _floored_square(G)
     return direction if complex_a else direction.real
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .reference import conjugate
+
 
 def forward(a: Tensor, k: Tensor, z: Tensor, causal: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """G (M, N) for a (M, N), k (1 or M, N - 1), z (M,). Differentiable in a, k and z; nothing is saved."""
@@ -43,7 +45,7 @@ def backward(
     """
     d, k128 = _diagonal(a, k, z)
     left = _sweep(d, k128)
-    cotangent = gbar.conj().to(torch.complex128)
+    cotangent = conjugate(gbar).to(torch.complex128)
     if causal:
         ratio = k128 * left[:, 1:] ** 2
         m = _linear_scan(_shift_left(ratio).flip(-1), cotangent.flip(-1)).flip(-1)

@@ -1,0 +1,166 @@
+"""torch.ops.bklm.resolvent_diagonal and its backward: registered in torch.library, and made to compose with torch.func.
+
+Values are checked inside the ops, where tensors are real whatever traces or compiles around them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends, pivots
+from .gradients import differentiable_backward, in_torch_convention, materialised, rows_backward
+
+
+@torch.library.custom_op("bklm::resolvent_diagonal", mutates_args=())
+def resolvent_diagonal(
+    a: Tensor, k: Tensor, z: Tensor, causal: bool, gradient: str, grad_blend: float, backend: str
+) -> Tensor:
+    """G (M, N) of a (M, N), k (M or 1, N - 1) and z (M,); see backends.py."""
+    chosen = backends.select(backend, a.device)
+    pivots.check_shift(z)
+    a, k, z = (materialised(x) for x in (a, k, z))
+    G = chosen.forward(a, k, z, causal)[0]
+    pivots.check(a, k, z, G, causal, chosen)
+    return G
+
+
+@torch.library.custom_op("bklm::resolvent_diagonal_backward", mutates_args=())
+def resolvent_diagonal_backward(
+    gbar: Tensor,
+    a: Tensor,
+    k: Tensor,
+    z: Tensor,
+    G: Tensor,
+    causal: bool,
+    gradient: str,
+    grad_blend: float,
+    backend: str,
+    needs_k: bool,
+    needs_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a (M, N), of k per row (M, N - 1) and of z (M,) in D's convention; empty where not needed."""
+    gbar, a, k, z, G = (materialised(x) for x in (gbar, a, k, z, G))
+    grads = rows_backward(gbar, a, k, z, G, (), causal, gradient, grad_blend, backend, needs_k, needs_z)
+    return tuple(z.new_empty(0) if x is None else x for x in grads)
+
+
+@resolvent_diagonal.register_fake
+def _(a, k, z, causal, gradient, grad_blend, backend):
+    return torch.empty(a.shape, dtype=z.dtype, device=a.device)
+
+
+@resolvent_diagonal_backward.register_fake
+def _(gbar, a, k, z, G, causal, gradient, grad_blend, backend, needs_k, needs_z):
+    m, n = a.shape
+    grad_a = torch.empty((m, n), dtype=a.dtype, device=a.device)
+    return grad_a, z.new_empty((m, n - 1) if needs_k else 0), z.new_empty(m if needs_z else 0)
+
+
+def _setup(ctx, inputs, output):
+    a, k, z, *settings = inputs
+    ctx.save_for_backward(a, k, z, output)
+    ctx.settings = tuple(settings)
+
+
+def _vjp(ctx, gbar, backward):
+    a, k, z, G = ctx.saved_tensors
+    needs_k, needs_z = ctx.needs_input_grad[1:3]
+    grads = backward(gbar, a, k, z, G, *ctx.settings, needs_k, needs_z)
+    kept = grads[0], grads[1] if needs_k else None, grads[2] if needs_z else None
+    return in_torch_convention(kept, a, k) + (None,) * 4
+
+
+def _backward_setup(ctx, inputs, output):
+    gbar, a, k, z, _G, *settings = inputs
+    ctx.save_for_backward(gbar, a, k, z)
+    ctx.settings = tuple(settings)
+
+
+def _backward_vjp(ctx, *cotangents):
+    """Second derivatives, through the differentiable form of the backward. G counts as a function of a, k and z."""
+    causal, gradient, grad_blend, _backend, needs_k, needs_z = ctx.settings
+
+    def formula(gbar, a, k, z):
+        grads = differentiable_backward(gbar, a, k, z, causal, gradient, grad_blend, needs_k, needs_z)
+        return tuple(x for x in grads if x is not None)
+
+    used = tuple(c for c, needed in zip(cotangents, (True, needs_k, needs_z), strict=True) if needed)
+    _, pull_back = torch.func.vjp(formula, *ctx.saved_tensors)
+    return (*pull_back(used), None) + (None,) * 6
+
+
+def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """A batched (or repeated unbatched) argument as (size * M, ...)."""
+    rows = x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
+    return rows.flatten(0, 1)
+
+
+def _fold_k(k: Tensor, dim: int | None, size: int, m: int) -> Tensor:
+    """As :func:`_fold` for k (M or 1, N - 1): one row shared by everything stays one row."""
+    if dim is None and k.shape[0] == 1:
+        return k
+    rows = k.movedim(dim, 0) if dim is not None else k.expand(size, *k.shape)
+    return rows.expand(size, m, k.shape[-1]).flatten(0, 1)
+
+
+def _vmap(op, info, in_dims, a, k, z, *settings):
+    size = info.batch_size
+    rows_a, rows_z = _fold(a, in_dims[0], size), _fold(z, in_dims[2], size)
+    m = rows_a.shape[0] // size
+    G = op(rows_a, _fold_k(k, in_dims[1], size, m), rows_z, *settings)
+    return G.unflatten(0, (size, m)), 0
+
+
+def _backward_vmap(op, info, in_dims, gbar, a, k, z, G, *settings):
+    size = info.batch_size
+    rows = [_fold(x, in_dims[i], size) for i, x in ((0, gbar), (1, a), (3, z), (4, G))]
+    m = rows[0].shape[0] // size
+    rows.insert(2, _fold_k(k, in_dims[2], size, m))
+    grads = op(*rows, *settings)
+    kept = (True, *settings[-2:])  # needs_k, needs_z
+    unfolded = [
+        x.unflatten(0, (size, m)) if keep else x.expand(size, 0) for x, keep in zip(grads, kept, strict=True)
+    ]
+    return tuple(unfolded), (0, 0, 0)
+
+
+resolvent_diagonal.register_autograd(
+    lambda ctx, gbar: _vjp(ctx, gbar, resolvent_diagonal_backward), setup_context=_setup
+)
+resolvent_diagonal.register_vmap(lambda *args: _vmap(resolvent_diagonal, *args))
+resolvent_diagonal_backward.register_autograd(_backward_vjp, setup_context=_backward_setup)
+resolvent_diagonal_backward.register_vmap(lambda *args: _backward_vmap(resolvent_diagonal_backward, *args))
+
+
+class Transformable(torch.autograd.Function):
+    """The op for torch.func: the autograd that custom_op generates does not compose with grad, jacrev or hessian."""
+
+    @staticmethod
+    def forward(*args):
+        return resolvent_diagonal(*args)
+
+    setup_context = staticmethod(_setup)
+
+    @staticmethod
+    def backward(ctx, gbar):
+        return _vjp(ctx, gbar, TransformableBackward.apply)
+
+    @staticmethod
+    def vmap(*args):
+        return _vmap(Transformable.apply, *args)
+
+
+class TransformableBackward(torch.autograd.Function):
+    """As :class:`Transformable` for the backward op."""
+
+    @staticmethod
+    def forward(*args):
+        return resolvent_diagonal_backward(*args)
+
+    setup_context = staticmethod(_backward_setup)
+    backward = staticmethod(_backward_vjp)
+
+    @staticmethod
+    def vmap(*args):
+        return _backward_vmap(TransformableBackward.apply, *args)
