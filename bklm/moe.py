@@ -27,7 +27,7 @@ tokens and one byte a hidden unit for the mask.
 How others gate. Switch (Fedus et al. 2022) multiplies the one selected output by its p_e, Mixtral (Jiang et al. 2024) the
 k selected ones by a softmax over their k logits: the gate scales the forward, the router hears of selected experts
 only, and Mixtral's with k = 1 of nothing. Here the gate does not scale the forward, and with router_gradient="exact"
-the router hears what every expert would have done. ("selected" is Switch's router gradient times 1, not p_e.)
+the router hears what every expert would have done; "selected" gives it what Switch's would hear.
 """
 
 from __future__ import annotations

@@ -46,11 +46,9 @@ def mixture_of_few(
     settings: Settings,
 ) -> Tensor:
     """`mixture` without noise, dropout or gradient for the few tokens of a generation step, where grouping costs most."""
-    dtype, k = settings.compute_dtype, settings.top_k
+    dtype, routing, k = settings.compute_dtype, routing_dtype(x), settings.top_k
     with _autocast_off(x):
-        logits = F.linear(
-            x.to(routing_dtype(x)), router_weight.to(routing_dtype(x)), router_bias.to(routing_dtype(x))
-        )
+        logits = F.linear(x.to(routing), router_weight.to(routing), router_bias.to(routing))
         _check_finite(logits, logits.sum().isfinite())
         rows = []
         for row, experts in zip(x.to(dtype).split(1), logits.topk(k).indices.tolist(), strict=True):
@@ -71,9 +69,9 @@ def block_tokens(x: Tensor, hidden: int, dtype: torch.dtype) -> int:
 
 def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
     device = x.device.type
-    return (
-        torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-    )
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _route(x: Tensor, weight: Tensor, bias: Tensor, noise: Tensor | None, settings: Settings, block: int):
@@ -96,11 +94,11 @@ def _route(x: Tensor, weight: Tensor, bias: Tensor, noise: Tensor | None, settin
     else:
         chosen = scores.max(0, keepdim=True) if settings.top_k == 1 else scores.topk(settings.top_k, 0)
         experts, order = torch.sort(chosen.indices.t().flatten(), stable=True)
-        # Pair number t k + c belongs to token t; looking t up is ten times faster than dividing by k.
-        positions = torch.arange(num_tokens, device=x.device)
-        tokens = (
-            order if settings.top_k == 1 else positions.repeat_interleave(settings.top_k).index_select(0, order)
-        )
+        tokens = order
+        if settings.top_k > 1:
+            # Pair t k + c belongs to token t; looking t up is ten times faster than dividing by k.
+            tokens = torch.arange(num_tokens, device=x.device).repeat_interleave(settings.top_k)
+            tokens = tokens.index_select(0, order)
         bounds = torch.searchsorted(experts * num_tokens + tokens, edges)
     # A sum is finite only if all its terms are, and costs a tenth of isfinite().all().
     finite = logits.sum().isfinite().to(torch.int64)

@@ -1,7 +1,8 @@
 """The mixture of experts as one differentiable function, in eager mode and under torch.compile.
 
-Under torch.compile `draw` and `mixture` call the registered operators bklm::moe_*, which the compiler treats as opaque: sizes that depend on the data stay inside. In eager mode an autograd.Function calls the same code
-directly, since the bookkeeping of a registered operator would cost more than the routing.
+Under torch.compile `draw` and `mixture` call the registered operators bklm::moe_*, which the compiler treats as opaque:
+sizes that depend on the data stay inside, and a seeded run draws what it draws in eager mode. In eager mode an
+autograd.Function calls the same code directly, since the bookkeeping of a registered operator costs more than routing.
 """
 
 from __future__ import annotations
