@@ -5,6 +5,7 @@ loader = make_loader(windows(tokens.train, seq_len=128), batch_size=32, shuffle=
 KneserNey(order=3).fit(tokens.train, tokens.vocab_size).perplexity(tokens.valid)
 """
 
+from .baselines import KneserNey, Unigram
 from .corpora import CORPUS_NAMES, SPLITS, Corpus, load_corpus
 from .loaders import IGNORED, Windows, get_wikitext2_dataloaders, make_loader, set_epoch, windows
 from .tokens import TokenizedCorpus, Vocabulary, tokenize_corpus
@@ -14,7 +15,9 @@ __all__ = [
     "IGNORED",
     "SPLITS",
     "Corpus",
+    "KneserNey",
     "TokenizedCorpus",
+    "Unigram",
     "Vocabulary",
     "Windows",
     "get_wikitext2_dataloaders",

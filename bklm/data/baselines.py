@@ -97,7 +97,8 @@ class Unigram(_CountModel):
         return self.probabilities.copy()
 
     def log_probs(self, ids: np.ndarray) -> np.ndarray:
-        return np.log(self.probabilities[self._checked(ids, 2)[1:]])
+        ids = self._checked(ids, 2)
+        return np.log(self.probabilities[ids[1:]])
 
 
 class KneserNey(_CountModel):

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -38,9 +38,9 @@ class Corpus:
 
     name: str
     source: str
-    train: Sequence[str]
-    valid: Sequence[str]
-    test: Sequence[str]
+    train: Sequence[str] = field(repr=False)
+    valid: Sequence[str] = field(repr=False)
+    test: Sequence[str] = field(repr=False)
     line_is_document: bool = False
 
     def split(self, split: str) -> Sequence[str]:

@@ -109,8 +109,8 @@ class HiddenMarkovModel:
 class HmmCorpus(Corpus):
     """A corpus drawn from `model`; `ids` holds each split's word indices, int64."""
 
-    model: HiddenMarkovModel = field(kw_only=True)
-    ids: dict[str, np.ndarray] = field(kw_only=True)
+    model: HiddenMarkovModel = field(kw_only=True, repr=False)
+    ids: dict[str, np.ndarray] = field(kw_only=True, repr=False)
 
     @cached_property
     def _floors(self) -> dict[tuple[str, int | None], float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 
 import numpy as np
@@ -62,6 +62,9 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.words)
 
+    def __repr__(self) -> str:
+        return f"Vocabulary({len(self):,} entries)"
+
     @property
     def dtype(self) -> np.dtype:
         """The smaller of uint16 and int32 that holds every id."""
@@ -107,9 +110,9 @@ def _pieces(lines: Iterable[str]) -> Iterator[str]:
 class TokenizedCorpus:
     """A corpus as token ids: `train`, `valid`, `test` are arrays (tokens,), uint16 or int32, mapped from the cache."""
 
-    train: np.ndarray
-    valid: np.ndarray
-    test: np.ndarray
+    train: np.ndarray = field(repr=False)
+    valid: np.ndarray = field(repr=False)
+    test: np.ndarray = field(repr=False)
     vocab: Vocabulary
     name: str
     sha256: str
