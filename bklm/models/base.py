@@ -50,15 +50,23 @@ class LanguageModel(nn.Module):
     def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """Mean (or "sum") negative log-likelihood in nats of the targets (B, N) that are not -100: a scalar.
 
-        The (B*N, V) logits never exist as a whole, see `bklm.models.loss`.
+        The (B*N, V) logits never exist as a whole, see `bklm.models.loss`. In training the model's
+        `auxiliary_loss`, if it has one, is added to the mean (times the number of targets: to the sum).
 
         Raises:
-            ValueError, TypeError: ids or targets of a wrong shape, dtype or range; no target left after
-            masking.
+            ValueError, TypeError: ids or targets of a wrong shape, dtype or range; no target left after masking.
         """
         self.check_ids(input_ids)
         self.check_targets(input_ids, targets)
-        return linear_cross_entropy(self.hidden(input_ids), *self.head(), targets, reduction=reduction)
+        value = linear_cross_entropy(self.hidden(input_ids), *self.head(), targets, reduction=reduction)
+        extra = self.auxiliary_loss() if self.training else None
+        if extra is None:
+            return value
+        return value + (extra if reduction == "mean" else extra * (targets != IGNORE_INDEX).sum())
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """What the last training forward adds to the mean loss per token, such as a load-balancing term; or None."""
+        return None
 
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor, targets: Tensor) -> TokenLosses:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from bklm.bk_core import BKCore
 from bklm.models.base import LanguageModel
-from bklm.moe import AnalyticMoE
+from bklm.moe import AnalyticMoE, total_balance_loss
 
 __all__ = ["ResNetBK", "ResNetBKConfig", "ResNetBKState"]
 
@@ -52,6 +52,7 @@ class ResNetBKConfig:
     clamps: bool = False  # the original's +-3 on the potential and +-10 on the features
     eta: float = 1.0  # imaginary part of z; memory reaches about 1 / eta positions back
     n_heads: int = 1  # potentials per position, each with a Hamiltonian of its own
+    balance: float = 0.0  # weight of the experts' load-balancing loss, see bklm.moe
 
     def __post_init__(self) -> None:
         _check_int("vocab_size", self.vocab_size, 2)
@@ -68,6 +69,12 @@ class ResNetBKConfig:
             raise ValueError(f"grad_blend: got {self.grad_blend}; it must lie between 0 and 1.")
         if not 0.0 < self.eta < float("inf"):
             raise ValueError(f"eta: got {self.eta}; the resolvent needs a positive, finite imaginary shift.")
+        if not 0.0 <= self.balance < float("inf"):
+            raise ValueError(f"balance: got {self.balance}; it must be 0 or a positive, finite number.")
+        if self.balance > 0 and self.router_gradient == "none":
+            raise ValueError(
+                f"balance: got {self.balance}, but router_gradient='none' leaves no router to balance."
+            )
         _check_choice("gradient", self.gradient, ("exact", "local", "original"))
         _check_choice("router_gradient", self.router_gradient, ("exact", "selected", "none"))
         _check_choice("causal", self.causal, (True, False))
@@ -109,6 +116,7 @@ class ResNetBKBlock(nn.Module):
             config.top_k,
             config.dropout_p,
             router_gradient=config.router_gradient,
+            balance=config.balance,
         )
         self.potential = nn.Linear(config.d_model, config.n_heads)
         self.core = BKCore(config.n_heads, config.causal, config.gradient, config.grad_blend, config.eta)
@@ -203,6 +211,9 @@ class ResNetBK(LanguageModel):
             x, resolvent = block.step(x, None if state.resolvents is None else state.resolvents[layer])
             resolvents.append(resolvent)
         return F.linear(self.norm(x)[:, 0], *self.head()), ResNetBKState(state.position + 1, tuple(resolvents))
+
+    def auxiliary_loss(self) -> Tensor | None:
+        return total_balance_loss(self) if self.config.balance > 0 else None
 
     def reset_expert_counts(self) -> None:
         self._expert_counts = None
