@@ -112,7 +112,7 @@ class CheckpointFolder:
                     pass  # opening checks the header against the file's length
                 state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
             except Exception as error:  # a damaged file raises whatever its reader happens to trip over
-                set_aside(folder, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+                set_aside(folder, f"{type(error).__name__}: {str(error)[:120]}".splitlines()[0])
                 continue
             load_model(model, str(folder / "model.safetensors"))
             return folder, state

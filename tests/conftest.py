@@ -1,0 +1,51 @@
+"""Shared fixtures: a small text on disk, a small study, and no network or user cache."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from bklm.studies.grad_blend import GradBlendConfig
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token caches of tests stay out of the user's cache folder, and no ambient text is picked up."""
+    monkeypatch.setenv("BKLM_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("BKLM_DATA_DIR", raising=False)
+
+
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/valid/test .txt: sentences of a tiny grammar, the same on every machine."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = random.Random(0)
+    nouns, verbs = ["cat", "dog", "bird", "fish", "tree"], ["sees", "likes", "eats", "hears"]
+    for name, lines in (("train", 120), ("valid", 30), ("test", 30)):
+        sentences = [
+            f"the {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)} ." for _ in range(lines)
+        ]
+        (folder / f"{name}.txt").write_text(" = Animals = \n" + "\n".join(sentences) + "\n")
+    return folder
+
+
+@pytest.fixture
+def tiny_config(small_text: Path, tmp_path: Path) -> GradBlendConfig:
+    """A sweep of four trials that takes about a second."""
+    return GradBlendConfig(
+        profile="smoke",
+        data_dir=str(small_text),
+        output_dir=str(tmp_path / "results"),
+        device="cpu",
+        alphas=(0.0, 0.5),
+        seeds=(0, 1),
+        epochs_per_trial=2,
+        final_epochs=2,
+        batch_size=8,
+        seq_len=8,
+        d_model=8,
+        n_layers=1,
+        max_train_tokens=400,
+    )

@@ -1,0 +1,98 @@
+"""The notebooks: clean in the repository, their forms equal to the schema, and run headless by papermill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from bklm.notebook import FORMS, form_cell
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def parameters(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_in_the_repository_is_clean_valid_and_has_what_colab_needs(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor >= 5) == (4, True)
+    assert all(not c.get("outputs") and c.get("execution_count") is None for c in notebook.cells)
+    assert len({c.id for c in notebook.cells}) == len(notebook.cells)
+    assert not any(c.id.isalnum() and len(c.id) == 8 and not c.id.isalpha() for c in notebook.cells), (
+        "random ids"
+    )
+    metadata = notebook.metadata
+    assert "widgets" not in metadata
+    assert metadata.accelerator == "GPU"
+    assert metadata.colab == {"provenance": [], "gpuType": "T4", "include_colab_link": True}
+    assert metadata.kernelspec == {"name": "python3", "display_name": "Python 3"}
+    assert metadata.language_info == {"name": "python"}
+    (form,) = parameters(notebook)
+    assert form.metadata["cellView"] == "form"
+    assert f"/notebooks/{path.name}" in notebook.cells[0].source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_hold_the_story_and_not_the_logic(path):
+    for cell in read(path).cells:
+        assert cell.cell_type == "markdown" or len(cell.source.splitlines()) <= 40
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_form_cell_is_the_one_that_the_schema_gives(name):
+    (form,) = parameters(read(ROOT / name))
+    assert form.source == form_cell(FORMS[name])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_papermill_reads_every_field_of_the_form_as_a_parameter(name):
+    inferred = papermill.inspect_notebook(ROOT / name)
+    assert list(inferred) == [*FORMS[name].names(), "headless"]
+
+
+def test_the_first_cells_of_all_notebooks_are_the_same():
+    assert len({next(c.source for c in read(p).cells if c.id == "set-up") for p in NOTEBOOKS}) == 1
+
+
+def run(path: Path, folder: Path, **values) -> str:
+    """Execute a notebook headless; returns everything it printed."""
+    executed = papermill.execute_notebook(
+        path, folder / path.name, {"headless": True, "output_dir": str(folder / "results"), **values},
+        cwd=ROOT, progress_bar=False, kernel_name="python3",
+    )  # fmt: skip
+    outputs = [o for c in executed.cells for o in c.get("outputs", [])]
+    return "".join(o.get("text", "") for o in outputs if o.output_type == "stream" and o.name == "stdout")
+
+
+@pytest.mark.slow
+def test_00_setup_runs_headless_and_finds_the_operator_right(tmp_path):
+    printed = run(ROOT / "notebooks" / "00_setup.ipynb", tmp_path)
+    assert "WRONG" not in printed
+    assert "right" in printed
+    assert (tmp_path / "results" / "operator.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_01_grad_blend_sweep_smoke_runs_headless_and_prints_table_finding_and_hash(tmp_path):
+    values = {"profile": "smoke", "dataset": "embedded"}
+    printed = run(ROOT / "notebooks" / "01_grad_blend_sweep.ipynb", tmp_path, **values)
+    assert "Lowest validation PPL at alpha" in printed
+    assert "never sees the future" in printed
+    assert "SHA-256" in printed
+    assert (tmp_path / "results" / "grad_blend.zip").exists()
+    # Run again in the same folder: everything is read back, and the table is the same.
+    again = run(ROOT / "notebooks" / "01_grad_blend_sweep.ipynb", tmp_path, **values)
+    assert again.count("epoch 1/") == 0
+    finding = next(line for line in printed.splitlines() if line.startswith("Lowest"))
+    assert finding in again

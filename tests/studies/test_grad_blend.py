@@ -1,0 +1,243 @@
+"""The GRAD_BLEND study, end to end on a tiny text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from bklm.models import ResNetBK
+from bklm.studies import future, grad_blend, grad_blend_report
+from bklm.studies.folder import study_folder
+from bklm.studies.grad_blend import GradBlendConfig, load_final_model, model_config, run_grad_blend
+from bklm.studies.grad_blend_report import alpha_table, best_alpha, headline, state_finding
+from bklm.studies.gradient_directions import measure_directions
+from bklm.studies.text import prepare_text
+
+NUMBERS = ("final_perplexity", "gradient_variance", "convergence_speed", "loss_curve", "perplexity_curve")
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(request, monkeypatch):
+    """Drawing takes most of a tiny study's time; one test draws for real."""
+    if "draws" not in request.keywords:
+        monkeypatch.setattr(
+            grad_blend_report, "save_figure", lambda path, *a, **k: path.write_bytes(b"") and path
+        )
+
+
+def numbers(folder: Path) -> list:
+    """What the study computed, without its timings."""
+    results = json.loads((folder / "grad_blend_results.json").read_text())["results"]
+    return [[r["alpha"], *(r[n] for n in NUMBERS)] for r in results]
+
+
+@pytest.mark.draws
+def test_the_zip_holds_the_originals_files_with_the_originals_keys_and_the_manifest(tiny_config):
+    result = run_grad_blend(tiny_config)
+    with zipfile.ZipFile(result.bundle.path) as archive:
+        names = {n.removeprefix("grad_blend/") for n in archive.namelist()}
+        results = json.loads(archive.read("grad_blend/grad_blend_results.json"))
+        manifest = json.loads(archive.read("grad_blend/manifest.json"))
+    assert {
+        "grad_blend_results.json", "summary.json", "grad_blend_analysis.png", "training_curves.png", "epochs.csv",
+        "final/best_model.safetensors", "run.log", "manifest.json", "gradient_directions.csv",
+    } <= names  # fmt: skip
+    assert {"alpha_values", "epochs_per_trial", "best_alpha", "best_perplexity", "results"} <= set(results)
+    assert {
+        "alpha", "final_perplexity", "convergence_speed", "gradient_variance", "training_time", "loss_curve",
+        "perplexity_curve",
+    } <= set(results["results"][0])  # fmt: skip
+    assert len(results["results"][0]["perplexity_curve"]) == tiny_config.epochs_per_trial
+    assert manifest["corpus"]["sha256"] == prepare_text(tiny_config.resolved()).corpus.sha256
+    assert manifest["config"] == json.loads(json.dumps(tiny_config.resolved().to_dict()))
+    assert "-m bklm.studies.grad_blend" in manifest["command"]
+    assert result.best_alpha == min(result.table, key=lambda r: r["val_ppl"])["alpha"]
+
+
+def test_a_finished_study_is_read_back_and_trains_nothing(tiny_config, monkeypatch):
+    first = run_grad_blend(tiny_config)
+    monkeypatch.setattr(grad_blend, "train", lambda *a, **k: pytest.fail("trained again"))
+    second = run_grad_blend(tiny_config)
+    assert second.table == first.table
+    assert second.final == first.final
+
+
+def test_two_fresh_runs_of_the_same_config_give_the_same_numbers(tiny_config, tmp_path):
+    first = run_grad_blend(tiny_config)
+    second = run_grad_blend(dataclasses.replace(tiny_config, output_dir=str(tmp_path / "second")))
+    assert numbers(first.folder) == numbers(second.folder)
+
+
+def test_a_study_killed_with_signal_9_goes_on_and_ends_with_the_numbers_of_an_undisturbed_one(
+    tiny_config, tmp_path
+):
+    config = dataclasses.replace(tiny_config, epochs_per_trial=4, output_dir=str(tmp_path / "killed"))
+    words = [sys.executable, "-m", "bklm.studies.grad_blend"]
+    for name, value in config.to_dict().items():
+        if value is not None:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "killed" / "grad_blend"
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("trials/*/checkpoints/epoch_0002")) and time.monotonic() < deadline:
+        assert process.poll() is None, "the study ended before it could be killed"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    unfinished = 4 - len(list(folder.glob("trials/*/result.json")))
+    assert unfinished > 0
+    resumed = run_grad_blend(config)
+    undisturbed = run_grad_blend(dataclasses.replace(config, output_dir=str(tmp_path / "undisturbed")))
+    assert numbers(resumed.folder) == numbers(undisturbed.folder)
+
+
+def test_a_damaged_trial_result_is_set_aside_and_only_that_trial_is_trained_again(tiny_config, monkeypatch):
+    first = run_grad_blend(tiny_config)
+    (first.folder / "trials" / "alpha_0.5_seed_1" / "result.json").write_text('{"alpha": 0.5, "se')
+    trained = []
+    real = grad_blend.train
+    monkeypatch.setattr(grad_blend, "train", lambda *a, **k: trained.append(k["label"]) or real(*a, **k))
+    second = run_grad_blend(tiny_config)
+    assert trained == ["alpha 0.5, seed 1"]
+    assert [r["val_ppl"] for r in second.table] == [r["val_ppl"] for r in first.table]
+
+
+def test_a_folder_of_another_experiment_is_refused_naming_the_fields_and_left_as_it_was(tiny_config):
+    first = run_grad_blend(tiny_config)
+    before = {p: p.read_bytes() for p in first.folder.rglob("*") if p.is_file() and p.name != "run.log"}
+    with pytest.raises(ValueError, match=r"made with other settings: clip \(0.5 there, 1.0 now\)"):
+        run_grad_blend(dataclasses.replace(tiny_config, clip=1.0))
+    assert before == {p: p.read_bytes() for p in before}
+
+
+def test_a_folder_whose_text_has_changed_is_refused(tiny_config, small_text, tmp_path):
+    run_grad_blend(tiny_config)
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("train", "valid", "test"):
+        (other / f"{name}.txt").write_text((small_text / f"{name}.txt").read_text().replace("cat", "cow"))
+    with pytest.raises(ValueError, match="the text"):
+        run_grad_blend(dataclasses.replace(tiny_config, data_dir=str(other)))
+
+
+def test_a_refused_run_claims_no_folder(tiny_config):
+    with pytest.raises(ValueError, match="batch"):
+        run_grad_blend(dataclasses.replace(tiny_config, batch_size=128, seq_len=16))
+    run_grad_blend(tiny_config)
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(tiny_config):
+    config = tiny_config.resolved()
+    with study_folder(config), pytest.raises(RuntimeError, match="another run is working in"):
+        run_grad_blend(tiny_config)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(tiny_config, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"output_dir: cannot write to .*; choose"):
+        run_grad_blend(dataclasses.replace(tiny_config, output_dir=str(tmp_path / "file")))
+
+
+def test_a_nearly_full_disk_is_refused_before_anything_is_computed(tiny_config, monkeypatch):
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
+    with pytest.raises(OSError, match="has 10 MB left"):
+        run_grad_blend(tiny_config)
+
+
+def test_all_models_of_a_seed_start_from_the_same_weights_and_another_seed_from_others(tiny_config):
+    config = tiny_config.resolved()
+
+    def initial(alpha, seed):
+        torch.manual_seed(seed)
+        return torch.cat([p.flatten() for p in ResNetBK(model_config(config, 30, alpha)).parameters()])
+
+    assert torch.equal(initial(0.0, 0), initial(1.0, 0))
+    assert not torch.equal(initial(0.0, 0), initial(0.0, 1))
+
+
+def test_the_original_protocol_is_the_originals_model_and_says_on_everything_that_it_sees_the_future(
+    tiny_config,
+):
+    result = run_grad_blend(dataclasses.replace(tiny_config, protocol="original"))
+    model = load_final_model(result.folder)
+    assert (model.config.causal, model.config.gradient, model.config.router_gradient, model.config.clamps) == (
+        False, "original", "none", True,
+    )  # fmt: skip
+    assert json.loads(result.paths["summary.json"].read_text())["sees_the_future"] is True
+    rows = future.measure_future(model, prepare_text(result.config))
+    verdicts = {r["model"]: v["verdict"] for r, v in zip(rows, future.readable(rows), strict=True)}
+    assert verdicts["trained, bidirectional"] == verdicts["untrained, bidirectional"] == "SEES THE FUTURE"
+    assert verdicts["untrained, causal"] == "never sees the future"
+
+
+def test_the_corrected_model_leaks_exactly_nothing(tiny_config):
+    result = run_grad_blend(tiny_config)
+    rows = future.measure_future(load_final_model(result.folder), prepare_text(result.config))
+    assert rows[0]["causal"]
+    assert rows[0]["leak"] <= 1e-12
+
+
+def test_measured_directions_agree_with_their_definitions(tiny_config):
+    config = tiny_config.resolved()
+    text = prepare_text(config)
+    torch.manual_seed(0)
+    model = ResNetBK(model_config(config, text.vocab_size, 0.7))
+    rows = measure_directions(model, *text.first_batch(4), alphas=(0.0, 1.0), gradient="exact")
+    pooled = {r["direction"]: r for r in rows if r["layer"] == "all"}
+    assert pooled["exact"]["cosine"] == pytest.approx(1, abs=1e-9)
+    assert pooled["alpha 0"]["norm"] == pytest.approx(pooled["exact"]["norm"], rel=1e-6)
+    assert pooled["alpha 1"]["cosine"] == pytest.approx(pooled["hypothesis-7"]["cosine"], abs=1e-6)
+    assert pooled["local"]["cosine"] > 0.5
+    assert pooled["hypothesis-7"]["norm_ratio"] > 1
+
+
+def trial(alpha: float, seed: int, perplexity: float) -> dict:
+    return {
+        "alpha": alpha, "seed": seed, "final_perplexity": perplexity, "final_perplexity_without_unk": perplexity,
+        "final_accuracy": 0.1, "convergence_speed": 2, "gradient_variance": 0.1, "training_time": 1.0,
+    }  # fmt: skip
+
+
+def test_a_difference_inside_its_interval_is_called_none_and_one_outside_worse():
+    same = [trial(0.0, 0, 100.0), trial(0.0, 1, 110.0), trial(0.5, 0, 111.0), trial(0.5, 1, 100.0)]
+    assert "no difference beyond the 95% interval: alpha 0.5" in state_finding(same)
+    # Paired over seeds a constant gap is certain although the seeds themselves scatter.
+    worse = [trial(0.0, 0, 100.0), trial(0.0, 1, 110.0), trial(0.5, 0, 105.0), trial(0.5, 1, 115.1)]
+    assert "worse over 2 paired seeds: alpha 0.5 (+5.0 ± 0.6)" in state_finding(worse)
+    assert "1 of 1 other alphas is worse" in headline(worse)
+
+
+def test_one_seed_gives_no_interval_and_no_verdict():
+    trials = [trial(0.0, 0, 100.0), trial(0.5, 0, 90.0)]
+    assert alpha_table(trials)[0]["val_ppl_95"] is None
+    assert best_alpha(trials) == 0.5
+    assert "no verdict" in state_finding(trials)
+
+
+def test_the_command_of_a_study_ends_with_one_sentence_and_code_2_for_bad_input(tmp_path):
+    words = [sys.executable, "-m", "bklm.studies.grad_blend", "--data_dir", str(tmp_path / "nowhere")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "nowhere" in done.stderr.splitlines()[-1]
+
+
+def test_the_config_in_the_package_is_the_one_in_the_module():
+    from bklm import studies
+
+    assert studies.GradBlendConfig is GradBlendConfig
+    with pytest.raises(AttributeError, match="no attribute 'run_nothing'"):
+        studies.run_nothing  # noqa: B018

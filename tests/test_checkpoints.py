@@ -1,0 +1,96 @@
+"""Checkpoints and files that survive a kill."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bklm.checkpoints import CheckpointFolder, replacing, write_json
+
+
+def test_an_error_while_writing_leaves_the_old_content_and_no_litter(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def write():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        write()
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_json_without_a_word_for_nan_is_refused_and_the_old_file_stays(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(tmp_path / "a.json", {"x": math.nan})
+    assert (tmp_path / "a.json").read_text() == '{\n "x": 1\n}\n'
+
+
+def test_a_checkpoint_comes_back_as_it_was_and_only_the_newest_are_kept(tmp_path):
+    folder = CheckpointFolder(tmp_path / "c", keep=2)
+    model = torch.nn.Linear(3, 2)
+    for epoch in (1, 2, 3):
+        torch.nn.init.constant_(model.weight, epoch)
+        folder.save(epoch, model, {"epoch": epoch, "moment": torch.ones(2)})
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["epoch_0002", "epoch_0003"]
+    fresh = torch.nn.Linear(3, 2)
+    _, state = folder.restore(fresh)
+    assert state["epoch"] == 3
+    assert torch.equal(fresh.weight, torch.full((2, 3), 3.0))
+    assert torch.equal(state["moment"], torch.ones(2))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+def test_a_damaged_checkpoint_is_set_aside_reported_and_the_one_before_is_used(tmp_path, caplog, file, damage):
+    folder = CheckpointFolder(tmp_path / "c", keep=2)
+    model = torch.nn.Linear(3, 2)
+    folder.save(1, model, {"epoch": 1})
+    newest = folder.save(2, model, {"epoch": 2})
+    content = (newest / file).read_bytes()
+    (newest / file).write_bytes(
+        {"truncated": content[: len(content) // 2], "garbage": b"\x00" * 500, "empty": b""}[damage]
+    )
+    _, state = folder.restore(model)
+    assert state["epoch"] == 1
+    assert (tmp_path / "c" / "epoch_0002.damaged-1").exists()
+    assert "set aside as epoch_0002.damaged-1" in caplog.text
+
+
+def test_a_pickle_in_the_place_of_a_state_is_never_executed(tmp_path):
+    import pickle
+
+    marker = tmp_path / "executed"
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    folder = CheckpointFolder(tmp_path / "c")
+    model = torch.nn.Linear(1, 1)
+    place = folder.save(1, model, {"epoch": 1})
+    (place / "state.pt").write_bytes(pickle.dumps(Evil()))
+    assert folder.restore(model) is None
+    assert not marker.exists()
+
+
+def test_the_weights_of_another_model_are_an_error_and_not_called_damage(tmp_path):
+    folder = CheckpointFolder(tmp_path / "c")
+    folder.save(1, torch.nn.Linear(3, 2), {"epoch": 1})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        folder.restore(torch.nn.Linear(4, 2))
+    assert (tmp_path / "c" / "epoch_0001").exists()
+
+
+def test_leftovers_of_a_killed_write_are_removed_and_not_mistaken_for_a_checkpoint(tmp_path):
+    folder = CheckpointFolder(tmp_path / "c")
+    folder.save(1, torch.nn.Linear(1, 1), {"epoch": 1})
+    (tmp_path / "c" / ".epoch_0002.half").mkdir()
+    assert folder.restore(torch.nn.Linear(1, 1))[1]["epoch"] == 1
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["epoch_0001"]

@@ -1,0 +1,122 @@
+"""The schema: what it accepts, what it refuses and how it says so."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bklm.studies.cli import parse
+from bklm.studies.grad_blend import FULL_GRID, GradBlendConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("alphas", (0.0, 1.5)),
+        ("alphas", (-0.1,)),
+        ("alphas", (math.nan,)),
+        ("alphas", ()),
+        ("alphas", "all"),
+        ("alphas", (0.5, 0.5)),
+        ("seeds", (-1,)),
+        ("seeds", (0.5,)),
+        ("batch_size", 0),
+        ("batch_size", True),
+        ("batch_size", "many"),
+        ("vocab_size", 2),
+        ("learning_rate", 0),
+        ("learning_rate", math.inf),
+        ("dataset", "wikitext-103"),
+        ("profile", "fast"),
+        ("causal", "perhaps"),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_sentence_that_names_field_value_and_what_is_allowed(field, value):
+    with pytest.raises(ValueError, match=rf"^{field}: got .*; allowed is .*\.$") as caught:
+        GradBlendConfig(**{field: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_field_takes_the_profiles_value_and_a_given_one_wins():
+    assert GradBlendConfig(profile="smoke", d_model=None).resolved().d_model == 16
+    assert GradBlendConfig(profile="smoke", d_model=48).resolved().d_model == 48
+    assert GradBlendConfig(profile="smoke", alphas="").resolved().alphas == (0.0, 0.5)
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "full"])
+def test_every_profile_fills_every_field(profile):
+    config = GradBlendConfig(profile=profile).resolved()
+    assert [n for n, v in config.to_dict().items() if v is None] == ["data_dir"]
+
+
+def test_the_word_grid_means_all_eleven_alphas():
+    assert GradBlendConfig(alphas="grid").resolved().alphas == FULL_GRID
+    assert len(FULL_GRID) == 11
+    assert FULL_GRID[0] == 0
+    assert FULL_GRID[-1] == 1
+
+
+def test_the_original_protocol_turns_the_corrections_off_unless_a_field_was_given():
+    original = GradBlendConfig(protocol="original").resolved()
+    assert (original.causal, original.gradient) == (False, "original")
+    assert GradBlendConfig(protocol="original", causal=True).resolved().causal is True
+    assert GradBlendConfig().resolved().causal is True
+
+
+def test_more_experts_per_token_than_experts_is_refused():
+    with pytest.raises(ValueError, match="top_k: got 5 with num_experts 4"):
+        GradBlendConfig(profile="full", top_k=5).resolved()
+
+
+def test_resolving_twice_changes_nothing():
+    config = GradBlendConfig(alphas="grid", protocol="original").resolved()
+    assert config.resolved() == config
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8, unique=True))
+def test_a_list_typed_into_the_form_reads_as_the_same_numbers(alphas):
+    typed = ", ".join(repr(a) for a in alphas)
+    assert GradBlendConfig(alphas=typed).alphas == GradBlendConfig(alphas=tuple(alphas)).alphas == tuple(alphas)
+
+
+@given(st.text(), st.sampled_from(GradBlendConfig.names()))
+def test_any_text_in_any_field_is_taken_or_refused_with_a_sentence(text, field):
+    refusal = None
+    try:
+        GradBlendConfig(**{field: text})
+    except ValueError as error:
+        refusal = str(error)
+    assert refusal is None or refusal.startswith(f"{field}: got ")
+
+
+def test_the_command_line_has_every_field_under_its_own_name():
+    words = [
+        "--profile",
+        "smoke",
+        "--alphas",
+        "0",
+        "0.3",
+        "--seeds",
+        "4",
+        "--causal",
+        "False",
+        "--output_dir",
+        "there",
+    ]
+    config = parse(GradBlendConfig, words)
+    assert config == GradBlendConfig(
+        profile="smoke", alphas=(0, 0.3), seeds=(4,), causal=False, output_dir="there"
+    )
+    assert parse(GradBlendConfig, ["--alphas", "grid"]).alphas == "grid"
+    assert parse(GradBlendConfig, []) == GradBlendConfig()
+
+
+def test_differences_name_what_computes_something_else_and_forgive_where_and_how_it_runs():
+    recorded = GradBlendConfig(profile="smoke").resolved().to_dict()
+    same = GradBlendConfig(profile="smoke", output_dir="elsewhere", device="cpu").resolved()
+    assert same.differences(recorded) == []
+    other = GradBlendConfig(profile="smoke", clip=1.0).resolved()
+    assert other.differences(recorded) == ["clip (0.5 there, 1.0 now)"]

@@ -1,0 +1,65 @@
+"""Intervals, manifest and zip."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+
+import nbformat
+import pytest
+
+from bklm.reporting import command_for, environment, interval95, with_interval, zip_study
+from bklm.studies.cli import parse
+from bklm.studies.grad_blend import GradBlendConfig
+
+
+def test_the_interval_is_students_for_the_number_of_seeds():
+    mean, half = interval95([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.30265273 / 3**0.5, rel=1e-9))
+    assert interval95([5.0]) == (5.0, None)
+    assert with_interval(2.0, None) == "2.0"
+    assert with_interval(2.04, 0.26) == "2.0 ± 0.3"
+
+
+def test_the_zip_holds_every_file_but_hidden_ones_and_its_hash_is_that_of_the_file(tmp_path):
+    folder = tmp_path / "study"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.csv").write_text("a")
+    (folder / "sub" / "b.json").write_text("{}")
+    (folder / ".lock").touch()
+    bundle = zip_study(folder)
+    assert bundle.path == tmp_path / "study.zip"
+    assert sorted(zipfile.ZipFile(bundle.path).namelist()) == ["study/a.csv", "study/sub/b.json"]
+    assert bundle.sha256 == hashlib.sha256(bundle.path.read_bytes()).hexdigest()
+    assert bundle.size == bundle.path.stat().st_size
+
+
+def test_an_executed_notebook_goes_in_with_its_html(tmp_path):
+    folder = tmp_path / "study"
+    folder.mkdir()
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Found it")])
+    nbformat.write(notebook, tmp_path / "01_x.ipynb")
+    bundle = zip_study(folder, tmp_path / "01_x.ipynb")
+    archive = zipfile.ZipFile(bundle.path)
+    assert "Found it" in archive.read("study/01_x.html").decode()
+    assert "study/01_x.ipynb" in archive.namelist()
+
+
+def test_zipping_a_study_that_is_not_there_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run the study first"):
+        zip_study(tmp_path / "nothing")
+
+
+def test_the_recorded_command_repeats_the_config():
+    config = GradBlendConfig(profile="smoke", alphas=(0, 0.25), data_dir="a folder", causal=False).resolved()
+    words = command_for("bklm.studies.grad_blend", config)
+    import shlex
+
+    assert parse(GradBlendConfig, shlex.split(words)[3:]) == config
+
+
+def test_the_environment_names_versions_processor_and_gpu():
+    found = environment()
+    assert found["packages"]["torch"]
+    assert found["cores"] >= 1
+    assert "gpu" in found
