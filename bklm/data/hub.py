@@ -54,11 +54,15 @@ def corpus_from_hub(name: str, max_documents: int | None = None) -> Corpus:
         )
     failures = _failures()
     unreachable: BaseException | None = None
+    revision = "unknown"
     try:
         # One request with a deadline: load_dataset itself repeats a failing one for some 20 seconds.
         info = huggingface_hub.HfApi().dataset_info(dataset.repository, timeout=PROBE_SECONDS)
+        revision = (info.sha or revision)[:12]
     except failures as error:
-        unreachable = error
+        # 429 and above: it is there but busy, and load_dataset waits for it. Anything else is final.
+        if getattr(getattr(error, "response", None), "status_code", 0) < 429:
+            unreachable = error
     try:
         if unreachable:
             with _offline():
@@ -66,7 +70,7 @@ def corpus_from_hub(name: str, max_documents: int | None = None) -> Corpus:
             return corpus_from_splits(
                 name, f"Hugging Face {dataset}, from the local cache", splits, max_documents
             )
-        source = f"Hugging Face {dataset}, revision {(info.sha or 'unknown')[:12]}"
+        source = f"Hugging Face {dataset}, revision {revision}"
         if dataset.splits and max_documents is not None:
             return corpus_from_dialogues(name, source, *_first_dialogues(dataset, max_documents))
         return corpus_from_splits(name, source, _download(dataset))

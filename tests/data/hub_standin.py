@@ -24,9 +24,13 @@ class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     root: Path
     cut_downloads_at: int | None = None  # bytes after which a file's transfer breaks off
+    busy: int = 0  # how many requests are turned away at first
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
+        if path.startswith("/api/datasets") and self.server.turned_away < self.busy:
+            self.server.turned_away += 1
+            return self.send(b"{}", 503, {"Content-Type": "application/json"})
         if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
             return self.describe(match[1])
         if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+(?:/(.*))?", path):
@@ -117,11 +121,11 @@ def entry(path: Path, repository: Path) -> dict:
 
 
 @contextmanager
-def serve_hub(root: Path, cut_downloads_at: int | None = None):
+def serve_hub(root: Path, **behaviour):
     """Serve `root` as a hub while the context lasts; gives the server (`.url`, `.requests`)."""
-    handler = type("RootedHub", (Hub,), {"root": root, "cut_downloads_at": cut_downloads_at})
+    handler = type("RootedHub", (Hub,), {"root": root} | behaviour)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.requests, server.url = [], f"http://127.0.0.1:{server.server_address[1]}"
+    server.requests, server.turned_away, server.url = [], 0, f"http://127.0.0.1:{server.server_address[1]}"
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

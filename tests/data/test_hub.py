@@ -172,6 +172,14 @@ def test_a_download_that_breaks_off_is_one_sentence_and_never_half_a_corpus(hub_
 
 
 @pytest.mark.slow
+def test_a_hub_that_is_busy_for_a_moment_is_waited_for(hub_root, load):
+    with serve_hub(hub_root, busy=1) as hub:
+        answer = load(hub.url)
+    assert answer["sha256"] == Corpus("text", "made here", **WIKITEXT).sha256
+    assert answer["source"] == "Hugging Face Salesforce/wikitext, wikitext-2-raw-v1, revision unknown"
+
+
+@pytest.mark.slow
 def test_offline_mode_is_heeded(load):
     answer = load("https://huggingface.co", HF_HUB_OFFLINE="1")
     assert (answer["error"], "three ways on" in answer["says"]) == ("ConnectionError", True)
