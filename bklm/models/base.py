@@ -202,7 +202,10 @@ class LanguageModel(nn.Module):
             )
 
     def _cannot_stream(self) -> str:
-        return f"this {type(self).__name__} sees future positions, so it has no state to carry from token to token."
+        return (
+            f"this {type(self).__name__} does not stream: a new token changes what it computed for earlier ones, so it "
+            "has no state to carry on; use generate(), or build it causal."
+        )
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

@@ -152,7 +152,7 @@ def test_bidirectional_generation_runs_over_the_window_again():
     for i in range(5, 11):
         assert out[0, i] == model(out[:, :i])[0, -1].argmax()
     for call in (lambda: model.init_state(1), lambda: model.prefill(ids), lambda: model.step(ids[:, 0], None)):
-        with pytest.raises(TypeError, match="sees future positions"):
+        with pytest.raises(TypeError, match="does not stream"):
             call()
 
 
@@ -215,13 +215,13 @@ def test_time_per_token_is_the_same_at_position_100_and_100_000():
 
     def seconds(state):
         start = time.perf_counter()
-        for _ in range(20):
-            model.step(token, state)
+        model.step(token, state)
         return time.perf_counter() - start
 
-    rounds = [(seconds(states[100]), seconds(states[100_000])) for _ in range(60)]
-    near, far = (statistics.median(r) for r in zip(*rounds, strict=True))
-    assert 0.9 < far / near < 1.1
+    # Taken in turn, and the lower quartile: what a busy machine adds is not the model's.
+    pairs = [(seconds(states[100]), seconds(states[100_000])) for _ in range(1500)]
+    near, far = (statistics.quantiles(times, n=4)[0] for times in zip(*pairs, strict=True))
+    assert far < 1.1 * near
 
 
 # --- the architecture ------------------------------------------------------------------------------------------------
@@ -354,6 +354,20 @@ def test_balance_adds_its_weighted_loss_in_training_and_nothing_in_evaluation():
         assert model.loss(ids, y) == model_of().loss(ids, y)
     assert extra > 0.5
     assert values[0.5] - values[0.0] == pytest.approx(extra, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_compiles_whole_and_gives_the_eager_numbers():
+    model, ids = model_of(double=False, dropout_p=0.1).train(), ids_of(2, 24)
+    y = ids.roll(-1, 1)
+    compiled = torch.compile(lambda: model.loss(ids, y), fullgraph=True, backend="aot_eager")
+    results = []
+    for loss in (model.loss, lambda *_: compiled()):
+        torch.manual_seed(3)
+        value = loss(ids, y)
+        results.append([value, *torch.autograd.grad(value, list(model.parameters()))])
+    for eager, whole in zip(*results, strict=True):
+        torch.testing.assert_close(whole, eager)
 
 
 def test_trains_under_bfloat16_autocast_with_float32_gradients():
