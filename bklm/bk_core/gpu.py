@@ -1,6 +1,6 @@
 """The BK-core on a GPU: Triton kernels, forward and exact backward, causal and bidirectional.
 
-Formulas: operator.py. The contract of `forward` and `backward`: backends.py. The kernels: gpu_kernels.py.
+Formulas: operator.py. The contract of `forward` and `backward`: backends.py. The kernels: gpu_lanes.py, gpu_scan.py, gpu_forward.py, gpu_backward.py.
 
 How a call is cut up (`plan`). Short rows, or very many rows: one lane a row, one launch forward and one backward.
 Otherwise rows are cut into chunks, one lane a chunk, in three launches each way:
@@ -46,7 +46,7 @@ try:
 except ImportError:  # no wheels for this platform: the operator then uses the torch path, see backends.py
     triton = None
 else:
-    from . import gpu_kernels as kernels
+    from . import gpu_backward, gpu_forward, gpu_scan
 
 SWEEP_LANES = 32  # one warp a program: the exchanges between lanes need no barrier
 BLOCK_LANES = 128  # chunks whose maps one program scans
@@ -120,7 +120,7 @@ def forward(a: Tensor, k: Tensor, z: Tensor, causal: bool) -> tuple[Tensor, tupl
         carries = _forward_carries(p, a, k, z, causal)
         polished = torch.empty_like(carries) if p.polish and not causal else carries
     _launch(
-        a.device, kernels.resolvent_sweep, (_cdiv(s, SWEEP_LANES),),
+        a.device, gpu_forward.resolvent_sweep, (_cdiv(s, SWEEP_LANES),),
         _real(a), _real(k), _real(z), _real(carries), _real(polished), _real(G),
         n, p.chunk, p.chunks, s, _row_stride(k),
         CAUSAL=causal, CHUNKED=chunked, POLISH=p.polish and chunked,
@@ -157,7 +157,7 @@ def backward(
         adjoint_carries = _adjoint_carries(p, a, k, z, G, gbar, carries, causal)
     complex_like = functools.partial(torch.empty, dtype=z.dtype, device=a.device)
     grad_a = torch.empty_like(a)
-    K = complex_like((m, n - 1)) if needs_k or not causal else G
+    K = complex_like((m, n - 1)) if needs_k else G
     sums = complex_like((m, p.chunks)) if needs_z else G
     flags = {
         "CHUNKED": chunked, "NEEDS_K": needs_k, "NEEDS_Z": needs_z, "A_COMPLEX": a.is_complex(),
@@ -168,13 +168,13 @@ def backward(
     outputs = _real(grad_a), _real(K)
     if causal:
         _launch(
-            a.device, kernels.adjoint_sweep_causal, grid,
+            a.device, gpu_backward.adjoint_sweep_causal, grid,
             _real(k), _real(z), _real(G), _real(gbar), _real(adjoint_carries), *outputs, _real(sums), *sizes, **flags,
         )  # fmt: skip
     else:
-        scratch = complex_like((m, n - 1))
+        scratch = complex_like((m, n))
         _launch(
-            a.device, kernels.adjoint_sweep, grid,
+            a.device, gpu_backward.adjoint_sweep, grid,
             _real(a), _real(k), _real(z), _real(G), _real(gbar), _real(carries), _real(adjoint_carries),
             *outputs, _real(scratch), _real(sums), *sizes, **flags,
         )  # fmt: skip
@@ -189,7 +189,7 @@ def _forward_carries(p: Plan, a: Tensor, k: Tensor, z: Tensor, causal: bool) -> 
     maps = torch.empty((8, s), dtype=p.wide, device=a.device)
     totals = torch.empty((8, blocks), dtype=p.wide, device=a.device)
     _launch(
-        a.device, kernels.moebius_maps, (blocks,),
+        a.device, gpu_forward.moebius_maps, (blocks,),
         _real(a), _real(k), _real(z), maps, totals,
         n, p.chunk, p.chunks, s, p.blocks, blocks, _row_stride(k),
         MANY=p.blocks > 1, A_COMPLEX=a.is_complex(), K_COMPLEX=k.is_complex(),
@@ -209,7 +209,7 @@ def _adjoint_carries(
     maps = torch.empty((kinds, 8, s), dtype=dtype, device=a.device)
     totals = torch.empty((kinds, 8, blocks), dtype=dtype, device=a.device)
     _launch(
-        a.device, kernels.adjoint_maps, (blocks,),
+        a.device, gpu_backward.adjoint_maps, (blocks,),
         _real(a), _real(k), _real(z), _real(G), _real(gbar), _real(carries), maps, totals,
         n, p.chunk, p.chunks, s, p.blocks, blocks, _row_stride(k),
         CAUSAL=causal, MANY=p.blocks > 1, A_COMPLEX=a.is_complex(), K_COMPLEX=k.is_complex(),
@@ -227,7 +227,7 @@ def _scan(
     carries = torch.empty((2, s), dtype=dtype, device=maps.device)
     apart = 0 if shared or len(directions) == 1 else 8
     _launch(
-        maps.device, kernels.scan_carries, (blocks, len(directions)),
+        maps.device, gpu_scan.scan_carries, (blocks, len(directions)),
         maps, totals, _real(carries),
         p.chunks, s, p.blocks, blocks, apart * s, apart * blocks, directions[0],
         NEGATE_RIGHT=shared, ORDER=_power_of_two(p.blocks), LANES=p.block, num_warps=p.block // 32,
@@ -246,7 +246,7 @@ def _launch(device: torch.device, kernel, grid: tuple[int, ...], *args, **consta
 
 def _interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter, as decided when they were defined."""
-    return not isinstance(kernels.resolvent_sweep, triton.JITFunction)
+    return not isinstance(gpu_forward.resolvent_sweep, triton.JITFunction)
 
 
 @functools.cache
