@@ -23,6 +23,7 @@ from torch import Tensor
 from bklm.checkpoints import CheckpointFolder
 from bklm.data import set_epoch
 from bklm.models import LanguageModel
+from bklm.moe import unused_experts, usage_entropy
 
 log = logging.getLogger(__name__)
 
@@ -239,8 +240,9 @@ def train(
         if checkpoints is not None:
             good = checkpoints.save(epoch, model, _state(records, optimizer, scheduler, accelerator))
         log.info(
-            "%s: epoch %d/%d, train PPL %.1f, validation PPL %.1f, %.0f s",
+            "%s: epoch %d/%d, train PPL %.1f, validation PPL %.1f, %.0f s%s",
             label, epoch, settings.epochs, record.train_perplexity, record.val_perplexity, seconds,
+            _describe_experts(record.expert_counts),
         )  # fmt: skip
     accelerator.free_memory()
     return records
@@ -256,6 +258,16 @@ def convergence_epoch(perplexities: list[float], fraction: float = 0.9) -> int:
     first, best = perplexities[0], min(perplexities)
     threshold = first - fraction * (first - best)
     return next(i for i, p in enumerate(perplexities, start=1) if p <= threshold)
+
+
+def _describe_experts(counts: list[list[int]]) -> str:
+    """Least even layer's usage entropy (1: even, 0: one expert has all) and the number of experts that dropped out."""
+    layers = [layer for layer in counts if len(layer) > 1]
+    if not layers:
+        return ""
+    entropy = min(usage_entropy(layer, normalised=True) for layer in layers)
+    unused = sum(unused_experts(layer) for layer in layers)
+    return f", expert usage entropy {entropy:.2f}, {unused} dropped out"
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

@@ -72,8 +72,8 @@ class GradBlendConfig(StudyConfig):
         },
     }  # fmt: skip
     protocols: ClassVar[dict[str, dict[str, Any]]] = {
-        "corrected": {"gradient": "exact", "causal": True},
-        "original": {"gradient": "original", "causal": False},
+        "corrected": {"gradient": "exact", "causal": True, "router_gradient": "exact"},
+        "original": {"gradient": "original", "causal": False, "router_gradient": "none"},
     }
 
     protocol: Literal["corrected", "original"] = setting(
@@ -103,6 +103,10 @@ class GradBlendConfig(StudyConfig):
     gradient: Literal["exact", "local", "original"] | None = setting(
         None, help="theory part of the blend; empty: the protocol's"
     )
+    router_gradient: Literal["exact", "selected", "none"] | None = setting(
+        None, help="none: the original's router, which never learns; empty: the protocol's"
+    )
+    balance: float = setting(0.0, low=0, high=100, help="weight of the experts' load-balancing loss")
     causal: bool | None = setting(None, help="False sees the future; empty: the protocol's")
 
     def resolved(self) -> GradBlendConfig:
@@ -146,7 +150,6 @@ def run_grad_blend(config: GradBlendConfig, on_figure: Callable[[Path], None] | 
 
 def model_config(config: GradBlendConfig, vocab_size: int, alpha: float) -> ResNetBKConfig:
     """The ResNet-BK of one trial of a resolved config."""
-    original = config.protocol == "original"
     return ResNetBKConfig(
         vocab_size,
         d_model=config.d_model,
@@ -158,8 +161,9 @@ def model_config(config: GradBlendConfig, vocab_size: int, alpha: float) -> ResN
         causal=config.causal,
         gradient=config.gradient,
         grad_blend=alpha,
-        router_gradient="none" if original else "exact",
-        clamps=original,
+        router_gradient=config.router_gradient,
+        balance=config.balance,
+        clamps=config.protocol == "original",
     )
 
 

@@ -21,6 +21,7 @@ from bklm.figures import (
     save_figure,
     wide_range_axis,
 )
+from bklm.moe import usage_entropy
 from bklm.reporting import Bundle, interval95, with_interval, write_csv, write_manifest, zip_study
 from bklm.studies.text import StudyText
 
@@ -429,7 +430,7 @@ def draw_experts(path: Path, final: dict[str, Any], note: str) -> Path:
     """Share of the training tokens that each expert received, per epoch and layer, in the final training."""
     counts = [e["expert_counts"] for e in final["epochs"]]  # epoch, layer, expert
     layers, experts = len(counts[0]), len(counts[0][0])
-    entropies = [_normalised_entropy(layer) for layer in counts[-1]]
+    entropies = [usage_entropy(layer, normalised=True) for layer in counts[-1]]
 
     def draw(figure: Figure) -> None:
         for layer, axes in enumerate(figure.subplots(1, layers, sharey=True, squeeze=False)[0]):
@@ -446,14 +447,9 @@ def draw_experts(path: Path, final: dict[str, Any], note: str) -> Path:
         first.set(ylabel="% of training tokens", ylim=(0, 100 if experts < 3 else None))
         legend_below(first, title="expert", ncols=min(experts, 8), fontsize=10)
 
-    title = f"Tokens per expert: usage entropy {min(entropies):.2f} to {max(entropies):.2f} of the maximum in the last epoch"
+    title = (
+        f"Expert use in the last epoch: entropy {min(entropies):.2f} to {max(entropies):.2f} of an even one's"
+    )
+    if experts == 1:
+        title = "One expert: every token visits it"
     return save_figure(path, draw, title=title, note=note, size=(8.4, 4.2))
-
-
-def _normalised_entropy(counts: Sequence[int]) -> float:
-    """Entropy of the expert shares over its maximum: 1 is even use, 0 one expert for all. 1 for a single expert."""
-    total = sum(counts)
-    shares = [c / total for c in counts if c]
-    if len(counts) == 1:
-        return 1.0
-    return -sum(s * math.log(s) for s in shares) / math.log(len(counts))
