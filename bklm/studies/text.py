@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bklm.data import Corpus, TokenizedCorpus, load_corpus, make_loader, tokenize_corpus, windows
-from bklm.data.baselines import KneserNey, Unigram
+from bklm.data import (
+    Corpus,
+    KneserNey,
+    TokenizedCorpus,
+    Unigram,
+    load_corpus,
+    make_loader,
+    tokenize_corpus,
+    windows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +106,9 @@ def prepare_text(config: Any) -> StudyText:
     corpus = load_corpus(config.dataset, config.data_dir)
     tokens = tokenize_corpus(corpus, config.vocab_size, config.max_train_tokens or None)
     layout = "disjoint" if config.protocol == "original" else "every-target-once"
-    text = StudyText(corpus, tokens, config.seq_len, config.batch_size, layout, _baselines(corpus, tokens))
+    text = StudyText(
+        corpus, tokens, config.seq_len, config.batch_size, layout, _baselines(corpus, tokens, config.seq_len)
+    )
     for loader in (text.train_loader(0), text.val_loader(), text.test_loader()):
         len(loader)  # refuses sequences and batches that the text cannot fill
     log.info(
@@ -112,7 +122,7 @@ def prepare_text(config: Any) -> StudyText:
     return text
 
 
-def _baselines(corpus: Corpus, tokens: TokenizedCorpus) -> list[dict[str, Any]]:
+def _baselines(corpus: Corpus, tokens: TokenizedCorpus, seq_len: int) -> list[dict[str, Any]]:
     models = [("unigram", Unigram()), *((f"Kneser-Ney {n}-gram", KneserNey(order=n)) for n in (2, 3))]
     rows = []
     for name, model in models:
@@ -121,7 +131,6 @@ def _baselines(corpus: Corpus, tokens: TokenizedCorpus) -> list[dict[str, Any]]:
         rows.append({"name": name, "val_ppl": model.perplexity(tokens.valid), "val_ppl_without_unk": without})
     floor = corpus.entropy_floor("valid")
     if floor is not None:
-        rows.append(
-            {"name": "entropy floor", "val_ppl": math.exp(floor), "val_ppl_without_unk": math.exp(floor)}
-        )
+        name, perplexity = f"true law, {seq_len} tokens of context", math.exp(floor)
+        rows.append({"name": name, "val_ppl": perplexity, "val_ppl_without_unk": perplexity})
     return rows
