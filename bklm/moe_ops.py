@@ -119,7 +119,7 @@ def _forward_op(*args):
 @_forward_op.register_fake
 def _(x, router_weight, router_bias, up_weight, up_bias, down_weight, down_bias, noise, keep, *settings):
     settings, num_experts, num_tokens = Settings(*settings), up_weight.shape[0], x.shape[0]
-    block = block_tokens(x, up_weight.shape[1], settings.compute_dtype)
+    block = block_tokens(x)
     pairs = 0 if settings.top_k == num_experts else num_tokens * settings.top_k
     return (
         x.new_empty(x.shape, dtype=settings.compute_dtype),

@@ -26,7 +26,7 @@ def _seeded():
 @pytest.fixture(params=["one block", "many blocks"])
 def blocks(request, monkeypatch):
     if request.param == "many blocks":
-        monkeypatch.setattr(moe_core, "block_tokens", lambda x, hidden, dtype: 7)
+        monkeypatch.setitem(moe_core._BLOCK_TOKENS, "cpu", 7)
 
 
 def make_inputs(tokens, experts, dtype=torch.float64):
@@ -113,7 +113,7 @@ def test_backward_equals_autograd_anywhere(tokens, experts, k, tau, dropout_p, r
     leaves = make_inputs(tokens, experts)
     noise, keep, keep_p = draw_for(leaves, k, router_gradient, dropout_p)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe_core, "block_tokens", lambda x, hidden, dtype: block)
+        patch.setitem(moe_core._BLOCK_TOKENS, "cpu", block)
         config = Settings(k, tau, router_gradient, keep_p, torch.float64)
         assert_equals_autograd(leaves, noise, keep, config, 1e-10)
 
