@@ -55,6 +55,8 @@ SEQUENTIAL_N = 256  # up to here a row is not cut
 SEQUENTIAL_ROWS = 32768  # so many rows fill a GPU by themselves
 FULL_GPU = 65536  # lanes worth having; with more, longer chunks are the better use of them
 
+MAX_N = 2**28  # offsets within a program are 32-bit and reach over two rows of complex numbers
+
 # compute capabilities whose float64 runs at half the speed of float32
 FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
@@ -68,6 +70,11 @@ class Plan(NamedTuple):
     blocks: int
     wide: torch.dtype
     polish: bool
+
+    @property
+    def warps(self) -> int:
+        """Of a program that holds a block."""
+        return max(1, self.block // 32)
 
 
 @functools.lru_cache(maxsize=256)
@@ -193,7 +200,7 @@ def _forward_carries(p: Plan, a: Tensor, k: Tensor, z: Tensor, causal: bool) -> 
         _real(a), _real(k), _real(z), maps, totals,
         n, p.chunk, p.chunks, s, p.blocks, blocks, _row_stride(k),
         MANY=p.blocks > 1, A_COMPLEX=a.is_complex(), K_COMPLEX=k.is_complex(),
-        LANES=p.block, num_warps=p.block // 32,
+        LANES=p.block, num_warps=p.warps,
     )  # fmt: skip
     directions = (0,) if causal else (0, 1)
     return _scan(p, maps, totals, m, z.dtype, directions, shared=True)
@@ -213,7 +220,7 @@ def _adjoint_carries(
         _real(a), _real(k), _real(z), _real(G), _real(gbar), _real(carries), maps, totals,
         n, p.chunk, p.chunks, s, p.blocks, blocks, _row_stride(k),
         CAUSAL=causal, MANY=p.blocks > 1, A_COMPLEX=a.is_complex(), K_COMPLEX=k.is_complex(),
-        LANES=p.block, num_warps=p.block // 32,
+        LANES=p.block, num_warps=p.warps,
     )  # fmt: skip
     directions = (1,) if causal else (0, 1)
     return _scan(p, maps, totals, m, z.dtype, directions, shared=False)
@@ -230,7 +237,7 @@ def _scan(
         maps.device, gpu_scan.scan_carries, (blocks, len(directions)),
         maps, totals, _real(carries),
         p.chunks, s, p.blocks, blocks, apart * s, apart * blocks, directions[0],
-        NEGATE_RIGHT=shared, ORDER=_power_of_two(p.blocks), LANES=p.block, num_warps=p.block // 32,
+        NEGATE_RIGHT=shared, ORDER=_power_of_two(p.blocks), LANES=p.block, num_warps=p.warps,
     )  # fmt: skip
     return carries
 
@@ -260,6 +267,8 @@ def _plan_for(a: Tensor, z: Tensor) -> Plan:
 
 
 def _check(a: Tensor, k: Tensor, z: Tensor) -> None:
+    if triton is None:
+        raise OSError("Triton is not installed here: use another backend, backend='torch' runs on any device.")
     if a.device.type != "cuda" and not (a.device.type == "cpu" and _interpreted()):
         raise ValueError(
             f"a is on {a.device}: Triton kernels take CUDA tensors, or CPU tensors under TRITON_INTERPRET=1; move it."
@@ -270,6 +279,8 @@ def _check(a: Tensor, k: Tensor, z: Tensor) -> None:
             f"a {tuple(a.shape)}, k {tuple(k.shape)}, z {tuple(z.shape)} do not fit: "
             f"(M, N), (1 or M, N - 1) and (M,) with N >= 1 are needed."
         )
+    if n > MAX_N:
+        raise ValueError(f"rows of {n} elements are longer than the kernels address ({MAX_N}): use backend='torch'.")
     pair = {torch.complex64: (torch.float32,), torch.complex128: (torch.float64,)}.get(z.dtype, ())
     if any(x.dtype not in (*pair, z.dtype) for x in (a, k)) or not pair:
         raise TypeError(
