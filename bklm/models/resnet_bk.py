@@ -100,7 +100,7 @@ class ResNetBKState:
     position: int  # of the next token
     resolvents: (
         tuple[Tensor, ...] | None
-    )  # one complex (B, n_heads) per layer: G at the last position; None at the start
+    )  # per layer G at the last position, (B, n_heads) complex; None: no token yet
 
 
 class ResNetBKBlock(nn.Module):
@@ -195,8 +195,7 @@ class ResNetBK(LanguageModel):
             raise TypeError(self._cannot_stream())
         self.check_ids(input_ids)
         hidden, features = self._run(input_ids)
-        # In the causal core G_i is the left resolvent L_i itself: the features at the last position are the
-        # state.
+        # In the causal core G_i is the left resolvent L_i itself: the last position's features are the state.
         resolvents = tuple(torch.complex(*g[:, -1].chunk(2, dim=-1)) for g in features)
         return F.linear(hidden[:, -1], *self.head()), ResNetBKState(input_ids.shape[1], resolvents)
 
@@ -204,6 +203,7 @@ class ResNetBK(LanguageModel):
     def step(self, token: Tensor, state: ResNetBKState) -> tuple[Tensor, ResNetBKState]:
         if not self.streams:
             raise TypeError(self._cannot_stream())
+        self.check_ids(token.unsqueeze(1))
         self.check_positions(state.position + 1)
         x = self._embed(token.unsqueeze(1), state.position)
         resolvents = []

@@ -204,6 +204,8 @@ def test_step_beyond_the_last_position_is_refused():
     _, state = model.prefill(ids_of(1, 24))
     with pytest.raises(ValueError, match="n_seq = 24"):
         model.step(torch.zeros(1, dtype=torch.int64), state)
+    with pytest.raises(ValueError, match=f"input_ids: got {VOCABULARY}"):
+        model.step(torch.full((1,), VOCABULARY), model.init_state(1))
 
 
 @pytest.mark.slow
@@ -284,6 +286,12 @@ def test_original_protocol_turns_every_correction_off_and_can_be_resized():
         True,
     )
     assert (config.vocab_size, config.d_model, config.grad_blend) == (100, 8, 0.5)
+
+
+def test_core_computes_with_the_settings_of_the_config():
+    settings = {"causal": False, "gradient": "local", "grad_blend": 0.25, "eta": 0.5, "n_heads": 2}
+    for block in model_of(**settings).blocks:
+        assert {name: getattr(block.core, name) for name in settings} == settings
 
 
 @pytest.mark.parametrize("original", [True, False])
