@@ -1,6 +1,7 @@
 """The BK-core on a GPU: Triton kernels, forward and exact backward, causal and bidirectional.
 
-Formulas: operator.py. The contract of `forward` and `backward`: backends.py. The kernels: gpu_lanes.py, gpu_scan.py, gpu_forward.py, gpu_backward.py.
+Formulas: operator.py. The contract of `forward` and `backward`: backends.py. The kernels: gpu_forward.py and
+gpu_backward.py, over gpu_lanes.py (one lane's work) and gpu_scan.py (the joining of chunks).
 
 How a call is cut up (`plan`). Short rows, or very many rows: one lane a row, one launch forward and one backward.
 Otherwise rows are cut into chunks, one lane a chunk, in three launches each way:
@@ -9,28 +10,32 @@ Otherwise rows are cut into chunks, one lane a chunk, in three launches each way
     2. carries  a scan over those maps: the number that enters each chunk
     3. sweep    the sequential recurrences, started from the carries
 
-Accuracy in 32 bits. The scan of step 2 loses up to two digits at small Im z if everything is float32. Where float64 is
-fast (P100, V100, A100, H100, B200) the maps and the scan are float64 and the sweeps float32. Elsewhere (a T4 has 1/32
-of its speed in float64), and for 64-bit inputs, step 3 polishes: each lane first walks the chunk before (after) its own
-from the scanned carry, and thus starts from a neighbour's computed end. Rounding errors of the carry shrink on that
-way, as the recurrences contract; chunks of at least 128 elements make it long enough (measured over Gaussian, periodic
-and smooth potentials at Im z = 1e-3: within 1.2 times of the sequential sweep; 7 to 60 times with chunks of 32). The
-adjoint scans are linear and need neither: in 32 bits they are as accurate as the sequential recurrence.
+Accuracy in 32 bits. If all of this is float32, the scan makes results up to 270 times less accurate than a sequential
+sweep (Gaussian, periodic and smooth potentials of 32768 elements, Im z = 1e-3). Two remedies:
 
-Predicted memory traffic, bytes per element of float32 a and k, rows not sharing k. The sweeps within a launch walk a
-chunk repeatedly; what they re-read is counted once, it stays in cache. Maps and carries add 32 / T (64 / T in float64)
-bytes a write and are left out.
+- where float64 is fast (P100, V100, A100, H100, B200), maps and scan are float64 and the sweeps float32: within 1.6
+  times of the sequential sweep at any length of chunk;
+- elsewhere (a T4 has 1/32 of its speed in float64), and for 64-bit inputs, step 3 polishes: each lane first walks the
+  chunk before its own (for R, the one after) from the scanned carry, so that it starts from a neighbour's computed end.
+  Errors of the carry shrink on the way, as the recurrences contract; chunks of 128 elements make it long enough: within
+  1.9 times of the sequential sweep, against up to 70 times with chunks of 32.
 
-    launch                    reads                             writes              bytes
-    forward   maps            a 4, k 4                          -                       8
-              sweep           a 4, k 4                          G 8                    16
-    backward  maps            a 4, k 4, G 8, gbar 8             -                      24
-              sweep           a 4, k 4, G 8, gbar 8             grad_a 4, K 8,
-                                                                R scratch 8            44    92 in all
-    causal    maps, sweep     forward as above; k 4, G 8,
-                              gbar 8 twice                      grad_a 4, K 8          76 in all
+The adjoint scans are linear and need neither: in float32 they were as accurate as the sequential recurrence at every
+length of chunk tried.
 
-One lane a row: 16 + 44 = 60 (causal 16 + 32 = 48). The smallest possible is 52.
+Predicted memory traffic in bytes per element, for float32 a and k that rows do not share. A sweep walks its chunk two or
+three times; what it reads again is counted once, as it stays in cache. Maps and carries add about 96 / T and are left out.
+
+    launch                reads                       writes                           bytes
+    forward    maps       a 4, k 4                                                         8
+               sweep      a 4, k 4                    G 8                                 16
+    backward   maps       a 4, k 4, G 8, gbar 8                                           24
+               sweep      a 4, k 4, G 8, gbar 8       grad_a 4, K 8, scratch 8            44   in all 92
+    causal     maps       k 4, G 8, gbar 8                                                20
+    backward   sweep      k 4, G 8, gbar 8            grad_a 4, K 8                       32   in all 76
+
+With one lane a row there are no maps: 60, causal 48. The least possible is 52 (it counts b and c in place of k).
+Peak extra memory is the scratch, 8 bytes per element, besides the outputs.
 """
 
 from __future__ import annotations
@@ -280,7 +285,9 @@ def _check(a: Tensor, k: Tensor, z: Tensor) -> None:
             f"(M, N), (1 or M, N - 1) and (M,) with N >= 1 are needed."
         )
     if n > MAX_N:
-        raise ValueError(f"rows of {n} elements are longer than the kernels address ({MAX_N}): use backend='torch'.")
+        raise ValueError(
+            f"rows of {n} elements are longer than the kernels address ({MAX_N}): use backend='torch'."
+        )
     pair = {torch.complex64: (torch.float32,), torch.complex128: (torch.float64,)}.get(z.dtype, ())
     if any(x.dtype not in (*pair, z.dtype) for x in (a, k)) or not pair:
         raise TypeError(

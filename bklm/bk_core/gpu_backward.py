@@ -1,9 +1,24 @@
 """Triton: the backward kernels of the BK-core, the adjoint scans s, t and m. Names: gpu_lanes.py, formulas: operator.py."""
 
+# ruff: noqa: RUF005 (tuples grow by +: Triton knows no unpacking)
+
 import triton
 import triton.language as tl
 
-from .gpu_lanes import STRIP, at_row, inv, lanes, load, load_carry, load_diagonal, mul, scale, store, store_carry, sweep_left
+from .gpu_lanes import (
+    STRIP,
+    at_row,
+    inv,
+    lanes,
+    load,
+    load_carry,
+    load_diagonal,
+    mul,
+    scale,
+    store,
+    store_carry,
+    sweep_left,
+)
 from .gpu_scan import store_maps
 
 
@@ -95,7 +110,7 @@ def adjoint_sweep_causal(
     A_COMPLEX: tl.constexpr, K_COMPLEX: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """D_i = -w_i and K_i = L_i w_{i+1}, where w_i = L_i^2 (conj(gbar_i) + k_i w_{i+1}); the sum of D over each chunk."""
-    first, chunk, row, start, left, zr, zi = lanes(z, N, T, C, S, 1, False, LANES)
+    first, chunk, row, start, left, zr, _ = lanes(z, N, T, C, S, 1, False, LANES)
     k = at_row(k, first, k_row, K_COMPLEX)
     G = at_row(G, first, N, True)
     gbar = at_row(gbar, first, N, True)
@@ -115,11 +130,11 @@ def adjoint_sweep_causal(
         Dr, Di, Kr, Ki = (), (), (), ()
         for c in tl.static_range(8):
             ur, ui = mul(lr[7 - c], li[7 - c], wr, wi)
-            Kr, Ki = (ur,) + Kr, (ui,) + Ki  # noqa: RUF005
+            Kr, Ki = (ur,) + Kr, (ui,) + Ki
             ur, ui = scale(kr[7 - c], ki[7 - c], wr, wi, K_COMPLEX)
             fr, fi = mul(lr[7 - c], li[7 - c], lr[7 - c], li[7 - c])
             wr, wi = mul(fr, fi, br[7 - c] + ur, ui - bi[7 - c])
-            Dr, Di = (-wr,) + Dr, (-wi,) + Di  # noqa: RUF005
+            Dr, Di = (-wr,) + Dr, (-wi,) + Di
             sum_r, sum_i = sum_r - wr, sum_i - wi
         store(grad_a, at + j, left - j, Dr, Di, A_COMPLEX, LANES)
         if NEEDS_K:
@@ -169,14 +184,14 @@ def adjoint_sweep(
         er, ei, ur, ui, nr, ni = (), (), (), (), (), ()
         for c in tl.static_range(8):
             vr, vi = mul(lr[7 - c], li[7 - c], sr, si)
-            ur, ui = (vr,) + ur, (vi,) + ui  # noqa: RUF005
+            ur, ui = (vr,) + ur, (vi,) + ui
             vr, vi = mul(lr[7 - c], li[7 - c], vr, vi)
             vr, vi = scale(kr[7 - c], ki[7 - c], vr, vi, K_COMPLEX)
-            er, ei = (-vr,) + er, (-vi,) + ei  # noqa: RUF005
+            er, ei = (-vr,) + er, (-vi,) + ei
             sum_r, sum_i = sum_r - vr, sum_i - vi
             pr, pi = _source(gr[7 - c], gi[7 - c], br[7 - c], bi[7 - c])
             sr, si = pr + vr, pi + vi
-            nr, ni = (yr,) + nr, (yi,) + ni  # noqa: RUF005
+            nr, ni = (yr,) + nr, (yi,) + ni
             hr, hi = scale(kr[7 - c], ki[7 - c], yr, yi, K_COMPLEX)
             yr, yi = inv(dr[7 - c] - hr, di[7 - c] - hi)
         tl.debug_barrier()  # every lane has its L before R takes the place
@@ -200,11 +215,11 @@ def adjoint_sweep(
             vr, vi = mul(vr, vi, tr, ti)
             pr, pi = _source(gr[c], gi[c], br[c], bi[c])
             vr, vi = pr + vr, pi + vi
-            Dr, Di = Dr + (er[c] - vr,), Di + (ei[c] - vi,)  # noqa: RUF005
+            Dr, Di = Dr + (er[c] - vr,), Di + (ei[c] - vi,)
             sum_r, sum_i = sum_r - vr, sum_i - vi
             if NEEDS_K:
                 hr, hi = mul(nr[c], ni[c], vr, vi)
-                Kr, Ki = Kr + (ur[c] + hr,), Ki + (ui[c] + hi,)  # noqa: RUF005
+                Kr, Ki = Kr + (ur[c] + hr,), Ki + (ui[c] + hi,)
             tr, ti = scale(kr[c], ki[c], vr, vi, K_COMPLEX)
             yr, yi = nr[c], ni[c]
         store(grad_a, at + j, left - j, Dr, Di, A_COMPLEX, LANES)
@@ -212,4 +227,3 @@ def adjoint_sweep(
             store(K, at - row + j, left - 1 - j, Kr, Ki, True, LANES)
     if NEEDS_Z:
         store_carry(D_sums, 0, chunk, S, left > 0, sum_r, sum_i)
-

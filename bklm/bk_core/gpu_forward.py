@@ -1,5 +1,7 @@
 """Triton: the forward kernels of the BK-core. Names and the division of labour: gpu_lanes.py."""
 
+# ruff: noqa: RUF005 (tuples grow by +: Triton knows no unpacking)
+
 import triton
 import triton.language as tl
 
@@ -74,9 +76,27 @@ def resolvent_sweep(
         if POLISH:
             inner = (left > 0) & (start > 0)
             xr, xi = load_carry(carries, 0, chunk - 1, S, inner)
-            before = (left + T) * inner.to(tl.int32)  # a row's first chunk has nothing before it: x comes out as 0
+            before = (left + T) * inner.to(
+                tl.int32
+            )  # a row's first chunk has nothing before it: x comes out as 0
             xr, xi = sweep_left(
-                a, at - T, k, at_k - T, before, T, zr, zi, xr, xi, G, at, left, "nothing", A_COMPLEX, K_COMPLEX, LANES
+                a,
+                at - T,
+                k,
+                at_k - T,
+                before,
+                T,
+                zr,
+                zi,
+                xr,
+                xi,
+                G,
+                at,
+                left,
+                "nothing",
+                A_COMPLEX,
+                K_COMPLEX,
+                LANES,
             )
             if not CAUSAL:
                 yr, yi = load_carry(carries, 1, chunk + 1, S, left > T)
@@ -107,6 +127,6 @@ def resolvent_sweep(
                 hr, hi = scale(kr[7 - c], ki[7 - c], yr, yi, K_COMPLEX)
                 gr, gi = inv(pr[7 - c] - hr, pi[7 - c] - hi)
                 yr, yi = inv(dr[7 - c] - hr, di[7 - c] - hi)
-                re = (gr,) + re  # noqa: RUF005
-                im = (gi,) + im  # noqa: RUF005
+                re = (gr,) + re
+                im = (gi,) + im
             store(G, at + j, left - j, re, im, True, LANES)

@@ -17,6 +17,8 @@ k_row the row stride of k, 0 where all rows share it; left the number of element
 of its row; A_COMPLEX, K_COMPLEX is that operand interleaved; LANES chunks per program.
 """
 
+# ruff: noqa: RUF005 (tuples grow by +: Triton knows no unpacking)
+
 import triton
 import triton.language as tl
 
@@ -109,11 +111,8 @@ def load_diagonal(a, first, count, zr, zi, A_COMPLEX: tl.constexpr, LANES: tl.co
     dr = ()
     di = ()
     for c in tl.static_range(8):
-        dr = dr + (ar[c] - zr,)  # noqa: RUF005 (Triton has no unpacking)
-        if A_COMPLEX:
-            di = di + (ai[c] - zi,)  # noqa: RUF005
-        else:
-            di = di + (-zi,)  # noqa: RUF005
+        dr = dr + (ar[c] - zr,)
+        di = di + ((ai[c] if A_COMPLEX else tl.zeros_like(zi)) - zi,)
     return dr, di
 
 
@@ -166,11 +165,11 @@ def sweep_left(
             lr, li = inv(pr, pi)
             xr, xi = scale(kr[c], ki[c], lr, li, K_COMPLEX)
             if WRITE == "L":
-                re = re + (lr,)  # noqa: RUF005
-                im = im + (li,)  # noqa: RUF005
+                re = re + (lr,)
+                im = im + (li,)
             else:
-                re = re + (pr,)  # noqa: RUF005
-                im = im + (pi,)  # noqa: RUF005
+                re = re + (pr,)
+                im = im + (pi,)
         if WRITE != "nothing":
             store(out, at_out + j, n_out - j, re, im, True, LANES)
     return xr, xi

@@ -71,7 +71,7 @@ def error(x, expected):
 
 
 def check(inputs, causal, tolerance):
-    """Forward and backward against the recurrences; the backward without what the forward saved is the same, bit by bit."""
+    """Forward and backward against the recurrences."""
     gbar, a, k, z = inputs
     G, saved = gpu.forward(a, k, z, causal)
     assert G.dtype == z.dtype
@@ -83,10 +83,6 @@ def check(inputs, causal, tolerance):
     assert error(K, expected_K) < tolerance
     size = np.abs(D).sum(1)  # terms of the sum cancel: its error is relative to their moduli
     assert np.max(np.abs(total.cpu().numpy() - D.sum(1)) / size) < tolerance
-    alone, no_K, no_total = gpu.backward(gbar, a, k, z, G, (), causal, False, False)
-    assert no_K is None
-    assert no_total is None
-    assert torch.equal(alone, grad_a)
 
 
 @pytest.fixture
@@ -108,34 +104,38 @@ def chunks(monkeypatch):
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 2), (33, 3), (3, 8), (1, 9)])
 def test_short_rows_agree_with_the_recurrences(m, n, causal):
     check(problem(m, n, F64), causal, 1e-13)
-    check(problem(m, n, F32, complex_a=True, complex_k=True, shared_k=True), causal, 5e-6)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("complex_a", "complex_k", "shared_k"), [(0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 1)])
+@pytest.mark.parametrize(("complex_a", "complex_k", "shared_k"), [(0, 0, 1), (0, 1, 0), (1, 1, 1)])
 def test_every_kind_of_operand_agrees_with_the_recurrences(chunks, causal, complex_a, complex_k, shared_k):
     kind = {"complex_a": bool(complex_a), "complex_k": bool(complex_k), "shared_k": bool(shared_k)}
+    check(problem(33, 5, F32, **kind), causal, 5e-6)
+    chunks(8)
     check(problem(2, 17, F32, **kind), causal, 5e-6)
-    chunks(8)
-    check(problem(2, 41, F32, **kind), causal, 5e-6)
-    chunks(8, F64, polish=True)
-    check(problem(2, 41, F64, **kind), causal, 1e-13)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("n", [9, 15, 16, 17, 31, 32, 33, 63, 64, 65])
+@pytest.mark.parametrize("n", [15, 16, 17, 33])
 def test_chunk_and_block_edges_agree_with_the_recurrences(chunks, n, causal):
-    """Chunks of 8, blocks of 32 elements; one row and three."""
+    """Chunks of 8, blocks of 32 elements, three rows."""
+    chunks(8, F32, polish=n == 33)
+    check(problem(3, n, F32), causal, 5e-6)
+
+
+def test_a_row_of_three_blocks_agrees_with_the_recurrences(chunks):
     chunks(8)
-    check(problem(1, n, F64), causal, 1e-12)
-    chunks(8, F32, polish=True)
-    check(problem(3, n, F32, shared_k=True), causal, 5e-6)
+    check(problem(1, 65, F32), False, 5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("n", [127, 128, 129])
-def test_rows_of_one_lane_agree_with_the_recurrences(n, causal):
-    check(problem(33, n, F32, eta=0.5), causal, 1e-5)
+@pytest.mark.parametrize("n", [9, 31, 32, 63, 64, 65, 127, 128, 129])
+def test_more_lengths_agree_with_the_recurrences(chunks, n, causal):
+    check(problem(1, n, F64, shared_k=True), causal, 1e-12)
+    check(problem(33, n, F32, complex_k=True), causal, 1e-5)
+    chunks(8, F64, polish=True)
+    check(problem(3, n, F64, complex_a=True), causal, 1e-12)
 
 
 @pytest.mark.slow
@@ -148,8 +148,9 @@ def test_the_plan_in_use_agrees_with_the_recurrences(monkeypatch, m, n, causal, 
     check(problem(m, n, F64, shared_k=True), causal, 1e-12)
 
 
+@pytest.mark.slow
 @on_interpreter
-@settings(max_examples=12, deadline=None, database=None)
+@settings(max_examples=25, deadline=None, database=None)
 @given(
     m=st.integers(1, 3), n=st.integers(1, 70), chunk=st.sampled_from([8, 16, 24]), causal=st.booleans(),
     complex_a=st.booleans(), complex_k=st.booleans(), shared_k=st.booleans(), polish=st.booleans(),
@@ -168,7 +169,7 @@ def test_any_size_and_cut_agrees_with_the_recurrences(m, n, chunk, causal, polis
 @pytest.mark.parametrize(("chunk", "wide", "polish"), [(128, F32, True), (32, F64, False)])
 def test_cutting_a_row_costs_no_accuracy_at_small_imaginary_part(chunks, chunk, wide, polish):
     """Im z = 1e-3 in 32 bits, weak disorder at the band edge, where an unpolished 32-bit scan is 200 times worse."""
-    n = 2048
+    n = 1024
     rng = np.random.default_rng(3)
     a = torch.tensor(-2 + 0.1 * rng.normal(size=(1, n)), dtype=F32, device=DEVICE)
     k = torch.ones(1, n - 1, device=DEVICE)
@@ -184,11 +185,10 @@ def test_cutting_a_row_costs_no_accuracy_at_small_imaginary_part(chunks, chunk, 
 
 def test_the_past_does_not_move_when_the_future_does(chunks):
     """Causal mode, bit for bit, across chunks and blocks; a NaN in the future stays there."""
-    gbar, a, k, z = problem(2, 70, F32)
-    del gbar
+    _, a, k, z = problem(2, 40, F32)
     chunks(8, F32, polish=True)
     G, _ = gpu.forward(a, k, z, True)
-    for position in (20, 33, 69):
+    for position in (20, 33):
         changed = a.clone()
         changed[0, position] += 1
         changed[1, position] = float("nan")
@@ -211,17 +211,24 @@ def test_nan_spoils_its_own_row_only(chunks):
             assert x[[0, 2]].isfinite().all()
 
 
-def test_results_are_deterministic(chunks):
-    chunks(8)
-    gbar, a, k, z = problem(2, 50, F32)
-    first, second = (gpu.forward(a, k, z, False)[0] for _ in range(2))
-    assert torch.equal(first, second)
-    grads = [gpu.backward(gbar, a, k, z, first, (), False, True, True) for _ in range(2)]
-    assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_saved_and_what_is_wanted_do_not_change_the_numbers(chunks, causal):
+    """The registered operator saves nothing; the carries are then computed again, to the same bits."""
+    chunks(8, F32, polish=True)
+    gbar, a, k, z = problem(2, 20, F32)
+    G, saved = gpu.forward(a, k, z, causal)
+    again, _ = gpu.forward(a, k, z, causal)
+    assert torch.equal(G, again)
+    grad_a, K, total = gpu.backward(gbar, a, k, z, G, saved, causal, True, True)
+    assert all(x is not None for x in (K, total))
+    alone, no_K, no_total = gpu.backward(gbar, a, k, z, G, (), causal, False, False)
+    assert torch.equal(alone, grad_a)
+    assert no_K is None
+    assert no_total is None
 
 
 def test_lazy_conjugates_and_strided_rows_are_read_as_what_they_mean():
-    gbar, a, k, z = problem(3, 12, F64, complex_a=True)
+    _, a, k, z = problem(3, 12, F64, complex_a=True)
     expected, _ = gpu.forward(a, k, z, False)
     strided = torch.stack([a, a], dim=-1)[..., 0]
     conjugate = z.conj().resolve_conj().conj()
@@ -245,7 +252,16 @@ def test_number_of_launches(monkeypatch, n, forward, backward, causal):
 
 def test_the_plan_keeps_its_promises():
     """A cut covers the row, chunks are whole strips, blocks fit the scan, and 32-bit polishing has its 128 elements."""
-    for rows, n in [(1, 1), (32, 128), (1, 257), (8, 65536), (1, 10**6), (1, 2**28), (30000, 5000), (40000, 5000)]:
+    for rows, n in [
+        (1, 1),
+        (32, 128),
+        (1, 257),
+        (8, 65536),
+        (1, 10**6),
+        (1, 2**28),
+        (30000, 5000),
+        (40000, 5000),
+    ]:
         for dtype, fast in [(F32, True), (F32, False), (F64, True)]:
             plan = gpu.plan(rows, n, dtype, fast)
             assert plan.chunk * plan.chunks >= n > plan.chunk * (plan.chunks - 1)
@@ -258,8 +274,7 @@ def test_the_plan_keeps_its_promises():
 
 
 def test_bad_operands_are_refused_in_one_sentence():
-    gbar, a, k, z = problem(2, 5, F32)
-    del gbar
+    _, a, k, z = problem(2, 5, F32)
     with pytest.raises(ValueError, match="do not fit"):
         gpu.forward(a, k[:, :-1], z, False)
     with pytest.raises(TypeError, match="of its precision"):

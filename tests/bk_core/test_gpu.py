@@ -47,7 +47,9 @@ def test_kernels_on_the_device():
     run_cases("slow or not slow", interpret=False)
 
 
-@pytest.mark.parametrize("capability", [75, pytest.param(80, marks=pytest.mark.slow), pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "capability", [75, pytest.param(80, marks=pytest.mark.slow), pytest.param(90, marks=pytest.mark.slow)]
+)
 def test_kernels_compile_without_a_gpu(capability):
     """For a T4, an A100 and an H100, down to machine code; the interpreter accepts what the compiler may refuse."""
     output = run([str(HERE / "gpu_compile.py"), str(capability)], interpret=False)
