@@ -154,17 +154,13 @@ class StudyConfig:
 
     study: ClassVar[str]
     profiles: ClassVar[dict[str, dict[str, Any]]]
+    leading: ClassVar[tuple[str, ...]] = ("profile",)  # fields at the head of the form
     # Where and how a run happens may change between a run and its continuation; what is computed may not.
     circumstances: ClassVar[frozenset[str]] = frozenset({"profile", "data_dir", "output_dir", "device"})
 
     profile: Profile = setting("quick", help="smoke: seconds; quick: minutes; full: the original's size")
-    dataset: Literal["wikitext-2", "embedded", "hmm"] = setting(
-        "wikitext-2", help="text to train on; embedded needs no network"
-    )
-    data_dir: str | None = setting(None, help="a folder with the text, used instead of the network")
     output_dir: str = setting("results", help="folder for the study's files and zip")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", help="auto: the GPU if there is one")
-    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", help="arithmetic of the matrix products")
 
     def __post_init__(self) -> None:
         for spec in self.specs():
@@ -176,11 +172,16 @@ class StudyConfig:
     @classmethod
     def specs(cls) -> list[FieldSpec]:
         """The schema, field by field, in the order of the form."""
-        return [_spec(cls, item) for item in dataclasses.fields(cls)]
+        return [_spec(cls, item) for item in cls._fields()]
 
     @classmethod
     def names(cls) -> list[str]:
-        return [item.name for item in dataclasses.fields(cls)]
+        return [item.name for item in cls._fields()]
+
+    @classmethod
+    def _fields(cls) -> list[dataclasses.Field]:
+        """The fields in the order of the form: `leading` first, the rest as declared, the base class's before."""
+        return sorted(dataclasses.fields(cls), key=lambda item: item.name not in cls.leading)
 
     def resolved(self) -> StudyConfig:
         """The same config with every empty field filled from its profile.
@@ -203,3 +204,16 @@ class StudyConfig:
             for n in self.names()
             if n not in self.circumstances and recorded.get(n) != mine[n]
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextStudyConfig(StudyConfig):
+    """Fields of a study that trains on text."""
+
+    leading: ClassVar[tuple[str, ...]] = ("profile", "dataset", "data_dir")
+
+    dataset: Literal["wikitext-2", "embedded", "hmm"] = setting(
+        "wikitext-2", help="text to train on; embedded needs no network"
+    )
+    data_dir: str | None = setting(None, help="a folder with the text, used instead of the network")
+    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", help="arithmetic of the matrix products")

@@ -84,8 +84,10 @@ def other_experiment(config: StudyConfig, text_sha256: str | None = None) -> lis
     return different
 
 
-def claim(folder: Path, config: StudyConfig, text_sha256: str) -> None:
+def claim(folder: Path, config: StudyConfig, text_sha256: str | None = None) -> None:
     """Record that the folder belongs to this experiment; call it when nothing can be refused any more.
+
+    ``text_sha256`` is None for a study that reads no text.
 
     Raises:
         ValueError: the folder belongs to another experiment.

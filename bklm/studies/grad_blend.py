@@ -20,7 +20,7 @@ from safetensors.torch import load_model, save_model
 from tqdm.auto import tqdm
 
 from bklm.checkpoints import CheckpointFolder, replacing, write_json
-from bklm.config import StudyConfig, setting
+from bklm.config import TextStudyConfig, setting
 from bklm.models import ResNetBK, ResNetBKConfig
 from bklm.reporting import as_text
 from bklm.studies import cli
@@ -53,7 +53,7 @@ FULL_GRID = tuple(round(0.1 * i, 1) for i in range(11))
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradBlendConfig(StudyConfig):
+class GradBlendConfig(TextStudyConfig):
     """Settings of the sweep. ``protocol="original"`` turns the corrections off: the model then sees the future."""
 
     study: ClassVar[str] = "grad_blend"
