@@ -164,6 +164,7 @@ def train(
     label: str = "training",
     on_step: Callable[[int], None] | None = None,
     on_skip: Callable[[int], None] | None = None,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> list[EpochRecord]:
     """Train ``model`` in place and return one record per epoch.
 
@@ -173,6 +174,7 @@ def train(
         label: what to call this run in messages.
         on_step: called with the number of steps just done (for progress bars).
         on_skip: called once with the number of steps that a continued run had already done.
+        on_epoch: called with each epoch's record, before its checkpoint is written.
 
     Raises:
         NonFiniteError: the loss or the gradient norm became infinite or NaN.
@@ -237,6 +239,8 @@ def train(
             expert_counts=model.expert_counts(),
         )
         records.append(record)
+        if on_epoch is not None:
+            on_epoch(record)
         if checkpoints is not None:
             good = checkpoints.save(epoch, model, _state(records, optimizer, scheduler, accelerator))
         log.info(

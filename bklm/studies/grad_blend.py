@@ -38,6 +38,7 @@ from bklm.studies.gradient_directions import measure_directions
 from bklm.studies.sweep import Sweep
 from bklm.studies.text import StudyText, prepare_text
 from bklm.training import (
+    EpochRecord,
     TrainingSettings,
     convergence_epoch,
     evaluate,
@@ -282,7 +283,12 @@ class _Runner:
         torch.manual_seed(seed)
         settings = model_config(config, text.vocab_size, alpha)
         model = ResNetBK(settings).to(self.accelerator.device)
-        directions_before = self._directions(model, alpha)
+        early = folder / "directions_after_one_epoch.json"
+
+        def measure_early(record: EpochRecord) -> None:
+            if record.epoch == 1:
+                write_json(early, self._directions(model))
+
         records = train(
             model,
             text.train_loader(seed=seed),
@@ -301,6 +307,7 @@ class _Runner:
             label=f"{'best ' if is_final else ''}alpha {alpha:g}, seed {seed}",
             on_step=self._step,
             on_skip=self._skip,
+            on_epoch=measure_early,
         )
         perplexities = [r.val_perplexity for r in records]
         result = {
@@ -313,7 +320,7 @@ class _Runner:
             "gradient_variance": gradient_variance(records),
             "training_time": sum(r.seconds for r in records),
             "epochs": [r.to_dict() for r in records],
-            "directions": {"start": directions_before, "end": self._directions(model, alpha)},
+            "directions": {"after one epoch": read_result(early), "at the end": self._directions(model)},
         }
         if is_final:
             result["test_perplexity"] = evaluate(model, text.test_loader(), text.unk_id).perplexity
@@ -323,9 +330,10 @@ class _Runner:
                 save_model(model, str(temporary))
         write_json(folder / "result.json", result)
         CheckpointFolder(folder / "checkpoints").remove()
+        early.unlink()
         return result
 
-    def _directions(self, model: ResNetBK, alpha: float) -> list[dict[str, Any]]:
+    def _directions(self, model: ResNetBK) -> list[dict[str, Any]]:
         x, y = self.text.first_batch(sequences=8)
         return measure_directions(model, x, y, self.config.alphas, self.config.gradient)
 
