@@ -50,6 +50,7 @@ class BKCore(nn.Module):
             raise ValueError(
                 f"the potential has shape {tuple(potential.shape)}: (batch, positions, n_heads={self.n_heads}) is needed."
             )
+        potential = _at_least_32_bits(potential)
         G = resolvent_diagonal(
             (potential - 2).transpose(1, 2),
             1.0,
@@ -81,8 +82,7 @@ class BKCore(nn.Module):
             raise ValueError(
                 f"the potential has shape {tuple(potential.shape)}: (batch, n_heads={self.n_heads}) is needed."
             )
-        if potential.dtype in (torch.float16, torch.bfloat16):
-            potential = potential.float()
+        potential = _at_least_32_bits(potential)
         pivot = torch.complex(potential - 2, torch.full_like(potential, -self.eta))
         if left is not None:
             pivot = pivot - left
@@ -94,3 +94,8 @@ class BKCore(nn.Module):
             f"n_heads={self.n_heads}, causal={self.causal}, gradient={self.gradient!r}, "
             f"grad_blend={self.grad_blend}, eta={self.eta}"
         )
+
+
+def _at_least_32_bits(potential: Tensor) -> Tensor:
+    """16-bit potentials widened before any arithmetic: v - 2 would lose bits that the features show."""
+    return potential.float() if potential.dtype in (torch.float16, torch.bfloat16) else potential

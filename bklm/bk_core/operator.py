@@ -67,7 +67,8 @@ def resolvent_diagonal(
         return_min_pivot: also return the smallest |pivot| of every row, (...), real, without gradient, 0 where the
             recursion broke down; no error is raised for small pivots then.
 
-    NaN and infinite entries of a, b or c are not refused and not hidden: every output that depends on one is NaN.
+    NaN and infinite entries of a, b or c are not refused and not hidden: every output that depends on a NaN is NaN, one
+    that depends on an infinity is NaN or its limit (which of them depends on the backend).
     16-bit inputs are computed in 32 bits, also under autocast. Moduli |d|, |pivot| are squared in the precision of the
     computation: between 1e-18 and 1e18 they are safe in 32 bits (1e-153 and 1e153 in 64 bits).
 
@@ -108,8 +109,8 @@ def resolvent_diagonal(
         raise ValueError("gradient='original' is defined for a real a only: use 'exact' or 'local'.")
     contracts = contracts and not rows_a.is_complex()
     if m == 0:
-        empty = torch.empty(a.shape, dtype=rows_z.dtype, device=a.device)
-        return (empty, empty.real.new_empty(batch)) if return_min_pivot else empty
+        empty = rows_a.to(rows_z.dtype)  # keeps the graph
+        return (empty, empty.detach().real.new_empty(batch)) if return_min_pivot else empty
     rows_a = materialised(rows_a.reshape(m, n))
 
     if return_min_pivot:

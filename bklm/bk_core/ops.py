@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, pivots
+from . import backends, pivots, torch_backend
 from .gradients import differentiable_backward, in_torch_convention, materialised, rows_backward
 
 
@@ -60,6 +60,7 @@ def _(gbar, a, k, z, G, causal, gradient, grad_blend, backend, needs_k, needs_z)
 def _setup(ctx, inputs, output):
     a, k, z, *settings = inputs
     ctx.save_for_backward(a, k, z, output)
+    ctx.save_for_forward(a, k, z)
     ctx.settings = tuple(settings)
 
 
@@ -74,6 +75,7 @@ def _vjp(ctx, gbar, backward):
 def _backward_setup(ctx, inputs, output):
     gbar, a, k, z, _G, *settings = inputs
     ctx.save_for_backward(gbar, a, k, z)
+    ctx.save_for_forward(gbar, a, k, z)
     ctx.settings = tuple(settings)
 
 
@@ -88,6 +90,29 @@ def _backward_vjp(ctx, *cotangents):
     used = tuple(c for c, needed in zip(cotangents, (True, needs_k, needs_z), strict=True) if needed)
     _, pull_back = torch.func.vjp(formula, *ctx.saved_tensors)
     return (*pull_back(used), None) + (None,) * 6
+
+
+def _jvp(ctx, a_dot, k_dot, z_dot, *_):
+    """Forward mode: the exact derivative, whatever direction ``gradient`` names for the backward."""
+    causal = ctx.settings[0]
+    tangents = _tangents(ctx.saved_tensors, (a_dot, k_dot, z_dot))
+    return torch.func.jvp(lambda *x: torch_backend.forward(*x, causal)[0], ctx.saved_tensors, tangents)[1]
+
+
+def _backward_jvp(ctx, gbar_dot, a_dot, k_dot, z_dot, *_):
+    causal, gradient, grad_blend, _backend, needs_k, needs_z = ctx.settings
+    empty = ctx.saved_tensors[3].new_empty(0)
+
+    def formula(*x):
+        grads = differentiable_backward(*x, causal, gradient, grad_blend, needs_k, needs_z)
+        return tuple(empty if y is None else y for y in grads)
+
+    tangents = _tangents(ctx.saved_tensors, (gbar_dot, a_dot, k_dot, z_dot))
+    return torch.func.jvp(formula, ctx.saved_tensors, tangents)[1]
+
+
+def _tangents(primals, tangents):
+    return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True))
 
 
 def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -146,6 +171,8 @@ class Transformable(torch.autograd.Function):
     def backward(ctx, gbar):
         return _vjp(ctx, gbar, TransformableBackward.apply)
 
+    jvp = staticmethod(_jvp)
+
     @staticmethod
     def vmap(*args):
         return _vmap(Transformable.apply, *args)
@@ -160,6 +187,7 @@ class TransformableBackward(torch.autograd.Function):
 
     setup_context = staticmethod(_backward_setup)
     backward = staticmethod(_backward_vjp)
+    jvp = staticmethod(_backward_jvp)
 
     @staticmethod
     def vmap(*args):

@@ -19,6 +19,9 @@ class SmallPivotError(ValueError):
         self.row = row
         self.pivot = pivot
 
+    def __reduce__(self):
+        return type(self), (str(self), self.row, self.pivot)
+
 
 def check_shift(z: Tensor) -> None:
     """Refuse a shift that is not finite or lies on the real axis."""
