@@ -68,7 +68,7 @@ run() {
     running="$output_dir/$name.running.ipynb"
     echo "Running notebooks/$name.ipynb; results go to $output_dir/"
     "$PY" -m papermill "notebooks/$name.ipynb" "$running" --cwd . --kernel python3 --no-progress-bar --log-level ERROR \
-        --stdout-file /dev/stdout -p headless True -p dataset embedded "$@" 2>"$output_dir/.papermill.log" || status=$?
+        --stdout-file - -p headless True -p dataset embedded "$@" 2>"$output_dir/.papermill.log" || status=$?
     if [ "$status" -ne 0 ]; then
         mv "$running" "$output_dir/$name.failed.ipynb" 2>/dev/null || true
         grep -v '^\s*$' "$output_dir/.papermill.log" | tail -n 3 >&2
