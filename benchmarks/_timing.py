@@ -1,0 +1,105 @@
+"""Timing and memory helpers that benchmarks/ share: arms in turn, medians and quartiles, peak memory of one call."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+
+class Timing(NamedTuple):
+    """Seconds per call."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{duration(self.median)} ({duration(self.low)} - {duration(self.high)})"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "182 us", "12.1 ms", "3.40 s"."""
+    for unit, size in (("us", 1e-6), ("ms", 1e-3)):
+        if seconds < 1000 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def take_turns(
+    arms: dict[str, Callable[[], object]], seconds: float = 2.0, shortest: float = 2e-3
+) -> dict[str, Timing]:
+    """Time every arm in rounds, one sample of each a round, so that a busy moment of the machine hits all of them.
+
+    Each arm is called once to warm up; a sample repeats a short call until it takes ``shortest`` seconds. Rounds go on for
+    about ``seconds`` (at least 5, at most 200). Medians with quartiles.
+    """
+    repeats = {}
+    round_cost = 0.0
+    for name, call in arms.items():
+        call()
+        once = min(_clock(call, 1) for _ in range(2))
+        repeats[name] = max(1, int(shortest / max(once, 1e-7)))
+        round_cost += once * repeats[name]
+    samples: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(min(200, max(5, int(seconds / round_cost)))):
+        for name, call in arms.items():
+            samples[name].append(_clock(call, repeats[name]))
+    found = {}
+    for name, times in samples.items():
+        low, median, high = statistics.quantiles(times, n=4)
+        found[name] = Timing(median, low, high)
+    return found
+
+
+def _clock(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def peak_memory(call: Callable[[], object]) -> int | None:
+    """Bytes by which one call raises the resident memory at its highest; None where the system does not tell (not Linux).
+
+    Freed blocks that the allocator keeps would hide part of it: call this in a process that started with
+    ``MALLOC_TRIM_THRESHOLD_=0 MALLOC_MMAP_THRESHOLD_=65536``, or take the largest of several sizes as a lower bound.
+    """
+    control = Path("/proc/self/clear_refs")
+    if not control.exists():
+        return None
+    gc.collect()
+    control.write_text("5")  # sets the peak counter back to the present size
+    before = psutil.Process().memory_info().rss
+    call()
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return max(0, peak - before)
+
+
+def refuse_if_too_large(what: str, needed: int) -> None:
+    """Exit with the size needed where it does not fit into the memory that is free now."""
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise SystemExit(
+            f"{what} needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: choose a smaller size."
+        )
+
+
+def print_table(title: str, rows: list[dict[str, object]]) -> None:
+    """Columns from the first row's keys, aligned."""
+    print(f"\n{title}")
+    if not rows:
+        return
+    names = list(rows[0])
+    table = [names, *([str(row.get(name, "")) for name in names] for row in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(names))]
+    for i, line in enumerate(table):
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        if i == 0:
+            print("  " + "  ".join("-" * width for width in widths))

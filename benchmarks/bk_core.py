@@ -1,0 +1,439 @@
+"""What does the BK-core cost, forward + exact backward, and what would it cost written otherwise?
+
+    python benchmarks/bk_core.py                        # all tables
+    python benchmarks/bk_core.py --quick                # small sizes, short rounds, for CI
+    python benchmarks/bk_core.py --only loop copy       # some of: loop copy linear peers overhead batched
+    python benchmarks/bk_core.py --only copy --size 4 250000
+    python benchmarks/bk_core.py --save results.json    # interrupted? the same command goes on with the next case
+
+loop        the whole call from Python in complex64 against the theta/phi recursion as a Python loop in complex128 under
+            vmap: with autograd through the loop, and with its forward and the published diagonal backward
+copy        few long rows against copying 52 B per element (what forward + backward must move at least) between two
+            existing buffers in one thread, with the extra memory per element and the share of the memory's bandwidth
+linear      time per element from 4,096 to 4,000,000 positions
+peers       what else one would reach for: dense inverse, banded solves, torch's associative scan, our torch path
+overhead    the same call through torch.library's registered op, and through autograd with nothing inside
+batched     gradients of a batch: one sample at a time, vmap, vmap in chunks, and the fused call
+
+Times are medians of samples taken in turns (quartiles in brackets). Ratios are theirs / ours: larger is better for us.
+Memory is the rise of the resident size at its peak during one call, in a process of its own (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from _timing import Timing, duration, peak_memory, print_table, refuse_if_too_large, take_turns
+from scipy.linalg import solve_banded
+from torch import Tensor
+from tqdm import tqdm
+
+from bklm.bk_core import ops, reference, resolvent_diagonal
+
+FLOOR = 52  # bytes per element: read a, gbar and k twice or save L and R once, write G and the gradient
+HELD = 120  # bytes per element that a call may hold beside its inputs
+CHUNK = 8
+Row = dict[str, object]
+Call = Callable[[], object]
+
+
+def inputs(m: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A potential of the published model's scale on the diagonal (M, N) float32, and gbar (M, N) complex64."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(m, n, generator=g) - 2, torch.randn(m, n, dtype=torch.complex64, generator=g)
+
+
+def ours(a: Tensor, gbar: Tensor, **options) -> Call:
+    """Forward + backward through the public function."""
+    leaf = a.clone().requires_grad_()
+
+    def call() -> Tensor:
+        leaf.grad = None
+        resolvent_diagonal(leaf, 1.0, 1.0, 1j, **options).backward(gbar)
+        return leaf.grad
+
+    return call
+
+
+def theta_phi_rows(a: Tensor) -> Tensor:
+    """The published recursion: a Python loop over positions, vmapped over rows."""
+    k = torch.ones(a.shape[-1] - 1, dtype=torch.float64)
+    return torch.func.vmap(lambda row: reference.theta_phi(row, k, k, 1j))(a)
+
+
+def loop_autograd(a: Tensor, gbar: Tensor) -> Call:
+    leaf = a.double().requires_grad_()
+    wide = gbar.to(torch.complex128)
+
+    def call() -> Tensor:
+        return torch.autograd.grad(theta_phi_rows(leaf), leaf, wide)[0]
+
+    return call
+
+
+def loop_diagonal(a: Tensor, gbar: Tensor) -> Call:
+    wide_a, wide = a.double(), gbar.to(torch.complex128)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return reference.original_gradient(wide, theta_phi_rows(wide_a))
+
+    return call
+
+
+def registered(a: Tensor, gbar: Tensor) -> Call:
+    """The registered op with its registered backward, as torch.compile would call them."""
+    m, n = a.shape
+    leaf, k, z = a.clone().requires_grad_(), torch.ones(1, n - 1), torch.full((m,), 1j)
+
+    def call() -> None:
+        leaf.grad = None
+        ops.resolvent_diagonal(leaf, k, z, False, "exact", 0.0, "auto").backward(gbar)
+
+    return call
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, G):
+        ctx.save_for_backward(a)
+        return G.view_as(G)
+
+    @staticmethod
+    def backward(ctx, gbar):
+        return ctx.saved_tensors[0], None
+
+
+def nothing(a: Tensor, gbar: Tensor) -> Call:
+    """What torch itself takes for a Python autograd.Function that computes nothing."""
+    leaf = a.clone().requires_grad_()
+
+    def call() -> None:
+        leaf.grad = None
+        _Nothing.apply(leaf, gbar).backward(gbar)
+
+    return call
+
+
+def copy(m: int, n: int, threads: int = 1) -> Call:
+    """FLOOR bytes per element from one existing buffer to another."""
+    source = torch.ones(m * n * FLOOR // 8, dtype=torch.float64)
+    target = torch.empty_like(source).fill_(0.0)
+
+    def call() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        target.copy_(source)
+        torch.set_num_threads(before)
+
+    return call
+
+
+# --- tables --------------------------------------------------------------------------------------------------------------
+
+
+def loop_case(m: int, n: int, seconds: float) -> Row:
+    a, gbar = inputs(m, n)
+    with torch.no_grad():
+        finite = bool(torch.isfinite(torch.view_as_real(theta_phi_rows(a.double()))).all())
+    arms = {"ours": ours(a, gbar), "causal": ours(a, gbar, causal=True)}
+    if finite:
+        arms |= {"autograd": loop_autograd(a, gbar), "diagonal": loop_diagonal(a, gbar)}
+    found = take_turns(arms, seconds)
+    row: Row = {"B, N": f"{m}, {n}", "bidirectional": found["ours"], "causal": found["causal"]}
+    for name, title in (("autograd", "loop, autograd"), ("diagonal", "loop, diagonal backward")):
+        row[title] = found[name] if finite else "overflows"
+        row[f"{name} / ours"] = ratio(found[name], found["ours"]) if finite else ""
+    return row
+
+
+def copy_case(m: int, n: int, seconds: float) -> Row:
+    refuse_if_too_large(f"({m}, {n})", m * n * (2 * FLOOR + HELD))
+    a, gbar = inputs(m, n)
+    arms = {"ours": ours(a, gbar), "causal": ours(a, gbar, causal=True), "copy": copy(m, n)}
+    arms["wide"] = copy(m, n, torch.get_num_threads())
+    found = take_turns(arms, seconds)
+    peak = memory_of(["ours"], m, n)
+    moved = 2 * FLOOR * m * n / found["wide"].median  # a copy reads and writes
+    return {
+        "B, N": f"{m}, {n}",
+        "bidirectional": found["ours"],
+        "causal": found["causal"],
+        "copy of 52 B/element": found["copy"],
+        "ours / copy": ratio(found["ours"], found["copy"]),
+        "causal / copy": ratio(found["causal"], found["copy"]),
+        "bandwidth GB/s": f"{moved / 1e9:.1f}",
+        "share of it": f"{FLOOR * m * n / found['ours'].median / moved:.1%}",
+        "extra B/element": f"{peak['ours'] / (m * n):.0f}" if peak else "not measured",
+    }
+
+
+def linear_case(n: int, seconds: float) -> Row:
+    refuse_if_too_large(f"(1, {n})", n * HELD)
+    a, gbar = inputs(1, n)
+    found = take_turns({"ours": ours(a, gbar), "causal": ours(a, gbar, causal=True)}, seconds)
+    return {
+        "N": f"{n:,}",
+        "bidirectional": found["ours"],
+        "ns/element": f"{found['ours'].median / n * 1e9:.2f}",
+        "causal": found["causal"],
+        "ns/element, causal": f"{found['causal'].median / n * 1e9:.2f}",
+    }
+
+
+def dense(a: Tensor, gbar: Tensor) -> Call:
+    k = torch.ones(a.shape[-1] - 1)
+    return lambda: reference.dense(a, k, k, 1j)
+
+
+def banded(a: Tensor, gbar: Tensor) -> Call:
+    """LAPACK's banded solver, one right-hand side per unit vector, for the diagonal of the inverse alone."""
+    m, n = a.shape
+    bands = np.ones((m, 3, n), np.complex128)
+    bands[:, 1] = a.numpy() - 1j
+    identity = np.eye(n)
+    return lambda: [np.diagonal(solve_banded((1, 1), bands[i], identity)) for i in range(m)]
+
+
+def _compose(x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """y after x as 2 x 2 matrices, rescaled."""
+    a, b, c, d = x
+    e, f, g, h = y
+    entries = e * a + f * c, e * b + f * d, g * a + h * c, g * b + h * d
+    largest = functools.reduce(torch.maximum, (x.abs() for x in entries))
+    return tuple(x / largest for x in entries)
+
+
+def associative_scan(a: Tensor, gbar: Tensor) -> Call:
+    """L of the causal operator by torch's own scan over Moebius maps in complex128; forward + backward by autograd."""
+    from torch._higher_order_ops import associative_scan as scan
+
+    leaf, wide = a.double().requires_grad_(), gbar.to(torch.complex128)
+    coupling = torch.ones(a.shape, dtype=torch.complex128)
+    coupling[:, 0] = 0
+
+    def call() -> Tensor:
+        d = leaf - 1j
+        matrices = torch.zeros_like(d), torch.ones_like(d), -coupling, d
+        _, top, _, bottom = scan(_compose, matrices, dim=1, combine_mode="generic")
+        return torch.autograd.grad(top / bottom, leaf, wide)[0]
+
+    return call
+
+
+def peers_case(m: int, n: int, seconds: float) -> list[Row]:
+    a, gbar = inputs(m, n)
+    arms = {
+        "ours, forward + backward": ours(a, gbar),
+        "ours, causal": ours(a, gbar, causal=True),
+        "our torch path": ours(a, gbar, backend="torch"),
+    }
+    if m * n * n <= 2**22:
+        arms |= {
+            "torch.linalg.inv, forward only": dense(a, gbar),
+            "scipy solve_banded, forward only": banded(a, gbar),
+        }
+    try:
+        arms["torch associative_scan, causal"] = associative_scan(a, gbar)
+    except ImportError:
+        tqdm.write("this torch has no associative_scan: left out")
+    found = take_turns(arms, seconds)
+    first = found["ours, forward + backward"]
+    return [
+        {"B, N": f"{m}, {n}", "arm": x, "time": t, "theirs / ours": ratio(t, first)} for x, t in found.items()
+    ]
+
+
+def overhead_case(m: int, n: int, seconds: float) -> list[Row]:
+    a, gbar = inputs(m, n)
+    arms = {
+        "eager": ours(a, gbar),
+        "torch.library": registered(a, gbar),
+        "autograd around nothing": nothing(a, gbar),
+    }
+    found = take_turns(arms, seconds)
+    extra = found["torch.library"].median - found["eager"].median
+    rows: list[Row] = [{"B, N": f"{m}, {n}", "road": name, "time": t} for name, t in found.items()]
+    return [
+        *rows,
+        {"B, N": f"{m}, {n}", "road": "torch.library beyond eager", "time": duration(max(extra, 0.0))},
+    ]
+
+
+def core_gradient(a: Tensor, gbar: Tensor) -> Tensor:
+    """dL/da of one call on (..., N), in the functional form that torch.func transforms."""
+    _, pull_back = torch.func.vjp(lambda x: resolvent_diagonal(x, 1.0, 1.0, 1j), a)
+    return pull_back(gbar)[0]
+
+
+def one_by_one(a: Tensor, gbar: Tensor) -> Tensor:
+    return torch.stack([core_gradient(x, g) for x, g in zip(a, gbar, strict=True)])
+
+
+def mapped(a: Tensor, gbar: Tensor) -> Tensor:
+    return torch.func.vmap(core_gradient)(a, gbar)
+
+
+def mapped_in_chunks(a: Tensor, gbar: Tensor) -> Tensor:
+    return torch.func.vmap(core_gradient, chunk_size=CHUNK)(a, gbar)
+
+
+def loop_mapped(a: Tensor, gbar: Tensor) -> Tensor:
+    return loop_autograd(a, gbar)().float()
+
+
+def loop_in_chunks(a: Tensor, gbar: Tensor) -> Tensor:
+    return torch.cat([loop_mapped(x, g) for x, g in zip(a.split(CHUNK), gbar.split(CHUNK), strict=True)])
+
+
+def loop_one_by_one(a: Tensor, gbar: Tensor) -> Tensor:
+    return torch.cat([loop_mapped(x, g) for x, g in zip(a.split(1), gbar.split(1), strict=True)])
+
+
+def fused(a: Tensor, gbar: Tensor) -> Tensor:
+    return ours(a, gbar)()
+
+
+BATCHED = {
+    "fused": fused,
+    "one sample at a time": one_by_one,
+    "vmap": mapped,
+    f"vmap in chunks of {CHUNK}": mapped_in_chunks,
+    "loop, one sample at a time": loop_one_by_one,
+    "loop, vmap": loop_mapped,
+    f"loop, vmap in chunks of {CHUNK}": loop_in_chunks,
+}
+
+
+def batched_case(m: int, n: int, seconds: float) -> list[Row]:
+    a, gbar = inputs(m, n)
+    found = take_turns({name: functools.partial(f, a, gbar) for name, f in BATCHED.items()}, seconds)
+    exact = fused(a, gbar)
+    peaks = memory_of(list(BATCHED), m, n)
+    rows: list[Row] = []
+    for name, timing in found.items():
+        rows.append(
+            {
+                "B, N": f"{m}, {n}",
+                "variant": name,
+                "time": timing,
+                "time / fused": ratio(timing, found["fused"]),
+                "peak kB": f"{peaks[name] / 1e3:.0f}" if peaks else "not measured",
+                "largest difference": f"{(BATCHED[name](a, gbar) - exact).abs().max() / exact.abs().max():.1e}",
+            }
+        )
+    return rows
+
+
+# --- memory, in a process of its own -------------------------------------------------------------------------------------
+
+
+def memory_of(arms: list[str], m: int, n: int) -> dict[str, int] | None:
+    """Peak bytes of one call of each arm ("ours" or one of BATCHED); None where it cannot be measured."""
+    environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, "--size", str(m), str(n), "--peak", *arms]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_peaks(arms: list[str], m: int, n: int) -> None:
+    calls = BATCHED | {"ours": lambda a, gbar: ours(a, gbar)()}
+    a, gbar = inputs(m, n)
+    found = {}
+    for arm in arms:
+        calls[arm](*inputs(2, min(n, 300)))  # loads and compiles
+        found[arm] = peak_memory(functools.partial(calls[arm], a, gbar))
+    print(json.dumps(None if None in found.values() else found))
+
+
+# --- the run -------------------------------------------------------------------------------------------------------------
+
+
+def ratio(other: Timing, ours: Timing) -> str:
+    return f"{other.median / ours.median:.3g}"
+
+
+TITLES = {
+    "loop": "Forward + exact backward against the theta/phi loop",
+    "copy": "Few long rows against a copy",
+    "linear": "Linear in N",
+    "peers": "Other ways to compute it",
+    "overhead": "Overhead",
+    "batched": "Batched gradients",
+}
+
+
+def cases(options: argparse.Namespace) -> list[tuple[str, Callable, tuple[int, ...]]]:
+    """(table, function, arguments) in order."""
+    quick = options.quick
+    size = tuple(options.size) if options.size else None
+    plan: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
+        "loop": (loop_case, [(8, 128)] if quick else [(8, 128), (32, 128), (32, 512)]),
+        "copy": (copy_case, [(2, 65536)] if quick else [(8, 65536), (1, 1_000_000)]),
+        "linear": (
+            linear_case,
+            [(n,) for n in ((4096, 65536) if quick else (4096, 65536, 1_000_000, 4_000_000))],
+        ),
+        "peers": (peers_case, [(4, 64)] if quick else [(8, 128), (32, 128), (1, 65536)]),
+        "overhead": (overhead_case, [(32, 128)]),
+        "batched": (batched_case, [(4, 32)] if quick else [(1, 128), (8, 128), (32, 128), (64, 128)]),
+    }
+    if size:
+        for table in ("loop", "copy", "peers", "overhead", "batched"):
+            plan[table] = plan[table][0], [size]
+        plan["linear"] = plan["linear"][0], [(size[1],)]
+    chosen = options.only or list(plan)
+    return [(table, plan[table][0], arguments) for table in chosen for arguments in plan[table][1]]
+
+
+def as_text(row: Row) -> Row:
+    return {name: str(value) for name, value in row.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, short rounds")
+    parser.add_argument("--only", nargs="+", choices=list(TITLES), help="tables to print")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("ROWS", "N"), help="instead of the sizes of the tables"
+    )
+    parser.add_argument("--seconds", type=float, default=None, help="time for each case (default 6, quick 0.5)")
+    parser.add_argument("--save", type=Path, help="keep finished cases here, and go on from them")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)  # used by the script on itself
+    options = parser.parse_args()
+    if options.size and min(options.size) < 1:
+        parser.error(f"--size {options.size[0]} {options.size[1]}: at least 1 row of 1 position is needed.")
+    if options.peak:
+        print_peaks(options.peak, *options.size)
+        return
+    seconds = options.seconds or (0.5 if options.quick else 6.0)
+    done = json.loads(options.save.read_text()) if options.save and options.save.exists() else {}
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the start"
+    )
+    tables: dict[str, list[Row]] = {}
+    for table, function, arguments in tqdm(cases(options), desc="cases", leave=False):
+        key = f"{table} {arguments} {seconds}"
+        if key not in done:
+            rows = function(*arguments, seconds)
+            done[key] = [as_text(row) for row in (rows if isinstance(rows, list) else [rows])]
+            if options.save:
+                unfinished = options.save.with_suffix(".part")
+                unfinished.write_text(json.dumps(done, indent=1))
+                unfinished.replace(options.save)
+        tables.setdefault(table, []).extend(done[key])
+    for table, rows in tables.items():
+        print_table(TITLES[table], rows)
+
+
+if __name__ == "__main__":
+    main()
