@@ -58,7 +58,7 @@ BLOCK_LANES = 128  # chunks whose maps one program scans
 MAX_BLOCKS = 256  # blocks of a row; longer rows get longer chunks
 SEQUENTIAL_N = 256  # up to here a row is not cut
 SEQUENTIAL_ROWS = 32768  # so many rows fill a GPU by themselves
-FULL_GPU = 65536  # lanes worth having; with more, longer chunks are the better use of them
+FULL_GPU = 32768  # lanes that an H100 holds at once; with more, longer chunks cost less scanning
 
 MAX_N = 2**28  # offsets within a program are 32-bit and reach over two rows of complex numbers
 
@@ -75,6 +75,12 @@ class Plan(NamedTuple):
     blocks: int
     wide: torch.dtype
     polish: bool
+
+    @property
+    def period(self) -> int:
+        """Elements between two rescalings of a map. A modulus that can be squared in the working precision, as every
+        pivot must be, can be raised to the power of 8 in one twice as wide."""
+        return 2 if self.polish else 8
 
     @property
     def warps(self) -> int:
@@ -200,15 +206,20 @@ def _forward_carries(p: Plan, a: Tensor, k: Tensor, z: Tensor, causal: bool) -> 
     s, blocks = m * p.chunks, m * p.blocks
     maps = torch.empty((8, s), dtype=p.wide, device=a.device)
     totals = torch.empty((8, blocks), dtype=p.wide, device=a.device)
+    carries = torch.empty((2, s), dtype=z.dtype, device=a.device)
     _launch(
         a.device, gpu_forward.moebius_maps, (blocks,),
         _real(a), _real(k), _real(z), maps, totals,
         n, p.chunk, p.chunks, s, p.blocks, blocks, _row_stride(k),
-        MANY=p.blocks > 1, A_COMPLEX=a.is_complex(), K_COMPLEX=k.is_complex(),
+        PERIOD=p.period, MANY=p.blocks > 1, A_COMPLEX=a.is_complex(), K_COMPLEX=k.is_complex(),
         LANES=p.block, num_warps=p.warps,
     )  # fmt: skip
-    directions = (0,) if causal else (0, 1)
-    return _scan(p, maps, totals, m, z.dtype, directions, shared=True)
+    _launch(
+        a.device, gpu_scan.scan_carries, (blocks, 1 if causal else 2),
+        maps, totals, _real(carries), p.chunks, s, p.blocks, blocks,
+        ORDER=_power_of_two(p.blocks), LANES=p.block, num_warps=p.warps,
+    )  # fmt: skip
+    return carries
 
 
 def _adjoint_carries(
@@ -217,9 +228,9 @@ def _adjoint_carries(
     """tau from the left and s from the right of every chunk, (2, M * chunks) complex; causal: w from the right in [1]."""
     m, n = a.shape
     s, blocks = m * p.chunks, m * p.blocks
-    kinds, dtype = (1 if causal else 2), z.real.dtype
-    maps = torch.empty((kinds, 8, s), dtype=dtype, device=a.device)
-    totals = torch.empty((kinds, 8, blocks), dtype=dtype, device=a.device)
+    maps = torch.empty((2, 4, s), dtype=z.real.dtype, device=a.device)
+    totals = torch.empty((2, 4, blocks), dtype=z.real.dtype, device=a.device)
+    adjoint_carries = torch.empty((2, s), dtype=z.dtype, device=a.device)
     _launch(
         a.device, gpu_backward.adjoint_maps, (blocks,),
         _real(a), _real(k), _real(z), _real(G), _real(gbar), _real(carries), maps, totals,
@@ -227,24 +238,12 @@ def _adjoint_carries(
         CAUSAL=causal, MANY=p.blocks > 1, A_COMPLEX=a.is_complex(), K_COMPLEX=k.is_complex(),
         LANES=p.block, num_warps=p.warps,
     )  # fmt: skip
-    directions = (1,) if causal else (0, 1)
-    return _scan(p, maps, totals, m, z.dtype, directions, shared=False)
-
-
-def _scan(
-    p: Plan, maps: Tensor, totals: Tensor, m: int, dtype: torch.dtype, directions: tuple[int, ...], shared: bool
-) -> Tensor:
-    """Carries (2, m * chunks) from maps; `shared`: both directions read one set of maps (the resolvent's)."""
-    s, blocks = m * p.chunks, m * p.blocks
-    carries = torch.empty((2, s), dtype=dtype, device=maps.device)
-    apart = 0 if shared or len(directions) == 1 else 8
     _launch(
-        maps.device, gpu_scan.scan_carries, (blocks, len(directions)),
-        maps, totals, _real(carries),
-        p.chunks, s, p.blocks, blocks, apart * s, apart * blocks, directions[0],
-        NEGATE_RIGHT=shared, ORDER=_power_of_two(p.blocks), LANES=p.block, num_warps=p.warps,
+        a.device, gpu_scan.scan_affine, (blocks, 1 if causal else 2),
+        maps, totals, _real(adjoint_carries), p.chunks, s, p.blocks, blocks,
+        FIRST=1 if causal else 0, ORDER=_power_of_two(p.blocks), LANES=p.block, num_warps=p.warps,
     )  # fmt: skip
-    return carries
+    return adjoint_carries
 
 
 def _launch(device: torch.device, kernel, grid: tuple[int, ...], *args, **constants) -> None:

@@ -19,7 +19,7 @@ from .gpu_lanes import (
     store_carry,
     sweep_left,
 )
-from .gpu_scan import store_maps
+from .gpu_scan import store_affine
 
 
 @triton.jit
@@ -35,8 +35,8 @@ def adjoint_maps(
     CAUSAL: tl.constexpr, MANY: tl.constexpr,
     A_COMPLEX: tl.constexpr, K_COMPLEX: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The affine maps u -> A u + B of the adjoint carries over each chunk. Bidirectional: tau (maps 0) and s (maps 1);
-    causal: w (maps 0). Those that run from the right are stored transposed, as `scan_carries` reads them."""
+    """The maps u -> A u + B of the adjoint carries over each chunk: tau from the left, s from the right; causal: w from
+    the right alone."""
     first, chunk, row, start, left, zr, zi = lanes(z, N, T, C, S, NB, True, LANES)
     a = at_row(a, first, N, A_COMPLEX)
     k = at_row(k, first, k_row, K_COMPLEX)
@@ -61,7 +61,7 @@ def adjoint_maps(
                 fr, fi = mul(lr[7 - c], li[7 - c], lr[7 - c], li[7 - c])
                 Br, Bi = mul(fr, fi, br[7 - c] + ur, ui - bi[7 - c])
                 Ar, Ai = mul(fr, fi, vr, vi)
-        store_maps(maps, totals, chunk, S, blocks, live, Ar, Ai, zero, zero, Br, Bi, one, zero, MANY, LANES)
+        store_affine(maps, totals, chunk, S, blocks, live, Ar, Ai, Br, Bi, True, MANY, LANES)
     else:
         xr, xi = load_carry(carries, 0, chunk, S, live)
         for j in range(0, T, STRIP):
@@ -78,10 +78,7 @@ def adjoint_maps(
                 xr, xi = scale(kr[c], ki[c], lr, li, K_COMPLEX)
                 ur, ui = mul(xr, xi, lr, li)
                 Ar, Ai = mul(Ar, Ai, ur, ui)
-        store_maps(
-            maps + 8 * S, totals + 8 * blocks, chunk, S, blocks, live,
-            Ar, Ai, zero, zero, Br, Bi, one, zero, MANY, LANES,
-        )  # fmt: skip
+        store_affine(maps, totals, chunk, S, blocks, live, Ar, Ai, Br, Bi, True, MANY, LANES)
         Ar, Ai, Br, Bi = one, zero, zero, zero
         yr, yi = load_carry(carries, 1, chunk, S, live)
         for jj in range(0, T, STRIP):
@@ -100,7 +97,7 @@ def adjoint_maps(
                 Br, Bi = Br + ur, Bi + ui
                 ur, ui = mul(yr, yi, yr, yi)
                 Ar, Ai = mul(Ar, Ai, ur, ui)
-        store_maps(maps, totals, chunk, S, blocks, live, Ar, Ai, Br, Bi, zero, zero, one, zero, MANY, LANES)
+        store_affine(maps, totals, chunk, S, blocks, live, Ar, Ai, Br, Bi, False, MANY, LANES)
 
 
 @triton.jit

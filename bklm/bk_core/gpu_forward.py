@@ -26,9 +26,10 @@ from .gpu_scan import rescale, store_maps
 @triton.jit
 def moebius_maps(
     a, k, z, maps, totals, N, T, C, S, NB, blocks, k_row,
-    MANY: tl.constexpr, A_COMPLEX: tl.constexpr, K_COMPLEX: tl.constexpr, LANES: tl.constexpr,
+    PERIOD: tl.constexpr, MANY: tl.constexpr,
+    A_COMPLEX: tl.constexpr, K_COMPLEX: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The product over each chunk of [[0, k], [-1, d]], in the precision of `maps`."""
+    """The product over each chunk of [[0, k], [-1, d]], in the precision of `maps`, rescaled every PERIOD elements."""
     wide = maps.dtype.element_ty
     first, chunk, row, start, left, zr, zi = lanes(z, N, T, C, S, NB, True, LANES)
     a = at_row(a, first, N, A_COMPLEX)
@@ -51,7 +52,7 @@ def moebius_maps(
             pr, pi = scale(hr, hi, rr, ri, K_COMPLEX)
             qr, qi = scale(hr, hi, sr, si, K_COMPLEX)
             rr, ri, sr, si = ur, ui, vr, vi
-            if c % 2 == 1:
+            if (c + 1) % PERIOD == 0:
                 pr, pi, qr, qi, rr, ri, sr, si = rescale(pr, pi, qr, qi, rr, ri, sr, si)
     store_maps(maps, totals, chunk, S, blocks, left > 0, pr, pi, qr, qi, rr, ri, sr, si, MANY, LANES)
 

@@ -8,7 +8,7 @@ from triton.compiler import ASTSource
 
 from bklm.bk_core import gpu_backward, gpu_forward, gpu_scan
 
-SIZES = {"N", "T", "C", "S", "NB", "blocks", "k_row", "direction_maps", "direction_totals", "first_direction"}
+SIZES = {"N", "T", "C", "S", "NB", "blocks", "k_row"}
 ALIGNED = {"N", "T", "k_row"}  # Triton specialises a kernel on sizes divisible by 16
 
 
@@ -39,8 +39,9 @@ def main(capability):
     assert ptx.count("ld.global.v4") >= 4, "loads of aligned rows are no longer 16 bytes wide"
     assert ptx.count("st.global.v4") >= 4, "stores of aligned rows are no longer 16 bytes wide"
     build(f, capability, CAUSAL=True, CHUNKED=False, POLISH=False, **mixed, **lane)
-    build(gpu_forward.moebius_maps, capability, MANY=True, maps="fp64", **real, **block)
-    build(gpu_scan.scan_carries, capability, NEGATE_RIGHT=True, ORDER=256, maps="fp64", **block)
+    build(gpu_forward.moebius_maps, capability, PERIOD=8, MANY=True, maps="fp64", **real, **block)
+    build(gpu_scan.scan_carries, capability, ORDER=256, maps="fp64", **block)
+    build(gpu_scan.scan_affine, capability, FIRST=0, ORDER=256, **block)
     build(gpu_backward.adjoint_maps, capability, CAUSAL=False, MANY=True, **real, **block)
     build(gpu_backward.adjoint_sweep, capability, CHUNKED=True, **wanted, **real, **lane)
     build(gpu_backward.adjoint_sweep_causal, capability, CHUNKED=True, **wanted, **real, **lane)
@@ -50,7 +51,7 @@ def main(capability):
         build(f, capability, CAUSAL=False, CHUNKED=True, POLISH=True, **everything, **double, **lane)
         build(gpu_backward.adjoint_maps, capability, CAUSAL=True, MANY=True, **everything, **block)
         build(gpu_backward.adjoint_sweep, capability, CHUNKED=True, **wanted, **everything, **double, **lane)
-        build(gpu_scan.scan_carries, capability, NEGATE_RIGHT=False, ORDER=1, **block)
+        build(gpu_scan.scan_carries, capability, ORDER=1, **block)
     print(f"compiled for compute capability {capability / 10}")
 
 
