@@ -19,6 +19,7 @@ def model_of(seed=0, *, double=True, original=False, **changes):
     settings = {"d_model": 12, "n_layers": 3, "n_seq": 24, "dropout_p": 0.0, **changes}
     make = ResNetBKConfig.original if original else ResNetBKConfig
     model = ResNetBK(make(VOCABULARY, **settings))
+    torch.nn.init.ones_(model.norm.weight)  # its training gain of 3 would only magnify the logits' rounding
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -388,11 +389,28 @@ def test_trains_under_bfloat16_autocast_with_float32_gradients():
     assert abs(loss - model.eval().loss(ids, ids.roll(-1, 1))) < 0.5
 
 
+def test_untrained_bidirectional_model_already_shows_its_leak():
+    torch.manual_seed(0)
+    model = ResNetBK(ResNetBKConfig(1000, causal=False))
+    assert future_leak(model, ids_of(1, 32), 31).max() > 1e-3
+
+
+def test_fresh_weights_depend_on_the_seed_alone():
+    def weights():
+        torch.manual_seed(4)
+        model.reset_parameters()
+        return {k: v.clone() for k, v in model.state_dict().items()}
+
+    model = model_of()
+    first, second = weights(), weights()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
 def test_initial_loss_is_that_of_a_uniform_guess():
     torch.manual_seed(0)
     model = ResNetBK(ResNetBKConfig(1000)).eval()
     ids = torch.randint(0, 1000, (4, 128))
-    assert abs(model.loss(ids, ids.roll(-1, 1)).item() - torch.tensor(1000.0).log().item()) < 0.1
+    assert abs(model.loss(ids, ids.roll(-1, 1)).item() - torch.tensor(1000.0).log().item()) < 0.2
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
