@@ -13,6 +13,7 @@ nothing after i; it is then also the whole state that position i + 1 needs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,24 +171,34 @@ class ResNetBK(LanguageModel):
         self._expert_counts: list[Tensor] | None = None
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start near the bigram model that embedding and head alone can be, and let the blocks grow into it.
+        """Draw fresh weights from torch's global generator.
 
-        The branches that a block adds begin small and positions at zero; the final norm's gain of 3 stands for a
-        higher learning rate of the head, which is what a short run lacks most. Chosen on the WikiText-2 sample.
+        Chosen by validation perplexity after three epochs at a fixed learning rate of 1e-3, where what counts is how
+        fast AdamW's equal steps change the function. Small embeddings and no position signal at first let tokens
+        move far relative to where they start; blocks that begin near the identity leave them in charge of the
+        stream; a gain of 3 in the last LayerNorm multiplies what a step of the head does. On the WikiText-2 sample
+        each of the three took off 10 to 30 points (330 to 270). Nothing is exactly zero but biases and positions:
+        every path carries signal, and the bidirectional core shows its leak, from the start.
         """
         nn.init.normal_(self.embedding.weight, std=0.02)
         if self.positions is not None:
             nn.init.zeros_(self.positions.weight)
         for block in self.blocks:
+            block.norm.reset_parameters()
             block.moe.reset_parameters()
-            block.mix.reset_parameters()
-            for branch in (block.moe.down_weight, block.mix.weight):
-                branch.data.mul_(0.1)
-            nn.init.zeros_(block.moe.down_bias)
+            block.moe.down_weight.mul_(0.1)
+            block.moe.down_bias.zero_()
+            # f starts at about 0.02 a coordinate; v then at about 0.1 in all, enough for G to differ between tokens.
+            nn.init.normal_(block.potential.weight, std=6.0 / math.sqrt(self.config.d_model))
+            nn.init.zeros_(block.potential.bias)
+            nn.init.normal_(block.mix.weight, std=0.02)
             nn.init.zeros_(block.mix.bias)
+            block.scale.fill_(1.0)
         nn.init.constant_(self.norm.weight, 3.0)
-        nn.init.normal_(self.output.weight, std=0.02)
+        nn.init.zeros_(self.norm.bias)
+        nn.init.normal_(self.output.weight, std=0.01)
         nn.init.zeros_(self.output.bias)
 
     def head(self) -> tuple[Tensor, Tensor]:

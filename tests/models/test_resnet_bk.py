@@ -105,10 +105,21 @@ def test_leak_measure_refuses_a_change_that_changes_nothing():
 def test_steps_give_the_logits_of_the_full_forward(changes, double):
     model, ids = model_of(double=double, **changes), ids_of(2, 24)
     whole, state = model(ids), model.init_state(2)
+    tolerance = (1e-12 if double else 1e-5) * float(whole.abs().max())
     for i in range(24):
         logits, state = model.step(ids[:, i], state)
-        torch.testing.assert_close(logits, whole[:, i], rtol=0, atol=1e-12 if double else 1e-5)
+        torch.testing.assert_close(logits, whole[:, i], rtol=0, atol=tolerance)
     assert state.position == 24
+
+
+def test_steps_of_the_published_size_agree_to_1e_5():
+    torch.manual_seed(0)
+    model = ResNetBK(ResNetBKConfig(5000)).eval()
+    ids = torch.randint(0, 5000, (2, 128))
+    whole, state = model(ids), model.init_state(2)
+    for i in range(128):
+        logits, state = model.step(ids[:, i], state)
+        torch.testing.assert_close(logits, whole[:, i], rtol=0, atol=1e-5)
 
 
 def test_prefill_stands_where_the_steps_would():
