@@ -178,9 +178,9 @@ class ResNetBK(LanguageModel):
         Chosen by validation perplexity after three epochs at a fixed learning rate of 1e-3, where what counts is how
         fast AdamW's equal steps change the function. Small embeddings and no position signal at first let tokens
         move far relative to where they start; blocks that begin near the identity leave them in charge of the
-        stream; a gain of 3 in the last LayerNorm multiplies what a step of the head does. On the WikiText-2 sample
-        each of the three took off 10 to 30 points (330 to 270). Nothing is exactly zero but biases and positions:
-        every path carries signal, and the bidirectional core shows its leak, from the start.
+        stream; a gain of 3 in the last LayerNorm multiplies what a step of the head does. Nothing is exactly zero
+        but biases and positions: every path carries signal, and the bidirectional core shows its leak, from the
+        start.
         """
         nn.init.normal_(self.embedding.weight, std=0.02)
         if self.positions is not None:
