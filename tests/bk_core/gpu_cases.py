@@ -140,7 +140,7 @@ def test_more_lengths_agree_with_the_recurrences(chunks, n, causal):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("m", "n"), [(1, 257), (3, 1023), (1, 4095)])
+@pytest.mark.parametrize(("m", "n"), [(2, 300), (1, 4095)])
 @pytest.mark.parametrize("fast_float64", [False, True])
 def test_the_plan_in_use_agrees_with_the_recurrences(monkeypatch, m, n, causal, fast_float64):
     monkeypatch.setattr(gpu, "_fast_float64", lambda device: fast_float64)
