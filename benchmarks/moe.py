@@ -136,6 +136,7 @@ def times(problem: Problem, device: str, rounds: int, seconds: float) -> dict[st
 def peak_memory(case: Case, arm: Arm, device: str) -> float:
     """Bytes at the peak of one step above those before it, measured in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", arm.name, "--device", device]
+    command += ["--threads", str(torch.get_num_threads())]
     numbers = [str(n) for n in case]
     result = subprocess.run([*command, "--case", *numbers], capture_output=True, text=True, check=False)
     if result.returncode != 0:
