@@ -42,7 +42,7 @@ def add_missing(extra: str | None) -> None:
         # Local versions such as 2.11.0+cu128 cannot be downloaded, but as constraints they hold what is installed.
         pins.writelines(f"{name}=={version}\n" for name, version in sorted(before.items()) if name != "bklm")
     pip("-r", str(ROOT / "requirements.txt"), "-c", pins.name)
-    pip("--no-deps", "--no-build-isolation", "-e", str(ROOT))
+    pip("--no-deps", "-e", str(ROOT))
     if extra:
         pip("-c", pins.name, *extra_requirements(extra))
     Path(pins.name).unlink()
