@@ -47,7 +47,7 @@ from bklm.training import (
     train,
 )
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("bklm.studies.grad_blend")  # __name__ is "__main__" when run with python -m
 
 ORIGINAL_ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)
 FULL_GRID = tuple(round(0.1 * i, 1) for i in range(11))

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from bklm.models import ResNetBK
+from bklm.reporting import command_for
 from bklm.studies import future, grad_blend, grad_blend_report
 from bklm.studies.folder import study_folder
 from bklm.studies.grad_blend import GradBlendConfig, load_final_model, model_config, run_grad_blend
@@ -233,6 +234,14 @@ def test_the_command_of_a_study_ends_with_one_sentence_and_code_2_for_bad_input(
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "nowhere" in done.stderr.splitlines()[-1]
+
+
+def test_the_command_prints_settings_trials_with_the_time_left_table_and_zip(tiny_config):
+    words = [sys.executable, *command_for("bklm.studies.grad_blend", tiny_config.resolved()).split()[1:]]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for part in ("Settings: ", "Trial 1 of 4, ", " left\n", "Lowest validation PPL", "SHA-256"):
+        assert part in done.stdout
 
 
 def test_the_config_in_the_package_is_the_one_in_the_module():
