@@ -225,8 +225,8 @@ def test_experts_start_like_nn_linear():
         (model.down_bias, 128),
     ):
         bound = fan_in**-0.5
-        assert float(weight.abs().max()) <= bound
-        assert float(weight.std()) == pytest.approx(bound / math.sqrt(3), rel=0.1)
+        assert weight.abs().max().item() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
 
 
 def test_usage_statistics():
