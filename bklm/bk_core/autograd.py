@@ -30,6 +30,8 @@ def apply(
 ) -> Tensor:
     """G (M, N). ``contracts``: the caller knows that k >= 0, a is real and Im z != 0, so pivots need no check."""
     if is_plain(a, k, z):
+        if not (torch.is_grad_enabled() and (a.requires_grad or k.requires_grad or z.requires_grad)):
+            return _forward(a, k, z, causal, backend, contracts)[0]
         return _Eager.apply(a, k, z, causal, gradient, grad_blend, backend, contracts)
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return ops.resolvent_diagonal(a, k, z, causal, gradient, grad_blend, backend)
@@ -45,13 +47,19 @@ def is_plain(*tensors: Tensor) -> bool:
     return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
+def _forward(a, k, z, causal, backend, contracts):
+    """(G, what the backend wants to keep), checked."""
+    chosen = backends.select(backend, a.device)
+    G, saved = chosen.forward(a, k, z, causal)
+    if not contracts:
+        pivots.check(a, k, z, G, causal, chosen)
+    return G, saved
+
+
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, k, z, causal, gradient, grad_blend, backend, contracts):
-        chosen = backends.select(backend, a.device)
-        G, saved = chosen.forward(a, k, z, causal)
-        if not contracts:
-            pivots.check(a, k, z, G, causal, chosen)
+        G, saved = _forward(a, k, z, causal, backend, contracts)
         ctx.save_for_backward(a, k, z, G, *saved)
         ctx.settings = causal, gradient, grad_blend, backend
         return G

@@ -2,9 +2,10 @@
 
 Dispatch, measured on 2 cores (benchmarks/bk_core.py):
 
-- ``a`` and ``k`` real: SIMD tiles (cpu_tiles.py). A row of at most LONGEST_TILE positions is one tile and rows share the
-  lanes; a longer one is cut into tiles of LONG_ROW_TILE, and into chunks where there are fewer than SWEEP_LANES rows.
-  How a row is cut depends on M and N alone, never on the number of threads: results are deterministic.
+- ``a`` and ``k`` real: SIMD tiles (cpu_tiles.py). A row of at most SHORT_ROW positions, or LONGEST_TILE where there are
+  rows enough to fill the lanes, is one tile; a longer one is cut into tiles of LONG_ROW_TILE, and into chunks where there
+  are fewer than SWEEP_LANES rows. How a row is cut depends on M and N alone, never on the number of threads: results are
+  deterministic.
 - anything complex: scalar rows (cpu_rows.py).
 - more than one thread from THREADS_FROM elements on.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 from . import cpu_rows, cpu_sweep, cpu_tiles, threads
 from .cpu_scratch import LANES, LONGEST_TILE, SCRATCH_LENGTH
 
+SHORT_ROW = 256
 LONG_ROW_TILE = 64
 SWEEP_LANES = 64
 SHORTEST_CHUNK = 8
@@ -33,7 +35,7 @@ def forward(a: Tensor, k: Tensor, z: Tensor, causal: bool) -> tuple[Tensor, tupl
     if a.is_complex() or k.is_complex():
         return _forward_rows(a, k, z, causal), ()
     m, n = a.shape
-    tile, n_tiles = _tiling(n)
+    tile, n_tiles = _tiling(m, n)
     states = _NO_STATES
     if n_tiles > 1:
         states = (_sweep(a, k, z, tile, n_tiles, False),)
@@ -65,7 +67,7 @@ def backward(
     if a.is_complex() or k.is_complex():
         return _backward_rows(gbar, a, k, z, G, causal, needs_k, needs_z)
     m, n = a.shape
-    tile, n_tiles = _tiling(n)
+    tile, n_tiles = _tiling(m, n)
     states = saved
     if n_tiles > 1 and not causal and not states:
         states = _sweep(a, k, z, tile, n_tiles, False), _sweep(a, k, z, tile, n_tiles, True)
@@ -108,9 +110,9 @@ def backward(
     return grad_a, K, Dsum.sum(-1, dtype=torch.complex128).to(z.dtype) if n_tiles > 1 else Dsum[:, 0]
 
 
-def _tiling(n: int) -> tuple[int, int]:
+def _tiling(m: int, n: int) -> tuple[int, int]:
     """(positions per tile, tiles per row)."""
-    if n <= LONGEST_TILE:
+    if n <= SHORT_ROW or (n <= LONGEST_TILE and m >= LANES):
         return n, 1
     return LONG_ROW_TILE, -(-n // LONG_ROW_TILE)
 

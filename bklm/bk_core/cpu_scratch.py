@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 from .jit import jit
 
 LANES = 16  # 64 bytes of float32: one AVX-512 register, two of AVX2, four of NEON
-LONGEST_TILE = 256
+LONGEST_TILE = 1024
 SCRATCH_LENGTH = 14 * (LONGEST_TILE + 2) * LANES  # 14 fields
 
 _LANES = np.uintp(LANES)
@@ -53,15 +53,15 @@ def _pointer(typingctx, address, like):
 
 
 @jit
-def view(address, length, like):
+def reals_at(address, length, like):
     """The ``length`` elements at an address as an array of the type of ``like``."""
     return carray(_pointer(address, like), (length,))
 
 
 @jit
-def view_coupling(address, k_stride, rows, n, like):
+def coupling_at(address, k_stride, rows, n, like):
     """k (1 or M, N - 1) at an address, flat."""
-    return view(address, (rows if k_stride > _0 else _1) * (n - _1), like)
+    return reals_at(address, (rows if k_stride > _0 else _1) * (n - _1), like)
 
 
 @jit

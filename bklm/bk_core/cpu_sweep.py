@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numba import uintp
 
-from .cpu_scratch import COUPLING, EXTRA, LANES, LEFT, REAL, at, pack_diagonal, put, view, view_coupling
+from .cpu_scratch import COUPLING, EXTRA, LANES, LEFT, REAL, at, coupling_at, pack_diagonal, put, reals_at
 from .cpu_tiles import SUMMARY, left
 from .jit import jit
 
@@ -84,9 +84,13 @@ def sweep(
     k_stride, chunk_tiles = uintp(k_stride), uintp(chunk_tiles)
     swept = n_tiles - _1
     n_chunks = (swept + chunk_tiles - _1) // chunk_tiles
-    a_view, z_view, k_view = view(a, rows * n, s), view(z, _2 * rows, s), view_coupling(k, k_stride, rows, n, s)
-    states = view(entering, _2 * rows * n_tiles, s)
-    ends = view(chunk_ends, _2 * rows * n_chunks, s)
+    a_view, z_view, k_view = (
+        reals_at(a, rows * n, s),
+        reals_at(z, _2 * rows, s),
+        coupling_at(k, k_stride, rows, n, s),
+    )
+    states = reals_at(entering, _2 * rows * n_tiles, s)
+    ends = reals_at(chunk_ends, _2 * rows * n_chunks, s)
     running = np.empty(LANES, np.uint8)
     for group in range(uintp(first), uintp(last)):
         used = min(_LANES, uintp(n_active) - group * _LANES)
@@ -139,8 +143,8 @@ def hand_over(s, entering, chunk_ends, moved, active, rows, n_tiles, chunk_tiles
     rows, n_tiles, chunk_tiles = uintp(rows), uintp(n_tiles), uintp(chunk_tiles)
     swept = n_tiles - _1
     n_chunks = (swept + chunk_tiles - _1) // chunk_tiles
-    states = view(entering, _2 * rows * n_tiles, s)
-    ends = view(chunk_ends, _2 * rows * n_chunks, s)
+    states = reals_at(entering, _2 * rows * n_tiles, s)
+    ends = reals_at(chunk_ends, _2 * rows * n_chunks, s)
     n_active = 0
     for chunk in range(rows * n_chunks):
         if not moved[chunk]:
@@ -170,8 +174,8 @@ def _passed_on(tiles, at_tile, re, im):
 def join(s, summary, enter_s, enter_t, rows, n_tiles, causal):
     """The adjoint states that enter each tile, (M, n_tiles) complex each, from the tiles' summaries."""
     rows, n_tiles = uintp(rows), uintp(n_tiles)
-    tiles = view(summary, _SUMMARY * rows * n_tiles, s)
-    s_states, t_states = view(enter_s, _2 * rows * n_tiles, s), view(enter_t, _2 * rows * n_tiles, s)
+    tiles = reals_at(summary, _SUMMARY * rows * n_tiles, s)
+    s_states, t_states = reals_at(enter_s, _2 * rows * n_tiles, s), reals_at(enter_t, _2 * rows * n_tiles, s)
     for row in range(rows):
         re, im = 0.0, 0.0
         for c in range(n_tiles):

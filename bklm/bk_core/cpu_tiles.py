@@ -20,15 +20,15 @@ from .cpu_scratch import (
     RIGHT,
     SOURCE,
     at,
+    coupling_at,
     load,
     pack_complex,
     pack_conjugate,
     pack_coupling,
     put,
+    reals_at,
     share_coupling,
     unpack_complex,
-    view,
-    view_coupling,
 )
 from .jit import jit
 
@@ -84,9 +84,13 @@ def forward_tiles(
     """
     rows, n, tile, n_tiles, lanes = uintp(rows), uintp(n), uintp(tile), uintp(n_tiles), uintp(lanes)
     k_stride, items = uintp(k_stride), rows * n_tiles
-    a_view, z_view, k_view = view(a, rows * n, s), view(z, _2 * rows, s), view_coupling(k, k_stride, rows, n, s)
-    G_view = view(G, _2 * rows * n, s)
-    left_view, right_view = view(enter_left, _2 * items, s), view(enter_right, _2 * items, s)
+    a_view, z_view, k_view = (
+        reals_at(a, rows * n, s),
+        reals_at(z, _2 * rows, s),
+        coupling_at(k, k_stride, rows, n, s),
+    )
+    G_view = reals_at(G, _2 * rows * n, s)
+    left_view, right_view = reals_at(enter_left, _2 * items, s), reals_at(enter_right, _2 * items, s)
     for group in range(uintp(first), uintp(last)):
         load(s, group, items, a_view, k_view, k_stride, z_view, left_view, right_view, n, tile, n_tiles, lanes)
         left(s, tile, lanes)
@@ -275,19 +279,23 @@ def backward_tiles(
     """
     rows, n, tile, n_tiles, lanes = uintp(rows), uintp(n), uintp(tile), uintp(n_tiles), uintp(lanes)
     k_stride, items = uintp(k_stride), rows * n_tiles
-    a_view, z_view, k_view = view(a, rows * n, s), view(z, _2 * rows, s), view_coupling(k, k_stride, rows, n, s)
-    left_view, right_view = view(enter_left, _2 * items, s), view(enter_right, _2 * items, s)
+    a_view, z_view, k_view = (
+        reals_at(a, rows * n, s),
+        reals_at(z, _2 * rows, s),
+        coupling_at(k, k_stride, rows, n, s),
+    )
+    left_view, right_view = reals_at(enter_left, _2 * items, s), reals_at(enter_right, _2 * items, s)
     gbar_view, G_view, grad_view = (
-        view(gbar, _2 * rows * n, s),
-        view(G, _2 * rows * n, s),
-        view(grad_a, rows * n, s),
+        reals_at(gbar, _2 * rows * n, s),
+        reals_at(G, _2 * rows * n, s),
+        reals_at(grad_a, rows * n, s),
     )
     s_view, t_view, sum_view = (
-        view(enter_s, _2 * items, s),
-        view(enter_t, _2 * items, s),
-        view(Dsum, _2 * items, s),
+        reals_at(enter_s, _2 * items, s),
+        reals_at(enter_t, _2 * items, s),
+        reals_at(Dsum, _2 * items, s),
     )
-    K_view, summary_view = view(K, _2 * rows * (n - _1), s), view(summary, _SUMMARY * items, s)
+    K_view, summary_view = reals_at(K, _2 * rows * (n - _1), s), reals_at(summary, _SUMMARY * items, s)
     joined = n_tiles > _1 and not summarise
     for group in range(uintp(first), uintp(last)):
         if causal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import backends, torch_backend
@@ -10,6 +11,8 @@ from .reference import conjugate, hypothesis7_gradient, local_gradient, original
 
 def materialised(x: Tensor) -> Tensor:
     """Contiguous memory that means what it says: no pending conjugation or negation (views such as x.conj().imag)."""
+    if not torch.compiler.is_compiling() and x.is_contiguous() and not (x.is_conj() or x.is_neg()):
+        return x
     return x.resolve_conj().resolve_neg().contiguous()
 
 

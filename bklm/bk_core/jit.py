@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 from numba import njit
 
 _SETTINGS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
+@functools.cache
+def _sources_digest() -> str:
+    """Of all kernel sources together. numba takes cached code for fresh as long as the function's own file is unchanged,
+    although constants and functions of other files are compiled into it."""
+    sources = sorted(Path(__file__).parent.glob("cpu_*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+
+
 def jit(function: Callable) -> Callable:
     """Compile on first use, without the GIL; cached on disk unless numba finds no writable folder for the cache."""
+    function.__qualname__ += f"_{_sources_digest()}"  # part of the name of the cache's files
     try:
         return njit(cache=True, **_SETTINGS)(function)
     except (

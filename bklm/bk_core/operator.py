@@ -102,22 +102,20 @@ def resolvent_diagonal(
             f"gradient={gradient!r} is defined for a alone, and b, c or z requires a gradient: detach them, or "
             f"use gradient='exact'."
         )
-    rows_a = a if a.dtype in (torch.float32, torch.float64) else a.to(_as_precision(a.dtype, precision))
-    if rows_a.dtype not in (precision, _as_precision(torch.complex64, precision)):
-        rows_a = rows_a.to(_as_precision(rows_a.dtype, precision))
+    rows_a = a if a.dtype == precision else a.to(_as_precision(a.dtype, precision))
     if gradient == "original" and rows_a.is_complex():
         raise ValueError("gradient='original' is defined for a real a only: use 'exact' or 'local'.")
     contracts = contracts and not rows_a.is_complex()
     if m == 0:
         empty = rows_a.to(rows_z.dtype)  # keeps the graph
         return (empty, empty.detach().real.new_empty(batch)) if return_min_pivot else empty
-    rows_a = materialised(rows_a.reshape(m, n))
+    rows_a = materialised(rows_a if rows_a.dim() == 2 else rows_a.reshape(m, n))
 
     if return_min_pivot:
         contracts = True  # nothing to raise: the caller judges
     G = autograd.apply(rows_a, k, rows_z, causal, gradient, float(grad_blend), backend, contracts)
     if not return_min_pivot:
-        return G.reshape(a.shape)
+        return G if a.dim() == 2 else G.reshape(a.shape)
     chosen = backends.select(backend, a.device)
     pivot = pivots.smallest_pivot(rows_a.detach(), k.detach(), rows_z.detach(), G.detach(), causal, chosen)
     return G.reshape(a.shape), pivot.reshape(batch)
@@ -215,21 +213,23 @@ def _constant_shift(z: complex, m: int, precision: torch.dtype, device: torch.de
             f"z = {z}: it must be finite with Im z != 0, because the resolvent has its poles on the real axis; "
             f"add an imaginary part, for instance z + 1j."
         )
-    return _constant(z, m, _as_precision(torch.complex64, precision), device)
+    return _constant(z, (m,), _as_precision(torch.complex64, precision), device)
 
 
 def _constant_coupling(product: complex, length: int, precision: torch.dtype, device: torch.device) -> Tensor:
     dtype = _as_precision(torch.complex64 if isinstance(product, complex) else torch.float32, precision)
-    return _constant(product, length, dtype, device).unsqueeze(0)
+    return _constant(product, (1, length), dtype, device)
 
 
-def _constant(value: complex, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _constant(value: complex, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if autograd.is_plain():
-        return _cached_constant(value, length, dtype, device)
-    return torch.full((length,), value, dtype=dtype, device=device)
+        return _cached_constant(value, shape, dtype, device)
+    return torch.full(shape, value, dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=32)
-def _cached_constant(value: complex, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _cached_constant(
+    value: complex, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     with torch.inference_mode(False):  # an inference tensor could not be saved for a later training step
-        return torch.full((length,), value, dtype=dtype, device=device)
+        return torch.full(shape, value, dtype=dtype, device=device)
