@@ -29,11 +29,9 @@ class BackendUnavailableError(OSError):
 
 @functools.cache
 def _gpu() -> ModuleType | None:
-    """The Triton backend, imported on first use; None where it is not usable (no Triton, no CUDA, no interpreter)."""
-    try:
-        from . import gpu
-    except ImportError:
-        return None
+    """The Triton backend, imported on first use; None where it says that it is not usable."""
+    from . import gpu
+
     return gpu if gpu.is_available() else None
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cpu_rows, cpu_sweep, cpu_tiles, threads
+from . import cpu_adjoint, cpu_rows, cpu_sweep, cpu_tiles, threads
 from .cpu_scratch import LANES, LONGEST_TILE, SCRATCH_LENGTH
 
 SHORT_ROW = 256
@@ -75,8 +75,8 @@ def backward(
     K = torch.empty(m, n - 1, dtype=z.dtype) if needs_k else None
     Dsum = torch.empty(m, n_tiles, dtype=z.dtype)
     adjoint = torch.empty(2, m, n_tiles, dtype=z.dtype) if n_tiles > 1 else None
-    summary = torch.empty(m, n_tiles, cpu_tiles.SUMMARY, dtype=a.dtype) if n_tiles > 1 else None
-    kernel, dtype = cpu_tiles.backward_tiles, _NUMPY[a.dtype]
+    summary = torch.empty(m, n_tiles, cpu_adjoint.SUMMARY, dtype=a.dtype) if n_tiles > 1 else None
+    kernel, dtype = cpu_adjoint.backward_tiles, _NUMPY[a.dtype]
     joined = (adjoint[0].data_ptr(), adjoint[1].data_ptr(), summary.data_ptr()) if n_tiles > 1 else (0, 0, 0)
     rest = (
         *(gbar.data_ptr(), *_inputs(a, k, z), G.data_ptr(), *_addresses(states), *joined),

@@ -16,8 +16,9 @@ from __future__ import annotations
 import numpy as np
 from numba import uintp
 
+from .cpu_adjoint import SUMMARY
 from .cpu_scratch import COUPLING, EXTRA, LANES, LEFT, REAL, at, coupling_at, pack_diagonal, put, reals_at
-from .cpu_tiles import SUMMARY, left
+from .cpu_tiles import left
 from .jit import jit
 
 _LANES, _SUMMARY = np.uintp(LANES), np.uintp(SUMMARY)
