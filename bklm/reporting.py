@@ -41,6 +41,42 @@ def interval95(values: Sequence[float]) -> tuple[float, float | None]:
     return float(sample.mean()), float(half)
 
 
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity over seeds: exp of the mean loss, and the 95% t-interval of that mean, in nats, carried over by exp.
+
+    The loss is what is averaged: in perplexities one diverged seed would outweigh all others, and an interval could
+    reach below zero. ``low`` and ``high`` are None for one seed.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def over_seeds(cls, perplexities: Sequence[float]) -> Perplexity:
+        loss, half = interval95(np.log(perplexities))
+        if half is None:
+            return cls(float(np.exp(loss)), None, None)
+        # A few diverged seeds can give an interval beyond any number; JSON has no infinity.
+        low, high = np.exp(loss - half), np.exp(min(loss + half, 700.0))
+        return cls(float(np.exp(loss)), float(low), float(high))
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return _short(self.mean)
+        return f"{_short(self.mean)} ({_short(self.low)} to {_short(self.high)})"
+
+
+def _short(value: float) -> str:
+    """A perplexity or a ratio of perplexities for people: "268.4", "2,180", "1e+09"."""
+    if value < 10:
+        return f"{value:.3f}"
+    if value < 1000:
+        return f"{value:.1f}"
+    return f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"
+
+
 def with_interval(mean: float, half: float | None, digits: int = 1) -> str:
     """ "303.1 ± 2.4", or "303.1" when one seed gives no interval."""
     return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
@@ -109,13 +145,16 @@ def command_for(module: str, config: Any) -> str:
 
 
 def write_manifest(path: Path, *, config: Any, corpus: Any, module: str, seconds: float, **extra: Any) -> None:
-    """Write manifest.json: everything needed to repeat and to judge the run. ``seconds`` is computing time in all."""
+    """Write manifest.json: everything needed to repeat and to judge the run.
+
+    ``seconds`` is computing time in all; ``corpus`` is None for a study that reads no text.
+    """
     write_json(
         path,
         {
             "study": config.study,
             "config": config.to_dict(),
-            "corpus": {"name": corpus.name, "source": corpus.source, "sha256": corpus.sha256},
+            "corpus": corpus and {"name": corpus.name, "source": corpus.source, "sha256": corpus.sha256},
             "git_revision": git_revision(),
             "environment": environment(),
             "seconds": round(seconds, 1),

@@ -7,10 +7,18 @@ from typing import Any
 
 _MODULES = {
     "grad_blend": ("GradBlendConfig", "GradBlendResult", "run_grad_blend"),
+    "precision": ("PrecisionConfig", "PrecisionResult", "run_precision"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = ["GradBlendConfig", "GradBlendResult", "run_grad_blend"]
+__all__ = [
+    "GradBlendConfig",
+    "GradBlendResult",
+    "PrecisionConfig",
+    "PrecisionResult",
+    "run_grad_blend",
+    "run_precision",
+]
 
 
 def __getattr__(name: str) -> Any:
