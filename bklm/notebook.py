@@ -22,12 +22,15 @@ from IPython.display import HTML, Image, display
 from bklm.checkpoints import write_text
 from bklm.config import FieldSpec, StudyConfig
 from bklm.reporting import Bundle, add_notebook, as_text, zip_study
-from bklm.studies import GradBlendConfig
+from bklm.studies import GradBlendConfig, PrecisionConfig
 from bklm.studies.folder import other_experiment
 
 log = logging.getLogger(__name__)
 # Which notebook's form belongs to which config.
-FORMS = {"notebooks/01_grad_blend_sweep.ipynb": GradBlendConfig}
+FORMS = {
+    "notebooks/01_grad_blend_sweep.ipynb": GradBlendConfig,
+    "notebooks/02_precision_benchmark.ipynb": PrecisionConfig,
+}
 
 PICTURE_WIDTH = 760  # pixels: readable on a desktop, and scaled down by phones
 

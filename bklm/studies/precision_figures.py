@@ -109,7 +109,7 @@ def draw_costs(path: Path, table: Rows, note: str) -> Path:
             precisions = PRECISIONS if recursion == LEFT_RIGHT else ("complex128",)
             for precision in precisions:
                 mine = [r for r in rows if (r["recursion"], r["precision"]) == (recursion, precision)]
-                style = _style(recursion, precision)
+                style = _style(recursion, precision) | {"linewidth": 1.8, "markersize": 5}
                 timed = [r for r in mine if r["ms"] is not None]
                 time.plot([r["n"] for r in timed], [r["ms"] for r in timed], **style)
                 time.fill_between(
@@ -132,7 +132,9 @@ def draw_costs(path: Path, table: Rows, note: str) -> Path:
         memory.set_xlim(time.get_xlim())
         handles, labels = memory.get_legend_handles_labels()
         for axes, some in ((time, slice(4)), (memory, slice(4, None))):
-            legend_below(axes, handles=handles[some], labels=labels[some], fontsize=10)
+            axes.legend(
+                handles[some], labels[some], loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=10
+            )
 
     return save_figure(path, draw, title=costs_title(rows), note=note, size=(8.4, 5.6))
 
@@ -173,7 +175,7 @@ def draw_batched(path: Path, batched: Rows, backward: Rows, note: str) -> Path:
             axes.set_xticks(x, [str(b) for b in x])
             axes.xaxis.set_minor_locator(NullLocator())
             _log(axes.yaxis)
-            legend_below(axes, fontsize=10)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.19), fontsize=10)
         figure.axes[0].set_ylabel("ms per batch (log scale)")
 
     return save_figure(path, draw, title=batched_title(batched, backward), note=note, size=(8.4, 5.8))
