@@ -3,7 +3,7 @@
 Dispatch, measured on 2 cores (benchmarks/bk_core.py):
 
 - ``a`` and ``k`` real: SIMD tiles (cpu_tiles.py). A row of at most SHORT_ROW positions, or LONGEST_TILE where there are
-  rows enough to fill the lanes, is one tile; a longer one is cut into tiles of LONG_ROW_TILE, and into chunks where there
+  rows enough to fill half the lanes, is one tile; a longer one is cut into tiles of LONG_ROW_TILE, and into chunks where there
   are fewer than SWEEP_LANES rows. How a row is cut depends on M and N alone, never on the number of threads: results are
   deterministic.
 - anything complex: scalar rows (cpu_rows.py).
@@ -43,7 +43,7 @@ def forward(a: Tensor, k: Tensor, z: Tensor, causal: bool) -> tuple[Tensor, tupl
             states += (_sweep(a, k, z, tile, n_tiles, True),)
     G = torch.empty(m, n, dtype=z.dtype)
     kernel, dtype = cpu_tiles.forward_tiles, _NUMPY[a.dtype]
-    rest = (*_inputs(a, k, z), G.data_ptr(), *_addresses(states), m, n, tile, n_tiles, LANES, causal)
+    rest = (*_inputs(a, k, z), G.data_ptr(), *_addresses(states), m, n, tile, n_tiles, causal)
 
     def part(first: int, last: int) -> None:
         kernel(threads.scratch(SCRATCH_LENGTH, dtype), first, last, *rest)
@@ -88,7 +88,6 @@ def backward(
             n,
             tile,
             n_tiles,
-            LANES,
             causal,
         ),
     )
@@ -112,7 +111,7 @@ def backward(
 
 def _tiling(m: int, n: int) -> tuple[int, int]:
     """(positions per tile, tiles per row)."""
-    if n <= SHORT_ROW or (n <= LONGEST_TILE and m >= LANES):
+    if n <= SHORT_ROW or (n <= LONGEST_TILE and 2 * m >= LANES):
         return n, 1
     return LONG_ROW_TILE, -(-n // LONG_ROW_TILE)
 
@@ -149,7 +148,7 @@ def _sweep(a: Tensor, k: Tensor, z: Tensor, tile: int, n_tiles: int, reverse: bo
     n_active, polish = active.size, False
     while n_active:
         arguments = (*_inputs(a, k, z), states.data_ptr(), ends.data_ptr(), moved, active, n_active)
-        arguments += (m, n, tile, n_tiles, chunk_tiles, LANES, reverse, polish, tolerance)
+        arguments += (m, n, tile, n_tiles, chunk_tiles, reverse, polish, tolerance)
 
         def part(first: int, last: int, arguments=arguments) -> None:
             cpu_sweep.sweep(threads.scratch(SCRATCH_LENGTH, dtype), first, last, *arguments)

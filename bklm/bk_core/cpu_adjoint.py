@@ -27,6 +27,7 @@ from .cpu_scratch import (
     reals_at,
     share_coupling,
     unpack_complex,
+    vectors,
 )
 from .cpu_tiles import left, right_and_diagonal
 from .jit import jit
@@ -161,12 +162,12 @@ def _couplings(s, tile, lanes, causal):
 
 
 @jit
-def _load_causal(s, group, items, k, k_stride, G, n, tile, n_tiles, lanes):
+def _load_causal(s, first_item, used, k, k_stride, G, n, tile, n_tiles):
     """k and L = G of the tiles, as :func:`load` does for the bidirectional operator."""
     if n_tiles == _1 and k_stride == _0:
-        share_coupling(s, k, n, lanes)
-    for w in range(_LANES):
-        item = min(group * _LANES + w, items - _1)
+        share_coupling(s, k, n, vectors(used))
+    for w in range(used):
+        item = first_item + w
         row = item // n_tiles
         begin = (item - row * n_tiles) * tile
         count = min(tile, n - begin)
@@ -198,7 +199,6 @@ def backward_tiles(
     n,
     tile,
     n_tiles,
-    lanes,
     causal,
     summarise,
     needs_k,
@@ -210,7 +210,7 @@ def backward_tiles(
     complex are the adjoint states that enter each tile from the right and from the left, from that join. G is used in
     causal mode, a, z, enter_left and enter_right in bidirectional mode; other addresses as in :func:`forward_tiles`.
     """
-    rows, n, tile, n_tiles, lanes = uintp(rows), uintp(n), uintp(tile), uintp(n_tiles), uintp(lanes)
+    rows, n, tile, n_tiles = uintp(rows), uintp(n), uintp(tile), uintp(n_tiles)
     k_stride, items = uintp(k_stride), rows * n_tiles
     a_view, z_view, k_view = (
         reals_at(a, rows * n, s),
@@ -231,26 +231,15 @@ def backward_tiles(
     K_view, summary_view = reals_at(K, _2 * rows * (n - _1), s), reals_at(summary, _SUMMARY * items, s)
     joined = n_tiles > _1 and not summarise
     for group in range(uintp(first), uintp(last)):
+        first_item = group * _LANES
+        used = min(_LANES, items - first_item)
+        lanes = vectors(used)
         if causal:
-            _load_causal(s, group, items, k_view, k_stride, G_view, n, tile, n_tiles, lanes)
+            _load_causal(s, first_item, used, k_view, k_stride, G_view, n, tile, n_tiles)
         else:
-            load(
-                s,
-                group,
-                items,
-                a_view,
-                k_view,
-                k_stride,
-                z_view,
-                left_view,
-                right_view,
-                n,
-                tile,
-                n_tiles,
-                lanes,
-            )
-        for w in range(_LANES):
-            item = min(group * _LANES + w, items - _1)
+            load(s, first_item, used, a_view, k_view, k_stride, z_view, left_view, right_view, n, tile, n_tiles)
+        for w in range(used):
+            item = first_item + w
             row = item // n_tiles
             begin = (item - row * n_tiles) * tile
             pack_conjugate(s, SOURCE, gbar_view, row * n + begin, min(tile, n - begin), tile, w)
@@ -264,22 +253,21 @@ def backward_tiles(
             left(s, tile, lanes)
             right_and_diagonal(s, tile, lanes, ADJOINT_R)
             _adjoint_left(s, tile, lanes)
-            for w in range(_LANES):
-                item = min(group * _LANES + w, items - _1)
+            for w in range(used):
+                item = first_item + w
                 if joined:
                     put(s, _0, ADJOINT_R, w, t_view[_2 * item], t_view[_2 * item + _1])
                 else:
                     put(s, _0, ADJOINT_R, w, 0, 0)
             _adjoint_right(s, tile, lanes)
-        used = min(_LANES, items - group * _LANES)
         if summarise:
-            _write_summaries(s, summary_view, group * _LANES, used, tile, lanes, causal)
+            _write_summaries(s, summary_view, first_item, used, tile, lanes, causal)
             continue
         _finish(s, tile, lanes, causal)
         if needs_k:
             _couplings(s, tile, lanes, causal)
         for w in range(used):
-            item = group * _LANES + w
+            item = first_item + w
             row = item // n_tiles
             begin = (item - row * n_tiles) * tile
             for j in range(min(tile, n - begin)):

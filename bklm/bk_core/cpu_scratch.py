@@ -23,13 +23,13 @@ from numba.extending import intrinsic
 
 from .jit import jit
 
-LANES = 16  # 64 bytes of float32: one AVX-512 register, two of AVX2, four of NEON
-LONGEST_TILE = 1024
+LANES = 32  # two AVX-512 registers of float32: one step of a recursion waits less for the one before it
+LONGEST_TILE = 512
 SCRATCH_LENGTH = 14 * (LONGEST_TILE + 2) * LANES  # 14 fields
 
 _LANES = np.uintp(LANES)
 _STEPS = np.uintp(LONGEST_TILE + 2)
-_0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
+_0, _1, _2, _15, _16 = np.uintp(0), np.uintp(1), np.uintp(2), np.uintp(15), np.uintp(16)
 # Fields; a complex one takes two.
 REAL = np.uintp(0)  # Re d
 COUPLING = np.uintp(1)  # coupling of a step to the next
@@ -140,12 +140,18 @@ def share_coupling(s, k, n, lanes):
 
 
 @jit
-def load(s, group, items, a, k, k_stride, z, enter_left, enter_right, n, tile, n_tiles, lanes):
-    """a - z, k and the entering states of the tiles ``group * LANES ...``; lanes beyond ``items`` repeat the last."""
+def vectors(used):
+    """Lanes to compute with when the first ``used`` hold something: whole AVX-512 registers. The others hold leftovers."""
+    return (used + _15) // _16 * _16
+
+
+@jit
+def load(s, first_item, used, a, k, k_stride, z, enter_left, enter_right, n, tile, n_tiles):
+    """a - z, k and the entering states of ``used`` tiles, into as many lanes."""
     if n_tiles == _1 and k_stride == _0:
-        share_coupling(s, k, n, lanes)
-    for w in range(_LANES):
-        item = min(group * _LANES + w, items - _1)
+        share_coupling(s, k, n, vectors(used))
+    for w in range(used):
+        item = first_item + w
         row = item // n_tiles
         place = item - row * n_tiles
         begin = place * tile

@@ -17,7 +17,19 @@ import numpy as np
 from numba import uintp
 
 from .cpu_adjoint import SUMMARY
-from .cpu_scratch import COUPLING, EXTRA, LANES, LEFT, REAL, at, coupling_at, pack_diagonal, put, reals_at
+from .cpu_scratch import (
+    COUPLING,
+    EXTRA,
+    LANES,
+    LEFT,
+    REAL,
+    at,
+    coupling_at,
+    pack_diagonal,
+    put,
+    reals_at,
+    vectors,
+)
 from .cpu_tiles import left
 from .jit import jit
 
@@ -69,7 +81,6 @@ def sweep(
     tile,
     n_tiles,
     chunk_tiles,
-    lanes,
     reverse,
     polish,
     tolerance,
@@ -81,7 +92,7 @@ def sweep(
     state that enters each tile and is filled in; ``chunk_ends`` (M, n_chunks) complex receives the ends of the chunks and
     ``moved`` (M, n_chunks) uint8 whether they changed. The first state of a chunk is read from ``entering``.
     """
-    rows, n, tile, n_tiles, lanes = uintp(rows), uintp(n), uintp(tile), uintp(n_tiles), uintp(lanes)
+    rows, n, tile, n_tiles = uintp(rows), uintp(n), uintp(tile), uintp(n_tiles)
     k_stride, chunk_tiles = uintp(k_stride), uintp(chunk_tiles)
     swept = n_tiles - _1
     n_chunks = (swept + chunk_tiles - _1) // chunk_tiles
@@ -95,13 +106,14 @@ def sweep(
     running = np.empty(LANES, np.uint8)
     for group in range(uintp(first), uintp(last)):
         used = min(_LANES, uintp(n_active) - group * _LANES)
-        for w in range(_LANES):
-            chunk = uintp(active[group * _LANES + min(w, used - _1)])
+        lanes = vectors(used)
+        for w in range(used):
+            chunk = uintp(active[group * _LANES + w])
             row = chunk // n_chunks
             start = row * n_tiles + (chunk - row * n_chunks) * chunk_tiles
             put(s, _0, LEFT, w, states[_2 * start], states[_2 * start + _1])
             s[at(_0, EXTRA + _1) + w] = -z_view[_2 * row + _1]
-            running[w] = w < used
+            running[w] = 1
         for q in range(chunk_tiles):
             any_running = False
             for w in range(used):

@@ -1,7 +1,7 @@
 """SIMD kernels of the diagonal, one group of tiles after the other, all tiles independent of each other.
 
-Formulas: operator.py. Layout and conventions: cpu_scratch.py. ``lanes`` is always LANES; passed at run time it keeps LLVM
-from unrolling the lane loops before it has vectorised them.
+Formulas: operator.py. Layout and conventions: cpu_scratch.py. The number of ``lanes`` is known at run time only, which keeps
+LLVM from unrolling the lane loops before it has vectorised them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .cpu_scratch import (
     load,
     reals_at,
     unpack_complex,
+    vectors,
 )
 from .jit import jit
 
@@ -66,14 +67,14 @@ def right_and_diagonal(s, tile, lanes, target):
 
 @jit
 def forward_tiles(
-    s, first, last, a, k, k_stride, z, G, enter_left, enter_right, rows, n, tile, n_tiles, lanes, causal
+    s, first, last, a, k, k_stride, z, G, enter_left, enter_right, rows, n, tile, n_tiles, causal
 ):
     """G for groups ``first <= group < last`` of the M n_tiles tiles.
 
     Addresses: a (M, N), k (M or 1, N - 1; k_stride = N - 1 or 0), z (M,) complex, G (M, N) complex, the states entering
     each tile (M, n_tiles) complex (not looked at where n_tiles = 1).
     """
-    rows, n, tile, n_tiles, lanes = uintp(rows), uintp(n), uintp(tile), uintp(n_tiles), uintp(lanes)
+    rows, n, tile, n_tiles = uintp(rows), uintp(n), uintp(tile), uintp(n_tiles)
     k_stride, items = uintp(k_stride), rows * n_tiles
     a_view, z_view, k_view = (
         reals_at(a, rows * n, s),
@@ -83,12 +84,15 @@ def forward_tiles(
     G_view = reals_at(G, _2 * rows * n, s)
     left_view, right_view = reals_at(enter_left, _2 * items, s), reals_at(enter_right, _2 * items, s)
     for group in range(uintp(first), uintp(last)):
-        load(s, group, items, a_view, k_view, k_stride, z_view, left_view, right_view, n, tile, n_tiles, lanes)
+        first_item = group * _LANES
+        used = min(_LANES, items - first_item)
+        lanes = vectors(used)
+        load(s, first_item, used, a_view, k_view, k_stride, z_view, left_view, right_view, n, tile, n_tiles)
         left(s, tile, lanes)
         if not causal:
             right_and_diagonal(s, tile, lanes, SOURCE)
-        for w in range(min(_LANES, items - group * _LANES)):
-            item = group * _LANES + w
+        for w in range(used):
+            item = first_item + w
             row = item // n_tiles
             begin = (item - row * n_tiles) * tile
             count = min(tile, n - begin)
