@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from bklm.moe import usage_entropy
-from bklm.reporting import as_text, interval95, with_interval, write_csv
+from bklm.reporting import Perplexity, as_text, write_csv
 from bklm.studies.folder import read_result
 from bklm.studies.grad_blend import GradBlendConfig, run_grad_blend
 
@@ -58,8 +58,8 @@ def main() -> None:
         {
             "arm": name,
             "parameters": f"{parameters[name]:,}",
-            "val PPL": with_interval(*interval95(values)),
-            "difference to the first, paired": _difference(values, base) if values is not base else "",
+            "val PPL (95%)": str(Perplexity.over_seeds(values)),
+            "ratio to the first, paired": _ratio(values, base) if values is not base else "",
             "expert usage entropy": entropies[name],
         }
         for name, values in scores.items()
@@ -68,11 +68,12 @@ def main() -> None:
     write_csv(arguments.output_dir / "table.csv", rows)
 
 
-def _difference(values: list[float], base: list[float]) -> str:
-    gap, half = interval95([v - b for v, b in zip(values, base, strict=True)])
-    if half is None:
-        return f"{gap:+.1f} (one seed, no interval)"
-    return f"{gap:+.1f} ± {half:.1f} ({'none' if abs(gap) <= half else 'worse' if gap > 0 else 'better'})"
+def _ratio(values: list[float], base: list[float]) -> str:
+    ratio = Perplexity.over_seeds([v / b for v, b in zip(values, base, strict=True)])
+    if ratio.low is None:
+        return f"x{ratio} (one seed, no verdict)"
+    verdict = "worse" if ratio.low > 1 else "better" if ratio.high < 1 else "no difference"
+    return f"x{ratio}: {verdict}"
 
 
 def _entropy(trials: list[dict]) -> str:

@@ -81,10 +81,19 @@ def save_figure(
 
 
 def mean_with_error(
-    axes: Axes, x: Sequence[float], means: Sequence[float], halves: Sequence[float | None], **style: object
+    axes: Axes,
+    x: Sequence[float],
+    means: Sequence[float],
+    intervals: Sequence[tuple[float | None, float | None]],
+    **style: object,
 ) -> None:
-    """Points with 95% interval bars; no bar where one seed gives no interval."""
-    errors = None if any(h is None for h in halves) else list(halves)
+    """Points with bars from the lower to the upper end of an interval; no bar where one seed gives none (None)."""
+    errors = None
+    if all(low is not None for low, _ in intervals):
+        errors = [
+            [m - low for m, (low, _) in zip(means, intervals, strict=True)],
+            [high - m for m, (_, high) in zip(means, intervals, strict=True)],
+        ]
     axes.errorbar(x, means, yerr=errors, **style)
 
 

@@ -76,7 +76,9 @@ def main() -> None:
         constraints = ["-c", str(ROOT / "constraints" / "tested.txt")]
     else:
         version = ".".join(map(str, sys.version_info[:2]))
-        print(f"Python {version} is outside the tested ones: taking the newest versions that requirements.txt allows.")
+        print(
+            f"Python {version} is outside the tested ones: taking the newest versions that requirements.txt allows."
+        )
     target = str(ROOT) + (f"[{arguments.extra}]" if arguments.extra else "")
     pip(*constraints, "-e", target)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 
 import nbformat
 import pytest
 
-from bklm.reporting import command_for, environment, interval95, with_interval, zip_study
+from bklm.reporting import Perplexity, command_for, environment, interval95, with_interval, zip_study
 from bklm.studies.cli import parse
 from bklm.studies.grad_blend import GradBlendConfig
 
@@ -19,6 +20,15 @@ def test_the_interval_is_students_for_the_number_of_seeds():
     assert interval95([5.0]) == (5.0, None)
     assert with_interval(2.0, None) == "2.0"
     assert with_interval(2.04, 0.26) == "2.0 ± 0.3"
+
+
+def test_perplexities_are_averaged_as_losses_and_their_interval_is_carried_over():
+    over = Perplexity.over_seeds([100.0, 110.0, 121.0])
+    loss, half = interval95([math.log(p) for p in (100.0, 110.0, 121.0)])
+    assert over.mean == pytest.approx(110.0)
+    assert (over.low, over.high) == (pytest.approx(math.exp(loss - half)), pytest.approx(math.exp(loss + half)))
+    assert str(Perplexity.over_seeds([268.44])) == "268.4"
+    assert str(Perplexity(2180.0, 450.04, 1.2e9)) == "2,180 (450.0 to 1e+09)"
 
 
 def test_the_zip_holds_every_file_but_hidden_ones_and_its_hash_is_that_of_the_file(tmp_path):

@@ -25,15 +25,9 @@ from bklm.models import ResNetBK, ResNetBKConfig
 from bklm.reporting import as_text
 from bklm.studies import cli
 from bklm.studies.folder import claim, read_result, study_folder
-from bklm.studies.grad_blend_report import (
-    GradBlendResult,
-    alpha_table,
-    best_alpha,
-    describe_run,
-    draw_analysis,
-    readable,
-    write_report,
-)
+from bklm.studies.grad_blend_figures import draw_analysis
+from bklm.studies.grad_blend_report import GradBlendResult, describe_run, write_report
+from bklm.studies.grad_blend_table import alpha_table, best_alpha, readable
 from bklm.studies.gradient_directions import measure_directions
 from bklm.studies.sweep import Sweep
 from bklm.studies.text import StudyText, prepare_text

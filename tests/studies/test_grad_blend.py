@@ -17,10 +17,10 @@ import torch
 
 from bklm.models import ResNetBK
 from bklm.reporting import command_for
-from bklm.studies import future, grad_blend, grad_blend_report
+from bklm.studies import future, grad_blend, grad_blend_figures
 from bklm.studies.folder import study_folder
 from bklm.studies.grad_blend import GradBlendConfig, load_final_model, model_config, run_grad_blend
-from bklm.studies.grad_blend_report import alpha_table, best_alpha, headline, state_finding
+from bklm.studies.grad_blend_table import alpha_table, best_alpha, headline, state_finding
 from bklm.studies.gradient_directions import measure_directions
 from bklm.studies.text import prepare_text
 
@@ -32,7 +32,7 @@ def no_drawing(request, monkeypatch):
     """Drawing takes most of a tiny study's time; one test draws for real."""
     if "draws" not in request.keywords:
         monkeypatch.setattr(
-            grad_blend_report, "save_figure", lambda path, *a, **k: path.write_bytes(b"") and path
+            grad_blend_figures, "save_figure", lambda path, *a, **k: path.write_bytes(b"") and path
         )
 
 
@@ -214,16 +214,27 @@ def trial(alpha: float, seed: int, perplexity: float) -> dict:
 
 def test_a_difference_inside_its_interval_is_called_none_and_one_outside_worse():
     same = [trial(0.0, 0, 100.0), trial(0.0, 1, 110.0), trial(0.5, 0, 111.0), trial(0.5, 1, 100.0)]
-    assert "no difference beyond the 95% interval: alpha 0.5" in state_finding(same)
-    # Paired over seeds a constant gap is certain although the seeds themselves scatter.
-    worse = [trial(0.0, 0, 100.0), trial(0.0, 1, 110.0), trial(0.5, 0, 105.0), trial(0.5, 1, 115.1)]
-    assert "worse over 2 paired seeds: alpha 0.5 (+5.0 ± 0.6)" in state_finding(worse)
+    assert "no difference beyond the 95% interval: alpha 0.5 x" in state_finding(same)
+    # Paired over seeds a constant ratio is certain although the seeds themselves scatter.
+    worse = [trial(0.0, 0, 100.0), trial(0.0, 1, 110.0), trial(0.5, 0, 105.0), trial(0.5, 1, 115.6)]
+    assert "worse over 2 paired seeds: alpha 0.5 x1.050 (" in state_finding(worse)
     assert "1 of 1 other alphas is worse" in headline(worse)
+
+
+def test_one_diverged_seed_widens_the_interval_and_cannot_take_it_below_zero():
+    trials = [trial(0.0, s, 100.0 + s) for s in range(3)] + [
+        trial(1.0, s, p) for s, p in enumerate((90.0, 1e5, 110.0))
+    ]
+    row = alpha_table(trials)[1]
+    assert 0 < row["val_ppl_low"] < row["val_ppl"] < row["val_ppl_high"]
+    assert row["val_ppl"] == pytest.approx((90.0 * 1e5 * 110.0) ** (1 / 3))
+    assert best_alpha(trials) == 0.0
+    assert "no difference beyond the 95% interval: alpha 1" in state_finding(trials)
 
 
 def test_one_seed_gives_no_interval_and_no_verdict():
     trials = [trial(0.0, 0, 100.0), trial(0.5, 0, 90.0)]
-    assert alpha_table(trials)[0]["val_ppl_95"] is None
+    assert alpha_table(trials)[0]["val_ppl_low"] is None
     assert best_alpha(trials) == 0.5
     assert "no verdict" in state_finding(trials)
 

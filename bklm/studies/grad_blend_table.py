@@ -1,0 +1,176 @@
+"""The sweep's numbers: one row per alpha, judged over paired seeds, beside what the original reported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from bklm.reporting import Perplexity, interval95
+
+# Reported by the original: WikiText-2, 2 epochs, one seed, a T4; its model saw the future.
+REPORTED = {
+    0.0: {"final_perplexity": 309.90, "convergence_speed": 2.0, "gradient_variance": 0.0216, "training_time": 153.2},
+    0.3: {"final_perplexity": 341.95, "convergence_speed": 2.0, "gradient_variance": 0.1778, "training_time": 149.7},
+    0.5: {"final_perplexity": 322.15, "convergence_speed": 2.0, "gradient_variance": 0.0742, "training_time": 149.7},
+    0.7: {"final_perplexity": 495.04, "convergence_speed": 2.0, "gradient_variance": 427.32, "training_time": 149.8},
+    1.0: {"final_perplexity": 494.01, "convergence_speed": 2.0, "gradient_variance": 437.88, "training_time": 151.4},
+}  # fmt: skip
+
+Trials = Sequence[dict[str, Any]]
+
+# The untrained model's residual branches end in zeros: there is no gradient of v yet whose direction could be compared.
+WHEN_MEASURED = ("after one epoch", "at the end")
+
+
+def by_alpha(trials: Trials) -> dict[float, list[dict[str, Any]]]:
+    """Trials grouped by alpha, both in ascending order of alpha and seed."""
+    groups: dict[float, list[dict[str, Any]]] = {}
+    for trial in sorted(trials, key=lambda t: (t["alpha"], t["seed"])):
+        groups.setdefault(trial["alpha"], []).append(trial)
+    return groups
+
+
+def best_alpha(trials: Trials) -> float:
+    """The alpha of the lowest mean final validation perplexity; the smaller alpha on a tie."""
+    means = {a: final_perplexity(group).mean for a, group in by_alpha(trials).items()}
+    return min(means, key=lambda a: (means[a], a))
+
+
+def final_perplexity(group: Trials) -> Perplexity:
+    """Over the seeds of one alpha."""
+    return Perplexity.over_seeds([t["final_perplexity"] for t in group])
+
+
+def alpha_table(trials: Trials) -> list[dict[str, Any]]:
+    """One row per alpha: means over seeds with 95% intervals (None for one seed), the original's numbers beside."""
+    rows = []
+    for alpha, group in by_alpha(trials).items():
+        perplexity = final_perplexity(group)
+        variance, variance_half = interval95([t["gradient_variance"] for t in group])
+        rows.append(
+            {
+                "alpha": alpha,
+                "seeds": len(group),
+                "val_ppl": perplexity.mean,
+                "val_ppl_low": perplexity.low,
+                "val_ppl_high": perplexity.high,
+                "val_ppl_without_unk": Perplexity.over_seeds(
+                    [t["final_perplexity_without_unk"] for t in group]
+                ).mean,
+                "accuracy": interval95([t["final_accuracy"] for t in group])[0],
+                "convergence_epoch": interval95([t["convergence_speed"] for t in group])[0],
+                "gradient_variance": variance,
+                "gradient_variance_95": variance_half,
+                "seconds": interval95([t["training_time"] for t in group])[0],
+                "original_val_ppl": REPORTED.get(alpha, {}).get("final_perplexity"),
+                "original_gradient_variance": REPORTED.get(alpha, {}).get("gradient_variance"),
+            }
+        )
+    return rows
+
+
+def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The alpha table rounded for people."""
+
+    def or_dash(value: float | None, pattern: str) -> str:
+        return "-" if value is None else format(value, pattern)
+
+    return [
+        {
+            "alpha": f"{r['alpha']:g}",
+            "val PPL (95%)": str(Perplexity(r["val_ppl"], r["val_ppl_low"], r["val_ppl_high"])),
+            "without <unk>": str(Perplexity(r["val_ppl_without_unk"], None, None)),
+            "accuracy": f"{r['accuracy']:.1%}",
+            "converged at epoch": f"{r['convergence_epoch']:.1f}",
+            "grad-norm variance": f"{r['gradient_variance']:.3g}",
+            "seconds": f"{r['seconds']:.0f}",
+            "PPL reported by the original": or_dash(r["original_val_ppl"], ".1f"),
+        }
+        for r in rows
+    ]
+
+
+def readable_baselines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The baselines rounded for people."""
+    return [
+        {
+            "baseline": r["name"],
+            "val PPL": f"{r['val_ppl']:.1f}",
+            "without <unk>": f"{r['val_ppl_without_unk']:.1f}",
+        }
+        for r in rows
+    ]
+
+
+def paired_ratios(trials: Trials) -> dict[float, Perplexity]:
+    """Per alpha other than the best: its final PPL over the best alpha's on the same seeds, mean and 95% interval."""
+    groups = by_alpha(trials)
+    best = groups.pop(best_alpha(trials))
+    return {
+        alpha: Perplexity.over_seeds(
+            [t["final_perplexity"] / b["final_perplexity"] for t, b in zip(group, best, strict=True)]
+        )
+        for alpha, group in groups.items()
+    }
+
+
+def state_finding(trials: Trials) -> str:
+    """One sentence: the best alpha, and which others differ from it beyond the paired 95% interval over seeds."""
+    best = best_alpha(trials)
+    group = by_alpha(trials)[best]
+    sentence = f"Lowest validation PPL at alpha {best:g}: {final_perplexity(group)}"
+    ratios = paired_ratios(trials)
+    if not ratios:
+        return sentence + "."
+    if len(group) < 2:
+        return sentence + "; one seed, so no interval and no verdict on the differences."
+    words = {alpha: f"alpha {alpha:g} x{ratio}" for alpha, ratio in ratios.items()}
+    worse = [words[alpha] for alpha, ratio in ratios.items() if ratio.low > 1]
+    same = [word for word in words.values() if word not in worse]
+    if worse:
+        sentence += f"; worse over {len(group)} paired seeds: {', '.join(worse)}"
+    if same:
+        sentence += f"; no difference beyond the 95% interval: {', '.join(same)}"
+    return sentence + "."
+
+
+def headline(trials: Trials) -> str:
+    """The finding in a figure's title: the best alpha and how many others are worse beyond the interval."""
+    best, ratios = best_alpha(trials), paired_ratios(trials).values()
+    title = f"Lowest validation PPL at alpha {best:g}: {final_perplexity(by_alpha(trials)[best])}"
+    if not ratios:
+        return title
+    if any(ratio.low is None for ratio in ratios):
+        return title + "; one seed, no interval"
+    worse = sum(ratio.low > 1 for ratio in ratios)
+    count = f"{worse} of {len(ratios)} other alphas" if worse else "no other alpha"
+    return title + f"; {count} {'are' if worse > 1 else 'is'} worse beyond the 95% interval"
+
+
+def pooled_directions(trials: Trials) -> list[dict[str, Any]]:
+    """Norm ratio and cosine of each direction over all layers, early and at the end of training, mean over trials."""
+    rows = []
+    for when in WHEN_MEASURED:
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for trial in trials:
+            for row in trial["directions"][when]:
+                if row["layer"] == "all":
+                    groups.setdefault(row["direction"], []).append(row)
+        for name, group in groups.items():
+            cosine, cosine_half = interval95([r["cosine"] for r in group])
+            rows.append(
+                {
+                    "weights": when,
+                    "direction": name,
+                    "norm": interval95([r["norm"] for r in group])[0],
+                    "norm_ratio": math.exp(
+                        interval95([math.log(max(r["norm_ratio"], 1e-30)) for r in group])[0]
+                    ),
+                    "cosine": cosine,
+                    "cosine_low": None if cosine_half is None else cosine - cosine_half,
+                    "cosine_high": None if cosine_half is None else cosine + cosine_half,
+                    "measured_on": len(group),
+                }
+            )
+    return rows
