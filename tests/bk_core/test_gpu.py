@@ -29,15 +29,26 @@ def run(arguments, interpret):
 
 
 def run_cases(selection, interpret):
-    cases = ["-m", "pytest", str(HERE / "gpu_cases.py"), "-p", "no:cacheprovider", "-m", selection]
+    cases = [
+        "-m",
+        "pytest",
+        str(HERE / "gpu_cases.py"),
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        selection,
+    ]
     assert " passed" in run(cases, interpret)
 
 
+@pytest.mark.timeout(1800)  # half a minute of work, on a machine that may be busy
 def test_kernels_under_the_interpreter():
     run_cases("not slow", interpret=True)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_kernels_under_the_interpreter_at_full_size():
     run_cases("slow", interpret=True)
 
