@@ -14,9 +14,55 @@ import shutil
 import sys
 from pathlib import Path
 
+from bklm.reporting import Perplexity
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "results"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+
+SWEEP = """
+## What the sweep says
+
+Validation perplexity over {seeds} seeds (mean, 95% interval), 3 epochs, batch 32, learning rate 1e-3, on a WikiText-2 sample: train is the
+official test split, valid and test the two halves of the official validation split, cut at an article heading. Baselines of the same
+tokens: {baselines}.
+
+| alpha | corrected: causal, exact gradient | as published, run here: **sees the future** \
+| original code, same text: sees the future | reported by the original, WikiText-2: sees the future |
+|---|---|---|---|---|
+{table}
+
+**Corrected.** {corrected}
+
+**As published.** {original}
+
+![Validation perplexity by alpha, corrected protocol](docs/results/corrected_grad_blend_analysis.png)
+
+Why does hypothesis-7 wreck the training once the chain rule is right, when it merely slowed it as published? It divides by G² where the exact
+gradient multiplies. In the trained models of this sweep its cosine with the exact gradient is {cosine} and it is about {ratio} times as long (the
+diagonal term of the exact gradient: {diagonal}). The published code left out a complex conjugate; without it hypothesis-7 has {published}: two
+errors that partly cancel. The original protocol also keeps the potential small by its clamps.
+
+![Cosine and length of the blended gradients, corrected protocol](docs/results/corrected_gradient_directions.png)
+
+```bash
+python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_trial 3 \\
+    --protocol corrected --output_dir results/corrected
+python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_trial 3 \\
+    --protocol original --alphas 0 0.5 1 --output_dir results/original
+```
+"""
+
+MOE = """
+## Does the router have to learn?
+
+The original's router never received a gradient. The same text, model and schedule at alpha 0, three seeds:
+`python benchmarks/moe_perplexity.py --data_dir FOLDER`.
+
+| {head} |
+|{rule}
+{table}
+"""
 
 # Of the original code on the same text, 3 epochs, batch 32, learning rate 1e-3, while it saw the future.
 ORIGINAL_CODE = {0.0: 361.8, 0.5: 374.9, 1.0: 378.5}
@@ -34,7 +80,9 @@ def main() -> None:
             "summary.json",
         ):
             shutil.copy(folder / name, DOCS / f"{protocol}_{name}")
-    text = sweep_section(read(corrected), read(original))
+    with (corrected / "gradient_directions.csv").open(encoding="utf-8") as file:
+        directions = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    text = sweep_section(read(corrected), read(original), directions)
     if len(sys.argv) > 3:
         shutil.copy(sys.argv[3], DOCS / "moe_perplexity.csv")
         text += moe_section(DOCS / "moe_perplexity.csv")
@@ -48,70 +96,47 @@ def read(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
-def number(mean: float | None, half: float | None = None) -> str:
-    if mean is None:
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def number(row: dict | None, key: str = "val_ppl") -> str:
+    if row is None or row.get(key) is None:
         return "-"
-    digits = 1 if mean < 1000 else 0
-    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
+    return str(Perplexity(row[key], row.get(f"{key}_low"), row.get(f"{key}_high")))
 
 
-def sweep_section(corrected: dict, original: dict) -> str:
-    ours = {row["alpha"]: row for row in corrected["table"]}
+def sweep_section(corrected: dict, original: dict, directions: list[dict]) -> str:
     theirs = {row["alpha"]: row for row in original["table"]}
-    lines = [
-        "| alpha | corrected (causal, exact gradient) | as published, re-run here: **sees the future** "
-        "| original code, same text: sees the future | reported by the original, WikiText-2: sees the future |",
-        "|---|---|---|---|---|",
-    ]
-    for alpha, row in ours.items():
-        seen = theirs.get(alpha)
-        lines.append(
-            f"| {alpha:g} | {number(row['val_ppl'], row['val_ppl_95'])} "
-            f"| {number(seen['val_ppl'], seen['val_ppl_95']) if seen else '-'} "
-            f"| {number(ORIGINAL_CODE.get(alpha))} | {number(row['original_val_ppl'])} |"
-        )
+    lines = []
+    for row in corrected["table"]:
+        code = ORIGINAL_CODE.get(row["alpha"])
+        cells = [f"{row['alpha']:g}", number(row), number(theirs.get(row["alpha"])), f"{code or '-'}"]
+        lines.append("| " + " | ".join([*cells, number(row, "original_val_ppl")]) + " |")
+    measured = {d["direction"]: d for d in directions if d["weights"] == "at the end"}
+    hypothesis, published = measured["hypothesis-7"], measured["original hypothesis-7"]
     baselines = ", ".join(f"{b['name']} {b['val_ppl']:.1f}" for b in corrected["baselines"])
-    seeds = corrected["table"][0]["seeds"]
-    return f"""## What the sweep says
-
-Validation perplexity, mean and 95% interval over {seeds} seeds, 3 epochs, batch 32, learning rate 1e-3, on a WikiText-2 sample (train: the official test
-split; valid and test: the two halves of the official validation split, cut at an article heading). Baselines of the same tokens: {baselines}.
-
-{chr(10).join(lines)}
-
-**Corrected:** {corrected["finding"]}
-
-**As published:** {original["finding"]}
-
-![Validation perplexity by alpha, corrected protocol](docs/results/corrected_grad_blend_analysis.png)
-
-Why hypothesis-7 hurts once the chain rule is right, and did not when it was wrong: as published both formulas lack the same complex conjugate. Hypothesis-7
-divides by G² where the exact gradient multiplies, which turns the phase the other way; the missing conjugate turns it back. With the conjugate in
-place hypothesis-7 points against the gradient and is longer than it:
-
-![Cosine and length of the blended gradients, corrected protocol](docs/results/corrected_gradient_directions.png)
-
-```bash
-python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_trial 3 --protocol corrected --output_dir results/corrected
-python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_trial 3 --protocol original --alphas 0 0.5 1 --output_dir results/original
-```
-"""
+    return SWEEP.format(
+        seeds=corrected["table"][0]["seeds"],
+        baselines=baselines,
+        table="\n".join(lines),
+        corrected=corrected["finding"],
+        original=original["finding"],
+        cosine=f"{hypothesis['cosine']:+.2f}",
+        ratio=f"{float(format(hypothesis['norm_ratio'], '.2g')):,.0f}",
+        published=f"{published['cosine']:+.2f}",
+        diagonal=f"{measured['local']['cosine']:+.2f}",
+    )
 
 
 def moe_section(path: Path) -> str:
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    head = " | ".join(rows[0])
-    lines = "\n".join("| " + " | ".join(row.values()) + " |" for row in rows)
-    return f"""
-## Does the router have to learn?
-
-The original's router never received a gradient. The same text, model and schedule at alpha 0, `python benchmarks/moe_perplexity.py --data_dir FOLDER`:
-
-| {head} |
-|{"---|" * len(rows[0])}
-{lines}
-"""
+    table = "\n".join("| " + " | ".join(row.values()) + " |" for row in rows)
+    return MOE.format(head=" | ".join(rows[0]), rule="---|" * len(rows[0]), table=table)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def draw_analysis(path: Path, trials: Trials, table: list[dict[str, Any]], title
 def _perplexity_axis(axes: Axes, values: Sequence[float]) -> None:
     """A perplexity axis ruled by the points: the interval of a diverged alpha may leave it, the others stay readable."""
     low, high = axes.get_ylim()
-    wide_range_axis(axes.yaxis, values, "validation perplexity")
+    wide_range_axis(axes.yaxis, values, "validation PPL")
     axes.set_ylim(max(low, min(values) / 2), min(high, max(values) * 3))
 
 
@@ -147,7 +147,7 @@ def draw_experts(path: Path, final: dict[str, Any], note: str) -> Path:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
         first = figure.axes[0]
         first.set(ylabel="% of training tokens", ylim=(0, 100 if experts < 3 else None))
-        legend_below(first, title="expert", ncols=min(experts, 8), fontsize=10)
+        legend_below(first, title="expert", ncols=2, fontsize=10)
 
     title = (
         f"Expert use in the last epoch: entropy {min(entropies):.2f} to {max(entropies):.2f} of an even one's"
