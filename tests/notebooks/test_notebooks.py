@@ -96,3 +96,14 @@ def test_01_grad_blend_sweep_smoke_runs_headless_and_prints_table_finding_and_ha
     assert again.count("epoch 1/") == 0
     finding = next(line for line in printed.splitlines() if line.startswith("Lowest"))
     assert finding in again
+
+
+@pytest.mark.slow
+def test_02_precision_benchmark_smoke_runs_headless_and_ends_with_claims_and_one_recommendation(tmp_path):
+    printed = run(ROOT / "notebooks" / "02_precision_benchmark.ipynb", tmp_path, profile="smoke", device="cpu")
+    assert "never" in printed
+    assert "at N = 128" in printed  # where theta/phi in complex64 is lost
+    assert "analytic MoE backward" in printed
+    assert printed.count("Use left/right in") == 1
+    assert "SHA-256" in printed
+    assert (tmp_path / "results" / "precision.zip").exists()

@@ -1,0 +1,316 @@
+"""The precision study, end to end on tiny sizes: resume, refusals, what is written, and the words it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bklm.studies import precision, precision_report
+from bklm.studies.cli import parse
+from bklm.studies.precision import PrecisionConfig, run_precision
+from bklm.studies.precision_claims import adaptive_finding, recommend, verdict
+from bklm.studies.precision_grid import LEFT_RIGHT, PRECISIONS, THETA_PHI, THETA_PHI_LOOP
+from bklm.studies.precision_tables import duration, first_overflow, summary_readable
+
+
+class NoMemory:
+    """Stands in for the meter, whose helper process takes seconds to start."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return None
+
+    def measure(self, part, settings, arm):
+        return 2_000_000, ""
+
+
+def make_small(monkeypatch: pytest.MonkeyPatch, draw: bool) -> None:
+    monkeypatch.setattr(precision, "MOE_TOKENS", 32)
+    monkeypatch.setattr(precision, "ARCHITECTURE_N", 1024)
+    monkeypatch.setattr(precision, "ARCHITECTURE_BATCH", 1)
+    monkeypatch.setattr(precision.precision_measure, "MemoryMeter", NoMemory)
+    if not draw:
+        for name in ("draw_errors", "draw_costs", "draw_batched", "draw_claims"):
+            monkeypatch.setattr(precision_report, name, write_nothing)
+
+
+def write_nothing(path: Path, *arguments: object) -> Path:
+    path.write_bytes(b"")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_and_quick(monkeypatch):
+    make_small(monkeypatch, draw=False)
+
+
+def tiny(folder: Path) -> PrecisionConfig:
+    """A study of a few seconds; its lengths lie on both sides of the overflow."""
+    return PrecisionConfig(
+        profile="smoke",
+        output_dir=str(folder),
+        device="cpu",
+        sizes=(2000, 8),
+        shifts=(1.0,),
+        batch_sizes=(1, 3),
+        batch_length=8,
+        reference_n=16,
+        seconds=0.01,
+        model_batch=1,
+        model_vocab=20,
+    )
+
+
+@pytest.fixture
+def config(tmp_path) -> PrecisionConfig:
+    return tiny(tmp_path / "results")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One study with its figures, for the tests that only look at it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_small(monkeypatch, draw=True)
+        return run_precision(tiny(tmp_path_factory.mktemp("finished")))
+
+
+def errors_of(result) -> list:
+    keys = ("recursion", "precision", "n", "status", "value_error", "gradient_error")
+    return [[r[k] for k in keys] for r in result.table]
+
+
+def test_the_zip_holds_tables_figures_cells_and_the_manifest_with_the_command(finished):
+    result = finished
+    with zipfile.ZipFile(result.bundle.path) as archive:
+        names = {n.removeprefix("precision/") for n in archive.namelist()}
+        manifest = json.loads(archive.read("precision/manifest.json"))
+    assert {
+        "grid.csv", "batched.csv", "backward.csv", "moe.csv", "total.csv", "architecture.csv", "model.csv", "claims.csv",
+        "precision_errors.png", "precision_costs.png", "batched_gradients.png", "claims.png",
+        "summary.json", "manifest.json", "run.log", "cells/accuracy_N8_z1.json",
+    } <= names  # fmt: skip
+    assert manifest["corpus"] is None
+    assert parse(PrecisionConfig, manifest["command"].split()[3:]).sizes == (8, 2000)
+    assert all(result.paths[n].stat().st_size > 10_000 for n in result.paths if n.endswith(".png"))
+
+
+def test_theta_phi_is_marked_not_finite_where_it_overflows_and_no_row_is_dropped(finished):
+    result = finished
+    places = {(r["recursion"], r["precision"], r["n"]) for r in result.table}
+    assert len(places) == len(result.table) == 3 * 4 * 2
+    for precision_ in PRECISIONS:
+        assert first_overflow(result.table, THETA_PHI, precision_) == 2000
+        assert first_overflow(result.table, THETA_PHI_LOOP, precision_) == 2000
+        assert first_overflow(result.table, LEFT_RIGHT, precision_) is None
+    assert all("not finite" in row for row in summary_readable(result.table))
+
+
+def test_a_loop_that_would_take_too_long_is_not_run_and_says_how_long_it_would_take(finished):
+    rows = finished.table
+    loops = {r["n"]: r for r in rows if r["recursion"] == THETA_PHI_LOOP and r["precision"] == "complex128"}
+    assert loops[8]["ms"] > 0
+    assert loops[2000]["ms"] is None
+    assert loops[2000]["note"].startswith("not measured: one call would take about")
+
+
+def test_every_claim_has_a_measurement_and_a_verdict_beside_it(finished):
+    claims = finished.claims
+    named = {r["claim"] for r in claims}
+    assert named == {
+        "mixed precision", "batched gradient", "analytic MoE backward", "total backward", "architecture at N = 2048",
+        "mixed precision, relative error",
+    }  # fmt: skip
+    assert all(r["measured"] > 0 and r["verdict"] and r["compared"] for r in claims)
+    (architecture,) = (r for r in claims if r["claim"].startswith("architecture"))
+    assert "recursion is not finite at this length" in architecture["compared"]
+
+
+def test_a_finished_study_is_read_back_and_measures_nothing(config, monkeypatch):
+    first = run_precision(config)
+    monkeypatch.setattr(precision._Runner, "_measured", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr(precision._Runner, "_accuracy", lambda *a, **k: pytest.fail("measured again"))
+    second = run_precision(config)
+    assert second.table == first.table
+    assert second.claims == first.claims
+    assert second.recommendation == first.recommendation
+
+
+def test_a_damaged_cell_is_set_aside_and_only_that_cell_is_measured_again(config, monkeypatch):
+    first = run_precision(config)
+    path = first.folder / "cells" / "batched_B3.json"
+    path.write_text(path.read_text()[:50])
+    measured = []
+    real = precision._Runner._measured
+    monkeypatch.setattr(
+        precision._Runner,
+        "_measured",
+        lambda self, part, *a, **k: measured.append(part) or real(self, part, *a, **k),
+    )
+    second = run_precision(config)
+    assert measured == ["batched"]
+    assert second.table == first.table
+    assert path.with_name("batched_B3.json.damaged-1").exists()
+
+
+def test_cells_of_another_machine_are_measured_again_and_the_difference_is_named(config, capsys):
+    first = run_precision(config)
+    path = first.folder / "cells" / "mixed.json"
+    cell = json.loads(path.read_text())
+    cell["machine"]["processor"] = "another one"
+    path.write_text(json.dumps(cell))
+    run_precision(config)
+    assert "processor 'another one' then" in capsys.readouterr().out
+    assert json.loads(path.read_text())["machine"]["processor"] != "another one"
+
+
+def test_two_fresh_runs_give_the_same_errors(config, tmp_path):
+    first = run_precision(config)
+    second = run_precision(dataclasses.replace(config, output_dir=str(tmp_path / "second")))
+    assert errors_of(first) == errors_of(second)
+
+
+def test_the_figure_is_handed_over_after_each_accuracy_cell(config):
+    seen = []
+    run_precision(config, on_figure=lambda path: seen.append(path.name))
+    assert seen == ["precision_errors.png"] * 2
+
+
+def test_a_length_that_does_not_fit_into_memory_is_refused_with_the_size_needed(config, monkeypatch):
+    too_long = dataclasses.replace(config, sizes=(8, 2**26))
+    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
+    with pytest.raises(
+        ValueError, match=r"sizes: N = 67,108,864 needs about 53.7 GB of memory and 1.0 GB are free"
+    ):
+        run_precision(too_long)
+    assert not (Path(config.output_dir) / "precision").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sizes", (1,)), ("sizes", ()), ("shifts", (0.0,)), ("shifts", (-1.0,)), ("batch_sizes", (0,)),
+        ("batch_length", 1000), ("repeats", 2), ("seconds", 0), ("tolerance", 2), ("device", "tpu"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_naming_field_value_and_what_is_allowed(field, value):
+    with pytest.raises(ValueError, match=rf"^{field}: got .*; allowed is .*\.$"):
+        PrecisionConfig(**{field: value})
+
+
+def test_a_gpu_that_is_not_there_is_refused(config, monkeypatch):
+    monkeypatch.setattr(precision.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device: got 'cuda'"):
+        run_precision(dataclasses.replace(config, device="cuda"))
+
+
+def test_another_config_is_refused_in_the_same_folder(config):
+    run_precision(config)
+    with pytest.raises(ValueError, match=r"made with other settings: seed \(0 there, 5 now\)"):
+        run_precision(dataclasses.replace(config, seed=5))
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "full"])
+def test_every_profile_fills_every_field_and_full_ends_at_a_million(profile):
+    resolved = PrecisionConfig(profile=profile).resolved()
+    assert None not in resolved.to_dict().values()
+    if profile != "smoke":
+        assert resolved.sizes[0] == 16
+        assert resolved.sizes[-1] == 1_000_000
+        assert resolved.shifts == (1.0, 0.1, 0.001)
+        assert (min(resolved.batch_sizes), max(resolved.batch_sizes)) == (1, 64)
+
+
+@pytest.mark.parametrize(
+    ("measured", "low", "high", "word"),
+    [
+        (3.0, 2.6, 3.4, "exceeded"),
+        (2.1, 1.9, 2.2, "reached"),
+        (1.6, 1.5, 1.7, "not reached"),
+        (1.1, 0.95, 1.2, "no effect"),
+        (1.03, 1.01, 1.04, "no effect"),
+        (1.1, 0.6, 1.6, "too noisy to tell"),
+        (0.5, 0.4, 0.6, "slower"),
+    ],
+)
+def test_a_measured_speed_up_gets_the_word_that_its_numbers_allow(measured, low, high, word):
+    assert verdict(measured, low, high, 2.0, 2.5) == word
+
+
+def grid_row(precision_: str, ms: float, error: float, mb: float, **changes) -> dict:
+    row = {
+        "recursion": LEFT_RIGHT, "precision": precision_, "n": 100, "im_z": 1.0, "status": "finite", "ms": ms,
+        "ms_low": 0.9 * ms, "ms_high": 1.1 * ms, "value_error": error, "gradient_error": error,
+        "gradient_error_small_rows": error, "peak_mb": mb,
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def grid(single_error: float, single_ms: float = 1.0) -> list[dict]:
+    return [
+        grid_row("complex64", single_ms, single_error, 1.0),
+        grid_row("complex128", 2.0, 1e-14, 2.0),
+        grid_row("mixed", 3.0, single_error, 3.0),
+        grid_row("adaptive", 4.0, single_error, 4.0, gradient_error_small_rows=1e-14),
+        *(grid_row(p, 1.0, 1e-14, 1.0, recursion=THETA_PHI, status="not finite") for p in PRECISIONS),
+    ]
+
+
+NO_MODELS = [{"format": "fp32", "support": "native", "ms": 1.0, "times_faster": 1.0, "times_faster_low": 1.0}]
+
+
+def test_the_fastest_precision_within_the_tolerance_is_recommended():
+    best, sentence = recommend(grid(single_error=1e-6), NO_MODELS, tolerance=1e-4)
+    assert best == "complex64"
+    assert "complex128 takes 2 times as long" in sentence
+    assert "theta/phi is not finite from N = 100 in complex64" in sentence
+
+
+def test_a_precision_outside_the_tolerance_is_not_recommended_however_fast():
+    assert recommend(grid(single_error=1e-3), NO_MODELS, tolerance=1e-4)[0] == "complex128"
+
+
+def test_of_two_whose_times_cannot_be_told_apart_the_one_with_less_memory_is_recommended():
+    assert recommend(grid(single_error=1e-6, single_ms=2.1), NO_MODELS, tolerance=1e-4)[0] == "complex64"
+
+
+def test_where_nothing_is_within_the_tolerance_the_recommendation_says_so():
+    best, sentence = recommend(grid(single_error=1e-3), NO_MODELS, tolerance=1e-16)
+    assert best == "complex128"
+    assert "which exceeds the 1e-16 asked for" in sentence
+
+
+def test_a_faster_emulated_format_is_not_recommended_but_a_native_one_is():
+    bf16 = {"format": "bf16", "support": "native", "ms": 0.5, "times_faster": 2.0, "times_faster_low": 1.8}
+    assert "rest of the model in bf16" in recommend(grid(1e-6), [*NO_MODELS, bf16], 1e-4)[1]
+    emulated = {**bf16, "support": "emulated"}
+    assert "leave the rest of the model in fp32" in recommend(grid(1e-6), [*NO_MODELS, emulated], 1e-4)[1]
+
+
+def test_the_adaptive_finding_gives_both_errors_of_the_small_rows():
+    sentence = adaptive_finding(grid(single_error=2e-6))
+    assert "2e-06 in complex64 and 1e-14 when" in sentence
+
+
+def test_durations_read_well():
+    assert [duration(s) for s in (0.000052, 0.0381, 0.412, 4.13, 720)] == [
+        "0.052 ms",
+        "38 ms",
+        "412 ms",
+        "4.1 s",
+        "12 min",
+    ]
+
+
+def test_the_command_line_has_the_configs_fields():
+    words = ["--profile", "smoke", "--sizes", "16", "32", "--tolerance", "0.01"]
+    assert parse(PrecisionConfig, words) == PrecisionConfig(profile="smoke", sizes=(16, 32), tolerance=0.01)
