@@ -67,8 +67,8 @@ def _clock(call: Callable[[], object], repeats: int) -> float:
 def peak_memory(call: Callable[[], object]) -> int | None:
     """Bytes by which one call raises the resident memory at its highest; None where the system does not tell (not Linux).
 
-    Freed blocks that the allocator keeps would hide part of it: call this in a process that started with
-    ``MALLOC_TRIM_THRESHOLD_=0 MALLOC_MMAP_THRESHOLD_=65536``, or take the largest of several sizes as a lower bound.
+    Freed blocks that the allocator keeps would hide part of it: call this in a process that was started with
+    ``MALLOC_TRIM_THRESHOLD_=0 MALLOC_MMAP_THRESHOLD_=4096``, which returns every block of a page or more at once.
     """
     control = Path("/proc/self/clear_refs")
     if not control.exists():

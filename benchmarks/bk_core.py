@@ -170,7 +170,7 @@ def batched_case(m: int, n: int, seconds: float) -> list[Row]:
 
 def memory_of(arms: list[str], m: int, n: int) -> dict[str, int] | None:
     """Peak bytes of one call of each arm ("ours" or one of BATCHED); None where it cannot be measured."""
-    environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "4096"}
     command = [sys.executable, __file__, "--size", str(m), str(n), "--peak", *arms]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -181,7 +181,7 @@ def print_peaks(arms: list[str], m: int, n: int) -> None:
     a, gbar = inputs(m, n)
     found = {}
     for arm in arms:
-        calls[arm](*inputs(min(m, 2), min(n, 2000)))  # loads and compiles
+        calls[arm](*inputs(min(m, 64), min(n, 2000)))  # loads and compiles
         found[arm] = peak_memory(functools.partial(calls[arm], a, gbar))
     print(json.dumps(None if None in found.values() else found))
 

@@ -8,14 +8,17 @@ where torch sets it to 1, stay single-threaded.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+PARTS_PER_THREAD = 4
 _pool: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
 _local = threading.local()
@@ -47,15 +50,31 @@ def scratch(length: int, dtype: type[np.floating]) -> np.ndarray:
 
 
 def split(kernel: Callable[[int, int], None], n: int, worth_it: bool) -> None:
-    """kernel(first, last) over 0 <= first < last <= n, in one call, or where ``worth_it`` one call for each thread."""
-    parts = min(torch.get_num_threads(), n) if worth_it else 1
-    if parts <= 1:
+    """kernel(first, last) over 0 <= first < last <= n, in one call, or where ``worth_it`` in parts shared among threads.
+
+    The calling thread works too, and parts are handed out one by one: a core that is busy with something else delays the
+    call by no more than the part that it took.
+    """
+    workers = min(torch.get_num_threads(), n) if worth_it else 1
+    if workers <= 1:
         kernel(0, n)
         return
-    edges = [n * i // parts for i in range(parts + 1)]
-    rest = [_executor().submit(kernel, edges[i], edges[i + 1]) for i in range(1, parts)]
+    count = min(n, PARTS_PER_THREAD * workers)
+    edges = [n * i // count for i in range(count + 1)]
+    parts = deque(itertools.pairwise(edges))
+
+    def work() -> None:
+        while parts:
+            try:
+                first, last = parts.popleft()
+            except IndexError:  # another thread took the last part
+                return
+            kernel(first, last)
+
+    helpers = [_executor().submit(work) for _ in range(workers - 1)]
     try:
-        kernel(0, edges[1])
+        work()
     finally:
-        for part in rest:
-            part.result()
+        for helper in helpers:
+            if not helper.cancel():  # started
+                helper.result()

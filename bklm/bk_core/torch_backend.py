@@ -2,29 +2,36 @@
 
 The recursion ``L_i = 1 / (d_i - k_{i-1} L_{i-1})`` is a composition of Moebius maps, hence a product of 2 x 2 matrices
 ``[[0, 1], [-k_{i-1}, d_i]]`` of which only ratios count. A recursive pairwise scan (reduce neighbours, scan half as many,
-fill in the others; Blelloch 1990) forms all prefix products, rescaled to modulus about 1 at every combination so that
-no length overflows. 32-bit inputs are scanned in complex128: a scan amplifies rounding more than the sequential
-sweep does, and 64 bits leave room for it. 64-bit inputs have no wider type to go to; one Newton step on the recursion
-(a linear scan of the residual) brings them back to the accuracy of the sequential sweep.
+fill in the others; Blelloch 1990) forms all prefix products, rescaled on the way so that no length overflows. 32-bit
+inputs are scanned in complex128: a scan amplifies rounding more than the sequential sweep does, and 64 bits leave room
+for it. 64-bit inputs have no wider type to go to; one Newton step on the recursion (a linear scan of the residual) brings
+them back to the accuracy of the sequential sweep.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
 from .reference import conjugate
 
+Matrix = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Entries (0, 0), (0, 1), (1, 0), (1, 1) of 2 x 2 matrices, (M, N) each: four plain tensors are several times faster than
+one with dimensions of length 2."""
+RESCALE_EVERY = 3
+"""Levels of the scan: entries of modulus at most 1 become at most 128 before they are rescaled."""
+
 
 def forward(a: Tensor, k: Tensor, z: Tensor, causal: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """G (M, N) for a (M, N), k (1 or M, N - 1), z (M,). Differentiable in a, k and z; nothing is saved."""
+    """G (M, N) for a (M, N), k (1 or M, N - 1), z (M,). Differentiable in a, k and z. Saved: L, and R, in complex128."""
     d, k128 = _diagonal(a, k, z)
-    left = _sweep(d, k128)
+    left = _sweep(d, k128, z.dtype)
     if causal:
-        return left.to(z.dtype), ()
-    right = _sweep(d.flip(-1), k128.flip(-1)).flip(-1)
-    G = 1 / (d - _shift_right(k128 * left[:, :-1]) - _shift_left(k128 * right[:, 1:]))
-    return G.to(z.dtype), ()
+        return left.to(z.dtype), (left,)
+    right = _sweep(d.flip(-1), k128.flip(-1), z.dtype).flip(-1)
+    return _join(d, k128, left, right).to(z.dtype), (left, right)
 
 
 def backward(
@@ -32,7 +39,7 @@ def backward(
     a: Tensor,
     k: Tensor,
     z: Tensor,
-    G: Tensor,
+    G: Tensor | None,
     saved: tuple[Tensor, ...],
     causal: bool,
     needs_k: bool,
@@ -40,21 +47,20 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(grad_a, K or None, sum of D or None); the adjoint recursions of operator.py as linear scans.
 
-    Built of differentiable operations on ``gbar``, ``a``, ``k`` and ``z`` only (``G`` is formed again), so that it can
-    be differentiated itself.
+    With ``saved`` empty it is built of differentiable operations on ``gbar``, ``a``, ``k`` and ``z`` only (G is formed
+    again), so that it can be differentiated itself.
     """
     d, k128 = _diagonal(a, k, z)
-    left = _sweep(d, k128)
     cotangent = conjugate(gbar).to(torch.complex128)
+    left = saved[0] if saved else _sweep(d, k128, z.dtype)
     if causal:
         ratio = k128 * left[:, 1:] ** 2
         m = _linear_scan(_shift_left(ratio).flip(-1), cotangent.flip(-1)).flip(-1)
         D = -(left**2) * m
         K = -left[:, :-1] * D[:, 1:] if needs_k else None
     else:
-        right = _sweep(d.flip(-1), k128.flip(-1)).flip(-1)
-        full = 1 / (d - _shift_right(k128 * left[:, :-1]) - _shift_left(k128 * right[:, 1:]))
-        P = cotangent * full**2
+        right = saved[1] if saved else _sweep(d.flip(-1), k128.flip(-1), z.dtype).flip(-1)
+        P = cotangent * _join(d, k128, left, right) ** 2
         s = _linear_scan(_shift_left(k128 * left[:, :-1] ** 2).flip(-1), P.flip(-1)).flip(-1)
         t = _linear_scan(_shift_right(k128 * right[:, 1:] ** 2), P)
         D = P - s - t
@@ -79,27 +85,53 @@ def _shift_left(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, 1))
 
 
-def _sweep(d: Tensor, k: Tensor) -> Tensor:
-    """L (M, N) complex128 from d (M, N) and k (M, N - 1): scan, then one Newton step."""
+def _join(d: Tensor, k: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """G from both sweeps."""
+    return 1 / (d - _shift_right(k * left[:, :-1]) - _shift_left(k * right[:, 1:]))
+
+
+def _sweep(d: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
+    """L (M, N) complex128 from d (M, N) and k (M, N - 1): scan; one Newton step where ``dtype`` asks for 64 bits."""
     coupling = -_shift_right(k)
-    top = torch.stack([torch.zeros_like(d), torch.ones_like(d)], dim=-1)
-    bottom = torch.stack([coupling, d], dim=-1)
-    products = _matrix_scan(torch.stack([top, bottom], dim=-2))
-    L = products[..., 0, 1] / products[..., 1, 1]
+    scale = 1 / torch.maximum(d.detach().abs(), coupling.detach().abs().clamp(min=1.0))
+    _, top, _, bottom = _matrix_scan(
+        (torch.zeros_like(d), torch.ones_like(d) * scale, coupling * scale, d * scale), 1
+    )
+    L = top / bottom
+    if dtype != torch.complex128:
+        return L
     # Newton on F_i(L) = L_i - f_i(L_{i-1}): the error e solves e_i = f_i'(L_{i-1}) e_{i-1} + residual_i, f' = k f^2.
-    image = 1 / (d + coupling * torch.nn.functional.pad(L[:, :-1], (1, 0)))
+    image = 1 / (d + coupling * _shift_right(L[:, :-1]))
     return L + _linear_scan(-coupling * image**2, image - L)
 
 
-def _matrix_scan(x: Tensor) -> Tensor:
-    """Prefix products x_i ... x_0 along dimension 1 of (M, N, 2, 2), each up to a positive factor."""
-    n = x.shape[1]
+def _matrix_scan(x: Matrix, level: int) -> Matrix:
+    """Prefix products x_i ... x_0 along the last dimension, each up to a positive factor."""
+    n = x[0].shape[-1]
     if n == 1:
         return x
-    even = x[:, 0::2]
-    odd = _matrix_scan(_multiply(x[:, 1::2], even[:, : n // 2]))
-    rest = _multiply(even[:, 1:], odd[:, : (n - 1) // 2])
-    return _interleave(torch.cat([even[:, :1], rest], dim=1), odd)
+    even = [entry[:, 0::2] for entry in x]
+    pairs = _multiply([entry[:, 1::2] for entry in x], [entry[:, : n // 2] for entry in even])
+    if level % RESCALE_EVERY == 0:
+        largest = functools.reduce(torch.maximum, (entry.detach().abs() for entry in pairs))
+        scale = 1 / torch.where(largest > 0, largest, torch.ones_like(largest))
+        pairs = tuple(entry * scale for entry in pairs)
+    odd = _matrix_scan(pairs, level + 1)
+    rest = _multiply([entry[:, 1:] for entry in even], [entry[:, : (n - 1) // 2] for entry in odd])
+    evens = (torch.cat([first[:, :1], others], dim=1) for first, others in zip(even, rest, strict=True))
+    return tuple(_interleave(*entries) for entries in zip(evens, odd, strict=True))
+
+
+def _multiply(x, y) -> Matrix:
+    """Matrix products x y."""
+    a, b, c, d = x
+    e, f, g, h = y
+    return (
+        torch.addcmul(a * e, b, g),
+        torch.addcmul(a * f, b, h),
+        torch.addcmul(c * e, d, g),
+        torch.addcmul(c * f, d, h),
+    )
 
 
 def _linear_scan(q: Tensor, p: Tensor) -> Tensor:
@@ -114,15 +146,8 @@ def _linear_scan(q: Tensor, p: Tensor) -> Tensor:
     return _interleave(torch.cat([even_p[:, :1], rest], dim=1), odd)
 
 
-def _multiply(x: Tensor, y: Tensor) -> Tensor:
-    """Matrix products over the last two dimensions, divided by their largest modulus."""
-    product = (x.unsqueeze(-1) * y.unsqueeze(-3)).sum(-2)
-    scale = product.detach().abs().amax(dim=(-2, -1), keepdim=True)
-    return product / torch.where(scale > 0, scale, torch.ones_like(scale))
-
-
 def _interleave(even: Tensor, odd: Tensor) -> Tensor:
-    """even_0, odd_0, even_1, odd_1, ... along dimension 1; ``even`` has as many entries as ``odd`` or one more."""
+    """even_0, odd_0, even_1, odd_1, ... along the last dimension; ``even`` has as many entries as ``odd`` or one more."""
     n = even.shape[1] + odd.shape[1]
     if even.shape[1] > odd.shape[1]:
         odd = torch.cat([odd, even[:, -1:]], dim=1)
