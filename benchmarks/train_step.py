@@ -3,6 +3,7 @@
     python benchmarks/train_step.py            # the published size: vocabulary 30,000, batch 32, 128 positions
     python benchmarks/train_step.py --quick    # a small size, for CI
     python benchmarks/train_step.py --chunks   # also: the loss by chunk size, beside torch's own chunked loss
+    OMP_NUM_THREADS=1 python benchmarks/train_step.py --cpu-time    # on a busy machine: processor time, one thread
 
 The plain arms are the same model (same weights, experts, AdamW, clip) with logits held whole, F.cross_entropy, and the
 theta/phi recursion as a Python loop in complex128 under vmap: once with the published diagonal backward, once with
@@ -25,6 +26,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +98,8 @@ class _PublishedLoop(torch.autograd.Function):
 class Trainer:
     """One arm: a model, its optimiser, a fixed batch."""
 
-    def __init__(self, arm: str, size: Size) -> None:
+    def __init__(self, arm: str, size: Size, now: Callable[[], float]) -> None:
+        self.now = now
         torch.manual_seed(0)
         config = ResNetBKConfig(
             size.vocab_size, size.d_model, size.n_layers, size.length, size.num_experts, causal=arm == BKLM
@@ -113,9 +116,9 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One optimiser step; seconds of its parts, and the loss before it."""
         torch.manual_seed(1)  # the same dropout and expert noise in every arm
-        clock = [time.perf_counter()]
+        clock = [self.now()]
         hidden = self.model.hidden(self.x)
-        clock.append(time.perf_counter())
+        clock.append(self.now())
         if self.plain:
             logits = F.linear(hidden, *self.model.head())
             loss = F.cross_entropy(logits.flatten(0, 1), self.y.flatten())
@@ -123,14 +126,14 @@ class Trainer:
         else:
             loss = linear_cross_entropy(hidden, *self.model.head(), self.y)
         del hidden
-        clock.append(time.perf_counter())
+        clock.append(self.now())
         loss.backward()
-        clock.append(time.perf_counter())
+        clock.append(self.now())
         nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
-        clock.append(time.perf_counter())
+        clock.append(self.now())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        clock.append(time.perf_counter())
+        clock.append(self.now())
         names = ("blocks forward", "head and loss", "backward", "clip", "AdamW")
         parts = dict(zip(names, (b - a for a, b in itertools.pairwise(clock)), strict=True))
         return {**parts, "total": clock[-1] - clock[0], "loss": loss.item()}
@@ -139,7 +142,8 @@ class Trainer:
 class GemmFloor:
     """The matrix products that no implementation can leave out: 3 of the head, 6 per layer of the chosen experts."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, now: Callable[[], float]) -> None:
+        self.now = now
         rows = min(size.tokens, loss_module.CPU_CHUNK_BYTES // (4 * size.vocab_size))
         t, d, v = size.tokens, size.d_model, size.vocab_size
         self.repeats, self.layers = -(-t // rows), size.n_layers
@@ -150,7 +154,7 @@ class GemmFloor:
         self.flop = 3 * 2 * t * d * v + size.n_layers * 6 * 2 * t * d * 2 * d
 
     def step(self) -> dict[str, float]:
-        start = time.perf_counter()
+        start = self.now()
         for _ in range(self.repeats):
             torch.mm(self.h, self.w.t(), out=self.logits)
             torch.mm(self.logits, self.w, out=self.dh)
@@ -159,12 +163,12 @@ class GemmFloor:
             torch.mm(self.x, self.up.t(), out=self.u)
             torch.mm(self.u, self.up, out=self.dx)
             torch.mm(self.u.t(), self.x, out=self.dup)
-        return {"total": time.perf_counter() - start}
+        return {"total": self.now() - start}
 
 
-def serve(arm: str, size: Size, pipe) -> None:
+def serve(arm: str, size: Size, now: Callable[[], float], pipe) -> None:
     """In a process of its own: answer "time" with the timings of a step, "memory" with its extra peak bytes."""
-    work = GemmFloor(size) if arm == "floor" else Trainer(arm, size)
+    work = GemmFloor(size, now) if arm == "floor" else Trainer(arm, size, now)
     pipe.send(work.step())
     while (request := pipe.recv()) != "stop":
         pipe.send(work.step() if request == "time" else extra_peak(work.step))
@@ -185,10 +189,10 @@ def _status_bytes(name: str) -> int:
 
 
 class Worker:
-    def __init__(self, arm: str, size: Size) -> None:
+    def __init__(self, arm: str, size: Size, now: Callable[[], float] = time.perf_counter) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(arm, size, theirs), daemon=True)
+        self.process = context.Process(target=serve, args=(arm, size, now, theirs), daemon=True)
         self.process.start()
         theirs.close()
         self.first = self.pipe.recv()
@@ -202,8 +206,10 @@ class Worker:
         self.process.join()
 
 
-def measure_time(size: Size, rounds: int) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:
-    workers = {arm: Worker(arm, size) for arm in (*ARMS, "floor")}
+def measure_time(
+    size: Size, rounds: int, now: Callable[[], float]
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:
+    workers = {arm: Worker(arm, size, now) for arm in (*ARMS, "floor")}
     timings = {arm: [] for arm in workers}
     for i in range(rounds):
         print(f"\rround {i + 1} of {rounds}", end="", file=sys.stderr, flush=True)
@@ -231,8 +237,8 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def report(size: Size, rounds: int) -> None:
-    timings, losses = measure_time(size, rounds)
+def report(size: Size, rounds: int, now: Callable[[], float]) -> None:
+    timings, losses = measure_time(size, rounds, now)
     peaks = measure_memory(size) if Path("/proc/self/clear_refs").exists() else None
     if not abs(losses[PEER] - losses[LOOP]) < 1e-4 > abs(losses[PEER] - losses[AUTOGRAD]):
         raise SystemExit(f"the arms do not compute the same model: first losses {losses}")
@@ -249,7 +255,7 @@ def report(size: Size, rounds: int) -> None:
     if peaks is None:
         print("peak memory: not measured, this system has no /proc/self/clear_refs")
     floor = middle["floor"][1]
-    gflops = GemmFloor(size).flop / floor / 1e9
+    gflops = GemmFloor(size, now).flop / floor / 1e9
     print(f"matrix products alone: {1e3 * floor:.0f} ms ({gflops:.0f} GFLOP/s)")
     print(
         f"distance to that floor: {BKLM} {middle[BKLM][1] / floor:.2f}x, {LOOP} {middle[LOOP][1] / floor:.2f}x"
@@ -296,6 +302,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small size and few rounds, for CI")
     parser.add_argument("--chunks", action="store_true", help="also compare chunk sizes of the loss")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time")
     parser.add_argument("--rounds", type=int, help="steps of each arm (default 7, quick 3)")
     args = parser.parse_args()
     size = QUICK if args.quick else Size()
@@ -303,8 +310,10 @@ def main() -> None:
     if rounds < 2:
         parser.error(f"--rounds: got {rounds}; at least 2 are needed for quartiles.")
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    print(f"{size}; torch {torch.__version__}, {torch.get_num_threads()} threads{load}")
-    report(size, rounds)
+    print(
+        f"{'processor' if args.cpu_time else 'wall'} time; {size}; torch {torch.__version__}, {torch.get_num_threads()} threads{load}"
+    )
+    report(size, rounds, time.process_time if args.cpu_time else time.perf_counter)
     if args.chunks:
         report_chunks(size, rounds)
 
