@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+from torch.profiler import ProfilerActivity, profile
 
 
 class Timing(NamedTuple):
@@ -64,8 +65,22 @@ def _clock(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def peak_tensor_memory(call: Callable[[], object]) -> int:
+    """Most bytes that torch had allocated on the CPU at once during one call, above what it had before (torch.profiler)."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    now = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
 def peak_memory(call: Callable[[], object]) -> int | None:
     """Bytes by which one call raises the resident memory at its highest; None where the system does not tell (not Linux).
+
+    Everything counts, torch or not, but the system keeps the counter to about a megabyte.
 
     Freed blocks that the allocator keeps would hide part of it: call this in a process that was started with
     ``MALLOC_TRIM_THRESHOLD_=0 MALLOC_MMAP_THRESHOLD_=4096``, which returns every block of a page or more at once.

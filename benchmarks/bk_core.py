@@ -16,7 +16,8 @@ overhead    the same call through torch.library's registered op, and through aut
 batched     gradients of a batch: one sample at a time, vmap, vmap in chunks, and the fused call
 
 Times are medians of samples taken in turns (quartiles in brackets). Ratios are theirs / ours: larger is better for us.
-Memory is the rise of the resident size at its peak during one call, in a process of its own (Linux).
+Memory: for copy the rise of the resident size at its peak during one call, in a process of its own (Linux); for batched
+the most that torch had allocated at once (the fused kernel's own buffer, 2 MB per thread, is kept between calls).
 """
 
 from __future__ import annotations
@@ -47,7 +48,15 @@ from _bk_core_arms import (
     registered,
     theta_phi_rows,
 )
-from _timing import Timing, duration, peak_memory, print_table, refuse_if_too_large, take_turns
+from _timing import (
+    Timing,
+    duration,
+    peak_memory,
+    peak_tensor_memory,
+    print_table,
+    refuse_if_too_large,
+    take_turns,
+)
 from tqdm import tqdm
 
 HELD = 120  # bytes per element that a call may hold beside its inputs
@@ -78,8 +87,8 @@ def copy_case(m: int, n: int, seconds: float) -> Row:
     arms = {"ours": ours(a, gbar), "causal": ours(a, gbar, causal=True), "copy": copy(m, n)}
     arms["wide"] = copy(m, n, torch.get_num_threads())
     found = take_turns(arms, seconds)
-    peak = memory_of(["ours"], m, n)
-    moved = 2 * FLOOR * m * n / found["wide"].median  # a copy reads and writes
+    peak = extra_bytes(m, n)
+    moved = 2 * FLOOR * m * n / min(found["wide"].median, found["copy"].median)  # a copy reads and writes
     return {
         "B, N": f"{m}, {n}",
         "bidirectional": found["ours"],
@@ -89,7 +98,7 @@ def copy_case(m: int, n: int, seconds: float) -> Row:
         "causal / copy": ratio(found["causal"], found["copy"]),
         "bandwidth GB/s": f"{moved / 1e9:.1f}",
         "share of it": f"{FLOOR * m * n / found['ours'].median / moved:.1%}",
-        "extra B/element": f"{peak['ours'] / (m * n):.0f}" if peak else "not measured",
+        "extra B/element": "not measured" if peak is None else f"{peak / (m * n):.0f}",
     }
 
 
@@ -149,7 +158,6 @@ def batched_case(m: int, n: int, seconds: float) -> list[Row]:
     a, gbar = inputs(m, n)
     found = take_turns({name: functools.partial(f, a, gbar) for name, f in BATCHED.items()}, seconds)
     exact = fused(a, gbar)
-    peaks = memory_of(list(BATCHED), m, n)
     rows: list[Row] = []
     for name, timing in found.items():
         rows.append(
@@ -158,7 +166,7 @@ def batched_case(m: int, n: int, seconds: float) -> list[Row]:
                 "variant": name,
                 "time": timing,
                 "time / fused": ratio(timing, found["fused"]),
-                "peak kB": f"{peaks[name] / 1e3:.0f}" if peaks else "not measured",
+                "peak kB": f"{peak_tensor_memory(functools.partial(BATCHED[name], a, gbar)) / 1e3:.0f}",
                 "largest difference": f"{(BATCHED[name](a, gbar) - exact).abs().max() / exact.abs().max():.1e}",
             }
         )
@@ -168,22 +176,17 @@ def batched_case(m: int, n: int, seconds: float) -> list[Row]:
 # --- memory, in a process of its own -------------------------------------------------------------------------------------
 
 
-def memory_of(arms: list[str], m: int, n: int) -> dict[str, int] | None:
-    """Peak bytes of one call of each arm ("ours" or one of BATCHED); None where it cannot be measured."""
+def extra_bytes(m: int, n: int) -> int | None:
+    """Peak bytes of one forward + backward beside its inputs; None where the system does not tell."""
     environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "4096"}
-    command = [sys.executable, __file__, "--size", str(m), str(n), "--peak", *arms]
+    command = [sys.executable, __file__, "--size", str(m), str(n), "--peak"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def print_peaks(arms: list[str], m: int, n: int) -> None:
-    calls = BATCHED | {"ours": lambda a, gbar: ours(a, gbar)()}
-    a, gbar = inputs(m, n)
-    found = {}
-    for arm in arms:
-        calls[arm](*inputs(min(m, 64), min(n, 2000)))  # loads and compiles
-        found[arm] = peak_memory(functools.partial(calls[arm], a, gbar))
-    print(json.dumps(None if None in found.values() else found))
+def print_peak(m: int, n: int) -> None:
+    ours(*inputs(min(m, 64), min(n, 2000)))()  # loads and compiles
+    print(json.dumps(peak_memory(ours(*inputs(m, n)))))
 
 
 # --- the run -------------------------------------------------------------------------------------------------------------
@@ -239,12 +242,12 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=None, help="time for each case (default 6, quick 0.5)")
     parser.add_argument("--save", type=Path, help="keep finished cases here, and go on from them")
-    parser.add_argument("--peak", nargs="+", help=argparse.SUPPRESS)  # used by the script on itself
+    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)  # used by the script on itself
     options = parser.parse_args()
     if options.size and min(options.size) < 1:
         parser.error(f"--size {options.size[0]} {options.size[1]}: at least 1 row of 1 position is needed.")
     if options.peak:
-        print_peaks(options.peak, *options.size)
+        print_peak(*options.size)
         return
     seconds = options.seconds or (0.5 if options.quick else 6.0)
     done = json.loads(options.save.read_text()) if options.save and options.save.exists() else {}
