@@ -310,9 +310,8 @@ def main() -> None:
     if rounds < 2:
         parser.error(f"--rounds: got {rounds}; at least 2 are needed for quartiles.")
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    print(
-        f"{'processor' if args.cpu_time else 'wall'} time; {size}; torch {torch.__version__}, {torch.get_num_threads()} threads{load}"
-    )
+    clock = "processor" if args.cpu_time else "wall"
+    print(f"{clock} time; {size}; torch {torch.__version__}, {torch.get_num_threads()} threads{load}")
     report(size, rounds, time.process_time if args.cpu_time else time.perf_counter)
     if args.chunks:
         report_chunks(size, rounds)
