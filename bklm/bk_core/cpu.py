@@ -24,7 +24,8 @@ LONG_ROW_TILE = 64
 SWEEP_LANES = 64
 SHORTEST_CHUNK = 8
 """Tiles; polishing redoes one or two of them at eta ~ 1."""
-THREADS_FROM = 65536
+THREADS_FROM = 2**17
+"""Elements; below, waking another thread costs about what it saves."""
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 _NO_STATES: tuple[Tensor, ...] = ()
