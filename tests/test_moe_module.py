@@ -267,6 +267,7 @@ def test_autocast_runs_experts_low_and_routes_as_without():
 
 def test_works_under_accelerate_mixed_precision():
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)  # another test may have asked for another precision
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model = AnalyticMoE(D, balance=0.01)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
