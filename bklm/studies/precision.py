@@ -34,7 +34,7 @@ log = logging.getLogger("bklm.studies.precision")  # __name__ is "__main__" when
 ROWS = 2  # sequences of a grid cell: one with large and one with small upstream gradients
 BYTES_PER_POSITION = 400  # of a grid cell: inputs, reference and the hungriest arm; measured 360
 LOOP_ACCURACY_N = 1024  # beyond, the loop's values are those of the compiled recursion: not finite
-MEMORY_N = 256  # below, an arm's memory is under the 0.1 MB that can be told apart
+MEMORY_N = 512  # below, an arm's memory is near the 0.1 MB that can be told apart
 ARCHITECTURE_N, ARCHITECTURE_BATCH = 2048, 2  # the length of the original's claim
 MOE_TOKENS, MOE_EXPERTS = 4096, (4, 8)
 
@@ -50,8 +50,8 @@ class PrecisionConfig(StudyConfig):
             "reference_n": 128, "repeats": 3, "seconds": 0.1, "model_batch": 2, "model_vocab": 500,
         },
         "quick": {
-            "sizes": (16, 64, 256, 1024, 4096, 16384, 65536, 262_144, 1_000_000), "shifts": (1.0, 0.1, 0.001),
-            "batch_sizes": (1, 2, 4, 8, 16, 32, 64), "batch_length": 128,
+            "sizes": (16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536, 262_144, 1_000_000),
+            "shifts": (1.0, 0.1, 0.001), "batch_sizes": (1, 2, 4, 8, 16, 32, 64), "batch_length": 128,
             "reference_n": 1024, "repeats": 7, "seconds": 0.5, "model_batch": 8, "model_vocab": 8000,
         },
         "full": {
@@ -154,9 +154,10 @@ class _Runner:
         with tqdm(total=len(plan), unit="cell", mininterval=1.0) as bar:
             for name, part, settings, measure in plan:
                 bar.set_description(name)
-                self.cells[name] = self._cell(name, part, settings, measure)
+                self.cells[name], is_new = self._cell(name, part, settings, measure)
                 bar.update()
-                if part == "accuracy" and self.on_figure is not None:
+                is_length_done = part == "accuracy" and settings["im_z"] == self.config.shifts[-1]
+                if is_new and is_length_done and self.on_figure is not None:
                     self.on_figure(draw_progress(self.config, self.cells, self.folder, self.device))
         return self.cells
 
@@ -193,12 +194,14 @@ class _Runner:
         settings = {"batch": config.model_batch, "vocab": config.model_vocab, **common}
         yield "model", "model", settings, self._model
 
-    def _cell(self, name: str, part: str, settings: dict[str, Any], measure: Callable) -> dict[str, Any]:
-        """A cell read from disk when it was measured on this machine, else measured and written."""
+    def _cell(
+        self, name: str, part: str, settings: dict[str, Any], measure: Callable
+    ) -> tuple[dict[str, Any], bool]:
+        """A cell read from disk when it was measured on this machine, else measured and written; and whether it is new."""
         path = self.folder / "cells" / f"{name}.json"
         found = read_result(path)
         if found is not None and found["machine"] == self.machine:
-            return found
+            return found, False
         if found is not None and not self.told:
             self.told = True
             changed = [
@@ -212,7 +215,7 @@ class _Runner:
         cell["seconds"] = round(time.perf_counter() - started, 3)
         cell["load"] = psutil.getloadavg()[0]
         write_json(path, cell)
-        return cell
+        return cell, True
 
     def _accuracy(self, part: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
         problem = precision_grid.Problem.make(**settings)

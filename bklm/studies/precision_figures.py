@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from bklm.figures import GREY, MARKERS, colours, legend_below, save_figure
 from bklm.studies import precision_parts as parts
 from bklm.studies.precision_grid import LEFT_RIGHT, PRECISIONS, THETA_PHI, THETA_PHI_LOOP
-from bklm.studies.precision_tables import Rows, first_overflow, worst
+from bklm.studies.precision_tables import RESOLVED_MB, Rows, first_overflow, worst
 
 COLOUR = dict(zip(PRECISIONS, colours(len(PRECISIONS)), strict=True))
 MARKER = dict(zip(PRECISIONS, MARKERS, strict=False))
@@ -116,7 +116,7 @@ def draw_costs(path: Path, table: Rows, note: str) -> Path:
                     [r["n"] for r in timed], [r["ms_low"] for r in timed], [r["ms_high"] for r in timed],
                     color=style["color"], alpha=0.2, linewidth=0,
                 )  # fmt: skip
-                weighed = [r for r in mine if r["peak_mb"]]
+                weighed = [r for r in mine if (r["peak_mb"] or 0) >= RESOLVED_MB]
                 memory.plot(
                     [r["n"] for r in weighed],
                     [r["peak_mb"] for r in weighed],

@@ -13,6 +13,7 @@ import ctypes
 import gc
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from bklm.studies import precision_grid, precision_parts
 from bklm.studies.precision_grid import Arm
 
 FEWEST_REPEATS = 3
+LONGEST_MEASUREMENT = 600  # seconds, of one arm's memory
 
 
 def build(part: str, settings: Mapping[str, Any]) -> dict[str, Arm]:
@@ -183,12 +185,13 @@ def _serve() -> None:
             _answer(part, settings, arm)
         _, status = os.waitpid(child, 0)
         if status != 0:
-            signal = os.waitstatus_to_exitcode(status)
-            print(json.dumps({"why": f"the measuring process ended with {signal}"}), flush=True)
+            code = os.waitstatus_to_exitcode(status)
+            print(json.dumps({"why": f"the measuring process ended with code {code}"}), flush=True)
 
 
 def _answer(part: str, settings: dict[str, Any], arm: str) -> None:
     """In the forked process: measure, print, end without running anybody's exit handlers."""
+    signal.alarm(LONGEST_MEASUREMENT)  # a fork that hangs is ended by the system and reported
     try:
         call = build(part, settings)[arm]
         call()  # brings in the pages of the libraries it runs through

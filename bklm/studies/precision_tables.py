@@ -12,6 +12,7 @@ Rows = Sequence[dict[str, Any]]
 Cells = dict[str, dict[str, Any]]
 
 RECURSIONS = (LEFT_RIGHT, THETA_PHI, THETA_PHI_LOOP)
+RESOLVED_MB = 0.1  # less cannot be told from the measuring process's own needs
 SPREAD = ("ms", "ms_low", "ms_high")
 
 
@@ -146,7 +147,7 @@ def summary_readable(table: Rows) -> list[dict[str, Any]]:
 
 
 def megabytes(value: float) -> str:
-    return "under 0.1 MB" if value < 0.1 else f"{value:.3g} MB"
+    return f"under {RESOLVED_MB} MB" if value < RESOLVED_MB else f"{value:.3g} MB"
 
 
 def costs_readable(table: Rows) -> list[dict[str, Any]]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,6 +163,27 @@ def test_a_damaged_cell_is_set_aside_and_only_that_cell_is_measured_again(config
     assert measured == ["batched"]
     assert second.table == first.table
     assert path.with_name("batched_B3.json.damaged-1").exists()
+
+
+@pytest.mark.slow
+def test_a_study_killed_with_signal_9_goes_on_after_the_cells_it_has_measured(config):
+    words = [sys.executable, "-m", "bklm.studies.precision"]
+    for name, value in config.to_dict().items():
+        if value is not None:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cells = Path(config.output_dir) / "precision" / "cells"
+    deadline = time.monotonic() + 300
+    while len(list(cells.glob("*.json"))) < 3 and time.monotonic() < deadline:
+        assert process.poll() is None, "the study ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = {p: p.read_bytes() for p in cells.glob("*.json")}
+    result = run_precision(config)
+    assert len(before) >= 3
+    assert {p: p.read_bytes() for p in before} == before
+    assert len(result.table) == 3 * 4 * 2
 
 
 def test_cells_of_another_machine_are_measured_again_and_the_difference_is_named(config, capsys):
