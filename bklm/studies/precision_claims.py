@@ -197,9 +197,8 @@ def _rest_of_model(models: Rows) -> str:
             for r in models[1:]
             if r["ms"] is not None
         ]
-        return "leave the rest of the model in fp32" + (
-            f": {', '.join(tried)} does not pay here" if tried else ""
-        )
+        words = f"no other format pays here, {', '.join(tried)}" if tried else "no other format runs here"
+        return f"leave the rest of the model in fp32: {words}"
     best = max(faster, key=lambda r: r["times_faster"])
     return f"train the rest of the model in {best['format']}, native here and {best['times_faster']:.2g} times as fast as fp32"
 

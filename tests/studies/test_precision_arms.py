@@ -164,7 +164,7 @@ def test_arms_take_turns_and_one_that_would_take_too_long_is_not_called():
     calls = []
     made = {name: Arm(lambda name=name: calls.append(name)) for name in ("a", "b", "slow")}
     taken = measure.time_arms(made, repeats=4, seconds=1.0, device="cpu", predicted={"slow": 0.5})
-    assert calls == ["a", "b"] * 5  # one call to warm up, then four
+    assert calls == ["a", "b"] + ["a", "a", "b", "b"] * 4  # short ones are warmed up again in every turn
     assert len(taken["a"]["total"]) == len(taken["a"]["forward"]) == 4
     assert (taken["slow"]["total"], taken["slow"]["would_take"]) == ([], 0.5)
 
