@@ -1,6 +1,6 @@
 """Write the README's results from finished studies, so that no number there is typed by hand.
 
-    python scripts/readme_results.py CORRECTED ORIGINAL [MOE_TABLE.csv]
+    python scripts/readme_results.py CORRECTED ORIGINAL INITIALISATION.csv MOE_TABLE.csv
 
 CORRECTED and ORIGINAL are output folders of `bklm.studies.grad_blend` (each holds grad_blend/), one per protocol. Tables and
 figures go to docs/results, the text between the README's two `results` comments is replaced.
@@ -53,6 +53,13 @@ python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_
 ```
 """
 
+INITIALISATION = """
+**A caveat that we measured.** How much alpha matters depends on how the potential's weights start. bklm draws them wide; with torch's default for a
+linear layer, as the original had it, the potential stays small and its gradient, right or wrong, hardly counts. The same corrected training then ends at
+{results} (`python benchmarks/grad_blend_initialisation.py --data_dir FOLDER`). So: hypothesis-7 does harm where the core matters,
+and none where it does not; nothing here shows that it helps.
+"""
+
 MOE = """
 ## Does the router have to learn?
 
@@ -83,9 +90,10 @@ def main() -> None:
     with (corrected / "gradient_directions.csv").open(encoding="utf-8") as file:
         directions = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
     text = sweep_section(read(corrected), read(original), directions)
-    if len(sys.argv) > 3:
-        shutil.copy(sys.argv[3], DOCS / "moe_perplexity.csv")
-        text += moe_section(DOCS / "moe_perplexity.csv")
+    shutil.copy(sys.argv[3], DOCS / "potential_initialisation.csv")
+    shutil.copy(sys.argv[4], DOCS / "moe_perplexity.csv")
+    text += initialisation_section(DOCS / "potential_initialisation.csv")
+    text += moe_section(DOCS / "moe_perplexity.csv")
     readme = ROOT / "README.md"
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
@@ -130,6 +138,19 @@ def sweep_section(corrected: dict, original: dict, directions: list[dict]) -> st
         published=f"{published['cosine']:+.2f}",
         diagonal=f"{measured['local']['cosine']:+.2f}",
     )
+
+
+def initialisation_section(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    by_alpha: dict[str, list[float]] = {}
+    for row in rows:
+        by_alpha.setdefault(f"{float(row['alpha']):g}", []).append(float(row["val_ppl"]))
+    parts = [
+        f"{Perplexity.over_seeds(values)} at alpha {alpha} ({len(values)} seed{'s' if len(values) > 1 else ''})"
+        for alpha, values in by_alpha.items()
+    ]
+    return INITIALISATION.format(results=", ".join(parts))
 
 
 def moe_section(path: Path) -> str:
