@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bklm.studies import precision, precision_report
+from bklm.studies import precision, precision_report, precision_runner
 from bklm.studies.cli import parse
 from bklm.studies.precision import PrecisionConfig, run_precision
 from bklm.studies.precision_claims import adaptive_finding, recommend, verdict
@@ -38,10 +38,10 @@ class NoMemory:
 
 
 def make_small(monkeypatch: pytest.MonkeyPatch, draw: bool) -> None:
-    monkeypatch.setattr(precision, "MOE_TOKENS", 32)
-    monkeypatch.setattr(precision, "ARCHITECTURE_N", 1024)
-    monkeypatch.setattr(precision, "ARCHITECTURE_BATCH", 1)
-    monkeypatch.setattr(precision.precision_measure, "MemoryMeter", NoMemory)
+    monkeypatch.setattr(precision_runner, "MOE_TOKENS", 32)
+    monkeypatch.setattr(precision_runner, "ARCHITECTURE_N", 1024)
+    monkeypatch.setattr(precision_runner, "ARCHITECTURE_BATCH", 1)
+    monkeypatch.setattr(precision, "MemoryMeter", NoMemory)
     if not draw:
         for name in ("draw_errors", "draw_costs", "draw_batched", "draw_claims"):
             monkeypatch.setattr(precision_report, name, write_nothing)
@@ -140,8 +140,8 @@ def test_every_claim_has_a_measurement_and_a_verdict_beside_it(finished):
 
 def test_a_finished_study_is_read_back_and_measures_nothing(config, monkeypatch):
     first = run_precision(config)
-    monkeypatch.setattr(precision._Runner, "_measured", lambda *a, **k: pytest.fail("measured again"))
-    monkeypatch.setattr(precision._Runner, "_accuracy", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr(precision_runner.Runner, "_measured", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr(precision_runner.Runner, "_accuracy", lambda *a, **k: pytest.fail("measured again"))
     second = run_precision(config)
     assert second.table == first.table
     assert second.claims == first.claims
@@ -153,9 +153,9 @@ def test_a_damaged_cell_is_set_aside_and_only_that_cell_is_measured_again(config
     path = first.folder / "cells" / "batched_B3.json"
     path.write_text(path.read_text()[:50])
     measured = []
-    real = precision._Runner._measured
+    real = precision_runner.Runner._measured
     monkeypatch.setattr(
-        precision._Runner,
+        precision_runner.Runner,
         "_measured",
         lambda self, part, *a, **k: measured.append(part) or real(self, part, *a, **k),
     )
