@@ -56,8 +56,8 @@ python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_
 INITIALISATION = """
 **A caveat that we measured.** How much alpha matters depends on how the potential's weights start. bklm draws them wide; with torch's default for a
 linear layer, as the original had it, the potential stays small and its gradient, right or wrong, hardly counts. The same corrected training then ends at
-{results} (`python benchmarks/grad_blend_initialisation.py --data_dir FOLDER`). So: hypothesis-7 does harm where the core matters,
-and none where it does not; nothing here shows that it helps.
+{results} (`python benchmarks/grad_blend_initialisation.py --data_dir FOLDER`). So: hypothesis-7 does harm where the potential is large
+and none where it is small; nothing here shows that it helps.
 """
 
 MOE = """
