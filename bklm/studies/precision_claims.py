@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from bklm.studies import precision_parts as parts
 from bklm.studies.precision_grid import LEFT_RIGHT, PRECISIONS, THETA_PHI, THETA_PHI_LOOP
-from bklm.studies.precision_measure import paired_ratio
+from bklm.studies.precision_measure import is_crowded, paired_ratio
 from bklm.studies.precision_tables import Cells, Rows, at_longest, first_overflow, of_part, worst
 
 CLAIMED_ERROR = 1e-4
+UNDECIDED = "too noisy to tell"
 NOISE = 1.5  # quartiles further apart than this, with 1 between them, decide nothing
 
 
@@ -58,7 +59,11 @@ def claims_table(cells: Cells, table: Rows) -> list[dict[str, Any]]:
         times = {row["arm"]: row["total"] for row in cell["rows"]}
         measured, low, high = paired_ratio(times[c.slow], times[c.fast])
         row = {"claim": c.claim, "claimed_low": c.low, "claimed_high": c.high, "measured": measured}
-        row |= {"low": low, "high": high, "verdict": verdict(measured, low, high, c.low, c.high)}
+        row |= {
+            "low": low,
+            "high": high,
+            "verdict": UNDECIDED if is_crowded(cell) else verdict(measured, low, high, c.low, c.high),
+        }
         rows.append({**row, "compared": f"{c.slow} / {c.fast}, {_where(cell)}", "short": c.short})
     published = next(r for r in cells["mixed"]["rows"] if r["arm"] == f"{THETA_PHI_LOOP} mixed")
     exact = worst(table, LEFT_RIGHT, "mixed", "gradient_error")
@@ -105,7 +110,7 @@ def verdict(measured: float, low: float, high: float, claimed_low: float, claime
     if measured >= claimed_low:
         return "reached"
     if low <= 1 <= high and high > NOISE * low:
-        return "too noisy to tell"
+        return UNDECIDED
     if low <= 1 <= high or abs(measured - 1) < 0.05:
         return "no effect"
     return "not reached" if measured > 1 else "slower"

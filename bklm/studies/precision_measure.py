@@ -31,6 +31,7 @@ from bklm.studies import precision_grid, precision_parts
 from bklm.studies.precision_grid import Arm
 
 FEWEST_REPEATS = 3
+SPARE = 0.25  # cores; a quiet system needs some itself
 WARMED_AGAIN = 5e-3  # seconds; an arm that takes less is called once before every timed call
 LONGEST_MEASUREMENT = 600  # seconds, of one arm's memory
 
@@ -104,6 +105,15 @@ def paired_ratio(slow: list[float], fast: list[float]) -> tuple[float, float, fl
     return median_and_quartiles([s / f for s, f in zip(slow, fast, strict=False)])
 
 
+def is_crowded(cell: Mapping[str, Any]) -> bool:
+    """Whether a cell's threads and the machine's other processes were more than its cores.
+
+    Threads that wait for one that has lost its core can take a hundred times as long: such times decide nothing.
+    """
+    machine = cell["machine"]
+    return machine["device"] == "cpu" and machine["threads"] + cell["other_cores"] > machine["cores"] + SPARE
+
+
 class MemoryMeter:
     """Peak bytes of one call of an arm above what its inputs take. Use as a context manager."""
 
@@ -139,6 +149,12 @@ class MemoryMeter:
             return None, self.reason
         found = json.loads(answer)
         return found.get("bytes"), found.get("why", "")
+
+    def processor_seconds(self) -> float:
+        """Busy seconds of the helper and of what it has forked."""
+        if self._helper is None or self._helper.poll() is not None:
+            return 0.0
+        return sum(psutil.Process(self._helper.pid).cpu_times()[:4])
 
     def _running(self) -> subprocess.Popen[str]:
         if self._helper is None:

@@ -11,12 +11,11 @@ from bklm.reporting import Bundle, write_csv, write_manifest, zip_study
 from bklm.studies.precision_claims import adaptive_finding, claims_table, recommend
 from bklm.studies.precision_figures import draw_batched, draw_claims, draw_costs, draw_errors
 from bklm.studies.precision_grid import ADAPTIVE_THRESHOLD
+from bklm.studies.precision_measure import is_crowded
 from bklm.studies.precision_tables import Cells, compared_table, grid_table, model_table
 
 if TYPE_CHECKING:
     from bklm.studies.precision import PrecisionConfig
-
-BUSY = 1.5  # load per core above which times say more about the machine's other work
 
 
 @dataclass(frozen=True)
@@ -128,8 +127,10 @@ def machine_note(config: PrecisionConfig, cells: Cells, device: str) -> str:
             "no GPU rows: none here" if machine["gpu"] is None else "no GPU rows: the CPU was asked for"
         )
     parts.append(f"up to {config.repeats} calls each, the ways in turn")
-    loads = sorted(cell["load"] for cell in cells.values())
-    load = loads[len(loads) // 2]
-    if load > BUSY * machine["cores"]:
-        parts.append(f"THE MACHINE WAS BUSY (load {load:.0f}): trust ratios, not milliseconds")
+    crowded = [cell for cell in cells.values() if is_crowded(cell)]
+    if 2 * len(crowded) > len(cells):
+        other = sum(cell["other_cores"] for cell in crowded) / len(crowded)
+        parts.append(
+            f"OTHER PROCESSES USED {other:.1f} CORES: trust no times; run again on a quiet machine, or with OMP_NUM_THREADS=1"
+        )
     return "; ".join(parts) + "."

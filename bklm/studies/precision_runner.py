@@ -113,12 +113,22 @@ class Runner:
                 if v != self.machine[k]
             ]
             log.info("Cells measured elsewhere (%s) are measured again.", "; ".join(changed))
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self._processor_seconds()
         cell = {"part": part, "settings": settings, "rows": measure(part, settings), "machine": self.machine}
-        cell["seconds"] = round(time.perf_counter() - started, 3)
-        cell["load"] = psutil.getloadavg()[0]
+        seconds, after = time.perf_counter() - started, self._processor_seconds()
+        everybody, ours = (b - a for a, b in zip(before, after, strict=True))
+        cell["seconds"] = round(seconds, 3)
+        cell["other_cores"] = round(
+            max(0.0, everybody - ours) / seconds, 2
+        )  # used by other processes, on average
         write_json(path, cell)
         return cell, True
+
+    def _processor_seconds(self) -> tuple[float, float]:
+        """Busy seconds of all cores since the machine started, and those of this process and its helpers."""
+        every = psutil.cpu_times()
+        idle = every.idle + sum(getattr(every, name, 0.0) for name in ("iowait", "guest", "guest_nice"))
+        return sum(every) - idle, sum(os.times()[:4]) + self.memory.processor_seconds()
 
     def _accuracy(self, part: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
         problem = precision_grid.Problem.make(**settings)

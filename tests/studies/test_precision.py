@@ -36,6 +36,9 @@ class NoMemory:
     def measure(self, part, settings, arm):
         return 2_000_000, ""
 
+    def processor_seconds(self):
+        return 0.0
+
 
 def make_small(monkeypatch: pytest.MonkeyPatch, draw: bool) -> None:
     monkeypatch.setattr(precision_runner, "MOE_TOKENS", 32)
@@ -268,6 +271,18 @@ def test_every_profile_fills_every_field_and_full_ends_at_a_million(profile):
 )
 def test_a_measured_speed_up_gets_the_word_that_its_numbers_allow(measured, low, high, word):
     assert verdict(measured, low, high, 2.0, 2.5) == word
+
+
+def test_claims_are_not_judged_on_a_machine_that_others_kept_busy(config):
+    first = run_precision(config)
+    assert all(json.loads(p.read_text())["other_cores"] >= 0 for p in first.folder.glob("cells/*.json"))
+    for path in first.folder.glob("cells/*.json"):
+        cell = json.loads(path.read_text())
+        path.write_text(json.dumps({**cell, "other_cores": cell["machine"]["cores"] + 1.0}))
+    again = run_precision(config)
+    speeds = [r for r in again.claims if r["low"] is not None]
+    assert {r["verdict"] for r in speeds} == {"too noisy to tell"}
+    assert "OTHER PROCESSES USED" in again.machine_note
 
 
 def grid_row(precision_: str, ms: float, error: float, mb: float, **changes) -> dict:
