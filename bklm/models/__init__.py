@@ -1,12 +1,20 @@
 """Language models of one interface: logits, a loss that never holds them whole, generation, parameter counts."""
 
 from bklm.models.base import LanguageModel
+from bklm.models.context_token import ContextTokenConfig, ContextTokenLM, ContextTokenState
 from bklm.models.leak import future_leak
 from bklm.models.loss import TokenLosses, linear_cross_entropy, linear_token_losses
+from bklm.models.new_llm import NewLLM, NewLLMConfig, NewLLMState
 from bklm.models.resnet_bk import ResNetBK, ResNetBKConfig, ResNetBKState
 
 __all__ = [
+    "ContextTokenConfig",
+    "ContextTokenLM",
+    "ContextTokenState",
     "LanguageModel",
+    "NewLLM",
+    "NewLLMConfig",
+    "NewLLMState",
     "ResNetBK",
     "ResNetBKConfig",
     "ResNetBKState",

@@ -45,7 +45,11 @@ class LanguageModel(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (B, N, V)."""
         self.check_ids(input_ids)
-        return F.linear(self.hidden(input_ids), *self.head())
+        return self.logits(self.hidden(input_ids))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., D)."""
+        return F.linear(hidden, *self.head())
 
     def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """Mean (or "sum") negative log-likelihood in nats of the targets (B, N) that are not -100: a scalar.
@@ -89,6 +93,10 @@ class LanguageModel(nn.Module):
 
     def step(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One more token (B,): its logits (B, V) and the state after it. The state given is not changed."""
+        raise TypeError(self._cannot_stream())
+
+    def state_bytes(self, position: int) -> int:
+        """Bytes carried per sequence from ``position`` tokens to the next one, in the model's dtype."""
         raise TypeError(self._cannot_stream())
 
     @torch.no_grad()
@@ -136,7 +144,7 @@ class LanguageModel(nn.Module):
             state = None
             for position in range(length, length + max_new_tokens):
                 if not self.streams:
-                    logits = F.linear(self.hidden(tokens[:, :position])[:, -1], *self.head())
+                    logits = self.logits(self.hidden(tokens[:, :position])[:, -1])
                 elif position == length:
                     logits, state = self.prefill(input_ids)
                 else:

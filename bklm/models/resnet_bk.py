@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from bklm.bk_core import BKCore
 from bklm.models.base import LanguageModel
+from bklm.models.checks import check_choice, check_dropout, check_int
 from bklm.moe import AnalyticMoE, total_balance_loss
 
 __all__ = ["ResNetBK", "ResNetBKConfig", "ResNetBKState"]
@@ -56,16 +57,15 @@ class ResNetBKConfig:
     balance: float = 0.0  # weight of the experts' load-balancing loss, see bklm.moe
 
     def __post_init__(self) -> None:
-        _check_int("vocab_size", self.vocab_size, 2)
+        check_int("vocab_size", self.vocab_size, 2)
         for name in ("d_model", "n_layers", "num_experts", "n_heads"):
-            _check_int(name, getattr(self, name), 1)
+            check_int(name, getattr(self, name), 1)
         if self.n_seq is not None:
-            _check_int("n_seq", self.n_seq, 1, " or None for any length")
-        _check_int("top_k", self.top_k, 1)
+            check_int("n_seq", self.n_seq, 1, " or None for any length")
+        check_int("top_k", self.top_k, 1)
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k: got {self.top_k}; it can be at most num_experts = {self.num_experts}.")
-        if not 0.0 <= self.dropout_p < 1.0:
-            raise ValueError(f"dropout_p: got {self.dropout_p}; it must be at least 0 and below 1.")
+        check_dropout(self.dropout_p)
         if not 0.0 <= self.grad_blend <= 1.0:
             raise ValueError(f"grad_blend: got {self.grad_blend}; it must lie between 0 and 1.")
         if not 0.0 < self.eta < float("inf"):
@@ -76,10 +76,10 @@ class ResNetBKConfig:
             raise ValueError(
                 f"balance: got {self.balance}, but router_gradient='none' leaves no router to balance."
             )
-        _check_choice("gradient", self.gradient, ("exact", "local", "original"))
-        _check_choice("router_gradient", self.router_gradient, ("exact", "selected", "none"))
-        _check_choice("causal", self.causal, (True, False))
-        _check_choice("clamps", self.clamps, (True, False))
+        check_choice("gradient", self.gradient, ("exact", "local", "original"))
+        check_choice("router_gradient", self.router_gradient, ("exact", "selected", "none"))
+        check_choice("causal", self.causal, (True, False))
+        check_choice("clamps", self.clamps, (True, False))
 
     @classmethod
     def original(cls, vocab_size: int, **changes: Any) -> ResNetBKConfig:
@@ -235,6 +235,12 @@ class ResNetBK(LanguageModel):
             resolvents.append(resolvent)
         return F.linear(self.norm(x)[:, 0], *self.head()), ResNetBKState(state.position + 1, tuple(resolvents))
 
+    def state_bytes(self, position: int) -> int:
+        if not self.streams:
+            raise TypeError(self._cannot_stream())
+        # One complex resolvent per layer and head: two numbers of the model's dtype.
+        return self.config.n_layers * self.config.n_heads * 2 * self.norm.weight.element_size()
+
     def auxiliary_loss(self) -> Tensor | None:
         return total_balance_loss(self) if self.config.balance > 0 else None
 
@@ -268,15 +274,3 @@ class ResNetBK(LanguageModel):
         else:
             for total, count in zip(self._expert_counts, counts, strict=True):
                 total += count
-
-
-def _check_int(name: str, value: Any, least: int, also: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}; it must be a whole number{also}.")
-    if value < least:
-        raise ValueError(f"{name}: got {value}; it must be at least {least}{also}.")
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}; allowed are {', '.join(map(repr, allowed))}.")

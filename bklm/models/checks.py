@@ -1,0 +1,27 @@
+"""Checks that model configurations share: one sentence for a field outside what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["check_choice", "check_dropout", "check_int"]
+
+
+def check_int(name: str, value: Any, least: int, also: str = "") -> None:
+    """Refuse what is not a whole number (TypeError) or is below ``least`` (ValueError)."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}; it must be a whole number{also}.")
+    if value < least:
+        raise ValueError(f"{name}: got {value}; it must be at least {least}{also}.")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Refuse a value that is not among ``allowed`` (ValueError)."""
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}; allowed are {', '.join(map(repr, allowed))}.")
+
+
+def check_dropout(value: float) -> None:
+    """Refuse a dropout probability outside [0, 1) (ValueError)."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"dropout_p: got {value}; it must be at least 0 and below 1.")

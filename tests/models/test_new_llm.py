@@ -1,0 +1,274 @@
+"""NewLLM: the published model to the last parameter, its fused loop equal to position-by-position autograd."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bklm.models import NewLLM, NewLLMConfig, future_leak
+
+VOCABULARY = 19
+
+
+def model_of(seed=0, *, double=True, gain=6.0, **changes):
+    """A small model whose weights are large enough for every path to matter."""
+    torch.manual_seed(seed)
+    settings = {
+        "embed_dim": 5,
+        "hidden_dim": 12,
+        "context_dim": 7,
+        "n_layers": 3,
+        "dropout_p": 0.0,
+        **changes,
+    }
+    model = NewLLM(NewLLMConfig(VOCABULARY, **settings))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * gain * torch.randn_like(p))
+    return (model.double() if double else model).eval()
+
+
+def ids_of(batch, length, seed=1):
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def literal(model, ids, masks=None):
+    """Hidden states (B, N, H) as section by section of the published description, one position at a time.
+
+    masks: (layers, N, B, H) bool, the units that dropout removes.
+    """
+    c = torch.zeros(ids.shape[0], model.config.context_dim, dtype=model.norm.weight.dtype)
+    hidden = []
+    for t in range(ids.shape[1]):
+        h = torch.cat((model.embedding(ids[:, t]), c), -1)
+        for i, layer in enumerate(model.layers):
+            h = torch.relu(layer(h))
+            if masks is not None:
+                h = h * ~masks[i, t] / (1 - model.config.dropout_p)
+        hidden.append(h)
+        forget, write = torch.sigmoid(model.forget_gate(h)), torch.sigmoid(model.input_gate(h))
+        c = torch.clamp(model.norm(forget * c + write * model.update(h)), -10, 10)
+    return torch.stack(hidden, 1)
+
+
+def loss_and_gradients(model, hidden, targets):
+    loss = F.cross_entropy(model.output(hidden).flatten(0, 1), targets.flatten())
+    # With one position the gates reach nothing: their gradient is zero.
+    return loss, torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+
+
+# --- the published model ---------------------------------------------------------------------------------------------
+
+
+def test_parameter_counts_are_the_published_ones():
+    with torch.device("meta"):
+        assert NewLLM(NewLLMConfig(1000)).num_parameters() == 2_739_432
+        advanced = NewLLMConfig(1000, context_dim=512, n_layers=12)
+        assert NewLLM(advanced).num_parameters() == 4_840_936
+        assert advanced == NewLLMConfig.advanced(1000)
+
+
+def test_first_weights_are_normal_with_std_002_and_biases_zero():
+    torch.manual_seed(0)
+    model = NewLLM(NewLLMConfig(500))
+    for name, p in model.named_parameters():
+        if name.startswith("norm."):
+            assert (p == (1.0 if name.endswith("weight") else 0.0)).all()
+        elif name.endswith("bias"):
+            assert (p == 0).all(), name
+        else:
+            assert p.std().item() == pytest.approx(0.02, rel=0.02), name
+
+
+# --- the fused loop --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_loss_and_every_gradient_equal_the_literal_implementation(n_layers, length):
+    model, ids, targets = model_of(n_layers=n_layers), ids_of(4, length), ids_of(4, length, seed=2)
+    expected, gradients = loss_and_gradients(model, literal(model, ids), targets)
+    loss = model.loss(ids, targets)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    ours = torch.autograd.grad(loss, list(model.parameters()))
+    for (name, _), got, want in zip(model.named_parameters(), ours, gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_gradients_with_dropout_equal_the_literal_ones_with_the_same_masks():
+    model, ids, targets = model_of(dropout_p=0.3).train(), ids_of(4, 9), ids_of(4, 9, seed=2)
+    torch.manual_seed(5)
+    loss = model.loss(ids, targets)
+    ours = torch.autograd.grad(loss, list(model.parameters()))
+    torch.manual_seed(5)
+    masks = torch.empty(3, 9, 4, 12, dtype=torch.bool).bernoulli_(0.3)
+    assert 0.2 < masks.double().mean() < 0.4
+    expected, gradients = loss_and_gradients(model, literal(model, ids, masks), targets)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    for got, want in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+def test_gradients_are_right_where_the_context_is_clamped():
+    model, ids, targets = model_of(), ids_of(4, 9), ids_of(4, 9, seed=2)
+    with torch.no_grad():
+        model.norm.weight.mul_(30)
+    _, state = model.prefill(ids)
+    clamped = (state.context.abs() == 10).double().mean()
+    assert 0.1 < clamped < 0.95
+    _, gradients = loss_and_gradients(model, literal(model, ids), targets)
+    ours = torch.autograd.grad(model.loss(ids, targets), list(model.parameters()))
+    for got, want in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+def test_the_published_size_agrees_with_the_literal_implementation_in_float32():
+    torch.manual_seed(0)
+    model = NewLLM(NewLLMConfig(1000, dropout_p=0.0))
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.weight.mul_(3)  # at the published 0.02 the context hardly reaches the loss
+    ids, targets = torch.randint(0, 1000, (2, 4, 12))
+    loss, gradients = loss_and_gradients(model, literal(model, ids), targets)
+    torch.testing.assert_close(model.loss(ids, targets), loss, rtol=1e-5, atol=0)
+    ours = torch.autograd.grad(model.loss(ids, targets), list(model.parameters()))
+    for got, want in zip(ours, gradients, strict=True):
+        assert (got - want).norm() <= 1e-4 * want.norm()
+
+
+def test_frozen_weights_get_no_gradient_and_the_others_the_same_ones():
+    model, ids, targets = model_of(), ids_of(3, 6), ids_of(3, 6, seed=2)
+    model.loss(ids, targets).backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    frozen = ("layers.1.", "forget_gate", "norm.bias", "layers.0.weight")
+    model.zero_grad(set_to_none=True)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(frozen))
+    model.loss(ids, targets).backward()
+    for name, p in model.named_parameters():
+        if name.startswith(frozen):
+            assert p.grad is None
+        else:
+            torch.testing.assert_close(p.grad, before[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_dropout_is_drawn_anew_in_each_training_pass_and_off_in_evaluation():
+    model, ids = model_of(dropout_p=0.3), ids_of(2, 6)
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+    torch.manual_seed(3)
+    first = model(ids)
+    torch.manual_seed(3)
+    assert torch.equal(first, model(ids))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        assert torch.equal(first, model(ids))
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    model, ids = model_of(), ids_of(2, 5)
+    (g,) = torch.autograd.grad(model(ids).square().sum(), model.update.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+def test_half_precision_is_as_close_to_exact_gradients_as_autograd_gets():
+    model = model_of(double=False, hidden_dim=32, embed_dim=16, context_dim=16, gain=3.0)
+    ids, targets = ids_of(4, 9), ids_of(4, 9, seed=2)
+    exact = torch.autograd.grad(model.loss(ids, targets), list(model.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.hidden(ids).dtype == torch.bfloat16
+        loss = model.loss(ids, targets)
+        _, plain = loss_and_gradients(model, literal(model, ids), targets)
+    ours = torch.autograd.grad(loss, list(model.parameters()))
+    assert loss.dtype == torch.float32
+    assert all(g.dtype == torch.float32 for g in ours)
+
+    def error(gradients):
+        return torch.cat([(g - e).flatten() for g, e in zip(gradients, exact, strict=True)]).norm()
+
+    assert 0 < error(ours) < 1.5 * error(plain)
+
+
+# --- the future ------------------------------------------------------------------------------------------------------
+
+
+def test_changing_later_tokens_leaves_earlier_logits_alone():
+    model, ids = model_of(), ids_of(3, 16)
+    for position in (1, 8, 15):
+        assert future_leak(model, ids, position).max() <= 1e-12
+    altered = ids.clone()
+    altered[:, 4] = (ids[:, 4] + 1) % VOCABULARY
+    difference = (model(altered) - model(ids)).abs().amax((0, 2))
+    assert (difference[:4] == 0).all()
+    assert (difference[4:] > 1e-6).all()  # the context carries it on
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_of_past_logits_with_respect_to_future_embeddings_is_exactly_zero(training):
+    model, ids = model_of(dropout_p=0.2).train(training), torch.arange(12)[None]  # each token once
+    for position in (0, 5, 10):
+        (g,) = torch.autograd.grad(model(ids)[:, position].square().sum(), model.embedding.weight)
+        assert (g[position + 1 :] == 0).all()
+        assert (g[: position + 1].abs().amax(-1) > 0).all()
+
+
+# --- streaming -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("double", "tolerance"), [(True, 1e-12), (False, 1e-5)])
+def test_steps_and_prefill_give_the_logits_of_the_full_forward(double, tolerance):
+    model, ids = model_of(double=double), ids_of(2, 20)
+    whole, state = model(ids), model.init_state(2)
+    for i in range(20):
+        logits, state = model.step(ids[:, i], state)
+        torch.testing.assert_close(logits, whole[:, i], rtol=0, atol=tolerance)
+    logits, prefilled = model.prefill(ids)
+    torch.testing.assert_close(logits, whole[:, -1], rtol=0, atol=tolerance)
+    torch.testing.assert_close(prefilled.context, state.context, rtol=0, atol=tolerance)
+
+
+def test_a_step_leaves_the_state_it_was_given_unchanged():
+    model = model_of()
+    _, state = model.prefill(ids_of(2, 5))
+    before = state.context.clone()
+    model.step(ids_of(2, 1)[:, 0], state)
+    assert torch.equal(state.context, before)
+
+
+def test_generation_is_greedy_decoding_of_the_full_forward():
+    model, prompt = model_of(), ids_of(2, 3)
+    out = model.generate(prompt, 12, temperature=0.0)
+    assert torch.equal(out[:, 3:], model(out)[:, 2:-1].argmax(-1))
+
+
+def test_the_state_has_one_size_at_every_position():
+    model = model_of(double=False)
+    for length in (1, 40):
+        _, state = model.prefill(ids_of(1, length))
+        assert state.context.nbytes == model.state_bytes(length) == 7 * 4
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("vocab_size", 1, ValueError),
+        ("embed_dim", 0, ValueError),
+        ("context_dim", 2.5, TypeError),
+        ("n_layers", 0, ValueError),
+        ("dropout_p", 1.0, ValueError),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value(field, value, error):
+    with pytest.raises(error, match=f"{field}: got {value}"):
+        NewLLMConfig(**{"vocab_size": 10, field: value})
+
+
+def test_an_empty_sequence_has_no_logits_and_an_empty_prompt_is_refused():
+    model = model_of()
+    assert model(ids_of(2, 5)[:, :0]).shape == (2, 0, VOCABULARY)
+    with pytest.raises(ValueError, match="at least one token"):
+        model.generate(ids_of(2, 5)[:, :0], 3)
