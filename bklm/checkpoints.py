@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill: written beside, synced, renamed into place, and never unpickled.
 
-A checkpoint is a folder ``epoch_0003`` with ``model.safetensors`` (weights) and ``state.pt`` (optimizer, scheduler, scaler,
-history), the latter read with ``torch.load(weights_only=True)``, which executes no code from the file.
+A checkpoint is a folder such as ``epoch_0003`` with ``model.safetensors`` (weights) and ``state.pt`` (optimizer, scheduler,
+scaler, history), the latter read with ``torch.load(weights_only=True)``, which executes no code from the file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 
 log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"epoch_(\d+)(?:_ppl_(\d+\.\d+))?")
 
 
 @contextlib.contextmanager
@@ -67,64 +70,124 @@ def set_aside(path: Path, why: str) -> Path:
 
 
 class CheckpointFolder:
-    """The checkpoints of one training run, one folder per epoch; the newest ``keep`` are kept."""
+    """The checkpoints of one training run, one folder per epoch, "epoch_0003" or with a score "epoch_0003_ppl_36.700".
 
-    def __init__(self, path: Path, keep: int = 1) -> None:
+    Kept are the newest ``keep``, the one of the lowest perplexity in its name, and of every ``milestone_every``-th epoch
+    the newest ``keep_milestones``. Training can go on from any of them.
+    """
+
+    def __init__(
+        self, path: Path, keep: int = 1, *, milestone_every: int = 0, keep_milestones: int = 0
+    ) -> None:
         self.path, self.keep = Path(path), keep
+        self.milestone_every, self.keep_milestones = milestone_every, keep_milestones
 
-    def save(self, epoch: int, model: torch.nn.Module, state: dict[str, Any]) -> Path:
-        """Write the checkpoint of ``epoch`` and drop the oldest beyond ``keep``.
+    def save(
+        self, epoch: int, model: torch.nn.Module, state: dict[str, Any], perplexity: float | None = None
+    ) -> Path:
+        """Write the checkpoint of ``epoch`` and drop those that need not be kept.
 
         Args:
             state: tensors, numbers, strings and containers of them (what ``weights_only`` loading accepts).
+            perplexity: goes into the name.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        target = self.path / f"epoch_{epoch:04d}"
+        name = f"epoch_{epoch:04d}" + ("" if perplexity is None else f"_ppl_{perplexity:.3f}")
+        target = self.path / name
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=self.path))
         try:
             save_model(model, str(temporary / "model.safetensors"))
             torch.save(state, temporary / "state.pt")
             for file in temporary.iterdir():
                 _sync(file)
-            if target.exists():
-                shutil.rmtree(target)
+            for same in self.all():
+                if epoch_of(same) == epoch:
+                    shutil.rmtree(same)
             temporary.rename(target)
             _sync(self.path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in self._epochs()[: -self.keep]:
-            shutil.rmtree(old)
+        kept = self._worth_keeping()
+        for old in self.all():
+            if old not in kept:
+                shutil.rmtree(old)
         return target
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint; None when there is none. Damaged ones are set aside and reported."""
+        for leftover in self.path.glob(".epoch_*"):
+            shutil.rmtree(leftover)
+        for folder in reversed(self.all()):
+            try:
+                read_state(folder)
+            except Exception as error:  # a damaged file raises whatever its reader happens to trip over
+                set_aside(folder, f"{type(error).__name__}: {str(error)[:120]}".splitlines()[0])
+                continue
+            return folder
+        return None
 
     def restore(self, model: torch.nn.Module) -> tuple[Path, dict[str, Any]] | None:
         """Load the newest whole checkpoint into ``model`` and return (folder, state); None when there is none.
 
-        Damaged checkpoints are set aside and reported, and the one before is tried.
-
         Raises:
             RuntimeError: the checkpoint is whole but holds another model's weights.
         """
-        for leftover in self.path.glob(".epoch_*"):
-            shutil.rmtree(leftover)
-        for folder in reversed(self._epochs()):
-            try:
-                with safe_open(folder / "model.safetensors", framework="pt"):
-                    pass  # opening checks the header against the file's length
-                state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-            except Exception as error:  # a damaged file raises whatever its reader happens to trip over
-                set_aside(folder, f"{type(error).__name__}: {str(error)[:120]}".splitlines()[0])
-                continue
-            load_model(model, str(folder / "model.safetensors"))
-            return folder, state
-        return None
+        folder = self.newest()
+        if folder is None:
+            return None
+        load_model(model, str(folder / "model.safetensors"))
+        return folder, read_state(folder)
+
+    def all(self) -> list[Path]:
+        """Every checkpoint, oldest epoch first."""
+        folders = self.path.glob("epoch_*") if self.path.exists() else ()
+        return sorted(p for p in folders if _NAME.fullmatch(p.name))
+
+    def best(self) -> Path | None:
+        """The checkpoint of the lowest perplexity, the earliest on a tie; None when no name carries one."""
+        scored = [p for p in self.all() if perplexity_of(p) is not None]
+        return min(scored, key=perplexity_of, default=None)
 
     def remove(self) -> None:
         """Delete all checkpoints of this run (its result is recorded elsewhere)."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _epochs(self) -> list[Path]:
-        folders = self.path.glob("epoch_*") if self.path.exists() else ()
-        return sorted(p for p in folders if p.name.removeprefix("epoch_").isdigit())
+    def _worth_keeping(self) -> set[Path]:
+        folders = self.all()
+        kept = set(folders[-self.keep :])
+        if self.milestone_every and self.keep_milestones:
+            milestones = [p for p in folders if epoch_of(p) % self.milestone_every == 0]
+            kept |= set(milestones[-self.keep_milestones :])
+        return kept | {p for p in [self.best()] if p}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state that a checkpoint was saved with, on the CPU; its weights' header is checked against the file's length.
+
+    Raises:
+        FileNotFoundError, RuntimeError, ...: whatever a missing or damaged file makes its reader raise.
+    """
+    with safe_open(Path(folder) / "model.safetensors", framework="pt"):
+        pass
+    return torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether ``folder`` has a checkpoint's name and files."""
+    folder = Path(folder)
+    files = (folder / "model.safetensors", folder / "state.pt")
+    return bool(_NAME.fullmatch(folder.name)) and all(f.is_file() for f in files)
+
+
+def epoch_of(folder: Path) -> int:
+    """The epoch in a checkpoint's name."""
+    return int(_NAME.fullmatch(Path(folder).name).group(1))
+
+
+def perplexity_of(folder: Path) -> float | None:
+    """The validation perplexity in a checkpoint's name; None when it carries none."""
+    score = _NAME.fullmatch(Path(folder).name).group(2)
+    return None if score is None else float(score)
 
 
 def _sync(path: Path) -> None:
