@@ -2,15 +2,19 @@
 
 from bklm.models.base import LanguageModel
 from bklm.models.context_token import ContextTokenConfig, ContextTokenLM, ContextTokenState
+from bklm.models.gpt import GPT, GPTConfig, GPTState
 from bklm.models.leak import future_leak
 from bklm.models.loss import TokenLosses, linear_cross_entropy, linear_token_losses
 from bklm.models.new_llm import NewLLM, NewLLMConfig, NewLLMState
 from bklm.models.resnet_bk import ResNetBK, ResNetBKConfig, ResNetBKState
 
 __all__ = [
+    "GPT",
     "ContextTokenConfig",
     "ContextTokenLM",
     "ContextTokenState",
+    "GPTConfig",
+    "GPTState",
     "LanguageModel",
     "NewLLM",
     "NewLLMConfig",
