@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: serves one folder as the files of data-set repositories over local HTTP.
+"""A stand-in for the Hugging Face hub: serves one folder as the files of data-set and model repositories over local HTTP.
 
 It answers what huggingface_hub and datasets ask for when they load a Parquet-backed data set: the repository's description,
 its file tree, information on paths, and the files themselves (whole or by range).
@@ -24,6 +24,7 @@ class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     root: Path
     cut_downloads_at: int | None = None  # bytes after which a file's transfer breaks off
+    knows_ranges: bool = True
     busy: int = 0  # how many requests are turned away at first
 
     def do_GET(self):
@@ -36,6 +37,8 @@ class Hub(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+(?:/(.*))?", path):
             return self.tree(match[1], match[2] or "")
         if match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+            return self.file(self.root / match[1] / match[2])
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):  # a model's repository
             return self.file(self.root / match[1] / match[2])
         return self.missing("EntryNotFound")
 
@@ -79,7 +82,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.missing("EntryNotFound")
         data, status, headers = path.read_bytes(), 200, {}
         etag = hashlib.sha256(data).hexdigest()
-        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "") * self.knows_ranges):
             begin, end = int(match[1]), min(int(match[2] or len(data) - 1), len(data) - 1)
             headers["Content-Range"] = f"bytes {begin}-{end}/{len(data)}"
             data, status = data[begin : end + 1], 206
@@ -105,7 +108,8 @@ class Hub(BaseHTTPRequestHandler):
             self.close_connection = cut is not None and len(data) > cut
 
     def log_message(self, format, *args):
-        self.server.requests.append(f"{self.command} {self.path}")
+        wanted = self.headers.get("Range", "")
+        self.server.requests.append(f"{self.command} {self.path} {wanted}".rstrip())
 
 
 def entry(path: Path, repository: Path) -> dict:
