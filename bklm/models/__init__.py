@@ -7,6 +7,7 @@ from bklm.models.leak import future_leak
 from bklm.models.loss import TokenLosses, linear_cross_entropy, linear_token_losses
 from bklm.models.new_llm import NewLLM, NewLLMConfig, NewLLMState
 from bklm.models.resnet_bk import ResNetBK, ResNetBKConfig, ResNetBKState
+from bklm.models.sizing import Sized, gpt_of_size, resnet_bk_of_size
 
 __all__ = [
     "GPT",
@@ -22,8 +23,11 @@ __all__ = [
     "ResNetBK",
     "ResNetBKConfig",
     "ResNetBKState",
+    "Sized",
     "TokenLosses",
     "future_leak",
+    "gpt_of_size",
     "linear_cross_entropy",
     "linear_token_losses",
+    "resnet_bk_of_size",
 ]

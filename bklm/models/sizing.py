@@ -1,0 +1,91 @@
+"""Configurations of a wanted parameter count, so that a comparison of models is one at equal size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from bklm.models.base import LanguageModel
+from bklm.models.checks import check_int
+from bklm.models.gpt import GPT, GPTConfig
+from bklm.models.resnet_bk import ResNetBK, ResNetBKConfig
+
+__all__ = ["Sized", "gpt_of_size", "resnet_bk_of_size"]
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Sized(Generic[Config]):
+    """A configuration and how close it came."""
+
+    config: Config
+    parameters: int
+    wanted: int
+
+    @property
+    def difference(self) -> float:
+        """Share by which the model is larger (or, negative, smaller) than wanted."""
+        return self.parameters / self.wanted - 1
+
+
+def gpt_of_size(
+    parameters: int, vocab_size: int, n_seq: int, *, n_layers: int = 5, n_heads: int = 4, dropout_p: float = 0.1
+) -> Sized[GPTConfig]:
+    """The GPT of this depth and number of heads whose parameter count is nearest to ``parameters``.
+
+    Raises:
+        ValueError: even the narrowest such model is more than half as large again.
+    """
+
+    def build(width: int) -> GPTConfig:
+        return GPTConfig(vocab_size, width * n_heads, n_layers, n_heads, n_seq, dropout_p)
+
+    return _nearest(parameters, GPT, build)
+
+
+def resnet_bk_of_size(
+    parameters: int, vocab_size: int, n_seq: int | None, *, n_layers: int = 4, **settings: Any
+) -> Sized[ResNetBKConfig]:
+    """The ResNetBK of this depth whose parameter count is nearest to ``parameters``.
+
+    Args:
+        settings: further fields of ResNetBKConfig (num_experts, dropout_p, ...).
+
+    Raises:
+        ValueError: even the narrowest such model is more than half as large again.
+    """
+
+    def build(width: int) -> ResNetBKConfig:
+        return ResNetBKConfig(vocab_size, width, n_layers, n_seq, **settings)
+
+    return _nearest(parameters, ResNetBK, build)
+
+
+def _nearest(
+    wanted: int, model: Callable[[Config], LanguageModel], build: Callable[[int], Config]
+) -> Sized[Config]:
+    """Bisection over the width, which the count grows with. Models are built without memory for their weights."""
+    check_int("parameters", wanted, 1)
+
+    def count(width: int) -> int:
+        with torch.device("meta"):
+            return model(build(width)).num_parameters()
+
+    low, high = 1, 2
+    while count(high) < wanted:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) < wanted else (low, middle)
+    width = min((low, high), key=lambda w: abs(count(w) - wanted))
+    found = Sized(build(width), count(width), wanted)
+    if found.difference > 0.5:
+        raise ValueError(
+            f"parameters: got {wanted}, but the smallest {model.__name__} with this vocabulary, depth and length has "
+            f"{found.parameters}; ask for more, or for fewer layers."
+        )
+    return found
