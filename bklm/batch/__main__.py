@@ -1,0 +1,54 @@
+"""``python -m bklm.batch SETS.yaml``: exit code 0 when every run is done, 1 when one failed, 2 when nothing was started."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from bklm.batch.plan import read_runs
+from bklm.batch.run import run_batch
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Run notebooks with many parameter sets; runs that are done are kept, and the same command goes on."""
+
+    sets: Annotated[Path, tyro.conf.Positional]
+    """YAML file: which notebooks with which parameters (docs/batch.yaml is an example)"""
+    output_dir: Path = Path("results/batch")
+    """one folder per run, summary.html, and beside it the zip"""
+    workers: int = 1
+    """notebooks at a time"""
+    minutes: float | None = None
+    """longest time for one run"""
+    check: bool = False
+    """only check the file and list the runs"""
+
+
+def main(words: list[str] | None = None) -> int:
+    given = tyro.cli(Arguments, args=words, prog="python -m bklm.batch", use_underscores=True)
+    try:
+        runs = read_runs(given.sets)
+        for run in runs:
+            print(f"{run.name}: {run.notebook.name}, {run.parameters}")
+        if given.check:
+            return 0
+        result = run_batch(runs, given.output_dir, workers=given.workers, minutes=given.minutes)
+    except KeyboardInterrupt:
+        print("Stopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    print(f"Summary: {result.summary.resolve()}\nResults: {result.bundle.resolve()}")
+    if result.failed:
+        print(f"{len(result.failed)} of {len(runs)} runs failed: {', '.join(o.name for o in result.failed)}.")
+    return 1 if result.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""What a batch is to run: a YAML file of notebooks and parameter sets, checked whole before anything starts.
+
+    parameters: {profile: smoke, dataset: embedded}   # for every run; optional
+    runs:
+      - notebook: notebooks/01_grad_blend_sweep.ipynb
+        name: two-alphas                              # its folder; optional, made from the parameters otherwise
+        parameters: {alphas: [0, 0.5]}
+      - notebook: "notebooks/0[13]_*.ipynb"           # a pattern, or a list of paths
+        grid: {batch_size: [16, 32], seeds: [0, 1]}   # one run for every combination
+
+Paths are relative to the current folder. Each run gets a folder of its own, so ``output_dir`` is not a parameter to give.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import papermill
+import yaml
+
+from bklm.notebook import FORMS
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,99}")
+GIVEN_BY_BATCH = {"output_dir": "the batch gives every run a folder of its own"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One notebook with one parameter set. ``name`` is also the name of its folder."""
+
+    name: str
+    notebook: Path
+    parameters: dict[str, Any]
+
+    def all_parameters(self, folder: Path) -> dict[str, Any]:
+        """What papermill is given: the set, a folder of the run's own, and that nobody looks at widgets."""
+        known = papermill.inspect_notebook(self.notebook)
+        values = dict(self.parameters)
+        if "headless" in known:
+            values.setdefault("headless", True)
+        if "output_dir" in known:
+            values["output_dir"] = str(folder.resolve())
+        return values
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the notebook's file: a run is done when this notebook has ended with these parameters."""
+        return hashlib.sha256(self.notebook.read_bytes()).hexdigest()
+
+
+def read_runs(path: Path) -> list[Run]:
+    """The runs that a YAML file describes, in its order.
+
+    Raises:
+        ValueError: one sentence: where in the file, what was given, what is allowed.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from None
+    _check_keys(content, {"parameters", "runs"}, {"runs"}, str(path))
+    common = _mapping(content.get("parameters"), f"{path}: parameters")
+    entries = content["runs"]
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: runs: got {entries!r}; allowed is a list of one or more runs.")
+    runs = [
+        run
+        for number, entry in enumerate(entries, start=1)
+        for run in _runs_of(entry, common, f"{path}: run {number}")
+    ]
+    # Folders of one name but for case are one folder on some disks.
+    counts = Counter(run.name.lower() for run in runs)
+    twice = [run.name for run in runs if counts[run.name.lower()] > 1]
+    if twice:
+        raise ValueError(
+            f"{path}: {twice[0]!r} is the name of more than one run; give each a name of its own, or leave one out."
+        )
+    return runs
+
+
+def _runs_of(entry: Any, common: dict[str, Any], place: str) -> Iterator[Run]:
+    _check_keys(entry, {"notebook", "name", "parameters", "grid"}, {"notebook"}, place)
+    own = _mapping(entry.get("parameters"), f"{place}: parameters")
+    grid = _mapping(entry.get("grid"), f"{place}: grid")
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{place}: grid: {key}: got {values!r}; allowed is a list of values to try.")
+        if key in own:
+            raise ValueError(f"{place}: {key} stands in parameters and in grid; leave one out.")
+    notebooks = list(_notebooks(entry["notebook"], place))
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    for notebook in notebooks:
+        for point in points:
+            values = {**common, **own, **point}
+            check_parameters(notebook, values, place)
+            yield Run(_name(entry.get("name"), notebook, own, point, len(notebooks), place), notebook, values)
+
+
+def _notebooks(given: Any, place: str) -> Iterator[Path]:
+    for pattern in given if isinstance(given, list) else [given]:
+        # Path.glob takes no absolute pattern.
+        found = sorted(glob.glob(pattern)) if isinstance(pattern, str) else []  # noqa: PTH207
+        if not found:
+            raise ValueError(
+                f"{place}: notebook: got {pattern!r}, which is no file here; allowed is the path of a notebook, "
+                "a pattern such as notebooks/*.ipynb, or a list of them."
+            )
+        for path in found:
+            if not path.endswith(".ipynb") or not Path(path).is_file():
+                raise ValueError(f"{place}: notebook: got {path!r}; a notebook's name ends in .ipynb.")
+            yield Path(path)
+
+
+def check_parameters(notebook: Path, values: dict[str, Any], place: str) -> None:
+    """Refuse a parameter that the notebook does not have, and a value that its study does not allow.
+
+    Papermill itself only warns of an unknown name, and runs with the default.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    try:
+        known = papermill.inspect_notebook(notebook)
+    except (
+        Exception
+    ) as error:  # papermill raises what the JSON, nbformat or its own parser happens to trip over
+        raise ValueError(f"{place}: {notebook} cannot be read as a notebook ({error}).") from None
+    for name in values:
+        if name in GIVEN_BY_BATCH:
+            raise ValueError(f"{place}: {name}: {GIVEN_BY_BATCH[name]}; leave it out.")
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(
+                f"{place}: {notebook.name} has no parameter {name!r}; it has {', '.join(known) or 'none'}{hint}"
+            )
+    form = {Path(path).name: config for path, config in FORMS.items()}.get(notebook.name)
+    if form is not None:
+        fields = {n: v for n, v in values.items() if n in form.names()}
+        try:
+            form(**fields).resolved()
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+
+
+def _name(given: Any, notebook: Path, own: dict[str, Any], point: dict[str, Any], many: int, place: str) -> str:
+    """The name given, with what tells the runs of one entry apart; without one, the notebook's with its parameters."""
+    if given is None:
+        return _joined(notebook.stem, {**own, **point})
+    if not isinstance(given, str) or not NAME.fullmatch(given):
+        raise ValueError(
+            f"{place}: name: got {given!r}; allowed are up to 100 letters, digits and . , _ - + =, a letter or digit first."
+        )
+    return _joined(f"{given}-{notebook.stem}" if many > 1 else given, point)
+
+
+def _joined(stem: str, values: dict[str, Any]) -> str:
+    """ "stem-batch_size=16-seeds=0,1"; a long or odd text is cut and told apart by its hash."""
+    words = [f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in sorted(values.items())]
+    exact = "-".join([stem, *words])
+    name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", exact)
+    if name != exact or not NAME.fullmatch(name):
+        name = f"{name[:80].lstrip('_.,=+-') or 'run'}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+    return name
+
+
+def _check_keys(given: Any, allowed: set[str], needed: set[str], place: str) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(f"{place}: got {given!r}; allowed is a mapping with {', '.join(sorted(allowed))}.")
+    for key in given:
+        if key not in allowed:
+            raise ValueError(f"{place}: got the key {key!r}; allowed are {', '.join(sorted(allowed))}.")
+    for key in needed - set(given):
+        raise ValueError(f"{place}: the key {key!r} is missing.")
+
+
+def _mapping(given: Any, place: str) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise ValueError(f"{place}: got {given!r}; allowed are names with values, such as profile: smoke.")
+    return given

@@ -1,0 +1,274 @@
+"""Running a batch: several notebooks at a time, each result recorded as it comes, one page and one zip at the end."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Literal
+
+import nbformat
+from filelock import FileLock, Timeout
+from nbconvert import HTMLExporter
+from tqdm.auto import tqdm
+
+from bklm.batch import job
+from bklm.batch.plan import Run
+from bklm.batch.summary import write_summary
+from bklm.checkpoints import replacing, write_json, write_text
+from bklm.reporting import zip_study
+from bklm.studies.folder import read_result
+
+GRACE_SECONDS = 15.0  # for a process that was asked to end, its kernel with it
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run ended. ``seconds`` is its own time; "kept" is a run that an earlier batch had done."""
+
+    name: str
+    status: Literal["done", "kept", "failed"]
+    notebook: str
+    parameters: dict[str, Any]
+    seconds: float
+    error: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """Every run's outcome, in the file's order; the page that shows them, and the zip of everything."""
+
+    outcomes: list[Outcome]
+    summary: Path
+    bundle: Path
+
+    @property
+    def failed(self) -> list[Outcome]:
+        return [o for o in self.outcomes if o.status == "failed"]
+
+
+@dataclass
+class _Job:
+    run: Run
+    process: multiprocessing.Process
+    pipe: Any
+    started: float
+    cells_done: int = 0
+    error: str | None = "the notebook's process ended without a word"
+    has_ended: bool = False
+
+
+def run_batch(
+    runs: Sequence[Run],
+    output_dir: Path,
+    *,
+    workers: int = 1,
+    minutes: float | None = None,
+    say: Callable[[str], None] = tqdm.write,
+) -> BatchResult:
+    """Execute every run that is not done yet into ``output_dir/<name>``; a failed one does not stop the rest.
+
+    Args:
+        workers: notebooks at a time; the processor's cores are divided among them.
+        minutes: a run is stopped and counts as failed after so long; None: never.
+        say: called with one line as each run ends.
+
+    Raises:
+        ValueError: a run's folder holds one of the same name with another notebook or other parameters.
+        OSError: ``output_dir`` cannot be written.
+        RuntimeError: another batch is working in ``output_dir``.
+    """
+    if workers < 1:
+        raise ValueError(f"workers: got {workers}; allowed is an integer of at least 1.")
+    output_dir = Path(output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output_dir / ".batch.lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RuntimeError(
+            f"output_dir: another batch is working in {output_dir}; wait for it or choose another folder."
+        ) from None
+    except OSError as error:
+        raise OSError(
+            f"output_dir: cannot write to {output_dir} ({error.strerror}); choose another."
+        ) from error
+    with lock:
+        outcomes = {run.name: kept for run in runs if (kept := _kept(run, output_dir / run.name))}
+        for name in outcomes:
+            say(f"{name}: done before, kept")
+        waiting = [run for run in runs if run.name not in outcomes]
+        with _Workers(waiting, output_dir, workers, minutes) as pool:
+            for outcome in pool.outcomes():
+                outcomes[outcome.name] = outcome
+                write_json(output_dir / outcome.name / "run.json", asdict(outcome))
+                end = f"failed, {outcome.error}" if outcome.error else "done"
+                say(f"{outcome.name}: {end} ({outcome.seconds:.0f} s; {len(outcomes)} of {len(runs)})")
+        ordered = [outcomes[run.name] for run in runs]
+        summary = write_summary(output_dir, ordered)
+        return BatchResult(ordered, summary, _zip(output_dir, ordered))
+
+
+def _kept(run: Run, folder: Path) -> Outcome | None:
+    """The recorded outcome of a run that is done; None for one to execute.
+
+    Raises:
+        ValueError: the folder is another run's.
+    """
+    recorded = read_result(folder / "run.json")
+    if recorded is None:
+        return None
+    parameters = json.loads(json.dumps(run.parameters, default=str))
+    changed = [
+        f"{key} ({recorded['parameters'].get(key)!r} there, {parameters.get(key)!r} now)"
+        for key in sorted({*recorded["parameters"], *parameters})
+        if recorded["parameters"].get(key) != parameters.get(key)
+    ]
+    if recorded["notebook"] != run.notebook.name:
+        changed.append(f"the notebook ({recorded['notebook']} there, {run.notebook.name} now)")
+    if changed:
+        raise ValueError(
+            f"{run.name}: {folder} holds a run with other settings: {'; '.join(changed)}. Give this run another name, "
+            "or the batch another output_dir; nothing was changed."
+        )
+    is_done = recorded["status"] != "failed" and recorded["fingerprint"] == run.fingerprint()
+    return Outcome(**{**recorded, "status": "kept"}) if is_done else None
+
+
+class _Workers:
+    """Runs in processes of their own, so many at a time; none outlives the ``with`` block."""
+
+    def __init__(self, runs: Sequence[Run], output_dir: Path, workers: int, minutes: float | None) -> None:
+        self.waiting, self.output_dir, self.workers = deque(runs), output_dir, workers
+        self.limit = None if minutes is None else 60 * minutes
+        self.threads = max(1, (os.cpu_count() or 1) // workers)
+        self.running: list[_Job] = []
+        self.cells = {run.name: len(nbformat.read(run.notebook, as_version=4).cells) for run in runs}
+        self.bar = tqdm(
+            total=sum(self.cells.values()) + len(runs), unit="cell", mininterval=1.0, disable=not runs
+        )
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for job_ in self.running:
+            job_.process.terminate()  # the kernel ends with it; the studies in it keep what is finished
+        for job_ in self.running:
+            _wait_for(job_.process)
+        self.bar.close()
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Yield an Outcome as each run ends."""
+        while self.waiting or self.running:
+            while self.waiting and len(self.running) < self.workers:
+                self.running.append(self._start(self.waiting.popleft()))
+            self.bar.set_description(", ".join(j.run.name for j in self.running)[:60], refresh=False)
+            ready = wait(
+                [j.pipe for j in self.running] + [j.process.sentinel for j in self.running], timeout=1.0
+            )
+            for job_ in list(self.running):
+                if job_.pipe in ready:
+                    self._listen(job_)
+                if self.limit is not None and time.monotonic() - job_.started > self.limit:
+                    job_.error, job_.has_ended = f"stopped after {self.limit / 60:g} minutes", True
+                    job_.process.terminate()
+                if job_.has_ended or not job_.process.is_alive():
+                    yield self._end(job_)
+
+    def _start(self, run: Run) -> _Job:
+        folder = self.output_dir / run.name
+        folder.mkdir(exist_ok=True)
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        arguments = (
+            str(run.notebook.resolve()), str(_executed(folder, run, ".running")), run.all_parameters(folder),
+            str(folder / "printed.txt"), self.threads, sender,
+        )  # fmt: skip
+        # Spawned, not forked: this process has threads, and CUDA perhaps, that a fork would break.
+        process = multiprocessing.get_context("spawn").Process(target=job.execute, args=arguments, daemon=False)
+        process.start()
+        sender.close()
+        return _Job(run, process, receiver, time.monotonic())
+
+    def _listen(self, job_: _Job) -> None:
+        try:
+            while job_.pipe.poll():
+                kind, value = job_.pipe.recv()
+                if kind == "cell":
+                    self.bar.update(value - job_.cells_done)
+                    job_.cells_done = value
+                else:
+                    job_.error, job_.has_ended = value, True
+        except EOFError:
+            job_.has_ended = True
+
+    def _end(self, job_: _Job) -> Outcome:
+        _wait_for(job_.process)
+        self._listen(job_)
+        self.running.remove(job_)
+        if job_.process.exitcode < 0 and not job_.has_ended:
+            job_.error = f"the notebook's process was killed by signal {-job_.process.exitcode}"
+        run, error = job_.run, job_.error
+        try:
+            _keep_notebook(self.output_dir / run.name, run, error)
+        except OSError as failure:
+            error = error or f"its notebook could not be kept ({failure})"
+        self.bar.update(self.cells[run.name] + 1 - job_.cells_done)
+        seconds = round(time.monotonic() - job_.started, 1)
+        parameters = json.loads(json.dumps(run.parameters, default=str))
+        status = "failed" if error else "done"
+        error = error and " ".join(error.split())[:500]
+        return Outcome(run.name, status, run.notebook.name, parameters, seconds, error, run.fingerprint())
+
+
+def _wait_for(process: multiprocessing.Process) -> None:
+    """Join a process that is ending; one that does not end within its grace time is killed."""
+    process.join(GRACE_SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def _executed(folder: Path, run: Run, mark: str = "") -> Path:
+    return folder / f"{run.notebook.stem}{mark}.ipynb"
+
+
+def _keep_notebook(folder: Path, run: Run, error: str | None) -> None:
+    """Name the executed notebook after its end, render it, and put it into the zips of the run's studies."""
+    running = _executed(folder, run, ".running")
+    if not running.exists():
+        return
+    for mark in ("", ".failed"):
+        for suffix in (".ipynb", ".html"):
+            _executed(folder, run, mark).with_suffix(suffix).unlink(missing_ok=True)
+    kept = running.replace(_executed(folder, run, ".failed" if error else ""))
+    html, _ = HTMLExporter().from_notebook_node(nbformat.read(kept, as_version=4))
+    write_text(kept.with_suffix(".html"), html)
+    for manifest in folder.glob("*/manifest.json"):
+        zip_study(manifest.parent, kept)
+
+
+def _zip(output_dir: Path, outcomes: Sequence[Outcome]) -> Path:
+    """One zip beside ``output_dir``: the page and these runs' folders, without checkpoints and the zips in them."""
+    target = output_dir.with_name(output_dir.name + ".zip")
+    files = [output_dir / "summary.html"]
+    for outcome in outcomes:
+        files += sorted(p for p in (output_dir / outcome.name).rglob("*") if p.is_file())
+    with (
+        replacing(target) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive,
+    ):
+        for file in files:
+            inside = file.relative_to(output_dir)
+            is_hidden = any(part.startswith(".") for part in inside.parts)
+            if not is_hidden and file.suffix != ".zip" and "checkpoints" not in inside.parts:
+                archive.write(file, Path(output_dir.name) / inside)
+    return target

@@ -1,0 +1,239 @@
+"""The batch runner: what it refuses, what it keeps, and that one notebook's end is not another's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from bklm.batch.__main__ import main
+from bklm.batch.plan import read_runs
+from bklm.batch.run import run_batch
+
+ROOT = Path(__file__).resolve().parents[1]
+SWEEP = str(ROOT / "notebooks" / "01_grad_blend_sweep.ipynb")
+PICTURE = "from pathlib import Path\nPath(output_dir, 'a picture.png').write_bytes(b'png')"
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    """notebook(name, *cells): a notebook with parameters x, text and output_dir, and these code cells."""
+
+    def make(name: str, *cells: str) -> str:
+        form = nbformat.v4.new_code_cell(
+            'x = 1\ntext = "a"\noutput_dir = "."', metadata={"tags": ["parameters"]}
+        )
+        content = nbformat.v4.new_notebook(
+            cells=[form, *map(nbformat.v4.new_code_cell, cells)],
+            metadata={
+                "kernelspec": {"name": "python3", "display_name": "Python 3"},
+                "language_info": {"name": "python"},
+            },
+        )
+        nbformat.write(content, tmp_path / f"{name}.ipynb")
+        return str(tmp_path / f"{name}.ipynb")
+
+    return make
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """sets(content): the YAML file that holds it (JSON is YAML)."""
+
+    def write(content) -> Path:
+        path = tmp_path / "sets.yaml"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+def test_a_grid_is_every_combination_under_names_that_do_not_change(sets, notebook):
+    path = notebook("n")
+    runs = read_runs(
+        sets({
+            "parameters": {"text": "b"},
+            "runs": [
+                {"notebook": path, "grid": {"x": [1, 2]}},
+                {"notebook": path, "name": "mine", "parameters": {"text": "c"}},
+            ],
+        })
+    )  # fmt: skip
+    assert [(r.name, r.parameters) for r in runs] == [
+        ("n-x=1", {"text": "b", "x": 1}),
+        ("n-x=2", {"text": "b", "x": 2}),
+        ("mine", {"text": "c"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("runs: [", "not a YAML file"),
+        ("[1, 2]", "allowed is a mapping with parameters, runs"),
+        ({"runs": []}, r"runs: got \[\]; allowed is a list"),
+        ({"run": [{}]}, "got the key 'run'; allowed are parameters, runs"),
+        ({"runs": [{"name": "a"}]}, "run 1: the key 'notebook' is missing"),
+        ({"runs": [{"notebook": "nowhere.ipynb"}]}, "'nowhere.ipynb', which is no file here"),
+        ({"runs": [{"notebook": SWEEP, "parameters": {"profil": 1}}]}, "no parameter 'profil'.*mean 'profile'"),
+        (
+            {"runs": [{"notebook": SWEEP, "parameters": {"output_dir": "x"}}]},
+            "a folder of its own; leave it out",
+        ),
+        (
+            {"runs": [{"notebook": SWEEP, "parameters": {"alphas": [0, 2]}}]},
+            r"alphas: got \[0, 2\]; allowed is",
+        ),
+        (
+            {"runs": [{"notebook": SWEEP, "parameters": {"profile": "smoke", "top_k": 9}}]},
+            "top_k: got 9 with num_exp",
+        ),
+        (
+            {"runs": [{"notebook": SWEEP, "grid": {"seeds": 3}}]},
+            "grid: seeds: got 3; allowed is a list of values",
+        ),
+        ({"runs": [{"notebook": SWEEP, "name": "../up"}]}, "name: got '../up'; allowed are"),
+        ({"runs": [{"notebook": SWEEP}, {"notebook": SWEEP}]}, "is the name of more than one run"),
+        (
+            {"runs": [{"notebook": SWEEP, "parameters": {"clip": 1}, "grid": {"clip": [1]}}]},
+            "in parameters and in grid",
+        ),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_one_sentence_before_anything_runs(sets, content, sentence, tmp_path):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        read_runs(sets(content))
+    assert "\n" not in str(caught.value)
+    assert main([str(sets(content)), "--output_dir", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_value_with_any_characters_gives_a_folder_name_of_harmless_ones(sets, notebook):
+    values = ["../../etc", "a b", "a/b", "ü" * 300, "", "; rm -rf ."]
+    runs = read_runs(sets({"runs": [{"notebook": notebook("n"), "grid": {"text": values}}]}))
+    assert len({r.name for r in runs}) == len(values)
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*", r.name) and len(r.name) <= 100 for r in runs)
+
+
+def test_the_example_in_the_documentation_is_one_that_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert [r.notebook.name for r in read_runs(Path("docs/batch.yaml"))] == [
+        "01_grad_blend_sweep.ipynb", "01_grad_blend_sweep.ipynb", "02_precision_benchmark.ipynb",
+    ]  # fmt: skip
+
+
+def test_a_failed_notebook_leaves_the_others_alone_and_only_it_runs_again(sets, notebook, tmp_path):
+    good = notebook("good", PICTURE, "print('x is', x)")
+    bad = notebook("bad", "print('so far')", "raise ValueError('no such text')")
+    path = sets({"runs": [{"notebook": good, "name": "good", "parameters": {"x": 5}}, {"notebook": bad}]})
+    out, lines = tmp_path / "out", []
+    result = run_batch(read_runs(path), out, workers=2, say=lines.append)
+    assert [(o.name, o.status) for o in result.outcomes] == [
+        ("good", "done"),
+        ("bad", "failed"),
+    ]
+    assert result.outcomes[1].error == "cell 3: ValueError: no such text"
+    assert len(lines) == 2
+    assert "x is 5" in (out / "good" / "printed.txt").read_text()
+    page = result.summary.read_text()
+    for part in (
+        "1 of 2 runs done, 1 failed",
+        "ValueError: no such text",
+        'src="good/a%20picture.png"',
+        "good/good.ipynb",
+    ):
+        assert part in page
+    with zipfile.ZipFile(result.bundle) as archive:
+        names = set(archive.namelist())
+    assert {
+        "out/summary.html",
+        "out/good/good.ipynb",
+        "out/good/a picture.png",
+        "out/bad/bad.failed.ipynb",
+    } <= names
+    for address in re.findall(r'(?:href|src)="([^"#][^"]*)"', page):
+        assert "out/" + address.replace("%20", " ") in names
+
+    notebook("bad", "print('mended')")
+    before = (out / "good" / "good.ipynb").stat().st_mtime_ns
+    lines.clear()
+    again = run_batch(read_runs(path), out, say=lines.append)
+    assert [(o.name, o.status) for o in again.outcomes] == [("good", "kept"), ("bad", "done")]
+    assert (out / "good" / "good.ipynb").stat().st_mtime_ns == before
+    assert not (out / "bad" / "bad.failed.ipynb").exists()
+    with pytest.raises(ValueError, match=r"good: .* holds a run with other settings: x \(5 there, 6 now\)"):
+        run_batch(read_runs(sets({"runs": [{"notebook": good, "name": "good", "parameters": {"x": 6}}]})), out)
+
+
+@pytest.mark.slow
+def test_a_kernel_killed_with_signal_9_is_one_failed_run(sets, notebook, tmp_path):
+    dead = notebook("dead", "import os\nos.kill(os.getpid(), 9)")
+    result = run_batch(read_runs(sets({"runs": [{"notebook": dead}]})), tmp_path / "out", say=lambda line: None)
+    assert "DeadKernelError" in result.outcomes[0].error
+
+
+@pytest.mark.slow
+def test_a_notebook_that_never_ends_is_stopped_with_its_kernel(sets, notebook, tmp_path):
+    pid = tmp_path / "pid"
+    endless = notebook(
+        "n", f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    )
+    result = run_batch(
+        read_runs(sets({"runs": [{"notebook": endless}]})),
+        tmp_path / "out",
+        minutes=0.1,
+        say=lambda line: None,
+    )
+    assert result.outcomes[0].error == "stopped after 0.1 minutes"
+    deadline = time.monotonic() + 20
+    while Path("/proc", pid.read_text()).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path("/proc", pid.read_text()).exists()
+
+
+def test_two_batches_in_one_folder_at_once_are_refused(tmp_path):
+    from filelock import FileLock
+
+    with (
+        FileLock(tmp_path / ".batch.lock"),
+        pytest.raises(RuntimeError, match="another batch is working in"),
+    ):
+        run_batch([], tmp_path)
+
+
+@pytest.mark.slow
+def test_an_interrupted_batch_goes_on_with_the_same_command_and_a_study_in_it_with_its_trials(
+    sets, small_text, tmp_path
+):
+    small = {
+        "profile": "smoke", "device": "cpu", "data_dir": str(small_text), "batch_size": 8, "seq_len": 8, "d_model": 8,
+        "n_layers": 1, "epochs_per_trial": 3,
+    }  # fmt: skip
+    path = sets({"runs": [{"notebook": SWEEP, "name": "a", "parameters": small}]})
+    command = [sys.executable, "-m", "bklm.batch", str(path), "--output_dir", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    study = tmp_path / "out" / "a" / "grad_blend"
+    deadline = time.monotonic() + 120
+    while not list(study.glob("trials/*/result.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    first = {p: p.stat().st_mtime_ns for p in study.glob("trials/*/result.json")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert first == {p: p.stat().st_mtime_ns for p in first}
+    with zipfile.ZipFile(tmp_path / "out" / "a" / "grad_blend.zip") as archive:
+        assert "grad_blend/01_grad_blend_sweep.html" in archive.namelist()
