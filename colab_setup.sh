@@ -2,8 +2,11 @@
 # bash colab_setup.sh             install what the suite needs
 # bash colab_setup.sh run [...]   install, then run notebook 01 headless; extra words go to papermill (-p profile quick)
 # bash colab_setup.sh test [...]  install, then lint and test; extra words go to pytest
+# bash colab_setup.sh browser     install, then drive the notebooks in JupyterLab with headless Chromium
+# bash colab_setup.sh colab       install the versions that Colab has into .venv-colab, then run the notebooks there
 #
 # Outside Colab everything goes into .venv; in a Colab runtime into the runtime, where torch and numpy are never changed.
+# The notebooks' first cell names its own Python in BKLM_PYTHON; that one is treated as Colab's is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -16,7 +19,8 @@ fail() {
     exit "${2:-1}"
 }
 
-in_colab() {
+in_prepared_runtime() {
+    [ -z "${BKLM_PYTHON:-}" ] || return 0
     # COLAB_RELEASE_TAG alone is set on Kaggle too.
     [ -n "${COLAB_RELEASE_TAG:-}" ] && python3 -c 'import google.colab' 2>/dev/null
 }
@@ -32,27 +36,31 @@ find_python() {
     fail "needs Python 3.10 or newer; $(python3 --version 2>&1 || echo 'no python3') was found. Install one and run this again."
 }
 
-install() { # the words given say what else than the suite to install: test
-    local extra="${1:-}" python stamp want
-    if in_colab; then
-        PY=$(command -v python3)
-        step="adding missing packages to the Colab runtime"
+install() { # the word given says what else than the suite to install: test, or test,browser
+    local extra="${1:-}"
+    if in_prepared_runtime; then
+        PY=${BKLM_PYTHON:-$(command -v python3)}
+        step="adding missing packages to $PY"
         "$PY" scripts/install.py --keep-installed ${extra:+--extra "$extra"}
         return
     fi
     PY="$PWD/.venv/bin/python"
-    if ! "$PY" -c 'import pip' 2>/dev/null; then
-        step="creating the virtual environment .venv"
-        python=$(find_python) || exit 1
-        "$python" -m venv --clear .venv ||
-            fail "could not create .venv; on Debian and Ubuntu the package python3-venv provides what is missing."
+    make_environment .venv "${extra:-suite}" "$(find_python)" ${extra:+--extra "$extra"}
+}
+
+make_environment() { # folder, name of its stamp, Python to make it from, words for scripts/install.py
+    local folder=$1 stamp="$1/installed-$2" python=$3 want
+    [ -n "$python" ] || exit 1
+    if ! "$folder/bin/python" -c 'import pip' 2>/dev/null; then
+        step="creating the virtual environment $folder"
+        "$python" -m venv --clear "$folder" ||
+            fail "could not create $folder; on Debian and Ubuntu the package python3-venv provides what is missing."
     fi
-    want="$PWD ${extra:-suite} $(cat requirements.txt pyproject.toml constraints/tested.txt scripts/install.py | cksum)"
-    stamp=".venv/installed-${extra:-suite}"
+    want="$PWD $2 $(cat requirements.txt pyproject.toml constraints/*.txt scripts/install.py | cksum)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
-        step="installing the packages of requirements.txt into .venv"
-        echo "Installing into .venv (several minutes the first time) ..."
-        "$PY" scripts/install.py ${extra:+--extra "$extra"}
+        step="installing the packages of requirements.txt into $folder"
+        echo "Installing into $folder (several minutes the first time) ..."
+        "$folder/bin/python" scripts/install.py "${@:4}"
         echo "$want" >"$stamp"
     fi
 }
@@ -89,9 +97,24 @@ run_tests() {
     "$PY" -m pytest "$@"
 }
 
+run_like_colab() {
+    local python candidate
+    python=$(find_python)
+    # Colab's Python is 3.13; pyenv keeps versions that are not on the PATH.
+    for candidate in python3.13 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.13*/bin/python; do
+        if "$candidate" -c 'pass' 2>/dev/null; then python=$candidate && break; fi
+    done
+    PY="$PWD/.venv-colab/bin/python"
+    make_environment .venv-colab test "$python" --like-colab --extra test
+    step="running the notebooks on Colab's versions"
+    "$PY" -m pytest -m "slow or not slow" -W ignore::DeprecationWarning tests/notebooks
+}
+
 case "${1:-}" in
 "") install && echo "Installed. Next: bash colab_setup.sh run" ;;
 run) shift && install && run "$@" ;;
 test) shift && install test && run_tests "$@" ;;
-*) fail "got '$1'; allowed are no word (install), 'run' and 'test'." 2 ;;
+browser) shift && install test,browser && step="driving the notebooks" && "$PY" -m pytest -m slow tests/browser "$@" ;;
+colab) run_like_colab ;;
+*) fail "got '$1'; allowed are no word (install), 'run', 'test', 'browser' and 'colab'." 2 ;;
 esac

@@ -3,6 +3,7 @@
     python scripts/install.py                     the suite
     python scripts/install.py --extra test        and what its tests need
     python scripts/install.py --keep-installed    (Colab) add only what is missing; what is there keeps its version
+    python scripts/install.py --like-colab        take the versions that Colab has
 
 Requirements come from requirements.txt. On the Python versions for which constraints/tested.txt was made, the tested
 versions are taken.
@@ -57,22 +58,33 @@ def add_missing(extra: str | None) -> None:
     print(f"Added: {', '.join(added) or 'nothing, all was there'}. torch and numpy are as they were.")
 
 
-def extra_requirements(extra: str) -> list[str]:
-    """The requirements of one extra of the installed package."""
-    requirements = importlib.metadata.requires("bklm") or []
-    return [r.split(";")[0].strip() for r in requirements if f'extra == "{extra}"' in r.replace("'", '"')]
+def tested(name: str) -> str:
+    """A package's line of constraints/tested.txt."""
+    lines = (ROOT / "constraints" / "tested.txt").read_text(encoding="utf-8").splitlines()
+    return next(line for line in lines if line.startswith(f"{name}=="))
+
+
+def extra_requirements(extras: str) -> list[str]:
+    """The requirements of extras ("test" or "test,browser") of the installed package."""
+    requirements = [r.replace("'", '"') for r in importlib.metadata.requires("bklm") or []]
+    return [r.split(";")[0].strip() for e in extras.split(",") for r in requirements if f'extra == "{e}"' in r]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--extra")
-    parser.add_argument("--keep-installed", action="store_true")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--keep-installed", action="store_true")
+    way.add_argument("--like-colab", action="store_true")
     arguments = parser.parse_args()
     if arguments.keep_installed:
         add_missing(arguments.extra)
         return
     constraints: list[str] = []
-    if TESTED_PYTHONS[0] <= sys.version_info[:2] < TESTED_PYTHONS[1]:
+    if arguments.like_colab:
+        # Colab's torch cannot be had elsewhere: the tested one stands in for it.
+        constraints = ["-c", str(ROOT / "constraints" / "colab.txt"), tested("torch")]
+    elif TESTED_PYTHONS[0] <= sys.version_info[:2] < TESTED_PYTHONS[1]:
         constraints = ["-c", str(ROOT / "constraints" / "tested.txt")]
     else:
         version = ".".join(map(str, sys.version_info[:2]))
