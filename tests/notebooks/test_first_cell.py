@@ -1,0 +1,124 @@
+"""The first cell, executed as in an empty runtime: from git, from an uploaded zip, and as a no-op in a checkout."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SETUP = 'cd "$(dirname "$0")"; echo "$BKLM_PYTHON" >set-up-for\n'
+
+
+@pytest.fixture(scope="module")
+def address():
+    """scripts/address.py as a module."""
+    spec = importlib.util.spec_from_file_location("address", ROOT / "scripts" / "address.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def runtime(tmp_path, monkeypatch):
+    """An empty working folder; what the cell does to the interpreter is undone afterwards."""
+    folder = tmp_path / "content"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return folder
+
+
+def execute(address, repository: str) -> None:
+    source = address.first_cell().replace(f'"{address.address()}"', repr(repository))
+    exec(compile(source, "first cell", "exec"), {})
+
+
+def git_repository(folder: Path, setup: str = SETUP) -> str:
+    folder.mkdir()
+    (folder / "colab_setup.sh").write_text(setup)
+    for words in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"],
+    ):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    return f"file://{folder}"
+
+
+def test_in_an_empty_runtime_it_clones_sets_this_python_up_and_goes_there(address, runtime, tmp_path):
+    execute(address, git_repository(tmp_path / "origin"))
+    assert Path.cwd() == runtime / "bklm"
+    assert Path("set-up-for").read_text().strip() == sys.executable
+    assert sys.path[0] == str(runtime / "bklm")
+    Path("set-up-for").unlink()
+    execute(address, "nowhere")  # a second time it is a checkout already
+    assert not Path("set-up-for").exists()
+
+
+def test_an_uploaded_zip_takes_the_place_of_the_network_and_cannot_leave_its_folder(address, runtime, tmp_path):
+    with zipfile.ZipFile(runtime / "bklm-main.zip", "w") as archive:
+        archive.writestr("bklm-main/colab_setup.sh", SETUP)
+        archive.writestr("../../escaped/colab_setup.sh", "exit 1\n")
+        archive.writestr("/bklm-escaped", "x")
+    execute(address, "nowhere")
+    assert Path("set-up-for").exists()
+    assert not (tmp_path / "escaped").exists()
+    assert not Path("/bklm-escaped").exists()
+
+
+def test_a_zip_of_something_else_and_a_dead_address_are_named(address, runtime):
+    with pytest.raises(SystemExit, match=r"Could not fetch .*nowhere.* Upload its zip"):
+        execute(address, f"file://{runtime}/nowhere")
+    with zipfile.ZipFile(runtime / "bklm.zip", "w") as archive:
+        archive.writestr("poem.txt", "x")
+    with pytest.raises(SystemExit, match=r"bklm\.zip is not the repository"):
+        execute(address, "nowhere")
+
+
+def test_a_set_up_that_fails_stops_the_cell(address, runtime, tmp_path):
+    with pytest.raises(SystemExit, match="set-up failed"):
+        execute(address, git_repository(tmp_path / "origin", "exit 3\n"))
+
+
+def test_in_a_checkout_it_runs_nothing(address, monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("ran a command in a checkout"))
+    execute(address, "nowhere")
+    assert Path.cwd() == ROOT
+
+
+def test_badges_first_cells_and_documents_carry_the_address_of_pyproject(address):
+    assert address.address() in (ROOT / "pyproject.toml").read_text()
+    wrong = [str(p) for p, text in address.wanted().items() if p.read_text(encoding="utf-8") != text]
+    assert wrong == [], "run python scripts/address.py"
+
+
+def test_a_new_address_reaches_every_file_that_names_the_old_one(address, monkeypatch):
+    old = address.address()
+    monkeypatch.setattr(address, "address", lambda: "https://github.com/someone/else")
+    assert len(address.wanted()) > 3
+    for path, text in address.wanted().items():
+        assert f"colab.research.google.com/github/{old.removeprefix('https://github.com/')}" not in text, path
+        assert path.suffix != ".ipynb" or "github/someone/else/blob/main/notebooks/" in text
+        assert f'ADDRESS = \\"{old}' not in text
+
+
+def test_the_first_cell_is_told_the_python_of_its_kernel_and_not_a_virtual_environment(tmp_path):
+    """colab_setup.sh with BKLM_PYTHON installs there, keeping what is installed, and makes no .venv."""
+    for name in ("scripts", "bin"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "colab_setup.sh").write_text((ROOT / "colab_setup.sh").read_text())
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >"{tmp_path}/called-with"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "BKLM_PYTHON": str(python)}
+    subprocess.run(["bash", "colab_setup.sh"], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "called-with").read_text().strip() == "scripts/install.py --keep-installed"
+    assert not (tmp_path / ".venv").exists()
