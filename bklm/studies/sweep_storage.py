@@ -1,0 +1,107 @@
+"""Where a sweep's trials are written down: a journal file of one machine, or a PostgreSQL database that many share."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+
+from bklm.checkpoints import set_aside
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 15  # a worker says so often that its trial is alive
+GRACE_SECONDS = 60  # one that was silent for so long is taken for dead, and its trial is given to another
+CONNECT_SECONDS = 10
+DRIVERS = ("psycopg", "psycopg2")  # the second is what Colab has
+
+
+def check_address(address: str) -> None:
+    """Refuse what is no address of a PostgreSQL database, or one with a password in it.
+
+    Raises:
+        ValueError: one sentence. A password would end in the log and the manifest; libpq reads it from elsewhere.
+    """
+    try:
+        url = sqlalchemy.make_url(address)
+    except sqlalchemy.exc.ArgumentError:
+        url = None
+    if url is None or url.drivername != "postgresql" or not url.database:
+        raise ValueError(
+            f"storage: got {address!r}; allowed is postgresql://user@host/database, or nothing for a file in output_dir."
+        )
+    if url.password is not None or "password" in url.query:
+        raise ValueError(
+            "storage: got an address with a password, which would end in the log and the manifest; leave it out and put "
+            "it into the environment variable PGPASSWORD or the file ~/.pgpass."
+        )
+
+
+def journal(path: Path) -> BaseStorage:
+    """The journal file of a study whose folder is locked by the caller; a damaged one is set aside."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f"{path.name}.lock*"):
+        leftover.unlink()
+    _check_journal(path)
+    return JournalStorage(JournalFileBackend(str(path)))
+
+
+@contextmanager
+def postgresql(address: str) -> Iterator[BaseStorage]:
+    """The tables of a PostgreSQL database, made if they are missing; inside the block no other worker sets up its own.
+
+    Raises:
+        ValueError: see `check_address`.
+        ConnectionError: the database does not answer, or no driver for it is installed.
+    """
+    check_address(address)
+    driver = next((d for d in DRIVERS if importlib.util.find_spec(d)), None)
+    if driver is None:
+        raise ConnectionError(
+            "storage: PostgreSQL needs the package psycopg, which is not installed; pip install 'psycopg[binary]'."
+        )
+    url = sqlalchemy.make_url(address).set(drivername=f"postgresql+{driver}")
+    options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": CONNECT_SECONDS}}
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool, **options)
+    try:
+        connection = engine.connect()
+    except sqlalchemy.exc.OperationalError as error:
+        raise ConnectionError(
+            f"storage: {address} does not answer ({' '.join(str(error.orig).split())}); start the database, mend the "
+            "address, or leave storage empty to work alone."
+        ) from None
+    with connection:
+        # Workers that start together would make the same tables, and the same study, at once. The lock ends with the
+        # connection, whatever becomes of this process.
+        number = zlib.crc32(b"bklm sweep set-up")
+        connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:number)"), {"number": number})
+        yield RDBStorage(
+            url.render_as_string(hide_password=False),
+            engine_kwargs=options,
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=GRACE_SECONDS,
+        )
+
+
+def _check_journal(path: Path) -> None:
+    """Set a journal aside whose last write was cut short or that holds something else. Results are in the trial folders."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    try:
+        for line in content.splitlines():
+            json.loads(line)
+        damage = None if not content or content.endswith(b"\n") else "its last line is cut short"
+    except ValueError as error:
+        damage = f"not a journal line: {error}"
+    if damage:
+        set_aside(path, damage)
+        log.warning("The sweep goes on with a new journal; finished trials are read from their folders.")
