@@ -6,16 +6,20 @@ import importlib
 from typing import Any
 
 _MODULES = {
+    "baseline": ("BaselineConfig", "BaselineResult", "run_baseline"),
     "grad_blend": ("GradBlendConfig", "GradBlendResult", "run_grad_blend"),
     "precision": ("PrecisionConfig", "PrecisionResult", "run_precision"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "BaselineConfig",
+    "BaselineResult",
     "GradBlendConfig",
     "GradBlendResult",
     "PrecisionConfig",
     "PrecisionResult",
+    "run_baseline",
     "run_grad_blend",
     "run_precision",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import os
 import signal
@@ -37,11 +38,16 @@ LONGEST_MEASUREMENT = 600  # seconds, of one arm's memory
 
 
 def build(part: str, settings: Mapping[str, Any]) -> dict[str, Arm]:
-    """The arms of a part by name; ``settings`` are plain values, so that another process can build the same."""
+    """The arms of a part by name; ``settings`` are plain values, so that another process can build the same.
+
+    A part is "grid", a function of `precision_parts`, or "MODULE:FUNCTION" for the arms of another study.
+    """
     if part == "grid":
         problem = precision_grid.Problem.make(**settings)
         return {" ".join(key): arm for key, arm in precision_grid.arms(problem).items()}
-    return getattr(precision_parts, part)(**settings)
+    module, _, function = part.rpartition(":")
+    home = importlib.import_module(module) if module else precision_parts
+    return getattr(home, function)(**settings)
 
 
 def time_arms(

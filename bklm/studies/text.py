@@ -107,7 +107,12 @@ def prepare_text(config: Any) -> StudyText:
     tokens = tokenize_corpus(corpus, config.vocab_size, config.max_train_tokens or None)
     layout = "disjoint" if config.protocol == "original" else "every-target-once"
     text = StudyText(
-        corpus, tokens, config.seq_len, config.batch_size, layout, _baselines(corpus, tokens, config.seq_len)
+        corpus,
+        tokens,
+        config.seq_len,
+        config.batch_size,
+        layout,
+        ngram_baselines(corpus, tokens, config.seq_len),
     )
     for loader in (text.train_loader(0), text.val_loader(), text.test_loader()):
         len(loader)  # refuses sequences and batches that the text cannot fill
@@ -122,7 +127,8 @@ def prepare_text(config: Any) -> StudyText:
     return text
 
 
-def _baselines(corpus: Corpus, tokens: TokenizedCorpus, seq_len: int) -> list[dict[str, Any]]:
+def ngram_baselines(corpus: Corpus, tokens: TokenizedCorpus, seq_len: int) -> list[dict[str, Any]]:
+    """Unigram, Kneser-Ney and, where it is known, the text's true law: rows as in `StudyText.baselines`."""
     models = [("unigram", Unigram()), *((f"Kneser-Ney {n}-gram", KneserNey(order=n)) for n in (2, 3))]
     rows = []
     for name, model in models:
