@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from bklm.models import NewLLM, NewLLMConfig, future_leak
+from bklm.models.new_llm_loop import keep_masks
 
 VOCABULARY = 19
 
@@ -34,7 +35,7 @@ def ids_of(batch, length, seed=1):
 def literal(model, ids, masks=None):
     """Hidden states (B, N, H) as section by section of the published description, one position at a time.
 
-    masks: (layers, N, B, H) bool, the units that dropout removes.
+    masks: (N, layers, B, H), what dropout multiplies by.
     """
     c = torch.zeros(ids.shape[0], model.config.context_dim, dtype=model.norm.weight.dtype)
     hidden = []
@@ -43,7 +44,7 @@ def literal(model, ids, masks=None):
         for i, layer in enumerate(model.layers):
             h = torch.relu(layer(h))
             if masks is not None:
-                h = h * ~masks[i, t] / (1 - model.config.dropout_p)
+                h = h * masks[t][i]
         hidden.append(h)
         forget, write = torch.sigmoid(model.forget_gate(h)), torch.sigmoid(model.input_gate(h))
         c = torch.clamp(model.norm(forget * c + write * model.update(h)), -10, 10)
@@ -100,12 +101,25 @@ def test_gradients_with_dropout_equal_the_literal_ones_with_the_same_masks():
     loss = model.loss(ids, targets)
     ours = torch.autograd.grad(loss, list(model.parameters()))
     torch.manual_seed(5)
-    masks = torch.empty(3, 9, 4, 12, dtype=torch.bool).bernoulli_(0.3)
-    assert 0.2 < masks.double().mean() < 0.4
+    masks = [keep_masks((3, 4, 12), 0.3, torch.empty(0, dtype=torch.float64)) for _ in range(9)]
     expected, gradients = loss_and_gradients(model, literal(model, ids, masks), targets)
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
     for got, want in zip(ours, gradients, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999999])
+def test_masks_drop_with_the_probability_asked_for_and_keep_the_mean(p):
+    torch.manual_seed(0)
+    masks = keep_masks((3, 211, 1001), p, torch.empty(0, dtype=torch.float64))
+    kept = 1 - round(p * 65536) / 65536 if p < 0.99 else 1 / 65536
+    deviation = (p * kept / masks.numel()) ** 0.5  # of the share kept
+    assert masks.unique().tolist() == pytest.approx([0, 1 / kept])
+    assert (masks > 0).double().mean().item() == pytest.approx(kept, abs=4 * deviation)
+    assert masks.mean().item() == pytest.approx(1, abs=4 * deviation / kept)
+    for axis in range(3):  # neighbours, which may come from one 64-bit number, are independent
+        a, b = (masks > 0).double().narrow(axis, 0, 1), (masks > 0).double().narrow(axis, 1, 1)
+        assert torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1].nan_to_num().abs() < 0.1
 
 
 def test_gradients_are_right_where_the_context_is_clamped():
