@@ -7,34 +7,38 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import ipywidgets as widgets
 import nbformat
 import pandas as pd
 from IPython import get_ipython
 from IPython.display import HTML, Image, display
 
-from bklm.checkpoints import write_text
-from bklm.config import FieldSpec, StudyConfig
+from bklm import notebook_form
+from bklm.config import StudyConfig
+from bklm.notebook_controls import Controls
+from bklm.notebook_form import FORMS, Config, form_cell
 from bklm.reporting import Bundle, add_notebook, as_text, zip_study
-from bklm.studies import GradBlendConfig, PrecisionConfig
-from bklm.studies.folder import other_experiment
+
+__all__ = [
+    "FORMS",
+    "Controls",
+    "LiveFigure",
+    "config_from",
+    "download",
+    "finish",
+    "form_cell",
+    "show_picture",
+    "show_table",
+    "where",
+]
 
 log = logging.getLogger(__name__)
-# Which notebook's form belongs to which config.
-FORMS = {
-    "notebooks/01_grad_blend_sweep.ipynb": GradBlendConfig,
-    "notebooks/02_precision_benchmark.ipynb": PrecisionConfig,
-}
 
 PICTURE_WIDTH = 760  # pixels: readable on a desktop, and scaled down by phones
-
-Config = TypeVar("Config", bound=StudyConfig)
+DRIVE = Path("/content/drive")  # where Colab mounts a Google Drive
 
 
 def where() -> str:
@@ -51,117 +55,42 @@ def where() -> str:
     return "jupyter" if "IPKernelApp" in shell.config else "shell"
 
 
-def form_cell(config_class: type[StudyConfig]) -> str:
-    """Source of the notebook's parameters cell: one Colab form line per field of the config, `headless` last."""
-    lines = ['# @title Settings { display-mode: "form" }']
-    lines += [_form_line(spec) for spec in config_class.specs()]
-    lines.append('headless = False  # @param {type:"boolean"}')
-    return "\n".join(lines)
-
-
-def _form_line(spec: FieldSpec) -> str:
-    default: Any = spec.default
-    if isinstance(default, tuple):
-        default = ", ".join(f"{v:g}" for v in default)
-    words = [*spec.choices] if not spec.is_tuple else []
-    if words:
-        options = ", ".join(f'"{w}"' for w in ([""] if default is None else []) + words)
-        return f'{spec.name} = "{default or ""}"  # @param [{options}]'
-    if spec.base is str or spec.is_tuple:
-        return f'{spec.name} = "{default or ""}"  # @param {{type:"string"}}'
-    if spec.base is bool and default is None:
-        return f'{spec.name} = None  # @param ["None", "True", "False"] {{type:"raw"}}'
-    if default is None:
-        return f'{spec.name} = None  # @param {{type:"raw"}}'
-    if spec.is_slider:
-        return f'{spec.name} = {default}  # @param {{type:"slider", min:{spec.low:g}, max:{spec.high:g}, step:{spec.step:g}}}'
-    kind = {bool: "boolean", int: "integer", float: "number"}[spec.base]
-    return f'{spec.name} = {default!r}  # @param {{type:"{kind}"}}'
-
-
 def config_from(config_class: type[Config], namespace: dict[str, Any]) -> Config:
-    """The config that the parameters cell (or papermill's injected cell) describes; ``namespace`` is ``globals()``."""
-    return config_class(**{name: namespace[name] for name in config_class.names()})
+    """The config that the parameters cell (or papermill's injected cell) describes; ``namespace`` is ``globals()``.
 
+    A folder on Google Drive is mounted first, in Colab.
 
-class Controls:
-    """Widgets for some fields of a config. Headless they are not shown, and `config` returns what was given."""
-
-    def __init__(self, config: StudyConfig, names: Sequence[str], headless: bool = False) -> None:
-        self._config, self._headless = config, headless
-        specs = {spec.name: spec for spec in config.specs()}
-        resolved = config.resolved()
-        self.widgets = {name: _widget(specs[name], getattr(resolved, name)) for name in names}
-        self._message = widgets.HTML()
-        for widget in self.widgets.values():
-            widget.observe(lambda change: self._validate(), names="value")
-
-    def show(self) -> None:
-        """Display the controls; run the next cell again after a change."""
-        if not self._headless:
-            display(widgets.VBox([*self.widgets.values(), self._message]))
-
-    def config(self) -> StudyConfig:
-        """The config with the controls' values.
-
-        When the study's folder already holds a run with other settings, an interactive run gets the next free folder
-        beside it and says so; headless the study itself refuses.
-
-        Raises:
-            ValueError: a value that the config does not allow.
-        """
-        if self._headless:
-            return self._config
-        config = replace(self._config, **{name: w.value for name, w in self.widgets.items()})
-        return _in_free_folder(config)
-
-    def _validate(self) -> None:
-        try:
-            replace(self._config, **{name: w.value for name, w in self.widgets.items()}).resolved()
-        except ValueError as error:
-            self._message.value = f'<span style="color:#b00020">{error}</span>'
-        else:
-            self._message.value = ""
-
-
-def _widget(spec: FieldSpec, value: Any) -> widgets.Widget:
-    common = {
-        "description": spec.name.replace("_", " "),
-        "style": {"description_width": "9em"},
-        "layout": widgets.Layout(width="min(32em, 95%)"),
-    }
-    if spec.is_slider and spec.base is int:
-        return widgets.IntSlider(
-            value=value,
-            min=int(spec.low),
-            max=int(spec.high),
-            step=int(spec.step),
-            continuous_update=False,
-            **common,
-        )
-    if spec.choices and not spec.is_tuple:
-        return widgets.Dropdown(options=list(spec.choices), value=value, **common)
-    if spec.base is bool:
-        return widgets.Checkbox(value=value, **common)
-    if spec.is_tuple:
-        return widgets.Text(value=", ".join(f"{v:g}" for v in value), continuous_update=False, **common)
-    if spec.base is int:
-        return widgets.BoundedIntText(
-            value=value, min=int(spec.low or 0), max=int(spec.high or 2**31), **common
-        )
-    return widgets.Text(value=str(value), continuous_update=False, **common)
-
-
-def _in_free_folder(config: Config) -> Config:
-    base, number = config.output_dir, 1
-    while other_experiment(config.resolved()):
-        number += 1
-        config = replace(config, output_dir=str(Path(base) / f"run_{number}"))
-    if number > 1:
-        print(
-            f"{base} holds a run with other settings and stays as it is; this one goes to {config.output_dir}."
-        )
+    Raises:
+        ValueError: a value that the config does not allow, or a Drive that cannot be had.
+    """
+    config = notebook_form.config_from(config_class, namespace)
+    mount_drive(config, headless=namespace.get("headless", False))
     return config
+
+
+def mount_drive(config: StudyConfig, headless: bool = False) -> None:
+    """Mount the Google Drive when a folder of ``config`` lies on it; only Colab has one.
+
+    Raises:
+        ValueError: it is not mounted, and nobody is there to allow it, or it was not allowed.
+    """
+    values = {name: value for name, value in config.to_dict().items() if isinstance(value, str)}
+    wanted = [f"{n}: {v}" for n, v in values.items() if Path(v).is_relative_to(DRIVE)]
+    if not wanted or where() != "colab" or (DRIVE / "MyDrive").exists():
+        return
+    problem = f"{wanted[0]} is on Google Drive, which is not mounted"
+    if headless:
+        raise ValueError(
+            f"{problem}, and nobody is there to allow it; mount it before, or choose another folder."
+        )
+    from google.colab import drive
+
+    try:
+        drive.mount(str(DRIVE))
+    except Exception as error:  # Colab raises whatever its front end said
+        raise ValueError(
+            f"{problem} ({error}); allow it and run the cell again, or choose another folder."
+        ) from error
 
 
 class LiveFigure:
@@ -239,15 +168,5 @@ def _add_this_notebook(folder: Path) -> None:
         )
 
 
-def main() -> None:
-    """``python -m bklm.notebook``: write every form cell into its notebook from the config it belongs to."""
-    for path, config_class in FORMS.items():
-        notebook = nbformat.read(path, as_version=4)
-        cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-        cell.source = form_cell(config_class)
-        write_text(Path(path), nbformat.writes(notebook) + "\n")
-        print("wrote", path, file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # python -m bklm.notebook: write the form cells from the configs
+    notebook_form.write_forms()

@@ -8,7 +8,6 @@ import importlib.metadata
 import platform
 import shlex
 import subprocess
-import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,12 +135,17 @@ def git_revision() -> str:
 
 def command_for(module: str, config: Any) -> str:
     """The command line that repeats a run with this (resolved) config."""
-    words = [sys.executable and "python", "-m", module]
+    return shlex.join(command_words(module, config))
+
+
+def command_words(module: str, config: Any) -> list[str]:
+    """The words of the command line that runs a study's module with a config; empty fields are left out."""
+    words = ["python", "-m", module]
     for name, value in config.to_dict().items():
         if value is not None:
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *(str(v) for v in values)]
-    return shlex.join(words)
+    return words
 
 
 def write_manifest(path: Path, *, config: Any, corpus: Any, module: str, seconds: float, **extra: Any) -> None:

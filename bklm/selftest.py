@@ -10,11 +10,11 @@ import torch
 from matplotlib.figure import Figure
 
 from bklm.bk_core import BKCore, available_backends, reference, resolvent_diagonal
-from bklm.data import load_corpus, tokenize_corpus
 from bklm.figures import colours, legend_below, save_figure
 from bklm.notebook import where
 from bklm.reporting import environment, git_revision
-from bklm.studies.grad_blend import GradBlendConfig, seconds_per_token, study_tokens
+from bklm.studies.grad_blend import GradBlendConfig
+from bklm.studies.grad_blend_estimate import estimated_minutes, in_words
 
 TOLERANCE = 1e-6  # relative, complex64 against the dense inverse in complex128
 
@@ -154,16 +154,8 @@ def draw_operator(path: Path, n: int = 64) -> Path:
 
 
 def study_times() -> list[dict[str, Any]]:
-    """Estimated minutes of notebook 01 on this machine, from a few timed steps of each profile's own model.
-
-    WikiText-2 is counted with its published numbers of words, so that nothing is downloaded here.
-    """
-    embedded = tokenize_corpus(load_corpus("embedded"))
-    sizes = {
-        "embedded": (embedded.vocab_size, len(embedded.train), len(embedded.valid)),
-        "wikitext-2": (30_000, 2_051_910, 213_886),
-    }
-    rows, speeds = [], {}
+    """Estimated minutes of notebook 01 on this machine, from a few timed steps of each profile's own model."""
+    rows = []
     for profile, corpus in (
         ("smoke", "embedded"),
         ("quick", "embedded"),
@@ -171,11 +163,6 @@ def study_times() -> list[dict[str, Any]]:
         ("full", "wikitext-2"),
     ):
         config = GradBlendConfig(profile=profile, dataset=corpus).resolved()
-        vocabulary, *tokens = sizes[corpus]
-        shape = (min(vocabulary, config.vocab_size), config.d_model, config.n_layers, config.seq_len)
-        if shape not in speeds:
-            speeds[shape] = seconds_per_token(config, shape[0])
-        minutes = speeds[shape] * study_tokens(config, *tokens) / 60
-        shown = f"{minutes:.0f}" if minutes >= 1.5 else "about 1" if minutes > 0.5 else "under 1"
-        rows.append({"notebook": "01 GRAD_BLEND sweep", "profile": profile, "text": corpus, "minutes": shown})
+        minutes = in_words(estimated_minutes(config))
+        rows.append({"notebook": "01 GRAD_BLEND sweep", "profile": profile, "text": corpus, "minutes": minutes})
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import typing
 from collections.abc import Callable
@@ -28,7 +29,9 @@ def parse(config_class: type[StudyConfig], words: list[str] | None = None) -> St
         ],
     )
     given = tyro.cli(
-        flags,
+        tyro.conf.FlagConversionOff[
+            flags
+        ],  # --lowercase False, as the other fields, and as manifests record it
         args=words,
         prog=f"python -m {config_class.__module__}",
         description=config_class.__doc__,
@@ -44,6 +47,8 @@ def _help(spec: FieldSpec) -> str:
 
 def main(config_class: type[StudyConfig], run: Callable[[Any], Any], show: Callable[[Any], None]) -> None:
     """Parse, run, show. What a user can mend ends in one sentence and exit code 2; the traceback is in run.log."""
+    # A notebook's kernel and a shell's background job start their children with SIGINT ignored; Stop needs it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         show(run(parse(config_class)))
     except KeyboardInterrupt:

@@ -24,12 +24,13 @@ from bklm.config import TextStudyConfig, setting
 from bklm.models import ResNetBK, ResNetBKConfig
 from bklm.reporting import as_text
 from bklm.studies import cli
-from bklm.studies.folder import claim, read_result, study_folder
+from bklm.studies.folder import claim, experiment_name, read_result, study_folder
 from bklm.studies.grad_blend_figures import draw_analysis
 from bklm.studies.grad_blend_report import GradBlendResult, describe_run, write_report
 from bklm.studies.grad_blend_table import alpha_table, best_alpha, readable
 from bklm.studies.gradient_directions import measure_directions
 from bklm.studies.sweep import Sweep
+from bklm.studies.sweep_storage import check_address
 from bklm.studies.text import StudyText, prepare_text
 from bklm.training import (
     EpochRecord,
@@ -103,6 +104,9 @@ class GradBlendConfig(TextStudyConfig):
     )
     balance: float = setting(0.0, low=0, high=100, help="weight of the experts' load-balancing loss")
     causal: bool | None = setting(None, help="False sees the future; empty: the protocol's")
+    storage: str | None = setting(
+        None, help="postgresql://user@host/database that several machines share; empty: a file in output_dir"
+    )
 
     def resolved(self) -> GradBlendConfig:
         config = super().resolved()
@@ -117,6 +121,8 @@ class GradBlendConfig(TextStudyConfig):
             raise ValueError(
                 f"top_k: got {config.top_k} with num_experts {config.num_experts}; at most as many as experts."
             )
+        if config.storage:
+            check_address(config.storage)
         return config
 
 
@@ -162,33 +168,6 @@ def model_config(config: GradBlendConfig, vocab_size: int, alpha: float) -> ResN
     )
 
 
-def seconds_per_token(config: GradBlendConfig, vocab_size: int, steps: int = 2) -> float:
-    """Seconds that this machine takes to train on one token, from a few steps of a resolved config's own model."""
-    accelerator = make_accelerator(config.device, config.precision)
-    model = ResNetBK(model_config(config, vocab_size, 0.5)).to(accelerator.device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    x = torch.randint(vocab_size, (config.batch_size, config.seq_len), device=accelerator.device)
-    times = []
-    for _ in range(steps + 1):  # the first one compiles
-        started = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        with accelerator.autocast():
-            loss = model.loss(x, x)
-        loss.backward()
-        optimizer.step()
-        loss.item()
-        times.append(time.perf_counter() - started)
-    return min(times[1:]) / x.numel()
-
-
-def study_tokens(config: GradBlendConfig, train_tokens: int, val_tokens: int) -> float:
-    """Tokens that a resolved config's study trains on; a validation token counts a third: it has no backward pass."""
-    if config.max_train_tokens:
-        train_tokens = min(train_tokens, config.max_train_tokens)
-    epochs = len(config.alphas) * len(config.seeds) * config.epochs_per_trial + config.final_epochs
-    return epochs * (train_tokens + val_tokens / 3)
-
-
 def load_final_model(folder: Path) -> ResNetBK:
     """The model that was trained with the best alpha, from a study's folder; on the CPU, in evaluation mode."""
     result = read_result(Path(folder) / "final" / "result.json")
@@ -223,7 +202,12 @@ class _Runner:
     ) -> None:
         self.config, self.text, self.accelerator, self.folder = config, text, accelerator, folder
         self.on_figure = on_figure
-        self.sweep = Sweep(folder / "study.journal", {"alpha": config.alphas, "seed": config.seeds})
+        grid = {"alpha": config.alphas, "seed": config.seeds}
+        if config.storage:
+            name = experiment_name(config, text.corpus.sha256)
+            self.sweep = Sweep.shared(config.storage, name, grid)
+        else:
+            self.sweep = Sweep(folder / "study.journal", grid)
         self.steps_per_epoch = len(text.train_loader(seed=0))
         epochs = len(self.sweep.points) * config.epochs_per_trial + config.final_epochs
         self.bar = tqdm(total=self.steps_per_epoch * epochs, unit="step", mininterval=1.0)
@@ -236,8 +220,9 @@ class _Runner:
         self.bar.close()
 
     def run_sweep(self) -> list[dict[str, Any]]:
-        """Every (alpha, seed) trained once; one result per trial, in grid order."""
+        """Every (alpha, seed) trained once, here or by a worker that shares the sweep; one result per trial, in grid order."""
         results: dict[tuple[float, int], dict[str, Any]] = {}
+        self._adopt_results()
 
         def evaluate_point(point: dict[str, Any]) -> float:
             result = self._trial(**point)
@@ -253,8 +238,20 @@ class _Runner:
         for point in self.sweep.points:
             if point not in self.sweep.missing():
                 results[point["alpha"], point["seed"]] = self._trial(**point)
-        self.sweep.run(evaluate_point)
+        self.sweep.run(evaluate_point, lambda point: results[point["alpha"], point["seed"]])
+        self._adopt_results()
+        for point in self.sweep.points:
+            if (point["alpha"], point["seed"]) not in results:
+                results[point["alpha"], point["seed"]] = self._trial(**point)
         return [results[p["alpha"], p["seed"]] for p in self.sweep.points]
+
+    def _adopt_results(self) -> None:
+        """Write down what other workers found, as if it had been found here."""
+        if self.sweep.is_shared:
+            for point, result in self.sweep.results():
+                path = self._trial_folder(**point) / "result.json"
+                if not path.exists():
+                    write_json(path, result)
 
     def train_final(self, alpha: float) -> dict[str, Any]:
         """Train ``final_epochs`` with the best alpha from the first seed's weights; keep the weights."""
@@ -264,8 +261,11 @@ class _Runner:
 
     def _trial(self, alpha: float, seed: int) -> dict[str, Any]:
         self.bar.set_description(f"alpha {alpha:g}, seed {seed}")
-        folder = self.folder / "trials" / f"alpha_{alpha:g}_seed_{seed}"
+        folder = self._trial_folder(alpha, seed)
         return self._train(alpha, seed, self.config.epochs_per_trial, folder, is_final=False)
+
+    def _trial_folder(self, alpha: float, seed: int) -> Path:
+        return self.folder / "trials" / f"alpha_{alpha:g}_seed_{seed}"
 
     def _train(self, alpha: float, seed: int, epochs: int, folder: Path, is_final: bool) -> dict[str, Any]:
         """Train one model, or read what an earlier run of the same model recorded."""
