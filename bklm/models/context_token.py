@@ -84,11 +84,6 @@ class _Layers(nn.Module):
             nn.init.normal_(linear.bias, std=0.01)
             norm.reset_parameters()
 
-    def _halves(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Weight of layer ``layer`` that the context meets, and the one that the other input meets."""
-        weight = self.linears[layer].weight
-        return weight[:, : self.context_dim], weight[:, self.context_dim :]
-
 
 class ContextBlock(_Layers):
     """The context stream: `forward` where every token's left neighbour is known, `sweep` where it is not."""
@@ -96,15 +91,15 @@ class ContextBlock(_Layers):
     def __init__(self, config: ContextTokenConfig) -> None:
         super().__init__(config.context_dim, config.embed_dim, config.context_dim, config.n_layers)
         # Kept with the weights: phase 2 refuses contexts of a block that no phase 1 has trained.
-        self.register_buffer("fixed_point_steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("fixed_point_iterations", torch.zeros((), dtype=torch.int64))
 
     def forward(self, previous: Tensor, x: Tensor) -> Tensor:
         """Contexts of every layer (..., L, D_c) from left neighbours' final contexts (..., D_c) and x (..., D_e)."""
-        return torch.stack(self._layers(previous, self.inputs(x)), -2)
+        return torch.stack(self.from_inputs(previous, F.linear(x, *self.input_weights())), -2)
 
     def final(self, previous: Tensor, x: Tensor) -> Tensor:
         """The last layer of `forward` alone, (..., D_c)."""
-        return self._layers(previous, self.inputs(x))[-1]
+        return self.from_inputs(previous, F.linear(x, *self.input_weights()))[-1]
 
     def sweep(self, x: Tensor, start: Tensor) -> Tensor:
         """Contexts of every layer (B, N, L, D_c), token after token, from x (B, N, D_e) and the context before, (B, D_c)."""
@@ -113,22 +108,22 @@ class ContextBlock(_Layers):
 
     def steps(self, x: Tensor, start: Tensor) -> Iterator[list[Tensor]]:
         """`sweep`, one token at a time: the contexts of its layers, L tensors (B, D_c)."""
-        inputs, context = self.inputs(x), start
+        inputs, context = F.linear(x, *self.input_weights()), start
         for t in range(x.shape[1]):
-            layers = self._layers(context, [part[:, t] for part in inputs])
+            layers = self.from_inputs(context, inputs[:, t])
             context = layers[-1]
             yield layers
 
-    def inputs(self, x: Tensor) -> list[Tensor]:
-        """What x (..., D_e) adds in each layer, bias included: L tensors (..., D_c), one product for all of them."""
-        weight = torch.cat([self._halves(layer)[1] for layer in range(len(self))])
-        bias = torch.cat([linear.bias for linear in self.linears])
-        return list(F.linear(x, weight, bias).chunk(len(self), -1))
+    def input_weights(self) -> tuple[Tensor, Tensor]:
+        """Weight (L D_c, D_e) and bias of one product that gives what x adds in all layers: `from_inputs` takes it."""
+        weight = torch.cat([linear.weight[:, self.context_dim :] for linear in self.linears])
+        return weight, torch.cat([linear.bias for linear in self.linears])
 
-    def _layers(self, context: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    def from_inputs(self, context: Tensor, inputs: Tensor) -> list[Tensor]:
+        """Contexts of the layers, L tensors (..., D_c), from the left neighbour's (..., D_c) and inputs (..., L D_c)."""
         outputs = []
-        for layer, (norm, given) in enumerate(zip(self.norms, inputs, strict=True)):
-            context = norm(context + F.relu(F.linear(context, self._halves(layer)[0]) + given))
+        for linear, norm, given in zip(self.linears, self.norms, inputs.chunk(len(self), -1), strict=True):
+            context = norm(context + F.relu(F.linear(context, linear.weight[:, : self.context_dim]) + given))
             outputs.append(context)
         return outputs
 
@@ -175,7 +170,7 @@ class ContextTokenLM(LanguageModel):
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.norm.reset_parameters()
         self.context_block.reset_parameters()
-        self.context_block.fixed_point_steps.zero_()
+        self.context_block.fixed_point_iterations.zero_()
         self.token_block.reset_parameters()
         if isinstance(self.token_block.project, nn.Linear):
             self.token_block.project.reset_parameters()

@@ -1,0 +1,222 @@
+"""The contexts of a whole corpus, computed in parallel by iterating to the fixed point of "every token follows its
+left neighbour".
+
+The final contexts of a text solve c_t = f(c_{t-1}, x_t) for all t at once. The text is cut into chunks that run side
+by side, each from a guess of the context before it; after a sweep every chunk knows what its left neighbour really
+ended with, and runs again from there, but only until it meets its own former path: f forgets, because the context
+block is a contraction on average, so that takes some tens of tokens. After k sweeps the first k chunks are exact whatever f
+does. Chunks of one token are the plain (Jacobi) iteration, which evaluates every token in every sweep; Newton's
+iteration (DEER) would need a D x D Jacobian per token and as many times the work, while the whole of this costs little
+more than one evaluation per token (benchmarks/freeze_phase2.py --sweeps).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bklm.models import ContextTokenLM
+
+__all__ = ["CorpusContexts", "checked_ids", "corpus_contexts"]
+
+log = logging.getLogger(__name__)
+
+# Chunks side by side: enough rows for efficient matrix products, few enough that meeting the former path is cheap.
+CPU_ROWS, GPU_ROWS = 256, 2048
+SHORTEST_CHUNK = 128
+SEGMENT = 1024  # tokens whose input products the sequential sweep holds at once
+
+
+@dataclass(frozen=True)
+class CorpusContexts:
+    """Final contexts and how they were found.
+
+    Attributes:
+        final: (T, D_c), the model's dtype and device.
+        method: "parallel", or "sequential" where the iteration did not converge or its result failed verification.
+        sweeps: sweeps over chunks that the iteration made.
+        passes: evaluations of the context block per token, all sweeps together (sequential: with the sequential one).
+        error: largest absolute difference from the sequential sweep over the first ``verified`` tokens.
+        verified: how many tokens were also computed by the sequential sweep.
+        seconds: wall time, verification included.
+    """
+
+    final: Tensor
+    method: str
+    sweeps: int
+    passes: float
+    error: float
+    verified: int
+    seconds: float
+
+    def __str__(self) -> str:
+        text = f"{len(self.final)} contexts, {self.method}, {self.sweeps} sweeps, {self.passes:.2f} evaluations per token"
+        if self.method == "parallel":
+            text += f", within {self.error:.1e} of the sequential sweep over {self.verified} tokens"
+        return f"{text}, {self.seconds:.1f} s"
+
+
+@torch.no_grad()
+def corpus_contexts(
+    model: ContextTokenLM,
+    token_ids: Any,
+    *,
+    tolerance: float = 1e-4,
+    max_sweeps: int = 8,
+    chunk: int | None = None,
+    document_starts: Any = None,
+    start: Tensor | None = None,
+    verify: int | None = None,
+) -> CorpusContexts:
+    """Final contexts of every token of one text, as one sweep from the first token to the last would give them.
+
+    Args:
+        token_ids: (T,) integers, a tensor or an array.
+        tolerance: a chunk has met its former path where no entry differs by more than a tenth of this; the result must
+            agree with the sequential sweep to this, or the sequential one is returned.
+        max_sweeps: after so many, what has not converged is computed sequentially, and the log says so.
+        chunk: tokens per chunk; chosen by T and device when None. 1 is the plain fixed-point iteration.
+        document_starts: positions at which the context starts from zeros again; the state runs on otherwise.
+        start: (D_c,), the context before the first token; zeros when None.
+        verify: tokens from the first on that are computed sequentially too; two chunk boundaries' worth when None.
+
+    Raises:
+        ValueError: no tokens, ids out of range, or a number outside what is allowed. TypeError: ids not integers.
+    """
+    began = time.perf_counter()
+    ids, restarts = checked_ids(model, token_ids, document_starts)
+    for name, value in (("max_sweeps", max_sweeps), ("chunk", chunk), ("tolerance", tolerance)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: got {value}; it must be greater than 0.")
+    walk = _Walk(model, ids, restarts, start)
+    rows = CPU_ROWS if ids.device.type == "cpu" else GPU_ROWS
+    length = min(len(ids), chunk or max(SHORTEST_CHUNK, -(-len(ids) // rows)))
+    final, sweeps, evaluated, settled = _iterate(walk, length, tolerance / 10, max_sweeps)
+    method = "parallel" if settled == len(ids) else "sequential"
+    if method == "sequential":
+        log.info(
+            "corpus contexts: not converged after %d sweeps; %d of %d tokens computed sequentially.",
+            sweeps, len(ids) - settled, len(ids),
+        )  # fmt: skip
+        walk.sequential(final, settled)
+        evaluated += len(ids) - settled
+    verified = min(len(ids), 2 * length + SHORTEST_CHUNK if verify is None else verify)
+    error, expected = 0.0, torch.empty_like(final[:verified])
+    if verified:
+        walk.sequential(expected, 0)
+        error = float((expected - final[:verified]).abs().max())
+    if not error <= tolerance:  # NaN too
+        log.warning(
+            "corpus contexts: the parallel result is %.1e away from the sequential sweep (allowed %.1e); all %d tokens "
+            "computed sequentially.", error, tolerance, len(ids),
+        )  # fmt: skip
+        walk.sequential(final, 0)
+        evaluated, error, method = evaluated + len(ids), 0.0, "sequential"
+    seconds = time.perf_counter() - began
+    return CorpusContexts(final, method, sweeps, evaluated / len(ids), error, verified, seconds)
+
+
+class _Walk:
+    """Steps along a text: what follows any set of positions, given the contexts before them."""
+
+    def __init__(self, model: ContextTokenLM, ids: Tensor, restarts: Tensor, start: Tensor | None) -> None:
+        self.model, self.block, self.ids, self.restarts = model, model.context_block, ids, restarts
+        self.width, self.like = model.config.context_dim, model.embedding.weight
+        self.start = self.like.new_zeros(self.width) if start is None else start.to(self.like)
+        self.input_weights = self.block.input_weights()
+        self.restarted = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        self.restarted[restarts] = True
+
+    def step(self, positions: Tensor, previous: Tensor) -> Tensor:
+        """Final contexts (n, D_c) at ``positions`` (n,) from those before them."""
+        if len(self.restarts):
+            previous = previous.masked_fill(self.restarted[positions].unsqueeze(1), 0.0)
+        inputs = F.linear(self.model.embed(self.ids[positions]), *self.input_weights)
+        return self.block.from_inputs(previous, inputs)[-1]
+
+    def sequential(self, out: Tensor, first: int) -> None:
+        """Fill out[first:] token by token; out[first - 1] is given."""
+        zeros = set(self.restarts.tolist())
+        edges = sorted(
+            {*range(first, len(out), SEGMENT), *(t for t in zeros if first < t < len(out)), len(out)}
+        )
+        for a, b in itertools.pairwise(edges):
+            before = torch.zeros_like(self.start) if a in zeros else self.start if a == 0 else out[a - 1]
+            x = self.model.embed(self.ids[a:b]).unsqueeze(0)
+            for t, layers in enumerate(self.block.steps(x, before.unsqueeze(0)), start=a):
+                out[t] = layers[-1][0]
+
+
+def _iterate(walk: _Walk, length: int, tolerance: float, max_sweeps: int) -> tuple[Tensor, int, int, int]:
+    """(final contexts, sweeps, evaluations, number of leading tokens that have converged)."""
+    total = len(walk.ids)
+    count = -(-total // length)
+    out = walk.like.new_empty(total, walk.width)
+    firsts = torch.arange(count, device=walk.ids.device) * length
+    starts = walk.like.new_zeros(count, walk.width)
+    starts[0] = walk.start
+    evaluated, sweeps, rows = 0, 0, torch.arange(count, device=walk.ids.device)
+    while len(rows) and sweeps < max_sweeps:
+        sweeps += 1
+        evaluated += _sweep(walk, out, firsts[rows], starts[rows], length, tolerance if sweeps > 1 else None)
+        ended = out[firsts[1:] - 1]
+        moved = (ended - starts[1:]).abs().amax(1) > tolerance
+        rows = moved.nonzero().squeeze(1) + 1
+        starts[rows] = ended[rows - 1]
+    return out, sweeps, evaluated, int(firsts[rows[0]]) if len(rows) else total
+
+
+def _sweep(
+    walk: _Walk, out: Tensor, positions: Tensor, context: Tensor, length: int, tolerance: float | None
+) -> int:
+    """Run chunks side by side from their first ``positions``; with a tolerance each stops where it meets its former path."""
+    evaluated = 0
+    for _ in range(length):
+        inside = positions < len(out)
+        if not inside.all():  # the last chunk may be shorter
+            positions, context = positions[inside], context[inside]
+        if len(positions) == 0:
+            break
+        context = walk.step(positions, context)
+        evaluated += len(positions)
+        former = out[positions] if tolerance is not None else None
+        out[positions] = context
+        if former is not None:
+            moving = (context - former).abs().amax(1) > tolerance
+            positions, context = positions[moving], context[moving]
+        positions = positions + 1
+    return evaluated
+
+
+def checked_ids(model: ContextTokenLM, token_ids: Any, document_starts: Any) -> tuple[Tensor, Tensor]:
+    """Ids and restart positions as int64 on the model's device."""
+    device = model.embedding.weight.device
+    found = []
+    for name, given, least, limit in (
+        ("token_ids", token_ids, 1, model.vocab_size),
+        ("document_starts", () if document_starts is None else document_starts, 0, None),
+    ):
+        values = given if isinstance(given, Tensor) else torch.from_numpy(np.array(given, ndmin=1))
+        if values.numel() == 0:
+            values = values.long()
+        if values.is_floating_point() or values.dtype == torch.bool:
+            raise TypeError(f"{name}: got {values.dtype}; it must be whole numbers.")
+        if values.ndim != 1 or len(values) < least:
+            raise ValueError(
+                f"{name}: got shape {tuple(values.shape)}; it must be (T,) with T at least {least}."
+            )
+        limit = len(found[0]) if limit is None else limit
+        if len(values) and not 0 <= int(values.min()) <= int(values.max()) < limit:
+            raise ValueError(
+                f"{name}: got {int(values.min())} to {int(values.max())}; allowed is 0 to {limit - 1}."
+            )
+        found.append(values.to(device, torch.int64))
+    return found[0], found[1]
