@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +70,7 @@ def _clock(call: Callable[[], object], repeats: int) -> float:
 
 def peak_tensor_memory(call: Callable[[], object]) -> int:
     """Most bytes that torch had allocated on the CPU at once during one call, above what it had before (torch.profiler)."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     now = peak = 0
     for event in recorded.profiler.kineto_results.events():
@@ -75,6 +78,20 @@ def peak_tensor_memory(call: Callable[[], object]) -> int:
             now += event.nbytes()
             peak = max(peak, now)
     return peak
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """torch 2.13's profiler traces its own start and stop there, from C++, two lines each time."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:

@@ -14,11 +14,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from bklm.reporting import Perplexity
+from readme_section import DOCS, write_section
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs" / "results"
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+from bklm.reporting import Perplexity
 
 SWEEP = """
 ## What the sweep says
@@ -49,7 +47,7 @@ errors that partly cancel. The original protocol also keeps the potential small 
 python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_trial 3 \\
     --protocol corrected --output_dir results/corrected
 python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_trial 3 \\
-    --protocol original --alphas 0 0.5 1 --output_dir results/original
+    --protocol original --output_dir results/original
 ```
 """
 
@@ -94,10 +92,7 @@ def main() -> None:
     shutil.copy(sys.argv[4], DOCS / "moe_perplexity.csv")
     text += initialisation_section(DOCS / "potential_initialisation.csv")
     text += moe_section(DOCS / "moe_perplexity.csv")
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    write_section("results", text)
 
 
 def read(folder: Path) -> dict:

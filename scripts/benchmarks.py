@@ -1,0 +1,71 @@
+"""Run benchmarks and write the page that shows what they printed: docs/benchmarks.md.
+
+    python scripts/benchmarks.py                    # all of them, about half an hour on two quiet cores
+    python scripts/benchmarks.py bk_core moe        # these; the others keep what they printed last
+    python scripts/benchmarks.py --page             # only the page
+
+What each prints is kept as it is in docs/results/benchmarks/NAME.txt, under the command and the date.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from bklm.reporting import git_revision
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUTS = ROOT / "docs" / "results" / "benchmarks"
+BENCHMARKS = {
+    "bk_core": "The BK-core: forward and exact backward against the published recursion, a plain copy, and what one would pick "
+    "instead. Targets: 100 and 35 times the loop at (32, 128), 12 copies for long rows, 120 B per element.",
+    "train_step": "One optimiser step of ResNet-BK against whole logits and the recursion. Targets: 2 times the tokens/s "
+    "(aim 3), a third of the peak memory.",
+    "moe": "The analytic mixture of experts against autograd. Targets: *selected* 2 times in time and memory at E = 8, k = 1; "
+    "*exact* not slower than *dense*. Claimed by the original: 10 times.",
+    "baseline_step": "A training step of NewLLM against the literal loop over positions. Target: 1.5 times.",
+    "freeze_phase2": "An epoch of phase 2 with cached contexts against the token-by-token procedure. Target: 30 times.",
+}
+HEAD = """# Benchmarks
+
+What each script printed, on two cores of a shared virtual machine without a GPU. Compare within a table, not between tables: the
+arms of one table took turns in one run. No GPU could be had; `benchmarks/bk_core_gpu.py` is ready for one, and its column is empty.
+
+Write this page again with `python scripts/benchmarks.py`.
+"""
+
+
+def run(name: str) -> None:
+    command = [sys.executable, f"benchmarks/{name}.py"]
+    shown = f"$ python benchmarks/{name}.py    # {datetime.date.today()}, revision {git_revision()[:12]}\n"
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    if done.returncode:
+        raise SystemExit(
+            f"benchmarks/{name}.py ended with exit code {done.returncode}; the page keeps its last output."
+        )
+    OUTPUTS.mkdir(parents=True, exist_ok=True)
+    (OUTPUTS / f"{name}.txt").write_text(shown + done.stdout.strip("\n") + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    names = [] if "--page" in sys.argv else sys.argv[1:] or list(BENCHMARKS)
+    if unknown := [n for n in names if n not in BENCHMARKS]:
+        raise SystemExit(f"benchmarks: got {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}.")
+    for name in names:
+        print(f"benchmarks/{name}.py ...", file=sys.stderr, flush=True)
+        run(name)
+    page = [HEAD]
+    for name, what in BENCHMARKS.items():
+        output = OUTPUTS / f"{name}.txt"
+        text = output.read_text(encoding="utf-8") if output.exists() else "(not run yet)\n"
+        page.append(f"## {name}\n\n{what}\n\n```text\n{text}```\n")
+    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(page), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
