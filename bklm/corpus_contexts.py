@@ -90,6 +90,7 @@ def corpus_contexts(
 
     Raises:
         ValueError: no tokens, ids out of range, or a number outside what is allowed. TypeError: ids not integers.
+        ArithmeticError: contexts that are not finite.
     """
     began = time.perf_counter()
     ids, restarts = checked_ids(model, token_ids, document_starts)
@@ -100,6 +101,11 @@ def corpus_contexts(
     rows = CPU_ROWS if ids.device.type == "cpu" else GPU_ROWS
     length = min(len(ids), chunk or max(SHORTEST_CHUNK, -(-len(ids) // rows)))
     final, sweeps, evaluated, settled = _iterate(walk, length, tolerance / 10, max_sweeps)
+    if not torch.isfinite(final).all():
+        raise ArithmeticError(
+            "corpus contexts: some are infinite or NaN, because the model's weights are or have grown too large; "
+            "start from a checkpoint or an initialisation that is sound."
+        )
     method = "parallel" if settled == len(ids) else "sequential"
     if method == "sequential":
         log.info(
@@ -113,7 +119,7 @@ def corpus_contexts(
     if verified:
         walk.sequential(expected, 0)
         error = float((expected - final[:verified]).abs().max())
-    if not error <= tolerance:  # NaN too
+    if error > tolerance:
         log.warning(
             "corpus contexts: the parallel result is %.1e away from the sequential sweep (allowed %.1e); all %d tokens "
             "computed sequentially.", error, tolerance, len(ids),
