@@ -20,19 +20,20 @@ from bklm.reporting import git_revision
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUTS = ROOT / "docs" / "results" / "benchmarks"
 BENCHMARKS = {
-    "bk_core": "The BK-core: forward and exact backward against the published recursion, a plain copy, and what one would pick "
-    "instead. Targets: 100 and 35 times the loop at (32, 128), 12 copies for long rows, 120 B per element.",
+    "bk_core": "The BK-core: forward and exact backward against the published recursion, a plain copy, and what one "
+    "would pick instead. Targets: 100 and 35 times the loop at (32, 128), 12 copies for long rows, 120 B per element.",
     "train_step": "One optimiser step of ResNet-BK against whole logits and the recursion. Targets: 2 times the tokens/s "
     "(aim 3), a third of the peak memory.",
-    "moe": "The analytic mixture of experts against autograd. Targets: *selected* 2 times in time and memory at E = 8, k = 1; "
-    "*exact* not slower than *dense*. Claimed by the original: 10 times.",
+    "moe": "The analytic mixture of experts against autograd. Targets: *selected* 2 times in time and memory at E = 8, "
+    "k = 1; *exact* not slower than *dense*. Claimed by the original: 10 times.",
     "baseline_step": "A training step of NewLLM against the literal loop over positions. Target: 1.5 times.",
     "freeze_phase2": "An epoch of phase 2 with cached contexts against the token-by-token procedure. Target: 30 times.",
 }
 HEAD = """# Benchmarks
 
-What each script printed, on two cores of a shared virtual machine without a GPU. Compare within a table, not between tables: the
-arms of one table took turns in one run. No GPU could be had; `benchmarks/bk_core_gpu.py` is ready for one, and its column is empty.
+What each script printed, on two cores of a shared virtual machine without a GPU. Compare within a table, not between
+tables: the arms of one table took turns in one run. No GPU could be had; `benchmarks/bk_core_gpu.py` is ready for one, and
+its column is empty.
 
 Write this page again with `python scripts/benchmarks.py`.
 """
