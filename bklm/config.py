@@ -156,7 +156,7 @@ class StudyConfig:
     profiles: ClassVar[dict[str, dict[str, Any]]]
     leading: ClassVar[tuple[str, ...]] = ("profile",)  # fields at the head of the form
     # Where and how a run happens may change between a run and its continuation; what is computed may not.
-    circumstances: ClassVar[frozenset[str]] = frozenset({"profile", "data_dir", "output_dir", "device"})
+    circumstances: ClassVar[frozenset[str]] = frozenset({"profile", "data_dir", "output_dir", "device", "storage"})
 
     profile: Profile = setting("quick", help="smoke: seconds; quick: minutes; full: the original's size")
     output_dir: str = setting("results", help="folder for the study's files and zip")

@@ -49,7 +49,7 @@ def test_an_empty_field_takes_the_profiles_value_and_a_given_one_wins():
 @pytest.mark.parametrize("profile", ["smoke", "quick", "full"])
 def test_every_profile_fills_every_field(profile):
     config = GradBlendConfig(profile=profile).resolved()
-    assert [n for n, v in config.to_dict().items() if v is None] == ["data_dir"]
+    assert [n for n, v in config.to_dict().items() if v is None] == ["data_dir", "storage"]
 
 
 def test_the_word_grid_means_all_eleven_alphas():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from bklm import __version__
 from bklm.checkpoints import set_aside, write_json
 from bklm.config import StudyConfig
 
@@ -82,6 +84,14 @@ def other_experiment(config: StudyConfig, text_sha256: str | None = None) -> lis
     if text_sha256 not in (None, recorded["text_sha256"]):
         different.append(f"the text (SHA-256 {recorded['text_sha256'][:8]}... there, {text_sha256[:8]}... now)")
     return different
+
+
+def experiment_name(config: StudyConfig, text_sha256: str | None = None) -> str:
+    """A name that two runs share when and only when they compute the same thing: study, settings, text, version."""
+    circumstances = type(config).circumstances
+    computed = {n: v for n, v in config.to_dict().items() if n not in circumstances}
+    words = json.dumps([__version__, computed, text_sha256], sort_keys=True)
+    return f"{config.study}-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
 
 
 def claim(folder: Path, config: StudyConfig, text_sha256: str | None = None) -> None:

@@ -26,6 +26,7 @@ from bklm.studies import sweep_storage
 
 log = logging.getLogger(__name__)
 
+
 POLL_SECONDS = 1.0  # how often a worker with nothing to do looks at the others' trials
 RESULT, QUEUED = (
     "result",
@@ -99,10 +100,15 @@ class Sweep:
             if self._is_taken(point, trial.number):
                 raise optuna.TrialPruned
             value = evaluate(point)
-            if self.is_shared and result_of is not None:
-                trial.set_user_attr(RESULT, result_of(point))
+            if self.is_shared:
+                try:
+                    trial.set_user_attr(RESULT, result_of and result_of(point))
+                except UpdateFinishedTrialError:
+                    was_taken_over.append(point)
+                    raise
             return value
 
+        was_taken_over: list[dict[str, Any]] = []
         told = False
         while self.missing():
             self._fail_silent_trials()
@@ -115,9 +121,12 @@ class Sweep:
             try:
                 # One at a time: the sampler would call the sweep finished while requeued trials still wait.
                 self._study.optimize(objective, n_trials=1)
-            except UpdateFinishedTrialError:
+            except (UpdateFinishedTrialError, ValueError):  # Optuna's verdict comes after the trial's end
+                if not was_taken_over:
+                    raise
                 log.warning(
-                    "This worker was silent for so long that others took over its trial; its own result is in its folder."
+                    "This worker was silent for so long that others took over trial %s; its own result is in its folder.",
+                    was_taken_over.pop(),
                 )
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
