@@ -5,11 +5,14 @@ Everything here also works headless (papermill, CI): nothing waits for a front e
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import nbformat
 import pandas as pd
@@ -18,7 +21,7 @@ from IPython.display import HTML, Image, display
 
 from bklm import notebook_form
 from bklm.config import StudyConfig
-from bklm.notebook_controls import Controls
+from bklm.notebook_controls import SHOWN_LINES, Controls, as_pre
 from bklm.notebook_form import FORMS, Config, form_cell
 from bklm.reporting import Bundle, add_notebook, as_text, zip_study
 
@@ -30,6 +33,8 @@ __all__ = [
     "download",
     "finish",
     "form_cell",
+    "mount_drive",
+    "run",
     "show_picture",
     "show_table",
     "where",
@@ -38,6 +43,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 PICTURE_WIDTH = 760  # pixels: readable on a desktop, and scaled down by phones
+Result = TypeVar("Result")
 DRIVE = Path("/content/drive")  # where Colab mounts a Google Drive
 
 
@@ -91,6 +97,37 @@ def mount_drive(config: StudyConfig, headless: bool = False) -> None:
         raise ValueError(
             f"{problem} ({error}); allow it and run the cell again, or choose another folder."
         ) from error
+
+
+def run(study: Callable[..., Result], config: StudyConfig, headless: bool = False) -> Result:
+    """Run a study in this cell, with the last lines of its log and its figure drawn anew as it goes on.
+
+    Headless the log is printed line by line. Either way all of it is in the study's run.log.
+    """
+    figure = LiveFigure()
+    if headless:
+        return study(config, on_figure=figure)
+    with contextlib.redirect_stdout(_Tail()):
+        return study(config, on_figure=figure)
+
+
+class _Tail(io.TextIOBase):
+    """A text stream of which a cell shows the last lines."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=SHOWN_LINES)
+        self._begun = ""
+        self._handle: Any = None
+
+    def write(self, text: str) -> int:
+        *done, self._begun = (self._begun + text).split("\n")
+        self._lines.extend(done)
+        shown = HTML(as_pre(self._lines))
+        if self._handle is None:
+            self._handle = display(shown, display_id=True)
+        elif done:
+            self._handle.update(shown)
+        return len(text)
 
 
 class LiveFigure:

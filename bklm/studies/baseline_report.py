@@ -132,8 +132,7 @@ def show(result: BaselineResult | None) -> None:
     """Print a result; nothing in the processes of a launch that have none."""
     if result is None:
         return
-    if result.search:
-        print(as_text(readable_search(result.search)))
+    print(as_text(readable_search(result.search, result.table)))
     print(as_text(readable_quality(result.table, result.baselines)))
     if "context_lengths.png" in result.paths:
         print(as_text(readable_contexts(result.table)))

@@ -7,6 +7,23 @@ from typing import Any
 
 from bklm.reporting import Perplexity, interval95
 from bklm.studies.baseline_models import TITLES
+from bklm.studies.grad_blend_table import readable_baselines
+
+__all__ = [
+    "REPORTED_EPOCHS",
+    "best_model",
+    "by_model",
+    "claims_table",
+    "model_table",
+    "over_seeds",
+    "paired_ratios",
+    "readable_baselines",
+    "readable_contexts",
+    "readable_cost",
+    "readable_quality",
+    "readable_search",
+    "state_finding",
+]
 
 Runs = Sequence[Mapping[str, Any]]
 
@@ -146,8 +163,10 @@ def readable_cost(
     return found
 
 
-def readable_search(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def readable_search(results: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The learning-rate search: one row per model, one column per rate, the chosen one marked."""
+    if not results:
+        return [{"model": TITLES[r["model"]], f"{r['learning_rate']:g}": "taken, no search"} for r in table]
     rates = sorted({r["learning_rate"] for r in results})
     rows = []
     for name in dict.fromkeys(r["model"] for r in results):

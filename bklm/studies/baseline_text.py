@@ -47,6 +47,12 @@ class BaselineText(StudyText):
         return self.val_loader().dataset.num_targets
 
     @property
+    def unknown_share(self) -> float:
+        """Share of the validation targets that are the unknown word."""
+        targets = [y for _, y in self.val_loader()]
+        return sum(int((y == self.unk_id).sum()) for y in targets) / self.val_targets
+
+    @property
     def has_test_split(self) -> bool:
         """Whether a split is left that no choice has looked at."""
         return self.validation == "valid"

@@ -1,0 +1,161 @@
+"""Two processes train one model together: the same curve as one process, every token scored once, one of them writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bklm.checkpoints import CheckpointFolder
+from bklm.data import make_loader, windows
+from bklm.evaluation import evaluate
+from bklm.models import NewLLM, NewLLMConfig
+from bklm.processes import add_up_gradients, broadcast, main_first, make_accelerator, own_rows
+from bklm.schedules import TrainingSettings
+from bklm.training import train
+
+VOCABULARY = 20
+SETTINGS = TrainingSettings(epochs=3, learning_rate=3e-3, clip=1.0, weight_decay=0.0)
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+
+
+def model() -> NewLLM:
+    torch.manual_seed(0)
+    return NewLLM(NewLLMConfig(VOCABULARY, 8, 16, 8, n_layers=2, dropout_p=0.0))
+
+
+def batches(shuffle: bool):
+    # 203 tokens in windows of 6: the last window is partly masked, and batches of 5 end with a smaller one.
+    ids = torch.randint(VOCABULARY, (203,), generator=torch.Generator().manual_seed(1)).numpy()
+    return make_loader(windows(ids, 6), 5, shuffle=shuffle, seed=3)
+
+
+def in_two_processes(work, folder: Path) -> list[dict]:
+    """Fork two processes that call ``work(accelerator, folder)``; what each returned, by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                torch.set_num_threads(1)
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                found = work(make_accelerator("cpu", "fp32"), folder)
+                (folder / f"rank_{rank}.json").write_text(json.dumps(found))
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0, 0]
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+
+
+def train_and_tell(accelerator, folder: Path) -> dict:
+    checkpoints = CheckpointFolder(folder / "checkpoints", keep=9)
+    saves = []
+    save = checkpoints.save
+    checkpoints.save = lambda *a, **k: saves.append(a[0]) or save(*a, **k)
+    net = model()
+    records = train(
+        net, batches(True), batches(False), SETTINGS, accelerator=accelerator, unk_id=1, folder=checkpoints
+    )
+    score = evaluate(net, batches(False), 1, accelerator)
+    return {
+        "processes": accelerator.num_processes,
+        "train": [r.train_loss for r in records],
+        "val": [r.val_loss for r in records],
+        "norms": [r.gradient_norm_mean for r in records],
+        "tokens": score.tokens,
+        "known": score.known_tokens,
+        "saved": saves,
+        "weights": [float(p.detach().double().sum()) for p in net.parameters()],
+    }
+
+
+def test_two_processes_give_the_curve_of_one_count_every_token_once_and_one_writes(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    alone = train_and_tell(make_accelerator("cpu", "fp32"), tmp_path / "one")
+    first, second = in_two_processes(train_and_tell, tmp_path / "two")
+    assert (alone["processes"], first["processes"]) == (1, 2)
+    for key in ("train", "val", "norms"):
+        assert first[key] == pytest.approx(alone[key], rel=1e-5)
+        assert first[key] == second[key]
+    assert first["weights"] == second["weights"]
+    assert (first["tokens"], first["known"]) == (alone["tokens"], alone["known"])
+    assert alone["tokens"] == batches(False).dataset.num_targets == 202
+    assert (first["saved"], second["saved"]) == ([1, 2, 3], [])
+
+
+def resume_and_tell(accelerator, folder: Path) -> dict:
+    """Train two epochs, then go on to the third as a new run would."""
+    for epochs in (2, 3):
+        settings = TrainingSettings(**{**vars(SETTINGS), "epochs": epochs})
+        records = train(
+            model(), batches(True), batches(False), settings, accelerator=accelerator, folder=folder / "c"
+        )
+    return {"train": [r.train_loss for r in records]}
+
+
+def test_a_run_of_two_processes_goes_on_from_its_checkpoint(tmp_path):
+    found, _ = in_two_processes(resume_and_tell, tmp_path)
+    alone = train(
+        model(), batches(True), batches(False), SETTINGS, accelerator=make_accelerator("cpu", "fp32")
+    )
+    assert found["train"] == pytest.approx([r.train_loss for r in alone], rel=1e-5)
+
+
+def add_and_tell(accelerator, folder: Path) -> dict:
+    rank = accelerator.process_index
+    used, sometimes, never = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    used.grad = torch.full((2,), 1.0 + rank)
+    if rank == 0:
+        sometimes.grad = torch.tensor([5.0, 6.0])
+    add_up_gradients(accelerator, [used, sometimes, never])
+    (rows,) = own_rows(accelerator, torch.arange(5))
+    with main_first(accelerator):
+        order = (folder / "main_was_here").exists()
+        (folder / "main_was_here").touch()
+    return {
+        "used": used.grad.tolist(),
+        "sometimes": sometimes.grad.tolist(),
+        "never": never.grad is None,
+        "rows": rows.tolist(),
+        "told": broadcast(accelerator, {"from": rank}),
+        "came_second": order,
+    }
+
+
+def test_gradients_are_added_up_and_a_parameter_that_no_process_used_keeps_none(tmp_path):
+    first, second = in_two_processes(add_and_tell, tmp_path)
+    for found in (first, second):
+        assert found["used"] == [3.0, 3.0]
+        assert found["sometimes"] == [5.0, 6.0]
+        assert found["never"]
+        assert found["told"] == {"from": 0}
+    assert sorted(first["rows"] + second["rows"]) == [0, 1, 2, 3, 4]
+    assert (first["came_second"], second["came_second"]) == (False, True)
+
+
+def test_parts_of_a_batch_change_nothing_but_the_memory_it_takes():
+    accelerator = make_accelerator("cpu", "fp32")
+    curves = []
+    for parts in (1, 3, 99):
+        settings = TrainingSettings(**{**vars(SETTINGS), "accumulate": parts})
+        records = train(model(), batches(True), batches(False), settings, accelerator=accelerator)
+        curves.append([x for r in records for x in (r.train_loss, r.val_loss, r.gradient_norm_mean)])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-5)
+    assert all(math.isfinite(x) for x in curves[0])
