@@ -165,7 +165,7 @@ class Runner:
             records = train(
                 self._fresh(model, SEARCH_SEED),
                 loader,
-                self.text.val_loader(),
+                self.text.search_val_loader(self.config.search_tokens),
                 settings,
                 accelerator=self.accelerator,
                 unk_id=self.text.unk_id,

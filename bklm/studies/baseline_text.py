@@ -66,6 +66,10 @@ class BaselineText(StudyText):
         """Training windows over the first ``tokens`` tokens (0: all), for the learning-rate search."""
         return self._loader(self.tokens.train[: tokens or None], shuffle=True, seed=seed)
 
+    def search_val_loader(self, tokens: int) -> DataLoader:
+        """Validation windows that the search is judged by: of no more tokens than it trains on."""
+        return self._loader(self.tokens.valid[: tokens or None])
+
     def context_loader(self, length: int, tokens: int) -> DataLoader | None:
         """Validation windows of ``length`` tokens over the first ``tokens`` tokens (0: all): the same targets at every
         length, with up to that much context. None where the text is shorter than a window or has no such windows."""
@@ -97,12 +101,17 @@ class LineText(BaselineText):
         return None
 
     def search_loader(self, seed: int, tokens: int) -> DataLoader:
-        rows = self.tokens.train[: -(-tokens // self.seq_len) or None]
-        return self._loader(rows, shuffle=True, seed=seed)
+        return self._loader(self.tokens.train[: self._rows(tokens)], shuffle=True, seed=seed)
+
+    def search_val_loader(self, tokens: int) -> DataLoader:
+        return self._loader(self.tokens.valid[: self._rows(tokens)])
 
     def first_batch(self, sequences: int) -> tuple[Tensor, Tensor]:
         data = LineWindows(self.tokens.train)
         return data[list(range(min(sequences, len(data))))]
+
+    def _rows(self, tokens: int) -> int | None:
+        return -(-tokens // self.seq_len) or None
 
     def _loader(self, ids: np.ndarray, shuffle: bool = False, seed: int = 0) -> DataLoader:
         data = LineWindows(ids)
@@ -118,7 +127,13 @@ def prepare_text(config: Any) -> BaselineText:
     """
     corpus = load_corpus(config.dataset, config.data_dir)
     text = _line_text(config, corpus) if config.protocol == "original" else _contiguous_text(config, corpus)
-    loaders = (text.train_loader(0), text.search_loader(0, config.search_tokens), text.val_loader())
+    tokens = config.search_tokens
+    loaders = (
+        text.train_loader(0),
+        text.search_loader(0, tokens),
+        text.search_val_loader(tokens),
+        text.val_loader(),
+    )
     for loader in (*loaders, *([text.test_loader()] if text.has_test_split else [])):
         len(loader)  # refuses sequences and batches that the text cannot fill
     log.info(
