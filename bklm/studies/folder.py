@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,11 @@ NEEDED_BYTES = 200_000_000  # checkpoints of the largest default run, twice, and
 
 
 @contextlib.contextmanager
-def study_folder(config: StudyConfig) -> Iterator[Path]:
+def study_folder(config: StudyConfig, only_in_file: Sequence[str] = ()) -> Iterator[Path]:
     """Open ``<output_dir>/<study>`` for a resolved config; log to its ``run.log`` meanwhile.
+
+    Args:
+        only_in_file: loggers whose lines below a warning go to the file and not to the screen.
 
     Raises:
         OSError: the folder cannot be written, or its disk is (nearly) full.
@@ -58,7 +61,7 @@ def study_folder(config: StudyConfig) -> Iterator[Path]:
         ) from None
     try:
         refuse_other_experiment(folder, config)
-        with _logging_to(folder / "run.log"):
+        with _logging_to(folder / "run.log", only_in_file):
             yield folder
     finally:
         lock.release()
@@ -117,11 +120,12 @@ def refuse_other_experiment(folder: Path, config: StudyConfig, text_sha256: str 
 
 
 @contextlib.contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
+def _logging_to(path: Path, only_in_file: Sequence[str] = ()) -> Iterator[None]:
     to_file = logging.FileHandler(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_screen = logging.StreamHandler(sys.stdout)
     to_screen.setFormatter(logging.Formatter("%(message)s"))
+    to_screen.addFilter(lambda record: record.levelno > logging.INFO or record.name not in only_in_file)
     level, propagate = log.level, log.propagate
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -1,0 +1,229 @@
+"""What the embedding-freeze study leaves behind: tables, curves, figures, manifest, zip."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bklm.checkpoints import write_json, write_text
+from bklm.reporting import Bundle, interval95, write_csv, write_manifest, zip_study
+from bklm.studies.embedding_freeze_arms import INEQUALITY
+from bklm.studies.embedding_freeze_figures import (
+    draw_arms,
+    draw_budget,
+    draw_curves,
+    draw_effects,
+    draw_phase1,
+)
+from bklm.studies.embedding_freeze_table import (
+    Trials,
+    arm_table,
+    effect_table,
+    headline,
+    state_finding,
+    state_original,
+    state_rule,
+)
+from bklm.studies.embedding_freeze_text import FreezeText
+
+if TYPE_CHECKING:
+    from bklm.studies.embedding_freeze import EmbeddingFreezeConfig
+
+
+@dataclass(frozen=True)
+class EmbeddingFreezeResult:
+    """What `run_embedding_freeze` found and wrote.
+
+    ``table`` holds one row per arm and sample, ``effects`` one per factor and scope, ``phase1`` one per initialisation, sample
+    and seed, ``paths`` the files by name. ``findings`` begins with the sentence on freezing, pretraining and tying. After
+    phase 1 alone table and effects are empty and ``best`` is None.
+    """
+
+    config: EmbeddingFreezeConfig
+    table: list[dict[str, Any]]
+    effects: list[dict[str, Any]]
+    phase1: list[dict[str, Any]]
+    baselines: list[dict[str, Any]]
+    best: dict[str, Any] | None
+    findings: list[str]
+    folder: Path
+    paths: dict[str, Path]
+    bundle: Bundle
+
+
+def describe_run(config: EmbeddingFreezeConfig, text: FreezeText) -> str:
+    """The small print of a figure."""
+    parts = [
+        f"{text.corpus.name}, {text.vocab_size:,} tokens in the vocabulary, "
+        f"{len(text.valid):,} validation tokens in {config.val_documents} documents",
+        f"pretrained embedding: {text.source}",
+        f"{config.n_layers} layers of width {config.context_dim}",
+        f"{len(config.seeds)} seeds, bars: 95% interval" if len(config.seeds) > 1 else "1 seed, no interval",
+        f"learning rate {' or '.join(f'{rate:g}' for rate in config.learning_rates)}",
+    ]
+    if text.is_demonstration:
+        parts.insert(0, "Demonstration")
+    return "; ".join(parts) + "."
+
+
+def write_report(
+    config: EmbeddingFreezeConfig,
+    text: FreezeText,
+    phase1: Sequence[dict[str, Any]],
+    trials: Trials,
+    folder: Path,
+) -> EmbeddingFreezeResult:
+    """Write every file of the study and its zip; the same trials always give the same numbers."""
+    note = describe_run(config, text)
+    table, effects, phase1_rows = arm_table(trials), effect_table(trials), phase1_table(phase1)
+    findings = [state_phase1(phase1)]
+    if trials:
+        findings = [
+            state_finding(trials),
+            state_original(trials),
+            state_rule(trials),
+            *findings,
+            state_drift(trials),
+        ]
+        findings = [sentence for sentence in findings if sentence]
+    best = min(table, key=lambda row: row["val_ppl"], default=None)
+    paths = {"tokenizer.json": folder / "tokenizer.json", "manifest.json": folder / "manifest.json"}
+    write_text(paths["tokenizer.json"], text.bpe.tokenizer.to_str(pretty=False))
+
+    def csv(name: str, rows: list[dict[str, Any]]) -> None:
+        paths[name] = folder / name
+        write_csv(paths[name], rows)
+
+    csv("phase1.csv", phase1_rows)
+    csv("phase1_iterations.csv", [_flat(run, row) for run in phase1 for row in run["rows"]])
+    csv("baselines.csv", text.baselines)
+    paths["phase1.png"] = draw_phase1(folder / "phase1.png", phase1, note)
+    if trials:
+        csv("table.csv", table)
+        csv("effects.csv", effects)
+        csv("trials.csv", [{k: v for k, v in t.items() if not isinstance(v, list | dict)} for t in trials])
+        csv("epochs.csv", [_epoch(t, e) for t in trials for e in t["epochs"]])
+        paths["arms.png"] = draw_arms(folder / "arms.png", table, text.baselines, headline(trials), note)
+        paths["curves.png"] = draw_curves(folder / "curves.png", trials, note)
+        paths["effects.png"] = draw_effects(folder / "effects.png", effects, note)
+        paths["budget.png"] = draw_budget(folder / "budget.png", table, note)
+    paths["summary.json"] = folder / "summary.json"
+    write_json(
+        paths["summary.json"],
+        {
+            "findings": findings,
+            "demonstration": text.is_demonstration,
+            "inequality": INEQUALITY if config.original_comparison else None,
+            "embedding": text.source,
+            "near_duplicates": {
+                "threshold": text.split.threshold,
+                "examined": text.split.examined,
+                "removed": [dataclasses.asdict(r) for r in text.split.removed],
+            },
+            "tokens": {"validation": len(text.valid)}
+            | {f"{n} samples": len(text.train(n)) for n in config.samples},
+            "baselines": text.baselines,
+            "phase1": phase1_rows,
+            "table": table,
+            "effects": effects,
+        },
+    )
+    write_manifest(
+        paths["manifest.json"],
+        config=config,
+        corpus=text.corpus,
+        module="bklm.studies.embedding_freeze",
+        seconds=sum(run["seconds"] for run in phase1) + sum(t["seconds"] for t in trials),
+        tokenizer={"source": text.bpe.source, "sha256": text.bpe.sha256},
+    )
+    return EmbeddingFreezeResult(
+        config=config,
+        table=table,
+        effects=effects,
+        phase1=phase1_rows,
+        baselines=text.baselines,
+        best=best,
+        findings=findings,
+        folder=folder,
+        paths=paths,
+        bundle=zip_study(folder),
+    )
+
+
+def phase1_table(phase1: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per run of phase 1, from its last iteration."""
+    rows = []
+    for run in phase1:
+        last = run["rows"][-1]
+        row = {name: run[name] for name in ("initialisation", "samples", "seed")}
+        row |= {"iterations": last["iteration"], "stopped_early": run["converged"], "seconds": run["seconds"]}
+        row |= {name: last[name] for name in ("converged", "effective_rank", "effective_rank_centred")}
+        rows.append(row | {"first_contexts": run["sweep"]})
+    return rows
+
+
+def readable_phase1(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The phase-1 table rounded for people."""
+    return [
+        {
+            "embedding": r["initialisation"],
+            "samples": r["samples"],
+            "seed": r["seed"],
+            "iterations": r["iterations"],
+            "converged": f"{r['converged']:.1%}",
+            "effective rank": f"{r['effective_rank']:.1%}",
+            "centred": f"{r['effective_rank_centred']:.1%}",
+            "seconds": f"{r['seconds']:.1f}",
+        }
+        for r in rows
+    ]
+
+
+def state_phase1(phase1: Sequence[dict[str, Any]]) -> str:
+    """Convergence and rank of phase 1, and why freezing cannot change them."""
+    parts = []
+    for name in dict.fromkeys(run["initialisation"] for run in phase1):
+        last = [run["rows"][-1] for run in phase1 if run["initialisation"] == name]
+        converged, rank, centred, iterations = (
+            interval95([row[key] for row in last])[0]
+            for key in ("converged", "effective_rank", "effective_rank_centred", "iteration")
+        )
+        parts.append(
+            f"{name} embedding {converged:.1%} of tokens converged after {iterations:.1f} iterations, effective rank "
+            f"{rank:.1%} (centred {centred:.1%})"
+        )
+    compared = [run["unaffected"] for run in phase1 if run["unaffected"] is not None]
+    unaffected = (
+        f"run again with the embedding left trainable it gave the same weights bit for bit in {sum(compared)} of "
+        f"{len(compared)} cases, because it trains the context block alone"
+        if compared
+        else "it trains the context block alone, so freezing the embedding cannot change it"
+    )
+    return f"Phase 1: {'; '.join(parts)}; {unaffected}."
+
+
+def state_drift(trials: Trials) -> str:
+    """How far the contexts move in phase 2, when the embedding under them is trained."""
+    moved = [
+        t["context_drift"] for t in trials if t["freezing"] == "trained" and t["context_drift"] is not None
+    ]
+    if not moved:
+        return ""
+    ranks = [t["context_rank"] for t in trials if t["freezing"] == "trained" and t["context_drift"] is not None]
+    return (
+        f"A trained embedding moves the contexts: at the end of phase 2 they differ from phase 1's by "
+        f"{interval95(moved)[0]:.0%} of their norm (effective rank then {interval95(ranks)[0]:.1%}); a frozen one leaves them "
+        "as they are."
+    )
+
+
+def _flat(run: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    return {name: run[name] for name in ("initialisation", "samples", "seed")} | row
+
+
+def _epoch(trial: dict[str, Any], epoch: dict[str, Any]) -> dict[str, Any]:
+    named = {name: trial[name] for name in ("arm", "samples", "seed")}
+    return named | {k: v for k, v in epoch.items() if k != "expert_counts"}
