@@ -1,0 +1,269 @@
+"""One sweep, many workers: through a real PostgreSQL that the tests start, and that only this machine can reach."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import pwd
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bklm.reporting import command_for
+from bklm.studies import sweep_storage
+from bklm.studies.grad_blend import GradBlendConfig, run_grad_blend
+from bklm.studies.sweep import Sweep
+
+GRID = {"alpha": [0.0, 0.5, 1.0], "seed": [0, 1]}
+POINTS = [(a, s) for a in GRID["alpha"] for s in GRID["seed"]]
+fork = multiprocessing.get_context("fork")
+
+
+def programs() -> Path | None:
+    """The folder of initdb and pg_ctl: Debian keeps them out of the path."""
+    found = shutil.which("pg_ctl")
+    folders = [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    return next((f for f in reversed(folders) if (f / "initdb").exists() and (f / "pg_ctl").exists()), None)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address prefix of a running server without TCP, owned by a user other than root, who may not run one."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'psycopg[binary]'")
+    folder = programs()
+    if folder is None:
+        pytest.skip("PostgreSQL is not installed here (Debian: apt-get install postgresql)")
+    place = Path(tempfile.mkdtemp(prefix="bklm-pg-"))
+    owner = {}
+    if os.getuid() == 0:
+        names = {entry.pw_name for entry in pwd.getpwall()}
+        user = next((name for name in ("postgres", "nobody") if name in names), None)
+        if user is None:
+            pytest.skip("PostgreSQL refuses to run as root, and there is no user postgres or nobody")
+        shutil.chown(place, user)
+        owner = {"user": user, "env": {**os.environ, "HOME": str(place)}}
+    data = place / "data"
+
+    def call(*words: str) -> None:
+        subprocess.run(words, check=True, cwd=place, stdout=subprocess.DEVNULL, **owner)
+
+    try:
+        call(str(folder / "initdb"), "-D", str(data), "-U", "bklm", "-A", "trust", "--no-sync")
+        options = f"-c listen_addresses='' -c fsync=off -c unix_socket_directories={place}"
+        call(str(folder / "pg_ctl"), "-D", str(data), "-w", "-o", options, "-l", str(place / "log"), "start")
+        yield f"postgresql://bklm@/{{}}?host={place}"
+        call(str(folder / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture
+def database(server: str, request: pytest.FixtureRequest) -> str:
+    """The address of a database of the test's own."""
+    import psycopg
+
+    name = f"test_{abs(hash(request.node.name))}"
+    with psycopg.connect(server.format("postgres"), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return server.format(name)
+
+
+@pytest.fixture
+def short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker is taken for dead after three seconds; forked workers inherit it."""
+    monkeypatch.setattr(sweep_storage, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(sweep_storage, "GRACE_SECONDS", 3)
+
+
+def worker(address: str, journal: Path, evaluate: Callable[[dict], float]) -> None:
+    """Run the shared sweep, and write each point evaluated into ``journal``, one line at its start and one at its end."""
+
+    def recorded(point: dict) -> float:
+        with journal.open("a") as file:
+            file.write(json.dumps(["begin", os.getpid(), *point.values()]) + "\n")
+        value = evaluate(point)
+        with journal.open("a") as file:
+            file.write(json.dumps(["end", os.getpid(), *point.values()]) + "\n")
+        return value
+
+    sweep = Sweep.shared(address, "test", GRID)
+    sweep.run(recorded, lambda point: {"found": sum(point.values()), "by": os.getpid()})
+
+
+def lines(journal: Path) -> list[list]:
+    return [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+
+
+def ended(journal: Path) -> Counter:
+    return Counter((a, s) for what, _, a, s in lines(journal) if what == "end")
+
+
+def quick(point: dict) -> float:
+    time.sleep(0.05)
+    return sum(point.values())
+
+
+def test_workers_that_start_together_evaluate_each_point_once_and_each_sees_all_results(database, tmp_path):
+    journal = tmp_path / "journal"
+    workers = [fork.Process(target=worker, args=(database, journal, quick)) for _ in range(4)]
+    for process in workers:
+        process.start()
+    for process in workers:
+        process.join(60)
+        assert process.exitcode == 0
+    assert ended(journal) == Counter(POINTS)
+    results = {tuple(p.values()): r["found"] for p, r in Sweep.shared(database, "test", GRID).results()}
+    assert results == {(a, s): a + s for a, s in POINTS}
+
+
+def test_the_trial_of_a_worker_killed_with_signal_9_is_taken_over_by_another(database, tmp_path, short_silence):
+    journal = tmp_path / "journal"
+    victim = fork.Process(target=worker, args=(database, journal, lambda point: time.sleep(600) or 0.0))
+    victim.start()
+    while not lines(journal):
+        time.sleep(0.02)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join()
+    others = [fork.Process(target=worker, args=(database, journal, quick)) for _ in range(2)]
+    for process in others:
+        process.start()
+    for process in others:
+        process.join(60)
+        assert process.exitcode == 0
+    assert ended(journal) == Counter(POINTS)
+    assert len(lines(journal)) == 2 * len(POINTS) + 1  # the victim began one that it never ended
+
+
+@pytest.mark.slow
+def test_a_worker_that_was_only_asleep_gives_way_and_finishes_without_an_error(
+    database, tmp_path, short_silence
+):
+    journal = tmp_path / "journal"
+    sleeper = fork.Process(target=worker, args=(database, journal, quick))
+    sleeper.start()
+    while not lines(journal):
+        time.sleep(0.005)
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    other = fork.Process(target=worker, args=(database, journal, quick))
+    other.start()
+    other.join(60)
+    assert other.exitcode == 0
+    os.kill(sleeper.pid, signal.SIGCONT)
+    sleeper.join(60)
+    assert sleeper.exitcode == 0
+    results = Sweep.shared(database, "test", GRID).results()
+    assert Counter(tuple(p.values()) for p, _ in results) == Counter(POINTS)
+
+
+@pytest.mark.slow
+def test_a_point_whose_trial_failed_and_was_queued_twice_is_still_evaluated_once(database, tmp_path):
+    def fail(point: dict) -> float:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        worker(database, tmp_path / "first", fail)
+    sweep = Sweep.shared(database, "test", GRID)
+    ((_, _, *values),) = lines(tmp_path / "first")
+    for _ in range(2):  # as two workers do that find it lost at the same moment
+        sweep._study.enqueue_trial(dict(zip(GRID, values, strict=True)), user_attrs={"queued": True})
+    worker(database, tmp_path / "second", quick)
+    assert ended(tmp_path / "second") == Counter(POINTS)
+
+
+@pytest.mark.slow
+def test_four_workers_of_which_one_is_killed_give_the_table_of_one(database, tiny_config, tmp_path):
+    alone = run_grad_blend(dataclasses.replace(tiny_config, epochs_per_trial=3))
+    shorter = "from bklm.studies import sweep_storage as s; s.HEARTBEAT_SECONDS, s.GRACE_SECONDS = 1, 4"
+    start = f"import runpy, sys; {shorter}; runpy.run_module('bklm.studies.grad_blend', run_name='__main__', alter_sys=True)"
+    processes, folders = [], [tmp_path / f"worker_{k}" for k in range(4)]
+    for folder in folders:
+        config = dataclasses.replace(alone.config, storage=database, output_dir=str(folder))
+        words = shlex.split(command_for("bklm.studies.grad_blend", config))[3:]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", start, *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    victim = None
+    try:
+        while victim is None:
+            assert all(p.poll() is None for p in processes)
+            begun = [
+                k for k, f in enumerate(folders) if list(f.glob("grad_blend/trials/*/checkpoints/epoch_*"))
+            ]
+            victim = begun[0] if begun else None
+            time.sleep(0.01)
+        processes[victim].kill()
+        for k, process in enumerate(processes):
+            printed, _ = process.communicate(timeout=500)
+            assert k == victim or process.returncode == 0, printed
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for k, folder in enumerate(folders):
+        if k != victim:
+            rows = json.loads((folder / "grad_blend" / "summary.json").read_text())["table"]
+            for row, expected in zip(rows, alone.table, strict=True):
+                assert {n: v for n, v in row.items() if n != "seconds"} == {
+                    n: v for n, v in expected.items() if n != "seconds"
+                }
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("mysql://host/db", "allowed is postgresql://user@host/database"),
+        ("postgresql://host", "allowed is postgresql://user@host/database"),
+        ("not an address", "allowed is postgresql://user@host/database"),
+        ("postgresql://me:secret@host/db", "an address with a password"),
+        ("postgresql://me@host/db?password=secret", "an address with a password"),
+    ],
+)
+def test_an_address_that_will_not_do_is_refused_before_anything_and_a_password_never_repeated(
+    tiny_config, address, sentence
+):
+    config = GradBlendConfig(profile="smoke", storage=address)
+    with pytest.raises(ValueError, match=f"storage: got .*{sentence}") as caught:
+        config.resolved()
+    assert "secret" not in str(caught.value)
+
+
+def test_a_database_that_does_not_answer_is_one_sentence_without_a_traceback(tmp_path):
+    pytest.importorskip("psycopg")
+    address = f"postgresql://me@/sweeps?host={tmp_path}"
+    with pytest.raises(
+        ConnectionError, match=r"storage: .* does not answer \(.*\); start the database"
+    ) as caught:
+        Sweep.shared(address, "test", GRID)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_driver_the_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(sweep_storage, "DRIVERS", ("no_such_driver",))
+    with pytest.raises(ConnectionError, match="pip install 'psycopg"):
+        Sweep.shared("postgresql://me@host/sweeps", "test", GRID)
+
+
+def test_runs_share_a_sweep_when_and_only_when_they_compute_the_same(tiny_config):
+    from bklm.studies.folder import experiment_name
+
+    config = tiny_config.resolved()
+    same = dataclasses.replace(config, output_dir="elsewhere", storage="postgresql://h/d", device="auto")
+    assert experiment_name(same, "text") == experiment_name(config, "text")
+    assert experiment_name(dataclasses.replace(config, clip=1.0), "text") != experiment_name(config, "text")
+    assert experiment_name(config, "other text") != experiment_name(config, "text")
