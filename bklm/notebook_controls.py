@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from bklm.studies.folder import other_experiment
 Config = TypeVar("Config", bound=StudyConfig)
 
 WIDTH = "min(34em, 96%)"  # fits a phone
-SHOWN_LINES = 8
+SHOWN_LINES = 10
 
 
 class Controls:
@@ -36,15 +36,17 @@ class Controls:
         names: Sequence[str],
         headless: bool = False,
         estimate: Callable[[Any], float] | None = None,
+        picture: str = "*.png",
     ) -> None:
         """Args:
         names: the fields that get a widget, in this order.
         estimate: minutes that a resolved config's study takes on this machine.
+        picture: which of the study's pictures to show while it runs; the newest of those that match.
 
         Raises:
             ValueError: the config itself is refused.
         """
-        self._config, self._headless, self._estimate = config, headless, estimate
+        self._config, self._headless, self._estimate, self._pattern = config, headless, estimate, picture
         self._specs = {spec.name: spec for spec in config.specs()}
         self._moved: set[str] = set()
         self._is_filling = False
@@ -159,9 +161,8 @@ class Controls:
             self._bar.bar_style = "success" if study.returncode == 0 else "warning"
             self._status.value = _ending(study)
             self.run_button.disabled, self.stop_button.disabled = False, True
-        lines = list(study.lines)[-SHOWN_LINES:] if study.is_running else list(study.lines)
-        self._log.value = _as_pre(lines)
-        picture = study.newest_picture()
+        self._log.value = as_pre(list(study.lines)[-SHOWN_LINES:])
+        picture = study.newest_picture(self._pattern)
         drawn = picture and (picture, picture.stat().st_mtime)
         if drawn and drawn != self._drawn:
             self._drawn, self._picture.value = drawn, picture.read_bytes()
@@ -179,7 +180,8 @@ def _ending(study: StudyRun) -> str:
     return f"Ended after {time} with exit code {study.returncode}; its last lines say why."
 
 
-def _as_pre(lines: Sequence[str]) -> str:
+def as_pre(lines: Iterable[str]) -> str:
+    """Lines of a log as HTML."""
     style = "overflow-x:auto; max-height:20em; line-height:1.3; font-size:12px; margin:0"
     return f'<pre style="{style}">{html.escape(chr(10).join(lines))}</pre>'
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 # What tqdm writes: "alpha 0, seed 1:  35%|###5      | 12/34 [00:05<00:09,  2.31step/s]"
 BAR = re.compile(r"(?:(?P<doing>.*): )?\s*(?P<percent>\d+)%\|[^|]*\|\s*(?P<counts>\S+ \[[^\]]*\])")
-KEPT_LINES = 60
+KEPT_LINES, LONGEST_LINE = 60, 10_000
 
 
 class StudyRun:
@@ -91,9 +91,9 @@ class StudyRun:
         self._reader.join(seconds)
         return self.returncode
 
-    def newest_picture(self) -> Path | None:
+    def newest_picture(self, pattern: str = "*.png") -> Path | None:
         """The picture in the study's folder that this run drew last."""
-        found = [(p.stat().st_mtime, p) for p in self.folder.glob("*.png")]
+        found = [(p.stat().st_mtime, p) for p in self.folder.glob(pattern)]
         drawn = [pair for pair in found if pair[0] >= self.started]
         return max(drawn)[1] if drawn else None
 
@@ -102,6 +102,7 @@ class StudyRun:
         pipe = self._process.stdout
         while chunk := os.read(pipe.fileno(), 65536):
             *pieces, rest = re.split(r"[\r\n]+", rest + decoder.decode(chunk))
+            rest = rest[-LONGEST_LINE:]
             for piece in pieces:
                 self._take(piece)
             # A bar ends in "\r" only when the next one begins.

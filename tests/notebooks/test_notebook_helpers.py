@@ -1,53 +1,16 @@
-"""Controls, folders and the download, without a front end and with a stand-in for Colab's."""
+"""Where a notebook runs, its live log, Google Drive and the download, with a stand-in for Colab."""
 
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 from bklm import notebook
 from bklm.reporting import Bundle
-from bklm.studies.grad_blend import GradBlendConfig, run_grad_blend
-
-
-def test_controls_start_from_the_form_and_give_back_what_was_moved(tiny_config):
-    controls = notebook.Controls(tiny_config, ["batch_size", "alphas"])
-    assert controls.widgets["batch_size"].value == 8
-    assert controls.widgets["alphas"].value == "0, 0.5"
-    controls.widgets["batch_size"].value = 16
-    controls.widgets["alphas"].value = "0, 1"
-    config = controls.config()
-    assert (config.batch_size, config.alphas) == (16, (0.0, 1.0))
-
-
-def test_the_slider_has_the_schemas_bounds(tiny_config):
-    slider = notebook.Controls(tiny_config, ["batch_size"]).widgets["batch_size"]
-    spec = next(s for s in GradBlendConfig.specs() if s.name == "batch_size")
-    assert (slider.min, slider.max, slider.step) == (spec.low, spec.high, spec.step)
-
-
-def test_a_bad_entry_is_named_beside_the_controls_while_typing(tiny_config):
-    controls = notebook.Controls(tiny_config, ["alphas"])
-    controls.widgets["alphas"].value = "0, 2"
-    assert "alphas: got" in controls._message.value
-    controls.widgets["alphas"].value = "0, 1"
-    assert controls._message.value == ""
-
-
-def test_headless_controls_give_the_config_unchanged(tiny_config):
-    assert notebook.Controls(tiny_config, ["batch_size"], headless=True).config() is tiny_config
-
-
-def test_after_moving_a_control_the_next_run_gets_a_folder_of_its_own(tiny_config, capsys):
-    run_grad_blend(tiny_config)
-    controls = notebook.Controls(tiny_config, ["batch_size"])
-    assert controls.config().output_dir == tiny_config.output_dir
-    controls.widgets["batch_size"].value = 16
-    moved = controls.config()
-    assert moved.output_dir.endswith("run_2")
-    assert "holds a run with other settings" in capsys.readouterr().out
+from bklm.studies import GradBlendConfig
 
 
 def test_config_from_reads_the_forms_variables():
@@ -56,36 +19,118 @@ def test_config_from_reads_the_forms_variables():
 
 
 @pytest.fixture
-def colab(monkeypatch):
-    """A stand-in for google.colab whose browser can be made to refuse."""
-    files = ModuleType("google.colab.files")
-    files.taken = []
-    files.download = files.taken.append
-    package = ModuleType("google.colab")
-    package.files = files
-    monkeypatch.setitem(sys.modules, "google", ModuleType("google"))
-    monkeypatch.setitem(sys.modules, "google.colab", package)
-    monkeypatch.setitem(sys.modules, "google.colab.files", files)
-    monkeypatch.setattr(notebook, "where", lambda: "colab")
-    return files
+def colab(monkeypatch, tmp_path):
+    """A stand-in for google.colab: its kernel class, a browser that can refuse, and a Drive in a folder of the test."""
+    modules = {
+        name: ModuleType(name)
+        for name in ("google", "google.colab", "google.colab.files", "google.colab.drive")
+    }
+    package, files, drive = (modules[n] for n in ("google.colab", "google.colab.files", "google.colab.drive"))
+    package.files, package.drive, package._message = files, drive, SimpleNamespace()
+    files.taken, files.download = [], lambda path: files.taken.append(path)
+    drive.mounted = []
+
+    def mount(point):
+        drive.mounted.append(point)
+        (notebook.DRIVE / "MyDrive").mkdir(parents=True)
+
+    drive.mount = mount
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    shell_class = type("Shell", (InteractiveShell,), {"__module__": "google.colab._shell"})
+    monkeypatch.setattr(notebook, "get_ipython", lambda: shell_class.__new__(shell_class))
+    monkeypatch.setattr(notebook, "DRIVE", tmp_path / "content" / "drive")
+    return package
+
+
+def test_the_place_is_told_by_the_kernels_class_and_not_by_variables(colab, monkeypatch):
+    assert notebook.where() == "colab"
+    monkeypatch.setattr(notebook, "get_ipython", lambda: SimpleNamespace(config={"IPKernelApp": {}}))
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    assert notebook.where() == "jupyter"
+    monkeypatch.setattr(notebook, "get_ipython", lambda: None)
+    assert notebook.where() == "shell"
 
 
 def test_download_hands_the_zip_to_colab_but_not_when_headless(colab, tmp_path):
     bundle = Bundle(tmp_path / "x.zip", 1, "0")
     notebook.download(bundle, headless=True)
-    assert colab.taken == []
+    assert colab.files.taken == []
     notebook.download(bundle)
-    assert colab.taken == [str(tmp_path / "x.zip")]
+    assert colab.files.taken == [str(tmp_path / "x.zip")]
 
 
-def test_a_blocked_download_says_where_the_zip_lies(colab, tmp_path, capsys):
+def test_a_blocked_download_leaves_the_zip_and_says_where_it_lies(colab, tmp_path, capsys):
     def refuse(path):
         raise RuntimeError("blocked by the browser")
 
-    colab.download = refuse
+    colab.files.download = refuse
+    (tmp_path / "x.zip").write_bytes(b"x")
     notebook.download(Bundle(tmp_path / "x.zip", 1, "0"))
-    assert str(tmp_path / "x.zip") in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "blocked by the browser" in printed
+    assert str(tmp_path / "x.zip") in printed
+    assert (tmp_path / "x.zip").exists()
 
 
-def test_outside_a_kernel_the_place_is_a_shell():
-    assert notebook.where() == "shell"
+def test_in_colab_the_notebook_comes_from_the_front_end_and_its_absence_is_said(colab, tmp_path, capsys):
+    folder = tmp_path / "grad_blend"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    empty = {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    colab._message.blocking_request = lambda what, timeout_sec: {"ipynb": empty}
+    bundle = notebook.finish(folder)
+    assert (folder / "notebook.ipynb").exists()
+    assert (folder / "notebook.html").exists()
+    colab._message.blocking_request = lambda what, timeout_sec: None  # a lost front end answers nothing
+    assert notebook.finish(folder).path == bundle.path
+    assert "could not be added" in capsys.readouterr().out
+
+
+def form(**values) -> dict:
+    return dict.fromkeys(GradBlendConfig.names(), "") | {"headless": False} | values
+
+
+def test_a_folder_on_the_drive_is_mounted_once_and_only_when_it_is_asked_for(colab):
+    notebook.config_from(GradBlendConfig, form(output_dir="results"))
+    assert colab.drive.mounted == []
+    on_drive = form(output_dir=str(notebook.DRIVE / "MyDrive" / "bklm"))
+    assert notebook.config_from(GradBlendConfig, on_drive).output_dir.endswith("bklm")
+    notebook.config_from(GradBlendConfig, on_drive)
+    assert colab.drive.mounted == [str(notebook.DRIVE)]
+
+
+def test_a_drive_that_nobody_can_allow_or_that_is_refused_is_one_sentence(colab):
+    on_drive = form(data_dir=str(notebook.DRIVE / "MyDrive" / "text"))
+    with pytest.raises(ValueError, match=r"data_dir: .* is on Google Drive, which is not mounted, and nobody"):
+        notebook.config_from(GradBlendConfig, on_drive | {"headless": True})
+
+    def refuse(point):
+        raise RuntimeError("credential propagation was unsuccessful")
+
+    colab.drive.mount = refuse
+    with pytest.raises(ValueError, match=r"not mounted \(credential propagation .*\); allow it"):
+        notebook.config_from(GradBlendConfig, on_drive)
+
+
+def test_elsewhere_a_folder_of_that_name_is_just_a_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(notebook, "DRIVE", tmp_path)
+    assert notebook.config_from(GradBlendConfig, form(output_dir=str(tmp_path / "x")))
+
+
+def test_a_cell_shows_the_last_lines_of_the_log_and_headless_all_of_them(monkeypatch, capsys):
+    shown = []
+    handle = SimpleNamespace(update=lambda html: shown.append(html.data))
+    monkeypatch.setattr(notebook, "display", lambda html, display_id: shown.append(html.data) or handle)
+
+    def study(config, on_figure):
+        for number in range(30):
+            print("line", number)
+        return number
+
+    assert notebook.run(study, None) == 29
+    assert "line 29<" in shown[-1]
+    assert "line 19" not in shown[-1]
+    assert capsys.readouterr().out == ""
+    notebook.run(study, None, headless=True)
+    assert capsys.readouterr().out.count("line") == 30

@@ -1,0 +1,85 @@
+"""What one does with a notebook in JupyterLab, in the words of a user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from playwright.sync_api import Locator, Page, expect
+
+SECOND = 1000  # milliseconds, Playwright's unit
+
+
+class LabPage:
+    """A notebook that is open in JupyterLab."""
+
+    def __init__(self, page: Page, address: str) -> None:
+        self.page = page
+        page.goto(address)
+        self.notebook = page.locator(".jp-Notebook")
+        expect(self.notebook).to_be_visible(timeout=60 * SECOND)
+        expect(page.locator(".jp-CodeCell").last).to_be_attached(timeout=30 * SECOND)
+        expect(page.locator('[data-status="idle"]').first).to_be_attached(timeout=60 * SECOND)
+
+    def run_all(self, seconds: float = 120) -> None:
+        """Run > Run All Cells, and wait until every code cell has its number."""
+        self.page.get_by_role("menuitem", name="Run", exact=True).click()
+        self.page.get_by_text("Run All Cells", exact=True).click()
+        pending = (
+            self.page.locator(".jp-CodeCell .jp-InputPrompt")
+            .filter(has_text="[ ]")
+            .or_(self.page.locator(".jp-CodeCell .jp-InputPrompt").filter(has_text="[*]"))
+        )
+        expect(pending).to_have_count(0, timeout=seconds * SECOND)
+
+    def errors(self) -> list[str]:
+        """Tracebacks in the notebook."""
+        return self.page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+
+    def control(self, name: str) -> Locator:
+        """The row of a widget, by its description."""
+        label = self.page.locator(".widget-label", has_text=name)
+        return self.page.locator(".jupyter-widgets").filter(has=label).last
+
+    def slide(self, name: str, steps: int) -> str:
+        """Move a slider by its keyboard; returns what it shows."""
+        row = self.control(name)
+        handle = row.locator(".noUi-handle")
+        handle.focus()
+        for _ in range(steps):
+            handle.press("ArrowRight")
+        return row.locator(".widget-readout").inner_text()
+
+    def write(self, name: str, text: str) -> None:
+        field = self.control(name).locator("input")
+        field.fill(text)
+        field.press("Tab")
+
+    def button(self, name: str) -> Locator:
+        return self.page.locator("button.jupyter-button", has_text=name)
+
+    def press(self, name: str) -> None:
+        self.button(name).click()
+
+    def says(self, text: str, seconds: float = 30) -> None:
+        """Wait until the controls say something."""
+        expect(self.page.locator(".widget-html").filter(has_text=text).first).to_be_visible(
+            timeout=seconds * SECOND
+        )
+
+    def shows_picture(self, seconds: float = 60) -> None:
+        """Wait until the controls show a figure."""
+        expect(self.page.locator(".widget-vbox img.widget-image:visible").first).to_be_visible(
+            timeout=seconds * SECOND
+        )
+
+    def screenshot(self, path: Path) -> None:
+        """The whole notebook in one tall picture."""
+        self.page.locator(".jp-WindowedPanel-outer").first.evaluate("panel => panel.scrollTo(0, 0)")
+        size = self.page.viewport_size
+        height = self.notebook.evaluate(
+            "n => Math.max(...[n, ...n.querySelectorAll('*')].map(e => e.scrollHeight))"
+        )
+        self.page.set_viewport_size({"width": size["width"], "height": min(int(height) + 200, 16000)})
+        self.page.wait_for_timeout(700)
+        self.page.screenshot(path=path)
+        self.page.set_viewport_size(size)
