@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bklm.checkpoints import CheckpointFolder, replacing, write_json
+from bklm.checkpoints import CheckpointFolder, is_checkpoint, replacing, write_json
 
 
 def test_an_error_while_writing_leaves_the_old_content_and_no_litter(tmp_path):
@@ -94,3 +94,40 @@ def test_leftovers_of_a_killed_write_are_removed_and_not_mistaken_for_a_checkpoi
     (tmp_path / "c" / ".epoch_0002.half").mkdir()
     assert folder.restore(torch.nn.Linear(1, 1))[1]["epoch"] == 1
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["epoch_0001"]
+
+
+def scored(tmp_path, perplexities: dict[int, float], **options) -> CheckpointFolder:
+    folder = CheckpointFolder(tmp_path / "c", **options)
+    for epoch, perplexity in perplexities.items():
+        folder.save(epoch, torch.nn.Linear(1, 1), {"epoch": epoch}, perplexity)
+    return folder
+
+
+def test_best_newest_and_the_newest_milestones_are_kept_with_the_perplexity_in_their_names(tmp_path):
+    perplexities = {epoch: 100.0 + abs(epoch - 3) for epoch in range(1, 18)}
+    folder = scored(tmp_path, perplexities, milestone_every=5, keep_milestones=2)
+    assert [p.name for p in folder.all()] == [
+        "epoch_0003_ppl_100.000", "epoch_0010_ppl_107.000", "epoch_0015_ppl_112.000", "epoch_0017_ppl_114.000",
+    ]  # fmt: skip
+    assert folder.best().name == "epoch_0003_ppl_100.000"
+    assert folder.newest().name == "epoch_0017_ppl_114.000"
+
+
+def test_an_epoch_that_is_trained_again_replaces_its_checkpoint_whatever_its_perplexity_was(tmp_path):
+    folder = scored(tmp_path, {1: 50.0}, keep=3)
+    folder.save(1, torch.nn.Linear(1, 1), {"epoch": 1}, 40.0)
+    assert [p.name for p in folder.all()] == ["epoch_0001_ppl_40.000"]
+
+
+def test_the_best_of_equal_perplexities_is_the_earliest(tmp_path):
+    assert scored(tmp_path, {1: 9.0, 2: 7.0, 3: 7.0}, keep=9).best().name == "epoch_0002_ppl_7.000"
+
+
+def test_what_is_no_checkpoint_is_not_taken_for_one(tmp_path):
+    folder = scored(tmp_path, {1: 9.0})
+    for name in ("epoch_0002.damaged-1", "epoch_two", "epoch_0003_ppl_nan"):
+        (tmp_path / "c" / name).mkdir()
+    assert [p.name for p in folder.all()] == ["epoch_0001_ppl_9.000"]
+    assert is_checkpoint(folder.newest())
+    assert not is_checkpoint(tmp_path / "c" / "epoch_two")
+    assert not is_checkpoint(tmp_path / "c" / "epoch_0009_ppl_1.000")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bklm.checkpoints import CheckpointFolder
 from bklm.data import make_loader, windows
 from bklm.models import ResNetBK, ResNetBKConfig
 from bklm.training import (
@@ -146,3 +147,99 @@ def test_convergence_is_the_first_epoch_with_nine_tenths_of_the_improvement(perp
 def test_a_device_or_precision_that_is_not_there_is_refused(device, precision):
     with pytest.raises(ValueError, match=r"got '(cuda|fp16)'.*choose"):
         make_accelerator(device, precision)
+
+
+def test_training_stops_when_the_loss_has_not_fallen_for_patience_epochs_and_a_resumed_run_knows(tmp_path):
+    settings = TrainingSettings(epochs=9, learning_rate=1e-9, patience=2)
+    records = run(make_model(), settings, tmp_path)
+    assert len(records) == 3  # the first epoch sets the mark, two do not improve on it
+    trained = []
+    again = run(make_model(), settings, tmp_path, on_step=trained.append)
+    assert trained == []
+    assert [r.val_loss for r in again] == [r.val_loss for r in records]
+
+
+def test_the_clip_schedule_takes_hold_in_its_epochs():
+    def moved(clip):
+        model = make_model()
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        # Adam forgets a constant scale; a clip that begins in the second epoch meets moments of another scale.
+        run(model, TrainingSettings(epochs=2, clip=clip, weight_decay=0.0))
+        return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+
+    whole, tight = moved(((1, 1e6),)), moved(((1, 1e6), (2, 1e-9)))
+    assert not torch.equal(whole, tight)
+    assert torch.equal(moved(((1, 1e6), (2, 1e6))), whole)
+
+
+def saved_run(tmp_path, identity, epochs=3):
+    folder = CheckpointFolder(tmp_path / "first", keep=9)
+    records = run(make_model(), TrainingSettings(epochs=epochs), folder, identity=identity)
+    return folder, records
+
+
+def test_a_run_goes_on_from_any_checkpoint_with_the_numbers_of_the_undisturbed_one(tmp_path):
+    identity = {"model": "resnet_bk", "d_model": 8, "epochs": 3}
+    folder, records = saved_run(tmp_path, identity)
+    assert [p.name for p in folder.all()] == [
+        f"epoch_{r.epoch:04d}_ppl_{r.val_perplexity:.3f}" for r in records
+    ]
+    for place in folder.all()[:2]:
+        again = run(
+            make_model(seed=5),
+            TrainingSettings(epochs=3),
+            tmp_path / place.name,
+            identity={**identity, "resume_from": str(place)},
+            resume_from=place,
+        )
+        assert [r.val_loss for r in again] == [r.val_loss for r in records]
+
+
+def test_a_checkpoint_of_another_model_or_vocabulary_is_refused_naming_the_fields(tmp_path):
+    identity = {"model": "resnet_bk", "d_model": 8, "vocabulary": "20 words", "epochs": 3}
+    folder, _ = saved_run(tmp_path, identity, epochs=1)
+    other = {"model": "gpt", "d_model": 8, "vocabulary": "30 words", "epochs": 5}
+    with pytest.raises(
+        ValueError, match=r"model \('resnet_bk' there, 'gpt' now\), vocabulary \('20 words' there"
+    ):
+        run(make_model(), TrainingSettings(epochs=5), identity=other, resume_from=folder.newest())
+    # A longer run may go on from it; in the run's own folder not even that may differ.
+    longer = {**identity, "epochs": 2}
+    run(make_model(), TrainingSettings(epochs=2), identity=longer, resume_from=folder.newest())
+    with pytest.raises(ValueError, match=r"epochs \(3 there, 2 now\)"):
+        run(make_model(), TrainingSettings(epochs=2), folder, identity=longer)
+
+
+@pytest.mark.parametrize("damage", ["missing", "garbage"])
+def test_a_path_that_is_no_whole_checkpoint_is_refused_in_one_sentence(tmp_path, damage):
+    folder, _ = saved_run(tmp_path, {"model": "m"}, epochs=1)
+    place = folder.newest()
+    if damage == "missing":
+        (place / "state.pt").unlink()
+    else:
+        (place / "state.pt").write_bytes(b"\x00" * 99)
+    with pytest.raises(ValueError, match=r"resume_from: .*(is no checkpoint|is damaged)"):
+        run(make_model(), TrainingSettings(epochs=2), identity={"model": "m"}, resume_from=place)
+
+
+def test_a_batch_without_any_target_is_refused_in_one_sentence():
+    x = torch.zeros(2, 6, dtype=torch.int64)
+    loader = [(x, torch.full_like(x, -100))]
+
+    class Loader(list):
+        def set_epoch(self, epoch):
+            pass
+
+    with pytest.raises(
+        ValueError, match="batch 1 of epoch 1 has no target left after masking; leave such a batch"
+    ):
+        train(
+            make_model(), Loader(loader), make_batches(False), TrainingSettings(epochs=1),
+            accelerator=make_accelerator("cpu", "fp32"),
+        )  # fmt: skip
+
+
+def test_a_split_without_any_target_cannot_be_evaluated():
+    x = torch.zeros(2, 6, dtype=torch.int64)
+    with pytest.raises(ValueError, match="no target to score"):
+        evaluate(make_model(), [(x, torch.full_like(x, -100))], None)

@@ -40,7 +40,7 @@ def continue_text(model: LanguageModel, text: BaselineText, prompt: str = "", te
 
 
 def list_checkpoints(config: BaselineConfig) -> list[dict[str, Any]]:
-    """Every checkpoint of a study: its number in the list, model, seed, epoch, validation PPL, which is the best of its run, size and path."""
+    """Every checkpoint of a study: its number in the list, model, seed, epoch, validation PPL, best or not, size and path."""
     rows = []
     base = config.checkpoint_folder()
     for run in sorted(p for p in base.glob("*_seed_*") if p.is_dir()):
