@@ -7,6 +7,7 @@ from typing import Any
 
 _MODULES = {
     "baseline": ("BaselineConfig", "BaselineResult", "run_baseline"),
+    "embedding_freeze": ("EmbeddingFreezeConfig", "EmbeddingFreezeResult", "run_embedding_freeze"),
     "grad_blend": ("GradBlendConfig", "GradBlendResult", "run_grad_blend"),
     "precision": ("PrecisionConfig", "PrecisionResult", "run_precision"),
 }
@@ -15,11 +16,14 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "BaselineConfig",
     "BaselineResult",
+    "EmbeddingFreezeConfig",
+    "EmbeddingFreezeResult",
     "GradBlendConfig",
     "GradBlendResult",
     "PrecisionConfig",
     "PrecisionResult",
     "run_baseline",
+    "run_embedding_freeze",
     "run_grad_blend",
     "run_precision",
 ]

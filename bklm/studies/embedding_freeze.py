@@ -45,7 +45,7 @@ class EmbeddingFreezeConfig(TextStudyConfig):
         },
         "quick": {
             "tokenizer": "corpus", "embedding": "svd", "samples": (20, 40), "seeds": (0, 1, 2), "val_documents": 6,
-            "document_tokens": 0, "pretraining_documents": 1000, "vocab_size": 2000, "embed_dim": 64, "context_dim": 64,
+            "document_tokens": 1024, "pretraining_documents": 1000, "vocab_size": 2000, "embed_dim": 64, "context_dim": 64,
             "n_layers": 3, "epochs": 6,
         },
         "full": {

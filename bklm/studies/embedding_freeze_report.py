@@ -108,7 +108,8 @@ def write_report(
         csv("epochs.csv", [_epoch(t, e) for t in trials for e in t["epochs"]])
         paths["arms.png"] = draw_arms(folder / "arms.png", table, text.baselines, headline(trials), note)
         paths["curves.png"] = draw_curves(folder / "curves.png", trials, note)
-        paths["effects.png"] = draw_effects(folder / "effects.png", effects, note)
+        if effects:
+            paths["effects.png"] = draw_effects(folder / "effects.png", effects, note)
         paths["budget.png"] = draw_budget(folder / "budget.png", table, note)
     paths["summary.json"] = folder / "summary.json"
     write_json(

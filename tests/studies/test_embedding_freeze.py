@@ -1,0 +1,359 @@
+"""The embedding-freeze study, end to end on a tiny text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bklm.models import ContextTokenConfig, ContextTokenLM
+from bklm.studies import embedding_freeze_figures, embedding_freeze_runner
+from bklm.studies.embedding_freeze import EmbeddingFreezeConfig, run_embedding_freeze
+from bklm.studies.embedding_freeze_arms import INEQUALITY, arms_of
+from bklm.studies.embedding_freeze_estimate import estimated_minutes
+from bklm.studies.embedding_freeze_text import prepare_text
+
+WORDS = [
+    a + b for a in ("ka", "lo", "mi", "ne", "ru", "so", "ta", "vi") for b in ("bar", "den", "fis", "gol", "him")
+]
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(request, monkeypatch):
+    """Drawing takes most of a tiny study's time; one test draws for real."""
+    if "draws" not in request.keywords:
+        monkeypatch.setattr(
+            embedding_freeze_figures, "save_figure", lambda path, *a, **k: path.write_bytes(b"") and path
+        )
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 training, 3 validation and 3 test documents; training document 2 nearly equals validation document 1."""
+    folder, rng = tmp_path_factory.mktemp("documents"), random.Random(0)
+
+    def document(split: str, number: int) -> str:
+        words = " ".join(rng.choices(WORDS, weights=range(1, len(WORDS) + 1), k=70))
+        return f" = {split} {number} = \n {words} .\n"
+
+    texts = {
+        split: [document(split, i) for i in range(n)] for split, n in (("train", 20), ("valid", 3), ("test", 3))
+    }
+    texts["train"][2] = texts["valid"][1].replace("= \n ", "= \n once ")
+    for split, written in texts.items():
+        (folder / f"{split}.txt").write_text("".join(written))
+    return folder
+
+
+@pytest.fixture
+def config(documents: Path, tmp_path: Path) -> EmbeddingFreezeConfig:
+    """Two arms, one sample, two seeds: about a second."""
+    return EmbeddingFreezeConfig(
+        profile="smoke", data_dir=str(documents), output_dir=str(tmp_path / "results"), device="cpu",
+        initialisation="pretrained", head="tied", original_comparison=False, samples=(5,), seeds=(0, 1), val_documents=3,
+        document_tokens=100, vocab_size=300, embed_dim=8, context_dim=8, n_layers=1, epochs=2, batch_tokens=128, iterations=2,
+    )  # fmt: skip
+
+
+def numbers(folder: Path) -> list:
+    """What the study computed, without its timings."""
+    trials = [json.loads(p.read_text()) for p in sorted(folder.glob("trials/*/result.json"))]
+    names = ("arm", "samples", "seed", "val_ppl", "accuracy", "train_ppl", "best_epoch", "context_drift")
+    return [[t[n] for n in names] + [e["val_loss"] for e in t["epochs"]] for t in trials]
+
+
+@pytest.mark.slow
+@pytest.mark.draws
+def test_every_arm_is_trained_and_the_zip_holds_tables_curves_figures_and_what_the_table_says(config):
+    config = dataclasses.replace(
+        config, initialisation="both", head="both", original_comparison=True, samples=(5, 8)
+    )
+    result = run_embedding_freeze(config)
+    with zipfile.ZipFile(result.bundle.path) as archive:
+        names = {n.removeprefix("embedding_freeze/") for n in archive.namelist()}
+        summary = json.loads(archive.read("embedding_freeze/summary.json"))
+        manifest = json.loads(archive.read("embedding_freeze/manifest.json"))
+    assert {
+        "table.csv", "effects.csv", "trials.csv", "epochs.csv", "phase1.csv", "phase1_iterations.csv", "baselines.csv",
+        "arms.png", "curves.png", "effects.png", "phase1.png", "budget.png", "tokenizer.json", "run.log", "config.json",
+    } <= names  # fmt: skip
+    assert not any(n.endswith(".safetensors") for n in names), "context blocks are needed for phase 2 alone"
+    assert [(r["arm"], r["samples"]) for r in result.table] == [
+        (arm.name, n) for arm in arms_of(config) for n in (5, 8)
+    ]
+    assert summary["findings"] == result.findings
+    assert "made a difference" in result.findings[0] or "no difference" in result.findings[0].lower()
+    assert summary["inequality"] == INEQUALITY
+    assert {b["samples"] for b in summary["baselines"]} == {5, 8}
+    assert {e["where"] for e in result.effects if e["factor"] == "freezing"} >= {
+        "all",
+        "tied head",
+        "8 samples",
+    }
+    assert manifest["tokenizer"]["sha256"]
+    assert "-m bklm.studies.embedding_freeze" in manifest["command"]
+
+
+def test_near_duplicates_of_validation_documents_are_left_out_and_reported(config, documents):
+    text = prepare_text(config.resolved())
+    assert [r.resembles.split()[1:3] for r in text.split.removed] == [["valid", "1"]]
+    assert len(text.documents) == 5
+    assert not any(" once " in document for document in [*text.split.train, *text.split.spare])
+    summary = json.loads(run_embedding_freeze(config).paths["summary.json"].read_text())
+    assert summary["near_duplicates"]["threshold"] == 0.5
+    assert len(summary["near_duplicates"]["removed"]) == 1
+
+
+def test_documents_of_the_embedding_are_neither_trained_nor_scored_on(config):
+    split = prepare_text(config.resolved()).split
+    assert len(split.spare) == 20 - 1 - 5
+    assert not set(split.spare) & {*split.train, *split.valid}
+
+
+def test_parameters_are_counted_from_the_model_and_frozen_ones_are_not_trained(config):
+    result = run_embedding_freeze(dataclasses.replace(config, head="both", seeds=(0,)))
+    size = len(prepare_text(config.resolved()).bpe)
+    rows = {row["arm"]: row for row in result.table}
+    block, table, norm = (16 * 8 + 8) + 16, size * 8, 16
+    tied, untied = 2 * block + table + norm, 2 * block + 2 * table + norm
+    expected = {
+        "pretrained, frozen, tied": (block, tied),
+        "pretrained, trained, tied": (block + table + norm, tied),
+        "pretrained, frozen, untied": (block + table, untied),
+        "pretrained, trained, untied": (block + 2 * table + norm, untied),
+    }
+    for arm, (trained, total) in expected.items():
+        assert (rows[arm]["trainable_parameters"], rows[arm]["parameters"]) == (trained, total)
+        assert rows[arm]["tokens_per_parameter"] == pytest.approx(rows[arm]["train_tokens"] / trained)
+
+
+@pytest.fixture
+def trained_models(monkeypatch) -> dict[str, tuple[dict, dict]]:
+    """label -> (state before phase 2, state after it) of every model that a study trains."""
+    seen = {}
+    real = embedding_freeze_runner.train_phase2
+
+    def spy(model, *args, **options):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        trained = real(model, *args, **options)
+        seen[options["label"]] = before, {name: value.clone() for name, value in model.state_dict().items()}
+        return trained
+
+    monkeypatch.setattr(embedding_freeze_runner, "train_phase2", spy)
+    return seen
+
+
+def test_frozen_embeddings_stay_bit_equal_and_trained_ones_move(config, trained_models):
+    run_embedding_freeze(dataclasses.replace(config, seeds=(0,), original_comparison=True, head="both"))
+    for label, (before, after) in trained_models.items():
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        trains_embedding = label.startswith("pretrained, trained")
+        assert ("embedding.weight" in changed) == trains_embedding, label
+        # The original's "frozen" arm trained the LayerNorm after the embedding.
+        trains_norm = trains_embedding or label.startswith("original comparison: frozen")
+        assert ("norm.weight" in changed) == trains_norm, label
+        assert not any(name.startswith("context_block") for name in changed), label
+        assert any(name.startswith("token_block") for name in changed), label
+
+
+def test_arms_of_one_seed_start_from_the_same_blocks_and_another_seed_from_others(config, trained_models):
+    run_embedding_freeze(dataclasses.replace(config, head="both"))
+    starts: dict[str, set[float]] = {}
+    for label, (before, _) in trained_models.items():
+        starts.setdefault(label[-1], set()).add(float(before["token_block.linears.0.weight"].double().sum()))
+    assert {seed: len(sums) for seed, sums in starts.items()} == {"0": 1, "1": 1}
+    assert starts["0"] != starts["1"]
+
+
+def test_a_random_embedding_has_the_pretrained_ones_scale_and_depends_on_the_seed(config):
+    text = prepare_text(dataclasses.replace(config, initialisation="both").resolved())
+    pretrained, random_one = text.table("pretrained", 0), text.table("random", 0)
+    assert random_one.std() == pytest.approx(pretrained.std(), rel=0.1)
+    assert np.array_equal(text.table("pretrained", 1), pretrained)
+    assert not np.array_equal(text.table("random", 1), random_one)
+
+
+def test_the_original_comparison_is_as_unequal_as_the_original_was(config, monkeypatch):
+    calls = {}
+    real = embedding_freeze_runner.train_phase2
+
+    def spy(model, train_ids, val_ids, *args, **options):
+        head = model.head()[0].detach()
+        calls[options["label"]] = len(train_ids), val_ids, bool(head.abs().sum() == 0), model.config.tied
+        return real(model, train_ids, val_ids, *args, **options)
+
+    monkeypatch.setattr(embedding_freeze_runner, "train_phase2", spy)
+    config = dataclasses.replace(config, seeds=(0,), freezing="frozen", original_comparison=True)
+    result = run_embedding_freeze(config)
+    controlled, frozen, trained = (
+        next(call for label, call in calls.items() if label.startswith(start))
+        for start in ("pretrained", "original comparison: frozen", "original comparison: trained")
+    )
+    assert frozen[0] == controlled[0]
+    assert trained[0] == round(controlled[0] / 3)
+    assert np.array_equal(frozen[1], controlled[1])
+    assert not np.array_equal(trained[1], controlled[1])
+    assert (controlled[2:], frozen[2:], trained[2:]) == ((False, True), (False, True), (True, False))
+    assert any("unequal" in sentence for sentence in result.findings)
+
+
+def test_a_finished_study_is_read_back_and_trains_nothing(config, monkeypatch):
+    first = run_embedding_freeze(config)
+    for name in ("train_phase2", "train_context"):
+        monkeypatch.setattr(embedding_freeze_runner, name, lambda *a, **k: pytest.fail("trained again"))
+    second = run_embedding_freeze(config)
+    assert (second.table, second.effects, second.findings) == (first.table, first.effects, first.findings)
+
+
+def test_a_study_that_was_interrupted_goes_on_and_ends_with_the_numbers_of_an_undisturbed_one(
+    config, tmp_path, monkeypatch
+):
+    from bklm.studies import embedding_freeze_phase2
+
+    real, epochs = embedding_freeze_phase2.train, []
+
+    def interrupt(*args, **options):
+        def stop(record):
+            epochs.append(record)
+            if len(epochs) == 4:  # in the middle of the second trial, before its checkpoint is written
+                raise KeyboardInterrupt
+
+        return real(*args, **options, on_epoch=stop)
+
+    monkeypatch.setattr(embedding_freeze_phase2, "train", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_embedding_freeze(config)
+    monkeypatch.setattr(embedding_freeze_phase2, "train", real)
+    resumed = run_embedding_freeze(config)
+    undisturbed = run_embedding_freeze(dataclasses.replace(config, output_dir=str(tmp_path / "undisturbed")))
+    assert len(numbers(resumed.folder)) == 4
+    assert numbers(resumed.folder) == numbers(undisturbed.folder)
+
+
+def test_phase_1_alone_and_phase_2_later_give_the_numbers_of_both_at_once(config, tmp_path):
+    apart = dataclasses.replace(config, output_dir=str(tmp_path / "apart"))
+    first = run_embedding_freeze(dataclasses.replace(apart, phase="1"))
+    assert (first.table, first.best) == ([], None)
+    assert len(first.phase1) == 2
+    second = run_embedding_freeze(dataclasses.replace(apart, phase="2"))
+    assert numbers(second.folder) == numbers(run_embedding_freeze(config).folder)
+
+
+def test_phase_1_is_the_same_whether_the_embedding_is_frozen_or_not(config):
+    result = run_embedding_freeze(dataclasses.replace(config, phase="1"))
+    assert any("bit for bit in 1 of 1" in sentence for sentence in result.findings)
+
+
+def test_contexts_follow_a_trained_embedding_unless_told_not_to(config):
+    config = dataclasses.replace(config, freezing="trained", seeds=(0,))
+    log = (run_embedding_freeze(config).folder / "run.log").read_text()
+    assert "contexts computed again" in log
+    kept = dataclasses.replace(
+        config, recompute_contexts=False, output_dir=str(Path(config.output_dir) / "kept")
+    )
+    assert "contexts computed again" not in (run_embedding_freeze(kept).folder / "run.log").read_text()
+
+
+def test_every_arm_gets_the_same_search_over_learning_rates_and_goes_on_with_its_best(config):
+    config = dataclasses.replace(config, learning_rates=(1e-5, 1e-2), samples=(4, 5))
+    result = run_embedding_freeze(config)
+    trials = [json.loads(p.read_text()) for p in result.folder.glob("trials/*/result.json")]
+    for arm in {t["arm"] for t in trials}:
+        own = [t for t in trials if t["arm"] == arm]
+        searched = {t["learning_rate"]: t["val_ppl"] for t in own if (t["samples"], t["seed"]) == (4, 0)}
+        assert set(searched) == {1e-5, 1e-2}
+        best = min(searched, key=searched.get)
+        assert {t["learning_rate"] for t in own if (t["samples"], t["seed"]) != (4, 0)} == {best}
+        assert {row["learning_rate"] for row in result.table if row["arm"] == arm} == {best}
+
+
+def test_the_model_of_an_arm_is_the_one_that_its_config_describes(config):
+    """At GPT-2's sizes the counts are the original's, and without the head's mistake 45,690,624 are trained."""
+    with torch.device("meta"):
+        model = ContextTokenLM(ContextTokenConfig())
+    assert model.num_parameters() == 52_782_336
+    model.freeze_context()
+    assert model.num_parameters(trainable_only=True) == 45_690_624
+    model.freeze_embedding()
+    assert model.num_parameters(trainable_only=True) == 7_091_712
+    full = EmbeddingFreezeConfig(profile="full").resolved()
+    assert (full.vocab_size, full.embed_dim, full.context_dim, full.n_layers) == (50257, 768, 768, 6)
+    assert (full.tokenizer, full.embedding, full.samples, full.epochs) == ("gpt2", "gpt2", (500, 1000), 10)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"context_dim": 4}, r"a tied head needs embed_dim and context_dim to be equal, but they are 8 and 4"),
+        ({"n_layers": 0}, r"n_layers: got 0, which with a frozen embedding .* leaves nothing to train"),
+        (
+            {"samples": (3, 25)},
+            r"samples: got 25, but .* has 20 documents, 1 of them nearly equal .* at most 19",
+        ),
+        ({"val_documents": 4}, r"val_documents: got 4, but .* has 3 documents"),
+        (
+            {"embedding": "gpt2", "vocab_size": None},
+            r"got 'gpt2' with tokenizer 'corpus', whose tokens are not GPT-2's",
+        ),
+        (
+            {"embedding": "gpt2", "tokenizer": "gpt2"},
+            r"embed_dim: got 8, but GPT-2's embedding has 768 columns",
+        ),
+        ({"samples": (19,)}, r"'svd' needs documents that no model is trained or scored on, but all 19"),
+        (
+            {"phase": "2"},
+            r"phase: got '2', but .* lacks phase 1 for 2 of 2 combinations .* run phase '1' or 'both'",
+        ),
+        ({"batch_tokens": 512}, r"batch_tokens: got 512, but the smallest sample of .* has 500 tokens"),
+        ({"samples": ()}, "samples: got"),
+        ({"freezing": "half"}, r"freezing: got 'half'; allowed is one of 'both', 'frozen', 'trained'"),
+        ({"embedding_file": "nowhere.npy"}, r"nowhere.npy.* does not exist"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_training(config, values, says, monkeypatch):
+    monkeypatch.setattr(embedding_freeze_runner, "train_context", lambda *a, **k: pytest.fail("trained"))
+    with pytest.raises((ValueError, OSError), match=says) as caught:
+        run_embedding_freeze(dataclasses.replace(config, **values))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_embedding_file_of_another_vocabulary_or_width_is_refused_and_a_fitting_one_used(config, tmp_path):
+    size = len(prepare_text(config.resolved()).bpe)
+    wrong = {
+        (size + 1, 8): f"has rows for {size + 1} tokens, but the tokeniser has {size}",
+        (size, 9): "has 9 columns, but embed_dim is 8",
+    }
+    for shape, says in wrong.items():
+        np.save(tmp_path / "table.npy", np.zeros(shape))
+        with pytest.raises(ValueError, match=says):
+            run_embedding_freeze(dataclasses.replace(config, embedding_file=str(tmp_path / "table.npy")))
+    table = np.random.default_rng(0).normal(size=(size, 8)).astype(np.float32)
+    np.save(tmp_path / "table.npy", table)
+    text = prepare_text(dataclasses.replace(config, embedding_file=str(tmp_path / "table.npy")).resolved())
+    assert np.array_equal(text.table("pretrained", 0), table)
+    assert text.source == "the file table.npy"
+
+
+def test_another_embedding_file_is_another_experiment(config, tmp_path):
+    size, path = len(prepare_text(config.resolved()).bpe), tmp_path / "table.npy"
+    config = dataclasses.replace(config, embedding_file=str(path), seeds=(0,), freezing="frozen")
+    np.save(path, np.random.default_rng(0).normal(size=(size, 8)))
+    run_embedding_freeze(config)
+    np.save(path, np.random.default_rng(1).normal(size=(size, 8)))
+    with pytest.raises(ValueError, match="holds a study made with other settings"):
+        run_embedding_freeze(config)
+
+
+def test_the_estimate_grows_with_what_is_asked_for(config):
+    least = estimated_minutes(config.resolved())
+    assert 0 < least < 1
+    assert estimated_minutes(dataclasses.replace(config, seeds=(0, 1, 2, 3)).resolved()) == pytest.approx(
+        2 * least
+    )
+    assert estimated_minutes(dataclasses.replace(config, epochs=20).resolved()) > 2 * least
