@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from bklm.models import NewLLM, NewLLMConfig
 from bklm.models.new_llm_loop import CONTEXT_LIMIT
-from bklm.models.products import PreparedLinear, onednn_linear, onednn_serves, weight_gradient
+from bklm.models.products import PreparedLinear, linear, weight_gradient
 
 BKLM, LITERAL, HEAD_OUTSIDE = "bklm", "literal", "literal, head outside the loop"
 
@@ -84,19 +84,16 @@ def floor_step(config: NewLLMConfig, x: Tensor) -> tuple[Callable[[], None], int
     pairs = [(new(length * batch, a), new(length * batch, b)) for a, b in (*thin, (h, e), (v, h))]
     outside = [(new(length * batch, e), new(h, e)), (new(length * batch, h), new(v, h))]
 
-    def product(a: Tensor, weight: Tensor) -> Tensor:
-        return onednn_linear(a, weight, None) if onednn_serves(a) else F.linear(a, weight)
-
     @torch.no_grad()
     def step() -> None:
         for _ in range(length):
-            for linear, (_, columns) in zip(loop, (*thin, *(s[::-1] for s in thin)), strict=True):
-                linear(inputs[columns])
+            for thin_linear, (_, columns) in zip(loop, (*thin, *(s[::-1] for s in thin)), strict=True):
+                thin_linear(inputs[columns])
         for d, a in pairs:
             weight_gradient(d, a)
         for (a, weight), (d, _) in zip(outside, pairs[-2:], strict=True):
-            product(a, weight)
-            product(d, weight.t())
+            linear(a, weight)
+            linear(d, weight.t())
         if x.is_cuda:
             torch.cuda.synchronize()
 

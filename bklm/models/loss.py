@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bklm.models.products import onednn_linear, onednn_serves, weight_gradient
+
 __all__ = ["IGNORE_INDEX", "TokenLosses", "linear_cross_entropy", "linear_token_losses"]
 
 IGNORE_INDEX = -100
@@ -28,6 +30,9 @@ IGNORE_INDEX = -100
 CPU_CHUNK_BYTES = 16 * 2**20
 GPU_CHUNK_BYTES = 256 * 2**20
 _FEWEST_ROWS = 16
+# With few rows, so with many words, the sum into a large gradient is what costs, and MKL adds while it multiplies. At
+# 2,016 rows and 1,000 words oneDNN took 0.5 of MKL's time, at 139 rows and 30,000 words 1.0 to 1.5.
+_ROWS_FOR_ONEDNN = 512
 
 
 class TokenLosses(NamedTuple):
@@ -129,7 +134,7 @@ class LinearHead:
         self.rows, self.weight = rows.to(product), weight.to(product)
         self.bias = None if bias is None else bias.to(product)
         self.chunk_rows = min(chunk_rows, len(rows))
-        self.by_onednn = _onednn_serves(self.rows)
+        self.by_onednn = onednn_serves(self.rows)
         if not self.by_onednn:
             self._logits = rows.new_empty(self.chunk_rows, len(weight), dtype=product)
         self._p = rows.new_empty(self.chunk_rows, len(weight), dtype=self.exact)
@@ -153,7 +158,7 @@ class LinearHead:
     def logits(self, h: Tensor) -> Tensor:
         """h (m, D) times the transposed weight, plus bias."""
         if self.by_onednn:
-            return _onednn_linear(h, self.weight, self.bias)
+            return onednn_linear(h, self.weight, self.bias)
         if self.bias is None:
             return torch.mm(h, self.weight.t(), out=self._logits[: len(h)])
         return torch.addmm(self.bias, h, self.weight.t(), out=self._logits[: len(h)])
@@ -164,7 +169,14 @@ class LinearHead:
             return p @ self.weight
         if self._weight_t is None:
             self._weight_t = self.weight.t().contiguous()
-        return _onednn_linear(p, self._weight_t, None)
+        return onednn_linear(p, self._weight_t, None)
+
+    def add_weight_gradient(self, total: Tensor, p: Tensor, h: Tensor) -> None:
+        """total (V, D) += p^T h, of p (m, V) and h (m, D)."""
+        if self.by_onednn and len(p) >= _ROWS_FOR_ONEDNN:
+            total += weight_gradient(h, p).t()
+        else:
+            total.addmm_(p.t(), h)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -189,7 +201,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 d_bias.addmv_(p.t(), w)
             if full:
                 if needs_weight:
-                    d_weight.addmm_(p.t(), head.rows[chunk] * w.unsqueeze(1))
+                    head.add_weight_gradient(d_weight, p, head.rows[chunk] * w.unsqueeze(1))
             else:
                 p = p.to(head.product)
                 if needs_weight:
@@ -214,25 +226,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*grads, None, None, None)
-
-
-def _onednn_serves(rows: Tensor) -> bool:
-    """Whether oneDNN takes the products: float32 on a CPU, where torch.mm calls MKL.
-
-    MKL keeps to AVX2 on processors that are not Intel's; oneDNN uses what there is. On an AMD EPYC with AVX-512 it
-    took 0.4 of MKL's time for h W^T, 0.33 for P W and more than MKL's for P^T h, which therefore stays with torch.mm.
-    """
-    return (
-        rows.device.type == "cpu"
-        and rows.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and not torch.compiler.is_compiling()
-    )
-
-
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (m, K) times weight (V, K) transposed, plus bias: the operator that torch.compile puts in place of F.linear."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _rows_per_chunk(weight: Tensor) -> int:

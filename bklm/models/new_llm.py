@@ -128,14 +128,10 @@ class NewLLM(LanguageModel):
         context = self.init_state(input_ids.shape[0]).context
         if any(type(layer) is not nn.Linear for layer in (*self.layers, *self._gates())):
             return self._run_modules(embedded, context)
-        weight, bias = self.layers[0].weight, self.layers[0].bias
-        tokens_weight, context_weight = weight.split((self.config.embed_dim, self.config.context_dim), 1)
-        first = F.linear(embedded, tokens_weight, bias)
         hidden, context = recurrence(
-            first,
+            embedded,
             context,
-            context_weight,
-            [(layer.weight, layer.bias) for layer in self.layers[1:]],
+            [(layer.weight, layer.bias) for layer in self.layers],
             torch.cat([gate.weight for gate in self._gates()]),
             torch.cat([gate.bias for gate in self._gates()]),
             self.norm,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["PreparedLinear", "onednn_linear", "onednn_serves", "weight_gradient"]
+__all__ = ["PreparedLinear", "linear", "onednn_linear", "onednn_serves", "weight_gradient"]
 
 
 def onednn_serves(x: Tensor) -> bool:
@@ -26,8 +26,18 @@ def onednn_serves(x: Tensor) -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
-    """x (m, K) times weight (V, K) transposed, plus bias: the operator that torch.compile puts in place of F.linear."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
+    """x (..., K) times weight (V, K) transposed, plus bias: the operator that torch.compile puts in place of F.linear."""
+    # A slice of a matrix would take oneDNN's reference loop, a thousand times slower.
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "relu" if relu else "none", [], "")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, without gradients: x (..., K) times weight (V, K) transposed, plus bias."""
+    if onednn_serves(x):
+        return onednn_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class PreparedLinear:
