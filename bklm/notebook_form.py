@@ -9,12 +9,14 @@ import nbformat
 
 from bklm.checkpoints import write_text
 from bklm.config import FieldSpec, StudyConfig
-from bklm.studies import GradBlendConfig, PrecisionConfig
+from bklm.studies import BaselineConfig, EmbeddingFreezeConfig, GradBlendConfig, PrecisionConfig
 
 # Which notebook's form belongs to which config.
 FORMS: dict[str, type[StudyConfig]] = {
     "notebooks/01_grad_blend_sweep.ipynb": GradBlendConfig,
     "notebooks/02_precision_benchmark.ipynb": PrecisionConfig,
+    "notebooks/03_baseline_training.ipynb": BaselineConfig,
+    "notebooks/04_embedding_freeze_study.ipynb": EmbeddingFreezeConfig,
 }
 
 Config = TypeVar("Config", bound=StudyConfig)

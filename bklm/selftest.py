@@ -13,8 +13,9 @@ from bklm.bk_core import BKCore, available_backends, reference, resolvent_diagon
 from bklm.figures import colours, legend_below, save_figure
 from bklm.notebook import where
 from bklm.reporting import environment, git_revision
+from bklm.studies.estimate import in_words
 from bklm.studies.grad_blend import GradBlendConfig
-from bklm.studies.grad_blend_estimate import estimated_minutes, in_words
+from bklm.studies.grad_blend_estimate import estimated_minutes
 
 TOLERANCE = 1e-6  # relative, complex64 against the dense inverse in complex128
 

@@ -9,8 +9,9 @@ import pytest
 from bklm import notebook, notebook_run
 from bklm.notebook_form import FORMS, as_words
 from bklm.studies import GradBlendConfig
+from bklm.studies.estimate import in_words
 from bklm.studies.folder import claim, study_folder
-from bklm.studies.grad_blend_estimate import estimated_minutes, in_words
+from bklm.studies.grad_blend_estimate import estimated_minutes
 
 
 def test_they_start_from_the_form_and_give_back_what_was_moved(tiny_config):
