@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 # Chunks side by side: enough rows for efficient matrix products, few enough that meeting the former path is cheap.
 CPU_ROWS, GPU_ROWS = 256, 2048
 SHORTEST_CHUNK = 128
+# A chunk has met its former path where they differ by this much less than the tolerance: a difference can grow for
+# some tokens before it fades (measured at widths 8 to 768; 100 would ask for more than float32 can hold).
+MARGIN = 30
 SEGMENT = 1024  # tokens whose input products the sequential sweep holds at once
 
 
@@ -41,6 +44,7 @@ class CorpusContexts:
 
     Attributes:
         final: (T, D_c), the model's dtype and device.
+        tokens: T.
         method: "parallel", or "sequential" where the iteration did not converge or its result failed verification.
         sweeps: sweeps over chunks that the iteration made.
         passes: evaluations of the context block per token, all sweeps together (sequential: with the sequential one).
@@ -50,6 +54,7 @@ class CorpusContexts:
     """
 
     final: Tensor
+    tokens: int
     method: str
     sweeps: int
     passes: float
@@ -58,7 +63,7 @@ class CorpusContexts:
     seconds: float
 
     def __str__(self) -> str:
-        text = f"{len(self.final)} contexts, {self.method}, {self.sweeps} sweeps, {self.passes:.2f} evaluations per token"
+        text = f"{self.tokens} contexts, {self.method}, {self.sweeps} sweeps, {self.passes:.2f} evaluations per token"
         if self.method == "parallel":
             text += f", within {self.error:.1e} of the sequential sweep over {self.verified} tokens"
         return f"{text}, {self.seconds:.1f} s"
@@ -80,8 +85,7 @@ def corpus_contexts(
 
     Args:
         token_ids: (T,) integers, a tensor or an array.
-        tolerance: a chunk has met its former path where no entry differs by more than a tenth of this; the result must
-            agree with the sequential sweep to this, or the sequential one is returned.
+        tolerance: largest difference from the sequential sweep; a result found to be further away is not returned.
         max_sweeps: after so many, what has not converged is computed sequentially, and the log says so.
         chunk: tokens per chunk; chosen by T and device when None. 1 is the plain fixed-point iteration.
         document_starts: positions at which the context starts from zeros again; the state runs on otherwise.
@@ -100,7 +104,7 @@ def corpus_contexts(
     walk = _Walk(model, ids, restarts, start)
     rows = CPU_ROWS if ids.device.type == "cpu" else GPU_ROWS
     length = min(len(ids), chunk or max(SHORTEST_CHUNK, -(-len(ids) // rows)))
-    final, sweeps, evaluated, settled = _iterate(walk, length, tolerance / 10, max_sweeps)
+    final, sweeps, evaluated, settled = _iterate(walk, length, tolerance / MARGIN, max_sweeps)
     if not torch.isfinite(final).all():
         raise ArithmeticError(
             "corpus contexts: some are infinite or NaN, because the model's weights are or have grown too large; "
@@ -127,7 +131,7 @@ def corpus_contexts(
         walk.sequential(final, 0)
         evaluated, error, method = evaluated + len(ids), 0.0, "sequential"
     seconds = time.perf_counter() - began
-    return CorpusContexts(final, method, sweeps, evaluated / len(ids), error, verified, seconds)
+    return CorpusContexts(final, len(ids), method, sweeps, evaluated / len(ids), error, verified, seconds)
 
 
 class _Walk:

@@ -65,7 +65,7 @@ def test_a_forgetting_block_needs_few_sweeps_and_little_more_than_one_evaluation
     found = corpus_contexts(model, ids, chunk=300)
     assert found.method == "parallel"
     assert found.sweeps <= 3
-    assert found.passes < 1.6
+    assert found.passes < 2
     torch.testing.assert_close(found.final, walked(model, ids), rtol=0, atol=1e-4)
     one = corpus_contexts(model, ids, chunk=1, max_sweeps=200, verify=0)
     assert one.passes > 10  # the plain iteration evaluates every token in every sweep
