@@ -178,6 +178,16 @@ def _refuse_short(text: FreezeText, batch_tokens: int) -> None:
             )
 
 
+def describe_duplicates(split: DocumentSplit, shown: int = 5) -> str:
+    """How many training documents were left out because they nearly equal a validation document, and which."""
+    lines = [
+        f"{len(split.removed)} of {split.examined:,} training documents left out as near-duplicates of validation documents "
+        f"(Jaccard similarity of {split.threshold:g} or more)"
+    ]
+    lines += [f"  {r.similarity:.2f}  {r.opening!r} resembles {r.resembles!r}" for r in split.removed[:shown]]
+    return "\n".join(lines)
+
+
 def readable_baselines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The baselines rounded for people."""
     return [

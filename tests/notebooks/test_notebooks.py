@@ -107,3 +107,15 @@ def test_02_precision_benchmark_smoke_runs_headless_and_ends_with_claims_and_one
     assert printed.count("Use left/right in") == 1
     assert "SHA-256" in printed
     assert (tmp_path / "results" / "precision.zip").exists()
+
+
+@pytest.mark.slow
+def test_04_embedding_freeze_study_smoke_runs_headless_and_ends_with_what_made_the_difference(tmp_path):
+    values = {"profile": "smoke", "dataset": "embedded", "head": "tied", "original_comparison": False}
+    printed = run(ROOT / "notebooks" / "04_embedding_freeze_study.ipynb", tmp_path, **values)
+    assert "Kneser-Ney 3-gram" in printed
+    assert "near-duplicates" in printed
+    assert "instead of" in printed
+    assert "Tokens per trained parameter" in printed
+    assert "SHA-256" in printed
+    assert (tmp_path / "results" / "embedding_freeze.zip").exists()
