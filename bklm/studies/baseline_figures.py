@@ -108,7 +108,8 @@ def draw_contexts(path: Path, table: list[dict[str, Any]], config: BaselineConfi
         ]
         for row in table
     }
-    if not any(points.values()):
+    points = {name: values for name, values in points.items() if values}
+    if not points:
         return None
 
     def draw(figure: Figure) -> None:
@@ -125,7 +126,7 @@ def draw_contexts(path: Path, table: list[dict[str, Any]], config: BaselineConfi
         wide_range_axis(axes.yaxis, [y for values in points.values() for _, y in values], "validation PPL")
         legend_below(axes, ncols=4, fontsize=10)
 
-    longest = {name: values[-1][0] for name, values in points.items() if values}
+    longest = {name: values[-1][0] for name, values in points.items()}
     ends = [f"{TITLES[n]} ends at {x}" for n, x in longest.items() if x < max(longest.values())]
     gains = ", ".join(
         f"{TITLES[n]} {dict(v)[min(dict(v))]:.1f} to {min(y for _, y in v):.1f}" for n, v in points.items()

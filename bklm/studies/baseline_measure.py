@@ -65,24 +65,24 @@ def step_arms(
     models: Mapping[str, Mapping[str, Any]],
     vocab_size: int,
     batch: int,
-    length: int,
+    seq_len: int,
     device: str,
     precision: str,
 ) -> dict[str, Arm]:
-    """One optimiser step of each model on a (batch, length) of random tokens, gradients freed at its end."""
+    """One optimiser step of each model on (batch, seq_len) random tokens, gradients freed at its end."""
     return {
-        name: _step_arm(build_model(name, settings), vocab_size, batch, length, device, precision)
+        name: _step_arm(build_model(name, settings), vocab_size, batch, seq_len, device, precision)
         for name, settings in models.items()
     }
 
 
 def _step_arm(
-    model: LanguageModel, vocab_size: int, batch: int, length: int, device: str, precision: str
+    model: LanguageModel, vocab_size: int, batch: int, seq_len: int, device: str, precision: str
 ) -> Arm:
     accelerator = make_accelerator("cpu" if device == "cpu" else "auto", precision)
     model = model.to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    x = torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randint(vocab_size, (batch, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
 
     def step() -> bool:
         with accelerator.autocast():
@@ -103,7 +103,7 @@ def _training_step(
         "models": {name: run["model_config"] for name, run in runs.items()},
         "vocab_size": text.vocab_size,
         "batch": config.batch_size,
-        "length": config.seq_len,
+        "seq_len": config.seq_len,
         "device": device,
         "precision": config.precision,
     }

@@ -63,8 +63,8 @@ class Runner:
         self.folder = broadcast(accelerator, folder)
         self.search_results: list[dict[str, Any]] = []
         steps = len(text.train_loader(0)) * config.epochs * len(config.seeds)
-        searched = len(config.learning_rates) if len(config.learning_rates) > 1 else 0
-        steps += len(text.search_loader(0, config.search_tokens)) * searched
+        if len(config.learning_rates) > 1:
+            steps += len(text.search_loader(0, config.search_tokens)) * len(config.learning_rates)
         names = model_names(config.model)
         self.settings = {name: model_settings(name, config, text.vocab_size) for name in names}
         self._require_disk()

@@ -127,14 +127,12 @@ def prepare_text(config: Any) -> BaselineText:
     """
     corpus = load_corpus(config.dataset, config.data_dir)
     text = _line_text(config, corpus) if config.protocol == "original" else _contiguous_text(config, corpus)
-    tokens = config.search_tokens
-    loaders = (
-        text.train_loader(0),
-        text.search_loader(0, tokens),
-        text.search_val_loader(tokens),
-        text.val_loader(),
-    )
-    for loader in (*loaders, *([text.test_loader()] if text.has_test_split else [])):
+    loaders = [text.train_loader(0), text.val_loader()]
+    if len(config.learning_rates) > 1:
+        loaders += [text.search_loader(0, config.search_tokens), text.search_val_loader(config.search_tokens)]
+    if text.has_test_split:
+        loaders.append(text.test_loader())
+    for loader in loaders:
         len(loader)  # refuses sequences and batches that the text cannot fill
     log.info(
         "Text: %s from %s; %s training and %s validation targets, vocabulary %s",

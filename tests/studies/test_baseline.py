@@ -1,0 +1,308 @@
+"""The baseline study, end to end on a tiny text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from bklm.checkpoints import CheckpointFolder
+from bklm.evaluation import evaluate
+from bklm.studies import baseline, baseline_figures, baseline_measure, baseline_runner
+from bklm.studies.baseline import BaselineConfig, run_baseline
+from bklm.studies.baseline_estimate import estimated_minutes
+from bklm.studies.baseline_models import COMPETITORS, active_parameters, build_model, model_settings
+from bklm.studies.baseline_samples import list_checkpoints, load_checkpoint, write_sample
+from bklm.studies.baseline_text import prepare_text
+from bklm.training import NonFiniteError
+
+
+def leave_out_figures_and_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing and measuring take most of a tiny study's time; one test has them for real."""
+    cost = {"tokens_per_second": 1.0, "training_bytes": None, "memory_reason": "left out", "generation": []}
+    monkeypatch.setattr(baseline_figures, "save_figure", lambda path, *a, **k: path)
+    monkeypatch.setattr(
+        baseline, "measure_models", lambda config, text, runs, folder: {r["model"]: cost for r in runs}
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_figures_and_costs(request, monkeypatch):
+    if "draws" not in request.keywords:
+        leave_out_figures_and_costs(monkeypatch)
+
+
+def tiny_config(text: Path, folder: Path, **changes) -> BaselineConfig:
+    """One NewLLM of a thousand parameters, one seed, one learning rate."""
+    settings = {
+        "profile": "smoke", "model": "newllm", "data_dir": str(text), "output_dir": str(folder / "results"),
+        "device": "cpu", "seeds": (0,), "epochs": 3, "learning_rates": (1e-2,), "search_tokens": 200, "batch_size": 8,
+        "seq_len": 8, "vocab_size": 100, "embed_dim": 8, "hidden_dim": 16, "context_dim": 8, "n_layers": 1,
+        "max_train_tokens": 300, "generate_tokens": 3, "context_tokens": 0, "checkpoint_every": 2,
+    }  # fmt: skip
+    return BaselineConfig(**{**settings, **changes})
+
+
+@pytest.fixture
+def tiny(small_text: Path, tmp_path: Path) -> BaselineConfig:
+    return tiny_config(small_text, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the tiny study after one epoch, on disk for tests that are refused it."""
+    config = tiny_config(small_text, tmp_path_factory.mktemp("checkpoint"), epochs=1)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_figures_and_costs(patch)
+        run_baseline(config)
+    (place,) = CheckpointFolder(config.checkpoint_folder() / "newllm_seed_0").all()
+    return place
+
+
+def curve(result) -> list[list[float]]:
+    return [[e[k] for k in ("train_loss", "val_loss")] for r in result.runs for e in r["epochs"]]
+
+
+@pytest.mark.slow
+@pytest.mark.draws
+def test_all_three_models_are_searched_trained_measured_and_reported_in_one_zip(tiny, monkeypatch):
+    monkeypatch.setattr(baseline_measure, "POSITIONS", (4, 40))
+    monkeypatch.setattr(baseline_measure, "GPT_POSITIONS", 16)
+    config = dataclasses.replace(tiny, model="all", seeds=(0, 1), epochs=2, learning_rates=(1e-3, 1e-2))
+    drawn = []
+    result = run_baseline(config, on_figure=drawn.append)
+    assert [r["model"] for r in result.table] == list(COMPETITORS)
+    assert len(drawn) == 6
+    with zipfile.ZipFile(result.bundle.path) as archive:
+        names = {n.removeprefix("baseline/") for n in archive.namelist()}
+        summary = json.loads(archive.read("baseline/summary.json"))
+        manifest = json.loads(archive.read("baseline/manifest.json"))
+    assert {
+        "table.csv", "epochs.csv", "learning_rates.csv", "training_curves.png", "context_lengths.png", "run.log",
+        "vocabulary.json", "runs/gpt_seed_0/best_model.safetensors",
+    } <= names  # fmt: skip
+    assert not any("epoch_" in n for n in names)  # checkpoints would swell the zip
+    assert manifest["config"] == json.loads(json.dumps(config.resolved().to_dict()))
+    assert summary["finding"] == result.finding
+    assert len({r["steps"] for r in result.runs}) == 1
+    sizes = [r["parameters"] for r in result.table]
+    assert max(sizes) < 1.2 * min(sizes)
+    for name in COMPETITORS:
+        tried = {r["learning_rate"]: r["val_ppl"] for r in result.search if r["model"] == name}
+        assert set(tried) == {1e-3, 1e-2}
+        taken = next(r["learning_rate"] for r in result.table if r["model"] == name)
+        assert taken == min(tried, key=tried.get)
+    rows = {r["model"]: r for r in result.table}
+    assert rows["newllm"]["val_ppl_low"] < rows["newllm"]["val_ppl"] < rows["newllm"]["val_ppl_high"]
+    assert rows["newllm"]["training_bytes"] > 12 * rows["newllm"]["parameters"]
+    # GPT ends where its positions end, the others go on; its state grows, theirs does not.
+    assert rows["gpt"]["val_ppl_context_16"] is None
+    assert rows["newllm"]["val_ppl_context_128"] > 0
+    assert rows["gpt"]["generate_seconds_4"] > 0
+    assert rows["gpt"]["generate_seconds_40"] is None
+    assert rows["resnet_bk"]["state_bytes_4"] == rows["resnet_bk"]["state_bytes_40"] > 0
+    for model in ("", "gpt"):
+        assert len(write_sample(result, prepare_text(config.resolved()), model, "The cat", 0).split()) > 2
+
+
+def test_a_finished_study_is_read_back_and_trains_nothing(tiny, monkeypatch):
+    first = run_baseline(tiny)
+    monkeypatch.setattr(baseline_runner, "train", lambda *a, **k: pytest.fail("trained again"))
+    second = run_baseline(tiny)
+    assert second.table == first.table
+
+
+def test_after_ctrl_c_the_study_goes_on_and_ends_with_the_numbers_of_an_undisturbed_one(
+    tiny, tmp_path, monkeypatch
+):
+    undisturbed = run_baseline(dataclasses.replace(tiny, output_dir=str(tmp_path / "undisturbed")))
+    steps = undisturbed.runs[0]["steps"]
+    done = []
+
+    def press(n):
+        done.append(n)
+        if len(done) == steps - 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(baseline_runner.Progress, "step", lambda self, n: press(n))
+    with pytest.raises(KeyboardInterrupt):
+        run_baseline(tiny)
+    resumed = run_baseline(tiny)
+    assert curve(resumed) == curve(undisturbed)
+    assert len(done) == steps - 1 + steps // 3  # the third epoch was trained again, and no other
+
+
+def test_checkpoints_go_where_they_are_wanted_and_tell_which_model_they_hold(tiny, tmp_path):
+    config = dataclasses.replace(
+        tiny, checkpoint_dir=str(tmp_path / "drive"), epochs=5, keep_checkpoints=1
+    ).resolved()
+    result = run_baseline(config)
+    rows = list_checkpoints(config)
+    assert {r["epoch"] for r in rows} == {4, 5, result.runs[0]["best_epoch"]}
+    assert all(Path(r["path"]).is_relative_to(tmp_path / "drive") for r in rows)
+    text = prepare_text(config)
+    for row in rows:
+        score = evaluate(load_checkpoint(row["path"]), text.val_loader(), text.unk_id)
+        assert score.perplexity == pytest.approx(row["val PPL"], abs=2e-3)
+        assert score.perplexity == pytest.approx(
+            result.runs[0]["epochs"][row["epoch"] - 1]["val_perplexity"], rel=1e-6
+        )
+    best = evaluate(result.load(), text.val_loader(), text.unk_id).perplexity
+    assert best == pytest.approx(result.best_perplexity, rel=1e-6)
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_longer_run_goes_on_from_a_checkpoint_of_a_shorter_one(tiny, tmp_path):
+    short = dataclasses.replace(tiny, epochs=2)
+    run_baseline(short)
+    (place,) = [r["path"] for r in list_checkpoints(short.resolved()) if r["epoch"] == 2]
+    longer = run_baseline(dataclasses.replace(tiny, output_dir=str(tmp_path / "longer"), resume_from=place))
+    whole = run_baseline(dataclasses.replace(tiny, output_dir=str(tmp_path / "whole")))
+    assert curve(longer) == curve(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model": "gpt"}, r"model \('newllm' there, 'gpt' now\)"),
+        ({"hidden_dim": 12}, r"hidden_dim \(16 there, 12 now\)"),
+        ({"vocab_size": 10}, r"vocabulary \('\d+ words, SHA-256 .*' there, '10 words"),
+        ({"seq_len": 4}, r"seq_len \(8 there, 4 now\)"),
+    ],
+)
+def test_a_checkpoint_of_another_model_config_or_vocabulary_is_refused_naming_the_fields(
+    tiny, checkpoint, change, named
+):
+    with pytest.raises(ValueError, match=named):
+        run_baseline(dataclasses.replace(tiny, **change, resume_from=str(checkpoint)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patience": 0}, "patience: got 0; allowed is an integer of at least 1|in \\[1,"),
+        ({"clip": "0.5@1, 1@4"}, "last stage begins at epoch 4, but the run has 3 epochs"),
+        ({"clip": "low"}, "clip: got 'low'"),
+        ({"protocol": "original"}, "seq_len, lowercase: got 8 and True"),
+        ({"resume_from": "nowhere"}, "resume_from: nowhere is no checkpoint"),
+        (
+            {"resume_from": "x", "model": "all", "seeds": (0, 1)},
+            r"several are asked for \(model all; seeds \(0, 1\)",
+        ),
+        ({"processes": 9}, "processes: got 9"),
+        ({"seq_len": 5000}, "longer than the text"),
+        ({"learning_rates": (1e-3, 1e-3)}, "learning_rates: got"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence_before_anything_is_trained(tiny, monkeypatch, change, message):
+    monkeypatch.setattr(baseline_runner, "train", lambda *a, **k: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=message):
+        run_baseline(dataclasses.replace(tiny, **change))
+    assert not (Path(tiny.output_dir) / "baseline" / "config.json").exists()
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused(tiny, monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(baseline_runner.shutil, "disk_usage", lambda path: SimpleNamespace(free=250_000_000))
+    config = dataclasses.replace(tiny, embed_dim=2000, hidden_dim=2000, context_dim=2000)
+    with pytest.raises(OSError, match=r"checkpoint_dir: .* has 250 MB left; the checkpoints take up to \d+ MB"):
+        run_baseline(config)
+
+
+def test_a_learning_rate_that_diverges_is_an_answer_and_not_taken(tiny, monkeypatch):
+    real = baseline_runner.train
+
+    def train(model, loader, val, settings, **options):
+        if settings.learning_rate >= 1:
+            raise NonFiniteError("the loss was nan")
+        return real(model, loader, val, settings, **options)
+
+    monkeypatch.setattr(baseline_runner, "train", train)
+    result = run_baseline(dataclasses.replace(tiny, learning_rates=(1e-2, 1.0), epochs=1))
+    assert [r["val_ppl"] is None for r in result.search] == [False, True]
+    assert result.table[0]["learning_rate"] == 1e-2
+    with pytest.raises(RuntimeError, match=r"NewLLM diverged with each of .*; add smaller ones"):
+        run_baseline(dataclasses.replace(tiny, learning_rates=(1.0, 2.0), output_dir=tiny.output_dir + "2"))
+
+
+def test_training_stops_early_and_the_best_epoch_is_the_model(tiny):
+    config = dataclasses.replace(tiny, learning_rates=(1e-12,), epochs=9, patience=2)
+    (run,) = run_baseline(config).runs
+    assert len(run["epochs"]) == 3
+    assert run["best_epoch"] == min(run["epochs"], key=lambda e: e["val_loss"])["epoch"]
+
+
+def test_the_originals_protocol_trains_on_its_windows_and_says_so(small_text, tiny, tmp_path):
+    config = dataclasses.replace(
+        tiny, protocol="original", seq_len=None, learning_rates=None, epochs=1, max_train_tokens=200
+    )
+    text = prepare_text(config.resolved())
+    assert config.resolved().learning_rates == (1e-4,)
+    x, y = next(iter(text.val_loader()))
+    assert x.shape[1] == 63
+    assert int(y[0, (y[0] != -100).sum() - 1]) == 3  # a line ends with EOS
+    assert text.val_targets == sum(int((y != -100).sum()) for _, y in text.val_loader())
+    result = run_baseline(config)
+    assert "the original's windows" in json.loads(result.paths["summary.json"].read_text())["note"]
+    assert result.baselines[0]["val_ppl"] > result.baselines[1]["val_ppl"] > 1
+    assert "context_lengths.png" not in result.paths
+
+
+def test_every_token_after_the_first_is_a_target_once_and_words_are_lower_case(tiny):
+    text = prepare_text(tiny.resolved())
+    words = [w.lower() for line in text.corpus.valid for w in line.split()]
+    targets = torch.cat([y[y != -100] for _, y in text.val_loader()])
+    assert text.tokens.decode(targets.tolist()).split() == words[1:]
+    both = prepare_text(dataclasses.replace(tiny, validation="valid+test").resolved())
+    assert both.val_targets == len(words) + sum(len(line.split()) for line in both.corpus.test) - 1
+    assert not both.has_test_split
+    cased = prepare_text(dataclasses.replace(tiny, lowercase=False).resolved())
+    assert "Animals" in cased.tokens.vocab.words
+    assert "Animals" not in text.tokens.vocab.words
+
+
+def test_all_context_lengths_score_the_same_targets(tiny):
+    text = prepare_text(tiny.resolved())
+    lengths = (1, 7, 64, 150)
+    targets = [torch.cat([y[y != -100] for _, y in text.context_loader(n, 0)]).tolist() for n in lengths]
+    assert all(t == targets[0] for t in targets)
+    assert text.context_loader(100_000, 0) is None
+    assert text.context_loader(16, 50).dataset.num_targets == 49
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("newllm", 2_739_432), ("newllm_advanced", 4_840_936), ("gpt", None), ("resnet_bk", None)],
+)
+def test_the_full_profile_has_the_originals_sizes_and_competitors_within_one_percent(name, parameters):
+    config = BaselineConfig(profile="full").resolved()
+    with torch.device("meta"):
+        model = build_model(name, model_settings(name, config, 1000))
+    assert model.num_parameters() == (parameters or pytest.approx(2_739_432, rel=0.01))
+
+
+def test_active_parameters_leave_out_the_experts_that_a_token_does_not_visit():
+    settings = {"vocab_size": 11, "d_model": 4, "n_layers": 1, "n_seq": None, "num_experts": 4, "top_k": 1}
+    model = build_model("resnet_bk", settings)
+    one = build_model("resnet_bk", {**settings, "num_experts": 1})
+    router = 4 * 4 + 4  # the router of four experts; one expert needs none
+    assert active_parameters(model) - active_parameters(one) in (router, router - 5)
+
+
+def test_an_estimate_grows_with_the_work(tiny):
+    small = estimated_minutes(tiny.resolved())
+    large = estimated_minutes(dataclasses.replace(tiny, epochs=300).resolved())
+    assert 0 < small < large < 100 * small + 1
+
+
+def test_the_config_in_the_package_is_the_one_in_the_module():
+    from bklm import studies
+
+    assert studies.BaselineConfig is BaselineConfig
+    assert studies.run_baseline is run_baseline
