@@ -8,6 +8,7 @@ it generates by running its whole window again for each token: correct, but slow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -154,8 +155,8 @@ class LanguageModel(nn.Module):
             self.train(was_training)
         return tokens
 
-    def reset_expert_counts(self) -> None:
-        """Start counting tokens per expert anew; nothing to do in a model without experts."""
+    def reset_expert_counts(self, counts: Sequence[Sequence[int]] = ()) -> None:
+        """Count tokens per expert anew, from ``counts`` (as `expert_counts` gave them); nothing to do without experts."""
 
     def expert_counts(self) -> list[list[int]]:
         """Tokens each expert has served in training since the last reset, one list per mixture layer."""

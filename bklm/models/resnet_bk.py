@@ -14,12 +14,12 @@ nothing after i; it is then also the whole state that position i + 1 needs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bklm.bk_core import BKCore
 from bklm.models.base import LanguageModel
@@ -220,7 +220,7 @@ class ResNetBK(LanguageModel):
         hidden, features = self._run(input_ids)
         # In the causal core G_i is the left resolvent L_i itself: the last position's features are the state.
         resolvents = tuple(torch.complex(*g[:, -1].chunk(2, dim=-1)) for g in features)
-        return F.linear(hidden[:, -1], *self.head()), ResNetBKState(input_ids.shape[1], resolvents)
+        return self.logits(hidden[:, -1]), ResNetBKState(input_ids.shape[1], resolvents)
 
     @torch.no_grad()
     def step(self, token: Tensor, state: ResNetBKState) -> tuple[Tensor, ResNetBKState]:
@@ -233,7 +233,7 @@ class ResNetBK(LanguageModel):
         for layer, block in enumerate(self.blocks):
             x, resolvent = block.step(x, None if state.resolvents is None else state.resolvents[layer])
             resolvents.append(resolvent)
-        return F.linear(self.norm(x)[:, 0], *self.head()), ResNetBKState(state.position + 1, tuple(resolvents))
+        return self.logits(self.norm(x)[:, 0]), ResNetBKState(state.position + 1, tuple(resolvents))
 
     def state_bytes(self, position: int) -> int:
         if not self.streams:
@@ -244,8 +244,8 @@ class ResNetBK(LanguageModel):
     def auxiliary_loss(self) -> Tensor | None:
         return total_balance_loss(self) if self.config.balance > 0 else None
 
-    def reset_expert_counts(self) -> None:
-        self._expert_counts = None
+    def reset_expert_counts(self, counts: Sequence[Sequence[int]] = ()) -> None:
+        self._expert_counts = [torch.tensor(layer) for layer in counts] or None
 
     def expert_counts(self) -> list[list[int]]:
         return [] if self._expert_counts is None else [c.tolist() for c in self._expert_counts]
