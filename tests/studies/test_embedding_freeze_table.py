@@ -1,0 +1,154 @@
+"""How the embedding-freeze study judges: effects over paired seeds, verdicts by the interval, sentences from the numbers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from bklm.studies.embedding_freeze_arms import FACTORS, ORIGINAL_ARMS, Arm
+from bklm.studies.embedding_freeze_report import state_phase1
+from bklm.studies.embedding_freeze_table import (
+    arm_table,
+    effect,
+    effect_table,
+    headline,
+    readable,
+    state_finding,
+    state_original,
+    state_rule,
+    verdict,
+)
+
+NOISE = {0: 1.00, 1: 1.10, 2: 0.95}  # a seed's own scatter, the same in all arms
+
+
+def trial(arm: Arm, samples: int, seed: int, ppl: float, tokens_per_parameter: float = 1.0) -> dict:
+    return {
+        "arm": arm.name, "initialisation": arm.initialisation, "freezing": arm.freezing, "head": arm.head,
+        "original": arm.original, "samples": samples, "seed": seed, "val_ppl": ppl, "val_ppl_without_unk": ppl, "accuracy": 0.2,
+        "gap": 0.1, "best_epoch": 2, "seconds": 3.0, "train_tokens": 500 * samples, "parameters": 100,
+        "trainable_parameters": 50, "tokens_per_parameter": tokens_per_parameter, "learning_rate": 2e-3,
+    }  # fmt: skip
+
+
+def study(
+    seeds=(0, 1, 2), samples=(500, 1000), pretraining=1.0, freezing=1.0, tying=1.0, wobble=None
+) -> list[dict]:
+    """All controlled arms; each factor's first value multiplies PPL by what is given, whatever the seed."""
+    trials = []
+    for values in itertools.product(*FACTORS.values()):
+        arm = Arm(*values)
+        for size, seed in itertools.product(samples, seeds):
+            ppl = 300 * NOISE[seed] * (500 / size) ** 0.2
+            ppl *= pretraining if arm.initialisation == "pretrained" else 1
+            ppl *= freezing if arm.freezing == "frozen" else 1
+            ppl *= tying if arm.head == "tied" else 1
+            if wobble and arm.freezing == "frozen":
+                ppl *= wobble[seed]
+            trials.append(trial(arm, size, seed, ppl))
+    return trials
+
+
+def test_a_constant_ratio_is_found_exactly_although_the_seeds_scatter():
+    trials = study(pretraining=0.8, freezing=1.25, tying=0.9)
+    for factor, ratio in (("initialisation", 0.8), ("freezing", 1.25), ("head", 0.9)):
+        found = effect(trials, factor)
+        assert found.mean == pytest.approx(ratio)
+        assert found.high - found.low < 1e-9
+
+
+def test_an_effect_within_one_value_of_another_factor_is_that_of_those_cells_alone():
+    trials = study()
+    for t in trials:  # freezing harms where the embedding is random, and only there
+        if t["initialisation"] == "random" and t["freezing"] == "frozen":
+            t["val_ppl"] *= 2
+    assert effect(trials, "freezing", {"initialisation": "random"}).mean == pytest.approx(2)
+    assert effect(trials, "freezing", {"initialisation": "pretrained"}).mean == pytest.approx(1)
+    assert effect(trials, "freezing").mean == pytest.approx(2**0.5)
+    rows = {(r["factor"], r["where"]): r["verdict"] for r in effect_table(trials)}
+    assert rows["freezing", "random embedding"] == "higher"
+    assert rows["freezing", "pretrained embedding"] == "no difference"
+    assert ("freezing", "500 samples") in rows
+
+
+def test_a_difference_inside_its_interval_is_called_none_and_one_outside_by_its_side():
+    assert verdict(effect(study(freezing=0.9), "freezing")) == "lower"
+    assert verdict(effect(study(freezing=1.1), "freezing")) == "higher"
+    assert verdict(effect(study(wobble={0: 0.8, 1: 1.2, 2: 1.05}), "freezing")) == "no difference"
+    assert verdict(effect(study(seeds=(0,), freezing=0.5), "freezing")) == "no verdict"
+
+
+def test_the_closing_sentence_names_what_made_the_difference_largest_first_and_calls_the_rest_none():
+    sentence = state_finding(study(pretraining=0.7, tying=1.1, wobble={0: 0.9, 1: 1.1, 2: 1.0}))
+    assert sentence.startswith(
+        "Pretraining and tying made a difference over 3 paired seeds: a pretrained instead of a random"
+    )
+    assert "no difference beyond the 95% interval: freezing the embedding instead of training it" in sentence
+    assert "gives a lower PPL, x0.700" in sentence
+    assert "gives a higher PPL, x1.100" in sentence
+    nothing = state_finding(study(wobble={0: 0.9, 1: 1.1, 2: 1.0}))
+    assert "made a difference" not in nothing
+    assert "no verdict" in state_finding(study(seeds=(0,)))
+    assert "No factor was varied" in state_finding(
+        [t for t in study() if t["arm"] == "pretrained, frozen, tied"]
+    )
+    assert "freezing x1.200 (higher)" in headline(study(freezing=1.2))
+
+
+def test_the_originals_unequal_arms_do_not_enter_the_effects():
+    trials = study(freezing=0.9)
+    unequal = [trial(arm, 500, seed, 10.0) for arm in ORIGINAL_ARMS for seed in (0, 1, 2)]
+    assert effect(trials + unequal, "freezing") == effect(trials, "freezing")
+
+
+def test_what_the_original_reported_stands_beside_the_arms_that_it_is_about():
+    trials = study() + [trial(arm, 500, seed, 300.0) for arm in ORIGINAL_ARMS for seed in (0, 1, 2)]
+    reported = {(r["arm"], r["samples"]): r["original_val_ppl"] for r in arm_table(trials)}
+    assert reported["pretrained, frozen, tied", 500] == 334.31
+    assert reported["pretrained, frozen, tied", 1000] == 280.27
+    assert reported["original comparison: trained", 500] == 1189.15
+    assert reported["pretrained, trained, tied", 500] is None  # the original never trained the embedding
+    shown = {
+        r["arm"]: r["PPL reported by the original"] for r in readable(arm_table(trials)) if r["samples"] == 500
+    }
+    assert shown["original comparison: frozen"] == "334.3"
+    assert shown["random, frozen, tied"] == "-"
+
+
+def test_the_unequal_comparison_is_said_to_be_lower_or_higher_beside_the_reported_claim():
+    frozen, other = ORIGINAL_ARMS
+    trials = [
+        trial(frozen, 500, 0, 80.0),
+        trial(other, 500, 0, 100.0),
+        trial(frozen, 1000, 0, 110.0),
+        trial(other, 1000, 0, 100.0),
+    ]
+    sentence = state_original(trials)
+    assert "20% lower with 500 samples and 10% higher with 1000 samples" in sentence
+    assert "72% lower with 500" in sentence
+    assert state_original(study()) == ""
+
+
+def test_the_rule_of_20_tokens_is_counted_and_its_two_predictions_are_measured():
+    trials = study()
+    for i, t in enumerate(sorted(trials, key=lambda t: t["arm"])):
+        t["tokens_per_parameter"] = 1.0 + i // 6
+        t["gap"], t["val_ppl"] = -t["tokens_per_parameter"], 100 + t["tokens_per_parameter"]
+    sentence = state_rule(trials)
+    assert "so no arm meets it" in sentence
+    assert "+1.00 with validation PPL and -1.00 with the train-validation gap" in sentence
+    trials[0]["tokens_per_parameter"] = 25.0
+    assert "1 of 16 arms meet it" in state_rule(trials)
+
+
+def test_intervals_of_one_seed_are_unknown_and_not_zero():
+    row = arm_table(study(seeds=(0,), samples=(500,)))[0]
+    assert (row["val_ppl_low"], row["accuracy_95"], row["gap_95"]) == (None, None, None)
+    assert "±" not in readable([row])[0]["accuracy %"]
+
+
+def test_a_phase_1_that_freezing_had_changed_would_be_counted():
+    rows = [{"converged": 0.9, "effective_rank": 0.7, "effective_rank_centred": 0.8, "iteration": 7}]
+    runs = [{"initialisation": "pretrained", "rows": rows, "unaffected": u} for u in (True, False, None)]
+    assert "in 1 of 2 cases" in state_phase1(runs)
