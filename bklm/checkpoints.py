@@ -7,44 +7,83 @@ scaler, history), the latter read with ``torch.load(weights_only=True)``, which 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 log = logging.getLogger(__name__)
 
+HALF = ".half"  # in the name of a file that is being written
+SUMS = "sums.json"  # CRC-32 of a checkpoint's files
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_TORCH_WORDS = "PytorchStreamWriter"  # torch.save's own, a plain RuntimeError
+
 _NAME = re.compile(r"epoch_(\d+)(?:_ppl_(\d+\.\d+))?")
+
+
+class WriteError(OSError):
+    """A file could not be written; the message is one sentence with the reason and what to do."""
+
+
+@contextlib.contextmanager
+def _saying_why(path: Path) -> Iterator[None]:
+    """Turn what Python, torch and safetensors raise when a disk is full or a folder read-only into one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        is_disk = isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in _DISK)
+        if isinstance(error, WriteError) or not (is_disk or _TORCH_WORDS in str(error)):
+            raise
+        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:120]
+        raise WriteError(
+            f"cannot write {path} ({reason}); free some space or choose another folder. What was finished is kept, and the "
+            "same command goes on from there."
+        ) from error
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on success it takes the place of ``path`` in one step.
 
-    After a crash ``path`` holds either its old content or the new one, whole. On an error the temporary file is removed.
+    After a crash ``path`` holds either its old content or the new one, whole. On an error the temporary file is removed; of
+    a killed process it stays, for `remove_leftovers`.
+
+    Raises:
+        WriteError: the disk is full, or the folder may not be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    temporary.chmod(0o644)
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _saying_why(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=HALF + path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        temporary.chmod(0o644)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left half written in ``folder`` and for its zip; nobody else may be writing there."""
+    beside = folder.parent.glob(f".{folder.name}.zip.*{HALF}.zip")
+    for half in [*folder.rglob(f".*{HALF}*"), *beside]:
+        half.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -91,20 +130,24 @@ class CheckpointFolder:
             state: tensors, numbers, strings and containers of them (what ``weights_only`` loading accepts).
             perplexity: goes into the name.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        with _saying_why(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         name = f"epoch_{epoch:04d}" + ("" if perplexity is None else f"_ppl_{perplexity:.3f}")
         target = self.path / name
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=self.path))
         try:
-            save_model(model, str(temporary / "model.safetensors"))
-            torch.save(state, temporary / "state.pt")
-            for file in temporary.iterdir():
-                _sync(file)
-            for same in self.all():
-                if epoch_of(same) == epoch:
-                    shutil.rmtree(same)
-            temporary.rename(target)
-            _sync(self.path)
+            with _saying_why(target):
+                save_model(model, str(temporary / "model.safetensors"))
+                torch.save(state, temporary / "state.pt")
+                sums = {file.name: _crc32(file) for file in sorted(temporary.iterdir())}
+                (temporary / SUMS).write_text(json.dumps(sums), encoding="utf-8")
+                for file in temporary.iterdir():
+                    _sync(file)
+                for same in self.all():
+                    if epoch_of(same) == epoch:
+                        shutil.rmtree(same)
+                temporary.rename(target)
+                _sync(self.path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         kept = self._worth_keeping()
@@ -162,20 +205,22 @@ class CheckpointFolder:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state that a checkpoint was saved with, on the CPU; its weights' header is checked against the file's length.
+    """The state that a checkpoint was saved with, on the CPU; its files, the weights too, are as they were written.
 
     Raises:
-        FileNotFoundError, RuntimeError, ...: whatever a missing or damaged file makes its reader raise.
+        FileNotFoundError, ValueError, ...: whatever a missing or damaged file makes its reader raise.
     """
-    with safe_open(Path(folder) / "model.safetensors", framework="pt"):
-        pass
+    sums = json.loads((Path(folder) / SUMS).read_text(encoding="utf-8"))
+    for name in ("model.safetensors", "state.pt"):
+        if sums[name] != _crc32(Path(folder) / name):
+            raise ValueError(f"{name} is not what was written")
     return torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether ``folder`` has a checkpoint's name and files."""
     folder = Path(folder)
-    files = (folder / "model.safetensors", folder / "state.pt")
+    files = (folder / "model.safetensors", folder / "state.pt", folder / SUMS)
     return bool(_NAME.fullmatch(folder.name)) and all(f.is_file() for f in files)
 
 
@@ -188,6 +233,14 @@ def perplexity_of(folder: Path) -> float | None:
     """The validation perplexity in a checkpoint's name; None when it carries none."""
     score = _NAME.fullmatch(Path(folder).name).group(2)
     return None if score is None else float(score)
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            value = zlib.crc32(part, value)
+    return value
 
 
 def _sync(path: Path) -> None:
