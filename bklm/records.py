@@ -27,6 +27,7 @@ class EpochRecord:
     tokens_per_second: float
     seconds: float
     expert_counts: list[list[int]] = field(default_factory=list)  # tokens per expert, one list a layer
+    batch_parts: int = 1  # parts that a batch was worked through in at the epoch's end
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -7,10 +7,11 @@ killed between two epochs ends with the numbers of an undisturbed one: bit for b
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from bklm.checkpoints import CheckpointFolder
 from bklm.data import IGNORED, set_epoch
 from bklm.evaluation import Evaluation, evaluate
 from bklm.models import LanguageModel
+from bklm.out_of_memory import BatchParts, OutOfMemoryError, one_sentence
 from bklm.processes import add_up, add_up_gradients, make_accelerator, own_rows
 from bklm.records import EpochRecord, convergence_epoch, describe_experts, gradient_variance
 from bklm.resuming import find_checkpoint, restore
@@ -32,6 +34,7 @@ __all__ = [
     "EpochRecord",
     "Evaluation",
     "NonFiniteError",
+    "OutOfMemoryError",
     "TrainingSettings",
     "convergence_epoch",
     "evaluate",
@@ -86,6 +89,7 @@ def train(
 
     Raises:
         NonFiniteError: the loss or the gradient norm became infinite or NaN.
+        OutOfMemoryError: one sequence at a time does not fit; before that, batches are worked through in more parts.
         ValueError: a checkpoint of another run, a batch without any target.
     """
     steps = len(train_batches)
@@ -103,6 +107,8 @@ def train(
         log.info("%s: goes on after epoch %d, from %s", label, len(records), place)
         if on_skip is not None:
             on_skip(len(records) * steps)
+    # A run that was continued goes on with the parts that fitted.
+    batch_parts = BatchParts(max([settings.accumulate, *(r.batch_parts for r in records[-1:])]), label)
     # The model itself is not wrapped: see bklm.processes. Clipping unscales through the prepared optimiser.
     optimizer = accelerator.prepare(optimizer)
     for epoch in range(len(records) + 1, settings.epochs + 1):
@@ -118,12 +124,13 @@ def train(
         model.train()
         model.reset_expert_counts()
         started = time.perf_counter()
-        sums = _train_epoch(
-            model, trainable, train_batches, optimizer, scheduler, settings, epoch,
-            accelerator=accelerator, label=label, good=place, on_step=on_step,
-        )  # fmt: skip
-        seconds = time.perf_counter() - started
-        score = evaluate(model, val_batches, unk_id, accelerator)
+        with one_sentence(label):
+            sums = _train_epoch(
+                model, trainable, train_batches, optimizer, scheduler, settings, epoch,
+                accelerator=accelerator, label=label, good=place, batch_parts=batch_parts, on_step=on_step,
+            )  # fmt: skip
+            seconds = time.perf_counter() - started
+            score = evaluate(model, val_batches, unk_id, accelerator)
         record = EpochRecord(
             epoch=epoch,
             train_loss=sums.loss,
@@ -138,6 +145,7 @@ def train(
             tokens_per_second=sums.tokens / seconds,
             seconds=seconds,
             expert_counts=_all_expert_counts(model, accelerator),
+            batch_parts=batch_parts.parts,
         )
         records.append(record)
         if on_epoch is not None:
@@ -177,6 +185,7 @@ def _train_epoch(
     accelerator: Accelerator,
     label: str,
     good: Path | None,
+    batch_parts: BatchParts,
     on_step: Callable[[int], None] | None,
 ) -> _EpochSums:
     """One pass over ``batches``: one optimiser step per batch, whatever the number of parts and processes."""
@@ -190,14 +199,10 @@ def _train_epoch(
                 f"{label}: batch {step} of epoch {epoch} has no target left after masking; leave such a batch out, or "
                 "take longer lines or a smaller seq_len."
             )
-        loss = torch.zeros((), device=accelerator.device)
-        for part_x, part_y in _parts(x, y, settings.accumulate, accelerator):
-            part_x = part_x.to(accelerator.device, non_blocking=True)
-            part_y = part_y.to(accelerator.device, non_blocking=True)
-            with accelerator.autocast():
-                share = model.loss(part_x, part_y, reduction="sum") / count
-            accelerator.backward(share)
-            loss += share.detach()
+        own = own_rows(accelerator, x, y)
+        loss = batch_parts.backward(
+            model, len(own[0]), functools.partial(_backward, model, *own, count, accelerator)
+        )
         add_up_gradients(accelerator, trainable)
         norm = accelerator.clip_grad_norm_(trainable, settings.clip_at(epoch))
         optimizer.step()
@@ -222,12 +227,20 @@ def _train_epoch(
     )
 
 
-def _parts(x: Tensor, y: Tensor, parts: int, accelerator: Accelerator) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's rows of a batch in at most ``parts`` parts."""
-    x, y = own_rows(accelerator, x, y)
+def _backward(
+    model: LanguageModel, x: Tensor, y: Tensor, count: Tensor, accelerator: Accelerator, parts: int
+) -> Tensor:
+    """Add the gradient of these rows' loss over ``count`` targets, in at most ``parts`` parts; returns that loss."""
+    loss = torch.zeros((), device=accelerator.device)
     for part_x, part_y in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
         if len(part_x):
-            yield part_x, part_y
+            part_x = part_x.to(accelerator.device, non_blocking=True)
+            part_y = part_y.to(accelerator.device, non_blocking=True)
+            with accelerator.autocast():
+                share = model.loss(part_x, part_y, reduction="sum") / count
+            accelerator.backward(share)
+            loss += share.detach()
+    return loss
 
 
 def _should_stop(records: list[EpochRecord], settings: TrainingSettings) -> bool:
