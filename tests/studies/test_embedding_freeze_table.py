@@ -26,8 +26,8 @@ NOISE = {0: 1.00, 1: 1.10, 2: 0.95}  # a seed's own scatter, the same in all arm
 def trial(arm: Arm, samples: int, seed: int, ppl: float, tokens_per_parameter: float = 1.0) -> dict:
     return {
         "arm": arm.name, "initialisation": arm.initialisation, "freezing": arm.freezing, "head": arm.head,
-        "original": arm.original, "samples": samples, "seed": seed, "val_ppl": ppl, "val_ppl_without_unk": ppl, "accuracy": 0.2,
-        "gap": 0.1, "best_epoch": 2, "seconds": 3.0, "train_tokens": 500 * samples, "parameters": 100,
+        "original": arm.original, "samples": samples, "seed": seed, "val_ppl": ppl, "val_ppl_without_unk": ppl,
+        "accuracy": 0.2, "gap": 0.1, "best_epoch": 2, "seconds": 3.0, "train_tokens": 500 * samples, "parameters": 100,
         "trainable_parameters": 50, "tokens_per_parameter": tokens_per_parameter, "learning_rate": 2e-3,
     }  # fmt: skip
 
