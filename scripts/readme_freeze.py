@@ -23,12 +23,13 @@ from bklm.studies.embedding_freeze_table import REPORTED
 TEXT = """
 ## Does freezing the embedding help?
 
-The original reported that freezing GPT-2's embedding lowers perplexity by 66-72%; its "trained" arm did not train the embedding.
-Here every combination is trained on the same tokens and scored on the same documents, with {seeds} seeds and the same search over
-the learning rates {rates} for every arm, at most {epochs} epochs, patience {patience} (the original's schedule). The sizes are
-ones that two CPU cores can do: {layers} layers of width {width}, a byte-level BPE of {vocab:,} tokens. For want of GPT-2's table
-*pretrained* means a truncated SVD of the PPMI of documents that no model is trained or scored on; unlike GPT-2's, such a table was never
-the output of a language model. PEPs: {peps}. WikiText-2 sample (made as above): {wiki}.
+The original reported that freezing GPT-2's embedding lowers perplexity by 66-72%; its "trained" arm did not train the
+embedding. Here every combination is trained on the same tokens and scored on the same documents, with {seeds} seeds
+and the same search over the learning rates {rates} for every arm, at most {epochs} epochs, patience {patience} (the
+original's schedule). The sizes are ones that two CPU cores can do: {layers} layers of width {width}, a byte-level BPE
+of {vocab:,} tokens. For want of GPT-2's table *pretrained* means a truncated SVD of the PPMI of documents that no
+model is trained or scored on; unlike GPT-2's, such a table was never the output of a language model. PEPs: {peps}.
+WikiText-2 sample (made as above): {wiki}.
 
 Validation perplexity at the best epoch (mean, 95% interval):
 
@@ -38,8 +39,8 @@ Count models of the same tokens: {baselines}. {reported}
 
 ![Validation perplexity of every arm on the PEPs](docs/results/freeze_peps_arms.png)
 
-**What made the difference.** Ratios of perplexities, all else equal, over paired seeds; one whose 95% interval holds 1 is no
-difference.
+**What made the difference.** Ratios of perplexities, all else equal, over paired seeds; one whose 95% interval holds
+1 is no difference.
 
 {effects}
 
@@ -58,16 +59,8 @@ difference.
 {command}
 ```
 """
-FILES = (
-    "arms.png",
-    "curves.png",
-    "effects.png",
-    "phase1.png",
-    "budget.png",
-    "table.csv",
-    "effects.csv",
-    "phase1.csv",
-)
+PICTURES = ("arms.png", "curves.png", "effects.png", "phase1.png", "budget.png")
+TABLES = ("table.csv", "effects.csv", "phase1.csv")
 
 # What differs from the quick profile.
 GIVEN = (
@@ -90,10 +83,10 @@ class Study:
         samples = " and ".join(
             f"{n} documents, {tokens[f'{n} samples']:,} tokens" for n in self.config["samples"]
         )
-        text = f"{samples}, each cut at {cut:,}; {tokens['validation']:,} validation tokens in {self.config['val_documents']} documents"
+        documents, left_out = self.config["val_documents"], len(removed["removed"])
         return (
-            text
-            + f"; {len(removed['removed'])} of {removed['examined']} training documents left out as near-duplicates"
+            f"{samples}, each cut at {cut:,}; {tokens['validation']:,} validation tokens in {documents} documents; "
+            f"{left_out} of {removed['examined']} training documents left out as near-duplicates"
         )
 
     def cell(self, arm: str, samples: int) -> str:
@@ -176,7 +169,7 @@ def main() -> None:
     peps, wiki = studies
     DOCS.mkdir(parents=True, exist_ok=True)
     for study, short in zip(studies, ("peps", "wikitext"), strict=True):
-        for name in FILES:
+        for name in (*PICTURES, *TABLES):
             shutil.copy(study.folder / name, DOCS / f"freeze_{short}_{name}")
     config = peps.config
     side = [
