@@ -5,7 +5,9 @@ Each is a float32 array (vocab_size, dim), row i for token i.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +22,9 @@ from .hub_models import GPT2, fetch_tensor, tensor_entry
 
 __all__ = ["embedding_file_shape", "gpt2_embedding", "load_embedding", "random_embedding", "svd_embedding"]
 
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # raise it when the factorised table changes
 GPT2_SHAPE = (50_257, 768)
 GPT2_STD = 0.144  # of all entries of GPT-2's table: what the factorised table is scaled to
 # The names under which model files keep their input embedding.
@@ -34,6 +39,7 @@ def gpt2_embedding() -> np.ndarray:
     """
 
     def build() -> dict[str, np.ndarray]:
+        log.info("Fetching %s's token embedding, %.0f MB", GPT2, 4 * GPT2_SHAPE[0] * GPT2_SHAPE[1] / 1e6)
         way_on = "give embedding_file a local copy, or choose embedding 'svd', which needs no network"
         table = fetch_tensor(GPT2, "model.safetensors", TABLE_NAMES[0], way_on)
         if table.shape != GPT2_SHAPE:
@@ -116,7 +122,7 @@ def svd_embedding(
 
     Levy, Goldberg and Dagan 2015, "Improving distributional similarity with lessons learned from word embeddings":
     a neighbour at distance d in `window` counts 1/d, contexts are smoothed by the power 0.75, and the singular values
-    enter by their square root. The table is centred and scaled to GPT-2's standard deviation.
+    enter by their square root. The table is centred and scaled to GPT-2's standard deviation, and kept in bklm's cache.
 
     Args:
         documents: ids (tokens,) of texts; no pair is counted across two of them.
@@ -127,8 +133,24 @@ def svd_embedding(
     Raises:
         ValueError: no pair of tokens, or `dim` not below the number of distinct tokens.
     """
-    dim = require_whole("dim", dim, 1)
-    counts = _near_pairs(documents, vocab_size, require_whole("window", window, 1))
+    dim, window = require_whole("dim", dim, 1), require_whole("window", window, 1)
+    ids = [np.asarray(document, np.int64) for document in documents]
+    digest = hashlib.sha256(repr((FORMAT, vocab_size, dim, window, seed, list(map(len, ids)))).encode())
+    for document in ids:
+        digest.update(document)
+
+    def build() -> dict[str, np.ndarray]:
+        table, absent = _factorised(ids, vocab_size, dim, window, seed)
+        return {"bits": table.reshape(-1).view(np.uint32), "absent": np.array([absent])}
+
+    arrays = load_or_build("embeddings", f"svd-{digest.hexdigest()[:32]}", ("bits", "absent"), build)
+    return np.array(arrays["bits"]).view(np.float32).reshape(vocab_size, dim), int(arrays["absent"][0])
+
+
+def _factorised(
+    ids: Sequence[np.ndarray], vocab_size: int, dim: int, window: int, seed: int
+) -> tuple[np.ndarray, int]:
+    counts = _near_pairs(ids, vocab_size, window)
     held = np.flatnonzero(counts.sum(axis=1))
     if dim >= len(held):
         raise ValueError(
@@ -146,9 +168,8 @@ def svd_embedding(
     return table, vocab_size - len(held)
 
 
-def _near_pairs(documents: Iterable[np.ndarray], vocab_size: int, window: int) -> sparse.csr_matrix:
+def _near_pairs(ids: Sequence[np.ndarray], vocab_size: int, window: int) -> sparse.csr_matrix:
     """Symmetric counts (V, V), float64: 1/d for every two tokens at distance d <= window."""
-    ids: Sequence[np.ndarray] = [np.asarray(d, np.int64) for d in documents]
     total = sparse.csr_matrix((vocab_size, vocab_size))
     for distance in range(1, window + 1):
         left = np.concatenate([d[:-distance] for d in ids if len(d) > distance] or [np.empty(0, np.int64)])

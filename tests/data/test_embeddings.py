@@ -13,7 +13,7 @@ import torch
 from hub_standin import serve_hub
 from safetensors.torch import save_file
 
-from bklm.data import hub_models
+from bklm.data import embeddings, hub_models
 from bklm.data.embeddings import (
     GPT2_STD,
     embedding_file_shape,
@@ -238,3 +238,13 @@ def test_a_repository_without_the_file_and_a_broken_download_are_one_sentence(hu
         answer = fetch(hub.url)
     assert answer["error"] == "ConnectionError"
     assert "could not be fetched" in answer["says"]
+
+
+def test_a_factorised_table_is_kept_between_runs_and_another_text_gets_its_own(monkeypatch):
+    first = svd_embedding(two_topics(), 21, 4)
+    other = svd_embedding(two_topics(40), 21, 4)
+    assert not np.array_equal(first[0], other[0])
+    monkeypatch.setattr(embeddings, "_factorised", lambda *a: pytest.fail("factorised again"))
+    again = svd_embedding(two_topics(), 21, 4)
+    assert np.array_equal(again[0], first[0])
+    assert again[1] == first[1]

@@ -13,7 +13,12 @@ import pytest
 import torch
 
 from bklm.models import ContextTokenConfig, ContextTokenLM
-from bklm.studies import embedding_freeze_figures, embedding_freeze_runner
+from bklm.studies import (
+    embedding_freeze,
+    embedding_freeze_figures,
+    embedding_freeze_runner,
+    embedding_freeze_text,
+)
 from bklm.studies.embedding_freeze import EmbeddingFreezeConfig, run_embedding_freeze
 from bklm.studies.embedding_freeze_arms import INEQUALITY, arms_of
 from bklm.studies.embedding_freeze_estimate import estimated_minutes
@@ -342,6 +347,19 @@ def test_an_embedding_file_of_another_vocabulary_or_width_is_refused_and_a_fitti
     text = prepare_text(dataclasses.replace(config, embedding_file=str(tmp_path / "table.npy")).resolved())
     assert np.array_equal(text.table("pretrained", 0), table)
     assert text.source == "the file table.npy"
+
+
+def test_gpt2s_own_embedding_and_tokeniser_are_the_pretrained_ones_when_asked_for(config, monkeypatch):
+    bpe = prepare_text(config.resolved()).bpe
+    table = np.random.default_rng(0).normal(size=(len(bpe), 8)).astype(np.float32)
+    monkeypatch.setattr(embedding_freeze, "GPT2_SHAPE", table.shape)
+    monkeypatch.setattr(embedding_freeze_text, "gpt2_embedding", lambda: table)
+    monkeypatch.setattr(embedding_freeze_text, "gpt2_bpe", lambda folder: bpe if folder == "here" else None)
+    gpt2 = dataclasses.replace(config, embedding="gpt2", tokenizer="gpt2", gpt2_dir="here", samples=(19,))
+    text = prepare_text(gpt2.resolved())
+    assert np.array_equal(text.table("pretrained", 0), table)
+    assert text.split.spare == []  # GPT-2's embedding needs no documents kept apart
+    assert text.source == "GPT-2"
 
 
 @pytest.mark.slow
