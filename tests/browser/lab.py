@@ -20,7 +20,7 @@ class LabPage:
         expect(page.locator(".jp-CodeCell").last).to_be_attached(timeout=30 * SECOND)
         expect(page.locator('[data-status="idle"]').first).to_be_attached(timeout=60 * SECOND)
 
-    def run_all(self, seconds: float = 120) -> None:
+    def run_all(self, seconds: float = 300) -> None:
         """Run > Run All Cells, and wait until every code cell has its number."""
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_text("Run All Cells", exact=True).click()
@@ -60,17 +60,22 @@ class LabPage:
     def press(self, name: str) -> None:
         self.button(name).click()
 
-    def says(self, text: str, seconds: float = 30) -> None:
+    def says(self, text: str, seconds: float = 90) -> None:
         """Wait until the controls say something."""
         expect(self.page.locator(".widget-html").filter(has_text=text).first).to_be_visible(
             timeout=seconds * SECOND
         )
 
-    def shows_picture(self, seconds: float = 60) -> None:
+    def shows_picture(self, seconds: float = 120) -> None:
         """Wait until the controls show a figure."""
         expect(self.page.locator(".widget-vbox img.widget-image:visible").first).to_be_visible(
             timeout=seconds * SECOND
         )
+
+    def right_edge_of_controls(self) -> float:
+        """The rightmost pixel of any widget."""
+        edges = "rows => Math.max(...rows.map(row => row.getBoundingClientRect().right))"
+        return self.page.locator(".widget-vbox > .jupyter-widgets:visible").evaluate_all(edges)
 
     def screenshot(self, path: Path) -> None:
         """The whole notebook in one tall picture."""

@@ -1,0 +1,195 @@
+"""The documents: every command in them exists with these words, the cheap ones run, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bklm.batch.plan import check_parameters, read_runs
+from bklm.studies.cli import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*.md")])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+PYTHONS = ("python", "python3", ".venv/bin/python")
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return [body for name, body in FENCE.findall(path.read_text(encoding="utf-8")) if name == language]
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The commands of a document's bash blocks as words, comments and continued lines resolved."""
+    text = "\n".join(blocks(path, "bash")).replace("\\\n", " ")
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+ALL = [(path.name, words) for path in DOCUMENTS for words in commands(path)]
+EACH = pytest.mark.parametrize(("document", "words"), ALL, ids=[f"{d}-{shlex.join(w)[:60]}" for d, w in ALL])
+
+
+def parameters(words: list[str]) -> dict[str, str]:
+    """papermill's ``-p name value``, but for those that every notebook has."""
+    found = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
+    return {name: value for name, value in found.items() if name not in ("headless", "output_dir")}
+
+
+def check_setup(words: list[str]) -> None:
+    word, *rest = words or [""]
+    assert word in ("", "run", "test", "browser", "colab")
+    if word == "run":
+        check_parameters(ROOT / "notebooks" / "01_grad_blend_sweep.ipynb", parameters(rest), "the document")
+
+
+def check_papermill(words: list[str]) -> None:
+    check_parameters(ROOT / words[0], parameters(words), "the document")
+
+
+def check_study(module: str, words: list[str]) -> None:
+    if words == ["--help"]:
+        return
+    study = importlib.import_module(module)
+    (config_class,) = [v for n, v in vars(study).items() if n.endswith("Config") and v.__module__ == module]
+    parse(config_class, words).resolved()
+
+
+def check_batch(words: list[str]) -> None:
+    if words[0] != "--help":
+        read_runs(ROOT / words[0])
+
+
+def check_script(path: str, words: list[str]) -> None:
+    source = (ROOT / path).read_text(encoding="utf-8")
+    for flag in (word for word in words if word.startswith("--")):
+        assert f'"{flag}"' in source, f"{path} knows no {flag}"
+
+
+def check_python(words: list[str]) -> None:
+    if words[0] != "-m":
+        return check_script(words[0], words[1:])
+    module, rest = words[1], words[2:]
+    if module.startswith("bklm.studies."):
+        return check_study(module, rest)
+    checks: dict[str, Callable[[list[str]], None]] = {
+        "bklm.batch": check_batch,
+        "papermill": check_papermill,
+        "pytest": lambda words: None,
+        "pip": lambda words: None,
+        "jupyterlab": lambda words: None,
+    }
+    return checks[module](rest)
+
+
+def check_launcher(words: list[str]) -> None:
+    """torchrun and accelerate launch: their own flags come first, then a module of ours."""
+    at = next(i for i, word in enumerate(words) if word in ("-m", "--module"))
+    check_study(words[at + 1], words[at + 2 :])
+
+
+def check(words: list[str]) -> None:
+    """Refuses a command that does not exist with these words."""
+    while "=" in words[0]:  # settings of the environment before the command
+        words = words[1:]
+    name, rest = words[0], words[1:]
+    if name in PYTHONS:
+        check_python(rest)
+    elif name == "bash":
+        assert rest[0] == "colab_setup.sh"
+        check_setup(rest[1:])
+    elif Path(name).name in ("torchrun", "accelerate"):
+        check_launcher(rest)
+    elif name == "git":
+        assert rest[0] == "clone"
+        assert f'Repository = "{rest[1]}"' in (ROOT / "pyproject.toml").read_text()
+    else:
+        assert name in ("cd", "pip", "export", "ruff"), f"tests/test_documents.py cannot check {name}"
+
+
+@EACH
+def test_a_documents_command_exists_with_these_words(document, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    check([str(tmp_path) if word in ("FOLDER", "DIR") else word for word in words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "bash colab_setup.sh fly",
+        "bash colab_setup.sh run -p no_such_setting 1",
+        "python -m bklm.studies.grad_blend --alphas 2",
+        "python -m papermill notebooks/02_precision_benchmark.ipynb x.ipynb -p alphas 1",
+        "python benchmarks/bk_core.py --no_such_flag",
+        "python -m bklm.batch no_such_file.yaml",
+        "git clone https://example.com/other",
+        "sl -a",
+    ],
+)
+def test_a_command_that_does_not_exist_is_found(words):
+    with pytest.raises((AssertionError, ValueError, OSError, SystemExit, KeyError)):
+        check(shlex.split(words))
+
+
+def is_cheap(words: list[str]) -> bool:
+    return "smoke" in words or "--help" in words
+
+
+CHEAP = [(d, w) for d, w in {shlex.join(w): (d, w) for d, w in ALL if is_cheap(w)}.values()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("document", "words"), CHEAP, ids=[shlex.join(w)[:70] for _, w in CHEAP])
+def test_a_documents_cheap_command_runs(document, words, tmp_path):
+    """Those that ask for help or for the smoke profile, with results and packages where they disturb nothing."""
+    words = [
+        sys.executable if word in PYTHONS else re.sub(r"^results\b", str(tmp_path), word) for word in words
+    ]
+    if words[0] == "bash" and "output_dir" not in words:
+        words += ["-p", "output_dir", str(tmp_path)]
+    environment = {**os.environ, "BKLM_PYTHON": sys.executable, "PIP_QUIET": "1"}
+    if "papermill" in words:
+        words += ["-p", "output_dir", str(tmp_path), "--no-progress-bar"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+PYTHON_BLOCKS = [(path.name, block) for path in DOCUMENTS for block in blocks(path, "python")]
+
+
+@pytest.mark.parametrize(("document", "block"), PYTHON_BLOCKS, ids=[d for d, _ in PYTHON_BLOCKS])
+def test_a_documents_python_runs(document, block):
+    exec(compile(block, document, "exec"), {})
+
+
+def links(path: Path) -> Iterator[str]:
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    return (target for target in LINK.findall(text) if "://" not in target)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_every_link_of_a_document_leads_somewhere(path):
+    for target in links(path):
+        file, _, anchor = target.partition("#")
+        found = (path.parent / file).resolve() if file else path
+        assert found.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], target
+
+
+def test_both_quick_starts_have_the_same_commands_numbers_and_files():
+    """The Japanese page cannot be left behind unnoticed."""
+    english, japanese = (ROOT / f"COLAB_QUICK_START{end}.md" for end in ("", ".ja"))
+    assert commands(english) == commands(japanese)
+    texts = [path.read_text(encoding="utf-8") for path in (english, japanese)]
+    for pattern in (r"\d+\.\d+", r"`[\w./* =\"-]+`", r"notebooks/\w+\.ipynb", r"(?m)^#+ "):
+        first, second = (sorted(re.findall(pattern, text)) for text in texts)
+        assert first == second, pattern
