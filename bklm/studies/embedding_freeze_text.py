@@ -156,13 +156,13 @@ def prepare_text(config: EmbeddingFreezeConfig) -> FreezeText:
         other_valid=np.concatenate(bpe.encode_documents(other, cut)).astype(np.int64),
     )
     _refuse_short(text, config.batch_tokens)
-    if config.initialisation != "random":
-        _ = text.pretrained  # fetched or factorised now: what is wrong with it is said before any training
     log.info(
         "Text: %s from %s; %s training tokens, %s validation tokens in %d documents, %d near-duplicates left out; %s",
         corpus.name, corpus.source, " and ".join(f"{len(text.train(n)):,} ({n} documents)" for n in config.samples),
         f"{len(text.valid):,}", config.val_documents, len(split.removed), bpe.source,
     )  # fmt: skip
+    if config.initialisation != "random":
+        _ = text.pretrained  # fetched or factorised now: what is wrong with it is said before any training
     return text
 
 
