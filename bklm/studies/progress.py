@@ -36,9 +36,10 @@ class Progress:
     def skip(self, steps: int) -> None:
         """Steps that need no training: an earlier run did them, or a run ended early. They do not flatter the speed."""
         self.done += steps
-        self.bar.n += steps
-        self.bar.initial += steps
-        self.bar.refresh()
+        if not self.bar.disable:
+            self.bar.n += steps
+            self.bar.initial += steps
+            self.bar.refresh()
 
     def time_left(self) -> str:
         """ "; about 3.2 min left", or "" before anything was trained."""
