@@ -101,17 +101,14 @@ class LineText(BaselineText):
         return None
 
     def search_loader(self, seed: int, tokens: int) -> DataLoader:
-        return self._loader(self.tokens.train[: self._rows(tokens)], shuffle=True, seed=seed)
+        return self._loader(_first_rows(self.tokens.train, tokens), shuffle=True, seed=seed)
 
     def search_val_loader(self, tokens: int) -> DataLoader:
-        return self._loader(self.tokens.valid[: self._rows(tokens)])
+        return self._loader(_first_rows(self.tokens.valid, tokens))
 
     def first_batch(self, sequences: int) -> tuple[Tensor, Tensor]:
         data = LineWindows(self.tokens.train)
         return data[list(range(min(sequences, len(data))))]
-
-    def _rows(self, tokens: int) -> int | None:
-        return -(-tokens // self.seq_len) or None
 
     def _loader(self, ids: np.ndarray, shuffle: bool = False, seed: int = 0) -> DataLoader:
         data = LineWindows(ids)
@@ -168,13 +165,20 @@ def _line_text(config: Any, corpus: Corpus) -> LineText:
     splits = _splits(config, corpus)
     vocabulary = LineVocabulary.train(splits["train"], config.vocab_size)
     rows = {split: line_windows(lines, vocabulary).rows for split, lines in splits.items()}
-    if config.max_train_tokens:
-        rows["train"] = rows["train"][: max(1, config.max_train_tokens // config.seq_len)]
+    rows["train"] = _first_rows(rows["train"], config.max_train_tokens)
     tokens = TokenizedCorpus(**rows, vocab=vocabulary, name=corpus.name, sha256=corpus.sha256)
     return LineText(
         corpus, tokens, config.seq_len, config.batch_size, "lines",
         _line_baselines(tokens), config.lowercase, config.validation,
     )  # fmt: skip
+
+
+def _first_rows(rows: np.ndarray, targets: int) -> np.ndarray:
+    """As many of the first windows as hold no more than ``targets`` targets, one at least; 0: all."""
+    if not targets:
+        return rows
+    counted = (rows[:, 1:] != PAD_ID).sum(1).cumsum()
+    return rows[: max(1, int(np.searchsorted(counted, targets, "right")))]
 
 
 def _line_baselines(tokens: TokenizedCorpus) -> list[dict[str, Any]]:
