@@ -34,6 +34,13 @@ RESULT, QUEUED = (
 )  # user attributes: what other workers need of a trial; that it was queued again
 
 
+class _OnceEach(GridSampler):
+    """Gives the first trials one point each, by their numbers; when a sweep ends is for `Sweep.run` to say."""
+
+    def after_trial(self, *_: Any) -> None:
+        """Optuna's would stop the loop, and takes every trial, those queued again too, for one of its own."""
+
+
 class Sweep:
     """Every point of a grid, each to be evaluated once.
 
@@ -68,7 +75,7 @@ class Sweep:
         self.is_shared = is_shared
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._study = optuna.create_study(
-            study_name=name, storage=storage, sampler=GridSampler(self.grid, seed=0), load_if_exists=True
+            study_name=name, storage=storage, sampler=_OnceEach(self.grid, seed=0), load_if_exists=True
         )
 
     def missing(self) -> list[dict[str, Any]]:
@@ -119,7 +126,6 @@ class Sweep:
                 time.sleep(POLL_SECONDS)
                 continue
             try:
-                # One at a time: the sampler would call the sweep finished while requeued trials still wait.
                 self._study.optimize(objective, n_trials=1)
             except (UpdateFinishedTrialError, ValueError):  # Optuna's verdict comes after the trial's end
                 if not was_taken_over:

@@ -52,7 +52,10 @@ def journal(path: Path) -> BaseStorage:
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f"{path.name}.lock*"):
         leftover.unlink()
-    _check_journal(path)
+    damage = _damage(path)
+    if damage:
+        set_aside(path, damage)
+        log.warning("The sweep goes on with a new journal; finished trials are read from their folders.")
     return JournalStorage(JournalFileBackend(str(path)))
 
 
@@ -96,17 +99,19 @@ def postgresql(address: str) -> Iterator[BaseStorage]:
         yield storage
 
 
-def _check_journal(path: Path) -> None:
-    """Set a journal aside whose last write was cut short or that holds something else. Results are in the trial folders."""
+def _damage(path: Path) -> str | None:
+    """Why a journal cannot be gone on with: its last write was cut short, or it holds something else."""
     if not path.exists():
-        return
+        return None
     content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        return "its last line is cut short"
     try:
         for line in content.splitlines():
             json.loads(line)
-        damage = None if not content or content.endswith(b"\n") else "its last line is cut short"
-    except ValueError as error:
-        damage = f"not a journal line: {error}"
-    if damage:
-        set_aside(path, damage)
-        log.warning("The sweep goes on with a new journal; finished trials are read from their folders.")
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        for study in storage.get_all_studies():
+            storage.get_all_trials(study._study_id)
+    except Exception as error:  # replaying lines that are not Optuna's raises whatever it trips over
+        return f"not a journal of trials: {type(error).__name__}"
+    return None

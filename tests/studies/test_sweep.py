@@ -67,3 +67,14 @@ def test_a_stale_lock_of_a_killed_process_does_not_block(tmp_path):
     (tmp_path / "j.journal.lock").symlink_to(journal)
     sweep = Sweep(journal, GRID)
     assert len(sweep.missing()) == 6
+
+
+def test_a_process_killed_in_the_last_trial_of_the_grid_leaves_a_sweep_that_goes_on(tmp_path):
+    sweep = Sweep(tmp_path / "j.journal", GRID)
+    for _ in range(len(sweep.points)):  # all points given out, none of them ended
+        trial = sweep._study.ask()
+        for name, values in GRID.items():
+            trial.suggest_categorical(name, values)
+    points = []
+    Sweep(tmp_path / "j.journal", GRID).run(lambda p: points.append(p) or value(p))
+    assert sorted(tuple(p.values()) for p in points) == [(a, s) for a in GRID["alpha"] for s in GRID["seed"]]
