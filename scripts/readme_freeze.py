@@ -93,6 +93,14 @@ class Study:
         row = next(r for r in self.summary["table"] if (r["arm"], r["samples"]) == (arm, samples))
         return str(Perplexity(row["val_ppl"], row["val_ppl_low"], row["val_ppl_high"]))
 
+    def without_unk(self, arm: str) -> dict[str, str]:
+        """PPL of the larger sample without <unk>, where the text has any."""
+        n = max(self.config["samples"])
+        row = next(r for r in self.summary["table"] if (r["arm"], r["samples"]) == (arm, n))
+        if row["val_ppl_without_unk"] == row["val_ppl"]:
+            return {}
+        return {f"{self.name}, {n}, without `<unk>`": str(Perplexity(row["val_ppl_without_unk"], None, None))}
+
     def finding(self, start: str) -> str:
         return next((s for s in self.summary["findings"] if s.startswith(start)), "")
 
@@ -106,6 +114,7 @@ def arm_rows(studies: list[Study]) -> list[dict[str, str]]:
         row = {"arm": own["arm"]}
         for study in studies:
             row |= {f"{study.name}, {n}": study.cell(own["arm"], n) for n in study.config["samples"]}
+            row |= study.without_unk(own["arm"])
         accuracy = with_interval(100 * own["accuracy"], own["accuracy_95"] and 100 * own["accuracy_95"])
         beside = f"({first.name}, {largest})"
         row |= {

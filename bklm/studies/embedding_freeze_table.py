@@ -83,6 +83,7 @@ def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "arm": r["arm"],
             "samples": r["samples"],
             "val PPL (95%)": str(Perplexity(r["val_ppl"], r["val_ppl_low"], r["val_ppl_high"])),
+            "without <unk>": str(Perplexity(r["val_ppl_without_unk"], None, None)),
             "accuracy %": with_interval(100 * r["accuracy"], _scaled(r["accuracy_95"], 100)),
             "trained / all parameters": f"{r['trainable_parameters']:,} / {r['parameters']:,}",
             "tokens per trained": f"{r['tokens_per_parameter']:.3g}",
