@@ -9,14 +9,14 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from bklm import __version__
-from bklm.checkpoints import set_aside, write_json
+from bklm.checkpoints import remove_leftovers, set_aside, write_json
 from bklm.config import StudyConfig
 
 log = logging.getLogger("bklm")
@@ -61,26 +61,39 @@ def study_folder(config: StudyConfig, only_in_file: Sequence[str] = ()) -> Itera
         ) from None
     try:
         refuse_other_experiment(folder, config)
+        remove_leftovers(folder)
         with _logging_to(folder / "run.log", only_in_file):
             yield folder
     finally:
         lock.release()
 
 
-def read_result(path: Path) -> dict[str, Any] | None:
-    """A finished part's JSON; None when it is not there. A damaged file is set aside, so that the part is done again."""
+def read_result(path: Path, needed: Mapping[str, type] | None = None) -> dict[str, Any] | None:
+    """A finished part's JSON; None when it is not there. A damaged file is set aside, so that the part is done again.
+
+    Args:
+        needed: keys with the type of their values, without which it is damaged too.
+    """
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no mapping")
+        wrong = [key for key, kind in (needed or {}).items() if not isinstance(found.get(key), kind)]
+        if wrong:
+            raise ValueError(f"its {wrong[0]} is missing or of another kind")
+    except (ValueError, RecursionError) as error:
         set_aside(path, str(error))
         return None
+    return found
 
 
 def other_experiment(config: StudyConfig, text_sha256: str | None = None) -> list[str]:
     """What differs between a resolved config and the study in its folder; [] when they agree or there is none."""
-    recorded = read_result(Path(config.output_dir) / config.study / "config.json")
+    recorded = read_result(
+        Path(config.output_dir) / config.study / "config.json", {"config": dict, "text_sha256": str | None}
+    )
     if recorded is None:
         return []
     different = config.differences(recorded["config"])
@@ -106,8 +119,16 @@ def claim(folder: Path, config: StudyConfig, text_sha256: str | None = None) -> 
         ValueError: the folder belongs to another experiment.
     """
     refuse_other_experiment(folder, config, text_sha256)
+    marker = folder / f".{experiment_name(config, text_sha256)}"
     if not (folder / "config.json").exists():
+        # An empty file cannot be truncated: its name still tells what the folder holds when config.json is damaged.
+        if any(folder.glob(f".{config.study}-*")) and not marker.exists():
+            raise ValueError(
+                f"output_dir: {folder} holds results whose config.json is missing or damaged, and they were made with other "
+                "settings than these; choose another output_dir, or the settings they were made with."
+            )
         write_json(folder / "config.json", {"config": config.to_dict(), "text_sha256": text_sha256})
+        marker.touch()
 
 
 def refuse_other_experiment(folder: Path, config: StudyConfig, text_sha256: str | None = None) -> None:
@@ -119,9 +140,26 @@ def refuse_other_experiment(folder: Path, config: StudyConfig, text_sha256: str 
         )
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk ends with one line on the screen, and not with a traceback for every line."""
+
+    has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.has_failed:
+            self.has_failed = True
+            print(f"{self.baseFilename} cannot be written ({sys.exc_info()[1]}).", file=sys.stderr)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError:  # what could not be written before; `handleError` has said so
+            self.has_failed = True
+
+
 @contextlib.contextmanager
 def _logging_to(path: Path, only_in_file: Sequence[str] = ()) -> Iterator[None]:
-    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file = _LogFile(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_screen = logging.StreamHandler(sys.stdout)
     to_screen.setFormatter(logging.Formatter("%(message)s"))
