@@ -1,6 +1,10 @@
 """Phase 2: kept contexts give the numbers of the walk from token to token, by every way of keeping them."""
 
 import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -256,3 +260,16 @@ def test_texts_and_positions_that_do_not_exist_are_refused():
         cached(torch.zeros(1, 2))
     with pytest.raises(TypeError, match=r"generate with its \.model"):
         cached.generate(torch.zeros(1, 2, dtype=torch.int64), 3)
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_benchmark_finds_the_same_loss_in_every_arm_and_kept_contexts_fastest():
+    script = Path(__file__).parents[1] / "benchmarks" / "freeze_phase2.py"
+    command = [sys.executable, script, "--quick", "--sweeps", "--seconds", "0.1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr  # it stops where the arms' first losses differ
+    factors = dict(re.findall(r"^  (token by token|kept contexts) .* ([0-9.]+)x", done.stdout, re.MULTILINE))
+    assert float(factors["kept contexts"]) > 3
