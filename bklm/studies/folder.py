@@ -80,7 +80,9 @@ def read_result(path: Path, needed: Mapping[str, type] | None = None) -> dict[st
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("it is no mapping")
-        wrong = [key for key, kind in (needed or {}).items() if not isinstance(found.get(key), kind)]
+        wrong = [
+            key for key, kind in (needed or {}).items() if key not in found or not isinstance(found[key], kind)
+        ]
         if wrong:
             raise ValueError(f"its {wrong[0]} is missing or of another kind")
     except (ValueError, RecursionError) as error:
