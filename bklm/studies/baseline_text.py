@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from bklm.data import (
     Corpus,
@@ -28,6 +28,8 @@ from bklm.data.line_windows import PAD_ID, LineVocabulary, LineWindows, line_win
 from bklm.studies.text import StudyText, ngram_baselines
 
 log = logging.getLogger(__name__)
+
+SCORED_AT_ONCE = 4  # training batches in one of evaluation
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +91,15 @@ class BaselineText(StudyText):
     def vocabulary_json(self) -> str:
         return json.dumps(self.tokens.vocab.ids, ensure_ascii=False)
 
+    def _loader(self, ids: np.ndarray, shuffle: bool = False, seed: int = 0) -> DataLoader:
+        data = self._windows(ids)
+        # Scoring keeps no activations: larger batches are faster, and change no sum.
+        batch_size = self.batch_size if shuffle else min(SCORED_AT_ONCE * self.batch_size, len(data))
+        return make_loader(data, batch_size, shuffle=shuffle, seed=seed)
+
+    def _windows(self, ids: np.ndarray) -> Dataset:
+        return windows(ids, self.seq_len, pad_id=self.tokens.pad_id)
+
 
 class LineText(BaselineText):
     """The original's windows: ``tokens`` holds rows of ids (windows, 64)."""
@@ -110,10 +121,8 @@ class LineText(BaselineText):
         data = LineWindows(self.tokens.train)
         return data[list(range(min(sequences, len(data))))]
 
-    def _loader(self, ids: np.ndarray, shuffle: bool = False, seed: int = 0) -> DataLoader:
-        data = LineWindows(ids)
-        batch_size = self.batch_size if shuffle else min(self.batch_size, len(data))
-        return make_loader(data, batch_size, shuffle=shuffle, seed=seed)
+    def _windows(self, ids: np.ndarray) -> Dataset:
+        return LineWindows(ids)
 
 
 def prepare_text(config: Any) -> BaselineText:
