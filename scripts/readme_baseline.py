@@ -1,0 +1,158 @@
+"""Write the README's section on the baseline study from finished studies, so that no number there is typed by hand.
+
+    python scripts/readme_baseline.py WIKITEXT [PEPS]
+
+Both are output folders of `bklm.studies.baseline` (each holds baseline/), on the WikiText-2 sample and on the Python
+Enhancement Proposals. Tables and figures go to docs/results, the text between the README's two `baseline` comments is
+replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from readme_section import DOCS, markdown_table, write_section
+
+from bklm.reporting import command_words
+from bklm.studies.baseline import BaselineConfig
+from bklm.studies.baseline_table import (
+    readable_contexts,
+    readable_cost,
+    readable_quality,
+    readable_search,
+)
+
+NAMES = {"wikitext": "WikiText-2 sample", "peps": "Python Enhancement Proposals"}
+FILES = ("training_curves.png", "context_lengths.png", "table.csv", "learning_rates.csv", "epochs.csv")
+
+TEXT = """
+## NewLLM beside competitors of its size
+
+NewLLM was published with a validation perplexity of 23.34 on WikiText-2 and without a competitor. Here it stands beside
+a GPT and a ResNetBK of the same parameter count: the same text, batches and steps, {seeds} seeds, the same search over
+the learning rates {rates} ({search_steps} steps a trial), batch {batch} x {seq_len}, {schedule} schedule. The budget is
+one for a CPU: the original trained for 27 epochs on more than eight times this text and on other windows, so its number
+is no target here. Vocabulary: the {vocab:,} most frequent words in lower case, and a token for all others.
+{texts}
+**What it costs**, of the same models on {machine}; training memory is weights, Adam's moments and the peak of one step:
+
+{cost}
+
+GPT was trained on {seq_len} positions; only for the timing its table was lengthened to 2,048. Its state grows with
+every word, that of the others never does.
+
+```bash
+{commands}
+```
+"""
+
+ONE_TEXT = """
+**{name}**, {train:,} training targets an epoch, {epochs}. {finding}
+
+{quality}
+
+{contexts}
+"""
+
+PICTURES = """
+![Perplexity by epoch on the {name}](docs/results/baseline_{key}_training_curves.png)
+
+![Perplexity by context length on the {name}](docs/results/baseline_{key}_context_lengths.png)
+"""
+
+
+class Study:
+    """One finished study."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key, self.name = folder / "baseline", key, NAMES[key]
+        self.summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        self.manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        self.config = self.manifest["config"]
+
+    def section(self) -> str:
+        table, summary = self.summary["table"], self.summary
+        quality = [
+            {k.replace("<unk>", "`<unk>`"): v for k, v in row.items() if k != "best epoch"}
+            for row in readable_quality(table, summary["baselines"])[:-1]
+        ]
+        contexts = [{"val PPL with windows of": row.pop("model"), **row} for row in readable_contexts(table)]
+        epochs = self.config["epochs"]
+        return ONE_TEXT.format(
+            name=self.name,
+            train=summary["train_targets"],
+            epochs="1 epoch" if epochs == 1 else f"{epochs} epochs",
+            finding=summary["finding"],
+            quality=markdown_table(quality),
+            contexts=markdown_table(contexts),
+        )
+
+    def command(self) -> str:
+        """The command that repeats the study, what the profile says left out."""
+        profile = BaselineConfig(profile=self.config["profile"]).resolved().to_dict()
+        given = {
+            n: v
+            for n, v in self.config.items()
+            if profile[n] != v or n in ("profile", "data_dir", "output_dir")
+        }
+        given |= {"data_dir": "FOLDER", "output_dir": f"results/{self.key}"}
+        given.pop("keep_checkpoints", None)
+        config = BaselineConfig(**given)
+        words = command_words("bklm.studies.baseline", config)
+        kept, i = words[:3], 3
+        while i < len(words):  # a flag and its values
+            j = i + 1
+            while j < len(words) and not words[j].startswith("--"):
+                j += 1
+            if words[i].removeprefix("--") in given:
+                kept += words[i:j]
+            i = j
+        return shlex.join(kept)
+
+    def copy(self) -> None:
+        for name in FILES:
+            shutil.copy(self.folder / name, DOCS / f"baseline_{self.key}_{name}")
+
+
+def main() -> None:
+    studies = [Study(Path(folder), key) for folder, key in zip(sys.argv[1:], NAMES, strict=False)]
+    DOCS.mkdir(parents=True, exist_ok=True)
+    for study in studies:
+        study.copy()
+    first = studies[0]
+    config, summary = first.config, first.summary
+    texts = "".join(study.section() for study in studies)
+    texts += PICTURES.format(name=first.name, key=first.key)
+    texts += "\nLearning rates, by validation PPL after the search, on the " + first.name + ":\n\n"
+    texts += markdown_table(readable_search(summary["learning_rate_search"], summary["table"])) + "\n"
+    write_section(
+        "baseline",
+        TEXT.format(
+            seeds=len(config["seeds"]),
+            rates=", ".join(f"{r:g}" for r in config["learning_rates"]),
+            search_steps=summary["learning_rate_search"][0]["steps"],
+            batch=config["batch_size"],
+            seq_len=config["seq_len"],
+            schedule=config["schedule"],
+            vocab=config["vocab_size"],
+            texts=texts,
+            machine=_machine(first.manifest["environment"]),
+            cost=markdown_table(readable_cost(summary["table"], summary["measured"])),
+            commands="\n".join(study.command() for study in studies),
+        ),
+    )
+
+
+def _machine(environment: dict) -> str:
+    if environment["gpu"]:
+        return environment["gpu"]["name"]
+    threads = environment["torch_threads"]
+    return f"{threads} thread{'s' if threads > 1 else ''} of an {environment['processor']}"
+
+
+if __name__ == "__main__":
+    main()
