@@ -25,12 +25,12 @@ def onednn_serves(x: Tensor) -> bool:
     )
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., K) times weight (V, K) transposed, plus bias: the operator that torch.compile puts in place of F.linear."""
     # A slice of a matrix would take oneDNN's reference loop, a thousand times slower.
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "relu" if relu else "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,9 +54,8 @@ class PreparedLinear:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), rows)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.by_onednn:
-            return onednn_linear(x, self.weight, self.bias, self.relu)
-        y = F.linear(x, self.weight, self.bias)
+        y = (onednn_linear if self.by_onednn else F.linear)(x, self.weight, self.bias)
+        # Not oneDNN's own ReLU, which turns NaN into 0 and would hide a diverged weight.
         return y.relu_() if self.relu else y
 
 

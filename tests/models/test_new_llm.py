@@ -179,6 +179,14 @@ def test_dropout_is_drawn_anew_in_each_training_pass_and_off_in_evaluation():
         assert torch.equal(first, model(ids))
 
 
+def test_a_weight_that_is_not_a_number_shows_in_the_loss():
+    model, ids = model_of(double=False), ids_of(2, 5)
+    with torch.no_grad():
+        model.layers[1].weight[0, 0] = torch.nan
+        assert model.loss(ids, ids).isnan()
+    assert model.loss(ids, ids).isnan()
+
+
 def test_a_second_derivative_is_refused_not_wrong():
     model, ids = model_of(), ids_of(2, 5)
     (g,) = torch.autograd.grad(model(ids).square().sum(), model.update.weight, create_graph=True)

@@ -48,6 +48,14 @@ def test_a_prepared_linear_is_the_same_for_any_number_of_rows(matrices, relu):
     close(PreparedLinear(weight.t(), rows=5)(x[0, :, :6]), x[0, :, :6].double() @ weight.double())
 
 
+def test_a_relu_lets_nan_through(matrices):
+    x, weight = matrices
+    weight[2, 3] = torch.nan
+    y = PreparedLinear(weight, rows=5, relu=True)(x[0])
+    assert y[:, 2].isnan().all()
+    assert not y[:, :2].isnan().any()
+
+
 def test_a_weights_gradient_sums_over_all_leading_dimensions(matrices):
     x, weight = matrices
     d = linear(x, weight)
