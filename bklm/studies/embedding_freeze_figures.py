@@ -96,9 +96,9 @@ def draw_curves(path: Path, trials: Trials, note: str) -> Path:
             e[key] for t in controlled for e in t["epochs"] for key in ("val_perplexity", "train_perplexity")
         ]
         for axes in grid.flat:
-            wide_range_axis(axes.yaxis, [max(v, 1.0) for v in values], "")
-        for axes in grid[:, 0]:
-            axes.set_ylabel("perplexity" + (" (log scale)" if axes.get_yscale() == "log" else ""))
+            wide_range_axis(axes.yaxis, [max(v, 1.0) for v in values], "perplexity")
+        for axes in grid[:, 1:].flat:
+            axes.set_ylabel("")
         for axes in grid[-1]:
             axes.set_xlabel("epoch of phase 2")
         legend_below(grid[-1, 0], ncols=2, fontsize=9)

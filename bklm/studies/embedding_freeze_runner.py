@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from bklm.checkpoints import CheckpointFolder, replacing, write_json
+from bklm.checkpoints import CheckpointFolder, replacing, set_aside, write_json
 from bklm.fixed_point import FixedPointSettings, train_context
 from bklm.models import ContextTokenConfig, ContextTokenLM
 from bklm.studies.embedding_freeze_arms import Arm, arms_of
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("bklm.studies.embedding_freeze")
 
 SECONDS_BETWEEN_FIGURES = 10.0  # drawing one takes longer than a small trial
+
+# What a recorded part must hold to be taken for finished.
+PHASE1_KEYS = {"rows": list, "seconds": float, "sweep": str}
+TRIAL_KEYS = {"arm": str, "val_ppl": float, "accuracy": float, "parameters": int, "epochs": list}
 
 Point = dict[str, Any]  # arm, samples, seed
 
@@ -147,8 +152,8 @@ class Runner:
     ) -> dict[str, Any]:
         """Train the context block, or read what an earlier run recorded."""
         folder = self._phase1_folder(initialisation, samples, seed)
-        finished = read_result(folder / "result.json")
-        if finished is not None and (_weights(folder).exists() or not needs_weights):
+        finished = read_result(folder / "result.json", PHASE1_KEYS)
+        if finished is not None and not (needs_weights and _read_weights(folder) is None):
             return finished
         label = f"phase 1, {initialisation} embedding, {samples} samples, seed {seed}"
         self.bar.set_description(label)
@@ -210,7 +215,7 @@ class Runner:
         """Phase 2 of one model, or what an earlier run of the same model recorded."""
         treated = self.arms[arm]
         folder = self.folder / "trials" / f"{treated.slug}_samples_{samples}_seed_{seed}_rate_{learning_rate:g}"
-        finished = read_result(folder / "result.json")
+        finished = read_result(folder / "result.json", TRIAL_KEYS)
         if finished is not None:
             self._skip(self._steps(treated, samples))
             return finished
@@ -223,8 +228,8 @@ class Runner:
 
     def _train_arm(self, arm: Arm, samples: int, seed: int, rate: float, folder: Path) -> dict[str, Any]:
         model = self._model(arm.initialisation, arm.head, seed)
-        weights = _weights(self._phase1_folder(arm.initialisation, samples, seed))
-        model.context_block.load_state_dict(load_file(weights))
+        phase1 = self._phase1_folder(arm.initialisation, samples, seed)
+        model.context_block.load_state_dict(_read_weights(phase1))
         model.freeze_context()
         if arm.freezing == "frozen":
             model.freeze_embedding()
@@ -280,3 +285,15 @@ class Runner:
 
 def _weights(folder: Path) -> Path:
     return folder / "context_block.safetensors"
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor] | None:
+    """The context block that phase 1 left; None where it is not there or damaged (it is then set aside)."""
+    path = _weights(folder)
+    if not path.exists():
+        return None
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        set_aside(path, str(error))
+        return None

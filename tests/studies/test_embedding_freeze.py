@@ -217,6 +217,20 @@ def test_a_finished_study_is_read_back_and_trains_nothing(config, monkeypatch):
     assert (second.table, second.effects, second.findings) == (first.table, first.effects, first.findings)
 
 
+def test_a_damaged_result_is_set_aside_and_only_that_trial_is_trained_again(config, monkeypatch):
+    first = run_embedding_freeze(config)
+    damaged = next(first.folder.glob("trials/pretrained_trained_tied_samples_5_seed_1*")) / "result.json"
+    damaged.write_text(damaged.read_text()[:60])
+    trained = []
+    real = embedding_freeze_runner.train_phase2
+    monkeypatch.setattr(
+        embedding_freeze_runner, "train_phase2", lambda *a, **k: trained.append(k["label"]) or real(*a, **k)
+    )
+    second = run_embedding_freeze(config)
+    assert trained == ["pretrained, trained, tied, 5 samples, seed 1"]
+    assert [row["val_ppl"] for row in second.table] == [row["val_ppl"] for row in first.table]
+
+
 def test_a_study_that_was_interrupted_goes_on_and_ends_with_the_numbers_of_an_undisturbed_one(
     config, tmp_path, monkeypatch
 ):
@@ -248,6 +262,9 @@ def test_phase_1_alone_and_phase_2_later_give_the_numbers_of_both_at_once(config
     first = run_embedding_freeze(dataclasses.replace(apart, phase="1"))
     assert (first.table, first.best) == ([], None)
     assert len(first.phase1) == 2
+    weights = sorted(first.folder.glob("phase1/*/context_block.safetensors"))
+    weights[0].write_bytes(weights[0].read_bytes()[:100])  # damaged: phase 1 is done again where it is needed
+    weights[1].unlink()
     second = run_embedding_freeze(dataclasses.replace(apart, phase="2"))
     assert numbers(second.folder) == numbers(run_embedding_freeze(config).folder)
 
