@@ -126,7 +126,8 @@ def prepare_text(config: EmbeddingFreezeConfig) -> FreezeText:
             batch; an embedding file that does not fit the tokeniser.
     """
     most = max(config.samples)
-    spare = config.pretraining_documents if uses_svd(config) else 0
+    # A BPE of the text's own is trained on them too, and so is the same whatever embedding is compared.
+    spare = config.pretraining_documents if uses_svd(config) or config.tokenizer == "corpus" else 0
     # Room for near-duplicates that are left out; the dialogues' validation split is every other held-out dialogue.
     fetched = max(most + spare + config.val_documents, 2 * config.val_documents)
     corpus = load_corpus(config.dataset, config.data_dir, max_documents=fetched)
