@@ -66,13 +66,13 @@ class FieldSpec:
             return "one of " + ", ".join(repr(c) for c in self.choices)
         noun = {int: "an integer", float: "a number", bool: "True or False", str: "text"}[self.base]
         if self.low is not None and self.high is not None:
-            noun += f" in [{self.low:g}, {self.high:g}]"
+            noun += f" in [{_number(self.low)}, {_number(self.high)}]"
         elif self.low is not None:
-            noun += f" of at least {self.low:g}"
+            noun += f" of at least {_number(self.low)}"
         elif self.above is not None and self.high is not None:
-            noun += f" in ({self.above:g}, {self.high:g}]"
+            noun += f" in ({_number(self.above)}, {_number(self.high)}]"
         elif self.above is not None:
-            noun += f" greater than {self.above:g}"
+            noun += f" greater than {_number(self.above)}"
         if self.is_tuple:
             noun = f"one or more values without repeats, each {noun}"
             if self.choices:
@@ -131,6 +131,11 @@ class FieldSpec:
         return self.base(number)
 
 
+def _number(bound: float) -> str:
+    """ "2147483647", "0.05": a bound as one would type it."""
+    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
+
+
 def _spec(owner: type, item: dataclasses.Field) -> FieldSpec:
     annotation = typing.get_type_hints(owner)[item.name]
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
@@ -156,7 +161,9 @@ class StudyConfig:
     profiles: ClassVar[dict[str, dict[str, Any]]]
     leading: ClassVar[tuple[str, ...]] = ("profile",)  # fields at the head of the form
     # Where and how a run happens may change between a run and its continuation; what is computed may not.
-    circumstances: ClassVar[frozenset[str]] = frozenset({"profile", "data_dir", "output_dir", "device", "storage"})
+    circumstances: ClassVar[frozenset[str]] = frozenset(
+        {"profile", "data_dir", "output_dir", "device", "storage"}
+    )
 
     profile: Profile = setting("quick", help="smoke: seconds; quick: minutes; full: the original's size")
     output_dir: str = setting("results", help="folder for the study's files and zip")

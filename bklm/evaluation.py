@@ -32,15 +32,20 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return _exp(self.loss)
 
     @property
     def perplexity_without_unk(self) -> float:
-        return math.exp(self.known_nll / self.known_tokens)
+        return _exp(self.known_nll / self.known_tokens)
 
     @property
     def accuracy(self) -> float:
         return self.correct / self.tokens
+
+
+def _exp(loss: float) -> float:
+    """A diverged model may be worse than a double can say: 1e304 then stands for more."""
+    return math.exp(min(loss, 700.0))
 
 
 @torch.no_grad()

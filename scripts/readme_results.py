@@ -16,14 +16,16 @@ from pathlib import Path
 
 from readme_section import DOCS, write_section
 
-from bklm.reporting import Perplexity
+from bklm.reporting import Perplexity, interval95
 
 SWEEP = """
 ## What the sweep says
 
-Validation perplexity over {seeds} seeds (mean, 95% interval), 3 epochs, batch 32, learning rate 1e-3, on a WikiText-2 sample: train is the
-official test split, valid and test the two halves of the official validation split, cut at an article heading. Baselines of the same
-tokens: {baselines}.
+Validation perplexity over {seeds} seeds (mean, 95% interval), 3 epochs, batch 32, learning rate 1e-3, on a WikiText-2 sample
+("wikitext-2-mini", SHA-256 {sha}...): train is the official test split, valid and test the two halves of the official validation
+split, cut at an article heading. Baselines of the same tokens: {baselines}.
+
+**{versus}** 241,211 words are little text for a neural model; the comparison between the columns below is what this size is for.
 
 | alpha | corrected: causal, exact gradient | as published, run here: **sees the future** \
 | original code, same text: sees the future | reported by the original, WikiText-2: sees the future |
@@ -36,10 +38,11 @@ tokens: {baselines}.
 
 ![Validation perplexity by alpha, corrected protocol](docs/results/corrected_grad_blend_analysis.png)
 
-Why does hypothesis-7 wreck the training once the chain rule is right, when it merely slowed it as published? It divides by G² where the exact
-gradient multiplies. In the trained models of this sweep its cosine with the exact gradient is {cosine} and it is about {ratio} times as long (the
-diagonal term of the exact gradient: {diagonal}). The published code left out a complex conjugate; without it hypothesis-7 has {published}: two
-errors that partly cancel. The original protocol also keeps the potential small by its clamps.
+Why does hypothesis-7 wreck the training once the chain rule is right, when it merely slowed it as published? It divides by G² where
+the exact gradient multiplies. In the models trained with the exact gradient (alpha 0, at the end, first 8 training windows) its cosine
+with that gradient is {cosine}, and it is {ratio} times as long; the diagonal term alone has {diagonal}. The published code left out a
+complex conjugate; without it hypothesis-7 has {published}: two errors that partly cancel. (Mean and 95% interval over the seeds.) The
+original protocol also keeps the potential small by its clamps. The figure below pools all trials, diverged ones included.
 
 ![Cosine and length of the blended gradients, corrected protocol](docs/results/corrected_gradient_directions.png)
 
@@ -52,10 +55,10 @@ python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_
 """
 
 INITIALISATION = """
-**A caveat that we measured.** How much alpha matters depends on how the potential's weights start. bklm draws them wide; with torch's default for a
-linear layer, as the original had it, the potential stays small and its gradient, right or wrong, hardly counts. The same corrected training then ends at
-{results} (`python benchmarks/grad_blend_initialisation.py --data_dir FOLDER`). So: hypothesis-7 does harm where the potential is large
-and none where it is small; nothing here shows that it helps.
+**A caveat that we measured.** How much alpha matters depends on how the potential's weights start. bklm draws them wide; with
+torch's default for a linear layer, as the original had it, the potential stays small and its gradient, right or wrong, hardly
+counts. The same corrected training then ends at {results} (`python benchmarks/grad_blend_initialisation.py --data_dir FOLDER`). So
+hypothesis-7 does harm where the potential is large and none that three seeds can see where it is small; nothing here shows that it helps.
 """
 
 MOE = """
@@ -82,12 +85,12 @@ def main() -> None:
             "gradient_directions.png",
             "training_curves.png",
             "table.csv",
+            "gradient_directions.csv",
             "summary.json",
+            "manifest.json",
         ):
             shutil.copy(folder / name, DOCS / f"{protocol}_{name}")
-    with (corrected / "gradient_directions.csv").open(encoding="utf-8") as file:
-        directions = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    text = sweep_section(read(corrected), read(original), directions)
+    text = sweep_section(read(corrected), read(original), exact_directions(corrected))
     shutil.copy(sys.argv[3], DOCS / "potential_initialisation.csv")
     shutil.copy(sys.argv[4], DOCS / "moe_perplexity.csv")
     text += initialisation_section(DOCS / "potential_initialisation.csv")
@@ -99,28 +102,52 @@ def read(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def exact_directions(folder: Path) -> dict[str, dict[str, str]]:
+    """Cosine and length against the exact gradient, over the seeds of alpha 0, as mean and 95% interval."""
+    measured: dict[str, dict[str, list[float]]] = {}
+    for result in sorted(folder.glob("trials/alpha_0_seed_*/result.json")):
+        for row in json.loads(result.read_text(encoding="utf-8"))["directions"]["at the end"]:
+            if row["layer"] == "all":
+                kept = measured.setdefault(row["direction"], {"cosine": [], "norm_ratio": []})
+                for key, values in kept.items():
+                    values.append(row[key])
+    return {
+        name: {
+            "cosine": "{:+.2f} ± {:.2f}".format(*interval95(values["cosine"])),
+            "ratio": "{:.0f} ± {:.0f}".format(*interval95(values["norm_ratio"])),
+        }
+        for name, values in measured.items()
+    }
+
+
+def against_kneser_ney(corrected: dict) -> str:
+    """Whether the best corrected model beats the best count model of the same tokens, in one sentence."""
+    best = min(corrected["table"], key=lambda row: row["val_ppl"])
+    model = number(best)
+    count = min(corrected["baselines"], key=lambda b: b["val_ppl"])
+    rival = f"{count['name']} ({count['val_ppl']:.1f})"
+    if best["val_ppl_high"] < count["val_ppl"]:
+        return f"The best corrected model, {model}, beats {rival}."
+    if best["val_ppl_low"] > count["val_ppl"]:
+        return f"The best corrected model, {model}, does not beat {rival}."
+    return f"The best corrected model, {model}, cannot be told from {rival}."
 
 
 def number(row: dict | None, key: str = "val_ppl") -> str:
     if row is None or row.get(key) is None:
         return "-"
+    if key == "original_val_ppl":
+        return f"{row[key]:.2f}"
     return str(Perplexity(row[key], row.get(f"{key}_low"), row.get(f"{key}_high")))
 
 
-def sweep_section(corrected: dict, original: dict, directions: list[dict]) -> str:
+def sweep_section(corrected: dict, original: dict, measured: dict[str, dict[str, str]]) -> str:
     theirs = {row["alpha"]: row for row in original["table"]}
     lines = []
     for row in corrected["table"]:
         code = ORIGINAL_CODE.get(row["alpha"])
         cells = [f"{row['alpha']:g}", number(row), number(theirs.get(row["alpha"])), f"{code or '-'}"]
         lines.append("| " + " | ".join([*cells, number(row, "original_val_ppl")]) + " |")
-    measured = {d["direction"]: d for d in directions if d["weights"] == "at the end"}
-    hypothesis, published = measured["hypothesis-7"], measured["original hypothesis-7"]
     baselines = ", ".join(f"{b['name']} {b['val_ppl']:.1f}" for b in corrected["baselines"])
     return SWEEP.format(
         seeds=corrected["table"][0]["seeds"],
@@ -128,10 +155,12 @@ def sweep_section(corrected: dict, original: dict, directions: list[dict]) -> st
         table="\n".join(lines),
         corrected=corrected["finding"],
         original=original["finding"],
-        cosine=f"{hypothesis['cosine']:+.2f}",
-        ratio=f"{float(format(hypothesis['norm_ratio'], '.2g')):,.0f}",
-        published=f"{published['cosine']:+.2f}",
-        diagonal=f"{measured['local']['cosine']:+.2f}",
+        cosine=measured["hypothesis-7"]["cosine"],
+        ratio=measured["hypothesis-7"]["ratio"],
+        published=measured["original hypothesis-7"]["cosine"],
+        diagonal=measured["local"]["cosine"],
+        versus=against_kneser_ney(corrected),
+        sha=json.loads((DOCS / "corrected_manifest.json").read_text(encoding="utf-8"))["corpus"]["sha256"][:16],
     )
 
 

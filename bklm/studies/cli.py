@@ -33,7 +33,7 @@ def parse(config_class: type[StudyConfig], words: list[str] | None = None) -> St
             flags
         ],  # --lowercase False, as the other fields, and as manifests record it
         args=words,
-        prog=f"python -m {config_class.__module__}",
+        prog=f"python -m bklm.studies.{config_class.study}",
         description=config_class.__doc__,
         use_underscores=True,
     )

@@ -117,6 +117,15 @@ class GradBlendConfig(TextStudyConfig):
         if values["alphas"] == "grid":
             values["alphas"] = FULL_GRID
         config = type(self)(**values)
+        if len({f"{a:g}" for a in config.alphas}) < len(config.alphas):
+            raise ValueError(
+                f"alphas: got {config.alphas}; they must differ within six digits, which name their files."
+            )
+        if config.balance and config.router_gradient == "none":
+            raise ValueError(
+                f"balance: got {config.balance:g} with a router that never learns (router_gradient 'none', protocol "
+                f"{config.protocol!r}); set balance to 0, or router_gradient to 'exact' or 'selected'."
+            )
         if config.top_k > config.num_experts:
             raise ValueError(
                 f"top_k: got {config.top_k} with num_experts {config.num_experts}; at most as many as experts."
@@ -278,10 +287,13 @@ class _Runner:
         settings = model_config(config, text.vocab_size, alpha)
         model = ResNetBK(settings).to(self.accelerator.device)
         early = folder / "directions_after_one_epoch.json"
+        if (folder / "checkpoints").exists() and read_result(early) is None:
+            log.warning("%s is missing or damaged, so this trial starts again from its first epoch.", early)
+            CheckpointFolder(folder / "checkpoints").remove()
 
         def measure_early(record: EpochRecord) -> None:
             if record.epoch == 1:
-                write_json(early, self._directions(model))
+                write_json(early, {"directions": self._directions(model)})
 
         records = train(
             model,
@@ -314,7 +326,10 @@ class _Runner:
             "gradient_variance": gradient_variance(records),
             "training_time": sum(r.seconds for r in records),
             "epochs": [r.to_dict() for r in records],
-            "directions": {"after one epoch": read_result(early), "at the end": self._directions(model)},
+            "directions": {
+                "after one epoch": read_result(early)["directions"],
+                "at the end": self._directions(model),
+            },
         }
         if is_final:
             result["test_perplexity"] = evaluate(model, text.test_loader(), text.unk_id).perplexity
@@ -324,7 +339,7 @@ class _Runner:
                 save_model(model, str(temporary))
         write_json(folder / "result.json", result)
         CheckpointFolder(folder / "checkpoints").remove()
-        early.unlink()
+        early.unlink(missing_ok=True)
         return result
 
     def _directions(self, model: ResNetBK) -> list[dict[str, Any]]:

@@ -130,7 +130,7 @@ def _original_format(
             {
                 "alpha": row["alpha"],
                 "final_perplexity": row["val_ppl"],
-                "convergence_speed": row["convergence_epoch"],
+                "convergence_speed": interval95([t["convergence_speed"] for t in group])[0],
                 "gradient_variance": row["gradient_variance"],
                 "training_time": row["seconds"],
                 "loss_curve": [interval95(epoch)[0] for epoch in zip(*losses, strict=True)],

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bklm.checkpoints import CheckpointFolder
 from bklm.models import ResNetBK
 from bklm.reporting import command_for
 from bklm.studies import future, grad_blend, grad_blend_figures
 from bklm.studies.folder import study_folder
 from bklm.studies.grad_blend import GradBlendConfig, load_final_model, model_config, run_grad_blend
-from bklm.studies.grad_blend_table import alpha_table, best_alpha, headline, state_finding
+from bklm.studies.grad_blend_table import alpha_table, best_alpha, headline, readable, state_finding
 from bklm.studies.gradient_directions import measure_directions
 from bklm.studies.text import prepare_text
 
@@ -126,7 +127,9 @@ def test_a_folder_whose_text_has_changed_is_refused(tiny_config, small_text, tmp
     other = tmp_path / "other"
     other.mkdir()
     for name in ("train", "valid", "test"):
-        (other / f"{name}.txt").write_text((small_text / f"{name}.txt").read_text().replace("cat", "cow"))
+        (other / f"{name}.txt").write_text(
+            (small_text / f"{name}.txt").read_text().dataclasses.replace("cat", "cow")
+        )
     with pytest.raises(ValueError, match="the text"):
         run_grad_blend(dataclasses.replace(tiny_config, data_dir=str(other)))
 
@@ -261,3 +264,56 @@ def test_the_config_in_the_package_is_the_one_in_the_module():
     assert studies.GradBlendConfig is GradBlendConfig
     with pytest.raises(AttributeError, match="no attribute 'run_nothing'"):
         studies.run_nothing  # noqa: B018
+
+
+def test_settings_that_cannot_train_are_refused_before_the_folder_is_claimed(tiny_config):
+    with pytest.raises(ValueError, match=r"balance: got 0\.1 with a router that never learns"):
+        run_grad_blend(dataclasses.replace(tiny_config, protocol="original", balance=0.1))
+    with pytest.raises(ValueError, match="within six digits"):
+        run_grad_blend(dataclasses.replace(tiny_config, alphas=(0.1234567, 0.1234568)))
+    assert not (Path(tiny_config.output_dir) / "grad_blend" / "config.json").exists()
+
+
+def test_a_damaged_config_does_not_let_other_settings_into_the_folder(tiny_config):
+    first = run_grad_blend(tiny_config)
+    (first.folder / "config.json").write_text('{"config": {"alph')
+    with pytest.raises(ValueError, match=r"config\.json is missing or damaged"):
+        run_grad_blend(dataclasses.replace(tiny_config, learning_rate=0.01))
+    again = run_grad_blend(tiny_config)
+    assert again.table == first.table
+    assert (
+        json.loads((first.folder / "config.json").read_text())["config"]["learning_rate"]
+        == first.config.learning_rate
+    )
+
+
+def test_damaged_early_directions_make_the_trial_start_again(tiny_config, monkeypatch):
+    config = dataclasses.replace(tiny_config, alphas=(0.0,), epochs_per_trial=2)
+    undisturbed = run_grad_blend(dataclasses.replace(config, output_dir=f"{config.output_dir}/undisturbed"))
+    save = CheckpointFolder.save
+
+    def stop_after_the_first(self, *arguments, **named):
+        save(self, *arguments, **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointFolder, "save", stop_after_the_first)
+        with pytest.raises(KeyboardInterrupt):
+            run_grad_blend(config)
+    (early,) = Path(config.output_dir).rglob("directions_after_one_epoch.json")
+    early.write_text('[{"lay')
+    result = run_grad_blend(config)
+    assert [r["val_ppl"] for r in result.table] == [r["val_ppl"] for r in undisturbed.table]
+
+
+def test_perplexity_that_never_fell_is_no_fast_convergence():
+    epochs = [{"val_perplexity": p, "train_loss": 1.0} for p in (100.0, 200.0)]
+    trial = {
+        "alpha": 1.0,
+        "seed": 0,
+        "final_perplexity": 200.0,
+        "final_perplexity_without_unk": 200.0,
+        "final_accuracy": 0.0,
+    }
+    trial |= {"convergence_speed": 1, "gradient_variance": 1.0, "training_time": 1.0, "epochs": epochs}
+    assert readable(alpha_table([trial]))[0]["converged at epoch"] == "-"
