@@ -23,7 +23,7 @@ from bklm.studies.folder import claim, study_folder
 from bklm.studies.precision_claims import claims_readable
 from bklm.studies.precision_measure import MemoryMeter
 from bklm.studies.precision_report import PrecisionResult, write_report
-from bklm.studies.precision_runner import ROWS, Runner
+from bklm.studies.precision_runner import Runner, accuracy_rows
 from bklm.studies.precision_tables import summary_readable
 
 log = logging.getLogger("bklm.studies.precision")  # __name__ is "__main__" when run with python -m
@@ -110,7 +110,7 @@ def _device(wanted: str) -> str:
 
 
 def _refuse_what_does_not_fit(n: int, device: str) -> None:
-    needed = BYTES_PER_POSITION * ROWS * n
+    needed = BYTES_PER_POSITION * accuracy_rows(n) * n
     free = {"memory": psutil.virtual_memory().available}
     if device == "cuda":
         free["GPU memory"] = torch.cuda.mem_get_info()[0]

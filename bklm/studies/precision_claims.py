@@ -173,7 +173,32 @@ def recommend(table: Rows, models: Rows, tolerance: float) -> tuple[str, str]:
         )
         if memory[best] and memory["complex128"]:
             sentence += f" and {memory['complex128'] / memory[best]:.2g} times the memory"
+    sentence += _enough_for_larger_shifts(table, best, tolerance, times, memory)
     return best, f"{sentence}; {_overflows(table)}; {_rest_of_model(models)}."
+
+
+def _enough_for_larger_shifts(
+    table: Rows, best: str, tolerance: float, times: dict[str, dict[str, Any]], memory: dict[str, float | None]
+) -> str:
+    """Where complex64 is not the recommendation: from which Im z on it would be."""
+    if best == "complex64":
+        return ""
+    shifts = sorted({r["im_z"] for r in table}, reverse=True)
+    good: list[float] = []
+    error = 0.0
+    for im_z in shifts:
+        here = worst([r for r in table if r["im_z"] == im_z], LEFT_RIGHT, "complex64", "gradient_error")
+        if here is None or here["gradient_error"] > tolerance:
+            break
+        good.append(im_z)
+        error = max(error, here["gradient_error"])
+    if not good:
+        return ""
+    words = f"; for Im z of {min(good):g} or more complex64 is enough (worst gradient error {error:.0e})"
+    words += f" at {times['complex64']['ms'] / times[best]['ms']:.2g} of the time"
+    if memory["complex64"] and memory[best]:
+        words += f" and {memory['complex64'] / memory[best]:.2g} of the memory"
+    return words
 
 
 def _time(table: Rows, precision: str, n: int) -> dict[str, Any]:

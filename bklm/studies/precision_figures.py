@@ -224,5 +224,7 @@ def draw_claims(path: Path, claims: Rows, note: str) -> Path:
         axes.xaxis.set_major_formatter("{x:g}")
         legend_below(axes, ncols=2, fontsize=10)
 
+    reached = sorted({r["claim"] for r in shown if r["verdict"] in ("reached", "exceeded")})
     title = f"{kept} of {len(shown)} comparisons reach the speed-up that the original announced"
+    title += f":\n{', '.join(reached)}" if reached else ""
     return save_figure(path, draw, title=title, note=note, size=(8.4, 1.6 + 0.52 * len(shown)))

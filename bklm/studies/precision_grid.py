@@ -5,7 +5,8 @@ same inputs: numbers that single precision holds exactly, so that an arm's error
 
     complex64   value and gradient in single precision
     complex128  value and gradient in double precision
-    mixed       value in double, gradient in single precision
+    mixed       value in double, gradient in single precision. Left/right computes its adjoint anew from the inputs rounded to
+                single precision, theta/phi from ratios of its double products: where these are finite they are the better
     adaptive    value in double; gradient row by row: rows whose largest |dL/dG| is below ADAPTIVE_THRESHOLD of the
                 largest of the batch in double, the others in single precision. (The original switched on the size of the
                 gradient too: small ones in double, large ones in single. A row is the smallest unit that an exact

@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -33,7 +34,8 @@ from bklm.studies.precision_grid import Arm
 
 FEWEST_REPEATS = 3
 SPARE = 0.25  # cores; a quiet system needs some itself
-WARMED_AGAIN = 5e-3  # seconds; an arm that takes less is called once before every timed call
+WARMED_AGAIN = 5e-3  # seconds; an arm that takes less is warmed up before every timed call
+WARMING_CALLS = 3
 LONGEST_MEASUREMENT = 600  # seconds, of one arm's memory
 
 
@@ -75,10 +77,11 @@ def time_arms(
     running = [n for n in arms if n not in skipped]
     short = {n for n in running if _call(arms[n], device)[1] < WARMED_AGAIN}
     for i in range(repeats):
-        for name in running:
+        # An order of its own each round: no arm always follows the one that leaves the caches worst.
+        for name in random.Random(i).sample(running, len(running)):
             if i >= FEWEST_REPEATS and sum(taken[name]["total"]) > seconds:
                 continue
-            if name in short:
+            for _ in range(WARMING_CALLS if name in short else 0):
                 _call(arms[name], device)  # the arm before has left its own data in the caches
             forward, whole = _call(arms[name], device)
             taken[name]["forward"].append(forward)

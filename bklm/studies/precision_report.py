@@ -124,7 +124,7 @@ def machine_note(config: PrecisionConfig, cells: Cells, device: str) -> str:
     else:
         parts = [f"Measured on {machine['processor']}, {machine['cores']} cores, threads: {machine['threads']}"]
         parts.append(
-            "no GPU rows: none here" if machine["gpu"] is None else "no GPU rows: the CPU was asked for"
+            "no GPU here, so no GPU rows" if machine["gpu"] is None else "no GPU rows: the CPU was asked for"
         )
     parts.append(f"up to {config.repeats} calls each, the ways in turn")
     crowded = [cell for cell in cells.values() if is_crowded(cell)]

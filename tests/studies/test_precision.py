@@ -318,6 +318,15 @@ def test_a_precision_outside_the_tolerance_is_not_recommended_however_fast():
     assert recommend(grid(single_error=1e-3), NO_MODELS, tolerance=1e-4)[0] == "complex128"
 
 
+def test_complex64_is_named_for_the_shifts_where_it_is_accurate_enough():
+    small_shift = [{**row, "im_z": 0.001} for row in grid(single_error=1e-3)]
+    best, sentence = recommend([*grid(single_error=1e-6), *small_shift], NO_MODELS, tolerance=1e-4)
+    assert best == "complex128"
+    assert (
+        "for Im z of 1 or more complex64 is enough (worst gradient error 1e-06) at 0.5 of the time" in sentence
+    )
+
+
 def test_of_two_whose_times_cannot_be_told_apart_the_one_with_less_memory_is_recommended():
     assert recommend(grid(single_error=1e-6, single_ms=2.1), NO_MODELS, tolerance=1e-4)[0] == "complex64"
 
