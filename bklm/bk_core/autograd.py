@@ -6,16 +6,24 @@ Shapes as in backends.py. Three roads to the same numbers, chosen in :func:`appl
 
 - tracing, torch.compile, tensor subclasses: the registered op (torch.library), see ops.py;
 - torch.func transforms: the same op inside an autograd.Function that composes with them, see ops.py;
-- plain eager calls: an autograd.Function that skips the dispatcher and may keep what the backend saved.
+- plain eager calls: an autograd.Function that skips the dispatcher and may keep what the backend saved. Its backward
+  takes one of the other roads when only then something traces or maps over it (``is_grads_batched=True``).
+
+Forward mode (torch.autograd.forward_ad) is an autograd.Function's business on either of the last two roads; the
+registered op knows nothing of it, and would drop the tangent without a word.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, ops, pivots
 from .gradients import differentiable_backward, in_torch_convention, materialised, rows_backward
+
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+"""Of the vmap older than torch.func, which torch.autograd itself still maps with: its tensors show no other sign."""
 
 
 def apply(
@@ -30,21 +38,27 @@ def apply(
 ) -> Tensor:
     """G (M, N). ``contracts``: the caller knows that k >= 0, a is real and Im z != 0, so pivots need no check."""
     if is_plain(a, k, z):
-        if not (torch.is_grad_enabled() and (a.requires_grad or k.requires_grad or z.requires_grad)):
+        needs_grad = torch.is_grad_enabled() and (a.requires_grad or k.requires_grad or z.requires_grad)
+        if not (needs_grad or in_forward_mode()):
             return _forward(a, k, z, causal, backend, contracts)[0]
         return _Eager.apply(a, k, z, causal, gradient, grad_blend, backend, contracts)
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return ops.resolvent_diagonal(a, k, z, causal, gradient, grad_blend, backend)
-    return ops.Transformable.apply(a, k, z, causal, gradient, grad_blend, backend)
+    composes = torch._C._are_functorch_transforms_active() or in_forward_mode()
+    op = ops.Transformable.apply if composes and not torch.compiler.is_compiling() else ops.resolvent_diagonal
+    return op(a, k, z, causal, gradient, grad_blend, backend, not contracts)
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Eager, and no functorch transform, no dispatch mode, no tensor subclass: values may be looked at."""
+    """Eager, and no vmap or other transform, no dispatch mode, no tensor subclass: values may be looked at."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    return all(type(t) in (Tensor, torch.nn.Parameter) and not _is_legacy_batched(t) for t in tensors)
+
+
+def in_forward_mode() -> bool:
+    """Inside forward_ad.dual_level: tensors may carry tangents."""
+    return forward_ad._current_level >= 0
 
 
 def _forward(a, k, z, causal, backend, contracts):
@@ -61,18 +75,30 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, a, k, z, causal, gradient, grad_blend, backend, contracts):
         G, saved = _forward(a, k, z, causal, backend, contracts)
         ctx.save_for_backward(a, k, z, G, *saved)
+        if in_forward_mode():
+            ctx.save_for_forward(a, k, z)
         ctx.settings = causal, gradient, grad_blend, backend
         return G
 
     @staticmethod
     def backward(ctx, gbar):
         a, k, z, G, *saved = ctx.saved_tensors
-        gbar = materialised(gbar)
         causal, gradient, grad_blend, backend = ctx.settings
         needs_k, needs_z = ctx.needs_input_grad[1:3]
+        if not is_plain(gbar):
+            transforms = torch._C._are_functorch_transforms_active()
+            op = ops.TransformableBackward.apply if transforms else ops.resolvent_diagonal_backward
+            return (*ops.vjp(op, gbar, a, k, z, G, ctx.settings, needs_k, needs_z), *(None,) * 5)
+        gbar = materialised(gbar)
         settings = causal, gradient, grad_blend
-        if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
+        if (
+            torch.is_grad_enabled() or in_forward_mode()
+        ):  # these gradients will be differentiated, or already are
             grads = differentiable_backward(gbar, a, k, z, *settings, needs_k, needs_z)
         else:
             grads = rows_backward(gbar, a, k, z, G, tuple(saved), *settings, backend, needs_k, needs_z)
         return in_torch_convention(grads, a, k) + (None,) * 5
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return ops.tangent(ctx.saved_tensors, tangents[:3], ctx.settings[0])

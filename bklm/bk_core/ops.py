@@ -14,14 +14,22 @@ from .gradients import differentiable_backward, in_torch_convention, materialise
 
 @torch.library.custom_op("bklm::resolvent_diagonal", mutates_args=())
 def resolvent_diagonal(
-    a: Tensor, k: Tensor, z: Tensor, causal: bool, gradient: str, grad_blend: float, backend: str
+    a: Tensor,
+    k: Tensor,
+    z: Tensor,
+    causal: bool,
+    gradient: str,
+    grad_blend: float,
+    backend: str,
+    check_pivots: bool = True,
 ) -> Tensor:
     """G (M, N) of a (M, N), k (M or 1, N - 1) and z (M,); see backends.py."""
     chosen = backends.select(backend, a.device)
     pivots.check_shift(z)
     a, k, z = (materialised(x) for x in (a, k, z))
     G = chosen.forward(a, k, z, causal)[0]
-    pivots.check(a, k, z, G, causal, chosen)
+    if check_pivots:
+        pivots.check(a, k, z, G, causal, chosen)
     return G
 
 
@@ -46,7 +54,7 @@ def resolvent_diagonal_backward(
 
 
 @resolvent_diagonal.register_fake
-def _(a, k, z, causal, gradient, grad_blend, backend):
+def _(a, k, z, causal, gradient, grad_blend, backend, check_pivots=True):
     return torch.empty(a.shape, dtype=z.dtype, device=a.device)
 
 
@@ -58,18 +66,22 @@ def _(gbar, a, k, z, G, causal, gradient, grad_blend, backend, needs_k, needs_z)
 
 
 def _setup(ctx, inputs, output):
-    a, k, z, *settings = inputs
+    a, k, z, *settings, _check_pivots = inputs
     ctx.save_for_backward(a, k, z, output)
     ctx.save_for_forward(a, k, z)
     ctx.settings = tuple(settings)
 
 
-def _vjp(ctx, gbar, backward):
-    a, k, z, G = ctx.saved_tensors
-    needs_k, needs_z = ctx.needs_input_grad[1:3]
-    grads = backward(gbar, a, k, z, G, *ctx.settings, needs_k, needs_z)
+def vjp(backward, gbar, a, k, z, G, settings, needs_k, needs_z):
+    """Gradients of a, k and z in torch's convention, by the backward op in one of its forms."""
+    grads = backward(gbar, a, k, z, G, *settings, needs_k, needs_z)
     kept = grads[0], grads[1] if needs_k else None, grads[2] if needs_z else None
-    return in_torch_convention(kept, a, k) + (None,) * 4
+    return in_torch_convention(kept, a, k)
+
+
+def _vjp(ctx, gbar, backward):
+    grads = vjp(backward, gbar, *ctx.saved_tensors, ctx.settings, *ctx.needs_input_grad[1:3])
+    return (*grads, *(None,) * (len(ctx.needs_input_grad) - 3))
 
 
 def _backward_setup(ctx, inputs, output):
@@ -92,11 +104,13 @@ def _backward_vjp(ctx, *cotangents):
     return (*pull_back(used), None) + (None,) * 6
 
 
-def _jvp(ctx, a_dot, k_dot, z_dot, *_):
+def tangent(primals, tangents, causal):
     """Forward mode: the exact derivative, whatever direction ``gradient`` names for the backward."""
-    causal = ctx.settings[0]
-    tangents = _tangents(ctx.saved_tensors, (a_dot, k_dot, z_dot))
-    return torch.func.jvp(lambda *x: torch_backend.forward(*x, causal)[0], ctx.saved_tensors, tangents)[1]
+    return torch_backend.tangent(*primals, causal, *_tangents(primals, tangents))
+
+
+def _jvp(ctx, *tangents):
+    return tangent(ctx.saved_tensors, tangents[:3], ctx.settings[0])
 
 
 def _backward_jvp(ctx, gbar_dot, a_dot, k_dot, z_dot, *_):

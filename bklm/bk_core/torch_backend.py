@@ -69,6 +69,34 @@ def backward(
     return grad_a, None if K is None else K.to(z.dtype), D.sum(-1).to(z.dtype) if needs_z else None
 
 
+def tangent(
+    a: Tensor, k: Tensor, z: Tensor, causal: bool, a_dot: Tensor, k_dot: Tensor, z_dot: Tensor
+) -> Tensor:
+    """dG (M, N) in the direction (a_dot, k_dot, z_dot), shapes and dtypes those of a, k and z.
+
+    The recursion differentiated: ``dL_i = L_i^2 (k_{i-1} dL_{i-1} + dk_{i-1} L_{i-1} - dd_i)``, a linear scan, R likewise,
+    and ``dG = G^2 (d(kL) + d(kR) - dd)``. Plain operations: differentiable, and mapped by any vmap.
+    """
+    d, k128 = _diagonal(a, k, z)
+    d_dot, k128_dot = _diagonal(a_dot, k_dot, z_dot)
+    left = _sweep(d, k128, z.dtype)
+    left_dot = _sweep_tangent(left, k128, d_dot, k128_dot)
+    if causal:
+        return left_dot.to(z.dtype)
+    right = _sweep(d.flip(-1), k128.flip(-1), z.dtype)
+    right_dot = _sweep_tangent(right, k128.flip(-1), d_dot.flip(-1), k128_dot.flip(-1)).flip(-1)
+    right = right.flip(-1)
+    from_left = _shift_right(k128_dot * left[:, :-1] + k128 * left_dot[:, :-1])
+    from_right = _shift_left(k128_dot * right[:, 1:] + k128 * right_dot[:, 1:])
+    return (_join(d, k128, left, right) ** 2 * (from_left + from_right - d_dot)).to(z.dtype)
+
+
+def _sweep_tangent(L: Tensor, k: Tensor, d_dot: Tensor, k_dot: Tensor) -> Tensor:
+    """dL (M, N) of :func:`_sweep`."""
+    square = L**2
+    return _linear_scan(_shift_right(k) * square, (_shift_right(k_dot * L[:, :-1]) - d_dot) * square)
+
+
 def _diagonal(a: Tensor, k: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """d = a - z (M, N) and k (M, N - 1), both complex128."""
     d = a.to(torch.complex128) - z.to(torch.complex128)[:, None]
@@ -135,15 +163,18 @@ def _multiply(x, y) -> Matrix:
 
 
 def _linear_scan(q: Tensor, p: Tensor) -> Tensor:
-    """x_i = q_i x_{i-1} + p_i along the last dimension of (M, N), x_{-1} = 0."""
+    """x_i = q_i x_{i-1} + p_i along the last dimension of (M, N), x_{-1} = 0.
+
+    narrow, because a slice that turns out to keep everything is an operation that torch.autograd's own vmap lacks.
+    """
     n = p.shape[1]
     if n == 1:
         return p
     even_q, odd_q, even_p, odd_p = q[:, 0::2], q[:, 1::2], p[:, 0::2], p[:, 1::2]
     half = n // 2
-    odd = _linear_scan(odd_q * even_q[:, :half], odd_q * even_p[:, :half] + odd_p)
-    rest = even_q[:, 1:] * odd[:, : (n - 1) // 2] + even_p[:, 1:]
-    return _interleave(torch.cat([even_p[:, :1], rest], dim=1), odd)
+    odd = _linear_scan(odd_q * even_q.narrow(1, 0, half), odd_q * even_p.narrow(1, 0, half) + odd_p)
+    rest = even_q[:, 1:] * odd.narrow(1, 0, (n - 1) // 2) + even_p[:, 1:]
+    return _interleave(torch.cat([even_p.narrow(1, 0, 1), rest], dim=1), odd)
 
 
 def _interleave(even: Tensor, odd: Tensor) -> Tensor:
@@ -151,4 +182,4 @@ def _interleave(even: Tensor, odd: Tensor) -> Tensor:
     n = even.shape[1] + odd.shape[1]
     if even.shape[1] > odd.shape[1]:
         odd = torch.cat([odd, even[:, -1:]], dim=1)
-    return torch.stack([even, odd], dim=2).flatten(1, 2)[:, :n]
+    return torch.stack([even, odd], dim=2).reshape(even.shape[0], -1).narrow(1, 0, n)
