@@ -1,14 +1,15 @@
 """Write the README's section on the embedding-freeze study from finished studies, so that no number there is typed by hand.
 
-    python scripts/readme_freeze.py PEPS WIKITEXT
+    python scripts/readme_freeze.py PEPS WIKITEXT LM_TABLE.csv
 
-Both are output folders of `bklm.studies.embedding_freeze` (each holds embedding_freeze/), on the Python Enhancement Proposals
-and on the WikiText-2 sample. Tables and figures go to docs/results, the text between the README's two `freeze` comments is
-replaced.
+The first two are output folders of `bklm.studies.embedding_freeze` (each holds embedding_freeze/), on the Python
+Enhancement Proposals and on the WikiText-2 sample; the third is what benchmarks/freeze_lm_embedding.py wrote on the
+Proposals. Tables and figures go to docs/results, the text between the README's two `freeze` comments is replaced.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import sys
@@ -48,6 +49,12 @@ Count models of the same tokens: {baselines}. {reported}
 - WikiText-2 sample: {finding_wiki}
 
 ![Effects of pretraining, freezing and tying on the PEPs](docs/results/freeze_peps_effects.png)
+
+**Was it the SVD?** GPT-2's table was the tied head of a language model, and an SVD's was not. On the PEPs, with a
+table that a tied model of the same size learnt from the documents kept apart (`python
+benchmarks/freeze_lm_embedding.py --data_dir FOLDER`):
+
+{lm_table}
 
 **The original's side claims**, on the PEPs. {side}
 
@@ -180,6 +187,9 @@ def main() -> None:
     for study, short in zip(studies, ("peps", "wikitext"), strict=True):
         for name in (*PICTURES, *TABLES):
             shutil.copy(study.folder / name, DOCS / f"freeze_{short}_{name}")
+    shutil.copy(sys.argv[3], DOCS / "freeze_lm_embedding.csv")
+    with Path(sys.argv[3]).open(encoding="utf-8") as file:
+        lm_rows = list(csv.DictReader(file))
     config = peps.config
     side = [
         peps.finding(start)
@@ -203,6 +213,7 @@ def main() -> None:
             effects=markdown_table(effect_rows(studies)),
             finding_peps=peps.summary["findings"][0],
             finding_wiki=wiki.summary["findings"][0],
+            lm_table=markdown_table(lm_rows),
             side="\n\n".join(sentence for sentence in side if sentence),
             inequality=INEQUALITY,
             command=command(config),

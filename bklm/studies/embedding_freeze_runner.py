@@ -65,6 +65,7 @@ class Runner:
             steps += (len(config.learning_rates) - 1) * searched
         self.bar = tqdm(total=steps * (config.phase != "1"), unit="step", mininterval=1.0)
         self.note = describe_run(config, text)
+        self.counted: set[Path] = set()  # trials that the progress bar knows of
         self.drawn = -math.inf
 
     def __enter__(self) -> Runner:
@@ -217,8 +218,11 @@ class Runner:
         folder = self.folder / "trials" / f"{treated.slug}_samples_{samples}_seed_{seed}_rate_{learning_rate:g}"
         finished = read_result(folder / "result.json", TRIAL_KEYS)
         if finished is not None:
-            self._skip(self._steps(treated, samples))
+            if folder not in self.counted:  # the search's best trial is asked for twice
+                self._skip(self._steps(treated, samples))
+                self.counted.add(folder)
             return finished
+        self.counted.add(folder)
         self._phase1(treated.initialisation, samples, seed, needs_weights=True)
         self.bar.set_description(f"{arm}, {samples} samples, seed {seed}")
         result = self._train_arm(treated, samples, seed, learning_rate, folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -286,9 +288,13 @@ def test_contexts_follow_a_trained_embedding_unless_told_not_to(config):
 
 
 @pytest.mark.slow
-def test_every_arm_gets_the_same_search_over_learning_rates_and_goes_on_with_its_best(config):
+def test_every_arm_gets_the_same_search_over_learning_rates_and_goes_on_with_its_best(config, monkeypatch):
+    bars = []
+    real = embedding_freeze_runner.tqdm
+    monkeypatch.setattr(embedding_freeze_runner, "tqdm", lambda **k: bars.append(real(**k)) or bars[-1])
     config = dataclasses.replace(config, learning_rates=(1e-5, 1e-2), samples=(4, 5))
     result = run_embedding_freeze(config)
+    assert bars[0].n == bars[0].total
     trials = [json.loads(p.read_text()) for p in result.folder.glob("trials/*/result.json")]
     for arm in {t["arm"] for t in trials}:
         own = [t for t in trials if t["arm"] == arm]
@@ -388,6 +394,17 @@ def test_another_embedding_file_is_another_experiment(config, tmp_path):
     np.save(path, np.random.default_rng(1).normal(size=(size, 8)))
     with pytest.raises(ValueError, match="holds a study made with other settings"):
         run_embedding_freeze(config)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_language_models_table_runs_and_compares_both_tables(tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "freeze_lm_embedding.py"
+    words = [sys.executable, str(script), "--quick", "--output_dir", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for part in ("SVD", "a tied language model's", "frozen", "trained", "x"):
+        assert part in done.stdout.split("pretrained embedding in phase 2")[1]
+    assert (tmp_path / "table.csv").exists()
 
 
 def test_the_estimate_grows_with_what_is_asked_for(config):
