@@ -10,11 +10,13 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState
 
@@ -210,6 +212,13 @@ def run_baseline(
 
 def _train_only(config: BaselineConfig) -> None:
     """In each launched process: the trainings. The process that launched them reads the results and writes the report."""
+    if (
+        torch.distributed.is_torchelastic_launched()
+    ):  # not where the launcher sees one device and calls this at once
+        sys.stdout = (
+            sys.__stdout__
+        )  # a notebook's own stream belongs to the kernel that this process was forked from
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     _run(config, None, report=False)
 
 
