@@ -6,8 +6,13 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from bklm.studies.grad_blend import GradBlendConfig
+
+# On a busy machine an example may take any time: that says nothing about the code. pytest-timeout stops what hangs.
+settings.register_profile("bklm", deadline=None, print_blob=True)
+settings.load_profile("bklm")
 
 
 @pytest.fixture(autouse=True)
