@@ -179,12 +179,13 @@ def draw_phase1(path: Path, phase1: Sequence[dict[str, Any]], note: str) -> Path
                 ends = [(mean - (half or 0), mean + (half or 0)) for mean, half in summary]
                 mean_with_error(
                     axes, range(1, longest + 1), [mean for mean, _ in summary], ends,
-                    color=colour, marker=marker, markersize=4, linewidth=1.5, capsize=2, label=f"{name}, {size}",
+                    color=colour, marker=marker, markersize=4, linewidth=1.5, capsize=2,
+                    label=f"{name} embedding, {size} documents",
                 )  # fmt: skip
             axes.set(title=title, xlabel="iteration")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             axes.set_ylim(0, 105)
-        legend_below(panels[1], ncols=2, fontsize=10, title="embedding, documents", title_fontsize=10)
+        legend_below(panels[1], ncols=2, fontsize=10)
 
     last = [run["rows"][-1] for run in phase1]
     converged, ranks = [r["converged"] for r in last], [r["effective_rank"] for r in last]
