@@ -55,7 +55,7 @@ class BaselineConfig(TextStudyConfig):
             "max_train_tokens": 8192, "clip": "1", "generate_tokens": 8, "context_tokens": 2048,
         },
         "quick": {
-            "seeds": (0, 1, 2), "epochs": 2, "learning_rates": (3e-4, 1e-3, 3e-3), "search_tokens": 20_000, "seq_len": 64,
+            "seeds": (0, 1, 2), "epochs": 3, "learning_rates": (3e-4, 1e-3, 3e-3), "search_tokens": 20_000, "seq_len": 64,
             "vocab_size": 1000, "embed_dim": 128, "hidden_dim": 256, "context_dim": 128, "n_layers": 4,
             "max_train_tokens": 60_000, "clip": "1", "generate_tokens": 100, "context_tokens": 4096,
         },

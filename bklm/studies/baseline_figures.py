@@ -81,7 +81,7 @@ def draw_curves(
         axes.plot(
             [r["epoch"] for r in reported],
             [r["val_ppl"] for r in reported],
-            color="black", marker="x", linestyle="none", label="reported by the original",
+            color="black", marker="x", linestyle="none", label="original's report (its windows)",
         )  # fmt: skip
         shown += [r["val_ppl"] for r in reported]
         for baseline, line in zip(text.baselines[1:], _LINES, strict=False):

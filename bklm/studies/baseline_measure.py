@@ -6,6 +6,7 @@ import logging
 import statistics
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ POSITIONS = (64, 1024, 16_384)
 GPT_POSITIONS = 2048  # what GPT's position table is lengthened to for timing: 1,000 tokens from 1,024 on fit
 STEP_ROUNDS, STEP_SECONDS = 5, 15.0  # per model
 GENERATE_ROUNDS = 3
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BYTES_PER_PARAMETER = 12  # weight and Adam's two moments in float32; gradients are part of what is measured
 
 
@@ -79,13 +81,14 @@ def step_arms(
 def _step_arm(
     model: LanguageModel, vocab_size: int, batch: int, seq_len: int, device: str, precision: str
 ) -> Arm:
-    accelerator = make_accelerator("cpu" if device == "cpu" else "auto", precision)
+    # Not an Accelerator: in the process that measures memory it would look for the other processes of a launch.
+    autocast = partial(torch.autocast, device, _DTYPES.get(precision), enabled=precision in _DTYPES)
     model = model.to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     x = torch.randint(vocab_size, (batch, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
 
     def step() -> bool:
-        with accelerator.autocast():
+        with autocast():
             loss = model.loss(x, x)
         loss.backward()
         optimizer.step()

@@ -17,6 +17,7 @@ from bklm.studies.baseline_table import (
     REPORTED_EPOCHS,
     best_model,
     claims_table,
+    headline,
     model_table,
     readable_contexts,
     readable_cost,
@@ -100,7 +101,7 @@ def write_report(
     write_csv(paths["epochs.csv"], _epoch_rows(runs))
     write_csv(paths["learning_rates.csv"], search)
     write_text(paths["vocabulary.json"], text.vocabulary_json())
-    draw_curves(paths["training_curves.png"], runs, text, config, finding, search)
+    draw_curves(paths["training_curves.png"], runs, text, config, headline(runs), search)
     contexts = folder / "context_lengths.png"
     if draw_contexts(contexts, table, config, describe_run(config, text, search)) is not None:
         paths[contexts.name] = contexts

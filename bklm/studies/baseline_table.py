@@ -14,6 +14,7 @@ __all__ = [
     "best_model",
     "by_model",
     "claims_table",
+    "headline",
     "model_table",
     "over_seeds",
     "paired_ratios",
@@ -158,7 +159,7 @@ def readable_cost(
             where = f"{entry['position']:,}"
             ends = entry["reason"] and f"not possible: {entry['reason']}"
             row[f"state at {where}"] = ends or _bytes(entry["state_bytes"])
-            row[f"{entry['tokens']:,} tokens from {where}"] = ends or f"{entry['seconds']:.2f} s"
+            row[f"{entry['tokens']:,} tokens from {where}"] = ends or f"{entry['seconds']:.3g} s"
         found.append(row)
     return found
 
@@ -254,6 +255,19 @@ def state_finding(runs: Runs) -> str:
     if same:
         sentence += f"; no difference beyond the 95% interval: {', '.join(same)}"
     return sentence + "."
+
+
+def headline(runs: Runs) -> str:
+    """The finding in a figure's title: the best model and how many others are worse beyond the interval."""
+    best, ratios = best_model(runs), paired_ratios(runs).values()
+    title = f"Lowest validation PPL: {TITLES[best]}, {over_seeds(by_model(runs)[best], 'val_ppl')}"
+    if not ratios:
+        return title
+    if any(ratio.low is None for ratio in ratios):
+        return title + "; one seed, no interval"
+    worse = sum(ratio.low > 1 for ratio in ratios)
+    count = f"{worse} of {len(ratios)} others" if worse else "no other"
+    return title + f"; {count} {'are' if worse > 1 else 'is'} worse beyond the 95% interval"
 
 
 def _perplexity(row: Mapping[str, Any], key: str, interval: bool = True, missing: str = "-") -> str:

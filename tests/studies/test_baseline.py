@@ -17,6 +17,15 @@ from bklm.studies.baseline import BaselineConfig, run_baseline
 from bklm.studies.baseline_estimate import estimated_minutes
 from bklm.studies.baseline_models import COMPETITORS, active_parameters, build_model, model_settings
 from bklm.studies.baseline_samples import list_checkpoints, load_checkpoint, write_sample
+from bklm.studies.baseline_table import (
+    claims_table,
+    headline,
+    model_table,
+    readable_contexts,
+    readable_cost,
+    readable_quality,
+    state_finding,
+)
 from bklm.studies.baseline_text import prepare_text
 from bklm.training import NonFiniteError
 
@@ -306,3 +315,56 @@ def test_the_config_in_the_package_is_the_one_in_the_module():
 
     assert studies.BaselineConfig is BaselineConfig
     assert studies.run_baseline is run_baseline
+
+
+def run_of(model: str, seed: int, perplexity: float) -> dict:
+    return {
+        "model": model, "seed": seed, "val_ppl": perplexity, "val_ppl_without_unk": 2 * perplexity, "test_ppl": None,
+        "val_accuracy": 0.3, "best_epoch": 2, "parameters": 10, "active_parameters": 8, "learning_rate": 1e-3, "steps": 4,
+        "val_ppl_by_context": {"16": perplexity, "64": None if model == "gpt" else perplexity - 1},
+        "epochs": [{"seconds": 30.0}],
+    }  # fmt: skip
+
+
+def test_a_difference_inside_its_interval_is_called_none_and_one_outside_worse():
+    runs = [run_of("newllm", 0, 50.0), run_of("newllm", 1, 55.0)]
+    same = [*runs, run_of("gpt", 0, 56.0), run_of("gpt", 1, 50.0)]
+    assert "no difference beyond the 95% interval: GPT x" in state_finding(same)
+    assert "no other is worse" in headline(same)
+    worse = [*runs, run_of("gpt", 0, 60.0), run_of("gpt", 1, 66.1)]
+    assert "worse over 2 paired seeds: GPT x1.201 (" in state_finding(worse)
+    assert "1 of 1 others is worse" in headline(worse)
+    one = [runs[0], run_of("gpt", 0, 90.0)]
+    assert "no verdict" in state_finding(one)
+    assert "no interval" in headline(one)
+
+
+def test_the_tables_say_what_is_not_possible_and_whose_numbers_they_are():
+    runs = [run_of("newllm", 0, 50.0), run_of("gpt", 0, 60.0)]
+    cost = {"tokens_per_second": 100.0, "training_bytes": 2e6, "memory_reason": ""}
+    possible = {"position": 64, "tokens": 10, "seconds": 1.25, "state_bytes": 1024, "reason": ""}
+    ends = {**possible, "seconds": None, "state_bytes": None, "reason": "it ends at 32 positions"}
+    measured = {
+        "newllm": {**cost, "generation": [possible]},
+        "gpt": {**cost, "tokens_per_second": 50.0, "generation": [ends]},
+    }
+    table = model_table(runs, measured)
+    contexts = readable_contexts(table)
+    assert [row["64"] for row in contexts] == ["49.0", "not possible"]
+    first, second = readable_cost(table, measured)
+    assert first["10 tokens from 64"] == "1.25 s"
+    assert second["training tokens/s (ratio)"] == "50 (x0.50)"
+    assert second["10 tokens from 64"] == "not possible: it ends at 32 positions"
+    quality = readable_quality(table, [{"name": "unigram", "val_ppl": 99.0, "val_ppl_without_unk": 199.0}])
+    assert quality[0]["parameters (active)"] == "10 (8)"
+    assert quality[-1]["val PPL (95%)"] == "23.34"
+    assert "reported by the original" in quality[-1]["model"]
+
+
+def test_the_advanced_models_announced_numbers_stand_beside_measured_ones():
+    rows = claims_table(model_table([run_of("newllm_advanced", 0, 40.0)], {}))
+    assert any("below 20 (announced)" in r["original"] and r["measured here"] == "40.0" for r in rows)
+    assert any("0.6" in r["original"] and r["measured here"].startswith("0.50") for r in rows)
+    assert any("100x" in r["original"] and "x120.0" in r["measured here"] for r in rows)
+    without = claims_table(model_table([run_of("newllm", 0, 40.0)], {}))
+    assert sum("not run" in r["measured here"] for r in without) == 3
