@@ -19,6 +19,7 @@ from readme_section import DOCS, markdown_table, write_section
 
 from bklm.reporting import command_words
 from bklm.studies.baseline import BaselineConfig
+from bklm.studies.baseline_models import TITLES
 from bklm.studies.baseline_table import (
     readable_contexts,
     readable_cost,
@@ -51,7 +52,7 @@ every word, that of the others never does.
 """
 
 ONE_TEXT = """
-**{name}**, {train:,} training targets an epoch, {epochs}. {finding}
+**{name}**, {train:,} training targets an epoch, {epochs}. {finding} {counting}
 
 {quality}
 
@@ -87,9 +88,18 @@ class Study:
             train=summary["train_targets"],
             epochs="1 epoch" if epochs == 1 else f"{epochs} epochs",
             finding=summary["finding"],
+            counting=self.counting(),
             quality=markdown_table(quality),
             contexts=markdown_table(contexts),
         )
+
+    def counting(self) -> str:
+        """Which models beat the best count model of the same tokens."""
+        best = min(self.summary["baselines"], key=lambda b: b["val_ppl"])
+        below = [TITLES[r["model"]] for r in self.summary["table"] if r["val_ppl"] < best["val_ppl"]]
+        who = ", ".join(below) if below else "No model"
+        verb = "are" if len(below) > 1 else "is"
+        return f"{who} {verb} below the {best['name']} of the same tokens, {best['val_ppl']:.1f}."
 
     def command(self) -> str:
         """The command that repeats the study, what the profile says left out."""
@@ -127,7 +137,8 @@ def main() -> None:
     config, summary = first.config, first.summary
     texts = "".join(study.section() for study in studies)
     texts += PICTURES.format(name=first.name, key=first.key)
-    texts += "\nLearning rates, by validation PPL after the search, on the " + first.name + ":\n\n"
+    texts += f"\nThe search on the {first.name}, validation PPL after each trial; a best rate at the edge of the list may not be\n"
+    texts += "the best there is:\n\n"
     texts += markdown_table(readable_search(summary["learning_rate_search"], summary["table"])) + "\n"
     write_section(
         "baseline",

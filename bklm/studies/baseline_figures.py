@@ -77,7 +77,7 @@ def draw_curves(
             axes.plot(range(1, epochs + 1), train, color=style["color"], linewidth=1, alpha=0.5)
             shown += train
         last = max(len(r["epochs"]) for r in runs)
-        reported = [r for r in REPORTED_EPOCHS if r["epoch"] <= max(last, 5)]
+        reported = [r for r in REPORTED_EPOCHS if r["epoch"] <= last]
         axes.plot(
             [r["epoch"] for r in reported],
             [r["val_ppl"] for r in reported],

@@ -288,7 +288,8 @@ class Runner:
             return
         total = len(self.settings) * len(self.config.seeds)
         path = self.folder / "training_curves.png"
-        draw_curves(path, runs, self.text, self.config, title=f"{len(runs)} of {total} trainings done")
+        title = f"{len(runs)} of {total} trainings done"
+        draw_curves(path, runs, self.text, self.config, title, self.search_results)
         if self.on_figure is not None:
             self.on_figure(path)
 
