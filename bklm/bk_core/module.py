@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .operator import GRADIENTS, resolvent_diagonal
+from .operator import check_options, real_number, resolvent_diagonal
+
+LEAST_ETA = 1e-18
+"""Pivots of this modulus can still be squared in 32 bits."""
 
 
 class BKCore(nn.Module):
@@ -17,8 +20,8 @@ class BKCore(nn.Module):
     autocast). The layer has no parameters. The clamps of the published model on the potential and on the features are
     the model's, not this layer's.
 
-    Raises ValueError for n_heads < 1, eta <= 0 or not finite, an unknown gradient, grad_blend outside [0, 1], or a
-    potential that is not (B, N, n_heads).
+    Raises TypeError for settings of another type, ValueError for n_heads < 1, eta outside [1e-18, 1e18], an unknown
+    gradient, grad_blend outside [0, 1], or a potential that is not (B, N, n_heads).
     """
 
     def __init__(
@@ -30,14 +33,19 @@ class BKCore(nn.Module):
         eta: float = 1.0,
     ):
         super().__init__()
+        if isinstance(n_heads, bool) or not isinstance(n_heads, int):
+            raise TypeError(f"n_heads={n_heads!r}: a whole number of heads is needed.")
         if n_heads < 1:
             raise ValueError(f"n_heads={n_heads}: at least one head is needed.")
-        if not 0 < eta < float("inf"):
-            raise ValueError(f"eta={eta}: the imaginary part of the shift must be positive and finite.")
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient={gradient!r} is unknown: use one of {list(GRADIENTS)}.")
-        if not 0.0 <= grad_blend <= 1.0:
-            raise ValueError(f"grad_blend={grad_blend} is outside [0, 1].")
+        if not isinstance(causal, bool):
+            raise TypeError(f"causal={causal!r}: True or False is needed.")
+        eta = real_number("eta", eta)
+        if not LEAST_ETA <= eta <= 1 / LEAST_ETA:
+            raise ValueError(
+                f"eta={eta}: the imaginary part of the shift must lie between {LEAST_ETA} and {1 / LEAST_ETA}, "
+                f"where moduli can be squared in 32 bits."
+            )
+        check_options(gradient, grad_blend)
         self.n_heads = n_heads
         self.causal = causal
         self.gradient = gradient

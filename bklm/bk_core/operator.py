@@ -25,17 +25,19 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 
 import torch
 from torch import Tensor
 
-from . import autograd, backends, pivots
+from . import autograd, pivots
 from .gradients import materialised
 
 GRADIENTS = ("exact", "local", "original")
 
 _SINGLE = (torch.float16, torch.bfloat16, torch.float32, torch.complex64)
 _DOUBLE = (torch.float64, torch.complex128)
+_SMALLEST_SINGLE = torch.finfo(torch.float32).tiny
 
 
 def resolvent_diagonal(
@@ -79,7 +81,11 @@ def resolvent_diagonal(
         SmallPivotError (a ValueError): negative or complex b c, or complex a, for which a pivot is lost in rounding.
         BackendUnavailableError (an OSError): the named backend does not run here.
     """
-    _check_options(gradient, grad_blend)
+    check_options(gradient, grad_blend)
+    if not isinstance(b, Tensor):
+        b = _as_number("b", b)
+    if not isinstance(c, Tensor):
+        c = _as_number("c", c)
     if not isinstance(a, Tensor):
         raise TypeError(f"a must be a torch tensor (..., N), got {type(a).__name__}.")
     if a.dim() == 0 or a.shape[-1] == 0:
@@ -107,7 +113,8 @@ def resolvent_diagonal(
         raise ValueError("gradient='original' is defined for a real a only: use 'exact' or 'local'.")
     contracts = contracts and not rows_a.is_complex()
     if m == 0:
-        empty = rows_a.to(rows_z.dtype)  # keeps the graph
+        # nothing to compute, but gradients of the right shape for everything that wants one
+        empty = (rows_a.reshape(m, n) + k.sum(-1, keepdim=True) + rows_z[:, None]).reshape(a.shape)
         return (empty, empty.detach().real.new_empty(batch)) if return_min_pivot else empty
     rows_a = materialised(rows_a if rows_a.dim() == 2 else rows_a.reshape(m, n))
 
@@ -116,18 +123,39 @@ def resolvent_diagonal(
     G = autograd.apply(rows_a, k, rows_z, causal, gradient, float(grad_blend), backend, contracts)
     if not return_min_pivot:
         return G if a.dim() == 2 else G.reshape(a.shape)
-    chosen = backends.select(backend, a.device)
-    pivot = pivots.smallest_pivot(rows_a.detach(), k.detach(), rows_z.detach(), G.detach(), causal, chosen)
+
+    def sweep(a: Tensor, k: Tensor, z: Tensor) -> Tensor:
+        return autograd.apply(materialised(a), materialised(k), z, True, "exact", 0.0, backend, True)
+
+    rows = rows_a.detach(), k.detach(), rows_z.detach(), G.detach()
+    pivot = pivots.smallest_pivot(*rows, causal, sweep)
     return G.reshape(a.shape), pivot.reshape(batch)
 
 
-def _check_options(gradient: str, grad_blend: float) -> None:
+def check_options(gradient: str, grad_blend: float) -> None:
+    """Refuse an unknown direction or a blend outside [0, 1]."""
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient={gradient!r} is unknown: use one of {list(GRADIENTS)}.")
-    if not 0.0 <= grad_blend <= 1.0:
+    if not 0.0 <= real_number("grad_blend", grad_blend) <= 1.0:
         raise ValueError(
             f"grad_blend={grad_blend} is outside [0, 1]: 0 is the pure theory gradient, 1 pure hypothesis-7."
         )
+
+
+def real_number(name: str, value: object) -> float:
+    """The value as a float, numpy's scalars included; TypeError for anything else."""
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise TypeError(f"{name}={value!r}: a real number is needed, got {type(value).__name__}.")
+    return float(value)
+
+
+def _as_number(name: str, value: object) -> float | complex:
+    """Python's own number for numpy's and others' scalars; TypeError for anything else."""
+    if type(value) in (float, complex):  # at once: asking the abstract classes below takes longer
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Complex):
+        raise TypeError(f"{name} must be a tensor or a number, got {type(value).__name__}.")
+    return float(value) if isinstance(value, numbers.Real) else complex(value)
 
 
 def _precision(*values: Tensor | complex) -> torch.dtype:
@@ -145,8 +173,6 @@ def _precision(*values: Tensor | complex) -> torch.dtype:
                 raise ValueError(
                     f"{name} is on {x.device} and a on {values[0].device}: move all inputs to one device."
                 )
-        elif isinstance(x, bool) or not isinstance(x, (int, float, complex)):
-            raise TypeError(f"{name} must be a tensor or a number, got {type(x).__name__}.")
     return found
 
 
@@ -205,14 +231,14 @@ def _shift_rows(z: Tensor, a: Tensor, m: int, precision: torch.dtype) -> Tensor:
 
 def _constant_shift(z: complex, m: int, precision: torch.dtype, device: torch.device) -> Tensor:
     """A number as (M,) complex, the same tensor every time in eager mode."""
-    if isinstance(z, bool) or not isinstance(z, (int, float, complex)):
-        raise TypeError(f"z must be a tensor or a number, got {type(z).__name__}.")
-    z = complex(z)
+    z = complex(_as_number("z", z))
     if not (math.isfinite(z.real) and math.isfinite(z.imag)) or z.imag == 0:
         raise ValueError(
             f"z = {z}: it must be finite with Im z != 0, because the resolvent has its poles on the real axis; "
             f"add an imaginary part, for instance z + 1j."
         )
+    if abs(z.imag) < _SMALLEST_SINGLE and precision == torch.float32:
+        raise ValueError(f"z = {z}: Im z vanishes in 32 bits; use 64-bit inputs or a larger |Im z|.")
     return _constant(z, (m,), _as_precision(torch.complex64, precision), device)
 
 

@@ -2,13 +2,21 @@
 
 For real ``a`` and ``k = b c >= 0`` every pivot has modulus at least |Im z|. For negative or complex ``k``, or complex
 ``a``, a leading block of ``T - z`` can be singular although the whole is not; the recursion then divides by (almost)
-nothing. That is never clamped: the smallest |pivot| met is compared with what the precision resolves.
+nothing. That is never clamped: every pivot is compared with the terms whose difference it is. What cancels in one step
+is thereby bounded; cancellations of several steps in a row can still multiply.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Sweep = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(a, k, z) -> L, the causal result."""
+LEAST_MARGIN = 1000
+"""In rounding units: |pivot| over the size of its terms, below which fewer than three digits are left."""
 
 
 class SmallPivotError(ValueError):
@@ -34,44 +42,60 @@ def check_shift(z: Tensor) -> None:
         )
 
 
-def smallest_pivot(a: Tensor, k: Tensor, z: Tensor, G: Tensor, causal: bool, backend) -> Tensor:
+def _reversed_sweep(a: Tensor, k: Tensor, z: Tensor, sweep: Sweep) -> Tensor:
+    """R (M, N): the causal result of the reversed row."""
+    return sweep(a.flip(-1), k.flip(-1), z).flip(-1)
+
+
+def _finite_rows(a: Tensor, k: Tensor, z: Tensor) -> Tensor:
+    return torch.isfinite(a).all(-1) & torch.isfinite(k).all(-1) & torch.isfinite(z)
+
+
+@torch.no_grad()
+def smallest_pivot(a: Tensor, k: Tensor, z: Tensor, G: Tensor, causal: bool, sweep: Sweep) -> Tensor:
     """Smallest |pivot| that the sweeps met, per row: (M,) real, 0 where a sweep broke down, NaN where an input is NaN.
 
-    The pivots are the reciprocals of L, R and G; R is the causal result of the reversed row.
+    The pivots are the reciprocals of L, R and G. Plain operations around ``sweep``: compiled and mapped as that is.
     """
-    with torch.no_grad():
-        found = [G]
-        if not causal:
-            found.append(backend.forward(a, k, z, True)[0])
-            found.append(backend.forward(a.flip(-1), k.flip(-1), z, True)[0])
-        largest = torch.stack([x.abs().amax(-1) for x in found]).amax(0)
-        pivot = 1 / largest
-        finite = torch.isfinite(a).all(-1) & torch.isfinite(k).all(-1) & torch.isfinite(z)
-        return torch.where(torch.isnan(pivot) & finite, torch.zeros_like(pivot), pivot)
+    found = [G] if causal else [G, sweep(a, k, z), _reversed_sweep(a, k, z, sweep)]
+    pivot = 1 / torch.stack([x.abs().amax(-1) for x in found]).amax(0)
+    return torch.where(torch.isnan(pivot) & _finite_rows(a, k, z), torch.zeros_like(pivot), pivot)
 
 
-def check(a: Tensor, k: Tensor, z: Tensor, G: Tensor, causal: bool, backend) -> None:
+@torch.no_grad()
+def check(a: Tensor, k: Tensor, z: Tensor, G: Tensor, causal: bool, sweep: Sweep) -> None:
     """Raise :class:`SmallPivotError` where k is negative or complex, or a complex, and a pivot is too small.
 
-    Too small: below ``1000 u (max|d| + 2 sqrt(max|k|))`` of the row, u the rounding unit; fewer than three digits would
-    be left.
+    Too small: ``|pivot_i| < 1000 u (|d_i| + |k_{i-1} L_{i-1}| + |k_i R_{i+1}|)``, of those terms that the pivot is the sum
+    of, u the rounding unit. Large entries elsewhere in the row do not count: their rounding stays with them.
     """
     if not (a.is_complex() or k.is_complex()) and not bool((k < 0).any()):
         return
-    pivot = smallest_pivot(a, k, z, G, causal, backend)
-    scale = (a - z[:, None]).abs().amax(-1)
-    if k.shape[-1]:
-        scale = scale + 2 * k.abs().amax(-1).sqrt()
-    limit = 1000 * torch.finfo(pivot.dtype).eps * scale
-    small = pivot < limit
+    pad = torch.nn.functional.pad
+    L = G if causal else sweep(a, k, z)
+    d = (a - z[:, None]).abs()
+    to_L = d + pad((k * L[:, :-1]).abs(), (1, 0))
+    sums = [(L, to_L)]
+    if not causal:
+        R = _reversed_sweep(a, k, z, sweep)
+        from_right = pad((k * R[:, 1:]).abs(), (0, 1))
+        sums += [(R, d + from_right), (G, to_L + from_right)]
+    # The first sweep that breaks down leaves NaN behind: at once 0 over what it was the sum of.
+    margins = torch.stack([(1 / (result.abs() * terms)).nan_to_num(0.0, torch.inf) for result, terms in sums])
+    limit = LEAST_MARGIN * torch.finfo(d.dtype).eps
+    margin, position = margins.amin(0).min(-1)
+    small = (margin < limit) & _finite_rows(a, k, z)
     if not bool(small.any()):
         return
-    row = int(torch.where(small, pivot / limit, torch.inf).argmin())
-    smallest, allowed = float(pivot[row]), float(limit[row])
+    row = int(torch.where(small, margin, torch.inf).argmin())
+    place, worst = int(position[row]), float(margin[row])
+    results = torch.stack([result[row, place].abs() for result, _ in sums])
+    smallest = float((1 / results).nan_to_num(0.0).min())
     raise SmallPivotError(
-        f"row {row} (of the flattened batch) meets a pivot of modulus {smallest:.3g}, below the {allowed:.3g} that "
-        f"{str(G.dtype).removeprefix('torch.')} resolves there; b*c is negative or complex (or a is), so nothing keeps pivots "
-        f"away from zero: enlarge |Im z|, use 64-bit inputs, or pass return_min_pivot=True to get the pivot instead.",
+        f"row {row} (of the flattened batch) meets at position {place} a pivot of modulus {smallest:.3g}, {worst:.2g} of "
+        f"the terms that cancel in it, where {str(G.dtype).removeprefix('torch.')} needs {limit:.2g}; b*c is negative or "
+        f"complex (or a is), so nothing keeps pivots away from zero: enlarge |Im z|, use 64-bit inputs, or pass "
+        f"return_min_pivot=True to get the pivot instead.",
         row,
         smallest,
     )

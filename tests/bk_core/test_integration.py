@@ -80,6 +80,28 @@ def test_compiled_calls_refuse_bad_values_too():
         compiled(torch.zeros(2, 3), torch.tensor([1j, 1.0]))
 
 
+def pivots_of(a, b, causal):
+    return resolvent_diagonal(a, b, -1.0, 1j, causal=causal, return_min_pivot=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_smallest_pivots_are_returned_under_vmap_and_compile_and_raise_nothing(causal):
+    a, b = torch.full((4, 3, 5), 3.0), torch.ones(4)
+    a[2, 1] = 0.0  # k = -1, z = i: the second pivot vanishes
+    expected = pivots_of(a, b, causal)
+    assert (expected[1] == 0).sum() == 1
+    mapped = torch.func.vmap(lambda x: pivots_of(x, b, causal))(a)
+    compiled = torch.compile(lambda a, b: pivots_of(a, b, causal), fullgraph=True, backend="aot_eager")(a, b)
+    for found in (mapped, compiled):
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_numbers_of_every_type_are_compiled():
+    f = torch.compile(lambda a: resolvent_diagonal(a, 2, 0.5, 1j), fullgraph=True, backend="aot_eager")
+    a = torch.randn(2, 5)
+    torch.testing.assert_close(f(a), resolvent_diagonal(a, 1.0, 1.0, 1j))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_vmap_equals_the_batched_call(causal):
     a, z = torch.randn(6, 3, 5, dtype=torch.float64), torch.randn(6, dtype=torch.complex128) + 2j

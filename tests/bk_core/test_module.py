@@ -64,11 +64,26 @@ def test_directions_reach_the_operator():
         ({"eta": float("inf")}, "eta=inf"),
         ({"gradient": "none"}, "gradient='none'"),
         ({"grad_blend": -0.1}, "grad_blend=-0.1"),
+        ({"eta": 1e-19}, "eta=1e-19: .* between 1e-18 and"),
+        ({"n_heads": 1.5}, "n_heads=1.5: a whole number"),
+        ({"n_heads": True}, "n_heads=True"),
+        ({"causal": "no"}, "causal='no'"),
+        ({"eta": None}, "eta=None: a real number"),
+        ({"grad_blend": "x"}, "grad_blend='x': a real number"),
     ],
 )
 def test_bad_settings_are_refused_when_the_layer_is_built(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
         BKCore(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_smallest_eta_still_gives_finite_features_and_gradients():
+    v = torch.tensor([2.0, 2.5, 1.0, -3.0]).view(1, 4, 1).requires_grad_()
+    features = BKCore(causal=False, eta=1e-18)(v)
+    features.sum().backward()
+    assert torch.isfinite(features).all()
+    assert torch.isfinite(v.grad).all()
 
 
 def test_wrong_shapes_and_bidirectional_streaming_are_refused():

@@ -1,7 +1,9 @@
 """resolvent_diagonal: values, shapes, dtypes, causality, and what it refuses."""
 
+import fractions
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,6 +131,36 @@ def test_precision_follows_the_widest_of_a_b_c(given_types, result):
     assert resolvent_diagonal(a, b, 1.0, torch.tensor(1j, dtype=torch.complex128)).dtype == result
 
 
+@pytest.mark.parametrize(
+    ("number", "plain"),
+    [
+        (np.float32(0.5), 0.5),
+        (np.int64(2), 2.0),
+        (np.complex64(1 + 2j), 1 + 2j),
+        (fractions.Fraction(1, 4), 0.25),
+    ],
+)
+def test_numpys_scalars_are_numbers(number, plain):
+    a = torch.randn(2, 5)
+    expected = resolvent_diagonal(a, plain, 1.0, 4j)
+    for b, c in ((number, 1.0), (1.0, number), (number, torch.ones(4))):
+        assert torch.equal(resolvent_diagonal(a, b, c, 4j), expected)
+    shift = plain + 1j
+    assert torch.equal(resolvent_diagonal(a, 1, 1, np.complex64(shift)), resolvent_diagonal(a, 1.0, 1.0, shift))
+
+
+def test_an_empty_batch_keeps_the_graph_to_every_input():
+    shapes = (0, 3, 5), (4,), (3, 1), (0, 1)
+    inputs = [torch.ones(s, dtype=torch.complex64 if i == 3 else torch.float32) for i, s in enumerate(shapes)]
+    for x in inputs:
+        x.requires_grad_()
+    G = resolvent_diagonal(*inputs)
+    assert G.shape == (0, 3, 5)
+    grads = torch.autograd.grad(G.real.sum(), inputs)
+    assert [tuple(g.shape) for g in grads] == list(shapes)
+    assert not any(g.any() for g in grads)
+
+
 def test_empty_batch_gives_empty_result():
     a = torch.zeros(0, 5, requires_grad=True)
     G = resolvent_diagonal(a, 1.0, 1.0, 1j)
@@ -219,6 +251,28 @@ def test_a_vanishing_pivot_is_an_error_that_names_row_and_pivot(backend):
     assert (pivot[0] > 1).all()
 
 
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_large_entry_elsewhere_in_the_row_does_not_make_pivots_small(place):
+    a = torch.full((1, 7), 3.0)
+    a[0, place] = 1e5
+    G = resolvent_diagonal(a, 1.0, -0.1, 1j)
+    exact = reference.dense(a.double(), torch.ones(6), torch.full((6,), -0.1, dtype=torch.float64), 1j)
+    assert ((G - exact).abs() / exact.abs()).max() < 1e-6
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_pivot_lost_in_cancellation_is_an_error_that_names_its_position(causal):
+    a = torch.full((2, 9), 3.0, dtype=torch.float64)
+    a[1, 4] = 1 / (
+        3 + 1 / 3.0
+    )  # about; what the sweep has reached there, from the left, for k = -1 and a small shift
+    left = resolvent_diagonal(a[1:, :4], 1.0, -1.0, 1e-9j, causal=True)[0, 3].real
+    a[1, 4] = -left + 1e-14
+    with pytest.raises(SmallPivotError, match="row 1 .* at position 4 ") as caught:
+        resolvent_diagonal(a, 1.0, -1.0, 1e-13j, causal=causal)
+    assert 0 < caught.value.pivot < 1e-8
+
+
 def test_smallest_pivot_is_that_of_the_sweeps():
     a, b, c, z = hermitian(12, (3,))
     L = reference.left_right(a, b, c, z, causal=True)
@@ -259,6 +313,9 @@ A = torch.zeros(2, 4)
         ((A, 1.0, 1.0, 1j), {"gradient": "exakt"}, ValueError, "gradient='exakt' is unknown"),
         ((A, 1.0, 1.0, 1j), {"grad_blend": 1.5}, ValueError, r"outside \[0, 1\]"),
         ((A, 1.0, 1.0, 1j), {"grad_blend": float("nan")}, ValueError, r"outside \[0, 1\]"),
+        ((A, 1.0, 1.0, 1j), {"grad_blend": "x"}, TypeError, "grad_blend='x': a real number"),
+        ((A, np.bool_(True), 1.0, 1j), {}, TypeError, "b must be a tensor or a number"),
+        ((A, 1.0, 1.0, 1e-50j), {}, ValueError, "Im z vanishes in 32 bits"),
         ((A, 1.0, 1.0, 1j), {"backend": "cuda"}, ValueError, "backend='cuda' is unknown"),
         ((A.to(torch.complex64), 1.0, 1.0, 1j), {"gradient": "original"}, ValueError, "real a only"),
     ],
