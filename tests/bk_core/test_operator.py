@@ -268,7 +268,7 @@ def test_a_pivot_lost_in_cancellation_is_an_error_that_names_its_position(causal
     )  # about; what the sweep has reached there, from the left, for k = -1 and a small shift
     left = resolvent_diagonal(a[1:, :4], 1.0, -1.0, 1e-9j, causal=True)[0, 3].real
     a[1, 4] = -left + 1e-14
-    with pytest.raises(SmallPivotError, match="row 1 .* at position 4 ") as caught:
+    with pytest.raises(SmallPivotError, match=r"row 1 .* at position 4 ") as caught:
         resolvent_diagonal(a, 1.0, -1.0, 1e-13j, causal=causal)
     assert 0 < caught.value.pivot < 1e-8
 
