@@ -137,8 +137,8 @@ def main() -> None:
     config, summary = first.config, first.summary
     texts = "".join(study.section() for study in studies)
     texts += PICTURES.format(name=first.name, key=first.key)
-    texts += f"\nThe search on the {first.name}, validation PPL after each trial; a best rate at the edge of the list may not be\n"
-    texts += "the best there is:\n\n"
+    texts += f"\nThe search on the {first.name}, validation PPL after each trial; a best rate at the edge of the list\n"
+    texts += "may not be the best there is:\n\n"
     texts += markdown_table(readable_search(summary["learning_rate_search"], summary["table"])) + "\n"
     write_section(
         "baseline",

