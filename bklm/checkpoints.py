@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 HALF = ".half"  # in the name of a file that is being written
 SUMS = "sums.json"  # CRC-32 of a checkpoint's files
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-_TORCH_WORDS = "PytorchStreamWriter"  # torch.save's own, a plain RuntimeError
+_TORCH_WORDS = "inline_container"  # torch.save's own error, a plain RuntimeError with the line of its source
 
 _NAME = re.compile(r"epoch_(\d+)(?:_ppl_(\d+\.\d+))?")
 
@@ -46,7 +46,9 @@ def _saying_why(path: Path) -> Iterator[None]:
         is_disk = isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in _DISK)
         if isinstance(error, WriteError) or not (is_disk or _TORCH_WORDS in str(error)):
             raise
-        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:120]
+        reason = " ".join(str(error).split())[:120]
+        if not isinstance(error, SafetensorError):
+            reason = getattr(error, "strerror", None) or "the write broke off, most likely for want of space"
         raise WriteError(
             f"cannot write {path} ({reason}); free some space or choose another folder. What was finished is kept, and the "
             "same command goes on from there."

@@ -96,7 +96,7 @@ class FieldSpec:
             value = [part for part in value.strip("[]() ").replace(",", " ").split() if part]
         elif isinstance(value, int | float):
             value = [value]
-        if not isinstance(value, Iterable):
+        if isinstance(value, bytes | dict) or not isinstance(value, Iterable):
             raise problem
         entries = tuple(self._one(v, problem) for v in value)
         if not entries or len(set(entries)) != len(entries):

@@ -77,9 +77,7 @@ def full_disk() -> None:
 
 
 def torch_on_a_full_disk() -> None:
-    raise RuntimeError(
-        "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0"
-    )
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 11200 vs 11092")
 
 
 def safetensors_on_a_full_disk() -> None:
@@ -168,7 +166,7 @@ cli.main(grad_blend.GradBlendConfig, grad_blend.run_grad_blend, print)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [200, 4000, 12000])
+@pytest.mark.parametrize("limit", [4000, 12000])
 def test_files_that_may_not_grow_any_further_end_the_command_with_one_sentence(config, undisturbed, limit):
     words = []
     for name, value in config.to_dict().items():
@@ -179,7 +177,8 @@ def test_files_that_may_not_grow_any_further_end_the_command_with_one_sentence(c
     )
     assert done.returncode == 2, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
-    assert "File too large" in done.stderr.splitlines()[-1]
+    last = done.stderr.splitlines()[-1]
+    assert "cannot write" in last or "File too large" in last
     assert numbers(run_grad_blend(config).folder) == undisturbed(config)
 
 
