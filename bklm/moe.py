@@ -33,6 +33,7 @@ the router hears what every expert would have done; "selected" gives it what Swi
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -45,6 +46,7 @@ __all__ = ["AnalyticMoE", "total_balance_loss", "unused_experts", "usage_entropy
 
 ROUTER_GRADIENTS = ("exact", "selected", "none")
 _FEW_TOKENS = 8
+_LEAST_TAU = 1e-6
 
 
 class AnalyticMoE(nn.Module):
@@ -63,6 +65,7 @@ class AnalyticMoE(nn.Module):
         p_e), which is 1 for uniform usage. The product is left in `balance_loss` for the model to add to its loss
         (`total_balance_loss`); as a part of the loss it is scaled and accumulated like the rest. Its gradient,
         E F_e / T per token, joins gbar_e in the backward.
+    tau: temperature of p, from 1e-6 on; the gradient of the router grows like 1 / tau.
     dropout_p: rounded to a multiple of 2^-16, see `bklm.moe_ops.draw`.
 
     After a training forward `expert_counts`, (E,) int64 on the CPU, holds the tokens of each expert. With one expert there is
@@ -199,10 +202,13 @@ def _check_arguments(
             raise ValueError(f"{name} is {value}; it must be at least 1")
     if top_k > num_experts:
         raise ValueError(f"top_k is {top_k}; a token can visit 1 ... num_experts = {num_experts} experts")
+    for name, value in (("dropout_p", dropout_p), ("tau", tau), ("balance", balance)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} is {value!r}; it must be a real number")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}; it must lie in [0, 1)")
-    if not 0 < tau < math.inf:
-        raise ValueError(f"tau is {tau}; the temperature must be positive and finite")
+    if not _LEAST_TAU <= tau < math.inf:
+        raise ValueError(f"tau is {tau}; the temperature must be at least {_LEAST_TAU} and finite")
     if router_gradient not in ROUTER_GRADIENTS:
         raise ValueError(
             f"router_gradient is {router_gradient!r}; allowed are {', '.join(map(repr, ROUTER_GRADIENTS))}"

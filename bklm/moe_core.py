@@ -54,7 +54,7 @@ def mixture_of_few(
         logits = F.linear(x.to(routing), router_weight.to(routing), router_bias.to(routing))
         _check_finite(logits, logits.sum().isfinite())
         rows = []
-        for row, experts in zip(x.to(dtype).split(1), logits.topk(k).indices.tolist(), strict=True):
+        for row, experts in zip(x.to(dtype).split(1), choose(logits.t(), k).t().tolist(), strict=True):
             y = None
             for e in experts:
                 h = F.linear(row, up_weight[e].to(dtype), up_bias[e].to(dtype)).relu_()
@@ -63,6 +63,18 @@ def mixture_of_few(
             rows.append(y)
         y = rows[0] if len(rows) == 1 else torch.cat(rows)
         return y if k == 1 else y.div_(k)
+
+
+def choose(scores: Tensor, k: int) -> Tensor:
+    """The experts (k, T) of the k largest of scores (E, T); of equal ones the first, in training and in generation alike.
+
+    topk breaks ties as it likes, on each device and for each memory layout differently, and is slower for a small k.
+    """
+    chosen = [scores.max(0, keepdim=True).indices]
+    while len(chosen) < k:
+        scores = scores.scatter(0, chosen[-1], -torch.inf)
+        chosen.append(scores.max(0, keepdim=True).indices)
+    return torch.cat(chosen) if k > 1 else chosen[0]
 
 
 def block_tokens(x: Tensor) -> int:
@@ -88,15 +100,16 @@ def _route(x: Tensor, weight: Tensor, bias: Tensor, noise: Tensor | None, settin
     dtype, num_experts, num_tokens = routing_dtype(x), len(weight), len(x)
     logits = torch.addmm(bias.to(dtype).unsqueeze(1), weight.to(dtype), x.to(dtype).t())
     scores = logits if noise is None else logits + noise
-    p = torch.softmax(scores / settings.tau, 0)
+    if settings.tau != 1:  # the largest is taken off first: large logits would overflow in the division
+        scores = (scores - scores.amax(0)) / settings.tau
+    p = torch.softmax(scores, 0)
     offsets = torch.arange(num_experts, device=x.device).unsqueeze(1) * num_tokens
     starts = torch.arange(0, num_tokens, block, device=x.device)
     edges = torch.cat((offsets + starts, offsets + num_tokens), 1)
     if settings.top_k == num_experts:
         tokens, bounds = edges.new_empty(0), edges
     else:
-        chosen = scores.max(0, keepdim=True) if settings.top_k == 1 else scores.topk(settings.top_k, 0)
-        experts, order = torch.sort(chosen.indices.t().flatten(), stable=True)
+        experts, order = torch.sort(choose(scores, settings.top_k).t().flatten(), stable=True)
         tokens = order
         if settings.top_k > 1:
             # Pair t k + c belongs to token t; looking t up is ten times faster than dividing by k.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .moe_core import Settings
+from .moe_core import Settings, choose
 
 __all__ = ["balance_loss", "dense_moe", "gates", "looped_moe"]
 
@@ -31,7 +31,7 @@ def gates(
     if noise is not None:
         scores = scores + noise.t()
     p = torch.softmax(scores / settings.tau, -1)
-    selected = torch.zeros_like(p).scatter(1, scores.topk(settings.top_k, 1).indices, 1.0)
+    selected = torch.zeros_like(p).scatter(1, choose(scores.t(), settings.top_k).t(), 1.0)
     hard = selected / settings.top_k
     if settings.router_gradient == "none":
         return hard, selected, p

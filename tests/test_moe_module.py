@@ -309,6 +309,10 @@ def test_compiled_whole_and_equal_to_eager(experts, k, router_gradient):
         ({"d_model": -2}, ValueError, "d_model is -2"),
         ({"tau": 0.0}, ValueError, "tau is 0.0"),
         ({"tau": math.nan}, ValueError, "tau is nan"),
+        ({"tau": 1e-40}, ValueError, "tau is 1e-40; the temperature must be at least 1e-06"),
+        ({"tau": "a"}, TypeError, "tau is 'a'"),
+        ({"dropout_p": None}, TypeError, "dropout_p is None"),
+        ({"balance": "x"}, TypeError, "balance is 'x'"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p is 1.0; it must lie in \[0, 1\)"),
         ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1"),
         ({"router_gradient": "all"}, ValueError, "'exact', 'selected', 'none'"),
@@ -347,10 +351,31 @@ def test_non_finite_logits_are_refused(value, k, tokens, training):
         model(x)
 
 
-def test_large_finite_logits_are_accepted():
-    """The sum of the logits overflows, none of them does."""
-    model = AnalyticMoE(D)
+@pytest.mark.parametrize("tau", [1.0, 0.1, 1e-6])
+def test_large_finite_logits_are_accepted(tau):
+    """The sum of the logits overflows, and so does each over tau; none of them does itself."""
+    model = AnalyticMoE(D, tau=tau)
     with torch.no_grad():
         model.router.weight.zero_()
-        model.router.bias.fill_(3e38)
-    assert model(torch.randn(30, D)).isfinite().all()
+        model.router.bias.copy_(torch.tensor([3e38, 3e38, -3e38, 1.0]))
+    y = model(torch.randn(30, D))
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("k", "chosen"), [(1, [1]), (2, [1, 3]), (3, [0, 1, 3])])
+def test_of_equal_logits_the_first_expert_is_chosen_by_every_road(k, chosen):
+    model = AnalyticMoE(D, 5, k, 0.0, router_gradient="none").double()
+    with torch.no_grad():
+        model.router.weight.zero_()
+        model.router.bias.copy_(torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0]))
+    x = torch.randn(20, D, dtype=torch.float64)
+    y = model(x)
+    assert model.expert_counts.tolist() == [20 * (e in chosen) for e in range(5)]
+    config = Settings(k, 1.0, "none", 1.0, torch.float64)
+    parameters = [model.get_parameter(name) for name in PARAMETERS]
+    torch.testing.assert_close(dense_moe(x, *parameters, None, None, config), y)
+    with torch.no_grad():
+        few = torch.cat([model.eval()(row) for row in x.split(2)])
+    torch.testing.assert_close(few, y)
