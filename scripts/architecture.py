@@ -20,7 +20,7 @@ LAYERS = {
     "Mixture of experts": ("moe", "moe_core", "moe_ops", "moe_reference"),
     "Models": ("models",),
     "Training": (
-        "training", "evaluation", "records", "resuming", "quantise", "fixed_point", "corpus_contexts",
+        "training", "evaluation", "records", "resuming", "out_of_memory", "quantise", "fixed_point", "corpus_contexts",
         "context_store", "context_cache",
     ),
     "Reports": ("reporting", "figures"),
