@@ -118,7 +118,7 @@ def browser(chromium):
 
 
 @pytest.fixture
-def open_notebook(lab, browser, checkout):
+def open_notebook(lab, browser, checkout, screenshots):
     """open_notebook(name, width, **values) -> a Lab page that shows a copy of the notebook with the form's values set."""
     from lab import LabPage
 
@@ -134,9 +134,10 @@ def open_notebook(lab, browser, checkout):
         form.source = "\n".join(lines)
         nbformat.write(notebook, checkout / "notebooks" / name)
         page = browser.new_page(viewport={"width": width, "height": 1000})
-        pages.append(page)
+        pages.append((name, page))
         return LabPage(page, f"{lab}/doc/tree/notebooks/{name}?reset")
 
     yield open_it
-    for page in pages:
+    for name, page in pages:
+        page.screenshot(path=screenshots / f"{name.removesuffix('.ipynb')}_last.png")
         page.close()

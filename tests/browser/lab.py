@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from playwright.sync_api import Locator, Page, expect
 
+ERROR = '[data-mime-type="application/vnd.jupyter.error"]'
 SECOND = 1000  # milliseconds, Playwright's unit
 
 
@@ -18,22 +20,32 @@ class LabPage:
         self.notebook = page.locator(".jp-Notebook")
         expect(self.notebook).to_be_visible(timeout=60 * SECOND)
         expect(page.locator(".jp-CodeCell").last).to_be_attached(timeout=30 * SECOND)
-        expect(page.locator('[data-status="idle"]').first).to_be_attached(timeout=60 * SECOND)
+        expect(page.get_by_role("button", name="| Idle")).to_be_visible(timeout=120 * SECOND)
 
     def run_all(self, seconds: float = 300) -> None:
-        """Run > Run All Cells, and wait until every code cell has its number."""
+        """Run > Run All Cells, and wait until every code cell has its number or one has failed."""
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_text("Run All Cells", exact=True).click()
-        pending = (
-            self.page.locator(".jp-CodeCell .jp-InputPrompt")
-            .filter(has_text="[ ]")
-            .or_(self.page.locator(".jp-CodeCell .jp-InputPrompt").filter(has_text="[*]"))
+        prompts = self.page.locator(".jp-CodeCell .jp-InputPrompt")
+        pending = prompts.filter(has_text="[ ]").or_(prompts.filter(has_text="[*]"))
+        failed = self.page.locator(ERROR).first
+        choose = self.page.get_by_role(
+            "button", name="Select Kernel"
+        )  # asked for when the kernel is slow to come
+        expect(prompts.filter(has_text="[1]").or_(failed).or_(choose).first).to_be_visible(
+            timeout=seconds * SECOND
         )
-        expect(pending).to_have_count(0, timeout=seconds * SECOND)
+        if choose.is_visible():
+            choose.click()
+            expect(prompts.filter(has_text="[1]").first).to_be_visible(timeout=seconds * SECOND)
+        end = time.monotonic() + seconds
+        while pending.count() and not self.errors():
+            assert time.monotonic() < end, f"{pending.count()} cells still wait: {pending.all_inner_texts()}"
+            self.page.wait_for_timeout(200)
 
     def errors(self) -> list[str]:
         """Tracebacks in the notebook."""
-        return self.page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+        return self.page.locator(ERROR).all_inner_texts()
 
     def control(self, name: str) -> Locator:
         """The row of a widget, by its description."""
