@@ -119,3 +119,20 @@ def test_04_embedding_freeze_study_smoke_runs_headless_and_ends_with_what_made_t
     assert "Tokens per trained parameter" in printed
     assert "SHA-256" in printed
     assert (tmp_path / "results" / "embedding_freeze.zip").exists()
+
+
+@pytest.mark.slow
+def test_03_baseline_training_smoke_runs_headless_and_compares_the_three_models(tmp_path):
+    values = {"profile": "smoke", "dataset": "embedded"}
+    printed = run(ROOT / "notebooks" / "03_baseline_training.ipynb", tmp_path, **values)
+    assert "Lowest validation PPL: " in printed
+    assert "reported by the original" in printed
+    assert "not possible" in printed  # GPT, beyond its positions
+    assert "planned by the original: int8" in printed
+    assert "epoch_0002_ppl_" in printed  # the list of checkpoints
+    assert "SHA-256" in printed
+    assert (tmp_path / "results" / "baseline.zip").exists()
+    again = run(ROOT / "notebooks" / "03_baseline_training.ipynb", tmp_path, **values)
+    assert again.count("epoch 1/") == 0
+    finding = next(line for line in printed.splitlines() if line.startswith("Lowest"))
+    assert finding in again
