@@ -42,6 +42,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+TABLE_STYLE = ".bklm td, .bklm th {min-width:4em} .bklm tr > :first-child {text-align:left; min-width:8em}"
 PICTURE_WIDTH = 760  # pixels: readable on a desktop, and scaled down by phones
 Result = TypeVar("Result")
 DRIVE = Path("/content/drive")  # where Colab mounts a Google Drive
@@ -145,11 +146,12 @@ class LiveFigure:
 
 
 def show_table(rows: Sequence[dict[str, Any]], headless: bool = False) -> None:
-    """A table of rows: as text where only text is streamed, as HTML otherwise."""
+    """A table of rows: as text where only text is streamed, as HTML otherwise, which a narrow screen can scroll."""
     if headless:
         print(as_text(list(rows)))
-    else:
-        display(HTML(pd.DataFrame(rows).fillna("").to_html(index=False, border=0)))
+        return
+    table = pd.DataFrame(rows).fillna("").to_html(index=False, border=0, classes="bklm")
+    display(HTML(f'<style>{TABLE_STYLE}</style><div style="overflow-x:auto">{table}</div>'))
 
 
 def show_picture(path: Path) -> None:

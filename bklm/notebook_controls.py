@@ -182,7 +182,7 @@ def _ending(study: StudyRun) -> str:
 
 def as_pre(lines: Iterable[str]) -> str:
     """Lines of a log as HTML."""
-    style = "overflow-x:auto; max-height:20em; line-height:1.3; font-size:12px; margin:0"
+    style = "white-space:pre; overflow-x:auto; line-height:1.3; font-size:12px; margin:0"
     return f'<pre style="{style}">{html.escape(chr(10).join(lines))}</pre>'
 
 

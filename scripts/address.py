@@ -1,5 +1,7 @@
 """Write the repository's address, which stands in pyproject.toml alone, into badges and first cells.
 
+The code of first cells and controls is folded away, in Colab and in JupyterLab: people want what it shows.
+
     python scripts/address.py            write it into notebooks/*.ipynb and into the badges of the documents
     python scripts/address.py --check    change nothing; exit code 1 names what would change
 
@@ -16,6 +18,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+FOLDED = {"set-up", "controls"}
 OPENED = re.compile(r"https://colab\.research\.google\.com/github/[\w.-]+/[\w.-]+/blob/[\w.-]+/")
 CLONED = re.compile(r"(?<=git clone )https://\S+?(?=\s|`|$)")
 
@@ -51,6 +54,8 @@ def notebook_with_address(path: Path) -> str:
     cells = {cell.id: cell for cell in notebook.cells}
     cells["view-in-github"].source = badge_cell(path.name)
     cells["set-up"].source = first_cell()
+    for name in FOLDED & cells.keys():
+        cells[name].metadata |= {"cellView": "form", "jupyter": {"source_hidden": True}}
     return nbformat.writes(notebook) + "\n"
 
 
