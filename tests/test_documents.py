@@ -102,6 +102,8 @@ def check(words: list[str]) -> None:
     name, rest = words[0], words[1:]
     if name in PYTHONS:
         check_python(rest)
+    elif name == "papermill":
+        check_papermill(rest)
     elif name == "bash":
         assert rest[0] == "colab_setup.sh"
         check_setup(rest[1:])
@@ -111,12 +113,14 @@ def check(words: list[str]) -> None:
         assert rest[0] == "clone"
         assert f'Repository = "{rest[1]}"' in (ROOT / "pyproject.toml").read_text()
     else:
-        assert name in ("cd", "pip", "export", "ruff"), f"tests/test_documents.py cannot check {name}"
+        assert name in ("cd", "pip", "export", "ruff", "createdb"), (
+            f"tests/test_documents.py cannot check {name}"
+        )
 
 
 @EACH
 def test_a_documents_command_exists_with_these_words(document, words, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(ROOT)
     check([str(tmp_path) if word in ("FOLDER", "DIR") else word for word in words])
 
 
