@@ -9,6 +9,7 @@ from the chosen profile. A value that was given always wins.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -136,6 +137,7 @@ def _number(bound: float) -> str:
     return str(int(bound)) if bound == int(bound) else f"{bound:g}"
 
 
+@functools.cache
 def _spec(owner: type, item: dataclasses.Field) -> FieldSpec:
     annotation = typing.get_type_hints(owner)[item.name]
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)

@@ -45,6 +45,7 @@ from bklm.training import (
 log = logging.getLogger("bklm.studies.grad_blend")  # __name__ is "__main__" when run with python -m
 
 ORIGINAL_ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)
+RESULT_KEYS = {"alpha": float, "seed": int, "final_perplexity": float, "epochs": list, "directions": dict}
 FULL_GRID = tuple(round(0.1 * i, 1) for i in range(11))
 
 
@@ -278,7 +279,7 @@ class _Runner:
 
     def _train(self, alpha: float, seed: int, epochs: int, folder: Path, is_final: bool) -> dict[str, Any]:
         """Train one model, or read what an earlier run of the same model recorded."""
-        finished = read_result(folder / "result.json")
+        finished = read_result(folder / "result.json", RESULT_KEYS)
         if finished is not None:
             self._skip(self.steps_per_epoch * epochs)
             return finished
