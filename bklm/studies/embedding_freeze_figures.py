@@ -180,17 +180,18 @@ def draw_phase1(path: Path, phase1: Sequence[dict[str, Any]], note: str) -> Path
                 mean_with_error(
                     axes, range(1, longest + 1), [mean for mean, _ in summary], ends,
                     color=colour, marker=marker, markersize=4, linewidth=1.5, capsize=2,
-                    label=f"{name} embedding, {size} documents",
+                    label=f"{name}, {size}",
                 )  # fmt: skip
             axes.set(title=title, xlabel="iteration")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             axes.set_ylim(0, 105)
-        legend_below(panels[1], ncols=2, fontsize=10)
+        panels[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=2, fontsize=10)
 
     last = [run["rows"][-1] for run in phase1]
     converged, ranks = [r["converged"] for r in last], [r["effective_rank"] for r in last]
     title = f"Phase 1 ends with {_range(converged)} of tokens converged and an effective rank of {_range(ranks)} of the width"
-    note = f"Iteration 1 is the sweep that gives the first contexts; means over the seeds still running. {note}"
+    words = "Lines: embedding, training documents; means over the seeds still running. Iteration 1 gives the first contexts."
+    note = f"{words} {note}"
     return save_figure(path, draw, title=title, note=note, size=(8.8, 4.6))
 
 
