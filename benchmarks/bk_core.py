@@ -60,6 +60,9 @@ from _timing import (
 from tqdm import tqdm
 
 HELD = 120  # bytes per element that a call may hold beside its inputs
+HELD_BY_SCAN = 610  # the same for torch's associative scan with its graph, the hungriest of the peers
+HELD_BY_LOOP = 200  # and for the theta/phi loop's, which besides makes NODES bytes of graph at every position
+NODES = 13_000
 Row = dict[str, object]
 
 
@@ -67,6 +70,7 @@ Row = dict[str, object]
 
 
 def loop_case(m: int, n: int, seconds: float) -> Row:
+    refuse_if_too_large(f"({m}, {n})", n * (m * HELD_BY_LOOP + NODES))
     a, gbar = inputs(m, n)
     with torch.no_grad():
         finite = bool(torch.isfinite(torch.view_as_real(theta_phi_rows(a.double()))).all())
@@ -116,6 +120,7 @@ def linear_case(n: int, seconds: float) -> Row:
 
 
 def peers_case(m: int, n: int, seconds: float) -> list[Row]:
+    refuse_if_too_large(f"({m}, {n})", m * n * HELD_BY_SCAN)
     a, gbar = inputs(m, n)
     arms = {
         "ours, forward + backward": ours(a, gbar),
@@ -155,6 +160,7 @@ def overhead_case(m: int, n: int, seconds: float) -> list[Row]:
 
 
 def batched_case(m: int, n: int, seconds: float) -> list[Row]:
+    refuse_if_too_large(f"({m}, {n})", n * (m * HELD_BY_LOOP + NODES))
     a, gbar = inputs(m, n)
     found = take_turns({name: functools.partial(f, a, gbar) for name, f in BATCHED.items()}, seconds)
     exact = fused(a, gbar)

@@ -3,6 +3,7 @@
     python benchmarks/moe.py                   # T = 4096, 32768; D = 64, 256, 768; E = 4, 8; k = 1, 2
     python benchmarks/moe.py --quick           # a small size, for CI
     python benchmarks/moe.py -T 4096 -D 64 --threads 1
+    python benchmarks/moe.py --save results.json   # interrupted? the same command goes on with the next case
 
 Arms, all forward + backward of the same mixture with the same weights, noise and dropout mask (drawn outside):
 dense       plain autograd, every expert on every token (the faster of the ways to write it that were tried)
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 import subprocess
 import sys
@@ -118,11 +120,11 @@ def check_equal(problem: Problem) -> None:
 
 
 def times(problem: Problem, device: str, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds per step of each arm, at least three rounds, then until `rounds` or the time is used up."""
+    """Seconds per step of each arm, at least two rounds, then until `rounds` or the time is used up."""
     taken: dict[str, list[float]] = {arm.name: [] for arm in ARMS}
     begin = time.perf_counter()
     for i in range(rounds):
-        if i >= 3 and time.perf_counter() - begin > seconds:
+        if i >= 2 and time.perf_counter() - begin > seconds:
             break
         for arm in ARMS:
             _synchronise(device)
@@ -189,8 +191,9 @@ def main() -> None:
     parser.add_argument("-k", "--top-k", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=30, help="at most so many rounds of a case")
     parser.add_argument(
-        "--seconds", type=float, default=20.0, help="no new round of a case after this time (from the fourth)"
+        "--seconds", type=float, default=5.0, help="no new round of a case after this time (from the third)"
     )
+    parser.add_argument("--save", type=Path, help="keep finished cases here, and go on from them")
     parser.add_argument("--threads", type=int, default=None, help="torch's threads (default: its own choice)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--memory-of", choices=[arm.name for arm in ARMS], help=argparse.SUPPRESS)
@@ -218,8 +221,13 @@ def main() -> None:
     print(
         "     T    D  E  k  arm       median ms    (quartiles)           vs dense vs loop   peak MB vs dense vs loop"
     )
+    done = json.loads(args.save.read_text()) if args.save and args.save.exists() else {}
     ours = {}
     for case in tqdm(cases, desc="moe", unit="case", file=sys.stderr):
+        key = f"{args.device} {torch.get_num_threads()} threads {args.rounds} rounds {args.seconds} s {tuple(case)}"
+        if key in done:
+            ours[case] = report(case, *done[key])
+            continue
         free = torch.cuda.mem_get_info()[0] if args.device == "cuda" else psutil.virtual_memory().available
         if case.bytes_needed() > free:
             need, have = case.bytes_needed() / MB, free / MB
@@ -231,7 +239,12 @@ def main() -> None:
         memory = {arm.name: peak_memory(case, arm, args.device) for arm in ARMS} if with_memory else {}
         problem = Problem(case, args.device)
         check_equal(problem)
-        ours[case] = report(case, times(problem, args.device, args.rounds, args.seconds), memory)
+        done[key] = times(problem, args.device, args.rounds, args.seconds), memory
+        if args.save:
+            unfinished = args.save.with_suffix(".part")
+            unfinished.write_text(json.dumps(done, indent=1))
+            unfinished.replace(args.save)
+        ours[case] = report(case, *done[key])
     sparse = [
         gains["selected"] for case, gains in ours.items() if gains and case.experts == 8 and case.top_k == 1
     ]

@@ -57,7 +57,7 @@ class ResNetBKConfig:
     balance: float = 0.0  # weight of the experts' load-balancing loss, see bklm.moe
 
     def __post_init__(self) -> None:
-        check_int("vocab_size", self.vocab_size, 2)
+        check_int("vocab_size", self.vocab_size, 3)
         for name in ("d_model", "n_layers", "num_experts", "n_heads"):
             check_int(name, getattr(self, name), 1)
         if self.n_seq is not None:

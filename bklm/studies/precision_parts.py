@@ -174,7 +174,7 @@ class _TransformerBlock(nn.Module):
 def architecture(batch: int, length: int, seed: int, device: str) -> Arms:
     """Gradients of input and weights of one causal block of width 64 in training mode, forward included, float32."""
     torch.manual_seed(seed)
-    ours = ResNetBKBlock(ResNetBKConfig(2, d_model=WIDTH, dropout_p=DROPOUT)).to(device)
+    ours = ResNetBKBlock(ResNetBKConfig(3, d_model=WIDTH, dropout_p=DROPOUT)).to(device)
     peer = _TransformerBlock().to(device)
     x = torch.randn(batch, length, WIDTH, device=device, requires_grad=True)
     upstream = torch.randn(batch, length, WIDTH, device=device)

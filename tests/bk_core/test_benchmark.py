@@ -32,8 +32,9 @@ def test_quick_tables_are_printed_and_a_second_run_takes_the_finished_cases(tmp_
 
 
 @pytest.mark.slow
-def test_sizes_that_do_not_fit_are_refused_with_the_size_needed():
-    refused = run("--only", "copy", "--size", 10**6, 10**6)
+@pytest.mark.parametrize("table", ["loop", "copy", "linear", "peers", "batched"])
+def test_sizes_that_do_not_fit_are_refused_with_the_size_needed(table):
+    refused = run("--only", table, "--size", 10**6, 10**10)
     assert refused.returncode != 0
     assert "GiB" in refused.stderr
     assert "choose a smaller size" in refused.stderr

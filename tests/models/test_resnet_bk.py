@@ -430,7 +430,7 @@ def test_initial_loss_is_that_of_a_uniform_guess():
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"vocab_size": 1}, ValueError),
+        ({"vocab_size": 2}, ValueError),
         ({"vocab_size": 10.0}, TypeError),
         ({"d_model": 0}, ValueError),
         ({"n_layers": True}, TypeError),
