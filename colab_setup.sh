@@ -94,7 +94,11 @@ run_tests() {
     "$PY" -m ruff check .
     "$PY" -m ruff format --check .
     step="running the tests"
-    "$PY" -m pytest "$@"
+    if [ $# -gt 0 ]; then
+        "$PY" -m pytest "$@"
+    else # one worker a core, each with one thread: threads of several workers would wait for one another
+        OMP_NUM_THREADS=1 "$PY" -m pytest -n logical --maxprocesses 4 --dist loadfile
+    fi
 }
 
 run_like_colab() {
