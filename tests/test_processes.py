@@ -111,9 +111,7 @@ def resume_and_tell(accelerator, folder: Path) -> dict:
 
 def test_a_run_of_two_processes_goes_on_from_its_checkpoint(tmp_path):
     found, _ = in_two_processes(resume_and_tell, tmp_path)
-    alone = train(
-        model(), batches(True), batches(False), SETTINGS, accelerator=make_accelerator("cpu", "fp32")
-    )
+    alone = train(model(), batches(True), batches(False), SETTINGS, accelerator=make_accelerator("cpu", "fp32"))
     assert found["train"] == pytest.approx([r.train_loss for r in alone], rel=1e-5)
 
 
