@@ -32,7 +32,7 @@ of {vocab:,} tokens. For want of GPT-2's table *pretrained* means a truncated SV
 model is trained or scored on; unlike GPT-2's, such a table was never the output of a language model. PEPs: {peps}.
 WikiText-2 sample (made as above): {wiki}.
 
-Validation perplexity at the best epoch (mean, 95% interval):
+Validation perplexity at the best epoch (mean, 95% interval; the seconds are phase 2's on a machine shared with other work):
 
 {arms}
 
@@ -50,9 +50,9 @@ Count models of the same tokens: {baselines}. {reported}
 
 ![Effects of pretraining, freezing and tying on the PEPs](docs/results/freeze_peps_effects.png)
 
-**Was it the SVD?** GPT-2's table was the tied head of a language model, and an SVD's was not. On the PEPs, with a
-table that a tied model of the same size learnt from the documents kept apart (`python
-benchmarks/freeze_lm_embedding.py --data_dir FOLDER`):
+**Was it the SVD?** GPT-2's table was the tied head of a language model, and an SVD's was not. On the PEPs, with a table
+that a tied model of the same size learnt from the documents kept apart
+(`python benchmarks/freeze_lm_embedding.py --data_dir FOLDER`):
 
 {lm_table}
 
