@@ -191,7 +191,9 @@ def verdict_by_table(rows: list[dict[str, str]]) -> str:
             words.append(f"{ratio - 1:+.0%} with {row['pretrained embedding']} ({verdict})")
             verdicts.add(verdict)
     depends = "depends on the table" if len(verdicts) > 1 else "does not depend on the table"
-    return f"So the verdict on freezing {depends}: it changes PPL by {' and '.join(words)}. The reported effect was -66% to -72%."
+    return (
+        f"So the verdict on freezing {depends}: PPL changes by {' and '.join(words)}. Reported: -66% to -72%."
+    )
 
 
 def main() -> None:
