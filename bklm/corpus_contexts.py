@@ -4,16 +4,20 @@ left neighbour".
 The final contexts of a text solve c_t = f(c_{t-1}, x_t) for all t at once. The text is cut into chunks that run side
 by side, each from a guess of the context before it; after a sweep every chunk knows what its left neighbour really
 ended with, and runs again from there, but only until it meets its own former path: f forgets, because the context
-block is a contraction on average, so that takes some tens of tokens. After k sweeps the first k chunks are exact whatever f
-does. Chunks of one token are the plain (Jacobi) iteration, which evaluates every token in every sweep; Newton's
-iteration (DEER) would need a D x D Jacobian per token and as many times the work, while the whole of this costs little
-more than one evaluation per token (benchmarks/freeze_phase2.py --sweeps).
+block is a contraction on average, so that takes some tens of tokens. What remains are seams, where a path that was
+stopped lies within a small distance of the one it met; a difference may grow before it fades, so the result is
+verified: the residual |c_t - f(c_{t-1}, x_t)| of every token, and a walk on from the widest seams, as far as their
+differences could be felt, which puts right what it finds. Chunks of one token are the plain (Jacobi) iteration, which
+evaluates every token in every sweep; Newton's iteration (DEER) would need a D x D Jacobian per token and as many times
+the work, while the whole of this costs little more than one evaluation per token, and its verification another
+(benchmarks/freeze_phase2.py --sweeps).
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +39,9 @@ SHORTEST_CHUNK = 128
 # A chunk has met its former path where they differ by this much less than the tolerance: a difference can grow for
 # some tokens before it fades (measured at widths 8 to 768; 100 would ask for more than float32 can hold).
 MARGIN = 30
-SEGMENT = 1024  # tokens whose input products the sequential sweep holds at once
+SEGMENT = 1024  # tokens whose input products are held at once by the sequential sweep and the residual
+WINDOW = 2 * SHORTEST_CHUNK  # tokens that are walked on from a seam
+ROUNDS = 3  # of such walks, until one changes nothing beyond the tolerance
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,12 @@ class CorpusContexts:
         tokens: T.
         method: "parallel", or "sequential" where the iteration did not converge or its result failed verification.
         sweeps: sweeps over chunks that the iteration made.
-        passes: evaluations of the context block per token, all sweeps together (sequential: with the sequential one).
-        error: largest absolute difference from the sequential sweep over the first ``verified`` tokens.
-        verified: how many tokens were also computed by the sequential sweep.
+        passes: evaluations of the context block per token, all sweeps together (sequential: with the sequential one);
+            those of the verification are not counted.
+        residual: largest |c_t - f(c_{t-1}, x_t)| of all tokens; NaN where it was not computed.
+        error: largest change made by the last walks on from seams, with what their left neighbours really ended with.
+        verified: how many tokens those walks computed again.
+        seams: how many seams were walked on from.
         seconds: wall time, verification included.
     """
 
@@ -58,14 +67,21 @@ class CorpusContexts:
     method: str
     sweeps: int
     passes: float
+    residual: float
     error: float
     verified: int
+    seams: int
     seconds: float
 
     def __str__(self) -> str:
         text = f"{self.tokens} contexts, {self.method}, {self.sweeps} sweeps, {self.passes:.2f} evaluations per token"
-        if self.method == "parallel":
-            text += f", within {self.error:.1e} of the sequential sweep over {self.verified} tokens"
+        if self.method == "parallel" and self.verified:
+            text += (
+                f", largest residual {self.residual:.1e}, {self.error:.1e} away from {self.verified} tokens walked on from "
+                f"{self.seams} seams"
+            )
+        elif self.method == "parallel":
+            text += ", not verified"
         return f"{text}, {self.seconds:.1f} s"
 
 
@@ -79,18 +95,19 @@ def corpus_contexts(
     chunk: int | None = None,
     document_starts: Any = None,
     start: Tensor | None = None,
-    verify: int | None = None,
+    verify: int = WINDOW,
 ) -> CorpusContexts:
     """Final contexts of every token of one text, as one sweep from the first token to the last would give them.
 
     Args:
         token_ids: (T,) integers, a tensor or an array.
-        tolerance: largest difference from the sequential sweep; a result found to be further away is not returned.
+        tolerance: largest difference from the sequential sweep that is let pass; where verification keeps finding a larger
+            one all tokens are computed sequentially, and the log says so.
         max_sweeps: after so many, what has not converged is computed sequentially, and the log says so.
         chunk: tokens per chunk; chosen by T and device when None. 1 is the plain fixed-point iteration.
         document_starts: positions at which the context starts from zeros again; the state runs on otherwise.
         start: (D_c,), the context before the first token; zeros when None.
-        verify: tokens from the first on that are computed sequentially too; two chunk boundaries' worth when None.
+        verify: tokens that are walked on from each seam, 0 for no verification at all.
 
     Raises:
         ValueError: no tokens, ids out of range, or a number outside what is allowed. TypeError: ids not integers.
@@ -110,28 +127,27 @@ def corpus_contexts(
             "corpus contexts: some are infinite or NaN, because the model's weights are or have grown too large; "
             "start from a checkpoint or an initialisation that is sound."
         )
-    method = "parallel" if settled == len(ids) else "sequential"
-    if method == "sequential":
-        log.info(
-            "corpus contexts: not converged after %d sweeps; %d of %d tokens computed sequentially.",
-            sweeps, len(ids) - settled, len(ids),
-        )  # fmt: skip
-        walk.sequential(final, settled)
-        evaluated += len(ids) - settled
-    verified = min(len(ids), 2 * length + SHORTEST_CHUNK if verify is None else verify)
-    error, expected = 0.0, torch.empty_like(final[:verified])
-    if verified:
-        walk.sequential(expected, 0)
-        error = float((expected - final[:verified]).abs().max())
-    if error > tolerance:
-        log.warning(
-            "corpus contexts: the parallel result is %.1e away from the sequential sweep (allowed %.1e); all %d tokens "
-            "computed sequentially.", error, tolerance, len(ids),
-        )  # fmt: skip
-        walk.sequential(final, 0)
-        evaluated, error, method = evaluated + len(ids), 0.0, "sequential"
-    seconds = time.perf_counter() - began
-    return CorpusContexts(final, len(ids), method, sweeps, evaluated / len(ids), error, verified, seconds)
+    residual, error, verified, seams = math.nan, 0.0, 0, 0
+    why = "" if settled == len(ids) else f"not converged after {sweeps} sweeps"
+    if not why and verify > 0:
+        for _ in range(ROUNDS):
+            residual, error, verified, seams = _verify(walk, final, verify, 2 * -(-len(ids) // length))
+            if max(residual, error) <= tolerance:
+                break
+        else:
+            why = (
+                f"the parallel result changed by {max(residual, error):.1e} (allowed {tolerance:.1e}) when it was walked on "
+                f"from its seams in round {ROUNDS}"
+            )
+    if why:
+        log.warning("corpus contexts: %s; all %d tokens computed sequentially.", why, len(ids))
+        walk.sequential(final)
+        evaluated += len(ids)
+    return CorpusContexts(
+        final=final, tokens=len(ids), method="sequential" if why else "parallel", sweeps=sweeps,
+        passes=evaluated / len(ids), residual=residual, error=error, verified=verified, seams=seams,
+        seconds=time.perf_counter() - began,
+    )  # fmt: skip
 
 
 class _Walk:
@@ -152,12 +168,14 @@ class _Walk:
         inputs = F.linear(self.model.embed(self.ids[positions]), *self.input_weights)
         return self.block.from_inputs(previous, inputs)[-1]
 
-    def sequential(self, out: Tensor, first: int) -> None:
-        """Fill out[first:] token by token; out[first - 1] is given."""
+    def before(self, out: Tensor, positions: Tensor) -> Tensor:
+        """The contexts (n, D_c) in ``out`` of the left neighbours of ``positions`` (n,)."""
+        return torch.where((positions == 0).unsqueeze(1), self.start, out[(positions - 1).clamp_min(0)])
+
+    def sequential(self, out: Tensor) -> None:
+        """Fill out token by token."""
         zeros = set(self.restarts.tolist())
-        edges = sorted(
-            {*range(first, len(out), SEGMENT), *(t for t in zeros if first < t < len(out)), len(out)}
-        )
+        edges = sorted({*range(0, len(out), SEGMENT), *zeros, len(out)})
         for a, b in itertools.pairwise(edges):
             before = torch.zeros_like(self.start) if a in zeros else self.start if a == 0 else out[a - 1]
             x = self.model.embed(self.ids[a:b]).unsqueeze(0)
@@ -204,6 +222,28 @@ def _sweep(
             positions, context = positions[moving], context[moving]
         positions = positions + 1
     return evaluated
+
+
+def _verify(walk: _Walk, final: Tensor, window: int, most: int) -> tuple[float, float, int, int]:
+    """Walk on from the widest seams, in place: (largest residual before, largest change, tokens walked, seams)."""
+    everywhere = torch.arange(len(final), device=final.device)
+    residual = torch.cat(
+        [(walk.step(t, walk.before(final, t)) - final[t]).abs().amax(1) for t in everywhere.split(SEGMENT)]
+    )
+    widest, positions = residual.topk(min(most, len(residual)))
+    positions = positions[widest > 0]
+    context, seams = walk.before(final, positions), len(positions)
+    error, walked = residual.new_zeros(()), 0
+    for _ in range(window):
+        inside = positions < len(final)
+        positions, context = positions[inside], context[inside]
+        if len(positions) == 0:
+            break
+        context = walk.step(positions, context)
+        error = torch.maximum(error, (context - final[positions]).abs().amax())
+        final[positions] = context
+        walked, positions = walked + len(positions), positions + 1
+    return float(residual.amax()), float(error), walked, seams
 
 
 def checked_ids(model: ContextTokenLM, token_ids: Any, document_starts: Any) -> tuple[Tensor, Tensor]:

@@ -52,11 +52,10 @@ def chaotic(model):
 def test_parallel_contexts_are_those_of_the_sweep_whatever_the_cut(length, chunk, data):
     starts = data.draw(st.lists(st.integers(0, length - 1), max_size=4, unique=True))
     model, ids = model_of(), ids_of(length)
-    found = corpus_contexts(model, ids, chunk=chunk, document_starts=starts, max_sweeps=100, verify=length)
+    found = corpus_contexts(model, ids, chunk=chunk, document_starts=starts, max_sweeps=100)
     torch.testing.assert_close(found.final, walked(model, ids, sorted(starts)), rtol=0, atol=1e-4)
     assert found.method == "parallel"
-    assert found.error <= 1e-4
-    assert found.verified == length
+    assert max(found.residual, found.error) <= 1e-4
     assert 1 <= found.sweeps <= -(-length // chunk)  # after k sweeps the first k chunks are exact
 
 
@@ -74,28 +73,50 @@ def test_a_forgetting_block_needs_few_sweeps_and_little_more_than_one_evaluation
 
 def test_where_the_iteration_does_not_converge_the_sweep_is_used_and_said(caplog):
     model, ids = chaotic(model_of(layers=3)), ids_of(400)
-    with caplog.at_level(logging.INFO, "bklm"):
+    with caplog.at_level(logging.WARNING, "bklm"):
         found = corpus_contexts(model, ids, chunk=20, max_sweeps=4)
     assert found.method == "sequential"
     assert found.sweeps == 4
-    assert "not converged after 4 sweeps; 320 of 400 tokens computed sequentially" in caplog.text
+    assert "not converged after 4 sweeps; all 400 tokens computed sequentially" in caplog.text
     torch.testing.assert_close(found.final, walked(model, ids), rtol=0, atol=1e-9)
 
 
 def test_a_parallel_result_that_fails_verification_is_not_returned(caplog, monkeypatch):
     model, ids = model_of(), ids_of(200)
-    iterate = corpus_contexts_module._iterate
-
-    def slightly_wrong(*args):
-        final, *rest = iterate(*args)
-        return final + 1e-3, *rest
-
-    monkeypatch.setattr(corpus_contexts_module, "_iterate", slightly_wrong)
+    monkeypatch.setattr(corpus_contexts_module, "_verify", lambda *a: (0.0, 1e-3, 100, 2))
     with caplog.at_level(logging.WARNING, "bklm"):
         found = corpus_contexts(model, ids)
     assert found.method == "sequential"
-    assert "1.0e-03 away from the sequential sweep (allowed 1.0e-04)" in caplog.text
+    assert "the parallel result changed by 1.0e-03 (allowed 1.0e-04)" in caplog.text
     torch.testing.assert_close(found.final, walked(model, ids), rtol=0, atol=1e-12)
+
+
+def test_a_difference_that_grows_late_in_the_text_is_found_and_put_right():
+    """Within the tolerance at every seam, 4e-4 away from token 1766 on: no look at the first chunks shows it."""
+    model, ids = model_of(seed=3, width=16), ids_of(2500, seed=3)
+    with torch.no_grad():
+        for linear in model.context_block.linears:
+            linear.weight[:, :16].mul_(2.0)
+    expected = walked(model, ids)
+    assert (corpus_contexts(model, ids, verify=0).final - expected).abs().max() > 2e-4
+    found = corpus_contexts(model, ids)
+    assert found.seams > 1
+    assert "walked on from" in str(found) or found.method == "sequential"
+    torch.testing.assert_close(found.final, expected, rtol=0, atol=1e-4)
+
+
+def test_what_is_wrong_anywhere_in_the_text_shows_in_the_residual(monkeypatch):
+    model, ids = model_of(), ids_of(3000)
+    iterate = corpus_contexts_module._iterate
+
+    def wrong_at_one_token(*args):
+        final, *rest = iterate(*args)
+        final[2222] += 0.5
+        return final, *rest
+
+    monkeypatch.setattr(corpus_contexts_module, "_iterate", wrong_at_one_token)
+    assert (corpus_contexts(model, ids, verify=0).final - walked(model, ids)).abs().max() > 0.4
+    torch.testing.assert_close(corpus_contexts(model, ids).final, walked(model, ids), rtol=0, atol=1e-4)
 
 
 def test_a_text_goes_on_from_the_context_it_is_given():
