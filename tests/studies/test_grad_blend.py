@@ -127,9 +127,7 @@ def test_a_folder_whose_text_has_changed_is_refused(tiny_config, small_text, tmp
     other = tmp_path / "other"
     other.mkdir()
     for name in ("train", "valid", "test"):
-        (other / f"{name}.txt").write_text(
-            (small_text / f"{name}.txt").read_text().dataclasses.replace("cat", "cow")
-        )
+        (other / f"{name}.txt").write_text((small_text / f"{name}.txt").read_text().replace("cat", "cow"))
     with pytest.raises(ValueError, match="the text"):
         run_grad_blend(dataclasses.replace(tiny_config, data_dir=str(other)))
 
@@ -212,6 +210,7 @@ def trial(alpha: float, seed: int, perplexity: float) -> dict:
     return {
         "alpha": alpha, "seed": seed, "final_perplexity": perplexity, "final_perplexity_without_unk": perplexity,
         "final_accuracy": 0.1, "convergence_speed": 2, "gradient_variance": 0.1, "training_time": 1.0,
+        "epochs": [{"val_perplexity": 2 * perplexity}, {"val_perplexity": perplexity}],
     }  # fmt: skip
 
 
