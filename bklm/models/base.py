@@ -8,6 +8,8 @@ it generates by running its whole window again for each token: correct, but slow
 
 from __future__ import annotations
 
+import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,14 +122,18 @@ class LanguageModel(nn.Module):
 
         Raises:
             ValueError: an empty prompt, a negative count or temperature, or more than ``n_seq`` positions in
-            all.
+            all. TypeError: a count that is no integer, a temperature that is no number.
         """
-        self.check_ids(input_ids)
+        self.check_prompt(input_ids)
         batch, length = input_ids.shape
-        if batch == 0 or length == 0:
-            raise ValueError(
-                f"input_ids: got shape {tuple(input_ids.shape)}; a prompt needs at least one token."
-            )
+        try:
+            max_new_tokens = operator.index(max_new_tokens)
+        except TypeError:
+            raise TypeError(
+                f"max_new_tokens: got {max_new_tokens!r}; it must be an integer, 0 or more."
+            ) from None
+        if not isinstance(temperature, numbers.Real):
+            raise TypeError(f"temperature: got {temperature!r}; it must be 0 (greedy) or a positive number.")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}; it must be 0 or more.")
         if not 0.0 <= temperature < float("inf"):
@@ -176,6 +182,14 @@ class LanguageModel(nn.Module):
             raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}; it must be (batch, length).")
         self.check_positions(input_ids.shape[1])
         self._check_range("input_ids", input_ids)
+
+    def check_prompt(self, input_ids: Tensor) -> None:
+        """`check_ids`, and refuse a prompt without a token: there is no position whose logits could be given."""
+        self.check_ids(input_ids)
+        if input_ids.numel() == 0:
+            raise ValueError(
+                f"input_ids: got shape {tuple(input_ids.shape)}; a prompt needs at least one token."
+            )
 
     def check_targets(self, input_ids: Tensor, targets: Tensor) -> None:
         """Refuse targets that do not fit the ids; -100 marks one that is left out."""

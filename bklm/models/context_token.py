@@ -206,9 +206,7 @@ class ContextTokenLM(LanguageModel):
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor) -> tuple[Tensor, ContextTokenState]:
-        self.check_ids(input_ids)
-        if input_ids.shape[1] == 0:
-            raise ValueError("input_ids: got no token; a prompt needs at least one.")
+        self.check_prompt(input_ids)
         return self._continue(input_ids, self.init_state(len(input_ids)))
 
     @torch.no_grad()

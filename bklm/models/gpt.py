@@ -167,7 +167,7 @@ class GPT(LanguageModel):
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor) -> tuple[Tensor, GPTState]:
-        self.check_ids(input_ids)
+        self.check_prompt(input_ids)
         hidden, pairs = self._run(input_ids)
         state = GPTState(input_ids.shape[1], tuple(KVCache(key, value) for key, value in pairs))
         return self.logits(hidden[:, -1]), state

@@ -107,7 +107,7 @@ class NewLLM(LanguageModel):
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor) -> tuple[Tensor, NewLLMState]:
-        self.check_ids(input_ids)
+        self.check_prompt(input_ids)
         hidden, context = self._run(input_ids)
         return self.logits(hidden[:, -1]), NewLLMState(context)
 

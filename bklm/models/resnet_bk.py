@@ -216,7 +216,7 @@ class ResNetBK(LanguageModel):
     def prefill(self, input_ids: Tensor) -> tuple[Tensor, ResNetBKState]:
         if not self.streams:
             raise TypeError(self._cannot_stream())
-        self.check_ids(input_ids)
+        self.check_prompt(input_ids)
         hidden, features = self._run(input_ids)
         # In the causal core G_i is the left resolvent L_i itself: the last position's features are the state.
         resolvents = tuple(torch.complex(*g[:, -1].chunk(2, dim=-1)) for g in features)

@@ -5,7 +5,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bklm.models import LanguageModel
+from bklm.models import (
+    GPT,
+    ContextTokenConfig,
+    ContextTokenLM,
+    GPTConfig,
+    LanguageModel,
+    NewLLM,
+    NewLLMConfig,
+    ResNetBK,
+    ResNetBKConfig,
+)
 
 VOCABULARY = 11
 
@@ -112,3 +122,30 @@ def test_training_mode_comes_back_even_when_generation_fails(model, batch, monke
 def test_a_model_that_cannot_stream_says_so(model, batch):
     with pytest.raises(TypeError, match="Averager does not stream"):
         model.init_state(3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens: got 2.5; it must be an integer"),
+        ({"max_new_tokens": "3"}, "max_new_tokens: got '3'"),
+        ({"max_new_tokens": 1, "temperature": "a"}, "temperature: got 'a'; it must be 0"),
+        ({"max_new_tokens": 1, "temperature": None}, "temperature: got None"),
+    ],
+)
+def test_a_count_or_temperature_that_is_no_number_is_refused_in_one_sentence(model, batch, options, message):
+    with pytest.raises(TypeError, match=message):
+        model.generate(batch[0], **options)
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 3)])
+def test_an_empty_prompt_is_refused_by_every_model_that_streams(shape):
+    models = [
+        GPT(GPTConfig(VOCABULARY, d_model=4, n_layers=1, n_heads=1, n_seq=8)),
+        NewLLM(NewLLMConfig(VOCABULARY, embed_dim=4, hidden_dim=4, context_dim=4, n_layers=1)),
+        ResNetBK(ResNetBKConfig(VOCABULARY, d_model=4, n_layers=1, n_seq=None)),
+        ContextTokenLM(ContextTokenConfig(VOCABULARY, embed_dim=4, context_dim=4, n_layers=1)),
+    ]
+    for streaming in models:
+        with pytest.raises(ValueError, match="a prompt needs at least one token"):
+            streaming.prefill(torch.zeros(shape, dtype=torch.int64))
