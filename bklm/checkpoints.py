@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -30,7 +31,7 @@ SUMS = "sums.json"  # CRC-32 of a checkpoint's files
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _TORCH_WORDS = "inline_container"  # torch.save's own error, a plain RuntimeError with the line of its source
 
-_NAME = re.compile(r"epoch_(\d+)(?:_ppl_(\d+\.\d+))?")
+_NAME = re.compile(r"epoch_(\d+)(?:_ppl_(\d+\.\d+|\d(?:\.\d+)?e\d+))?")
 
 
 class WriteError(OSError):
@@ -130,11 +131,15 @@ class CheckpointFolder:
 
         Args:
             state: tensors, numbers, strings and containers of them (what ``weights_only`` loading accepts).
-            perplexity: goes into the name.
+            perplexity: goes into the name, from a million on with four digits, such as "1.234e06".
+
+        Raises:
+            ValueError: a perplexity that is negative, infinite or NaN.
+            WriteError: the disk is full, or the folder may not be written.
         """
+        name = f"epoch_{epoch:04d}" + ("" if perplexity is None else f"_ppl_{_in_name(perplexity)}")
         with _saying_why(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        name = f"epoch_{epoch:04d}" + ("" if perplexity is None else f"_ppl_{perplexity:.3f}")
         target = self.path / name
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=self.path))
         try:
@@ -235,6 +240,14 @@ def perplexity_of(folder: Path) -> float | None:
     """The validation perplexity in a checkpoint's name; None when it carries none."""
     score = _NAME.fullmatch(Path(folder).name).group(2)
     return None if score is None else float(score)
+
+
+def _in_name(perplexity: float) -> str:
+    if not 0 <= perplexity < math.inf:
+        raise ValueError(
+            f"perplexity: got {perplexity:g}; a checkpoint's name holds a finite number of 0 or more, or none (None)."
+        )
+    return f"{perplexity:.3f}" if perplexity < 1e6 else f"{perplexity:.4g}".replace("+", "")
 
 
 def _crc32(path: Path) -> int:

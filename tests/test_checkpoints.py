@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bklm.checkpoints import CheckpointFolder, is_checkpoint, replacing, write_json
+from bklm.checkpoints import CheckpointFolder, is_checkpoint, perplexity_of, replacing, write_json
 
 
 def test_an_error_while_writing_leaves_the_old_content_and_no_litter(tmp_path):
@@ -131,3 +131,20 @@ def test_what_is_no_checkpoint_is_not_taken_for_one(tmp_path):
     assert is_checkpoint(folder.newest())
     assert not is_checkpoint(tmp_path / "c" / "epoch_two")
     assert not is_checkpoint(tmp_path / "c" / "epoch_0009_ppl_1.000")
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "name"), [(1234567.0, "1.235e06"), (1e304, "1e304"), (999999.0, "999999.000")]
+)
+def test_the_huge_perplexity_of_a_diverged_model_still_makes_a_name_that_is_found(tmp_path, perplexity, name):
+    folder = scored(tmp_path, {1: perplexity, 2: 2 * perplexity}, keep=3)
+    assert folder.best().name == f"epoch_0001_ppl_{name}"
+    assert len(folder.all()) == 2
+    assert perplexity_of(folder.best()) == pytest.approx(perplexity, rel=1e-3)
+
+
+@pytest.mark.parametrize("perplexity", [float("nan"), float("inf"), -1.0])
+def test_a_perplexity_that_is_no_number_is_refused_before_anything_is_written(tmp_path, perplexity):
+    with pytest.raises(ValueError, match=r"perplexity: got .*; a checkpoint's name holds a finite number"):
+        scored(tmp_path, {1: perplexity})
+    assert not (tmp_path / "c").exists()
