@@ -61,7 +61,7 @@ def evaluate(
         accelerator: when its processes evaluate together: each scores its rows of every batch, and all get the sums.
 
     Raises:
-        ValueError: there is no target to score.
+        ValueError: there is no target to score, or every one is <unk>.
     """
     was_training = model.training
     model.eval()
@@ -92,4 +92,9 @@ def evaluate(
     nll_sum, tokens, right, known_nll, known_tokens = sums.tolist()
     if tokens == 0:
         raise ValueError("evaluation: no target to score; every one is masked or the split is empty.")
+    if known_tokens == 0:
+        raise ValueError(
+            f"evaluation: each of the {tokens:.0f} targets is <unk>, so there is no perplexity of known words; take a larger "
+            "vocabulary or another text."
+        )
     return Evaluation(nll_sum, int(tokens), int(right), known_nll, int(known_tokens))

@@ -123,9 +123,13 @@ def _route(x: Tensor, weight: Tensor, bias: Tensor, noise: Tensor | None, settin
     return p, tokens, host[:-1].view(bounds.shape)
 
 
+class NonFiniteRouterError(ValueError):
+    """A router's logits are infinite or NaN: what training diverged looks like from inside a mixture layer."""
+
+
 def _check_finite(logits: Tensor, sum_is_finite: Tensor) -> None:
     if not sum_is_finite and (bad := int((~logits.isfinite()).any(1).sum())):
-        raise ValueError(
+        raise NonFiniteRouterError(
             f"the router's logits are not finite for {bad} of {len(logits)} tokens: the input or the parameters hold NaN or "
             "infinity (is the learning rate too high?); go back to the last good checkpoint"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from bklm.models import LanguageModel
 from bklm.processes import broadcast
 from bklm.records import EpochRecord
 
-__all__ = ["CONTINUABLE", "find_checkpoint", "require_same_run", "restore"]
+__all__ = ["CONTINUABLE", "find_checkpoint", "require_same_run", "restore", "warn_of_rise"]
+
+log = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation from a checkpoint that was asked for by name.
 CONTINUABLE = frozenset(
@@ -95,3 +98,16 @@ def restore(
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     return [EpochRecord(**record) for record in state["records"]]
+
+
+def warn_of_rise(
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR, label: str
+) -> None:
+    """Say so where a decayed learning rate goes up again, because the schedule now ends later: a warm restart."""
+    stopped_at = optimizer.param_groups[0]["lr"]
+    planned = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch)
+    if planned > 1.001 * stopped_at:
+        log.warning(
+            "%s: the schedule is stretched over more steps, so the learning rate rises again from %.3g to %.3g; a run of this "
+            "length from the start would end elsewhere.", label, stopped_at, planned,
+        )  # fmt: skip

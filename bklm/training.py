@@ -24,10 +24,11 @@ from bklm.checkpoints import CheckpointFolder
 from bklm.data import IGNORED, set_epoch
 from bklm.evaluation import Evaluation, evaluate
 from bklm.models import LanguageModel
+from bklm.non_finite import FiniteCheck, NonFiniteError
 from bklm.out_of_memory import BatchParts, OutOfMemoryError, one_sentence
 from bklm.processes import add_up, add_up_gradients, make_accelerator, own_rows
 from bklm.records import EpochRecord, convergence_epoch, describe_experts, gradient_variance
-from bklm.resuming import find_checkpoint, restore
+from bklm.resuming import find_checkpoint, restore, warn_of_rise
 from bklm.schedules import TrainingSettings, epochs_without_improvement, learning_rate_factor
 
 __all__ = [
@@ -47,10 +48,6 @@ log = logging.getLogger(__name__)
 
 # Reading a GPU's numbers stalls its queue; a non-finite step is noticed at most this many steps later, and still named.
 STEPS_BETWEEN_CHECKS = 32
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or its gradient became infinite or NaN; the message names the run, the step and the last good checkpoint."""
 
 
 def train(
@@ -88,9 +85,9 @@ def train(
         on_epoch: called with each epoch's record, before its checkpoint is written.
 
     Raises:
-        NonFiniteError: the loss or the gradient norm became infinite or NaN.
+        NonFiniteError: the loss or the gradient norm became infinite or NaN; see `bklm.non_finite` for fp16.
         OutOfMemoryError: one sequence at a time does not fit; before that, batches are worked through in more parts.
-        ValueError: a checkpoint of another run, a batch without any target.
+        ValueError: a checkpoint of another run or of more epochs, a batch without any target.
     """
     steps = len(train_batches)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -104,13 +101,20 @@ def train(
     place = find_checkpoint(checkpoints, identity, resume_from, accelerator)
     records = restore(place, model, optimizer, scheduler, accelerator)
     if records:
+        if len(records) > settings.epochs:
+            raise ValueError(
+                f"epochs: got {settings.epochs}, but the checkpoint {place} has done {len(records)}; ask for more epochs, or "
+                "take an earlier checkpoint."
+            )
         log.info("%s: goes on after epoch %d, from %s", label, len(records), place)
+        warn_of_rise(optimizer, scheduler, label)
         if on_skip is not None:
             on_skip(len(records) * steps)
     # A run that was continued goes on with the parts that fitted.
     batch_parts = BatchParts(max([settings.accumulate, *(r.batch_parts for r in records[-1:])]), label)
     # The model itself is not wrapped: see bklm.processes. Clipping unscales through the prepared optimiser.
     optimizer = accelerator.prepare(optimizer)
+    check = FiniteCheck(accelerator, label)
     for epoch in range(len(records) + 1, settings.epochs + 1):
         if _should_stop(records, settings):
             log.info(
@@ -124,13 +128,14 @@ def train(
         model.train()
         model.reset_expert_counts()
         started = time.perf_counter()
-        with one_sentence(label):
+        with one_sentence(label), check.in_experts(epoch, place):
             sums = _train_epoch(
                 model, trainable, train_batches, optimizer, scheduler, settings, epoch,
-                accelerator=accelerator, label=label, good=place, batch_parts=batch_parts, on_step=on_step,
+                accelerator=accelerator, check=check, good=place, batch_parts=batch_parts, on_step=on_step,
             )  # fmt: skip
             seconds = time.perf_counter() - started
             score = evaluate(model, val_batches, unk_id, accelerator)
+        check.require_finite_score(score.loss, epoch, place)
         record = EpochRecord(
             epoch=epoch,
             train_loss=sums.loss,
@@ -183,20 +188,21 @@ def _train_epoch(
     epoch: int,
     *,
     accelerator: Accelerator,
-    label: str,
+    check: FiniteCheck,
     good: Path | None,
     batch_parts: BatchParts,
     on_step: Callable[[int], None] | None,
 ) -> _EpochSums:
     """One pass over ``batches``: one optimiser step per batch, whatever the number of parts and processes."""
     on_cpu = accelerator.device.type == "cpu"
-    steps = len(batches)
+    steps, before = len(batches), (epoch - 1) * len(batches)
     losses, norms, tokens = [], [], []
+    taken: list[Tensor] = []  # norms of the steps that a loss scaler did not skip
     for step, (x, y) in enumerate(batches, start=1):
         count = (y != IGNORED).sum()  # over all processes' rows: each has the whole batch at hand
         if count == 0:
             raise ValueError(
-                f"{label}: batch {step} of epoch {epoch} has no target left after masking; leave such a batch out, or "
+                f"{check.label}: batch {step} of epoch {epoch} has no target left after masking; leave such a batch out, or "
                 "take longer lines or a smaller seq_len."
             )
         own = own_rows(accelerator, x, y)
@@ -204,21 +210,23 @@ def _train_epoch(
             model, len(own[0]), functools.partial(_backward, model, *own, count, accelerator)
         )
         add_up_gradients(accelerator, trainable)
-        norm = accelerator.clip_grad_norm_(trainable, settings.clip_at(epoch))
+        norm = accelerator.clip_grad_norm_(trainable, settings.clip_at(epoch)).detach()
         optimizer.step()
-        scheduler.step()
+        if not check.is_skipped(norm, before + step, good):
+            scheduler.step()
+            taken.append(norm)
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss)
-        norms.append(norm.detach())
+        norms.append(norm)
         tokens.append(count)
         if on_step is not None:
             on_step(1)
         if on_cpu or step % STEPS_BETWEEN_CHECKS == 0 or step == steps:
             window = 1 if on_cpu else STEPS_BETWEEN_CHECKS
-            _check_finite(losses[-window:], norms[-window:], (epoch - 1) * steps + step, label, good)
+            check.require_finite(losses[-window:], norms[-window:], before + step, good)
     weights = torch.stack(tokens).double()
     loss_sum = (add_up(accelerator, torch.stack(losses).double()).cpu() * weights).sum()
-    norm_values = torch.stack(norms).double()
+    norm_values = torch.stack(taken or [torch.zeros(())]).double()  # no step taken: nothing moved
     return _EpochSums(
         loss=float(loss_sum / weights.sum()),
         tokens=float(weights.sum()),
@@ -276,19 +284,3 @@ def _state(
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         "identity": identity,
     }
-
-
-def _check_finite(
-    losses: list[Tensor], norms: list[Tensor], last_step: int, label: str, good: Path | None
-) -> None:
-    values = torch.stack([torch.stack(losses).float(), torch.stack(norms).float()])
-    bad = (~torch.isfinite(values)).any(dim=0)
-    if not bool(bad.any()):
-        return
-    first = int(bad.nonzero()[0])
-    loss, norm = (float(v) for v in values[:, first])
-    raise NonFiniteError(
-        f"{label}: at step {last_step - len(losses) + 1 + first} the loss was {loss:g} and the gradient norm {norm:g}; "
-        f"the last good checkpoint is {good if good else 'none: it was the first epoch'}. "
-        "A lower learning rate, a smaller clip or fp32 are the usual remedies."
-    )

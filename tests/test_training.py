@@ -243,3 +243,81 @@ def test_a_split_without_any_target_cannot_be_evaluated():
     x = torch.zeros(2, 6, dtype=torch.int64)
     with pytest.raises(ValueError, match="no target to score"):
         evaluate(make_model(), [(x, torch.full_like(x, -100))], None)
+
+
+def run_with_scaler(monkeypatch, scale: float, epochs: int = 2):
+    """`run` under a loss scaler on the CPU: float32 gradients overflow there as float16 ones do on a GPU."""
+    accelerator = make_accelerator("cpu", "fp32")
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    unscale = accelerator.scaler.unscale_
+    clip = accelerator.clip_grad_norm_
+
+    def unscaled_clip(parameters, norm):
+        unscale(accelerator._optimizers[-1].optimizer)
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(accelerator, "clip_grad_norm_", unscaled_clip)
+    settings = TrainingSettings(epochs, schedule="cosine")
+    records = train(make_model(), make_batches(), make_batches(False), settings, accelerator=accelerator)
+    return records, accelerator.scaler
+
+
+def test_a_loss_scaler_that_overflows_skips_the_step_and_the_run_goes_on(monkeypatch):
+    records, scaler = run_with_scaler(monkeypatch, 2.0**127)
+    assert scaler.get_scale() < 2.0**127
+    assert all(math.isfinite(r.gradient_norm_mean) and r.gradient_norm_mean > 0 for r in records)
+    assert records[1].train_loss < records[0].train_loss
+    whole = run(make_model(), TrainingSettings(epochs=2, schedule="cosine"))
+    assert (
+        records[-1].learning_rate > whole[-1].learning_rate
+    )  # a step that was skipped is none of the schedule
+
+
+def test_a_gradient_that_no_loss_scale_makes_finite_ends_the_run(monkeypatch):
+    def poisoned(self, *arguments, **options):
+        return super(ResNetBK, self).loss(*arguments, **options) + (self.output.bias * 0).sqrt().sum()
+
+    monkeypatch.setattr(ResNetBK, "loss", poisoned)  # a finite loss whose gradient is 0 * inf
+    with pytest.raises(NonFiniteError, match=r"infinite or NaN in 21 steps in a row, up to step 21"):
+        run_with_scaler(monkeypatch, 2.0, epochs=3)
+
+
+def test_a_validation_loss_that_is_no_number_and_experts_that_diverge_end_the_run_by_name(monkeypatch):
+    from bklm import training
+    from bklm.moe_core import NonFiniteRouterError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", lambda *a: training.Evaluation(math.nan, 1, 0, math.nan, 1))
+        with pytest.raises(NonFiniteError, match=r"alpha 0\.3: the validation loss after epoch 1 was nan"):
+            run(make_model(), TrainingSettings(epochs=1), label="alpha 0.3")
+
+    def diverged(*arguments, **options):
+        raise NonFiniteRouterError("the router's logits are not finite")
+
+    monkeypatch.setattr(ResNetBK, "loss", diverged)
+    with pytest.raises(NonFiniteError, match=r"alpha 0\.3: in epoch 1 the router's logits are not finite"):
+        run(make_model(), TrainingSettings(epochs=1), label="alpha 0.3")
+
+
+def test_a_split_in_which_every_target_is_unknown_is_refused_in_one_sentence():
+    x = torch.ones(2, 6, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"each of the 12 targets is <unk>.*take a larger vocabulary"):
+        evaluate(make_model(), [(x, x)], unk_id=1)
+
+
+def test_a_checkpoint_of_more_epochs_than_are_asked_for_is_refused(tmp_path):
+    folder, _ = saved_run(tmp_path, {"model": "m"}, epochs=2)
+    with pytest.raises(ValueError, match=r"epochs: got 1, but the checkpoint .*epoch_0002.* has done 2"):
+        run(make_model(), TrainingSettings(epochs=1), identity={"model": "m"}, resume_from=folder.newest())
+
+
+def test_a_cosine_run_that_is_made_longer_says_from_where_the_rate_rises_again(tmp_path, caplog):
+    settings = TrainingSettings(epochs=1, schedule="cosine")
+    run(make_model(), settings, tmp_path)
+    run(make_model(), settings, tmp_path)
+    assert "rises again" not in caplog.text
+    run(make_model(), TrainingSettings(epochs=2, schedule="cosine"), tmp_path)
+    assert (
+        "training: the schedule is stretched over more steps, so the learning rate rises again from 0 to"
+        in caplog.text
+    )
