@@ -6,6 +6,7 @@ Everything here also works headless (papermill, CI): nothing waits for a front e
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import logging
 import os
@@ -35,6 +36,7 @@ __all__ = [
     "form_cell",
     "mount_drive",
     "run",
+    "say",
     "show_picture",
     "show_table",
     "where",
@@ -152,6 +154,14 @@ def show_table(rows: Sequence[dict[str, Any]], headless: bool = False) -> None:
         return
     table = pd.DataFrame(rows).fillna("").to_html(index=False, border=0, classes="bklm")
     display(HTML(f'<style>{TABLE_STYLE}</style><div style="overflow-x:auto">{table}</div>'))
+
+
+def say(text: str, headless: bool = False) -> None:
+    """A sentence or more, wrapped between words; as plain text where only text is streamed."""
+    if headless:
+        print(text)
+    else:
+        display(HTML(f'<p style="max-width:60em; line-height:1.5">{html.escape(text)}</p>'))
 
 
 def show_picture(path: Path) -> None:

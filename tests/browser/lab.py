@@ -32,12 +32,12 @@ class LabPage:
         choose = self.page.get_by_role(
             "button", name="Select Kernel"
         )  # asked for when the kernel is slow to come
-        expect(prompts.filter(has_text="[1]").or_(failed).or_(choose).first).to_be_visible(
+        expect(prompts.filter(has_text="[2]").or_(failed).or_(choose).first).to_be_visible(
             timeout=seconds * SECOND
         )
         if choose.is_visible():
             choose.click()
-            expect(prompts.filter(has_text="[1]").first).to_be_visible(timeout=seconds * SECOND)
+            expect(prompts.filter(has_text="[2]").first).to_be_visible(timeout=seconds * SECOND)
         end = time.monotonic() + seconds
         while pending.count() and not self.errors():
             assert time.monotonic() < end, f"{pending.count()} cells still wait: {pending.all_inner_texts()}"

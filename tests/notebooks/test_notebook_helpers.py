@@ -134,3 +134,12 @@ def test_a_cell_shows_the_last_lines_of_the_log_and_headless_all_of_them(monkeyp
     assert capsys.readouterr().out == ""
     notebook.run(study, None, headless=True)
     assert capsys.readouterr().out.count("line") == 30
+
+
+def test_a_sentence_is_plain_when_headless_and_escaped_in_a_browser(monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(notebook, "display", lambda html: shown.append(html.data))
+    notebook.say("<unk> is a word", headless=True)
+    assert capsys.readouterr().out == "<unk> is a word\n"
+    notebook.say("<unk> is a word")
+    assert "&lt;unk&gt; is a word" in shown[0]
