@@ -20,7 +20,15 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-__all__ = ["add_up", "add_up_gradients", "broadcast", "main_first", "make_accelerator", "own_rows"]
+__all__ = [
+    "add_up",
+    "add_up_gradients",
+    "broadcast",
+    "main_first",
+    "make_accelerator",
+    "own_rows",
+    "require_launch",
+]
 
 
 def make_accelerator(device: str, precision: str) -> Accelerator:
@@ -46,6 +54,27 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
         True
     )  # a notebook may ask for another device or precision than the run before
     return Accelerator(cpu=not on_gpu, mixed_precision={"fp32": "no"}.get(precision, precision))
+
+
+def require_launch(processes: int, device: str) -> None:
+    """Refuse to launch ``processes`` from this one where they could not work.
+
+    Raises:
+        ValueError: fewer GPUs than processes. RuntimeError: CUDA is in use here, and does not survive a fork.
+    """
+    if not torch.cuda.is_available():
+        return
+    if torch.cuda.is_initialized():
+        raise RuntimeError(
+            f"processes: got {processes}, but this process already uses CUDA, which its copies could not; press the Run "
+            "button (it starts a process of its own), use torchrun, or restart the kernel and run this first."
+        )
+    gpus = torch.cuda.device_count()
+    if device != "cpu" and processes > gpus:
+        raise ValueError(
+            f"processes: got {processes}, but torch sees {gpus} GPU{'s' if gpus > 1 else ''}; take at most as many processes, "
+            "or device 'cpu'."
+        )
 
 
 def own_rows(accelerator: Accelerator, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from bklm.checkpoints import CheckpointFolder
 from bklm.data import make_loader, windows
 from bklm.evaluation import evaluate
 from bklm.models import NewLLM, NewLLMConfig
-from bklm.processes import add_up_gradients, broadcast, main_first, make_accelerator, own_rows
+from bklm.processes import add_up_gradients, broadcast, main_first, make_accelerator, own_rows, require_launch
 from bklm.schedules import TrainingSettings
 from bklm.training import train
 
@@ -157,3 +158,19 @@ def test_parts_of_a_batch_change_nothing_but_the_memory_it_takes():
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
     assert all(math.isfinite(x) for x in curves[0])
+
+
+@pytest.mark.parametrize(
+    ("initialised", "device", "error", "message"),
+    [
+        (False, "auto", ValueError, "processes: got 3, but torch sees 2 GPUs"),
+        (True, "cpu", RuntimeError, "already uses CUDA.*Run button.*torchrun"),
+        (False, "cpu", None, ""),
+    ],
+)
+def test_a_launch_that_could_not_work_on_the_gpus_is_refused(monkeypatch, initialised, device, error, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialised)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(error, match=message) if error else contextlib.nullcontext():
+        require_launch(3, device)

@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 
 from bklm.checkpoints import is_checkpoint
 from bklm.config import TextStudyConfig, setting
-from bklm.processes import main_first, make_accelerator
+from bklm.processes import main_first, make_accelerator, require_launch
 from bklm.schedules import TrainingSettings, parse_clip
 from bklm.studies import cli
 from bklm.studies.baseline_measure import measure_models
@@ -203,6 +203,7 @@ def run_baseline(
     """
     config = config.resolved()
     if config.processes > 1 and "WORLD_SIZE" not in os.environ:
+        require_launch(config.processes, config.device)
         AcceleratorState._reset_state(
             True
         )  # the launcher wants none, and a run before this one has left its own
@@ -240,7 +241,7 @@ def _run(
         if not (main and report):
             return None
         measured = measure_models(config, text, runs, folder)
-        return write_report(config, text, runner.search_results, runs, measured, folder)
+        return write_report(config, text, runner.search_results, runs, runner.diverged, measured, folder)
 
 
 def _free_port() -> str:

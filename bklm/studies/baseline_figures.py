@@ -37,6 +37,10 @@ def describe_run(config: BaselineConfig, text: BaselineText, searched: Sequence[
         parts.append(f"learning rate {config.learning_rates[0]:g} for all")
     if config.protocol == "original":
         parts.append("the original's windows: an overlap's targets count twice")
+    if config.validation == "valid+test":
+        parts.append(
+            "validation holds the test split too, which early stopping and the choice of rate and epoch saw"
+        )
     if text.is_demonstration:
         parts.insert(0, "Demonstration")
     return "; ".join(parts) + "."

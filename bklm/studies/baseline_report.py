@@ -17,6 +17,7 @@ from bklm.studies.baseline_table import (
     REPORTED_EPOCHS,
     best_model,
     claims_table,
+    describe_diverged,
     headline,
     model_table,
     readable_contexts,
@@ -45,6 +46,7 @@ class BaselineResult:
     measured: dict[str, dict[str, Any]]
     claims: list[dict[str, Any]]
     runs: list[dict[str, Any]]
+    diverged: list[dict[str, Any]]
     folder: Path
     paths: dict[str, Path]
     bundle: Bundle
@@ -66,11 +68,12 @@ def write_report(
     text: BaselineText,
     search: list[dict[str, Any]],
     runs: list[dict[str, Any]],
+    diverged: list[dict[str, Any]],
     measured: dict[str, dict[str, Any]],
     folder: Path,
 ) -> BaselineResult:
     """Write every file of the study and its zip; the same runs always give the same numbers."""
-    table, finding = model_table(runs, measured), state_finding(runs)
+    table, finding = model_table(runs, measured), state_finding(runs) + describe_diverged(diverged)
     best = best_model(runs)
     best_perplexity = next(r["val_ppl"] for r in table if r["model"] == best)
     claims = claims_table(table)
@@ -89,6 +92,7 @@ def write_report(
             "baselines": text.baselines,
             "table": table,
             "learning_rate_search": search,
+            "diverged": diverged,
             "measured": measured,
             "claims": claims,
             "reported_by_the_original": REPORTED_EPOCHS,
@@ -123,6 +127,7 @@ def write_report(
         measured=measured,
         claims=claims,
         runs=runs,
+        diverged=diverged,
         folder=folder,
         paths=paths,
         bundle=zip_study(folder),
@@ -134,7 +139,7 @@ def show(result: BaselineResult | None) -> None:
     if result is None:
         return
     print(as_text(readable_search(result.search, result.table)))
-    print(as_text(readable_quality(result.table, result.baselines)))
+    print(as_text(readable_quality(result.table, result.baselines, result.diverged)))
     if "context_lengths.png" in result.paths:
         print(as_text(readable_contexts(result.table)))
     print(as_text(readable_cost(result.table, result.measured)))

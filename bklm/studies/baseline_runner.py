@@ -62,6 +62,7 @@ class Runner:
         self.is_main, self.on_figure = accelerator.is_main_process, on_figure
         self.folder = broadcast(accelerator, folder)
         self.search_results: list[dict[str, Any]] = []
+        self.diverged: list[dict[str, Any]] = []
         steps = len(text.train_loader(0)) * config.epochs * len(config.seeds)
         if len(config.learning_rates) > 1:
             steps += len(text.search_loader(0, config.search_tokens)) * len(config.learning_rates)
@@ -104,22 +105,38 @@ class Runner:
         return best
 
     def train_all(self, names: Sequence[str], rates: dict[str, float]) -> list[dict[str, Any]]:
-        """Every (model, seed) trained once; one result each, in grid order."""
+        """Every (model, seed) trained once; the results of those that did not diverge, in grid order.
+
+        The others are recorded, too: model, seed, learning_rate and reason of each are in ``diverged``.
+
+        Raises:
+            RuntimeError: every one diverged.
+        """
         results: dict[tuple[str, int], dict[str, Any]] = {}
 
         def train_one(point: dict[str, Any]) -> float:
             name, seed = point["model"], point["seed"]
             result = self._train_one(name, seed, rates[name])
             results[name, seed] = result
+            if result["val_ppl"] is None:
+                return math.inf
             log.info(
                 "%s, seed %d: validation PPL %.2f at epoch %d%s",
                 TITLES[name], seed, result["val_ppl"], result["best_epoch"], self.progress.time_left(),
             )  # fmt: skip
-            self._draw(list(results.values()))
+            self._draw([r for r in results.values() if r["val_ppl"] is not None])
             return result["val_ppl"]
 
         points = self._run_points("runs.journal", {"model": names, "seed": self.config.seeds}, train_one)
-        return [results[p["model"], p["seed"]] for p in points]
+        found = [results[p["model"], p["seed"]] for p in points]
+        self.diverged = [r for r in found if r["val_ppl"] is None]
+        runs = [r for r in found if r["val_ppl"] is not None]
+        if not runs:
+            raise RuntimeError(
+                f"every training diverged, the first so: {found[0]['reason']} Take another output_dir for other settings."
+            )
+        self._keep_weights(runs)
+        return runs
 
     def _run_points(
         self, journal: str, grid: dict[str, Sequence[Any]], evaluate_point: Callable[[dict[str, Any]], float]
@@ -189,29 +206,44 @@ class Runner:
             self.progress.skip(len(loader) * config.epochs)
             return finished
         self.progress.describe(f"{TITLES[name]}, seed {seed}")
+        done_before = self.progress.done
         model = self._fresh(name, seed)
         checkpoints = CheckpointFolder(
             config.checkpoint_folder() / run,
             milestone_every=config.checkpoint_every,
             keep_milestones=config.keep_checkpoints,
         )
-        records = train(
-            model,
-            loader,
-            text.val_loader(),
-            config.training_settings(learning_rate, seed),
-            accelerator=self.accelerator,
-            unk_id=text.unk_id,
-            folder=checkpoints,
-            label=f"{TITLES[name]}, seed {seed}",
-            identity=self._identity(name, seed, learning_rate),
-            resume_from=next(iter(self._resumed()), None),
-            on_step=self.progress.step,
-            on_skip=self.progress.skip,
-        )
+        try:
+            records = train(
+                model,
+                loader,
+                text.val_loader(),
+                config.training_settings(learning_rate, seed),
+                accelerator=self.accelerator,
+                unk_id=text.unk_id,
+                folder=checkpoints,
+                label=f"{TITLES[name]}, seed {seed}",
+                identity=self._identity(name, seed, learning_rate),
+                resume_from=next(iter(self._resumed()), None),
+                on_step=self.progress.step,
+                on_skip=self.progress.skip,
+            )
+        except NonFiniteError as error:  # the others are worth reporting without it
+            self.progress.skip(done_before + len(loader) * config.epochs - self.progress.done)
+            reason = str(error)
+            log.warning("%s It is recorded as diverged; delete %s to train it again.", reason, folder)
+            result = {
+                "model": name,
+                "seed": seed,
+                "learning_rate": learning_rate,
+                "val_ppl": None,
+                "reason": reason,
+            }
+            self._write(folder, result)
+            return result
         self.progress.skip(len(loader) * (config.epochs - len(records)))
         # Of several epochs the one with the lowest validation loss is the model; the test split has no say in that.
-        places = {epoch_of(p): p for p in [*self._resumed(), *checkpoints.all()]}
+        places = self._places(checkpoints)
         best = min((r for r in records if r.epoch in places), key=lambda r: r.val_loss)
         load_model(model, str(places[best.epoch] / "model.safetensors"))
         result = self._scores(model, records, best) | {
@@ -230,6 +262,24 @@ class Runner:
                 save_model(model, str(temporary))
         self._write(folder, result)
         return result
+
+    def _places(self, checkpoints: CheckpointFolder) -> dict[int, Path]:
+        return {epoch_of(p): p for p in [*self._resumed(), *checkpoints.all()]}
+
+    def _keep_weights(self, runs: list[dict[str, Any]]) -> None:
+        """Where the first seed diverged, the weights of the first that did not stand for the model."""
+        for run in {run["model"]: run for run in reversed(runs)}.values():
+            kept = self.folder / "runs" / f"{run['model']}_seed_{run['seed']}" / "best_model.safetensors"
+            if not self.is_main or kept.exists():
+                continue
+            best = self._places(CheckpointFolder(run["checkpoints"])).get(run["best_epoch"])
+            if best is None:
+                raise OSError(
+                    f"the best checkpoint (epoch {run['best_epoch']}) is gone from {run['checkpoints']}, and no copy of its "
+                    f"weights was made yet; delete {kept.parent} to train this one again."
+                )
+            with replacing(kept) as temporary:
+                shutil.copyfile(best / "model.safetensors", temporary)
 
     def _scores(self, model: LanguageModel, records: list[EpochRecord], best: EpochRecord) -> dict[str, Any]:
         text, tokens = self.text, self.config.context_tokens
@@ -270,7 +320,7 @@ class Runner:
             "model": name,
             "seed": seed,
             "learning_rate": learning_rate,
-            "vocabulary": f"{self.text.vocab_size} words, SHA-256 {self.text.vocabulary_sha256[:8]}",
+            "vocabulary": self.text.vocabulary_name,
         }
 
     def _resumed(self) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,29 @@ def list_checkpoints(config: BaselineConfig) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def choose_checkpoint(rows: Sequence[dict[str, Any]], number: int, text: BaselineText) -> LanguageModel:
+    """The model of row ``number`` of `list_checkpoints`, to write with the words of ``text``.
+
+    Raises:
+        ValueError: there is no such row, or that model was trained with another vocabulary.
+    """
+    if not rows:
+        raise ValueError(
+            "number: there are no checkpoints yet; run the study first, or set checkpoint_dir to where they are."
+        )
+    if not 0 <= number < len(rows):
+        raise ValueError(f"number: got {number}; the list has 0 to {len(rows) - 1}.")
+    place = Path(rows[number]["path"])
+    model = load_checkpoint(place)
+    vocabulary = read_state(place)["identity"]["vocabulary"]
+    if vocabulary != text.vocabulary_name:
+        raise ValueError(
+            f"checkpoint: {place} was trained with another vocabulary ({vocabulary}) than this text's "
+            f"({text.vocabulary_name}); take one of this study's, or the text and vocab_size it was trained with."
+        )
+    return model
 
 
 def load_checkpoint(place: Path) -> LanguageModel:

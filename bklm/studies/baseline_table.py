@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ __all__ = [
     "best_model",
     "by_model",
     "claims_table",
+    "describe_diverged",
     "headline",
     "model_table",
     "over_seeds",
@@ -65,6 +68,7 @@ def model_table(runs: Runs, measured: Mapping[str, Mapping[str, Any]]) -> list[d
         row: dict[str, Any] = {
             "model": name,
             "parameters": group[0]["parameters"],
+            "n_seq": group[0]["model_config"].get("n_seq"),  # positions; None: any number
             "active_parameters": group[0]["active_parameters"],
             "learning_rate": group[0]["learning_rate"],
             "seeds": len(group),
@@ -93,15 +97,24 @@ def model_table(runs: Runs, measured: Mapping[str, Mapping[str, Any]]) -> list[d
 
 
 def readable_quality(
-    rows: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any]]
+    rows: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any]], diverged: Runs = ()
 ) -> list[dict[str, Any]]:
-    """Perplexities and accuracy for people, with the n-gram baselines and the original's report below."""
+    """Perplexities and accuracy for people, with the n-gram baselines and the original's report below.
+
+    Models and seeds that diverged are named as such; no mean counts them.
+    """
+    lost = Counter(r["model"] for r in diverged)
     found = [
         {
             "model": TITLES[r["model"]],
             "parameters (active)": _parameters(r),
             "learning rate": f"{r['learning_rate']:g}",
-            "val PPL (95%)": _perplexity(r, "val_ppl"),
+            "val PPL (95%)": _perplexity(r, "val_ppl")
+            + (
+                f"; diverged: {lost[r['model']]} of {lost[r['model']] + r['seeds']} seeds"
+                if lost[r["model"]]
+                else ""
+            ),
             "without <unk>": _perplexity(r, "val_ppl_without_unk", interval=False),
             "test PPL": _perplexity(r, "test_ppl", interval=False),
             "accuracy": f"{r['accuracy']:.1%}",
@@ -110,6 +123,16 @@ def readable_quality(
         for r in rows
     ]
     empty = dict.fromkeys(found[0], "-")
+    all_lost = {r["model"]: r for r in diverged if r["model"] not in {row["model"] for row in rows}}
+    found += [
+        {
+            **empty,
+            "model": TITLES[name],
+            "learning rate": f"{r['learning_rate']:g}",
+            "val PPL (95%)": "diverged",
+        }
+        for name, r in all_lost.items()
+    ]
     found += [
         {
             **empty,
@@ -135,9 +158,16 @@ def readable_contexts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     lengths = [key.removeprefix("val_ppl_context_") for key in rows[0] if key.startswith("val_ppl_context_")]
     return [
         {"model": TITLES[r["model"]]}
-        | {n: _perplexity(r, f"val_ppl_context_{n}", interval=False, missing="not possible") for n in lengths}
+        | {
+            n: _perplexity(r, f"val_ppl_context_{n}", interval=False, missing=_why_missing(r, int(n)))
+            for n in lengths
+        }
         for r in rows
     ]
+
+
+def _why_missing(row: Mapping[str, Any], length: int) -> str:
+    return "not possible" if length > (row["n_seq"] or length) else "text too short"
 
 
 def readable_cost(
@@ -159,7 +189,10 @@ def readable_cost(
             where = f"{entry['position']:,}"
             ends = entry["reason"] and f"not possible: {entry['reason']}"
             row[f"state at {where}"] = ends or _bytes(entry["state_bytes"])
-            row[f"{entry['tokens']:,} tokens from {where}"] = ends or f"{entry['seconds']:.3g} s"
+            longest = r["n_seq"] or math.inf
+            beyond = entry["position"] + entry["tokens"] > longest
+            note = " (positions never trained)" if beyond else ""
+            row[f"{entry['tokens']:,} tokens from {where}"] = ends or f"{entry['seconds']:.3g} s{note}"
         found.append(row)
     return found
 
@@ -219,16 +252,30 @@ def claims_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def paired_ratios(runs: Runs) -> dict[str, Perplexity]:
-    """Per model other than the best: its validation PPL over the best model's on the same seeds, mean and 95% interval."""
-    groups = by_model(runs)
-    best = best_model(runs)
+    """Per model other than the best: its validation PPL over the best model's on the same seeds, mean and 95% interval.
+
+    Seeds are those that every model has finished; with none there is no ratio.
+    """
+    groups, best = by_model(runs), best_model(runs)
+    scores = {name: {r["seed"]: r["val_ppl"] for r in group} for name, group in groups.items()}
+    seeds = _common_seeds(groups)
     return {
-        name: Perplexity.over_seeds(
-            [r["val_ppl"] / b["val_ppl"] for r, b in zip(group, groups[best], strict=True)]
-        )
-        for name, group in groups.items()
-        if name != best
+        name: Perplexity.over_seeds([of_seed[s] / scores[best][s] for s in seeds])
+        for name, of_seed in scores.items()
+        if name != best and seeds
     }
+
+
+def _common_seeds(groups: Mapping[str, Runs]) -> list[int]:
+    return sorted(set.intersection(*({r["seed"] for r in group} for group in groups.values())))
+
+
+def describe_diverged(diverged: Runs) -> str:
+    """One sentence, "" when there is nothing to say."""
+    if not diverged:
+        return ""
+    words = [f"{TITLES[r['model']]}, seed {r['seed']} (learning rate {r['learning_rate']:g})" for r in diverged]
+    return f" Diverged, and in none of these numbers: {'; '.join(words)}."
 
 
 def best_model(runs: Runs) -> str:
@@ -244,7 +291,7 @@ def state_finding(runs: Runs) -> str:
     ratios = paired_ratios(runs)
     if not ratios:
         return sentence + "."
-    seeds = len(groups[best])
+    seeds = len(_common_seeds(groups))
     if seeds < 2:
         return sentence + "; one seed, so no interval and no verdict on the differences."
     words = {name: f"{TITLES[name]} x{ratio}" for name, ratio in ratios.items()}

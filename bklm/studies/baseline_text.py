@@ -64,6 +64,11 @@ class BaselineText(StudyText):
         """Of the words in the order of their ids."""
         return hashlib.sha256("\n".join(self.tokens.vocab.words).encode()).hexdigest()
 
+    @property
+    def vocabulary_name(self) -> str:
+        """What a checkpoint says of the vocabulary it was trained with."""
+        return f"{self.vocab_size} words, SHA-256 {self.vocabulary_sha256[:8]}"
+
     def search_loader(self, seed: int, tokens: int) -> DataLoader:
         """Training windows over the first ``tokens`` tokens (0: all), for the learning-rate search."""
         return self._loader(self.tokens.train[: tokens or None], shuffle=True, seed=seed)

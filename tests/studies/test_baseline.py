@@ -16,11 +16,12 @@ from bklm.studies import baseline, baseline_figures, baseline_measure, baseline_
 from bklm.studies.baseline import BaselineConfig, run_baseline
 from bklm.studies.baseline_estimate import estimated_minutes
 from bklm.studies.baseline_models import COMPETITORS, active_parameters, build_model, model_settings
-from bklm.studies.baseline_samples import list_checkpoints, load_checkpoint, write_sample
+from bklm.studies.baseline_samples import choose_checkpoint, list_checkpoints, load_checkpoint, write_sample
 from bklm.studies.baseline_table import (
     claims_table,
     headline,
     model_table,
+    paired_ratios,
     readable_contexts,
     readable_cost,
     readable_quality,
@@ -164,6 +165,17 @@ def test_checkpoints_go_where_they_are_wanted_and_tell_which_model_they_hold(tin
     assert best == pytest.approx(result.best_perplexity, rel=1e-6)
     with pytest.raises(ValueError, match="is no checkpoint"):
         load_checkpoint(tmp_path)
+    assert choose_checkpoint(rows, 0, text).num_parameters() == result.table[0]["parameters"]
+    for number in (-1, len(rows)):
+        with pytest.raises(ValueError, match=rf"number: got {number}; the list has 0 to {len(rows) - 1}"):
+            choose_checkpoint(rows, number, text)
+    with pytest.raises(ValueError, match="there are no checkpoints yet"):
+        choose_checkpoint([], 0, text)
+    other = prepare_text(dataclasses.replace(config, vocab_size=10))
+    with pytest.raises(
+        ValueError, match=r"another vocabulary \(\d+ words, SHA-256 .*\) than this text's \(10 words"
+    ):
+        choose_checkpoint(rows, 0, other)
 
 
 def test_a_longer_run_goes_on_from_a_checkpoint_of_a_shorter_one(tiny, tmp_path):
@@ -240,6 +252,39 @@ def test_a_learning_rate_that_diverges_is_an_answer_and_not_taken(tiny, monkeypa
         run_baseline(dataclasses.replace(tiny, learning_rates=(1.0, 2.0), output_dir=tiny.output_dir + "2"))
 
 
+def test_a_run_that_diverges_is_recorded_and_the_others_are_reported_without_it(tiny, monkeypatch):
+    real = baseline_runner.train
+
+    def train(model, loader, val, settings, **options):
+        if settings.seed == 0:
+            raise NonFiniteError("NewLLM, seed 0: the loss was nan.")
+        return real(model, loader, val, settings, **options)
+
+    monkeypatch.setattr(baseline_runner, "train", train)
+    config = dataclasses.replace(tiny, seeds=(0, 1), epochs=1)
+    result = run_baseline(config)
+    assert [r["seed"] for r in result.runs] == [1]
+    assert [(r["seed"], r["reason"]) for r in result.diverged] == [(0, "NewLLM, seed 0: the loss was nan.")]
+    assert "seed 0: the loss was nan. It is recorded as diverged" in (result.folder / "run.log").read_text()
+    assert "Diverged, and in none of these numbers: NewLLM, seed 0 (learning rate 0.01)." in result.finding
+    quality = readable_quality(result.table, [], result.diverged)
+    assert quality[0]["val PPL (95%)"].endswith("; diverged: 1 of 2 seeds")
+    assert result.load().num_parameters() == result.table[0]["parameters"]  # the seed that did not diverge
+    monkeypatch.setattr(baseline_runner, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert run_baseline(config).table == result.table
+
+
+def test_when_every_run_diverges_one_sentence_says_so(tiny, monkeypatch):
+    def train(*arguments, **options):
+        raise NonFiniteError("NewLLM, seed 0: the loss was nan.")
+
+    monkeypatch.setattr(baseline_runner, "train", train)
+    with pytest.raises(
+        RuntimeError, match=r"every training diverged, .*the loss was nan\. Take another output_dir"
+    ):
+        run_baseline(tiny)
+
+
 def test_training_stops_early_and_the_best_epoch_is_the_model(tiny):
     config = dataclasses.replace(tiny, learning_rates=(1e-12,), epochs=9, patience=2)
     (run,) = run_baseline(config).runs
@@ -271,6 +316,8 @@ def test_every_token_after_the_first_is_a_target_once_and_words_are_lower_case(t
     both = prepare_text(dataclasses.replace(tiny, validation="valid+test").resolved())
     assert both.val_targets == len(words) + sum(len(line.split()) for line in both.corpus.test) - 1
     assert not both.has_test_split
+    split = dataclasses.replace(tiny, validation="valid+test").resolved()
+    assert "validation holds the test split too" in baseline_figures.describe_run(split, both)
     cased = prepare_text(dataclasses.replace(tiny, lowercase=False).resolved())
     assert "Animals" in cased.tokens.vocab.words
     assert "Animals" not in text.tokens.vocab.words
@@ -321,7 +368,8 @@ def run_of(model: str, seed: int, perplexity: float) -> dict:
     return {
         "model": model, "seed": seed, "val_ppl": perplexity, "val_ppl_without_unk": 2 * perplexity, "test_ppl": None,
         "val_accuracy": 0.3, "best_epoch": 2, "parameters": 10, "active_parameters": 8, "learning_rate": 1e-3, "steps": 4,
-        "val_ppl_by_context": {"16": perplexity, "64": None if model == "gpt" else perplexity - 1},
+        "val_ppl_by_context": {"16": perplexity, "64": None if model == "gpt" else perplexity - 1, "1024": None},
+        "model_config": {"n_seq": 32} if model == "gpt" else {},
         "epochs": [{"seconds": 30.0}],
     }  # fmt: skip
 
@@ -334,6 +382,11 @@ def test_a_difference_inside_its_interval_is_called_none_and_one_outside_worse()
     worse = [*runs, run_of("gpt", 0, 60.0), run_of("gpt", 1, 66.1)]
     assert "worse over 2 paired seeds: GPT x1.201 (" in state_finding(worse)
     assert "1 of 1 others is worse" in headline(worse)
+    assert paired_ratios([*worse, run_of("newllm", 2, 50.0)]) == paired_ratios(worse)  # GPT's seed 2 diverged
+    assert "Lowest validation PPL: NewLLM" in state_finding([runs[0], run_of("gpt", 1, 90.0)])  # no common seed
+    lost = {"model": "resnet_bk", "seed": 0, "learning_rate": 3e-3}
+    quality = readable_quality(model_table(worse, {}), [], [lost])
+    assert [r["val PPL (95%)"] for r in quality if r["model"] == "ResNetBK"] == ["diverged"]
     one = [runs[0], run_of("gpt", 0, 90.0)]
     assert "no verdict" in state_finding(one)
     assert "no interval" in headline(one)
@@ -351,10 +404,13 @@ def test_the_tables_say_what_is_not_possible_and_whose_numbers_they_are():
     table = model_table(runs, measured)
     contexts = readable_contexts(table)
     assert [row["64"] for row in contexts] == ["49.0", "not possible"]
+    assert [row["1024"] for row in contexts] == ["text too short", "not possible"]
     first, second = readable_cost(table, measured)
     assert first["10 tokens from 64"] == "1.25 s"
     assert second["training tokens/s (ratio)"] == "50 (x0.50)"
     assert second["10 tokens from 64"] == "not possible: it ends at 32 positions"
+    longer_table = {**measured, "gpt": {**measured["gpt"], "generation": [possible]}}
+    assert readable_cost(table, longer_table)[1]["10 tokens from 64"] == "1.25 s (positions never trained)"
     quality = readable_quality(table, [{"name": "unigram", "val_ppl": 99.0, "val_ppl_without_unk": 199.0}])
     assert quality[0]["parameters (active)"] == "10 (8)"
     assert quality[-1]["val PPL (95%)"] == "23.34"
