@@ -20,8 +20,8 @@ LAYERS = {
     "Mixture of experts": ("moe", "moe_core", "moe_ops", "moe_reference"),
     "Models": ("models",),
     "Training": (
-        "training", "evaluation", "records", "resuming", "out_of_memory", "quantise", "fixed_point", "corpus_contexts",
-        "context_store", "context_cache",
+        "training", "evaluation", "records", "resuming", "out_of_memory", "non_finite", "quantise", "fixed_point",
+        "corpus_contexts", "context_store", "context_cache",
     ),
     "Reports": ("reporting", "figures"),
     "Studies": ("studies",),
