@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from .checks import require_whole
@@ -61,13 +61,17 @@ def split_documents(
             f"val_documents: got {valid}, but the validation split of {corpus.name!r} has {len(scored)} documents; "
             f"ask for at most {len(scored)}"
         )
-    available = corpus.documents("train")
-    pool = list(
-        islice(available, needed + spare + valid)
-    )  # one copy of each validation document may have to go
-    found = near_duplicates(pool, scored, threshold)
-    dropped = {duplicate.index for duplicate in found}
-    kept = [text for index, text in enumerate(pool) if index not in dropped]
+    available = iter(corpus.documents("train"))
+    pool: list[str] = []
+    found: list[NearDuplicate] = []
+    kept: list[str] = []
+    # As many again as are still missing, until nothing is missing or the split ends: any number may be near-copies.
+    while missing := list(islice(available, needed + spare - len(kept))):
+        copies = near_duplicates(missing, scored, threshold)
+        dropped = {duplicate.index for duplicate in copies}
+        kept += [text for index, text in enumerate(missing) if index not in dropped]
+        found += [replace(duplicate, index=len(pool) + duplicate.index) for duplicate in copies]
+        pool += missing
     if len(kept) < needed:
         less = f", {len(found)} of them nearly equal to validation documents" if found else ""
         raise ValueError(
@@ -79,7 +83,7 @@ def split_documents(
             "%d of %d training documents nearly equal a validation document; left out", len(found), len(pool)
         )
     removed = [_describe(duplicate, pool, scored) for duplicate in found]
-    return DocumentSplit(kept[:needed], scored, kept[needed : needed + spare], removed, len(pool), threshold)
+    return DocumentSplit(kept[:needed], scored, kept[needed:], removed, len(pool), threshold)
 
 
 def _describe(duplicate: NearDuplicate, texts: Sequence[str], others: Sequence[str]) -> RemovedDocument:

@@ -99,6 +99,16 @@ def test_near_copies_of_validation_documents_leave_training_and_the_next_documen
     assert not set(split.train) & set(split.spare)
 
 
+@pytest.mark.parametrize("copies", [0, 1, 8, 20])
+def test_any_number_of_near_copies_is_passed_over_as_long_as_clean_documents_follow(copies):
+    valid = [text_of(500)]
+    clean = [text_of(i) for i in range(12)]
+    made = Corpus("made here", "a test", valid * copies + clean, valid, [text_of(900)], line_is_document=True)
+    split = split_documents(made, (3,), 1, spare=2)
+    assert (split.train, split.spare) == (clean[:3], clean[3:5])
+    assert (len(split.removed), split.examined) == (copies, copies + 5)
+
+
 def test_documents_of_a_small_sample_are_the_first_of_a_large_one(corpus):
     assert split_documents(corpus, (6,), 4).train[:3] == split_documents(corpus, (3,), 4).train
 
