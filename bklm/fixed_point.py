@@ -44,7 +44,7 @@ class FixedPointSettings:
     """How the context block is trained; the defaults are the original's.
 
     Attributes:
-        iterations: at most so many, the first sweep counted.
+        iterations: at most so many, the first sweep counted; at least 2.
         clip: largest global gradient norm.
         noise: standard deviation of what is added to the left neighbour's context.
         threshold, fraction: converged when this fraction of tokens has an MSE below ``threshold``.
@@ -66,10 +66,11 @@ class FixedPointSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "min_iterations", "group"):
+        # The first iteration only sweeps: fewer than two would train nothing.
+        for name, least in (("iterations", 2), ("min_iterations", 1), ("group", 1)):
             value = getattr(self, name)
-            if not (name == "group" and value is None) and not (type(value) is int and value >= 1):
-                raise ValueError(f"{name}: got {value!r}; it must be a whole number of at least 1.")
+            if not (name == "group" and value is None) and not (type(value) is int and value >= least):
+                raise ValueError(f"{name}: got {value!r}; it must be a whole number of at least {least}.")
         for name in ("learning_rate", "clip", "threshold"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}; it must be a positive, finite number.")
@@ -133,7 +134,8 @@ def train_context(
     began = time.perf_counter()
     first = corpus_contexts(model, ids, document_starts=restarts)
     log.info("phase 1: %s", first)
-    contexts, rows, steps = first.final, [], 0
+    contexts, rows, steps, sweep = first.final, [], 0, str(first)
+    del first  # it would hold a third (T, D) beside the contexts of two iterations
     rows.append(_row(1, contexts, began))
     if on_iteration is not None:
         on_iteration(rows[0])
@@ -167,7 +169,7 @@ def train_context(
         "converged" if converged else "not converged", len(rows), 100 * rows[-1]["converged"],
         100 * rows[-1]["effective_rank"], 100 * rows[-1]["effective_rank_centred"],
     )  # fmt: skip
-    return Phase1Result(rows, converged, steps, str(first))
+    return Phase1Result(rows, converged, steps, sweep)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -200,6 +201,22 @@ def test_phase_1_trains_the_context_block_alone_and_leaves_no_gradient_behind():
     assert all(math.isfinite(row[name]) for row in result.rows[1:] for name in ("loss", "mse", "diversity"))
 
 
+def test_the_first_contexts_are_let_go_of_when_the_next_iteration_has_its_own(monkeypatch):
+    found, alive = [], []
+
+    def watched(*args, **options):
+        result = corpus_contexts(*args, **options)
+        found.append(weakref.ref(result.final))
+        return result
+
+    monkeypatch.setattr(fixed_point, "corpus_contexts", watched)
+    settings = FixedPointSettings(iterations=4, fraction=1.0, threshold=1e-9)
+    train_context(
+        model_of(), ids_of(50), settings, on_iteration=lambda row: alive.append(found[0]() is not None)
+    )
+    assert alive == [True, True, False, False]  # iteration 2 starts from them
+
+
 def test_training_stops_when_enough_tokens_have_settled_but_not_before_the_third_iteration():
     easy = FixedPointSettings(threshold=10.0)
     assert len(train_context(model_of(), ids_of(50), easy).rows) == 3
@@ -274,7 +291,8 @@ def test_a_frozen_block_a_broken_one_and_too_little_memory_are_refused(monkeypat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"iterations": 0}, "iterations: got 0"),
+        ({"iterations": 1}, "iterations: got 1; .* at least 2"),
+        ({"min_iterations": 0}, "min_iterations: got 0"),
         ({"group": 0}, "group: got 0"),
         ({"learning_rate": 0.0}, "learning_rate: got 0.0"),
         ({"noise": -0.1}, "noise: got -0.1"),
