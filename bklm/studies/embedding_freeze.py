@@ -7,6 +7,7 @@ trained in the second phase, and whether the head is tied to it; all else is equ
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,24 +40,24 @@ class EmbeddingFreezeConfig(TextStudyConfig):
     circumstances: ClassVar[frozenset[str]] = StudyConfig.circumstances | {"phase"}
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
-            "tokenizer": "corpus", "embedding": "svd", "samples": (12,), "seeds": (0, 1), "val_documents": 4,
-            "document_tokens": 256, "pretraining_documents": 20, "vocab_size": 400, "embed_dim": 16, "context_dim": 16,
-            "n_layers": 2, "epochs": 2,
+            "dataset": "embedded", "tokenizer": "corpus", "embedding": "svd", "samples": (12,), "seeds": (0, 1),
+            "val_documents": 4, "document_tokens": 256, "pretraining_documents": 20, "vocab_size": 400, "embed_dim": 16,
+            "context_dim": 16, "n_layers": 2, "epochs": 2,
         },
         "quick": {
-            "tokenizer": "corpus", "embedding": "svd", "samples": (20, 40), "seeds": (0, 1, 2), "val_documents": 6,
-            "document_tokens": 1024, "pretraining_documents": 1000, "vocab_size": 2000, "embed_dim": 64, "context_dim": 64,
-            "n_layers": 3, "epochs": 6,
+            "dataset": "ultrachat", "tokenizer": "corpus", "embedding": "svd", "samples": (20, 40), "seeds": (0, 1, 2),
+            "val_documents": 6, "document_tokens": 1024, "pretraining_documents": 1000, "vocab_size": 2000, "embed_dim": 64,
+            "context_dim": 64, "n_layers": 3, "epochs": 6,
         },
         "full": {
-            "tokenizer": "gpt2", "embedding": "gpt2", "samples": (500, 1000), "seeds": (0, 1, 2), "val_documents": 50,
-            "document_tokens": 512, "pretraining_documents": 4000, "vocab_size": 50257, "embed_dim": 768,
-            "context_dim": 768, "n_layers": 6, "epochs": 10,
+            "dataset": "ultrachat", "tokenizer": "gpt2", "embedding": "gpt2", "samples": (500, 1000), "seeds": (0, 1, 2),
+            "val_documents": 50, "document_tokens": 512, "pretraining_documents": 4000, "vocab_size": 50257,
+            "embed_dim": 768, "context_dim": 768, "n_layers": 6, "epochs": 10,
         },
     }  # fmt: skip
 
-    dataset: Literal["ultrachat", "wikitext-2", "embedded"] = setting(
-        "ultrachat", help="text to train on; embedded needs no network"
+    dataset: Literal["ultrachat", "wikitext-2", "embedded"] | None = setting(
+        None, help="text to train on; embedded needs no network"
     )
     initialisation: Literal["both", "pretrained", "random"] = setting(
         "both", help="the embedding to start from"
@@ -91,7 +92,9 @@ class EmbeddingFreezeConfig(TextStudyConfig):
         (2e-3,), above=0, high=10, help="several: each arm is searched over all with the first seed"
     )
     clip: float = setting(1.0, above=0, high=1e6, help="largest gradient norm, both phases")
-    iterations: int = setting(10, low=1, high=10_000, help="most iterations of phase 1")
+    iterations: int = setting(
+        10, low=2, high=10_000, help="most iterations of phase 1, the first sweep counted"
+    )
     context_learning_rate: float = setting(2e-3, above=0, high=10, help="Adam learning rate of phase 1")
     noise: float = setting(0.1, low=0, high=100, help="noise on the contexts in phase 1")
     recompute_contexts: bool = setting(
@@ -102,6 +105,8 @@ class EmbeddingFreezeConfig(TextStudyConfig):
     )
 
     def resolved(self) -> EmbeddingFreezeConfig:
+        if self.dataset is None and self.data_dir:  # a folder is read whatever text the profile would take
+            return dataclasses.replace(self, dataset="ultrachat").resolved()
         config = super().resolved()
         if config.embedding == "gpt2" and not config.embedding_file and config.initialisation != "random":
             if config.tokenizer != "gpt2":

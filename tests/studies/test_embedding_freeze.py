@@ -157,6 +157,15 @@ def trained_models(monkeypatch) -> dict[str, tuple[dict, dict]]:
     return seen
 
 
+def test_the_smoke_profile_needs_no_network_and_no_folder_and_a_folder_is_read_where_one_is_given(config):
+    smoke = EmbeddingFreezeConfig(profile="smoke").resolved()
+    assert (smoke.dataset, smoke.tokenizer, smoke.embedding) == ("embedded", "corpus", "svd")
+    assert prepare_text(smoke).is_demonstration
+    assert EmbeddingFreezeConfig(profile="quick").resolved().dataset == "ultrachat"
+    assert config.dataset is None
+    assert not prepare_text(config.resolved()).is_demonstration
+
+
 def test_frozen_embeddings_stay_bit_equal_and_trained_ones_move(config, trained_models):
     run_embedding_freeze(dataclasses.replace(config, seeds=(0,), original_comparison=True, head="both"))
     for label, (before, after) in trained_models.items():
