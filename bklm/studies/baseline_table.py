@@ -167,7 +167,9 @@ def readable_contexts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _why_missing(row: Mapping[str, Any], length: int) -> str:
-    return "not possible" if length > (row["n_seq"] or length) else "text too short"
+    # A summary that an earlier version wrote has no n_seq, and only windows that did not fit lacked a value in practice.
+    longest = row.get("n_seq", 1) or math.inf
+    return "not possible" if length > longest else "text too short"
 
 
 def readable_cost(
@@ -189,7 +191,7 @@ def readable_cost(
             where = f"{entry['position']:,}"
             ends = entry["reason"] and f"not possible: {entry['reason']}"
             row[f"state at {where}"] = ends or _bytes(entry["state_bytes"])
-            longest = r["n_seq"] or math.inf
+            longest = r.get("n_seq") or math.inf
             beyond = entry["position"] + entry["tokens"] > longest
             note = " (positions never trained)" if beyond else ""
             row[f"{entry['tokens']:,} tokens from {where}"] = ends or f"{entry['seconds']:.3g} s{note}"
