@@ -85,6 +85,9 @@ def write_report(
             state_finding(trials),
             state_original(trials),
             state_rule(trials),
+            state_baselines(trials, text.baselines),
+            state_limits(trials, config),
+            state_advantages(config, text),
             *findings,
             state_drift(trials),
         ]
@@ -187,15 +190,17 @@ def state_phase1(phase1: Sequence[dict[str, Any]]) -> str:
     """Convergence and rank of phase 1, and why freezing cannot change them."""
     parts = []
     for name in dict.fromkeys(run["initialisation"] for run in phase1):
-        last = [run["rows"][-1] for run in phase1 if run["initialisation"] == name]
-        converged, rank, centred, iterations = (
-            interval95([row[key] for row in last])[0]
-            for key in ("converged", "effective_rank", "effective_rank_centred", "iteration")
+        runs = [run for run in phase1 if run["initialisation"] == name]
+        met = [run["rows"][-1]["iteration"] for run in runs if run["converged"]]
+        others = [run["rows"][-1]["converged"] for run in runs if not run["converged"]]
+        rank, centred = (
+            interval95([run["rows"][-1][key] for run in runs])[0]
+            for key in ("effective_rank", "effective_rank_centred")
         )
-        parts.append(
-            f"{name} embedding {converged:.1%} of tokens converged after {iterations:.1f} iterations, effective rank "
-            f"{rank:.1%} (centred {centred:.1%})"
-        )
+        words = f"{name} embedding, {len(met)} of {len(runs)} runs met the rule"
+        words += f" at iteration {_range(met)}" if met else ""
+        words += f", the others ended with {_range(others, '.1%')} of tokens converged" if others else ""
+        parts.append(f"{words}, effective rank {rank:.1%} (centred {centred:.1%})")
     compared = [run["unaffected"] for run in phase1 if run["unaffected"] is not None]
     unaffected = (
         f"run again with the embedding left trainable it gave the same weights bit for bit in {sum(compared)} of "
@@ -204,6 +209,59 @@ def state_phase1(phase1: Sequence[dict[str, Any]]) -> str:
         else "it trains the context block alone, so freezing the embedding cannot change it"
     )
     return f"Phase 1: {'; '.join(parts)}; {unaffected}."
+
+
+def _range(values: Sequence[float], form: str = "d") -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+def state_baselines(trials: Trials, baselines: Sequence[dict[str, Any]]) -> str:
+    """How many of the controlled arms are better than count models of the same tokens."""
+    rows = arm_table([t for t in trials if not t["original"]])
+    if not rows:
+        return ""
+
+    def best(samples: int, name: str) -> float:
+        return min(b["val_ppl"] for b in baselines if b["samples"] == samples and b["name"].startswith(name))
+
+    beat = sum(row["val_ppl"] < best(row["samples"], "Kneser-Ney") for row in rows)
+    worse = sum(row["val_ppl"] > best(row["samples"], "unigram") for row in rows)
+    return (
+        f"{beat} of {len(rows)} arms (each sample size counted) beat Kneser-Ney on the same tokens, {worse} are worse than "
+        "the unigram."
+    )
+
+
+def state_limits(trials: Trials, config: EmbeddingFreezeConfig) -> str:
+    """How often the limits of training and of the search may have decided."""
+    ended = sum(len(t["epochs"]) >= config.epochs for t in trials)
+    text = f"{ended} of {len(trials)} trials ended at the limit of {config.epochs} epochs"
+    rates = {t["arm"]: t["learning_rate"] for t in trials}
+    if len(config.learning_rates) > 1:
+        edges = (min(config.learning_rates), max(config.learning_rates))
+        text += (
+            f"; the chosen learning rate lay at the edge of the search in {sum(r in edges for r in rates.values())} of "
+            f"{len(rates)} arms"
+        )
+        text += " (a search over two has no inside)" if len(config.learning_rates) == 2 else ""
+    return (
+        f"{text}. Epoch and learning rate are chosen on the documents that are scored, so every perplexity is a little too "
+        "low."
+    )
+
+
+def state_advantages(config: EmbeddingFreezeConfig, text: FreezeText) -> str:
+    """What pretrained arms saw that the others did not."""
+    if config.initialisation == "random":
+        return ""
+    if (tokens := text.pretraining_tokens) is None:
+        return f"Arms with a pretrained embedding profit from text that the others never saw: that behind {text.source}."
+    largest = len(text.train(max(config.samples)))
+    return (
+        f"Arms with a pretrained embedding profit from {tokens:,} tokens that the others never saw, beside at most "
+        f"{largest:,} that all train on."
+    )
 
 
 def state_drift(trials: Trials) -> str:

@@ -211,7 +211,29 @@ def state_finding(trials: Trials) -> str:
         sentence += (
             f". A pretrained tied embedding, the original's, frozen instead of trained: x{own}, {_judged(own)}"
         )
+    sentence += state_interactions(trials)
     return sentence[0].upper() + sentence[1:] + "."
+
+
+def state_interactions(trials: Trials) -> str:
+    """Effects that differ, beyond their intervals, with the value of another factor: where they do, a mean says little."""
+    parts = []
+    for factor, by in (("freezing", "head"), ("freezing", "initialisation"), ("head", "initialisation")):
+        ratios = {value: effect(trials, factor, {by: value}) for value in FACTORS[by]}
+        if any(ratio is None or ratio.low is None for ratio in ratios.values()):
+            continue
+        low, high = sorted(ratios.values(), key=lambda ratio: ratio.mean)
+        if low.high < high.low and high.mean > 1.01 * low.mean:
+            listed = " and ".join(
+                f"x{ratio} with {_a(_in_words({by: value}))}" for value, ratio in ratios.items()
+            )
+            why = " (frozen and tied, the output matrix is frozen too)" if by == "head" else ""
+            parts.append(f"{ACTIONS[factor]} gives {listed}{why}")
+    return f". These means hide that it depends: {'; '.join(parts)}" if parts else ""
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _judged(ratio: Perplexity) -> str:

@@ -66,6 +66,13 @@ class FreezeText:
         return f"PPMI and SVD of {len(self.split.spare)} other documents"
 
     @cached_property
+    def pretraining_tokens(self) -> int | None:
+        """Tokens that the pretrained embedding was factorised from; None where it comes from elsewhere."""
+        if not uses_svd(self.config):
+            return None
+        return sum(map(len, self.bpe.encode_documents(self.split.spare)))
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what the study's numbers depend on beside its config: text, tokeniser, embedding file."""
         parts = [self.corpus.sha256, self.bpe.sha256]

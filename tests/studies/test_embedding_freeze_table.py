@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
+from bklm.studies.embedding_freeze import EmbeddingFreezeConfig
 from bklm.studies.embedding_freeze_arms import FACTORS, ORIGINAL_ARMS, Arm
-from bklm.studies.embedding_freeze_report import state_phase1
+from bklm.studies.embedding_freeze_report import state_baselines, state_limits, state_phase1
 from bklm.studies.embedding_freeze_table import (
     arm_table,
     effect,
@@ -150,5 +151,51 @@ def test_intervals_of_one_seed_are_unknown_and_not_zero():
 
 def test_a_phase_1_that_freezing_had_changed_would_be_counted():
     rows = [{"converged": 0.9, "effective_rank": 0.7, "effective_rank_centred": 0.8, "iteration": 7}]
-    runs = [{"initialisation": "pretrained", "rows": rows, "unaffected": u} for u in (True, False, None)]
+    runs = [
+        {"initialisation": "pretrained", "rows": rows, "converged": True, "unaffected": u}
+        for u in (True, False, None)
+    ]
     assert "in 1 of 2 cases" in state_phase1(runs)
+
+
+def test_phase_1_says_how_many_runs_met_the_rule_and_where_the_others_ended():
+    def run(converged, fraction, iteration):
+        last = {
+            "converged": fraction,
+            "effective_rank": 0.7,
+            "effective_rank_centred": 0.8,
+            "iteration": iteration,
+        }
+        return {"initialisation": "random", "rows": [last], "converged": converged, "unaffected": None}
+
+    said = state_phase1([run(True, 0.97, 3), run(True, 0.96, 5), run(False, 0.41, 10)])
+    assert "2 of 3 runs met the rule at iteration 3 to 5, the others ended with 41.0% of tokens" in said
+
+
+def test_effects_that_differ_beyond_their_intervals_are_both_given_and_equal_ones_are_not():
+    trials = study(freezing=1.2)
+    assert "it depends" not in state_finding(trials)
+    for t in trials:
+        if (t["freezing"], t["head"]) == ("frozen", "tied"):
+            t["val_ppl"] *= 3
+    said = state_finding(trials)
+    assert "x3.600 (3.600 to 3.600) with a tied head and x1.200 (1.200 to 1.200) with an untied head" in said
+    assert "the output matrix is frozen too" in said
+
+
+def test_arms_are_counted_against_the_count_models_of_their_own_sample():
+    trials = study(samples=(500,), freezing=3.0)  # about 304 trained, 912 frozen
+    counts = [
+        {"samples": 500, "name": n, "val_ppl": v} for n, v in (("unigram", 500.0), ("Kneser-Ney 3-gram", 310.0))
+    ]
+    assert state_baselines(trials, counts).startswith("4 of 8 arms (each sample size counted) beat Kneser-Ney")
+    assert "4 are worse than the unigram" in state_baselines(trials, counts)
+
+
+def test_trials_at_the_epoch_limit_and_rates_at_the_edge_of_the_search_are_counted():
+    trials = [t | {"epochs": [{}] * (10 if t["seed"] == 0 else 7)} for t in study(samples=(500,))]
+    config = EmbeddingFreezeConfig(epochs=10, learning_rates=(1e-3, 2e-3, 4e-3))
+    trials = [t | {"learning_rate": 4e-3 if t["head"] == "tied" else 2e-3} for t in trials]
+    said = state_limits(trials, config)
+    assert said.startswith("8 of 24 trials ended at the limit of 10 epochs; ")
+    assert "edge of the search in 4 of 8 arms" in said
