@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,8 +17,11 @@ __all__ = ["BatchParts", "OutOfMemoryError", "is_out_of_memory", "one_sentence"]
 
 log = logging.getLogger(__name__)
 
-# What torch's CPU allocator and C++ itself say; they raise a plain RuntimeError.
-_CPU_WORDS = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+# What torch's CPU allocator, C++ itself and oneDNN (which could not map memory for its code) say, as a plain RuntimeError.
+_CPU_WORDS = re.compile(
+    r"can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory|"
+    r"could not create a (memory object|primitive)(?! descriptor)"
+)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -28,7 +32,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory was short, on a GPU or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_WORDS)
+    return isinstance(error, RuntimeError) and _CPU_WORDS.search(str(error)) is not None
 
 
 @contextlib.contextmanager
