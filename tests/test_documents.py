@@ -113,7 +113,7 @@ def check(words: list[str]) -> None:
         assert rest[0] == "clone"
         assert f'Repository = "{rest[1]}"' in (ROOT / "pyproject.toml").read_text()
     else:
-        assert name in ("cd", "pip", "export", "ruff", "createdb"), (
+        assert name in ("cd", "pip", "pipx", "export", "ruff", "createdb"), (
             f"tests/test_documents.py cannot check {name}"
         )
 

@@ -267,7 +267,9 @@ def test_documents_do_not_hear_each_other_in_phase_1():
             corpus_contexts(model, text, document_starts=starts).final, FixedPointSettings(), 0,
         )  # fmt: skip
         finals.append(iteration.contexts())
-    assert torch.equal(finals[0][20:], finals[1][20:])
+    # Within rounding: how many tokens are swept together, and so the shape of the products, may differ.
+    torch.testing.assert_close(finals[0][20:], finals[1][20:], rtol=0, atol=1e-5)
+    assert (finals[0][10:20] - finals[1][10:20]).abs().max() > 1e-3
     assert not torch.equal(finals[0][10:20], finals[1][10:20])
 
 
