@@ -199,7 +199,7 @@ def state_phase1(phase1: Sequence[dict[str, Any]]) -> str:
         )
         words = f"{name} embedding, {len(met)} of {len(runs)} runs met the rule"
         words += f" at iteration {_range(met)}" if met else ""
-        words += f", the others ended with {_range(others, '.1%')} of tokens converged" if others else ""
+        words += f", the rest ended with {_range(others, '.1%')} of tokens converged" if others else ""
         parts.append(f"{words}, effective rank {rank:.1%} (centred {centred:.1%})")
     compared = [run["unaffected"] for run in phase1 if run["unaffected"] is not None]
     unaffected = (

@@ -169,7 +169,7 @@ def test_phase_1_says_how_many_runs_met_the_rule_and_where_the_others_ended():
         return {"initialisation": "random", "rows": [last], "converged": converged, "unaffected": None}
 
     said = state_phase1([run(True, 0.97, 3), run(True, 0.96, 5), run(False, 0.41, 10)])
-    assert "2 of 3 runs met the rule at iteration 3 to 5, the others ended with 41.0% of tokens" in said
+    assert "2 of 3 runs met the rule at iteration 3 to 5, the rest ended with 41.0% of tokens" in said
 
 
 def test_effects_that_differ_beyond_their_intervals_are_both_given_and_equal_ones_are_not():
