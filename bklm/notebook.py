@@ -108,10 +108,11 @@ def run(study: Callable[..., Result], config: StudyConfig, headless: bool = Fals
     Headless the log is printed line by line. Either way all of it is in the study's run.log.
     """
     figure = LiveFigure()
-    if headless:
-        return study(config, on_figure=figure)
-    with contextlib.redirect_stdout(_Tail()):
-        return study(config, on_figure=figure)
+    log_shown = contextlib.nullcontext() if headless else contextlib.redirect_stdout(_Tail())
+    with log_shown:
+        result = study(config, on_figure=figure)
+    figure.refresh()
+    return result
 
 
 class _Tail(io.TextIOBase):
@@ -138,13 +139,20 @@ class LiveFigure:
 
     def __init__(self) -> None:
         self._handle: Any = None
+        self._path: Path | None = None
 
     def __call__(self, path: Path) -> None:
+        self._path = path
         image = Image(data=path.read_bytes(), width=PICTURE_WIDTH)
         if self._handle is None:
             self._handle = display(image, display_id=True)
         else:
             self._handle.update(image)
+
+    def refresh(self) -> None:
+        """Show the file as it is now: a study draws it once more at its end."""
+        if self._path is not None:
+            self(self._path)
 
 
 def show_table(rows: Sequence[dict[str, Any]], headless: bool = False) -> None:

@@ -143,3 +143,18 @@ def test_a_sentence_is_plain_when_headless_and_escaped_in_a_browser(monkeypatch,
     assert capsys.readouterr().out == "<unk> is a word\n"
     notebook.say("<unk> is a word")
     assert "&lt;unk&gt; is a word" in shown[0]
+
+
+def test_the_figure_of_a_run_ends_as_the_study_left_it(monkeypatch, tmp_path):
+    shown = []
+    handle = SimpleNamespace(update=lambda image: shown.append(image.data))
+    monkeypatch.setattr(notebook, "display", lambda image, display_id: shown.append(image.data) or handle)
+    png = b"\x89PNG\r\n\x1a\n" + bytes(16)
+
+    def study(config, on_figure):
+        (tmp_path / "a.png").write_bytes(png + b"1 of 8 trials done")
+        on_figure(tmp_path / "a.png")
+        (tmp_path / "a.png").write_bytes(png + b"all of them")
+
+    notebook.run(study, None, headless=True)
+    assert shown == [png + b"1 of 8 trials done", png + b"all of them"]
