@@ -38,7 +38,8 @@ NewLLM was published with a validation perplexity of 23.34 on WikiText-2 and wit
 a GPT and a ResNetBK of the same parameter count: the same text, batches and steps, {seeds} seeds, the same search over
 the learning rates {rates}, batch {batch} x {seq_len}, {schedule} schedule. The budget is one for a CPU, {steps}
 steps, and so the ranking one of how fast a model learns. The original trained for 27 epochs on more than eight times
-this text and on other windows: its number is no target here. Vocabulary: the {vocab:,} most frequent words in lower case, and a token for all others.
+this text and on other windows: its number is no target here. Vocabulary: the {vocab:,} most frequent words in lower
+case, and a token for all others.
 {texts}
 **What it costs**, of the same models on {machine}; training memory is weights, Adam's moments and the peak of one step:
 
