@@ -75,7 +75,7 @@ class Runner:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.progress.bar.close()
+        self.progress.close()
 
     def search(self, names: Sequence[str]) -> dict[str, float]:
         """The best learning rate of each model: one short training per model and rate, judged by validation perplexity."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bklm.reporting import Perplexity, interval95
+from bklm.studies import verdict
 from bklm.studies.baseline_models import TITLES
 from bklm.studies.grad_blend_table import readable_baselines
 
@@ -288,35 +289,22 @@ def best_model(runs: Runs) -> str:
 
 def state_finding(runs: Runs) -> str:
     """One sentence: the best model, and which others differ from it beyond the paired 95% interval over seeds."""
-    best, groups = best_model(runs), by_model(runs)
-    sentence = f"Lowest validation PPL: {TITLES[best]}, {over_seeds(groups[best], 'val_ppl')}"
-    ratios = paired_ratios(runs)
-    if not ratios:
-        return sentence + "."
-    seeds = len(_common_seeds(groups))
-    if seeds < 2:
-        return sentence + "; one seed, so no interval and no verdict on the differences."
-    words = {name: f"{TITLES[name]} x{ratio}" for name, ratio in ratios.items()}
-    worse = [words[name] for name, ratio in ratios.items() if ratio.low > 1]
-    same = [word for word in words.values() if word not in worse]
-    if worse:
-        sentence += f"; worse over {seeds} paired seeds: {', '.join(worse)}"
-    if same:
-        sentence += f"; no difference beyond the 95% interval: {', '.join(same)}"
-    return sentence + "."
+    seeds = len(_common_seeds(by_model(runs)))
+    return verdict.state_finding(_best_in_words(runs), _named_ratios(runs), seeds)
 
 
 def headline(runs: Runs) -> str:
     """The finding in a figure's title: the best model and how many others are worse beyond the interval."""
-    best, ratios = best_model(runs), paired_ratios(runs).values()
-    title = f"Lowest validation PPL: {TITLES[best]}, {over_seeds(by_model(runs)[best], 'val_ppl')}"
-    if not ratios:
-        return title
-    if any(ratio.low is None for ratio in ratios):
-        return title + "; one seed, no interval"
-    worse = sum(ratio.low > 1 for ratio in ratios)
-    count = f"{worse} of {len(ratios)} others" if worse else "no other"
-    return title + f"; {count} {'are' if worse > 1 else 'is'} worse beyond the 95% interval"
+    return verdict.headline(_best_in_words(runs), _named_ratios(runs), "other")
+
+
+def _best_in_words(runs: Runs) -> str:
+    best = best_model(runs)
+    return f"Lowest validation PPL: {TITLES[best]}, {over_seeds(by_model(runs)[best], 'val_ppl')}"
+
+
+def _named_ratios(runs: Runs) -> dict[str, Perplexity]:
+    return {TITLES[name]: ratio for name, ratio in paired_ratios(runs).items()}
 
 
 def _perplexity(row: Mapping[str, Any], key: str, interval: bool = True, missing: str = "-") -> str:

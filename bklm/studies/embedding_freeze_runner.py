@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
 
 from bklm.checkpoints import CheckpointFolder, replacing, set_aside, write_json
 from bklm.fixed_point import FixedPointSettings, train_context
@@ -27,6 +26,7 @@ from bklm.studies.embedding_freeze_report import describe_run
 from bklm.studies.embedding_freeze_table import arm_table
 from bklm.studies.embedding_freeze_text import FreezeText
 from bklm.studies.folder import read_result
+from bklm.studies.progress import Progress
 from bklm.studies.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Runner:
         if len(config.learning_rates) > 1:  # each arm once more at every rate but the one that it goes on with
             searched = sum(self._steps(arm, min(config.samples)) for arm in self.arms.values())
             steps += (len(config.learning_rates) - 1) * searched
-        self.bar = tqdm(total=steps * (config.phase != "1"), unit="step", mininterval=1.0)
+        self.progress = Progress(steps * (config.phase != "1"))
         self.note = describe_run(config, text)
         self.counted: set[Path] = set()  # trials that the progress bar knows of
         self.drawn = -math.inf
@@ -76,7 +76,7 @@ class Runner:
 
     def __exit__(self, *exception: object) -> None:
         gc.unfreeze()
-        self.bar.close()
+        self.progress.close()
 
     def run_phase1(self) -> list[dict[str, Any]]:
         """Phase 1 of every (initialisation, samples, seed) that an arm needs."""
@@ -157,7 +157,7 @@ class Runner:
         if finished is not None and not (needs_weights and _read_weights(folder) is None):
             return finished
         label = f"phase 1, {initialisation} embedding, {samples} samples, seed {seed}"
-        self.bar.set_description(label)
+        self.progress.describe(label)
         log.info("%s", label)
         began = time.perf_counter()
         model = self._model(initialisation, "tied" if self._can_tie else "untied", seed)
@@ -219,12 +219,12 @@ class Runner:
         finished = read_result(folder / "result.json", TRIAL_KEYS)
         if finished is not None:
             if folder not in self.counted:  # the search's best trial is asked for twice
-                self._skip(self._steps(treated, samples))
+                self.progress.skip(self._steps(treated, samples))
                 self.counted.add(folder)
             return finished
         self.counted.add(folder)
         self._phase1(treated.initialisation, samples, seed, needs_weights=True)
-        self.bar.set_description(f"{arm}, {samples} samples, seed {seed}")
+        self.progress.describe(f"{arm}, {samples} samples, seed {seed}")
         result = self._train_arm(treated, samples, seed, learning_rate, folder)
         write_json(folder / "result.json", result)
         CheckpointFolder(folder / "checkpoints").remove()
@@ -240,7 +240,7 @@ class Runner:
         model.norm.requires_grad_(arm.trains_norm)
         if arm.zero_head:
             torch.nn.init.zeros_(model.output.weight)
-        done = self.bar.n
+        done = self.progress.done
         trained = train_phase2(
             model,
             self.text.train(samples, arm.train_share),
@@ -252,10 +252,10 @@ class Runner:
             unk_id=self.text.unk_id,
             folder=folder / "checkpoints",
             label=f"{arm.name}, {samples} samples, seed {seed}",
-            on_step=self._step,
-            on_skip=self._skip,
+            on_step=self.progress.step,
+            on_skip=self.progress.skip,
         )
-        self._skip(self._steps(arm, samples) - (self.bar.n - done))  # stopped early
+        self.progress.skip(self._steps(arm, samples) - (self.progress.done - done))  # stopped early
         factors = {name: getattr(arm, name) for name in ("initialisation", "freezing", "head", "original")}
         return {"arm": arm.name, **factors, "samples": samples, "seed": seed, "learning_rate": rate, **trained}
 
@@ -263,15 +263,6 @@ class Runner:
         """Optimiser steps of a trial that uses all its epochs."""
         targets = len(self.text.train(samples, arm.train_share)) - 1
         return self.config.epochs * -(-targets // self.config.batch_tokens)
-
-    def _step(self, steps: int) -> None:
-        self.bar.update(steps)
-
-    def _skip(self, steps: int) -> None:
-        """Count steps that nobody took now, without letting them flatter the speed."""
-        self.bar.n += steps
-        self.bar.initial += steps
-        self.bar.refresh()
 
     def _draw(self, results: list[dict[str, Any]]) -> None:
         path = self.folder / "arms.png"

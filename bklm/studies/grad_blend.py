@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_model, save_model
-from tqdm.auto import tqdm
 
 from bklm.checkpoints import CheckpointFolder, replacing, write_json
 from bklm.config import TextStudyConfig, setting
@@ -29,6 +27,7 @@ from bklm.studies.grad_blend_figures import draw_analysis
 from bklm.studies.grad_blend_report import GradBlendResult, describe_run, write_report
 from bklm.studies.grad_blend_table import alpha_table, best_alpha, readable
 from bklm.studies.gradient_directions import measure_directions
+from bklm.studies.progress import Progress
 from bklm.studies.sweep import Sweep
 from bklm.studies.sweep_storage import check_address
 from bklm.studies.text import StudyText, prepare_text
@@ -220,14 +219,13 @@ class _Runner:
             self.sweep = Sweep(folder / "study.journal", grid)
         self.steps_per_epoch = len(text.train_loader(seed=0))
         epochs = len(self.sweep.points) * config.epochs_per_trial + config.final_epochs
-        self.bar = tqdm(total=self.steps_per_epoch * epochs, unit="step", mininterval=1.0)
-        self.started, self.trained_steps = time.monotonic(), 0
+        self.progress = Progress(self.steps_per_epoch * epochs)
 
     def __enter__(self) -> _Runner:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.bar.close()
+        self.progress.close()
 
     def run_sweep(self) -> list[dict[str, Any]]:
         """Every (alpha, seed) trained once, here or by a worker that shares the sweep; one result per trial, in grid order."""
@@ -240,7 +238,7 @@ class _Runner:
             log.info(
                 "Trial %d of %d, alpha %g, seed %d: validation PPL %.1f%s",
                 len(self.sweep.points) - len(self.sweep.missing()) + 1, len(self.sweep.points),
-                point["alpha"], point["seed"], result["final_perplexity"], self._time_left(),
+                point["alpha"], point["seed"], result["final_perplexity"], self.progress.time_left(),
             )  # fmt: skip
             self._draw(list(results.values()))
             return result["final_perplexity"]
@@ -265,12 +263,12 @@ class _Runner:
 
     def train_final(self, alpha: float) -> dict[str, Any]:
         """Train ``final_epochs`` with the best alpha from the first seed's weights; keep the weights."""
-        self.bar.set_description(f"best alpha {alpha:g}")
+        self.progress.describe(f"best alpha {alpha:g}")
         epochs, folder = self.config.final_epochs, self.folder / "final"
         return self._train(alpha, self.config.seeds[0], epochs, folder, is_final=True)
 
     def _trial(self, alpha: float, seed: int) -> dict[str, Any]:
-        self.bar.set_description(f"alpha {alpha:g}, seed {seed}")
+        self.progress.describe(f"alpha {alpha:g}, seed {seed}")
         folder = self._trial_folder(alpha, seed)
         return self._train(alpha, seed, self.config.epochs_per_trial, folder, is_final=False)
 
@@ -281,7 +279,7 @@ class _Runner:
         """Train one model, or read what an earlier run of the same model recorded."""
         finished = read_result(folder / "result.json", RESULT_KEYS)
         if finished is not None:
-            self._skip(self.steps_per_epoch * epochs)
+            self.progress.skip(self.steps_per_epoch * epochs)
             return finished
         config, text = self.config, self.text
         torch.manual_seed(seed)
@@ -312,8 +310,8 @@ class _Runner:
             unk_id=text.unk_id,
             folder=folder / "checkpoints",
             label=f"{'best ' if is_final else ''}alpha {alpha:g}, seed {seed}",
-            on_step=self._step,
-            on_skip=self._skip,
+            on_step=self.progress.step,
+            on_skip=self.progress.skip,
             on_epoch=measure_early,
         )
         perplexities = [r.val_perplexity for r in records]
@@ -359,22 +357,6 @@ class _Runner:
         )
         if self.on_figure is not None:
             self.on_figure(path)
-
-    def _step(self, steps: int) -> None:
-        self.trained_steps += steps
-        self.bar.update(steps)
-
-    def _skip(self, steps: int) -> None:
-        """Count steps that an earlier run did, without letting them flatter the speed."""
-        self.bar.n += steps
-        self.bar.initial += steps
-        self.bar.refresh()
-
-    def _time_left(self) -> str:
-        if not self.trained_steps:
-            return ""
-        seconds = (time.monotonic() - self.started) / self.trained_steps * (self.bar.total - self.bar.n)
-        return f"; about {seconds / 60:.1f} min left" if seconds >= 60 else f"; about {seconds:.0f} s left"
 
 
 def _show(result: GradBlendResult) -> None:

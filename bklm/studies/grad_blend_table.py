@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bklm.reporting import Perplexity, interval95
+from bklm.studies import verdict
 
 # Reported by the original: WikiText-2, 2 epochs, one seed, a T4; its model saw the future.
 REPORTED = {
@@ -125,35 +126,22 @@ def paired_ratios(trials: Trials) -> dict[float, Perplexity]:
 
 def state_finding(trials: Trials) -> str:
     """One sentence: the best alpha, and which others differ from it beyond the paired 95% interval over seeds."""
-    best = best_alpha(trials)
-    group = by_alpha(trials)[best]
-    sentence = f"Lowest validation PPL at alpha {best:g}: {final_perplexity(group)}"
-    ratios = paired_ratios(trials)
-    if not ratios:
-        return sentence + "."
-    if len(group) < 2:
-        return sentence + "; one seed, so no interval and no verdict on the differences."
-    words = {alpha: f"alpha {alpha:g} x{ratio}" for alpha, ratio in ratios.items()}
-    worse = [words[alpha] for alpha, ratio in ratios.items() if ratio.low > 1]
-    same = [word for word in words.values() if word not in worse]
-    if worse:
-        sentence += f"; worse over {len(group)} paired seeds: {', '.join(worse)}"
-    if same:
-        sentence += f"; no difference beyond the 95% interval: {', '.join(same)}"
-    return sentence + "."
+    seeds = len(by_alpha(trials)[best_alpha(trials)])
+    return verdict.state_finding(_best_in_words(trials), _named_ratios(trials), seeds)
 
 
 def headline(trials: Trials) -> str:
     """The finding in a figure's title: the best alpha and how many others are worse beyond the interval."""
-    best, ratios = best_alpha(trials), paired_ratios(trials).values()
-    title = f"Lowest validation PPL at alpha {best:g}: {final_perplexity(by_alpha(trials)[best])}"
-    if not ratios:
-        return title
-    if any(ratio.low is None for ratio in ratios):
-        return title + "; one seed, no interval"
-    worse = sum(ratio.low > 1 for ratio in ratios)
-    count = f"{worse} of {len(ratios)} other alphas" if worse else "no other alpha"
-    return title + f"; {count} {'are' if worse > 1 else 'is'} worse beyond the 95% interval"
+    return verdict.headline(_best_in_words(trials), _named_ratios(trials), "other alpha")
+
+
+def _best_in_words(trials: Trials) -> str:
+    best = best_alpha(trials)
+    return f"Lowest validation PPL at alpha {best:g}: {final_perplexity(by_alpha(trials)[best])}"
+
+
+def _named_ratios(trials: Trials) -> dict[str, Perplexity]:
+    return {f"alpha {alpha:g}": ratio for alpha, ratio in paired_ratios(trials).items()}
 
 
 def pooled_directions(trials: Trials) -> list[dict[str, Any]]:

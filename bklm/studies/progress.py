@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
 from tqdm.auto import tqdm
 
 
 class Progress:
-    """Counts optimiser steps. Use as a context manager; silent where ``shown`` is false (all processes but one)."""
+    """Counts optimiser steps; silent where ``shown`` is false (all processes but one)."""
 
     def __init__(self, total: int, shown: bool = True) -> None:
         self.bar = tqdm(total=total, unit="step", mininterval=1.0, disable=not shown)
         self.total, self.done = total, 0
         self.started, self.trained = time.monotonic(), 0
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self.bar.close()
 
     def describe(self, what: str) -> None:

@@ -33,6 +33,23 @@ def curves(result) -> list[float]:
     ]
 
 
+def torchrun(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """``-m MODULE ...`` in two processes of one thread each."""
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        *words,
+    ]
+    return subprocess.run(
+        launch, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
 def require_same(found, alone) -> None:
     assert curves(found) == pytest.approx(curves(alone), rel=1e-4)
     assert [r["val_ppl"] for r in found.search] == pytest.approx([r["val_ppl"] for r in alone.search], rel=1e-4)
@@ -45,19 +62,7 @@ def test_torchrun_gives_the_numbers_of_one_process_and_prints_and_writes_once(co
     alone = run_baseline(config)
     together = dataclasses.replace(config, output_dir=str(tmp_path / "two"))
     words = command_words("bklm.studies.baseline", together.resolved())[2:]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        *words,
-    ]
-    done = subprocess.run(
-        launch, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = torchrun(words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Lowest validation PPL") == 1
     assert done.stdout.count("seed 0: epoch 1/2") == 1
@@ -75,18 +80,6 @@ def test_a_notebook_launches_the_processes_and_gets_the_result(config, tmp_path)
 
 def test_bad_input_in_two_processes_ends_all_of_them_with_the_sentence(config, tmp_path):
     words = command_words("bklm.studies.baseline", dataclasses.replace(config, seq_len=5000).resolved())[2:]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        *words,
-    ]
-    done = subprocess.run(
-        launch, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = torchrun(words)
     assert done.returncode != 0
     assert "longer than the text" in done.stderr
