@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import html
 import io
+import json
 import logging
 import os
 from collections import deque
@@ -15,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import nbformat
 import pandas as pd
 from IPython import get_ipython
 from IPython.display import HTML, Image, display
@@ -211,14 +211,14 @@ def _add_this_notebook(folder: Path) -> None:
 
         try:
             reply = _message.blocking_request("get_ipynb", timeout_sec=20)
-            add_notebook(folder, nbformat.from_dict(reply["ipynb"]), "notebook.ipynb")
+            add_notebook(folder, json.dumps(reply["ipynb"]), "notebook.ipynb")
         except Exception as error:
             print(f"The notebook itself could not be added to the zip ({type(error).__name__}: {error}).")
         return
     # Jupyter's server tells the kernel the notebook's path; what is on disk is its last saved state.
     path = Path(os.environ.get("JPY_SESSION_NAME", ""))
     if path.suffix == ".ipynb" and path.exists():
-        add_notebook(folder, nbformat.read(path, as_version=4), path.name)
+        add_notebook(folder, path.read_text(encoding="utf-8"), path.name)
     else:
         print(
             "The notebook's own path is unknown here; save it and add it to the zip by hand if you want it in."

@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import numpy as np
 import pandas as pd
 import psutil
 import torch
-from nbconvert import HTMLExporter
-from scipy import stats
+from scipy.special import stdtrit
 
 from bklm import __version__
 from bklm.checkpoints import replacing, write_json, write_text
@@ -36,7 +34,7 @@ def interval95(values: Sequence[float]) -> tuple[float, float | None]:
     sample = np.asarray(values, dtype=float)
     if len(sample) < 2:
         return float(sample.mean()), None
-    half = stats.t.ppf(0.975, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample))
+    half = stdtrit(len(sample) - 1, 0.975) * sample.std(ddof=1) / np.sqrt(len(sample))
     return float(sample.mean()), float(half)
 
 
@@ -189,7 +187,7 @@ def zip_study(folder: Path, notebook: Path | None = None) -> Bundle:
     if not folder.is_dir():
         raise FileNotFoundError(f"results zip: there is no study folder {folder}; run the study first.")
     if notebook is not None:
-        add_notebook(folder, nbformat.read(notebook, as_version=4), notebook.name)
+        add_notebook(folder, notebook.read_text(encoding="utf-8"), notebook.name)
     target = folder.with_name(folder.name + ".zip")
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     with (
@@ -202,10 +200,15 @@ def zip_study(folder: Path, notebook: Path | None = None) -> Bundle:
     return Bundle(target, target.stat().st_size, digest)
 
 
-def add_notebook(folder: Path, notebook: nbformat.NotebookNode, name: str) -> None:
-    """Put an executed notebook and its HTML rendering into a study's folder."""
-    html, _ = HTMLExporter().from_notebook_node(notebook)
-    write_text(folder / name, nbformat.writes(notebook))
+def add_notebook(folder: Path, notebook: str, name: str) -> None:
+    """Put an executed notebook, given as its JSON text, and its HTML rendering into a study's folder."""
+    # Two seconds that a study on its own need not wait for.
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    read = nbformat.reads(notebook, as_version=4)
+    html, _ = HTMLExporter().from_notebook_node(read)
+    write_text(folder / name, nbformat.writes(read))
     write_text((folder / name).with_suffix(".html"), html)
 
 

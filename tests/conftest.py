@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from bklm.studies.grad_blend import GradBlendConfig
 # On a busy machine an example may take any time: that says nothing about the code. pytest-timeout stops what hangs.
 settings.register_profile("bklm", deadline=None, print_blob=True)
 settings.load_profile("bklm")
+
+# Every training ends with a full garbage collection, which would walk through all of torch each time.
+gc.freeze()
 
 
 @pytest.fixture(autouse=True)

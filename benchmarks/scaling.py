@@ -1,0 +1,146 @@
+"""How much faster do several processes get through the work of docs/scaling.md on this machine?
+
+    python benchmarks/scaling.py                                         # a batch of notebooks, one training
+    python benchmarks/scaling.py --storage postgresql://me@host/sweeps   # also one sweep that workers share
+    python benchmarks/scaling.py --rounds 1 --workers 1 2                # quicker
+
+Every time is that of the whole command, as its user waits for it: start of Python, reading of the text, figures and zip
+included. Arms take turns; the shortest and the longest of the rounds are shown. "x" is the first arm's median over this arm's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from _timing import duration, print_table
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = 4
+SWEEP = "--profile quick --dataset embedded --alphas 0 1 --seeds {} --epochs_per_trial 3 --final_epochs 1 --device cpu"
+TRAINING = (
+    "--profile quick --dataset embedded --model newllm --seeds 0 --epochs 4 --learning_rates 0.001 --device cpu"
+)
+
+Arm = Callable[[Path], float]
+
+
+def run_all(commands: list[list[str]], threads: int | None) -> float:
+    """Seconds until the last of the commands, started together, has ended; each with ``threads`` threads (None: its own)."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    started = time.perf_counter()
+    running = [
+        subprocess.Popen(
+            c, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        for c in commands
+    ]
+    messages = [process.communicate()[1] for process in running]
+    for process, message in zip(running, messages, strict=True):
+        if process.returncode:
+            raise SystemExit(f"{process.args} ended with exit code {process.returncode}:\n{message[-2000:]}")
+    return time.perf_counter() - started
+
+
+def batch(workers: int) -> Arm:
+    def arm(folder: Path) -> float:
+        plan = folder / "plan.yaml"
+        run = {"notebook": str(ROOT / "notebooks" / "01_grad_blend_sweep.ipynb"), "name": "sweep"}
+        run |= {"parameters": {"dataset": "embedded"}, "grid": {"seeds": [[seed] for seed in range(NOTEBOOKS)]}}
+        plan.write_text(yaml.safe_dump({"parameters": {"profile": "smoke"}, "runs": [run]}), encoding="utf-8")
+        words = f"-m bklm.batch {plan} --workers {workers} --output_dir {folder / 'out'}"
+        return run_all([[sys.executable, *words.split()]], None)
+
+    return arm
+
+
+def shared_sweep(workers: int, threads: int | None, storage: str, seeds: itertools.count) -> Arm:
+    def arm(folder: Path) -> float:
+        # Another set of seeds is another sweep: the database would give the results of one that it knows.
+        words = SWEEP.format(" ".join(str(next(seeds)) for _ in range(4)))
+        start = [sys.executable, "-m", "bklm.studies.grad_blend", *words.split()]
+        storage_words = ["--storage", storage] if workers > 1 else []
+        return run_all(
+            [[*start, *storage_words, "--output_dir", str(folder / f"worker_{k}")] for k in range(workers)],
+            threads,
+        )
+
+    return arm
+
+
+def training(processes: int, threads: int) -> Arm:
+    """Seconds of the epochs alone, which the processes share; starting them would outweigh so small a model."""
+
+    def arm(folder: Path) -> float:
+        words = f"-m torch.distributed.run --nproc_per_node {processes} -m bklm.studies.baseline {TRAINING}"
+        run_all([[sys.executable, *words.split(), "--output_dir", str(folder)]], threads)
+        return float(pd.read_csv(folder / "baseline" / "epochs.csv")["seconds"].sum())
+
+    return arm
+
+
+def compare(title: str, arms: dict[str, Arm], rounds: int) -> None:
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, arm in arms.items():
+            with tempfile.TemporaryDirectory() as folder:
+                times[name].append(arm(Path(folder)))
+    first = statistics.median(next(iter(times.values())))
+    rows = [
+        {
+            "arm": name,
+            "time": f"{duration(min(found))} - {duration(max(found))}",
+            "x": f"{first / statistics.median(found):.2f}",
+        }
+        for name, found in times.items()
+    ]
+    print_table(title, rows)
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--storage", help="a PostgreSQL database that the sweep's workers share")
+    arguments = parser.parse_args()
+    cores, counts = os.cpu_count() or 1, arguments.workers
+    print(f"{cores} cores, no GPU used, {arguments.rounds} rounds")
+    compare(
+        f"{NOTEBOOKS} notebooks (01, smoke) through bklm.batch; the cores are divided among the workers",
+        {f"{n} worker{'s' * (n > 1)}": batch(n) for n in counts},
+        arguments.rounds,
+    )
+    split = [n for n in counts if n <= cores]
+    compare(
+        "one training (NewLLM, quick) under torchrun, its epochs",
+        {f"{n} process{'es' * (n > 1)}, {cores // n} thread(s) each": training(n, cores // n) for n in split},
+        arguments.rounds,
+    )
+    if arguments.storage:
+        seeds = itertools.count(int(time.time()) % 1_000_000 * 1000)
+        alone = {"1 worker, without a database": shared_sweep(1, None, arguments.storage, seeds)}
+        shared = {
+            f"{n} workers, {max(1, cores // n)} thread(s) each": shared_sweep(
+                n, max(1, cores // n), arguments.storage, seeds
+            )
+            for n in counts
+            if n > 1
+        }
+        compare("one sweep of 8 points shared through PostgreSQL", alone | shared, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
