@@ -84,7 +84,7 @@ run() {
     fi
     step="adding the executed notebook to the results zip"
     mv "$running" "$output_dir/$name.ipynb"
-    echo
+    printf '\nThe executed notebook and its HTML are now in the zip too:\n'
     "$PY" -m bklm.reporting "$output_dir/grad_blend" --notebook "$output_dir/$name.ipynb"
     rm "$output_dir/$name.ipynb" "$output_dir/.papermill.log"
 }

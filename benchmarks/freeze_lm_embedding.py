@@ -61,7 +61,7 @@ def main() -> None:
         common, embedding_file=str(path), output_dir=str(arguments.output_dir / "language_model")
     )
     rows = []
-    for name, config in (("SVD", common), ("a tied language model's", own)):
+    for name, config in (("an SVD's", common), ("a tied language model's", own)):
         rows += measured(name, run_embedding_freeze(config))
     print(as_text(rows))
     write_csv(arguments.output_dir / "table.csv", rows)

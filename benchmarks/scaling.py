@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py                                         # a batch of notebooks, one training
     python benchmarks/scaling.py --storage postgresql://me@host/sweeps   # also one sweep that workers share
-    python benchmarks/scaling.py --rounds 1 --workers 1 2                # quicker
+    python benchmarks/scaling.py --parts training --rounds 1             # some of it
 
 Every time is that of the whole command, as its user waits for it: start of Python, reading of the text, figures and zip
 included. Arms take turns; the shortest and the longest of the rounds are shown. "x" is the first arm's median over this arm's.
@@ -26,6 +26,7 @@ import yaml
 from _timing import duration, print_table
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("batch", "training", "sweep")
 NOTEBOOKS = 4
 SWEEP = "--profile quick --dataset embedded --alphas 0 1 --seeds {} --epochs_per_trial 3 --final_epochs 1 --device cpu"
 TRAINING = (
@@ -91,6 +92,11 @@ def training(processes: int, threads: int) -> Arm:
     return arm
 
 
+def named(n: int, what: str) -> str:
+    """ "1 worker", "2 workers"."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}{'es' if what.endswith('s') else 's'}"
+
+
 def compare(title: str, arms: dict[str, Arm], rounds: int) -> None:
     times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(rounds):
@@ -112,28 +118,34 @@ def compare(title: str, arms: dict[str, Arm], rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--storage", help="a PostgreSQL database that the sweep's workers share")
     arguments = parser.parse_args()
     cores, counts = os.cpu_count() or 1, arguments.workers
     print(f"{cores} cores, no GPU used, {arguments.rounds} rounds")
-    compare(
-        f"{NOTEBOOKS} notebooks (01, smoke) through bklm.batch; the cores are divided among the workers",
-        {f"{n} worker{'s' * (n > 1)}": batch(n) for n in counts},
-        arguments.rounds,
-    )
-    split = [n for n in counts if n <= cores]
-    compare(
-        "one training (NewLLM, quick) under torchrun, its epochs",
-        {f"{n} process{'es' * (n > 1)}, {cores // n} thread(s) each": training(n, cores // n) for n in split},
-        arguments.rounds,
-    )
-    if arguments.storage:
+    if "batch" in arguments.parts:
+        compare(
+            f"{NOTEBOOKS} notebooks (01, smoke) through bklm.batch; the cores are divided among the workers",
+            {named(n, "worker"): batch(n) for n in counts},
+            arguments.rounds,
+        )
+    if "training" in arguments.parts:
+        split = [(1, 1), *((n, cores // n) for n in counts if n <= cores)]
+        compare(
+            "one training (NewLLM, quick) under torchrun, its epochs",
+            {
+                f"{named(n, 'process')}, {named(threads, 'thread')} each": training(n, threads)
+                for n, threads in split
+            },
+            arguments.rounds,
+        )
+    if "sweep" in arguments.parts and arguments.storage:
         seeds = itertools.count(int(time.time()) % 1_000_000 * 1000)
         alone = {"1 worker, without a database": shared_sweep(1, None, arguments.storage, seeds)}
         shared = {
-            f"{n} workers, {max(1, cores // n)} thread(s) each": shared_sweep(
+            f"{named(n, 'worker')}, {named(max(1, cores // n), 'thread')} each": shared_sweep(
                 n, max(1, cores // n), arguments.storage, seeds
             )
             for n in counts

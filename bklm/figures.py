@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from bklm.checkpoints import replacing
 
@@ -112,5 +113,6 @@ def wide_range_axis(axis: Axis, values: Sequence[float], label: str) -> None:
 
 def legend_below(axes: Axes, **options: object) -> None:
     """A legend under the x label: for more entries than the title's line holds."""
-    inches = axes.get_position().height * axes.figure.get_figheight()
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / inches), **options)
+    # Inches below the axes, whatever height the layout gives them in the end: ticks and label need about half of one.
+    below = axes.transAxes + ScaledTranslation(0, -0.55, axes.figure.dpi_scale_trans)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, **options)

@@ -1,10 +1,11 @@
-"""Write the README's section on the baseline study from finished studies, so that no number there is typed by hand.
+"""Write the results of the baseline study into the README and docs/results.md: no number there is typed by hand.
 
     python scripts/readme_baseline.py WIKITEXT [PEPS]
 
 Both are output folders of `bklm.studies.baseline` (each holds baseline/), on the WikiText-2 sample and on the Python
-Enhancement Proposals. Tables and figures go to docs/results, the text between the README's two `baseline` comments is
-replaced.
+Enhancement Proposals; the first one's also holds int8.csv of NewLLM, from
+`bklm.studies.baseline_int8.int8_rows`. Tables and figures go to docs/results, the
+text between the two `baseline` comments of both pages is replaced.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from readme_section import DOCS, markdown_table, write_section
+import pandas as pd
+from readme_section import DOCS, markdown_table, write_details, write_digest
 
 from bklm.reporting import command_words
 from bklm.studies.baseline import BaselineConfig
@@ -29,32 +31,58 @@ from bklm.studies.baseline_table import (
 )
 
 NAMES = {"wikitext": "WikiText-2 sample", "peps": "Python Enhancement Proposals"}
-FILES = ("training_curves.png", "context_lengths.png", "table.csv", "learning_rates.csv", "epochs.csv")
+FILES = (
+    "training_curves.png", "context_lengths.png", "table.csv", "learning_rates.csv", "epochs.csv", "summary.json",
+)  # fmt: skip
 
-TEXT = """
-## NewLLM beside competitors of its size
-
+SETTINGS = """\
 NewLLM was published with a validation perplexity of 23.34 on WikiText-2 and without a competitor. Here it stands beside
 a GPT and a ResNetBK of the same parameter count: the same text, batches and steps, {seeds} seeds, the same search over
 the learning rates {rates}, batch {batch} x {seq_len}, {schedule} schedule. The budget is one for a CPU, {steps}
 steps, and so the ranking one of how fast a model learns. The original trained for 27 epochs on more than eight times
 this text and on other windows: its number is no target here. Vocabulary: the {vocab:,} most frequent words in lower
-case, and a token for all others.
-{texts}
-**What it costs**, of the same models on {machine}; training memory is weights, Adam's moments and the peak of one step:
+case, and a token for all others."""
 
-{cost}
-
-GPT was trained on {seq_len} positions; only for the timing its table was lengthened to 2,048. Its state grows with
-every word, that of the others never does.
-
-```bash
+COMMANDS = """```bash
 {commands}
 ```
 """
 
+DIGEST = f"""
+## How good is NewLLM beside competitors of its size?
+
+{SETTINGS}
+{{findings}}
+{{quality}}
+
+{{picture}}
+
+What longer windows bring, the searches, memory and the speed of generation:
+[docs/results.md](docs/results.md#newllm-beside-competitors-of-its-size).
+
+{COMMANDS}"""
+
+DETAILS = f"""
+## NewLLM beside competitors of its size
+
+{SETTINGS}
+{{texts}}
+**What it costs**, of the same models on {{machine}}; training memory is weights, Adam's moments and the peak of one step:
+
+{{cost}}
+
+GPT was trained on {{seq_len}} positions; only for the timing its table was lengthened to 2,048. Its state grows with
+every word, that of the others never does.
+
+**In int8**, NewLLM of seed 0 on the first {{context_tokens:,}} validation tokens of the WikiText-2 sample; the original
+planned 31 MB to 8 MB for 1 to 3% of perplexity, and its 31 MB were weights and Adam's moments:
+
+{{int8}}
+
+{COMMANDS}"""
+
 ONE_TEXT = """
-**{name}**, {train:,} training targets an epoch, {epochs}. {finding} {counting}
+{finding}
 
 {quality}
 
@@ -63,9 +91,8 @@ By window length, on the first {context_tokens:,} validation tokens, the same ta
 {contexts}
 """
 
-PICTURES = """
-![Perplexity by epoch on the {name}](docs/results/baseline_{key}_training_curves.png)
-
+CURVES = "![Perplexity by epoch on the {name}](docs/results/baseline_{key}_training_curves.png)"
+CONTEXTS = """
 ![Perplexity by context length on the {name}](docs/results/baseline_{key}_context_lengths.png)
 """
 
@@ -80,23 +107,26 @@ class Study:
         self.config = self.manifest["config"]
 
     def section(self) -> str:
-        table, summary = self.summary["table"], self.summary
-        quality = [
-            {k.replace("<unk>", "`<unk>`"): v for k, v in row.items() if k != "best epoch"}
-            for row in readable_quality(table, summary["baselines"])[:-1]
-        ]
+        table, _summary = self.summary["table"], self.summary
         contexts = [{"val PPL with windows of": row.pop("model"), **row} for row in readable_contexts(table)]
-        epochs = self.config["epochs"]
         return ONE_TEXT.format(
-            name=self.name,
-            train=summary["train_targets"],
-            epochs="1 epoch" if epochs == 1 else f"{epochs} epochs",
-            finding=summary["finding"],
-            counting=self.counting(),
-            quality=markdown_table(quality),
+            finding=self.finding(),
+            quality=self.quality(),
             contexts=markdown_table(contexts),
             context_tokens=self.config["context_tokens"],
             gain=self.gain(),
+        )
+
+    def finding(self) -> str:
+        """The text, the budget and the verdict, in a few sentences."""
+        epochs = "1 epoch" if self.config["epochs"] == 1 else f"{self.config['epochs']} epochs"
+        size = f"{self.summary['train_targets']:,} training targets an epoch, {epochs}"
+        return f"**{self.name}**, {size}. {self.summary['finding']} {self.counting()}"
+
+    def quality(self) -> str:
+        rows = readable_quality(self.summary["table"], self.summary["baselines"])[:-1]
+        return markdown_table(
+            [{k.replace("<unk>", "`<unk>`"): v for k, v in r.items() if k != "best epoch"} for r in rows]
         )
 
     def counting(self) -> str:
@@ -153,28 +183,51 @@ def main() -> None:
     first = studies[0]
     config, summary = first.config, first.summary
     texts = "".join(study.section() for study in studies)
-    texts += PICTURES.format(name=first.name, key=first.key)
+    curves = CURVES.format(name=first.name, key=first.key)
+    texts += f"\n{curves}\n{CONTEXTS.format(name=first.name, key=first.key)}"
     texts += "\nThe searches, validation PPL after each trial; a rate at the edge of the list may not be the best there is:\n"
     for study in studies:
         rows = readable_search(study.summary["learning_rate_search"], study.summary["table"])
         head = f"{study.name}, {study.summary['learning_rate_search'][0]['steps']} steps a trial"
         named = [{head: row.pop("model"), **row} for row in rows]
         texts += f"\n{markdown_table(named)}\n"
-    write_section(
-        "baseline",
-        TEXT.format(
-            seeds=len(config["seeds"]),
-            rates=", ".join(f"{r:g}" for r in config["learning_rates"]),
-            batch=config["batch_size"],
-            seq_len=config["seq_len"],
-            schedule=config["schedule"],
-            steps=" and ".join(str(study.summary["table"][0]["steps"]) for study in studies),
-            vocab=config["vocab_size"],
-            texts=texts,
-            machine=_machine(first.manifest["environment"]),
-            cost=markdown_table(readable_cost(summary["table"], summary["measured"])),
-            commands="\n".join(study.command() for study in studies),
-        ),
+    fields = {
+        "seeds": len(config["seeds"]),
+        "rates": ", ".join(f"{r:g}" for r in config["learning_rates"]),
+        "batch": config["batch_size"],
+        "seq_len": config["seq_len"],
+        "schedule": config["schedule"],
+        "steps": " and ".join(str(study.summary["table"][0]["steps"]) for study in studies),
+        "vocab": config["vocab_size"],
+        "findings": "".join(f"\n{study.finding()}\n" for study in reversed(studies)),
+        "quality": first.quality(),
+        "picture": curves,
+        "texts": texts,
+        "machine": _machine(first.manifest["environment"]),
+        "cost": markdown_table(readable_cost(summary["table"], summary["measured"])),
+        "context_tokens": config["context_tokens"],
+        "int8": int8_table(first.folder / "int8.csv"),
+        "commands": "\n".join(study.command() for study in studies),
+    }
+    write_digest("baseline", DIGEST.format(**fields))
+    write_details("baseline", DETAILS.format(**fields))
+
+
+def int8_table(path: Path) -> str:
+    shutil.copy(path, DOCS / "baseline_wikitext_int8.csv")
+    measured = pd.read_csv(path)
+    return markdown_table(
+        [
+            {
+                "weights": row.weights,
+                "file": f"{row.file_bytes / 1e6:.1f} MB",
+                "val PPL": f"{row.perplexity:.2f}",
+                "change": f"{row.perplexity_change:+.2%}",
+                "scored tokens/s": f"{row.scored_tokens_per_second:,.0f}",
+                "generated tokens/s": f"{row.generated_tokens_per_second:,.0f}",
+            }
+            for row in measured[measured.perplexity.notna()].itertuples()
+        ]
     )
 
 

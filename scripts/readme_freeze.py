@@ -1,10 +1,10 @@
-"""Write the README's section on the embedding-freeze study from finished studies, so that no number there is typed by hand.
+"""Write the results of the embedding-freeze study into the README and docs/results.md: no number there is typed by hand.
 
     python scripts/readme_freeze.py PEPS WIKITEXT LM_TABLE.csv
 
 The first two are output folders of `bklm.studies.embedding_freeze` (each holds embedding_freeze/), on the Python
 Enhancement Proposals and on the WikiText-2 sample; the third is what benchmarks/freeze_lm_embedding.py wrote on the
-Proposals. Tables and figures go to docs/results, the text between the README's two `freeze` comments is replaced.
+Proposals. Tables and figures go to docs/results, the text between the two `freeze` comments of both pages is replaced.
 """
 
 from __future__ import annotations
@@ -15,59 +15,84 @@ import shutil
 import sys
 from pathlib import Path
 
-from readme_section import DOCS, markdown_table, write_section
+from readme_section import DOCS, markdown_table, write_details, write_digest
 
 from bklm.reporting import Perplexity, with_interval
 from bklm.studies.embedding_freeze_arms import INEQUALITY
 from bklm.studies.embedding_freeze_table import REPORTED
 
-TEXT = """
+REPORT = """\
+The original reported that freezing GPT-2's embedding lowers perplexity by 66-72%; its "trained" arm did not train the
+embedding."""
+
+LM_TABLE = """GPT-2's table was the tied head of a language model, and an SVD's was not. On the PEPs, with a table
+that a tied model of the same size learnt from the documents kept apart
+(`python benchmarks/freeze_lm_embedding.py --data_dir FOLDER`):
+
+{lm_table}
+
+{lm_words}"""
+
+COMMAND = """```bash
+{command}
+```
+"""
+
+DIGEST = f"""
 ## Does freezing the embedding help?
 
-The original reported that freezing GPT-2's embedding lowers perplexity by 66-72%; its "trained" arm did not train the
-embedding. Here every combination is trained on the same tokens and scored on the same documents, with {seeds} seeds
-and the same search over the learning rates {rates} for every arm, at most {epochs} epochs, patience {patience} (the
-original's schedule). The sizes are ones that two CPU cores can do: {layers} layers of width {width}, a byte-level BPE
-of {vocab:,} tokens. For want of GPT-2's table *pretrained* means a truncated SVD of the PPMI of documents that no
-model is trained or scored on; unlike GPT-2's, such a table was never the output of a language model. PEPs: {peps}.
-WikiText-2 sample (made as above): {wiki}.
+{REPORT} Here every combination of pretrained or random, frozen or trained, tied or untied is trained on the same
+tokens and scored on the same documents, with {{seeds}} seeds and the same learning-rate search for every arm. Ratios of
+perplexities, all else equal; *pretrained* is an SVD of the PPMI of other documents:
+
+{{main_effects}}
+
+![Effects of pretraining, freezing and tying on the PEPs](docs/results/freeze_peps_effects.png)
+
+{LM_TABLE}
+
+Every arm, both texts, the side claims and what phase 1 does:
+[docs/results.md](docs/results.md#does-freezing-the-embedding-help).
+
+{COMMAND}"""
+
+DETAILS = f"""
+## Does freezing the embedding help?
+
+{REPORT} Here every combination is trained on the same tokens and scored on the same documents, with {{seeds}} seeds
+and the same search over the learning rates {{rates}} for every arm, at most {{epochs}} epochs, patience {{patience}} (the
+original's schedule). The sizes are ones that two CPU cores can do: {{layers}} layers of width {{width}}, a byte-level BPE
+of {{vocab:,}} tokens. For want of GPT-2's table *pretrained* means a truncated SVD of the PPMI of documents that no
+model is trained or scored on; unlike GPT-2's, such a table was never the output of a language model. PEPs: {{peps}}.
+WikiText-2 sample (made as above): {{wiki}}.
 
 Validation perplexity at the best epoch (mean, 95% interval; the seconds are phase 2's on a machine shared with other work):
 
-{arms}
+{{arms}}
 
-Count models of the same tokens: {baselines}. {reported}
+Count models of the same tokens: {{baselines}}. {{reported}}
 
 ![Validation perplexity of every arm on the PEPs](docs/results/freeze_peps_arms.png)
 
 **What made the difference.** Ratios of perplexities, all else equal, over paired seeds; one whose 95% interval holds
 1 is no difference.
 
-{effects}
+{{effects}}
 
-- PEPs: {finding_peps}
-- WikiText-2 sample: {finding_wiki}
+- PEPs: {{finding_peps}}
+- WikiText-2 sample: {{finding_wiki}}
 
 ![Effects of pretraining, freezing and tying on the PEPs](docs/results/freeze_peps_effects.png)
 
-**Was it the SVD?** GPT-2's table was the tied head of a language model, and an SVD's was not. On the PEPs, with a table
-that a tied model of the same size learnt from the documents kept apart
-(`python benchmarks/freeze_lm_embedding.py --data_dir FOLDER`):
+**Was it the SVD?** {LM_TABLE}
 
-{lm_table}
+**The original's side claims**, on the PEPs. {{side}}
 
-{lm_words}
-
-**The original's side claims**, on the PEPs. {side}
-
-{inequality}
+{{inequality}}
 
 ![Phase 1: tokens converged and effective rank by iteration, on the PEPs](docs/results/freeze_peps_phase1.png)
 
-```bash
-{command}
-```
-"""
+{COMMAND}"""
 PICTURES = ("arms.png", "curves.png", "effects.png", "phase1.png", "budget.png")
 TABLES = ("table.csv", "effects.csv", "phase1.csv")
 
@@ -157,6 +182,13 @@ def effect_rows(studies: list[Study]) -> list[dict[str, str]]:
     return rows
 
 
+def main_effects(studies: list[Study]) -> list[dict[str, str]]:
+    """The effects over all cells."""
+    return [
+        {k: v for k, v in row.items() if k != "where"} for row in effect_rows(studies) if row["where"] == "all"
+    ]
+
+
 def baselines(studies: list[Study]) -> str:
     parts = []
     for study in studies:
@@ -182,18 +214,25 @@ def command(config: dict) -> str:
     return " \\\n    ".join([*lines, " ".join(flags[:4]), " ".join(flags[4:])])
 
 
-def verdict_by_table(rows: list[dict[str, str]]) -> str:
-    """What freezing does with each pretrained table, from rows of benchmarks/freeze_lm_embedding.py."""
-    words, verdicts = [], set()
+def changes_by_table(rows: list[dict[str, str]]) -> list[tuple[str, float, str]]:
+    """What freezing does with each pretrained table, from rows of benchmarks/freeze_lm_embedding.py.
+
+    Returns:
+        the table's name, the change of perplexity and the verdict on it, for each table.
+    """
+    changes = []
     for row in rows:
         if measured := row["frozen instead of trained, paired"]:  # "x0.959 (0.933 to 0.986): lower"
             ratio, verdict = float(measured.split()[0].lstrip("x")), measured.rsplit(": ", 1)[1]
-            words.append(f"{ratio - 1:+.0%} with {row['pretrained embedding']} ({verdict})")
-            verdicts.add(verdict)
-    depends = "depends on the table" if len(verdicts) > 1 else "does not depend on the table"
-    return (
-        f"So the verdict on freezing {depends}: PPL changes by {' and '.join(words)}. Reported: -66% to -72%."
-    )
+            changes.append((row["pretrained embedding"], ratio - 1, verdict))
+    return changes
+
+
+def verdict_by_table(rows: list[dict[str, str]]) -> str:
+    changes = changes_by_table(rows)
+    words = [f"{change:+.0%} with {table} table ({verdict})" for table, change, verdict in changes]
+    depends = "depends" if len({verdict for *_, verdict in changes}) > 1 else "does not depend"
+    return f"So the verdict on freezing {depends} on the table: PPL changes by {' and '.join(words)}. Reported: -66% to -72%."
 
 
 def main() -> None:
@@ -219,31 +258,31 @@ def main() -> None:
             "The original's unequal",
         )
     ]
-    write_section(
-        "freeze",
-        TEXT.format(
-            seeds=len(config["seeds"]),
-            rates=", ".join(f"{rate:g}" for rate in config["learning_rates"]),
-            epochs=config["epochs"],
-            patience=config["patience"],
-            layers=config["n_layers"],
-            width=config["context_dim"],
-            vocab=config["vocab_size"],
-            peps=peps.describe(),
-            wiki=wiki.describe(),
-            arms=markdown_table(arm_rows(studies)),
-            baselines=baselines(studies),
-            reported=reported(),
-            effects=markdown_table(effect_rows(studies)),
-            finding_peps=peps.summary["findings"][0],
-            finding_wiki=wiki.summary["findings"][0],
-            lm_table=markdown_table(lm_rows),
-            lm_words=verdict_by_table(lm_rows),
-            side="\n\n".join(sentence for sentence in side if sentence),
-            inequality=INEQUALITY,
-            command=command(config),
-        ),
-    )
+    fields = {
+        "seeds": len(config["seeds"]),
+        "rates": ", ".join(f"{rate:g}" for rate in config["learning_rates"]),
+        "epochs": config["epochs"],
+        "patience": config["patience"],
+        "layers": config["n_layers"],
+        "width": config["context_dim"],
+        "vocab": config["vocab_size"],
+        "peps": peps.describe(),
+        "wiki": wiki.describe(),
+        "arms": markdown_table(arm_rows(studies)),
+        "baselines": baselines(studies),
+        "reported": reported(),
+        "effects": markdown_table(effect_rows(studies)),
+        "main_effects": markdown_table(main_effects(studies)),
+        "finding_peps": peps.summary["findings"][0],
+        "finding_wiki": wiki.summary["findings"][0],
+        "lm_table": markdown_table(lm_rows),
+        "lm_words": verdict_by_table(lm_rows),
+        "side": "\n\n".join(sentence for sentence in side if sentence),
+        "inequality": INEQUALITY,
+        "command": command(config),
+    }
+    write_digest("freeze", DIGEST.format(**fields))
+    write_details("freeze", DETAILS.format(**fields))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the README's section on precision and speed from a finished study, so that no number there is typed by hand.
+"""Write the results on precision and speed into the README and docs/results.md: no number there is typed by hand.
 
     python scripts/readme_precision.py FOLDER
 
@@ -13,34 +13,46 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from readme_section import DOCS, markdown_table, write_section
+from readme_section import DOCS, markdown_table, write_details, write_digest
 
 from bklm.studies.precision_claims import claims_readable
 from bklm.studies.precision_tables import summary_readable
 
-TEXT = """
-## Which recursion, which precision, how fast
-
-{recommendation}
-
-![Errors of theta/phi and left/right by length and precision](docs/results/precision_errors.png)
-
-{summary}
-
-"not finite" is the shortest length at which a value or gradient was infinite or not a number; errors are relative, the
-worst of the grid; *theta/phi loop* is what was published, a Python loop of torch operations with the diagonal term alone as
-its gradient.
-
-**What was claimed, and what is true here** ({machine}; paired calls, median and quartiles, forward included).
-
-{claims}
-
-![The speed-ups that were announced beside what was measured](docs/results/precision_claims.png)
-
-```bash
+COMMAND = """```bash
 python -m bklm.studies.precision --profile quick --output_dir results/precision
 ```
 """
+
+DIGEST = f"""
+## Which recursion, which precision, how fast?
+
+{{recommendation}}
+
+![Errors of theta/phi and left/right by length and precision](docs/results/precision_errors.png)
+
+Speeds ({{machine}}; paired calls, median and quartiles, forward included):
+
+{{claims}}
+
+Times, memory and errors of every recursion and precision:
+[docs/results.md](docs/results.md#which-recursion-which-precision-how-fast).
+
+{COMMAND}"""
+
+DETAILS = f"""
+## Which recursion, which precision, how fast
+
+{{recommendation}}
+
+{{summary}}
+
+"not finite" is the shortest length at which a value or gradient was infinite or not a number; errors are relative, the
+worst of the grid; *theta/phi loop* is what was published, a Python loop of torch operations with the diagonal term alone as
+its gradient. Measured on {{machine}}.
+
+![The speed-ups that were announced beside what was measured](docs/results/precision_claims.png)
+
+{COMMAND}"""
 FIGURES = ("precision_errors.png", "claims.png")
 
 
@@ -59,15 +71,14 @@ def main() -> None:
         shutil.copy(folder / name, DOCS / (name if name.startswith("precision") else f"precision_{name}"))
     claims = pd.read_csv(folder / "claims.csv").astype(object)
     claims = claims.where(claims.notna(), None).to_dict("records")
-    write_section(
-        "precision",
-        TEXT.format(
-            recommendation=summary["recommendation"],
-            summary=markdown_table(summary_readable(summary["grid"])),
-            claims=markdown_table(claims_readable(claims)),
-            machine=describe(manifest["environment"]),
-        ),
-    )
+    fields = {
+        "recommendation": summary["recommendation"],
+        "summary": markdown_table(summary_readable(summary["grid"])),
+        "claims": markdown_table(claims_readable(claims)),
+        "machine": describe(manifest["environment"]),
+    }
+    write_digest("precision", DIGEST.format(**fields))
+    write_details("precision", DETAILS.format(**fields))
 
 
 if __name__ == "__main__":

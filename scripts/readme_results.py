@@ -1,9 +1,9 @@
-"""Write the README's results from finished studies, so that no number there is typed by hand.
+"""Write the sweep's results into the README and docs/results.md from finished studies: no number there is typed by hand.
 
     python scripts/readme_results.py CORRECTED ORIGINAL INITIALISATION.csv MOE_TABLE.csv
 
 CORRECTED and ORIGINAL are output folders of `bklm.studies.grad_blend` (each holds grad_blend/), one per protocol. Tables and
-figures go to docs/results, the text between the README's two `results` comments is replaced.
+figures go to docs/results, the text between the two `results` comments of both pages is replaced.
 """
 
 from __future__ import annotations
@@ -14,44 +14,70 @@ import shutil
 import sys
 from pathlib import Path
 
-from readme_section import DOCS, write_section
+from readme_section import DOCS, write_details, write_digest
 
 from bklm.reporting import Perplexity, interval95
 
-SWEEP = """
-## What the sweep says
-
-Validation perplexity over {seeds} seeds (mean, 95% interval), 3 epochs, batch 32, learning rate 1e-3, on a WikiText-2 sample
+SETTINGS = """Validation perplexity over {seeds} seeds (mean, 95% interval), 3 epochs, batch 32, learning rate 1e-3, on a WikiText-2 sample
 ("wikitext-2-mini", SHA-256 {sha}...): train is the official test split, valid and test the two halves of the official validation
-split, cut at an article heading. Baselines of the same tokens: {baselines}.
+split, cut at an article heading. Baselines of the same tokens: {baselines}."""
 
-**{versus}** 241,211 words are little text for a neural model; the comparison between the columns below is what this size is for.
-
-| alpha | corrected: causal, exact gradient | as published, run here: **sees the future** \
-| original code, same text: sees the future | reported by the original, WikiText-2: sees the future |
-|---|---|---|---|---|
-{table}
-
-**Corrected.** {corrected}
-
-**As published.** {original}
-
-![Validation perplexity by alpha, corrected protocol](docs/results/corrected_grad_blend_analysis.png)
-
-Why does hypothesis-7 wreck the training once the chain rule is right, when it merely slowed it as published? It divides by G² where
-the exact gradient multiplies. In the models trained with the exact gradient (alpha 0, at the end, first 8 training windows) its cosine
-with that gradient is {cosine}, and it is {ratio} times as long; the diagonal term alone has {diagonal}. The published code left out a
-complex conjugate; without it hypothesis-7 has {published}: two errors that partly cancel. (Mean and 95% interval over the seeds.) The
-original protocol also keeps the potential small by its clamps. The figure below pools all trials, diverged ones included.
-
-![Cosine and length of the blended gradients, corrected protocol](docs/results/corrected_gradient_directions.png)
-
-```bash
+COMMANDS = """```bash
 python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_trial 3 \\
     --protocol corrected --output_dir results/corrected
 python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_trial 3 \\
     --protocol original --output_dir results/original
 ```
+"""
+
+PICTURE = (
+    "![Validation perplexity by alpha, corrected protocol](docs/results/corrected_grad_blend_analysis.png)"
+)
+
+DIGEST = f"""
+## Does blending "hypothesis-7" into the gradient help?
+
+{{corrected}} {{versus}}
+
+{{table}}
+
+{PICTURE}
+
+{SETTINGS} That is a small text for a neural model; the comparison between the columns is what it is for. Why hypothesis-7 wrecks a
+training whose chain rule is right, what the first weights have to do with it, and whether the router has to learn:
+[docs/results.md](docs/results.md#what-the-sweep-says).
+
+{COMMANDS}"""
+
+SWEEP = f"""
+## What the sweep says
+
+{SETTINGS}
+
+**{{versus}}** The sample is a small text for a neural model; the comparison between the columns is what it is for.
+
+{{table}}
+
+**Corrected.** {{corrected}}
+
+**As published.** {{original}}
+
+{PICTURE}
+
+Why does hypothesis-7 wreck the training once the chain rule is right, when it merely slowed it as published? It divides by G² where
+the exact gradient multiplies. In the models trained with the exact gradient (alpha 0, at the end, first 8 training windows) its cosine
+with that gradient is {{cosine}}, and it is {{ratio}} times as long; the diagonal term alone has {{diagonal}}. The published code left out a
+complex conjugate; without it hypothesis-7 has {{published}}: two errors that partly cancel. (Mean and 95% interval over the seeds.) The
+original protocol also keeps the potential small by its clamps. The figure below pools all trials, diverged ones included.
+
+![Cosine and length of the blended gradients, corrected protocol](docs/results/corrected_gradient_directions.png)
+
+{COMMANDS}"""
+
+HEAD = """\
+| alpha | corrected: causal, exact gradient | as published, run here: **sees the future** \
+| original code, same text: sees the future | reported by the original, WikiText-2: sees the future |
+|---|---|---|---|---|
 """
 
 INITIALISATION = """
@@ -87,15 +113,26 @@ def main() -> None:
             "table.csv",
             "gradient_directions.csv",
             "summary.json",
-            "manifest.json",
         ):
             shutil.copy(folder / name, DOCS / f"{protocol}_{name}")
-    text = sweep_section(read(corrected), read(original), exact_directions(corrected))
+        copy_manifest(folder / "manifest.json", protocol)
+    fields = sweep_fields(read(corrected), read(original), exact_directions(corrected))
     shutil.copy(sys.argv[3], DOCS / "potential_initialisation.csv")
     shutil.copy(sys.argv[4], DOCS / "moe_perplexity.csv")
+    text = SWEEP.format(**fields)
     text += initialisation_section(DOCS / "potential_initialisation.csv")
     text += moe_section(DOCS / "moe_perplexity.csv")
-    write_section("results", text)
+    write_details("results", text)
+    write_digest("results", DIGEST.format(**fields))
+
+
+def copy_manifest(path: Path, protocol: str) -> None:
+    """The manifest without the folders of the machine that made it."""
+    text = path.read_text(encoding="utf-8")
+    config = json.loads(text)["config"]
+    text = text.replace(config["data_dir"], Path(config["data_dir"]).name)
+    text = text.replace(config["output_dir"], f"results/{protocol}")
+    (DOCS / f"{protocol}_manifest.json").write_text(text, encoding="utf-8")
 
 
 def read(folder: Path) -> dict:
@@ -141,7 +178,7 @@ def number(row: dict | None, key: str = "val_ppl") -> str:
     return str(Perplexity(row[key], row.get(f"{key}_low"), row.get(f"{key}_high")))
 
 
-def sweep_section(corrected: dict, original: dict, measured: dict[str, dict[str, str]]) -> str:
+def sweep_fields(corrected: dict, original: dict, measured: dict[str, dict[str, str]]) -> dict[str, object]:
     theirs = {row["alpha"]: row for row in original["table"]}
     lines = []
     for row in corrected["table"]:
@@ -149,19 +186,21 @@ def sweep_section(corrected: dict, original: dict, measured: dict[str, dict[str,
         cells = [f"{row['alpha']:g}", number(row), number(theirs.get(row["alpha"])), f"{code or '-'}"]
         lines.append("| " + " | ".join([*cells, number(row, "original_val_ppl")]) + " |")
     baselines = ", ".join(f"{b['name']} {b['val_ppl']:.1f}" for b in corrected["baselines"])
-    return SWEEP.format(
-        seeds=corrected["table"][0]["seeds"],
-        baselines=baselines,
-        table="\n".join(lines),
-        corrected=corrected["finding"],
-        original=original["finding"],
-        cosine=measured["hypothesis-7"]["cosine"],
-        ratio=measured["hypothesis-7"]["ratio"],
-        published=measured["original hypothesis-7"]["cosine"],
-        diagonal=measured["local"]["cosine"],
-        versus=against_kneser_ney(corrected),
-        sha=json.loads((DOCS / "corrected_manifest.json").read_text(encoding="utf-8"))["corpus"]["sha256"][:16],
-    )
+    return {
+        "seeds": corrected["table"][0]["seeds"],
+        "baselines": baselines,
+        "table": HEAD + "\n".join(lines),
+        "corrected": corrected["finding"],
+        "original": original["finding"],
+        "cosine": measured["hypothesis-7"]["cosine"],
+        "ratio": measured["hypothesis-7"]["ratio"],
+        "published": measured["original hypothesis-7"]["cosine"],
+        "diagonal": measured["local"]["cosine"],
+        "versus": against_kneser_ney(corrected),
+        "sha": json.loads((DOCS / "corrected_manifest.json").read_text(encoding="utf-8"))["corpus"]["sha256"][
+            :16
+        ],
+    }
 
 
 def initialisation_section(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""One section of the README between its two comments, for the scripts that write results into it."""
+"""One section of a page between its two comments, for the scripts that write results into the README and docs/results.md."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "results"
 
 
-def write_section(name: str, text: str) -> None:
-    """Replace what stands between ``<!-- name -->`` and ``<!-- end of name -->`` in the README.
+def write_digest(name: str, text: str) -> None:
+    """Write a section of the README: the finding, one table, one picture, the command."""
+    _write_section(ROOT / "README.md", name, text)
+
+
+def write_details(name: str, text: str) -> None:
+    """Write a section of docs/results.md: everything that was measured. Links are those of the README."""
+    _write_section(ROOT / "docs" / "results.md", name, text.replace("](docs/", "]("))
+
+
+def _write_section(path: Path, name: str, text: str) -> None:
+    """Replace what stands between ``<!-- name -->`` and ``<!-- end of name -->``.
 
     Raises:
-        ValueError: the README has no such section.
+        ValueError: the page has no such section.
     """
-    readme = ROOT / "README.md"
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    page = readme.read_text(encoding="utf-8")
+    page = path.read_text(encoding="utf-8")
     if page.count(begin) != 1 or page.count(end) != 1:
-        raise ValueError(f"README.md: needs {begin} and {end} once each.")
+        raise ValueError(f"{path.name}: needs {begin} and {end} once each.")
     before, rest = page.split(begin)
-    readme.write_text(f"{before}{begin}\n{text.strip()}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    path.write_text(f"{before}{begin}\n{text.strip()}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def markdown_table(rows: list[dict[str, object]]) -> str:

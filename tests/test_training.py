@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -147,6 +151,27 @@ def test_convergence_is_the_first_epoch_with_nine_tenths_of_the_improvement(perp
 def test_a_device_or_precision_that_is_not_there_is_refused(device, precision):
     with pytest.raises(ValueError, match=r"got '(cuda|fp16)'.*choose"):
         make_accelerator(device, precision)
+
+
+def test_the_signal_of_ctrl_c_and_of_the_stop_button_ends_training_within_the_step_at_hand():
+    steps = asked_after = 0
+
+    def count(done):
+        nonlocal steps
+        steps += done
+
+    def ask():
+        nonlocal asked_after
+        while steps < 5:
+            time.sleep(1e-4)
+        asked_after = steps
+        os.kill(os.getpid(), signal.SIGINT)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(make_model(), TrainingSettings(epochs=200), on_step=count)
+    assert steps <= asked_after + 1
 
 
 def test_training_stops_when_the_loss_has_not_fallen_for_patience_epochs_and_a_resumed_run_knows(tmp_path):

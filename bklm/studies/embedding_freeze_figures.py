@@ -185,7 +185,7 @@ def draw_phase1(path: Path, phase1: Sequence[dict[str, Any]], note: str) -> Path
             axes.set(title=title, xlabel="iteration")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             axes.set_ylim(0, 105)
-        panels[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=2, fontsize=10)
+        legend_below(panels[1], ncols=2, fontsize=10)
 
     last = [run["rows"][-1] for run in phase1]
     converged, ranks = [r["converged"] for r in last], [r["effective_rank"] for r in last]

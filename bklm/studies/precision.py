@@ -91,7 +91,7 @@ def run_precision(config: PrecisionConfig, on_figure: Callable[[Path], None] | N
         ValueError, OSError, RuntimeError: one sentence each, before time is spent.
     """
     config = config.resolved()
-    device = _device(config.device)
+    device = device_of(config.device)
     _refuse_what_does_not_fit(max(config.sizes), device)
     with study_folder(config) as folder:
         log.info("Settings: %s", ", ".join(f"{k}={v}" for k, v in config.to_dict().items()))
@@ -101,7 +101,12 @@ def run_precision(config: PrecisionConfig, on_figure: Callable[[Path], None] | N
         return write_report(config, cells, folder, device)
 
 
-def _device(wanted: str) -> str:
+def device_of(wanted: str) -> str:
+    """ "cuda" or "cpu" for a config's "auto", "cuda" or "cpu".
+
+    Raises:
+        ValueError: there is no such device here.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device: got 'cuda', but torch sees no CUDA GPU here; choose 'auto' or 'cpu', or switch the runtime to a GPU."

@@ -175,7 +175,7 @@ def draw_batched(path: Path, batched: Rows, backward: Rows, note: str) -> Path:
             axes.set_xticks(x, [str(b) for b in x])
             axes.xaxis.set_minor_locator(NullLocator())
             _log(axes.yaxis)
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.19), fontsize=10)
+            legend_below(axes, fontsize=10)
         figure.axes[0].set_ylabel("ms per batch (log scale)")
 
     return save_figure(path, draw, title=batched_title(batched, backward), note=note, size=(8.4, 5.8))
