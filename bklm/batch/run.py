@@ -27,6 +27,10 @@ from bklm.reporting import zip_study
 from bklm.studies.folder import read_result
 
 GRACE_SECONDS = 15.0  # for a process that was asked to end, its kernel with it
+OUTCOME_KEYS = {
+    "name": str, "status": str, "notebook": str, "parameters": dict, "seconds": float, "error": str | None,
+    "fingerprint": str,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def _kept(run: Run, folder: Path) -> Outcome | None:
     Raises:
         ValueError: the folder is another run's.
     """
-    recorded = read_result(folder / "run.json")
+    recorded = read_result(folder / "run.json", OUTCOME_KEYS)
     if recorded is None:
         return None
     parameters = json.loads(json.dumps(run.parameters, default=str))
@@ -140,7 +144,7 @@ def _kept(run: Run, folder: Path) -> Outcome | None:
             "or the batch another output_dir; nothing was changed."
         )
     is_done = recorded["status"] != "failed" and recorded["fingerprint"] == run.fingerprint()
-    return Outcome(**{**recorded, "status": "kept"}) if is_done else None
+    return Outcome(**{key: recorded[key] for key in OUTCOME_KEYS} | {"status": "kept"}) if is_done else None
 
 
 class _Workers:

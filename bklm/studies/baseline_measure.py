@@ -49,7 +49,7 @@ def measure_models(
         of seconds (None where the model ends), reason and state_bytes.
     """
     path = folder / "measured.json"
-    measured = read_result(path)
+    measured = read_result(path, {run["model"]: dict for run in runs})
     if measured is not None:
         return measured
     log.info("Measuring a training step's time and memory, and generation, of each model")

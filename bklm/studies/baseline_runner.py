@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 CONTEXT_LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
 SEARCH_SEED = 0
+RESULT_KEYS = {"model": str, "learning_rate": float, "val_ppl": float | None}
 BYTES_PER_PARAMETER = 12  # of a checkpoint: the weight and Adam's two moments, in float32
 
 # Fields that do not change what a single run computes: which runs there are, and what is measured afterwards.
@@ -327,7 +328,8 @@ class Runner:
         return [Path(self.config.resume_from)] if self.config.resume_from else []
 
     def _finished(self, folder: Path) -> dict[str, Any] | None:
-        return broadcast(self.accelerator, read_result(folder / "result.json") if self.is_main else None)
+        found = read_result(folder / "result.json", RESULT_KEYS) if self.is_main else None
+        return broadcast(self.accelerator, found)
 
     def _write(self, folder: Path, result: dict[str, Any]) -> None:
         if self.is_main:

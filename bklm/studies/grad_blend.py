@@ -179,7 +179,7 @@ def model_config(config: GradBlendConfig, vocab_size: int, alpha: float) -> ResN
 
 def load_final_model(folder: Path) -> ResNetBK:
     """The model that was trained with the best alpha, from a study's folder; on the CPU, in evaluation mode."""
-    result = read_result(Path(folder) / "final" / "result.json")
+    result = read_result(Path(folder) / "final" / "result.json", {"model_config": dict})
     if result is None:
         raise FileNotFoundError(f"{folder} holds no finished final model; run the study to its end first.")
     model = ResNetBK(ResNetBKConfig(**result["model_config"]))
@@ -286,7 +286,7 @@ class _Runner:
         settings = model_config(config, text.vocab_size, alpha)
         model = ResNetBK(settings).to(self.accelerator.device)
         early = folder / "directions_after_one_epoch.json"
-        if (folder / "checkpoints").exists() and read_result(early) is None:
+        if (folder / "checkpoints").exists() and read_result(early, {"directions": list}) is None:
             log.warning("%s is missing or damaged, so this trial starts again from its first epoch.", early)
             CheckpointFolder(folder / "checkpoints").remove()
 

@@ -34,6 +34,14 @@ LOOP_ACCURACY_N = 1024  # beyond, the loop's values are those of the compiled re
 MEMORY_N = 512  # below, an arm's memory is near the 0.1 MB that can be told apart
 ARCHITECTURE_N, ARCHITECTURE_BATCH = 2048, 2  # the length of the original's claim
 CLAIM_PATIENCE = 4
+CELL_KEYS = {
+    "part": str,
+    "settings": dict,
+    "rows": list,
+    "machine": dict,
+    "seconds": float,
+    "other_cores": float,
+}
 MOE_TOKENS, MOE_EXPERTS = 4096, (4, 8)
 
 
@@ -106,7 +114,7 @@ class Runner:
     ) -> tuple[dict[str, Any], bool]:
         """A cell read from disk when it was measured on this machine, else measured and written; and whether it is new."""
         path = self.folder / "cells" / f"{name}.json"
-        found = read_result(path)
+        found = read_result(path, CELL_KEYS)
         if found is not None and found["machine"] == self.machine:
             return found, False
         if found is not None and not self.told:

@@ -126,6 +126,15 @@ def test_a_finished_study_is_read_back_and_trains_nothing(tiny, monkeypatch):
     assert second.table == first.table
 
 
+def test_a_result_that_lacks_what_is_needed_is_set_aside_and_made_again(tiny):
+    first = run_baseline(tiny)
+    path = first.folder / "runs" / "newllm_seed_0" / "result.json"
+    path.write_text('{"model": "newllm", "learning_rate": 0.01}')
+    second = run_baseline(tiny)
+    assert [r["val_ppl"] for r in second.runs] == [r["val_ppl"] for r in first.runs]
+    assert path.with_name("result.json.damaged-1").exists()
+
+
 def test_after_ctrl_c_the_study_goes_on_and_ends_with_the_numbers_of_an_undisturbed_one(
     tiny, tmp_path, monkeypatch
 ):
