@@ -17,11 +17,12 @@ __all__ = ["PreparedLinear", "linear", "onednn_linear", "onednn_serves", "weight
 
 def onednn_serves(x: Tensor) -> bool:
     """Whether oneDNN takes the products of x: float32 on a CPU, where torch.mm calls MKL."""
+    # Compiling is asked first: torch.compile cannot trace the question for oneDNN, and need not.
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -20,6 +20,7 @@ from bklm.studies import (
     embedding_freeze_figures,
     embedding_freeze_runner,
     embedding_freeze_text,
+    progress,
 )
 from bklm.studies.embedding_freeze import EmbeddingFreezeConfig, run_embedding_freeze
 from bklm.studies.embedding_freeze_arms import INEQUALITY, arms_of
@@ -299,8 +300,8 @@ def test_contexts_follow_a_trained_embedding_unless_told_not_to(config):
 @pytest.mark.slow
 def test_every_arm_gets_the_same_search_over_learning_rates_and_goes_on_with_its_best(config, monkeypatch):
     bars = []
-    real = embedding_freeze_runner.tqdm
-    monkeypatch.setattr(embedding_freeze_runner, "tqdm", lambda **k: bars.append(real(**k)) or bars[-1])
+    real = progress.tqdm
+    monkeypatch.setattr(progress, "tqdm", lambda **k: bars.append(real(**k)) or bars[-1])
     config = dataclasses.replace(config, learning_rates=(1e-5, 1e-2), samples=(4, 5))
     result = run_embedding_freeze(config)
     assert bars[0].n == bars[0].total
