@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash colab_setup.sh             install what the suite needs
 # bash colab_setup.sh run [...]   install, then run notebook 01 headless; extra words go to papermill (-p profile quick)
-# bash colab_setup.sh test [...]  install, then lint and test; extra words go to pytest
+# bash colab_setup.sh test [...]  install, then lint and run every test but the browser's; extra words go to pytest instead
 # bash colab_setup.sh browser     install, then drive the notebooks in JupyterLab with headless Chromium
 # bash colab_setup.sh colab       install the versions that Colab has into .venv-colab, then run the notebooks there
 #
@@ -94,11 +94,9 @@ run_tests() {
     "$PY" -m ruff check .
     "$PY" -m ruff format --check .
     step="running the tests"
-    if [ $# -gt 0 ]; then
-        "$PY" -m pytest "$@"
-    else # one worker a core, each with one thread: threads of several workers would wait for one another
-        OMP_NUM_THREADS=1 "$PY" -m pytest -n logical --maxprocesses 4 --dist loadfile
-    fi
+    [ $# -gt 0 ] || set -- -m "slow or not slow" --ignore tests/browser
+    # One worker a core, each with one thread: threads of several workers would wait for one another.
+    OMP_NUM_THREADS=1 "$PY" -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
 }
 
 run_like_colab() {

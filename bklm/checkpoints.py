@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_model
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +109,17 @@ def set_aside(path: Path, why: str) -> Path:
     path.rename(target)
     log.warning("%s is damaged (%s); set aside as %s.", path, why, target.name)
     return target
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor] | None:
+    """The tensors of a safetensors file; None where it is not there or damaged (it is then set aside)."""
+    if not path.exists():
+        return None
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        set_aside(path, str(error))
+        return None
 
 
 class CheckpointFolder:

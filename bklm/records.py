@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from bklm.moe import unused_experts, usage_entropy
@@ -31,6 +31,9 @@ class EpochRecord:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+EPOCH_KEYS = frozenset(f.name for f in fields(EpochRecord))
 
 
 def gradient_variance(records: list[EpochRecord]) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_model
 
-from bklm.checkpoints import write_json, write_text
+from bklm.checkpoints import read_weights, write_json, write_text
 from bklm.models import LanguageModel
 from bklm.reporting import Bundle, as_text, write_csv, write_manifest, zip_study
 from bklm.studies.baseline_figures import describe_run, draw_contexts, draw_curves
@@ -58,8 +58,11 @@ class BaselineResult:
         if name not in known:
             raise ValueError(f"model: got {name!r}; this study trained {', '.join(dict.fromkeys(known))}.")
         run = next(run for run in self.runs if run["model"] == name)
+        weights = self.folder / "runs" / f"{name}_seed_{run['seed']}" / "best_model.safetensors"
+        if read_weights(weights) is None:
+            raise FileNotFoundError(f"{weights} is gone or damaged; run the study again, which makes it anew.")
         found = build_model(name, run["model_config"])
-        load_model(found, str(self.folder / "runs" / f"{name}_seed_{run['seed']}" / "best_model.safetensors"))
+        load_model(found, str(weights))
         return found.eval()
 
 

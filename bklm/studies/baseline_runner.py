@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_model, save_model
 
-from bklm.checkpoints import CheckpointFolder, epoch_of, replacing, write_json
+from bklm.checkpoints import CheckpointFolder, epoch_of, read_weights, replacing, write_json
 from bklm.evaluation import evaluate
 from bklm.models import LanguageModel
 from bklm.processes import broadcast
@@ -271,7 +271,7 @@ class Runner:
         """Where the first seed diverged, the weights of the first that did not stand for the model."""
         for run in {run["model"]: run for run in reversed(runs)}.values():
             kept = self.folder / "runs" / f"{run['model']}_seed_{run['seed']}" / "best_model.safetensors"
-            if not self.is_main or kept.exists():
+            if not self.is_main or read_weights(kept) is not None:
                 continue
             best = self._places(CheckpointFolder(run["checkpoints"])).get(run["best_epoch"])
             if best is None:

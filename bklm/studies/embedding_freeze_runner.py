@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from bklm.checkpoints import CheckpointFolder, replacing, set_aside, write_json
+from bklm.checkpoints import CheckpointFolder, read_weights, replacing, write_json
 from bklm.fixed_point import FixedPointSettings, train_context
 from bklm.models import ContextTokenConfig, ContextTokenLM
+from bklm.records import EPOCH_KEYS
 from bklm.studies.embedding_freeze_arms import Arm, arms_of
 from bklm.studies.embedding_freeze_figures import draw_arms
 from bklm.studies.embedding_freeze_phase2 import train_phase2
@@ -38,7 +38,7 @@ SECONDS_BETWEEN_FIGURES = 10.0  # drawing one takes longer than a small trial
 
 # What a recorded part must hold to be taken for finished.
 PHASE1_KEYS = {"rows": list, "seconds": float, "sweep": str}
-TRIAL_KEYS = {"arm": str, "val_ppl": float, "accuracy": float, "parameters": int, "epochs": list}
+TRIAL_KEYS = {"arm": str, "val_ppl": float, "accuracy": float, "parameters": int, "epochs": EPOCH_KEYS}
 
 Point = dict[str, Any]  # arm, samples, seed
 
@@ -154,7 +154,7 @@ class Runner:
         """Train the context block, or read what an earlier run recorded."""
         folder = self._phase1_folder(initialisation, samples, seed)
         finished = read_result(folder / "result.json", PHASE1_KEYS)
-        if finished is not None and not (needs_weights and _read_weights(folder) is None):
+        if finished is not None and not (needs_weights and read_weights(_weights(folder)) is None):
             return finished
         label = f"phase 1, {initialisation} embedding, {samples} samples, seed {seed}"
         self.progress.describe(label)
@@ -233,7 +233,7 @@ class Runner:
     def _train_arm(self, arm: Arm, samples: int, seed: int, rate: float, folder: Path) -> dict[str, Any]:
         model = self._model(arm.initialisation, arm.head, seed)
         phase1 = self._phase1_folder(arm.initialisation, samples, seed)
-        model.context_block.load_state_dict(_read_weights(phase1))
+        model.context_block.load_state_dict(read_weights(_weights(phase1)))
         model.freeze_context()
         if arm.freezing == "frozen":
             model.freeze_embedding()
@@ -280,15 +280,3 @@ class Runner:
 
 def _weights(folder: Path) -> Path:
     return folder / "context_block.safetensors"
-
-
-def _read_weights(folder: Path) -> dict[str, torch.Tensor] | None:
-    """The context block that phase 1 left; None where it is not there or damaged (it is then set aside)."""
-    path = _weights(folder)
-    if not path.exists():
-        return None
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        set_aside(path, str(error))
-        return None

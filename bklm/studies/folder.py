@@ -68,27 +68,36 @@ def study_folder(config: StudyConfig, only_in_file: Sequence[str] = ()) -> Itera
         lock.release()
 
 
-def read_result(path: Path, needed: Mapping[str, type] | None = None) -> dict[str, Any] | None:
+def read_result(path: Path, needed: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """A finished part's JSON; None when it is not there. A damaged file is set aside, so that the part is done again.
 
     Args:
-        needed: keys with the type of their values, without which it is damaged too.
+        needed: keys with the type of their values, without which it is damaged too; a frozenset stands for a list of
+            mappings that have these keys.
     """
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
         if not isinstance(found, dict):
             raise ValueError("it is no mapping")
-        wrong = [
-            key for key, kind in (needed or {}).items() if key not in found or not isinstance(found[key], kind)
-        ]
+        wrong = [key for key, kind in (needed or {}).items() if key not in found or not _is(found[key], kind)]
         if wrong:
             raise ValueError(f"its {wrong[0]} is missing or of another kind")
     except (ValueError, RecursionError) as error:
         set_aside(path, str(error))
         return None
     return found
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if isinstance(kind, frozenset):
+        return isinstance(value, list) and all(isinstance(v, dict) and kind <= v.keys() for v in value)
+    return isinstance(value, kind)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}, which is never written")
 
 
 def other_experiment(config: StudyConfig, text_sha256: str | None = None) -> list[str]:

@@ -17,9 +17,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_model, save_model
 
-from bklm.checkpoints import CheckpointFolder, replacing, write_json
+from bklm.checkpoints import CheckpointFolder, read_weights, replacing, write_json
 from bklm.config import TextStudyConfig, setting
 from bklm.models import ResNetBK, ResNetBKConfig
+from bklm.records import EPOCH_KEYS
 from bklm.reporting import as_text
 from bklm.studies import cli
 from bklm.studies.folder import claim, experiment_name, read_result, study_folder
@@ -44,7 +45,7 @@ from bklm.training import (
 log = logging.getLogger("bklm.studies.grad_blend")  # __name__ is "__main__" when run with python -m
 
 ORIGINAL_ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)
-RESULT_KEYS = {"alpha": float, "seed": int, "final_perplexity": float, "epochs": list, "directions": dict}
+RESULT_KEYS = {"alpha": float, "seed": int, "final_perplexity": float, "epochs": EPOCH_KEYS, "directions": dict}
 FULL_GRID = tuple(round(0.1 * i, 1) for i in range(11))
 
 
@@ -180,10 +181,13 @@ def model_config(config: GradBlendConfig, vocab_size: int, alpha: float) -> ResN
 def load_final_model(folder: Path) -> ResNetBK:
     """The model that was trained with the best alpha, from a study's folder; on the CPU, in evaluation mode."""
     result = read_result(Path(folder) / "final" / "result.json", {"model_config": dict})
-    if result is None:
-        raise FileNotFoundError(f"{folder} holds no finished final model; run the study to its end first.")
+    weights = Path(folder) / "final" / "best_model.safetensors"
+    if result is None or read_weights(weights) is None:
+        raise FileNotFoundError(
+            f"{folder} holds no finished final model; run the study (again) to its end first."
+        )
     model = ResNetBK(ResNetBKConfig(**result["model_config"]))
-    load_model(model, str(Path(folder) / "final" / "best_model.safetensors"))
+    load_model(model, str(weights))
     return model.eval()
 
 
@@ -278,7 +282,8 @@ class _Runner:
     def _train(self, alpha: float, seed: int, epochs: int, folder: Path, is_final: bool) -> dict[str, Any]:
         """Train one model, or read what an earlier run of the same model recorded."""
         finished = read_result(folder / "result.json", RESULT_KEYS)
-        if finished is not None:
+        weights = folder / "best_model.safetensors"
+        if finished is not None and not (is_final and read_weights(weights) is None):
             self.progress.skip(self.steps_per_epoch * epochs)
             return finished
         config, text = self.config, self.text
@@ -334,7 +339,7 @@ class _Runner:
             result["test_perplexity"] = evaluate(model, text.test_loader(), text.unk_id).perplexity
             result["model_config"] = dataclasses.asdict(settings)
             result["parameters"] = model.num_parameters()
-            with replacing(folder / "best_model.safetensors") as temporary:
+            with replacing(weights) as temporary:
                 save_model(model, str(temporary))
         write_json(folder / "result.json", result)
         CheckpointFolder(folder / "checkpoints").remove()

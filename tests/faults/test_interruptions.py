@@ -23,7 +23,7 @@ from bklm.checkpoints import CheckpointFolder, WriteError, replacing, write_json
 from bklm.models import ResNetBK
 from bklm.studies import grad_blend_figures, sweep_storage
 from bklm.studies.folder import study_folder
-from bklm.studies.grad_blend import GradBlendConfig, run_grad_blend
+from bklm.studies.grad_blend import GradBlendConfig, load_final_model, run_grad_blend
 from bklm.training import NonFiniteError
 
 
@@ -277,3 +277,29 @@ def test_settings_of_another_shape_in_the_folder_are_set_aside_and_not_trusted(t
     with caplog.at_level(logging.WARNING), study_folder(config):
         pass
     assert "set aside as config.json.damaged-1" in caplog.text
+
+
+def test_a_final_model_that_is_damaged_or_gone_is_trained_again_to_the_same_weights(config):
+    folder = run_grad_blend(config).folder
+    weights = folder / "final" / "best_model.safetensors"
+    whole = weights.read_bytes()
+    for found in (b"x", whole[:1000], None):
+        weights.unlink()
+        if found is not None:
+            weights.write_bytes(found)
+        with pytest.raises(FileNotFoundError, match=r"run the study \(again\) to its end"):
+            load_final_model(folder)
+        run_grad_blend(config)
+        assert weights.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("epochs", [{}]), ("epochs", ["1"]), ("final_perplexity", math.nan), ("directions", None)],
+)
+def test_a_result_of_another_shape_is_set_aside_and_its_trial_trained_again(config, undisturbed, key, value):
+    folder = run_grad_blend(config).folder
+    result = folder / "trials" / "alpha_0_seed_1" / "result.json"
+    result.write_text(json.dumps({**json.loads(result.read_text()), key: value}))
+    assert numbers(run_grad_blend(config).folder) == undisturbed(config)
+    assert result.with_name("result.json.damaged-1").exists()

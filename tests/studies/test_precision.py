@@ -151,10 +151,11 @@ def test_a_finished_study_is_read_back_and_measures_nothing(config, monkeypatch)
     assert second.recommendation == first.recommendation
 
 
-def test_a_damaged_cell_is_set_aside_and_only_that_cell_is_measured_again(config, monkeypatch):
+@pytest.mark.parametrize("damage", [lambda text: text[:50], lambda text: "{}"])
+def test_a_damaged_cell_is_set_aside_and_only_that_cell_is_measured_again(config, monkeypatch, damage):
     first = run_precision(config)
     path = first.folder / "cells" / "batched_B3.json"
-    path.write_text(path.read_text()[:50])
+    path.write_text(damage(path.read_text()))
     measured = []
     real = precision_runner.Runner._measured
     monkeypatch.setattr(
