@@ -205,12 +205,16 @@ def reported() -> str:
     return f"Reported by the original (UltraChat, GPT-2's embedding, tokeniser and sizes, one seed): {'; '.join(listed)}."
 
 
-def command(config: dict) -> str:
+def command(study: Study) -> str:
     """The command that repeats a study with a folder of one's own."""
     flags = [
-        f"--{name} {' '.join(map(str, v)) if isinstance(v := config[name], list) else v}" for name in GIVEN
+        f"--{name} {' '.join(map(str, v)) if isinstance(v := study.config[name], list) else v}"
+        for name in GIVEN
     ]
-    lines = ["python -m bklm.studies.embedding_freeze --profile quick --dataset wikitext-2 --data_dir FOLDER"]
+    lines = [
+        "python -m bklm.studies.embedding_freeze --profile quick --dataset wikitext-2 --data_dir FOLDER",
+        f"--output_dir results/{study.name.lower()}",
+    ]
     return " \\\n    ".join([*lines, " ".join(flags[:4]), " ".join(flags[4:])])
 
 
@@ -279,7 +283,7 @@ def main() -> None:
         "lm_words": verdict_by_table(lm_rows),
         "side": "\n\n".join(sentence for sentence in side if sentence),
         "inequality": INEQUALITY,
-        "command": command(config),
+        "command": "\n".join(command(study) for study in studies),
     }
     write_digest("freeze", DIGEST.format(**fields))
     write_details("freeze", DETAILS.format(**fields))

@@ -22,6 +22,9 @@ SETTINGS = """Validation perplexity over {seeds} seeds (mean, 95% interval), 3 e
 ("wikitext-2-mini", SHA-256 {sha}...): train is the official test split, valid and test the two halves of the official validation
 split, cut at an article heading. Baselines of the same tokens: {baselines}."""
 
+PROVENANCE = """The fourth column is the published code on the same text, run once outside this repository. Settings, versions and machine of the
+others: [corrected](docs/results/corrected_manifest.json), [as published](docs/results/original_manifest.json), {revisions}."""
+
 COMMANDS = """```bash
 python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_trial 3 \\
     --protocol corrected --output_dir results/corrected
@@ -61,6 +64,8 @@ SWEEP = f"""
 **Corrected.** {{corrected}}
 
 **As published.** {{original}}
+
+{PROVENANCE}
 
 {PICTURE}
 
@@ -197,10 +202,21 @@ def sweep_fields(corrected: dict, original: dict, measured: dict[str, dict[str, 
         "published": measured["original hypothesis-7"]["cosine"],
         "diagonal": measured["local"]["cosine"],
         "versus": against_kneser_ney(corrected),
+        "revisions": revisions(),
         "sha": json.loads((DOCS / "corrected_manifest.json").read_text(encoding="utf-8"))["corpus"]["sha256"][
             :16
         ],
     }
+
+
+def revisions() -> str:
+    """From which state of the code the two sweeps come."""
+    found = []
+    for protocol in ("corrected", "original"):
+        revision = json.loads((DOCS / f"{protocol}_manifest.json").read_text(encoding="utf-8"))["git_revision"]
+        commit, _, changes = revision.partition("+")
+        found.append(f"{commit[:12]}{' with changes that were committed later' if changes else ''}")
+    return f"made at revisions {' and '.join(found)}"
 
 
 def initialisation_section(path: Path) -> str:

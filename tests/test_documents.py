@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -187,6 +188,15 @@ def test_every_link_of_a_document_leads_somewhere(path):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], target
+
+
+@pytest.mark.parametrize("page", ["COLAB_QUICK_START.md", "COLAB_QUICK_START.ja.md"])
+def test_a_quick_starts_numbers_are_those_of_the_run_that_is_kept(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    kept = json.loads((ROOT / "docs" / "results" / "quick_start_summary.json").read_text(encoding="utf-8"))
+    rows = [kept["table"][0], kept["table"][-1], kept["baselines"][0], kept["baselines"][-1]]
+    numbers = [row[k] for row in rows for k in ("val_ppl", "val_ppl_low", "val_ppl_high") if k in row]
+    assert [f"{n:.1f}" for n in numbers if f"{n:.1f}" not in text] == []
 
 
 def test_both_quick_starts_have_the_same_commands_numbers_and_files():
