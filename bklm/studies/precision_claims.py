@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -136,7 +137,7 @@ def claims_readable(rows: Rows) -> list[dict[str, Any]]:
             "claimed": claimed(r),
             "measured": measured(r),
             "verdict": r["verdict"],
-            "what was compared": r["compared"],
+            "what was compared": re.sub(r"\((\d+), (\d+)\)", r"batch \1, N = \2", r["compared"]),
         }
         for r in rows
     ]
