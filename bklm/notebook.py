@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 # Numbers stay on one line, so that a narrow screen scrolls a table instead of breaking them; sentences wrap.
 TABLE_STYLE = (
-    ".bklm td {white-space:nowrap} .bklm td.long {white-space:normal; min-width:14em} .bklm th {min-width:4em}"
+    ".bklm td {white-space:nowrap} .bklm td.long {white-space:normal; min-width:10em} .bklm th {min-width:4em}"
     " .bklm tr > :first-child"
     + "".join(f", .bklm.words{i} tr > :nth-child({i})" for i in range(2, 11))
     + " {text-align:left}"
@@ -176,8 +176,10 @@ def show_table(rows: Sequence[dict[str, Any]], headless: bool = False) -> None:
 
 
 def _is_words(column: pd.Series) -> bool:
-    """Whether no cell of a table's column is a number, with or without its unit."""
+    """Whether a table's column holds sentences, or no number at all, with or without its unit."""
     cells = [str(cell) for cell in column]
+    if any(len(cell) >= LONG_CELL for cell in cells):
+        return True
     return not any(re.match(r"[x+-]?\d|under \d", cell) for cell in cells) and any(len(c) > 1 for c in cells)
 
 

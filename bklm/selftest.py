@@ -100,8 +100,8 @@ def readable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "mode": r["mode"],
             "error": f"{r['error']:.1e}",
             "gradient error": f"{r['gradient_error']:.1e}",
-            "first call, s": f"{r['first_call_seconds']:.2f}",
-            "later calls, µs": f"{r['call_microseconds']:.0f}",
+            "first call, s": f"{r['first_call_seconds']:.3f}",
+            "later calls, µs": f"{r['call_microseconds']:,.0f}",
             "": "right" if r["ok"] else "WRONG",
         }
         for r in rows

@@ -196,7 +196,8 @@ def _enough_for_larger_shifts(
     if not good:
         return ""
     words = f"; for Im z of {min(good):g} or more complex64 is enough (worst gradient error {error:.0e})"
-    words += f" at {times['complex64']['ms'] / times[best]['ms']:.2g} of the time"
+    share = times["complex64"]["ms"] / times[best]["ms"]
+    words += f" at {share:.2g} {'of' if share < 1 else 'times'} the time"
     if memory["complex64"] and memory[best]:
         words += f" and {memory['complex64'] / memory[best]:.2g} of the memory"
     return words
