@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +45,14 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-TABLE_STYLE = ".bklm td, .bklm th {min-width:4em} .bklm tr > :first-child {text-align:left; min-width:8em}"
+# Numbers stay on one line, so that a narrow screen scrolls a table instead of breaking them; sentences wrap.
+TABLE_STYLE = (
+    ".bklm td {white-space:nowrap} .bklm td.long {white-space:normal; min-width:10em} .bklm th {min-width:4em}"
+    " .bklm tr > :first-child"
+    + "".join(f", .bklm.words{i} tr > :nth-child({i})" for i in range(2, 11))
+    + " {text-align:left}"
+)
+LONG_CELL = 30  # characters
 PICTURE_WIDTH = 760  # pixels: readable on a desktop, and scaled down by phones
 Result = TypeVar("Result")
 DRIVE = Path("/content/drive")  # where Colab mounts a Google Drive
@@ -160,8 +168,19 @@ def show_table(rows: Sequence[dict[str, Any]], headless: bool = False) -> None:
     if headless:
         print(as_text(list(rows)))
         return
-    table = pd.DataFrame(rows).fillna("").to_html(index=False, border=0, classes="bklm")
+    found = pd.DataFrame(rows).fillna("")
+    words = [f"words{i}" for i, name in enumerate(found, 1) if _is_words(found[name])]
+    table = found.to_html(index=False, border=0, classes=["bklm", *words])
+    table = re.sub(rf"<td>(?=[^<]{{{LONG_CELL},}})", '<td class="long">', table)
     display(HTML(f'<style>{TABLE_STYLE}</style><div style="overflow-x:auto">{table}</div>'))
+
+
+def _is_words(column: pd.Series) -> bool:
+    """Whether a table's column holds sentences, or no number at all, with or without its unit."""
+    cells = [str(cell) for cell in column]
+    if any(len(cell) >= LONG_CELL for cell in cells):
+        return True
+    return not any(re.match(r"[x+-]?\d|under \d", cell) for cell in cells) and any(len(c) > 1 for c in cells)
 
 
 def say(text: str, headless: bool = False) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ipywidgets as widgets
-from IPython.display import display
+from IPython.display import clear_output, display
 
 from bklm.config import FieldSpec, StudyConfig
 from bklm.notebook_form import as_words
@@ -72,6 +72,7 @@ class Controls:
         """Display the controls. The cells below take their values when they run; the Run button runs the study at once."""
         if self._headless:
             return
+        clear_output(wait=True)  # what the cell said while it imported
         buttons = widgets.HBox([self.run_button, self.stop_button])
         display(widgets.VBox([*self.widgets.values(), self._message, self._guess, buttons, self._progress]))
         self._validate()

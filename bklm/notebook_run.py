@@ -121,7 +121,9 @@ class StudyRun:
         if bar := BAR.match(piece):
             self.percent = int(bar["percent"])
             self.doing, self.counts = bar["doing"] or "", bar["counts"]
-            piece = piece[bar.end() :]  # a log line may follow the bar at once
+            piece = piece[
+                bar.end() :
+            ].lstrip()  # a log line may follow the bar at once, after the blanks that erase it
         if piece.strip():
             self.lines.append(piece.rstrip())
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from tqdm.auto import tqdm
 
 from bklm.bk_core import BKCore, available_backends, reference, resolvent_diagonal
 from bklm.figures import colours, legend_below, save_figure
@@ -51,8 +52,9 @@ def check_operator(n: int = 48, batch: int = 8) -> list[dict[str, Any]]:
     b, c = 1 + 0.3 * torch.rand(n - 1, generator=generator), 1 + 0.3 * torch.rand(n - 1, generator=generator)
     target = torch.randn(batch, n, dtype=torch.complex64, generator=generator)
     rows = []
-    for backend in available_backends():
-        for causal in (True, False):
+    cases = [(backend, causal) for backend in available_backends() for causal in (True, False)]
+    with tqdm(cases, desc="compiling and checking", unit="case", leave=False) as bar:
+        for backend, causal in bar:
             wanted, wanted_grad = _dense(a, b, c, target, causal)
             x = a.clone().requires_grad_(True)
             started = time.perf_counter()
@@ -98,8 +100,8 @@ def readable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "mode": r["mode"],
             "error": f"{r['error']:.1e}",
             "gradient error": f"{r['gradient_error']:.1e}",
-            "first call, s": f"{r['first_call_seconds']:.2f}",
-            "later calls, µs": f"{r['call_microseconds']:.0f}",
+            "first call, s": f"{r['first_call_seconds']:.3f}",
+            "later calls, µs": f"{r['call_microseconds']:,.0f}",
             "": "right" if r["ok"] else "WRONG",
         }
         for r in rows
@@ -157,12 +159,13 @@ def draw_operator(path: Path, n: int = 64) -> Path:
 def study_times() -> list[dict[str, Any]]:
     """Estimated minutes of notebook 01 on this machine, from a few timed steps of each profile's own model."""
     rows = []
-    for profile, corpus in (
+    profiles = [
         ("smoke", "embedded"),
         ("quick", "embedded"),
         ("quick", "wikitext-2"),
         ("full", "wikitext-2"),
-    ):
+    ]
+    for profile, corpus in tqdm(profiles, desc="timing", unit="profile", leave=False):
         config = GradBlendConfig(profile=profile, dataset=corpus).resolved()
         minutes = in_words(estimated_minutes(config))
         rows.append({"notebook": "01 GRAD_BLEND sweep", "profile": profile, "text": corpus, "minutes": minutes})

@@ -162,7 +162,7 @@ def train(
                 place = checkpoints.save(epoch, model, state, named)
             accelerator.wait_for_everyone()
         log.info(
-            "%s: epoch %d/%d, train PPL %.1f, validation PPL %.1f, %.0f s%s",
+            "%s: epoch %d/%d, train PPL %.1f, validation PPL %.1f, %.1f s%s",
             label, epoch, settings.epochs, record.train_perplexity, record.val_perplexity, seconds,
             describe_experts(record.expert_counts),
         )  # fmt: skip

@@ -127,7 +127,10 @@ def draw_contexts(path: Path, table: list[dict[str, Any]], config: BaselineConfi
         lengths = sorted({x for values in points.values() for x, _ in values})
         axes.set_xticks(lengths, [str(n) for n in lengths])
         axes.set_xlabel("window length: most context a target can have")
-        wide_range_axis(axes.yaxis, [y for values in points.values() for _, y in values], "validation PPL")
+        found = [y for values in points.values() for _, y in values]
+        wide_range_axis(axes.yaxis, found, "validation PPL")
+        if max(found) < 1.02 * min(found):  # a flat line, not the last digits of its numbers
+            axes.set_ylim(0.95 * min(found), 1.05 * max(found))
         legend_below(axes, ncols=4, fontsize=10)
 
     longest = {name: values[-1][0] for name, values in points.items()}

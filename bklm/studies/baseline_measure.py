@@ -17,7 +17,7 @@ from torch import Tensor
 from bklm.checkpoints import write_json
 from bklm.models import LanguageModel
 from bklm.processes import make_accelerator
-from bklm.studies.baseline_models import build_model
+from bklm.studies.baseline_models import TITLES, build_model
 from bklm.studies.baseline_text import BaselineText, as_ids
 from bklm.studies.folder import read_result
 from bklm.studies.precision_grid import Arm
@@ -52,7 +52,7 @@ def measure_models(
     measured = read_result(path, {run["model"]: dict for run in runs})
     if measured is not None:
         return measured
-    log.info("Measuring a training step's time and memory, and generation, of each model")
+    log.info("Measuring each model's cost: the time of a training step ...")
     first = {
         run["model"]: run for run in reversed(runs)
     }  # one seed of each: cost does not depend on the weights
@@ -115,6 +115,7 @@ def _training_step(
     measured: dict[str, dict[str, Any]] = {}
     with MemoryMeter(device) as meter:
         for name, run in runs.items():
+            log.info("... its peak memory, %s ...", TITLES[name])
             median, low, high = median_and_quartiles(taken[name]["total"])
             peak, reason = meter.measure(f"{__name__}:step_arms", settings, name)
             if peak is not None:
@@ -136,6 +137,7 @@ def _generation(
     models = {name: _model_to_time(run, folder).to(device).eval() for name, run in runs.items()}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     for position in POSITIONS:
+        log.info("... writing %s words from position %s ...", f"{count:,}", f"{position:,}")
         ready = {}
         for name, model in models.items():
             row = {"position": position, "tokens": count, "seconds": None, "state_bytes": None, "reason": ""}

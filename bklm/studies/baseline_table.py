@@ -195,7 +195,7 @@ def readable_cost(
             longest = r.get("n_seq") or math.inf
             beyond = entry["position"] + entry["tokens"] > longest
             note = " (positions never trained)" if beyond else ""
-            row[f"{entry['tokens']:,} tokens from {where}"] = ends or f"{entry['seconds']:.3g} s{note}"
+            row[f"{entry['tokens']:,} tokens from {where}"] = ends or _seconds(entry["seconds"]) + note
         found.append(row)
     return found
 
@@ -203,7 +203,9 @@ def readable_cost(
 def readable_search(results: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The learning-rate search: one row per model, one column per rate, the chosen one marked."""
     if not results:
-        return [{"model": TITLES[r["model"]], f"{r['learning_rate']:g}": "taken, no search"} for r in table]
+        return [
+            {"model": TITLES[r["model"]], f"rate {r['learning_rate']:g}": "taken, no search"} for r in table
+        ]
     rates = sorted({r["learning_rate"] for r in results})
     rows = []
     for name in dict.fromkeys(r["model"] for r in results):
@@ -212,7 +214,7 @@ def readable_search(results: Sequence[dict[str, Any]], table: Sequence[dict[str,
         words = {rate: "diverged" if v is None else str(Perplexity(v, None, None)) for rate, v in tried.items()}
         rows.append(
             {"model": TITLES[name]}
-            | {f"{rate:g}": words[rate] + (" (taken)" if tried[rate] == best else "") for rate in rates}
+            | {f"rate {rate:g}": words[rate] + (" (taken)" if tried[rate] == best else "") for rate in rates}
         )
     return rows
 
@@ -320,4 +322,10 @@ def _parameters(row: Mapping[str, Any]) -> str:
 
 
 def _bytes(count: int) -> str:
-    return f"{count:,} B" if count < 100_000 else f"{count / 1e6:,.2f} MB"
+    if count < 1000:
+        return f"{count} B"
+    return f"{count / 1e3:.3g} kB" if count < 999_500 else f"{count / 1e6:,.2f} MB"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 0.1 else f"{1e3 * value:.3g} ms"

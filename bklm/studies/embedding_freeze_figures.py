@@ -68,6 +68,9 @@ def draw_arms(
         axes.set_xlim(min(axes.get_xlim()[0], 0.95 * min(values)), min(axes.get_xlim()[1], 2 * max(values)))
         legend_below(axes, ncols=2, fontsize=9)
 
+    farthest = max(row["val_ppl_high"] or 0 for row in table)
+    if farthest > 2 * max(row["val_ppl"] for row in table):
+        note = f"Bars that reach the edge go on beyond it, to {farthest:,.0f} at most. {note}"
     return save_figure(path, draw, title=title, note=note, size=(8.0, 2.6 + 0.36 * len(names)))
 
 
@@ -101,7 +104,7 @@ def draw_curves(path: Path, trials: Trials, note: str) -> Path:
             axes.set_ylabel("")
         for axes in grid[-1]:
             axes.set_xlabel("epoch of phase 2")
-        legend_below(grid[-1, 0], ncols=2, fontsize=9)
+        legend_below(grid[-1, 0], ncols=2, fontsize=9, handlelength=4)  # long enough to show a dashed line
 
     best = min(controlled, key=lambda t: t["val_ppl"])
     where = f"{best['arm']}, {best['samples']} samples, epoch {best['best_epoch']}"
@@ -154,6 +157,7 @@ def draw_effects(path: Path, effects: list[dict[str, Any]], note: str) -> Path:
     if any(e["verdict"] == "no verdict" for e in overall):
         title = "Effects on validation PPL; one seed, no interval"
     words = "Ratio over paired seeds; below 1 the change lowers PPL. Bold: over all cells; below it, within one value."
+    words += " Bars that reach the edge go on beyond it."
     return save_figure(
         path, draw, title=title, note=f"{words} {note}", size=(8.0, 2.4 + 0.3 * max(3, len(effects)))
     )

@@ -156,7 +156,9 @@ class Runner:
         finished = read_result(folder / "result.json", PHASE1_KEYS)
         if finished is not None and not (needs_weights and read_weights(_weights(folder)) is None):
             return finished
-        label = f"phase 1, {initialisation} embedding, {samples} samples, seed {seed}"
+        keys = list(self._phase1_keys())
+        place = f"{keys.index((initialisation, samples, seed)) + 1} of {len(keys)}"
+        label = f"phase 1 ({place}), {initialisation} embedding, {samples} samples, seed {seed}"
         self.progress.describe(label)
         log.info("%s", label)
         began = time.perf_counter()

@@ -89,7 +89,7 @@ def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "tokens per trained": f"{r['tokens_per_parameter']:.3g}",
             "val - train, nats": with_interval(r["gap"], r["gap_95"], 2),
             "best epoch": with_interval(r["best_epoch"], r["best_epoch_95"]),
-            "seconds": with_interval(r["seconds"], r["seconds_95"], 0),
+            "seconds": with_interval(r["seconds"], r["seconds_95"], 1 if r["seconds"] < 10 else 0),
             "PPL reported by the original": "-"
             if r["original_val_ppl"] is None
             else f"{r['original_val_ppl']:.1f}",

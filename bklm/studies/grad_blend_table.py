@@ -93,7 +93,7 @@ def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "accuracy": f"{r['accuracy']:.1%}",
             "converged at epoch": or_dash(r["convergence_epoch"], ".1f"),
             "grad-norm variance": f"{r['gradient_variance']:.3g}",
-            "seconds": f"{r['seconds']:.0f}",
+            "seconds": f"{r['seconds']:.{1 if r['seconds'] < 10 else 0}f}",
             "PPL reported by the original": or_dash(r["original_val_ppl"], ".2f"),
         }
         for r in rows

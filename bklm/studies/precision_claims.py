@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -136,7 +137,7 @@ def claims_readable(rows: Rows) -> list[dict[str, Any]]:
             "claimed": claimed(r),
             "measured": measured(r),
             "verdict": r["verdict"],
-            "what was compared": r["compared"],
+            "what was compared": re.sub(r"\((\d+), (\d+)\)", r"batch \1, N = \2", r["compared"]),
         }
         for r in rows
     ]
@@ -195,7 +196,8 @@ def _enough_for_larger_shifts(
     if not good:
         return ""
     words = f"; for Im z of {min(good):g} or more complex64 is enough (worst gradient error {error:.0e})"
-    words += f" at {times['complex64']['ms'] / times[best]['ms']:.2g} of the time"
+    share = times["complex64"]["ms"] / times[best]["ms"]
+    words += f" at {share:.2g} {'of' if share < 1 else 'times'} the time"
     if memory["complex64"] and memory[best]:
         words += f" and {memory['complex64'] / memory[best]:.2g} of the memory"
     return words

@@ -28,6 +28,10 @@ BAND = 1e0
 def _log(axis: Any, decades: int = 1) -> None:
     axis.set_major_locator(LogLocator(base=10.0**decades, numticks=20))
     axis.set_minor_locator(NullLocator())
+    low, high = axis.get_view_interval()
+    if high < 100 * low:  # powers of ten alone would leave such an axis with one tick or none
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter("{x:g}")
 
 
 def _style(recursion: str, precision: str) -> dict[str, Any]:
@@ -50,8 +54,8 @@ def draw_errors(path: Path, table: Rows, note: str) -> Path:
             _error_panel(value, rows, "value_error", ("complex64", "complex128"))
             _error_panel(gradient, rows, "gradient_error", PRECISIONS)
             value.set_ylabel(f"Im z = {im_z:g}\nrelative error")
-        grid[0][0].set_title("value G (mixed, adaptive: as complex128)", fontsize=11)
-        grid[0][1].set_title("gradient dL/da", fontsize=11)
+        grid[0][0].set_title("value G (mixed, adaptive: as complex128)", fontsize=10)
+        grid[0][1].set_title("gradient dL/da", fontsize=10)
         for axes in grid[-1]:
             axes.set_xlabel("N, positions (log scale)")
         handles, labels = grid[0][1].get_legend_handles_labels()
@@ -125,11 +129,12 @@ def draw_costs(path: Path, table: Rows, note: str) -> Path:
                 )
         for axes in (time, memory):
             axes.set(xscale="log", yscale="log", xlabel="N, positions (log scale)")
+        memory.set_xlim(time.get_xlim())
+        for axes in (time, memory):
             _log(axes.xaxis)
             _log(axes.yaxis)
         time.set(title="Value and gradient", ylabel="ms, median and quartiles (log scale)")
         memory.set(title="Peak memory", ylabel="MB above the inputs (log scale)")
-        memory.set_xlim(time.get_xlim())
         handles, labels = memory.get_legend_handles_labels()
         for axes, some in ((time, slice(4)), (memory, slice(4, None))):
             axes.legend(

@@ -68,7 +68,7 @@ class Runner:
         plan = list(self._plan())
         with tqdm(total=len(plan), unit="cell", mininterval=1.0) as bar:
             for name, part, settings, measure in plan:
-                bar.set_description(name)
+                bar.set_description(_in_words(name))
                 self.cells[name], is_new = self._cell(name, part, settings, measure)
                 bar.update()
                 is_length_done = part == "accuracy" and settings["im_z"] == self.config.shifts[-1]
@@ -244,3 +244,10 @@ def _fingerprint(device: str) -> dict[str, Any]:
         "torch": found["packages"]["torch"],
         "numba": found["packages"]["numba"],
     }
+
+
+def _in_words(cell: str) -> str:
+    """A cell's name as the progress bar says it: "accuracy, N = 1024, Im z = 0.1"."""
+    for short, words in (("_N", ", N = "), ("_z", ", Im z = "), ("_B", ", batch "), ("_E", ", experts ")):
+        cell = cell.replace(short, words)
+    return cell

@@ -93,6 +93,21 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
+def _time(row: dict[str, Any]) -> str:
+    """Median and quartiles, "0.24 ms (0.23 to 0.25)": the unit is repeated only where it changes."""
+    median, low, high = (duration(row[name] / 1e3) for name in SPREAD)
+    unit = median.partition(" ")[2]
+    if low.endswith(f" {unit}") and high.endswith(f" {unit}"):
+        low, high = low.removesuffix(f" {unit}"), high.removesuffix(f" {unit}")
+    return f"{median} ({low} to {high})"
+
+
+def _difference(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0e}" if value else "0"
+
+
 def first_overflow(table: Rows, recursion: str, precision: str) -> int | None:
     """Smallest N at which a result was not finite (or all zeros) for some Im z; None when all were finite."""
     lost = [
@@ -160,12 +175,7 @@ def costs_readable(table: Rows) -> list[dict[str, Any]]:
         line = lines.setdefault(
             (r["recursion"], r["precision"]), {"recursion": r["recursion"], "precision": r["precision"]}
         )
-        if r["ms"] is None:
-            shown = r["note"].removeprefix("not measured: one call ")
-        else:
-            shown = (
-                f"{duration(r['ms'] / 1e3)} ({duration(r['ms_low'] / 1e3)} to {duration(r['ms_high'] / 1e3)})"
-            )
+        shown = r["note"].removeprefix("not measured: one call ") if r["ms"] is None else _time(r)
         line[f"N = {r['n']:,}"] = shown
     return list(lines.values())
 
@@ -202,13 +212,13 @@ def compared_readable(table: Rows) -> list[dict[str, Any]]:
     size = next(k for k in ("batch", "tokens") if k in table[0])
     return [
         {
-            size: r[size],
+            size: f"{r[size]:,}",
             **({"experts": r["experts"]} if "experts" in r else {}),
             "way": r["arm"],
-            "time": f"{duration(r['ms'] / 1e3)} ({duration(r['ms_low'] / 1e3)} to {duration(r['ms_high'] / 1e3)})",
+            "time": _time(r),
             "times faster": f"{r['times_faster']:.3g}",
             "peak memory": "-" if r["peak_mb"] is None else megabytes(r["peak_mb"]),
-            "differs by": "-" if r["difference"] is None else f"{r['difference']:.0e}",
+            "differs by": _difference(r["difference"]),
         }
         for r in table
     ]
@@ -251,7 +261,7 @@ def model_readable(table: Rows) -> list[dict[str, Any]]:
             "because": r["why"],
             "step": "-" if r["ms"] is None else duration(r["ms"] / 1e3),
             "times faster than fp32": shown(r["times_faster"], ".2f"),
-            "gradient differs by": shown(r["gradient_difference"], ".0e"),
+            "gradient differs by": _difference(r["gradient_difference"]),
             "loss after the same steps": shown(r["last_loss"], ".4f"),
         }
         for r in table

@@ -145,6 +145,16 @@ def test_a_sentence_is_plain_when_headless_and_escaped_in_a_browser(monkeypatch,
     assert "&lt;unk&gt; is a word" in shown[0]
 
 
+def test_in_a_table_only_sentences_wrap_and_columns_of_words_stand_left(monkeypatch):
+    shown = []
+    monkeypatch.setattr(notebook, "display", lambda html: shown.append(html.data))
+    why = "the processor has no such arithmetic"
+    notebook.show_table([{"way": "a", "time": "2 ms (1 to 3)", "here": "native", "because": why, "-": "-"}])
+    assert 'class="dataframe bklm words3 words4"' in shown[0]
+    assert f'<td class="long">{why}</td>' in shown[0]
+    assert "<td>2 ms (1 to 3)</td>" in shown[0]
+
+
 def test_the_figure_of_a_run_ends_as_the_study_left_it(monkeypatch, tmp_path):
     shown = []
     handle = SimpleNamespace(update=lambda image: shown.append(image.data))

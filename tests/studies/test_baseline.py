@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from bklm.checkpoints import CheckpointFolder
 from bklm.evaluation import evaluate
@@ -416,6 +417,10 @@ def test_the_tables_say_what_is_not_possible_and_whose_numbers_they_are():
     assert [row["1024"] for row in contexts] == ["text too short", "not possible"]
     first, second = readable_cost(table, measured)
     assert first["10 tokens from 64"] == "1.25 s"
+    assert first["state at 64"] == "1.02 kB"
+    quick = {"newllm": {**cost, "generation": [{**possible, "seconds": 0.00125, "state_bytes": 128}]}}
+    (row,) = readable_cost(table[:1], quick)
+    assert (row["10 tokens from 64"], row["state at 64"]) == ("1.25 ms", "128 B")
     assert second["training tokens/s (ratio)"] == "50 (x0.50)"
     assert second["10 tokens from 64"] == "not possible: it ends at 32 positions"
     longer_table = {**measured, "gpt": {**measured["gpt"], "generation": [possible]}}
@@ -433,3 +438,14 @@ def test_the_advanced_models_announced_numbers_stand_beside_measured_ones():
     assert any("100x" in r["original"] and "x120.0" in r["measured here"] for r in rows)
     without = claims_table(model_table([run_of("newllm", 0, 40.0)], {}))
     assert sum("not run" in r["measured here"] for r in without) == 3
+
+
+def test_contexts_that_make_no_difference_are_drawn_as_a_flat_line(monkeypatch, tmp_path):
+    figure = Figure()
+    monkeypatch.setattr(baseline_figures, "save_figure", lambda path, draw, **words: draw(figure))
+    row = {"model": "resnet_bk", "val_ppl_context_16": 99.41, "val_ppl_context_32": 99.4}
+    config = BaselineConfig(profile="smoke", dataset="embedded").resolved()
+    baseline_figures.draw_contexts(tmp_path / "x.png", [row], config, "")
+    low, high = figure.axes[0].get_ylim()
+    assert low < 95
+    assert high > 104

@@ -18,7 +18,7 @@ from bklm.studies.cli import parse
 from bklm.studies.precision import PrecisionConfig, run_precision
 from bklm.studies.precision_claims import adaptive_finding, recommend, verdict
 from bklm.studies.precision_grid import LEFT_RIGHT, PRECISIONS, THETA_PHI, THETA_PHI_LOOP
-from bklm.studies.precision_tables import duration, first_overflow, summary_readable
+from bklm.studies.precision_tables import compared_readable, duration, first_overflow, summary_readable
 
 
 class NoMemory:
@@ -363,3 +363,11 @@ def test_durations_read_well():
 def test_the_command_line_has_the_configs_fields():
     words = ["--profile", "smoke", "--sizes", "16", "32", "--tolerance", "0.01"]
     assert parse(PrecisionConfig, words) == PrecisionConfig(profile="smoke", sizes=(16, 32), tolerance=0.01)
+
+
+def test_quartiles_repeat_the_unit_only_where_it_changes_and_no_difference_is_0():
+    row = {"tokens": 4096, "arm": "fused", "times_faster": 1.0, "peak_mb": 2.0, "difference": 0.0}
+    rows = [{**row, "ms": 2.0, "ms_low": 1.5, "ms_high": high} for high in (3.0, 3000.0)]
+    first, second = compared_readable(rows)
+    assert (first["tokens"], first["time"], first["differs by"]) == ("4,096", "2 ms (1.5 to 3)", "0")
+    assert second["time"] == "2 ms (1.5 ms to 3 s)"
