@@ -226,6 +226,17 @@ def test_a_process_killed_while_its_notebook_is_half_written_is_one_failed_run(s
     assert "1 of 2 runs done, 1 failed" in result.summary.read_text()
 
 
+def test_a_notebook_that_is_gone_by_its_turn_is_one_failed_run(sets, notebook, tmp_path):
+    gone = notebook("gone")
+    remover = notebook(
+        "remover", f"from pathlib import Path\nfor name in ({gone!r}, 'remover.ipynb'): Path(name).unlink()"
+    )
+    path = sets({"runs": [{"notebook": remover}, {"notebook": gone}]})
+    result = run_batch(read_runs(path), tmp_path / "out", say=lambda line: None)
+    assert [(o.name, o.status) for o in result.outcomes] == [("remover", "done"), ("gone", "failed")]
+    assert "FileNotFoundError" in result.outcomes[1].error
+
+
 def test_a_notebook_that_ends_well_but_cannot_be_kept_is_one_failed_run(sets, notebook, tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise RuntimeError("no template")

@@ -168,6 +168,9 @@ class _Workers:
         self.limit = None if minutes is None else 60 * minutes
         self.threads = max(1, (os.cpu_count() or 1) // workers)
         self.running: list[_Job] = []
+        # Read before anything runs: a notebook that is gone by its turn is one failed run.
+        self.parameters = {run.name: run.all_parameters(output_dir / run.name) for run in runs}
+        self.fingerprints = {run.name: run.fingerprint() for run in runs}
         self.cells = {run.name: len(nbformat.read(run.notebook, as_version=4).cells) for run in runs}
         self.bar = tqdm(
             total=sum(self.cells.values()) + len(runs), unit="cell", mininterval=1.0, disable=not runs
@@ -206,7 +209,7 @@ class _Workers:
         folder.mkdir(exist_ok=True)
         receiver, sender = multiprocessing.Pipe(duplex=False)
         arguments = (
-            str(run.notebook.resolve()), str(_executed(folder, run, ".running")), run.all_parameters(folder),
+            str(run.notebook.resolve()), str(_executed(folder, run, ".running")), self.parameters[run.name],
             str(folder / "printed.txt"), self.threads, sender,
         )  # fmt: skip
         # Spawned, not forked: this process has threads, and CUDA perhaps, that a fork would break.
@@ -249,7 +252,9 @@ class _Workers:
         parameters = json.loads(json.dumps(run.parameters, default=str))
         status = "failed" if error else "done"
         error = error and " ".join(error.split())[:500]
-        return Outcome(run.name, status, run.notebook.name, parameters, seconds, error, run.fingerprint())
+        return Outcome(
+            run.name, status, run.notebook.name, parameters, seconds, error, self.fingerprints[run.name]
+        )
 
 
 def _wait_for(process: multiprocessing.Process) -> None:
