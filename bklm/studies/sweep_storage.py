@@ -93,7 +93,7 @@ def postgresql(address: str) -> Iterator[BaseStorage]:
     engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool, **options)
     try:
         connection = engine.connect()
-    except sqlalchemy.exc.OperationalError as error:
+    except sqlalchemy.exc.DBAPIError as error:  # nobody there, or a setting that the driver refuses
         raise ConnectionError(
             f"storage: {address} does not answer ({' '.join(str(error.orig).split())}); start the database, mend the "
             "address, or leave storage empty to work alone."

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 
 from bklm.reporting import command_for
 from bklm.studies import sweep_storage
@@ -271,12 +272,27 @@ def test_an_address_without_a_secret_is_accepted_with_the_settings_that_it_can_n
 
 def test_a_database_that_does_not_answer_is_one_sentence_without_a_traceback(tmp_path):
     pytest.importorskip("psycopg")
-    address = f"postgresql://me@/sweeps?host={tmp_path}"
-    with pytest.raises(
-        ConnectionError, match=r"storage: .* does not answer \(.*\); start the database"
-    ) as caught:
-        Sweep.shared(address, "test", GRID)
-    assert "\n" not in str(caught.value)
+    for settings in (f"host={tmp_path}", f"host={tmp_path}&connect_timeout=soon", "sslmode=perhaps"):
+        with pytest.raises(
+            ConnectionError, match=r"storage: .* does not answer \(.*\); start the database"
+        ) as caught:
+            Sweep.shared(f"postgresql://me@/sweeps?{settings}", "test", GRID)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("settings", "seconds"), [("", 10), ("?connect_timeout=3", "3")])
+def test_the_time_to_connect_is_the_addresss_own_where_it_has_one(monkeypatch, settings, seconds):
+    pytest.importorskip("psycopg")
+    given = {}
+
+    def connect(**options):
+        given.update(options)
+        raise sqlalchemy.exc.OperationalError("connect", {}, Exception("nobody there"))
+
+    monkeypatch.setattr("psycopg.connect", lambda *words, **options: connect(**options))
+    with pytest.raises(ConnectionError):
+        Sweep.shared(f"postgresql://me@host/sweeps{settings}", "test", GRID)
+    assert given["connect_timeout"] == seconds
 
 
 def test_without_a_driver_the_sentence_says_what_to_install(monkeypatch):
