@@ -71,7 +71,7 @@ def read_runs(path: Path) -> list[Run]:
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, Loader=_Loader)
+            content = _Loader(file).get_single_data()  # what yaml.safe_load does, with this loader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from None
     _check_keys(content, {"parameters", "runs"}, {"runs"}, str(path))
