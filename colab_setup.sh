@@ -4,6 +4,7 @@
 # bash colab_setup.sh test [...]  install, then lint and run every test but the browser's; extra words go to pytest instead
 # bash colab_setup.sh browser     install, then drive the notebooks in JupyterLab with headless Chromium
 # bash colab_setup.sh colab       install the versions that Colab has into .venv-colab, then run the notebooks there
+# bash colab_setup.sh --help      print this
 #
 # Outside Colab everything goes into .venv; in a Colab runtime into the runtime, where torch and numpy are never changed.
 # The notebooks' first cell names its own Python in BKLM_PYTHON; that one is treated as Colab's is.
@@ -17,6 +18,10 @@ fail() {
     trap - ERR
     echo "colab_setup.sh: $1" >&2
     exit "${2:-1}"
+}
+
+usage() { # the lines at the head of this file
+    sed -n '2,/^set /s/^# \{0,1\}//p' colab_setup.sh
 }
 
 in_prepared_runtime() {
@@ -41,7 +46,8 @@ install() { # the word given says what else than the suite to install: test, or 
     if in_prepared_runtime; then
         PY=${BKLM_PYTHON:-$(command -v python3)}
         step="adding missing packages to $PY"
-        "$PY" scripts/install.py --keep-installed ${extra:+--extra "$extra"}
+        "$PY" scripts/install.py --keep-installed ${extra:+--extra "$extra"} ||
+            fail "could not add the missing packages to $PY; the message above says why."
         return
     fi
     PY="$PWD/.venv/bin/python"
@@ -60,27 +66,28 @@ make_environment() { # folder, name of its stamp, Python to make it from, words 
     if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
         step="installing the packages of requirements.txt into $folder"
         echo "Installing into $folder (several minutes the first time) ..."
-        "$folder/bin/python" scripts/install.py "${@:4}"
+        "$folder/bin/python" scripts/install.py "${@:4}" ||
+            fail "could not install the packages into $folder; the message above says why." # set -e is off behind &&
         echo "$want" >"$stamp"
     fi
 }
 
 run() {
-    local name=01_grad_blend_sweep output_dir=results previous="" word running status=0
-    for word in "$@"; do # -p output_dir DIR moves the results
-        [ "$previous" = output_dir ] && output_dir=$word
-        previous=$word
-    done
+    local name=01_grad_blend_sweep output_dir running reached="" status=0
+    set -- -p headless True -p dataset embedded "$@"
+    output_dir=$("$PY" -m bklm.batch.words "notebooks/$name.ipynb" "$@") || exit
     step="running notebooks/$name.ipynb"
     mkdir -p "$output_dir" || fail "cannot create $output_dir; choose another folder with -p output_dir DIR."
     running="$output_dir/$name.running.ipynb"
     echo "Running notebooks/$name.ipynb; results go to $output_dir/"
     "$PY" -m papermill "notebooks/$name.ipynb" "$running" --cwd . --kernel python3 --no-progress-bar --log-level ERROR \
-        --stdout-file - -p headless True -p dataset embedded "$@" 2>"$output_dir/.papermill.log" || status=$?
+        --stdout-file - "$@" 2>"$output_dir/.papermill.log" || status=$?
     if [ "$status" -ne 0 ]; then
-        mv "$running" "$output_dir/$name.failed.ipynb" 2>/dev/null || true
+        if mv "$running" "$output_dir/$name.failed.ipynb" 2>/dev/null; then
+            reached="; the notebook up to there is $output_dir/$name.failed.ipynb"
+        fi
         grep -v '^\s*$' "$output_dir/.papermill.log" | tail -n 3 >&2
-        fail "notebook $name stopped (the reason is above); the notebook up to there is $output_dir/$name.failed.ipynb." "$status"
+        fail "notebook $name stopped (the reason is above)$reached." "$status"
     fi
     step="adding the executed notebook to the results zip"
     mv "$running" "$output_dir/$name.ipynb"
@@ -118,5 +125,6 @@ run) shift && install && run "$@" ;;
 test) shift && install test && run_tests "$@" ;;
 browser) shift && install test,browser && step="driving the notebooks" && "$PY" -m pytest -m slow tests/browser "$@" ;;
 colab) run_like_colab ;;
-*) fail "got '$1'; allowed are no word (install), 'run', 'test', 'browser' and 'colab'." 2 ;;
+-h | --help | help) usage ;;
+*) fail "got '$1'; allowed are no word (install), 'run', 'test', 'browser', 'colab' and '--help'." 2 ;;
 esac

@@ -107,6 +107,18 @@ def test_a_grid_is_every_combination_under_names_that_do_not_change(sets, notebo
             {"runs": [{"notebook": SWEEP, "parameters": {"clip": 1}, "grid": {"clip": [1]}}]},
             "in parameters and in grid",
         ),
+        ({"runs": [{"notebook": SWEEP, "name": "summary.html"}]}, "'summary.html' is no name for a run"),
+        ({"runs": [{"notebook": SWEEP, "name": "Checkpoints"}]}, "'Checkpoints' is no name for a run"),
+        ("parameters: {clip: 1}\nruns: []\nparameters: {}\n", "line 3: the key 'parameters' stands twice"),
+        (
+            f"runs:\n- notebook: '{SWEEP}'\n  grid: {{clip: [1], clip: [2]}}",
+            "line 3: the key 'clip' stands twice",
+        ),
+        (
+            f"runs:\n- notebook: '{SWEEP}'\n  parameters: {{storage: 2020-01-01}}",
+            r"storage: got datetime\.date\(2020, 1, 1\); allowed are text",
+        ),
+        (f"runs:\n- notebook: '{SWEEP}'\n  grid: {{clip: [.nan]}}", "clip: got nan; allowed are text"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_sentence_before_anything_runs(sets, content, sentence, tmp_path):
@@ -115,6 +127,36 @@ def test_what_cannot_be_run_is_refused_in_one_sentence_before_anything_runs(sets
     assert "\n" not in str(caught.value)
     assert main([str(sets(content)), "--output_dir", str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--workers", "0"], "workers: got 0; allowed is an integer of at least 1"),
+        (["--minutes", "-1"], "minutes: got -1.0; allowed is a number above 0"),
+        (["--minutes", "nan"], "minutes: got nan; allowed is a number above 0"),
+        (["--minutes", "inf"], "minutes: got inf; allowed is a number above 0"),
+    ],
+)
+@pytest.mark.parametrize("check", [["--check"], []], ids=["check", "run"])
+def test_limits_that_cannot_be_kept_are_refused_before_anything_runs(
+    sets, notebook, tmp_path, capsys, words, sentence, check
+):
+    path = sets({"runs": [{"notebook": notebook("n")}]})
+    assert main([str(path), "--output_dir", str(tmp_path / "out"), *words, *check]) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_key_and_an_alias_are_no_key_that_stands_twice(sets, notebook):
+    path = notebook("n")
+    content = (
+        f"parameters: &base {{x: 2}}\nruns:\n- notebook: {path}\n  parameters: {{<<: *base, text: b, x: 3}}\n"
+    )
+    assert read_runs(sets(content))[0].parameters == {"x": 3, "text": "b"}
 
 
 def test_a_value_with_any_characters_gives_a_folder_name_of_harmless_ones(sets, notebook):
@@ -172,6 +214,37 @@ def test_a_failed_notebook_leaves_the_others_alone_and_only_it_runs_again(sets, 
     assert not (out / "bad" / "bad.failed.ipynb").exists()
     with pytest.raises(ValueError, match=r"good: .* holds a run with other settings: x \(5 there, 6 now\)"):
         run_batch(read_runs(sets({"runs": [{"notebook": good, "name": "good", "parameters": {"x": 6}}]})), out)
+
+
+def test_a_process_killed_while_its_notebook_is_half_written_is_one_failed_run(sets, notebook, tmp_path):
+    half = "from pathlib import Path\nPath(output_dir, 'dead.running.ipynb').write_text('{\"cells\": [')"
+    dead = notebook("dead", half + "\nimport os\nos.kill(os.getppid(), 9)")
+    path = sets({"runs": [{"notebook": dead}, {"notebook": notebook("good")}]})
+    result = run_batch(read_runs(path), tmp_path / "out", say=lambda line: None)
+    assert [(o.name, o.status) for o in result.outcomes] == [("dead", "failed"), ("good", "done")]
+    assert (tmp_path / "out" / "dead" / "dead.failed.ipynb").read_text() == '{"cells": ['
+    assert "1 of 2 runs done, 1 failed" in result.summary.read_text()
+
+
+def test_a_notebook_that_is_gone_by_its_turn_is_one_failed_run(sets, notebook, tmp_path):
+    gone = notebook("gone")
+    remover = notebook(
+        "remover", f"from pathlib import Path\nfor name in ({gone!r}, 'remover.ipynb'): Path(name).unlink()"
+    )
+    path = sets({"runs": [{"notebook": remover}, {"notebook": gone}]})
+    result = run_batch(read_runs(path), tmp_path / "out", say=lambda line: None)
+    assert [(o.name, o.status) for o in result.outcomes] == [("remover", "done"), ("gone", "failed")]
+    assert "FileNotFoundError" in result.outcomes[1].error
+
+
+def test_a_notebook_that_ends_well_but_cannot_be_kept_is_one_failed_run(sets, notebook, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("no template")
+
+    monkeypatch.setattr("bklm.batch.run.HTMLExporter.from_notebook_node", fail)
+    result = run_batch(read_runs(sets({"runs": [{"notebook": notebook("n")}]})), tmp_path / "out")
+    assert result.outcomes[0].error == "its notebook could not be kept (RuntimeError: no template)"
+    assert [p.name for p in (tmp_path / "out" / "n").glob("*.ipynb")] == ["n.failed.ipynb"]
 
 
 @pytest.mark.slow

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from bklm.batch.words import main as check_words
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,6 +50,99 @@ def test_a_word_that_the_script_does_not_know_is_refused():
     done = subprocess.run(["bash", "colab_setup.sh", "fly"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "got 'fly'; allowed are" in done.stderr
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "help"])
+def test_help_prints_the_head_of_the_script_and_does_nothing(word, tmp_path):
+    shutil.copy(ROOT / "colab_setup.sh", tmp_path)
+    done = subprocess.run(["bash", str(tmp_path / "colab_setup.sh"), word], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    for command in ("run", "test", "browser", "colab", "--help"):
+        assert f"bash colab_setup.sh {command} " in done.stdout
+    assert "set -" not in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["colab_setup.sh"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["-p", "profil", "smoke"], "has no parameter 'profil'; .* did you mean 'profile'"),
+        (["-r", "profil", "smoke"], "has no parameter 'profil'"),
+        (["-p", "alphas", "2"], "alphas: got 2; allowed is"),
+        (["-p", "output_dir"], "Option '-p' requires 2 arguments; allowed are -p NAME VALUE"),
+        (["--fly"], "No such option.* '?--fly'?; allowed are"),
+        (["smoke"], r"unexpected extra argument \(smoke\); allowed are"),
+        (["-f", "sets.yaml"], "got --parameters_file; give parameters one by one"),
+        (["--version"], "got --help or --version, which run nothing"),
+    ],
+)
+def test_words_that_run_cannot_use_are_refused_in_one_sentence(words, sentence, capsys):
+    assert check_words([str(ROOT / "notebooks" / "01_grad_blend_sweep.ipynb"), *words]) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"^colab_setup.sh run: .*{sentence}", error)
+    assert error.count("\n") == 1
+
+
+def test_words_that_run_can_use_give_the_folder_of_the_results(capsys):
+    notebook = str(ROOT / "notebooks" / "01_grad_blend_sweep.ipynb")
+    assert check_words([notebook, "-p", "profile", "smoke", "-p", "output_dir", "a b", "-k", "python3"]) == 0
+    assert check_words([notebook, "-p", "data_dir", "output_dir", "-p", "alphas", "0, 0.5"]) == 0
+    assert capsys.readouterr().out == "a b\nresults\n"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """checkout(python): run the script's copy with words, its Python being these lines of shell."""
+
+    def run(python: str, *words: str) -> subprocess.CompletedProcess[str]:
+        shutil.copy(ROOT / "colab_setup.sh", tmp_path)
+        stub = tmp_path / "stub-python"
+        stub.write_text(f"#!/bin/sh\n{python}\n")
+        stub.chmod(0o755)
+        environment = {**os.environ, "BKLM_PYTHON": str(stub)}
+        command = ["bash", "colab_setup.sh", *words]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_run_checks_its_words_before_it_makes_a_folder_or_starts_papermill(checkout, tmp_path):
+    done = checkout(
+        'case "$*" in *bklm.batch.words*) echo "no such word" >&2; exit 2;; *papermill*) touch started;; esac',
+        *("run", "-p", "profil", "smoke"),
+    )
+    assert (done.returncode, done.stderr) == (2, "no such word\n")
+    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_a_run_that_fails_names_its_notebook_only_where_there_is_one(checkout, tmp_path, is_written):
+    write = "echo {} >out/01_grad_blend_sweep.running.ipynb;" if is_written else ""
+    done = checkout(
+        f'case "$*" in *bklm.batch.words*) echo out;; *papermill*) {write} echo why >&2; exit 3;; esac', "run"
+    )
+    assert done.returncode == 3
+    assert "stopped (the reason is above)" in done.stderr
+    assert ("failed.ipynb" in done.stderr) is is_written
+    assert (tmp_path / "out" / "01_grad_blend_sweep.failed.ipynb").exists() is is_written
+
+
+def test_an_installation_that_fails_is_said_and_not_remembered_as_done(tmp_path):
+    shutil.copy(ROOT / "colab_setup.sh", tmp_path)
+    for name in ("requirements.txt", "pyproject.toml", "constraints/x.txt", "scripts/install.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\ncase "$*" in *install.py*) exit 1;; esac\n')
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k not in ("BKLM_PYTHON", "COLAB_RELEASE_TAG")}
+    command = ["bash", "colab_setup.sh", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "could not install the packages into .venv" in done.stderr
+    assert not list((tmp_path / ".venv").glob("installed-*"))
 
 
 def test_a_missing_python_is_said_in_one_sentence(tmp_path):

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from bklm.batch.plan import read_runs
-from bklm.batch.run import run_batch
+from bklm.batch.run import check_limits, run_batch
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Arguments:
 def main(words: list[str] | None = None) -> int:
     given = tyro.cli(Arguments, args=words, prog="python -m bklm.batch", use_underscores=True)
     try:
+        check_limits(given.workers, given.minutes)
         runs = read_runs(given.sets)
         for run in runs:
             print(f"{run.name}: {run.notebook.name}, {run.parameters}")

@@ -17,6 +17,7 @@ import difflib
 import glob
 import hashlib
 import itertools
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -30,6 +31,10 @@ import yaml
 from bklm.notebook import FORMS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,99}")
+TAKEN_NAMES = {
+    "summary.html": "the batch writes its page there",
+    "checkpoints": "folders of that name are left out of the zip",
+}
 GIVEN_BY_BATCH = {"output_dir": "the batch gives every run a folder of its own"}
 
 
@@ -65,7 +70,8 @@ def read_runs(path: Path) -> list[Run]:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            content = _Loader(file).get_single_data()  # what yaml.safe_load does, with this loader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from None
     _check_keys(content, {"parameters", "runs"}, {"runs"}, str(path))
@@ -78,6 +84,10 @@ def read_runs(path: Path) -> list[Run]:
         for number, entry in enumerate(entries, start=1)
         for run in _runs_of(entry, common, f"{path}: run {number}")
     ]
+    for run in runs:
+        if run.name.lower() in TAKEN_NAMES:
+            why = TAKEN_NAMES[run.name.lower()]
+            raise ValueError(f"{path}: {run.name!r} is no name for a run: {why}; give it another one.")
     # Folders of one name but for case are one folder on some disks.
     counts = Counter(run.name.lower() for run in runs)
     twice = [run.name for run in runs if counts[run.name.lower()] > 1]
@@ -86,6 +96,24 @@ def read_runs(path: Path) -> list[Run]:
             f"{path}: {twice[0]!r} is the name of more than one run; give each a name of its own, or leave one out."
         )
     return runs
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its surprise: of a key that stands twice, PyYAML takes the last without a word."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                line = key.start_mark.line + 1
+                raise ValueError(
+                    f"{self.name}: line {line}: the key {key.value!r} stands twice; leave one out."
+                )
+            seen.add((key.tag, key.value))
+        return node
 
 
 def _runs_of(entry: Any, common: dict[str, Any], place: str) -> Iterator[Run]:
@@ -122,7 +150,7 @@ def _notebooks(given: Any, place: str) -> Iterator[Path]:
 
 
 def check_parameters(notebook: Path, values: dict[str, Any], place: str) -> None:
-    """Refuse a parameter that the notebook does not have, and a value that its study does not allow.
+    """Refuse a parameter that the notebook does not have, and a value that is no JSON or that its study does not allow.
 
     Papermill itself only warns of an unknown name, and runs with the default.
 
@@ -144,6 +172,13 @@ def check_parameters(notebook: Path, values: dict[str, Any], place: str) -> None
             raise ValueError(
                 f"{place}: {notebook.name} has no parameter {name!r}; it has {', '.join(known) or 'none'}{hint}"
             )
+        try:
+            json.dumps(values[name], allow_nan=False)
+        except (TypeError, ValueError):  # a date, a set, bytes; NaN; a list that holds itself
+            raise ValueError(
+                f"{place}: {name}: got {values[name]!r}; allowed are text, finite numbers, true, false, null, and lists and "
+                "mappings of them; put a date into quotes."
+            ) from None
     form = {Path(path).name: config for path, config in FORMS.items()}.get(notebook.name)
     if form is not None:
         fields = {n: v for n, v in values.items() if n in form.names()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -86,12 +88,11 @@ def run_batch(
         say: called with one line as each run ends.
 
     Raises:
-        ValueError: a run's folder holds one of the same name with another notebook or other parameters.
+        ValueError: a run's folder holds one of the same name with another notebook or other parameters; or see `check_limits`.
         OSError: ``output_dir`` cannot be written.
         RuntimeError: another batch is working in ``output_dir``.
     """
-    if workers < 1:
-        raise ValueError(f"workers: got {workers}; allowed is an integer of at least 1.")
+    check_limits(workers, minutes)
     output_dir = Path(output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -119,6 +120,18 @@ def run_batch(
         ordered = [outcomes[run.name] for run in runs]
         summary = write_summary(output_dir, ordered)
         return BatchResult(ordered, summary, _zip(output_dir, ordered))
+
+
+def check_limits(workers: int, minutes: float | None) -> None:
+    """Refuse what is no number of notebooks at a time, or no time that a run can be given.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if workers < 1:
+        raise ValueError(f"workers: got {workers}; allowed is an integer of at least 1.")
+    if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
+        raise ValueError(f"minutes: got {minutes}; allowed is a number above 0; leave it out for no limit.")
 
 
 def _kept(run: Run, folder: Path) -> Outcome | None:
@@ -155,6 +168,9 @@ class _Workers:
         self.limit = None if minutes is None else 60 * minutes
         self.threads = max(1, (os.cpu_count() or 1) // workers)
         self.running: list[_Job] = []
+        # Read before anything runs: a notebook that is gone by its turn is one failed run.
+        self.parameters = {run.name: run.all_parameters(output_dir / run.name) for run in runs}
+        self.fingerprints = {run.name: run.fingerprint() for run in runs}
         self.cells = {run.name: len(nbformat.read(run.notebook, as_version=4).cells) for run in runs}
         self.bar = tqdm(
             total=sum(self.cells.values()) + len(runs), unit="cell", mininterval=1.0, disable=not runs
@@ -193,7 +209,7 @@ class _Workers:
         folder.mkdir(exist_ok=True)
         receiver, sender = multiprocessing.Pipe(duplex=False)
         arguments = (
-            str(run.notebook.resolve()), str(_executed(folder, run, ".running")), run.all_parameters(folder),
+            str(run.notebook.resolve()), str(_executed(folder, run, ".running")), self.parameters[run.name],
             str(folder / "printed.txt"), self.threads, sender,
         )  # fmt: skip
         # Spawned, not forked: this process has threads, and CUDA perhaps, that a fork would break.
@@ -211,7 +227,7 @@ class _Workers:
                     job_.cells_done = value
                 else:
                     job_.error, job_.has_ended = value, True
-        except EOFError:
+        except (EOFError, OSError):  # OSError: the process died in the middle of a word
             job_.has_ended = True
 
     def _end(self, job_: _Job) -> Outcome:
@@ -220,17 +236,25 @@ class _Workers:
         self.running.remove(job_)
         if job_.process.exitcode < 0 and not job_.has_ended:
             job_.error = f"the notebook's process was killed by signal {-job_.process.exitcode}"
-        run, error = job_.run, job_.error
+        run, error, folder = job_.run, job_.error, self.output_dir / job_.run.name
         try:
-            _keep_notebook(self.output_dir / run.name, run, error)
-        except OSError as failure:
-            error = error or f"its notebook could not be kept ({failure})"
+            _keep_notebook(folder, run, error)
+        except (
+            Exception
+        ) as failure:  # nbformat and nbconvert raise what a half-written file happens to trip over
+            error = error or f"its notebook could not be kept ({type(failure).__name__}: {failure})"
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # it has that name already where the run itself had failed
+                _executed(folder, run).replace(_executed(folder, run, ".failed"))
         self.bar.update(self.cells[run.name] + 1 - job_.cells_done)
         seconds = round(time.monotonic() - job_.started, 1)
         parameters = json.loads(json.dumps(run.parameters, default=str))
         status = "failed" if error else "done"
         error = error and " ".join(error.split())[:500]
-        return Outcome(run.name, status, run.notebook.name, parameters, seconds, error, run.fingerprint())
+        return Outcome(
+            run.name, status, run.notebook.name, parameters, seconds, error, self.fingerprints[run.name]
+        )
 
 
 def _wait_for(process: multiprocessing.Process) -> None:

@@ -24,27 +24,41 @@ HEARTBEAT_SECONDS = 15  # a worker says so often that its trial is alive
 GRACE_SECONDS = 60  # one that was silent for so long is taken for dead, and its trial is given to another
 CONNECT_SECONDS = 10
 DRIVERS = ("psycopg", "psycopg2")  # the second is what Colab has
+# What an address may say after "?": of libpq's settings those that hold no secret and that a sweep can need.
+SETTINGS = (
+    "host", "hostaddr", "port", "sslmode", "sslrootcert", "application_name", "connect_timeout", "target_session_attrs",
+    "keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count",
+)  # fmt: skip
 
 
 def check_address(address: str) -> None:
-    """Refuse what is no address of a PostgreSQL database, or one with a password in it.
+    """Refuse what is no address of a PostgreSQL database, or one with a password or another secret in it.
 
     Raises:
-        ValueError: one sentence. A password would end in the log and the manifest; libpq reads it from elsewhere.
+        ValueError: one sentence. A secret would end in the log and the manifest; libpq reads it from elsewhere. The
+            sentence repeats nothing that may be one.
     """
     try:
         url = sqlalchemy.make_url(address)
-    except sqlalchemy.exc.ArgumentError:
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: a port that is no number
         url = None
     if url is None or url.drivername != "postgresql" or not url.database:
+        given = "another form of address" if set(address) & set("@=?") else repr(address)
         raise ValueError(
-            f"storage: got {address!r}; allowed is postgresql://user@host/database, or nothing for a file in output_dir."
+            f"storage: got {given}; allowed is postgresql://user@host/database, or nothing for a file in output_dir."
         )
-    if url.password is not None or "password" in url.query:
+    is_in_user = url.password is not None or ":" in (url.username or "")  # me%3Asecret@ is a user to the parser
+    if is_in_user or "password" in url.query:
         raise ValueError(
             "storage: got an address with a password, which would end in the log and the manifest; leave it out and put "
             "it into the environment variable PGPASSWORD or the file ~/.pgpass."
         )
+    for name in url.query:
+        if name not in SETTINGS:
+            raise ValueError(
+                f"storage: got an address with the setting {name!r}; allowed after the ? are {', '.join(SETTINGS)}; put "
+                "others into libpq's environment variables, such as PGPASSFILE, or into ~/.pg_service.conf."
+            )
 
 
 def journal(path: Path) -> BaseStorage:
@@ -74,11 +88,12 @@ def postgresql(address: str) -> Iterator[BaseStorage]:
             "storage: PostgreSQL needs the package psycopg, which is not installed; pip install 'psycopg[binary]'."
         )
     url = sqlalchemy.make_url(address).set(drivername=f"postgresql+{driver}")
-    options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": CONNECT_SECONDS}}
+    seconds = url.query.get("connect_timeout", CONNECT_SECONDS)
+    options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": seconds}}
     engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool, **options)
     try:
         connection = engine.connect()
-    except sqlalchemy.exc.OperationalError as error:
+    except sqlalchemy.exc.DBAPIError as error:  # nobody there, or a setting that the driver refuses
         raise ConnectionError(
             f"storage: {address} does not answer ({' '.join(str(error.orig).split())}); start the database, mend the "
             "address, or leave storage empty to work alone."

@@ -81,6 +81,66 @@ def test_a_zip_of_something_else_and_a_dead_address_are_named(address, runtime):
         execute(address, "nowhere")
 
 
+def zip_of_the_repository(path: Path) -> bytes:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("bklm-main/colab_setup.sh", SETUP)
+        archive.writestr("bklm-main/bklm/text.py", "a line of the repository\n" * 50)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: b"",
+        lambda whole: whole.replace(b"a line of the", b"a lime of the", 1),
+    ],
+    ids=["half", "empty", "wrong checksum"],
+)
+def test_an_upload_that_is_not_finished_or_damaged_is_one_sentence_and_leaves_nothing(address, runtime, damage):
+    path = runtime / "bklm-main.zip"
+    path.write_bytes(damage(zip_of_the_repository(path)))
+    with pytest.raises(SystemExit, match=r"bklm-main\.zip: upload not finished or damaged: ") as caught:
+        execute(address, "nowhere")
+    assert "\n" not in str(caught.value)
+    assert list(runtime.iterdir()) == [path]
+    zip_of_the_repository(path)
+    execute(address, "nowhere")
+    assert Path("set-up-for").exists()
+
+
+def test_the_zip_that_holds_the_repository_is_taken_whatever_others_and_leftovers_lie_beside_it(
+    address, runtime
+):
+    for name in ("bklm-earlier.zip", "bklm_results.zip"):
+        with zipfile.ZipFile(runtime / name, "w") as archive:
+            archive.writestr("grad_blend/summary.json", "{}")
+    zip_of_the_repository(runtime / "bklm-main.zip")
+    (runtime / "bklm-unpacked" / "a").mkdir(parents=True)
+    (runtime / "bklm-unpacked" / "a" / "colab_setup.sh").write_text("exit 1\n")
+    execute(address, "nowhere")
+    assert Path("bklm/text.py").exists()
+    assert not (runtime / "bklm-unpacked").exists()
+
+
+def test_an_empty_folder_of_the_name_is_no_repository_and_another_one_is_named(address, runtime, tmp_path):
+    (runtime / "bklm").mkdir()
+    execute(address, git_repository(tmp_path / "origin"))
+    assert Path("set-up-for").exists()
+    os.chdir(runtime)
+    (runtime / "bklm" / "colab_setup.sh").unlink()
+    with pytest.raises(
+        SystemExit, match=r"content/bklm is not the repository: it has no colab_setup\.sh\. Rename it"
+    ):
+        execute(address, "nowhere")
+
+
+def test_without_git_the_zip_is_asked_for(address, runtime, monkeypatch):
+    monkeypatch.setenv("PATH", str(runtime))
+    with pytest.raises(SystemExit, match=r"There is no git here\. Upload the zip of nowhere"):
+        execute(address, "nowhere")
+
+
 def test_a_set_up_that_fails_stops_the_cell(address, runtime, tmp_path):
     with pytest.raises(SystemExit, match="set-up failed"):
         execute(address, git_repository(tmp_path / "origin", "exit 3\n"))

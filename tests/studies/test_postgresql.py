@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 
 from bklm.reporting import command_for
 from bklm.studies import sweep_storage
@@ -232,6 +233,18 @@ def test_four_workers_of_which_one_is_killed_give_the_table_of_one(database, tin
         ("not an address", "allowed is postgresql://user@host/database"),
         ("postgresql://me:secret@host/db", "an address with a password"),
         ("postgresql://me@host/db?password=secret", "an address with a password"),
+        ("postgresql://me%3Asecret@host/db", "an address with a password"),
+        ("postgresql://me@host/db?PASSWORD=secret", "the setting 'PASSWORD'; allowed after the .* are host,"),
+        (
+            "postgresql://me@host/db?sslmode=require&sslpassword=secret&passfile=x",
+            "the setting 'sslpassword'; allowed",
+        ),
+        ("postgresql://me@host/db?options=secret", "the setting 'options'; allowed"),
+        ("postgresql://me:1/secret@host/db", "an address with a password"),
+        ("postgresql://me:secret@host:secret/db", "allowed is postgresql://user@host/database"),
+        ("postgresql://me:secret@host", "allowed is postgresql://user@host/database"),
+        ("mysql://me:secret@host/db", "allowed is postgresql://user@host/database"),
+        ("host=h dbname=d password=secret", "allowed is postgresql://user@host/database"),
     ],
 )
 def test_an_address_that_will_not_do_is_refused_before_anything_and_a_password_never_repeated(
@@ -243,14 +256,43 @@ def test_an_address_that_will_not_do_is_refused_before_anything_and_a_password_n
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql://host/db",
+        "postgresql://me@host:5432/db",
+        "postgresql://me@/db?host=/run/postgresql&port=5433",
+        "postgresql://me@host/db?sslmode=verify-full&sslrootcert=/ca.pem&application_name=bklm&connect_timeout=5",
+        "postgresql://me@host/db?host=a&host=b&target_session_attrs=read-write",
+    ],
+)
+def test_an_address_without_a_secret_is_accepted_with_the_settings_that_it_can_need(address):
+    sweep_storage.check_address(address)
+
+
 def test_a_database_that_does_not_answer_is_one_sentence_without_a_traceback(tmp_path):
     pytest.importorskip("psycopg")
-    address = f"postgresql://me@/sweeps?host={tmp_path}"
-    with pytest.raises(
-        ConnectionError, match=r"storage: .* does not answer \(.*\); start the database"
-    ) as caught:
-        Sweep.shared(address, "test", GRID)
-    assert "\n" not in str(caught.value)
+    for settings in (f"host={tmp_path}", f"host={tmp_path}&connect_timeout=soon", "sslmode=perhaps"):
+        with pytest.raises(
+            ConnectionError, match=r"storage: .* does not answer \(.*\); start the database"
+        ) as caught:
+            Sweep.shared(f"postgresql://me@/sweeps?{settings}", "test", GRID)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("settings", "seconds"), [("", 10), ("?connect_timeout=3", "3")])
+def test_the_time_to_connect_is_the_addresss_own_where_it_has_one(monkeypatch, settings, seconds):
+    pytest.importorskip("psycopg")
+    given = {}
+
+    def connect(**options):
+        given.update(options)
+        raise sqlalchemy.exc.OperationalError("connect", {}, Exception("nobody there"))
+
+    monkeypatch.setattr("psycopg.connect", lambda *words, **options: connect(**options))
+    with pytest.raises(ConnectionError):
+        Sweep.shared(f"postgresql://me@host/sweeps{settings}", "test", GRID)
+    assert given["connect_timeout"] == seconds
 
 
 def test_without_a_driver_the_sentence_says_what_to_install(monkeypatch):
