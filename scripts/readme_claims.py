@@ -104,9 +104,12 @@ def freeze_rows() -> list[dict[str, str]]:
     ]
 
 
+def table() -> str:
+    return markdown_table([*sweep_rows(), *speed_rows(), *baseline_rows(), *freeze_rows()])
+
+
 def main() -> None:
-    rows = [*sweep_rows(), *speed_rows(), *baseline_rows(), *freeze_rows()]
-    write_digest("claims", markdown_table(rows))
+    write_digest("claims", table())
 
 
 if __name__ == "__main__":

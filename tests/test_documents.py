@@ -190,6 +190,13 @@ def test_every_link_of_a_document_leads_somewhere(path):
             assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], target
 
 
+def test_the_readmes_table_of_claims_is_what_the_kept_results_give(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    table = importlib.import_module("readme_claims").table()
+    assert table.count("\n") > 10
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("page", ["COLAB_QUICK_START.md", "COLAB_QUICK_START.ja.md"])
 def test_a_quick_starts_numbers_are_those_of_the_run_that_is_kept(page):
     text = (ROOT / page).read_text(encoding="utf-8")
