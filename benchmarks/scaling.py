@@ -29,9 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("batch", "training", "sweep")
 NOTEBOOKS = 4
 SWEEP = "--profile quick --dataset embedded --alphas 0 1 --seeds {} --epochs_per_trial 3 --final_epochs 1 --device cpu"
-TRAINING = (
-    "--profile quick --dataset embedded --model newllm --seeds 0 --epochs 4 --learning_rates 0.001 --device cpu"
-)
+TRAINING = "--dataset embedded --model newllm --seeds 0 --epochs 4 --learning_rates 0.001 --device cpu"
 
 Arm = Callable[[Path], float]
 
@@ -81,12 +79,13 @@ def shared_sweep(workers: int, threads: int | None, storage: str, seeds: itertoo
     return arm
 
 
-def training(processes: int, threads: int) -> Arm:
+def training(processes: int, threads: int, profile: str) -> Arm:
     """Seconds of the epochs alone, which the processes share; starting them would outweigh so small a model."""
 
     def arm(folder: Path) -> float:
         words = f"-m torch.distributed.run --nproc_per_node {processes} -m bklm.studies.baseline {TRAINING}"
-        run_all([[sys.executable, *words.split(), "--output_dir", str(folder)]], threads)
+        options = ["--profile", profile, "--output_dir", str(folder)]
+        run_all([[sys.executable, *words.split(), *options]], threads)
         return float(pd.read_csv(folder / "baseline" / "epochs.csv")["seconds"].sum())
 
     return arm
@@ -120,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--profile", default="quick", help="of the training (default quick)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--storage", help="a PostgreSQL database that the sweep's workers share")
     arguments = parser.parse_args()
@@ -134,9 +134,11 @@ def main() -> None:
     if "training" in arguments.parts:
         split = [(1, 1), *((n, cores // n) for n in counts if n <= cores)]
         compare(
-            "one training (NewLLM, quick) under torchrun, its epochs",
+            f"one training (NewLLM, {arguments.profile}) under torchrun, its epochs",
             {
-                f"{named(n, 'process')}, {named(threads, 'thread')} each": training(n, threads)
+                f"{named(n, 'process')}, {named(threads, 'thread')} each": training(
+                    n, threads, arguments.profile
+                )
                 for n, threads in split
             },
             arguments.rounds,

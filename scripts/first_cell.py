@@ -11,40 +11,27 @@ from pathlib import Path
 ADDRESS = "..."
 
 
-def unpack(path, root):
-    """Make the folder root of an uploaded zip; False where the zip holds something else."""
+def fetch(root):
+    """Put the repository into the folder root: from an uploaded zip that holds it, else by git."""
+    if root.exists() and (root.is_file() or any(root.iterdir())):
+        sys.exit(f"{root} is not the repository: it has no colab_setup.sh. Rename it and run this cell again.")
     unpacked = root.with_name(f"{root.name}-unpacked")
     shutil.rmtree(unpacked, ignore_errors=True)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if not any(Path(name).name == "colab_setup.sh" for name in archive.namelist()):
-                return False
-            archive.extractall(unpacked)  # writes nothing outside that folder, whatever the archive's names are
-        min(sorted(unpacked.rglob("colab_setup.sh")), key=lambda p: len(p.parts)).parent.rename(root)
-        return True
-    except Exception as error:  # damaged bytes trip zipfile in many ways
-        sys.exit(f"{path}: upload not finished or damaged: {error}; upload it again, then run this cell again.")
-    finally:
-        shutil.rmtree(unpacked, ignore_errors=True)
-
-
-def fetch(root):
-    """Put the repository into the folder root: from an uploaded zip if there is one, else by git."""
-    if root.is_file() or (root.is_dir() and any(root.iterdir())):
-        sys.exit(f"{root} is not the repository: it has no colab_setup.sh. Rename it and run this cell again.")
-    uploaded = sorted(root.parent.glob(f"{root.name}*.zip"))
-    if any(unpack(path, root) for path in uploaded):
-        return
-    if uploaded:
-        names = ", ".join(map(str, uploaded))
-        sys.exit(
-            f"{names} is not the repository: no colab_setup.sh is in it. Remove it and run this cell again."
-        )
-    if not shutil.which("git"):
-        sys.exit(f"There is no git here. Upload the zip of {ADDRESS} to {root.parent} and run this cell again.")
-    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}  # a question could not be answered here
-    if subprocess.run(["git", "clone", "-q", "--depth", "1", ADDRESS, str(root)], env=environment).returncode:
-        sys.exit(f"Could not fetch {ADDRESS}. Upload its zip to {root.parent} and run this cell again.")
+    for path in sorted(root.parent.glob(f"{root.name}*.zip")):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(unpacked)  # writes nothing outside that folder
+            if found := sorted(unpacked.rglob("colab_setup.sh"), key=lambda p: len(p.parts)):
+                found[0].parent.rename(root)
+                return
+        except Exception as error:  # damaged bytes trip zipfile in many ways
+            sys.exit(f"{path}: upload not finished or damaged: {error}; upload it again, then run this again.")
+        finally:
+            shutil.rmtree(unpacked, ignore_errors=True)
+    clone = ["git", "clone", "-q", "--depth", "1", ADDRESS, str(root)]
+    quiet = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}  # a question could not be answered here
+    if not shutil.which("git") or subprocess.run(clone, env=quiet).returncode:
+        sys.exit(f"Could not fetch {ADDRESS} by git. Upload its zip to {root.parent} and run this cell again.")
 
 
 root = next((p for p in [Path.cwd(), *Path.cwd().parents] if (p / "colab_setup.sh").exists()), None)
@@ -55,6 +42,5 @@ if root is None:
     environment = {**os.environ, "BKLM_PYTHON": sys.executable}
     if subprocess.run(["bash", str(root / "colab_setup.sh")], env=environment).returncode:
         sys.exit("The set-up failed; its own message is above.")
-if str(root) not in sys.path:
-    sys.path.insert(0, str(root))
+sys.path.insert(0, str(root))
 os.chdir(root)

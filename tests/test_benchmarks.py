@@ -14,7 +14,7 @@ RUNS = {
     "train_step": ("--quick --rounds 2", "tokens/s"),
     "baseline_step": ("--quick --seconds 1", "of the floor"),
     "freeze_phase2": ("--quick --seconds 1", "kept contexts"),
-    "scaling": ("--parts training --rounds 1 --workers 1", "1 process, 1 thread each"),
+    "scaling": ("--parts training --rounds 1 --workers 1 --profile smoke", "1 process, 1 thread each"),
     "grad_blend_initialisation": ("--alphas 0 --seeds 0 --data_dir TEXT --output OUTPUT/rows.csv", "val_ppl"),
     "moe_perplexity": ("--quick --output_dir OUTPUT", "exact router gradient"),
 }

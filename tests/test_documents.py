@@ -155,11 +155,15 @@ CHEAP = [(d, w) for d, w in {shlex.join(w): (d, w) for d, w in ALL if is_cheap(w
 def test_a_documents_cheap_command_runs(document, words, tmp_path):
     """Those that ask for help or for the smoke profile, with results and packages where they disturb nothing."""
     words = [
-        sys.executable if word in PYTHONS else re.sub(r"^results\b", str(tmp_path), word) for word in words
+        sys.executable if word in PYTHONS else re.sub(r"^(results\b|(?=executed\.))", f"{tmp_path}/", word)
+        for word in words
     ]
     if words[0] == "bash" and "output_dir" not in words:
         words += ["-p", "output_dir", str(tmp_path)]
-    environment = {**os.environ, "BKLM_PYTHON": sys.executable, "PIP_QUIET": "1"}
+    path = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ["PATH"]]
+    )  # as an activated environment has it
+    environment = {**os.environ, "PATH": path, "BKLM_PYTHON": sys.executable, "PIP_QUIET": "1"}
     if "papermill" in words:
         words += ["-p", "output_dir", str(tmp_path), "--no-progress-bar"]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
