@@ -1,11 +1,11 @@
 """Write the results of the baseline study into the README and docs/results.md: no number there is typed by hand.
 
-    python scripts/readme_baseline.py WIKITEXT [PEPS]
+    python scripts/readme_baseline.py WIKITEXT PEPS ORIGINAL
 
-Both are output folders of `bklm.studies.baseline` (each holds baseline/), on the WikiText-2 sample and on the Python
-Enhancement Proposals; the first one's also holds int8.csv of NewLLM, from
-`bklm.studies.baseline_int8.int8_rows`. Tables and figures go to docs/results, the
-text between the two `baseline` comments of both pages is replaced.
+All are output folders of `bklm.studies.baseline` (each holds baseline/): on the WikiText-2 sample, on the Python
+Enhancement Proposals, and NewLLM with protocol "original" on the first of these texts. The first one's also holds
+int8.csv of NewLLM, from `bklm.studies.baseline_int8.int8_rows`. Tables and figures go to docs/results, the text between
+the two `baseline` comments of both pages is replaced.
 """
 
 from __future__ import annotations
@@ -24,24 +24,34 @@ from bklm.reporting import command_words
 from bklm.studies.baseline import BaselineConfig
 from bklm.studies.baseline_models import TITLES
 from bklm.studies.baseline_table import (
+    REPORTED_PPL,
     readable_contexts,
     readable_cost,
     readable_quality,
     readable_search,
 )
 
-NAMES = {"wikitext": "WikiText-2 sample", "peps": "Python Enhancement Proposals"}
+NAMES = {
+    "wikitext": "WikiText-2 sample",
+    "peps": "Python Enhancement Proposals",
+    "original": "WikiText-2 sample, windows and schedule of the original",
+}
 FILES = (
     "training_curves.png", "context_lengths.png", "table.csv", "learning_rates.csv", "epochs.csv", "summary.json",
 )  # fmt: skip
 
 SETTINGS = """\
 NewLLM was published with a validation perplexity of 23.34 on WikiText-2 and without a competitor. Here it stands beside
-a GPT and a ResNetBK of the same parameter count: the same text, batches and steps, {seeds} seeds, the same search over
-the learning rates {rates}, batch {batch} x {seq_len}, {schedule} schedule. The budget is one for a CPU, {steps}
-steps, and so the ranking one of how fast a model learns. The original trained for 27 epochs on more than eight times
-this text and on other windows: its number is no target here. Vocabulary: the {vocab:,} most frequent words in lower
-case, and a token for all others."""
+a GPT and a ResNetBK of the same parameter count: the same text, batches and steps, {seeds} seeds, the same search of
+the learning rate for each, batch {batch} x {seq_len}, {schedule} schedule. The texts are small and the budgets those of
+a CPU. Vocabulary: the {vocab:,} most frequent words in lower case, and a token for all others."""
+
+AS_PUBLISHED = """
+**As published**: NewLLM alone with the original's windows of lines, learning rate {rate} and clipping, seed {seed}, on
+the same sample. Lowest validation PPL {ppl} at epoch {epoch} of {epochs} (without `<unk>` {known}); {count_name} of the
+same windows: {count}. The original had more than eight times this text, and so as many more steps in 27 epochs: its
+{reported} can be approached here, not repeated.
+"""
 
 COMMANDS = """```bash
 {commands}
@@ -54,7 +64,7 @@ DIGEST = f"""
 {SETTINGS}
 {{findings}}
 {{quality}}
-
+{{published}}
 {{picture}}
 
 What longer windows bring, the searches, memory and the speed of generation:
@@ -66,7 +76,9 @@ DETAILS = f"""
 ## NewLLM beside competitors of its size
 
 {SETTINGS}
-{{texts}}
+{{texts}}{{published}}
+{{published_curves}}
+
 **What it costs**, of the same models on {{machine}}; training memory is weights, Adam's moments and the peak of one step:
 
 {{cost}}
@@ -120,7 +132,8 @@ class Study:
     def finding(self) -> str:
         """The text, the budget and the verdict, in a few sentences."""
         epochs = "1 epoch" if self.config["epochs"] == 1 else f"{self.config['epochs']} epochs"
-        size = f"{self.summary['train_targets']:,} training targets an epoch, {epochs}"
+        steps = f"{self.summary['table'][0]['steps']:,} steps"
+        size = f"{self.summary['train_targets']:,} training targets an epoch, {epochs} ({steps})"
         return f"**{self.name}**, {size}. {self.summary['finding']} {self.counting()}"
 
     def quality(self) -> str:
@@ -170,15 +183,34 @@ class Study:
             textwrap.wrap(shlex.join(kept), 110, break_long_words=False, break_on_hyphens=False)
         )
 
+    def as_published(self) -> str:
+        """One training with the original's protocol, in a few sentences."""
+        (row,), config = self.summary["table"], self.config
+        count = min(self.summary["baselines"], key=lambda b: b["val_ppl"])
+        return AS_PUBLISHED.format(
+            rate=f"{row['learning_rate']:g}",
+            seed=config["seeds"][0],
+            ppl=f"{row['val_ppl']:.2f}",
+            epoch=f"{row['best_epoch']:g}",
+            epochs=self.epochs_done(),
+            known=f"{row['val_ppl_without_unk']:.1f}",
+            count_name=count["name"],
+            count=f"{count['val_ppl']:.2f}",
+            reported=REPORTED_PPL,
+        )
+
+    def epochs_done(self) -> int:
+        return int(pd.read_csv(self.folder / "epochs.csv")["epoch"].max())
+
     def copy(self) -> None:
         for name in FILES:
-            shutil.copy(self.folder / name, DOCS / f"baseline_{self.key}_{name}")
+            if (self.folder / name).exists() or self.key != "original":
+                shutil.copy(self.folder / name, DOCS / f"baseline_{self.key}_{name}")
 
 
 def main() -> None:
-    studies = [Study(Path(folder), key) for folder, key in zip(sys.argv[1:], NAMES, strict=False)]
-    DOCS.mkdir(parents=True, exist_ok=True)
-    for study in studies:
+    *studies, published = (Study(Path(f), key) for f, key in zip(sys.argv[1:], NAMES, strict=True))
+    for study in (*studies, published):
         study.copy()
     first = studies[0]
     config, summary = first.config, first.summary
@@ -193,21 +225,21 @@ def main() -> None:
         texts += f"\n{markdown_table(named)}\n"
     fields = {
         "seeds": len(config["seeds"]),
-        "rates": ", ".join(f"{r:g}" for r in config["learning_rates"]),
         "batch": config["batch_size"],
         "seq_len": config["seq_len"],
         "schedule": config["schedule"],
-        "steps": " and ".join(str(study.summary["table"][0]["steps"]) for study in studies),
         "vocab": config["vocab_size"],
         "findings": "".join(f"\n{study.finding()}\n" for study in reversed(studies)),
         "quality": first.quality(),
         "picture": curves,
         "texts": texts,
+        "published": published.as_published(),
+        "published_curves": CURVES.format(name=published.name, key=published.key),
         "machine": _machine(first.manifest["environment"]),
         "cost": markdown_table(readable_cost(summary["table"], summary["measured"])),
         "context_tokens": config["context_tokens"],
         "int8": int8_table(first.folder / "int8.csv"),
-        "commands": "\n".join(study.command() for study in studies),
+        "commands": "\n".join(study.command() for study in (*studies, published)),
     }
     write_digest("baseline", DIGEST.format(**fields))
     write_details("baseline", DETAILS.format(**fields))

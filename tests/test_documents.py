@@ -21,6 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+# In a sentence: a command with its words, not one cut short by three dots.
+INLINE = re.compile(
+    r"(?<!`)`((?:python|bash|pytest|pip|pipx|papermill|ruff|createdb) (?![^`]*\.\.\.)[^`\n]+)`(?!`)"
+)
 PYTHONS = ("python", "python3", ".venv/bin/python")
 
 
@@ -29,9 +33,10 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def commands(path: Path) -> list[list[str]]:
-    """The commands of a document's bash blocks as words, comments and continued lines resolved."""
+    """The commands of a document as words: its bash blocks, comments and continued lines resolved, and those in a sentence."""
     text = "\n".join(blocks(path, "bash")).replace("\\\n", " ")
-    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    inline = INLINE.findall(FENCE.sub("", path.read_text(encoding="utf-8")))
+    return [words for line in [*text.splitlines(), *inline] if (words := shlex.split(line, comments=True))]
 
 
 ALL = [(path.name, words) for path in DOCUMENTS for words in commands(path)]
@@ -64,7 +69,7 @@ def check_study(module: str, words: list[str]) -> None:
 
 
 def check_batch(words: list[str]) -> None:
-    if words[0] != "--help":
+    if words and words[0] != "--help":
         read_runs(ROOT / words[0])
 
 
@@ -82,12 +87,17 @@ def check_python(words: list[str]) -> None:
         return check_study(module, rest)
     checks: dict[str, Callable[[list[str]], None]] = {
         "bklm.batch": check_batch,
+        "bklm.notebook": lambda words: None,
         "papermill": check_papermill,
-        "pytest": lambda words: None,
+        "pytest": check_pytest,
         "pip": lambda words: None,
         "jupyterlab": lambda words: None,
     }
     return checks[module](rest)
+
+
+def check_pytest(words: list[str]) -> None:
+    assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
 
 
 def check_launcher(words: list[str]) -> None:
@@ -105,6 +115,8 @@ def check(words: list[str]) -> None:
         check_python(rest)
     elif name == "papermill":
         check_papermill(rest)
+    elif name == "pytest":
+        check_pytest(rest)
     elif name == "bash":
         assert rest[0] == "colab_setup.sh"
         check_setup(rest[1:])
