@@ -19,7 +19,14 @@ MOST_SKIPPED = 20  # steps in a row; the scaler halves its factor at each, a mil
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or its gradient became infinite or NaN; the message names the run, the step and the last good checkpoint."""
+    """The loss or its gradient became infinite or NaN; the message names the run, the step and the last good checkpoint.
+
+    ``what`` is its first part, the run and the step alone: what remains true when the checkpoint is gone.
+    """
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(what + advice)
+        self.what = what
 
 
 class FiniteCheck:
@@ -50,7 +57,8 @@ class FiniteCheck:
         if self.skipped_in_a_row > MOST_SKIPPED:
             raise NonFiniteError(
                 f"{self.label}: the gradient was infinite or NaN in {self.skipped_in_a_row} steps in a row, up to step "
-                f"{step}, and no smaller loss scale helped; {_where(good)}. {_REMEDIES}"
+                f"{step}, and no smaller loss scale helped",
+                f"; {_where(good)}. {_REMEDIES}",
             )
         return True
 
@@ -72,7 +80,8 @@ class FiniteCheck:
         loss, norm = (float(v) for v in values[:, first])
         raise NonFiniteError(
             f"{self.label}: at step {last_step - len(losses) + 1 + first} the loss was {loss:g} and the gradient norm "
-            f"{norm:g}; {_where(good)}. {_REMEDIES}"
+            f"{norm:g}",
+            f"; {_where(good)}. {_REMEDIES}",
         )
 
     @contextlib.contextmanager
@@ -81,7 +90,8 @@ class FiniteCheck:
         try:
             yield
         except NonFiniteRouterError as error:
-            raise NonFiniteError(f"{self.label}: in epoch {epoch} {error}; {_where(good)}.") from error
+            what = f"{self.label}: in epoch {epoch} {error}"
+            raise NonFiniteError(what, f"; {_where(good)}.") from error
 
     def require_finite_score(self, loss: float, epoch: int, good: Path | None) -> None:
         """Refuse a validation loss that is infinite or NaN: no perplexity could be recorded for it.
@@ -91,7 +101,8 @@ class FiniteCheck:
         """
         if not torch.isfinite(torch.tensor(loss, dtype=torch.float64)):
             raise NonFiniteError(
-                f"{self.label}: the validation loss after epoch {epoch} was {loss:g}; {_where(good)}. {_REMEDIES}"
+                f"{self.label}: the validation loss after epoch {epoch} was {loss:g}",
+                f"; {_where(good)}. {_REMEDIES}",
             )
 
 

@@ -16,6 +16,7 @@ BEGIN, END = "<!-- modules -->", "<!-- end of modules -->"
 LAYERS = {
     "Foundations: import nothing else of bklm": (
         "bk_core", "data", "config", "checkpoints", "memory", "processes", "schedules",
+        "locks",
     ),
     "Mixture of experts": ("moe", "moe_core", "moe_ops", "moe_reference"),
     "Models": ("models",),
@@ -27,7 +28,7 @@ LAYERS = {
     "Studies": ("studies",),
     "Users' side": ("notebook", "notebook_controls", "notebook_form", "notebook_run", "selftest", "batch"),
 }  # fmt: skip
-ALONE = ("bk_core", "data", "config", "checkpoints", "memory", "processes", "schedules")
+ALONE = ("bk_core", "data", "config", "checkpoints", "memory", "processes", "schedules", "locks")
 
 
 def modules() -> dict[str, Path]:

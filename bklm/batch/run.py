@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import nbformat
-from filelock import FileLock, Timeout
 from nbconvert import HTMLExporter
 from tqdm.auto import tqdm
 
@@ -25,6 +24,7 @@ from bklm.batch import job
 from bklm.batch.plan import Run
 from bklm.batch.summary import write_summary
 from bklm.checkpoints import replacing, write_json, write_text
+from bklm.locks import lock
 from bklm.reporting import zip_study
 from bklm.studies.folder import read_result
 
@@ -96,17 +96,16 @@ def run_batch(
     output_dir = Path(output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output_dir / ".batch.lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RuntimeError(
-            f"output_dir: another batch is working in {output_dir}; wait for it or choose another folder."
-        ) from None
+        held = lock(
+            output_dir / ".batch.lock",
+            f"output_dir: another batch is working in {output_dir}; wait for it or choose another folder",
+        )
     except OSError as error:
         raise OSError(
             f"output_dir: cannot write to {output_dir} ({error.strerror}); choose another."
         ) from error
-    with lock:
+    with contextlib.ExitStack() as stack:
+        stack.callback(held.release)
         outcomes = {run.name: kept for run in runs if (kept := _kept(run, output_dir / run.name))}
         for name in outcomes:
             say(f"{name}: done before, kept")

@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from bklm import __version__
 from bklm.checkpoints import remove_leftovers, set_aside, write_json
 from bklm.config import StudyConfig
+from bklm.locks import lock
 
 log = logging.getLogger("bklm")
 
@@ -52,20 +51,17 @@ def study_folder(config: StudyConfig, only_in_file: Sequence[str] = ()) -> Itera
             f"output_dir: {folder} has {free / 1e6:.0f} MB left; the study needs up to {NEEDED_BYTES / 1e6:.0f} MB; "
             "free some space or choose another folder."
         )
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RuntimeError(
-            f"output_dir: another run is working in {folder}; wait for it, stop it, or choose another folder."
-        ) from None
+    held = lock(
+        folder / ".lock",
+        f"output_dir: another run is working in {folder}; wait for it, stop it, or choose another folder",
+    )
     try:
         refuse_other_experiment(folder, config)
         remove_leftovers(folder)
         with _logging_to(folder / "run.log", only_in_file):
             yield folder
     finally:
-        lock.release()
+        held.release()
 
 
 def read_result(path: Path, needed: Mapping[str, Any] | None = None) -> dict[str, Any] | None:

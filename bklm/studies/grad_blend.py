@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from bklm.studies import cli
 from bklm.studies.folder import claim, experiment_name, read_result, study_folder
 from bklm.studies.grad_blend_figures import draw_analysis
 from bklm.studies.grad_blend_report import GradBlendResult, describe_run, write_report
-from bklm.studies.grad_blend_table import alpha_table, best_alpha, readable
+from bklm.studies.grad_blend_table import alpha_table, best_alpha, diverged_in_short, finished, readable
 from bklm.studies.gradient_directions import measure_directions
 from bklm.studies.progress import Progress
 from bklm.studies.sweep import Sweep
@@ -34,6 +36,7 @@ from bklm.studies.sweep_storage import check_address
 from bklm.studies.text import StudyText, prepare_text
 from bklm.training import (
     EpochRecord,
+    NonFiniteError,
     TrainingSettings,
     convergence_epoch,
     evaluate,
@@ -45,7 +48,9 @@ from bklm.training import (
 log = logging.getLogger("bklm.studies.grad_blend")  # __name__ is "__main__" when run with python -m
 
 ORIGINAL_ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)
-RESULT_KEYS = {"alpha": float, "seed": int, "final_perplexity": float, "epochs": EPOCH_KEYS, "directions": dict}
+TRIAL_KEYS = {"alpha": float, "seed": int, "final_perplexity": float | None, "training_time": float}
+RESULT_KEYS = {"epochs": EPOCH_KEYS, "directions": dict}  # of one that finished
+DIVERGED_KEYS = {"reason": str}  # of one that did not: its final_perplexity is None
 FULL_GRID = tuple(round(0.1 * i, 1) for i in range(11))
 
 
@@ -155,8 +160,19 @@ def run_grad_blend(config: GradBlendConfig, on_figure: Callable[[Path], None] | 
         claim(folder, config, text.corpus.sha256)
         with _Runner(config, text, accelerator, folder, on_figure) as runner:
             trials = runner.run_sweep()
+            if not finished(trials):
+                raise RuntimeError(
+                    f"every trial diverged, the first so: {trials[0]['reason']} Take other settings, such as a lower "
+                    "learning_rate, and another output_dir."
+                )
             final = runner.train_final(best_alpha(trials))
-        return write_report(config, text, trials, final, folder)
+        result = write_report(config, text, trials, final, folder)
+    if not finished([final]):
+        raise RuntimeError(
+            f"the sweep is done, its table and figures are in {result.bundle.path}, but the final training diverged: "
+            f"{final['reason']} Delete {folder / 'final'} and start again to repeat it."
+        )
+    return result
 
 
 def model_config(config: GradBlendConfig, vocab_size: int, alpha: float) -> ResNetBKConfig:
@@ -180,9 +196,9 @@ def model_config(config: GradBlendConfig, vocab_size: int, alpha: float) -> ResN
 
 def load_final_model(folder: Path) -> ResNetBK:
     """The model that was trained with the best alpha, from a study's folder; on the CPU, in evaluation mode."""
-    result = read_result(Path(folder) / "final" / "result.json", {"model_config": dict})
+    result = _read_trial(Path(folder) / "final" / "result.json")
     weights = Path(folder) / "final" / "best_model.safetensors"
-    if result is None or read_weights(weights) is None:
+    if result is None or "model_config" not in result or read_weights(weights) is None:
         raise FileNotFoundError(
             f"{folder} holds no finished final model; run the study (again) to its end first."
         )
@@ -239,6 +255,8 @@ class _Runner:
         def evaluate_point(point: dict[str, Any]) -> float:
             result = self._trial(**point)
             results[point["alpha"], point["seed"]] = result
+            if result["final_perplexity"] is None:
+                return math.inf
             log.info(
                 "Trial %d of %d, alpha %g, seed %d: validation PPL %.1f%s",
                 len(self.sweep.points) - len(self.sweep.missing()) + 1, len(self.sweep.points),
@@ -281,11 +299,12 @@ class _Runner:
 
     def _train(self, alpha: float, seed: int, epochs: int, folder: Path, is_final: bool) -> dict[str, Any]:
         """Train one model, or read what an earlier run of the same model recorded."""
-        finished = read_result(folder / "result.json", RESULT_KEYS)
+        recorded = _read_trial(folder / "result.json")
         weights = folder / "best_model.safetensors"
-        if finished is not None and not (is_final and read_weights(weights) is None):
+        needs_weights = is_final and recorded is not None and recorded["final_perplexity"] is not None
+        if recorded is not None and not (needs_weights and read_weights(weights) is None):
             self.progress.skip(self.steps_per_epoch * epochs)
-            return finished
+            return recorded
         config, text = self.config, self.text
         torch.manual_seed(seed)
         settings = model_config(config, text.vocab_size, alpha)
@@ -299,26 +318,31 @@ class _Runner:
             if record.epoch == 1:
                 write_json(early, {"directions": self._directions(model)})
 
-        records = train(
-            model,
-            text.train_loader(seed=seed),
-            text.val_loader(),
-            TrainingSettings(
-                epochs,
-                learning_rate=config.learning_rate,
-                weight_decay=config.weight_decay,
-                clip=config.clip,
-                schedule=config.schedule,
-                seed=seed,
-            ),
-            accelerator=self.accelerator,
-            unk_id=text.unk_id,
-            folder=folder / "checkpoints",
-            label=f"{'best ' if is_final else ''}alpha {alpha:g}, seed {seed}",
-            on_step=self.progress.step,
-            on_skip=self.progress.skip,
-            on_epoch=measure_early,
-        )
+        started, done_before = time.perf_counter(), self.progress.done
+        try:
+            records = train(
+                model,
+                text.train_loader(seed=seed),
+                text.val_loader(),
+                TrainingSettings(
+                    epochs,
+                    learning_rate=config.learning_rate,
+                    weight_decay=config.weight_decay,
+                    clip=config.clip,
+                    schedule=config.schedule,
+                    seed=seed,
+                ),
+                accelerator=self.accelerator,
+                unk_id=text.unk_id,
+                folder=folder / "checkpoints",
+                label=f"{'best ' if is_final else ''}alpha {alpha:g}, seed {seed}",
+                on_step=self.progress.step,
+                on_skip=self.progress.skip,
+                on_epoch=measure_early,
+            )
+        except NonFiniteError as error:  # an answer, too: the others are worth reporting without it
+            self.progress.skip(done_before + self.steps_per_epoch * epochs - self.progress.done)
+            return self._record_diverged(alpha, seed, error, time.perf_counter() - started, folder)
         perplexities = [r.val_perplexity for r in records]
         result = {
             "alpha": alpha,
@@ -341,10 +365,29 @@ class _Runner:
             result["parameters"] = model.num_parameters()
             with replacing(weights) as temporary:
                 save_model(model, str(temporary))
+        self._record(folder, result)
+        return result
+
+    def _record_diverged(
+        self, alpha: float, seed: int, error: NonFiniteError, seconds: float, folder: Path
+    ) -> dict[str, Any]:
+        again = "" if self.sweep.is_shared else f"; delete {folder} to train it again"
+        log.warning("%s; it is recorded as diverged%s.", error.what, again)
+        result = {
+            "alpha": alpha,
+            "seed": seed,
+            "final_perplexity": None,
+            "reason": f"{error.what}.",
+            "training_time": seconds,
+        }
+        self._record(folder, result)
+        return result
+
+    def _record(self, folder: Path, result: dict[str, Any]) -> None:
+        """Write a trial's result; from then on its checkpoints would only swell the zip."""
         write_json(folder / "result.json", result)
         CheckpointFolder(folder / "checkpoints").remove()
-        early.unlink(missing_ok=True)
-        return result
+        (folder / "directions_after_one_epoch.json").unlink(missing_ok=True)
 
     def _directions(self, model: ResNetBK) -> list[dict[str, Any]]:
         x, y = self.text.first_batch(sequences=8)
@@ -352,7 +395,9 @@ class _Runner:
 
     def _draw(self, results: list[dict[str, Any]]) -> None:
         path = self.folder / "grad_blend_analysis.png"
-        title = f"{len(results)} of {len(self.sweep.points)} trials done"
+        if not finished(results):
+            return
+        title = f"{len(results)} of {len(self.sweep.points)} trials done{diverged_in_short(results)}"
         draw_analysis(
             path,
             results,
@@ -362,6 +407,14 @@ class _Runner:
         )
         if self.on_figure is not None:
             self.on_figure(path)
+
+
+def _read_trial(path: Path) -> dict[str, Any] | None:
+    """What was recorded of a trial, finished or diverged; None where nothing (whole) was."""
+    found = read_result(path, TRIAL_KEYS)
+    if found is None:
+        return None
+    return read_result(path, DIVERGED_KEYS if found["final_perplexity"] is None else RESULT_KEYS)
 
 
 def _show(result: GradBlendResult) -> None:

@@ -13,12 +13,15 @@ from matplotlib.ticker import MaxNLocator
 from bklm.figures import GREY, MARKERS, colours, legend_below, mean_with_error, save_figure, wide_range_axis
 from bklm.moe import usage_entropy
 from bklm.reporting import Perplexity
-from bklm.studies.grad_blend_table import WHEN_MEASURED, Trials, by_alpha
+from bklm.studies.grad_blend_table import WHEN_MEASURED, Trials, by_alpha, finished
 
 
 def draw_analysis(path: Path, trials: Trials, table: list[dict[str, Any]], title: str, note: str) -> Path:
     """The original's four panels: PPL per epoch by alpha; final PPL, convergence and gradient variance against alpha."""
     groups = by_alpha(trials)
+    every_alpha = [row["alpha"] for row in table]
+    lost = [row["alpha"] for row in table if not row["seeds"]]
+    table = [row for row in table if row["seeds"]]
     alphas = [row["alpha"] for row in table]
 
     def draw(figure: Figure) -> None:
@@ -43,7 +46,7 @@ def draw_analysis(path: Path, trials: Trials, table: list[dict[str, Any]], title
             )
         by_epoch.set(title="PPL per epoch, by alpha", xlabel="epoch")
         by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _perplexity_axis(by_epoch, [e["val_perplexity"] for t in trials for e in t["epochs"]])
+        _perplexity_axis(by_epoch, [e["val_perplexity"] for t in finished(trials) for e in t["epochs"]])
         legend_below(by_epoch, title="alpha", ncols=4, fontsize=9, title_fontsize=9)
         style = {"color": colours(1)[0], "marker": "o"}
         means = [r["val_ppl"] for r in table]
@@ -58,7 +61,10 @@ def draw_analysis(path: Path, trials: Trials, table: list[dict[str, Any]], title
         variance.set(title="Gradient-norm variance", xlabel="alpha")
         wide_range_axis(variance.yaxis, variances, "variance over steps")
         for axes in (final, convergence, variance):
-            axes.set_xticks(alphas if len(alphas) <= 6 else alphas[::2])
+            axes.set_xticks(every_alpha if len(every_alpha) <= 6 else every_alpha[::2])
+            for alpha in lost:
+                place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "center"}
+                axes.text(alpha, 0.5, "diverged", rotation=90, color=GREY, fontsize=10, **place)
 
     return save_figure(path, draw, title=title, note=note, size=(8.4, 7.8))
 

@@ -61,16 +61,35 @@ def check_address(address: str) -> None:
             )
 
 
+class _FolderIsLocked:
+    """The journal's lock, which does nothing: the study folder's keeps every other process out.
+
+    Optuna's default is a symbolic link beside the journal, which a mounted Google Drive refuses (EOPNOTSUPP), and which
+    a killed process leaves behind.
+    """
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
 def journal(path: Path) -> BaseStorage:
     """The journal file of a study whose folder is locked by the caller; a damaged one is set aside."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Of versions that locked the journal, too; nothing waits for it any more, but it would go into the zip.
     for leftover in path.parent.glob(f"{path.name}.lock*"):
         leftover.unlink()
     damage = _damage(path)
     if damage:
         set_aside(path, damage)
         log.warning("The sweep goes on with a new journal; finished trials are read from their folders.")
-    return JournalStorage(JournalFileBackend(str(path)))
+    return _open_journal(path)
+
+
+def _open_journal(path: Path) -> BaseStorage:
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=_FolderIsLocked()))
 
 
 @contextmanager
@@ -124,7 +143,7 @@ def _damage(path: Path) -> str | None:
     try:
         for line in content.splitlines():
             json.loads(line)
-        storage = JournalStorage(JournalFileBackend(str(path)))
+        storage = _open_journal(path)
         for study in storage.get_all_studies():
             storage.get_all_trials(study._study_id)
     except Exception as error:  # replaying lines that are not Optuna's raises whatever it trips over

@@ -17,6 +17,7 @@ import torch
 
 from bklm.checkpoints import CheckpointFolder
 from bklm.models import ResNetBK
+from bklm.non_finite import NonFiniteError
 from bklm.reporting import command_for
 from bklm.studies import future, grad_blend, grad_blend_figures
 from bklm.studies.folder import study_folder
@@ -206,7 +207,9 @@ def test_measured_directions_agree_with_their_definitions(tiny_config):
     assert pooled["hypothesis-7"]["norm_ratio"] > 1
 
 
-def trial(alpha: float, seed: int, perplexity: float) -> dict:
+def trial(alpha: float, seed: int, perplexity: float | None) -> dict:
+    if perplexity is None:
+        return {"alpha": alpha, "seed": seed, "final_perplexity": None, "reason": "nan", "training_time": 1.0}
     return {
         "alpha": alpha, "seed": seed, "final_perplexity": perplexity, "final_perplexity_without_unk": perplexity,
         "final_accuracy": 0.1, "convergence_speed": 2, "gradient_variance": 0.1, "training_time": 1.0,
@@ -316,3 +319,128 @@ def test_perplexity_that_never_fell_is_no_fast_convergence():
     }
     trial |= {"convergence_speed": 1, "gradient_variance": 1.0, "training_time": 1.0, "epochs": epochs}
     assert readable(alpha_table([trial]))[0]["converged at epoch"] == "-"
+
+
+@pytest.fixture
+def diverging(monkeypatch):
+    """Call it with labels such as "alpha 0, seed 1": those trainings then diverge after their first epoch's checkpoint."""
+    real = grad_blend.train
+
+    def make(*labels):
+        def train(*arguments, label, on_epoch, **options):
+            def end(record):
+                on_epoch(record)
+                if label in labels and record.epoch == 2:
+                    raise NonFiniteError(f"{label}: the loss was nan", "; the last good checkpoint is there.")
+
+            return real(*arguments, label=label, on_epoch=end, **options)
+
+        monkeypatch.setattr(grad_blend, "train", train)
+
+    return make
+
+
+def read_strictly(path: Path) -> dict:
+    return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{path} holds {word}"))
+
+
+@pytest.mark.draws
+def test_a_trial_that_diverges_is_named_and_counted_in_no_number_and_the_rest_goes_on(tiny_config, diverging):
+    diverging("alpha 0, seed 1")
+    result = run_grad_blend(tiny_config)
+    rows = {r["alpha"]: r for r in result.table}
+    assert [(rows[a]["seeds"], rows[a]["diverged"]) for a in (0.0, 0.5)] == [(1, 1), (2, 0)]
+    assert result.best_alpha == 0.5  # whatever the one seed of alpha 0 reached
+    assert "Diverged, and in none of these numbers: alpha 0, seed 1." in result.finding
+    assert "no difference" not in result.finding
+    assert "worse over" not in result.finding
+    assert readable(result.table)[0]["val PPL (95%)"].endswith("; diverged: 1 of 2 seeds")
+    assert [(t["alpha"], t["seed"], t["reason"]) for t in result.diverged] == [
+        (0.0, 1, "alpha 0, seed 1: the loss was nan.")
+    ]
+    assert read_strictly(result.paths["summary.json"])["diverged"] == result.diverged
+    by_seed = read_strictly(result.paths["grad_blend_results.json"])["results"][0]["final_perplexity_by_seed"]
+    assert (by_seed["0"], by_seed["1"]) == (rows[0.0]["val_ppl"], None)
+    assert not list(result.folder.glob("trials/*/checkpoints"))
+    assert "it is recorded as diverged; delete" in (result.folder / "run.log").read_text()
+
+
+def test_a_diverged_trial_is_not_trained_again_and_the_numbers_stay(tiny_config, diverging, monkeypatch):
+    diverging("alpha 0, seed 1")
+    first = run_grad_blend(tiny_config)
+    monkeypatch.setattr(grad_blend, "train", lambda *a, **k: pytest.fail("trained again"))
+    second = run_grad_blend(tiny_config)
+    assert (second.table, second.finding, second.diverged) == (first.table, first.finding, first.diverged)
+
+
+def test_a_sweep_interrupted_before_a_diverging_trial_records_it_when_it_goes_on(
+    tiny_config, diverging, monkeypatch
+):
+    real = grad_blend.train
+
+    def stop(*arguments, label, **options):
+        if label == "alpha 0, seed 1":
+            raise KeyboardInterrupt
+        return real(*arguments, label=label, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(grad_blend, "train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_grad_blend(tiny_config)
+    diverging("alpha 0, seed 1")
+    resumed = run_grad_blend(tiny_config)
+    undisturbed = run_grad_blend(dataclasses.replace(tiny_config, output_dir=f"{tiny_config.output_dir}/2"))
+    assert numbers(resumed.folder) == numbers(undisturbed.folder)
+    assert [(t["alpha"], t["seed"]) for t in resumed.diverged] == [(0.0, 1)]
+
+
+@pytest.mark.draws
+def test_an_alpha_whose_seeds_all_diverged_stands_in_table_and_title_as_diverged(tiny_config, diverging):
+    diverging("alpha 0.5, seed 0", "alpha 0.5, seed 1")
+    result = run_grad_blend(tiny_config)
+    lost = readable(result.table)[1]
+    assert (lost["alpha"], lost["val PPL (95%)"], lost["accuracy"]) == ("0.5", "diverged", "-")
+    assert result.table[1]["val_ppl"] is None
+    assert "none of these numbers: alpha 0.5, seed 0; alpha 0.5, seed 1." in result.finding
+    trials = [trial(0.0, 0, 9.0), trial(0.5, 0, None), trial(0.5, 1, None), trial(0.0, 1, 9.0)]
+    assert headline(trials).endswith("; diverged: alpha 0.5 (2 seeds)")
+    assert read_strictly(result.paths["summary.json"])["table"][1]["val_ppl"] is None
+    row = read_strictly(result.paths["grad_blend_results.json"])["results"][1]
+    assert (row["final_perplexity"], row["loss_curve"], row["gradient_variance"]) == (None, [], None)
+
+
+def test_when_every_trial_diverges_one_sentence_says_so(tiny_config, diverging):
+    diverging(*(f"alpha {a:g}, seed {s}" for a in (0.0, 0.5) for s in (0, 1)))
+    for _ in ("first run", "resumed"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"every trial diverged, the first so: alpha 0, seed 0: the loss was nan\. Take other",
+        ):
+            run_grad_blend(tiny_config)
+
+
+def test_when_the_final_training_diverges_the_sweeps_table_and_zip_are_there(tiny_config, diverging):
+    best = run_grad_blend(dataclasses.replace(tiny_config, output_dir=f"{tiny_config.output_dir}/2")).best_alpha
+    diverging(f"best alpha {best:g}, seed 0")
+    for _ in ("first run", "resumed"):
+        with pytest.raises(
+            RuntimeError, match=r"the sweep is done, .*\.zip.*, but the final training diverged: best"
+        ):
+            run_grad_blend(tiny_config)
+    folder = Path(tiny_config.output_dir) / "grad_blend"
+    assert len(read_strictly(folder / "summary.json")["table"]) == 2
+    assert folder.with_suffix(".zip").exists()
+    with pytest.raises(FileNotFoundError, match="no finished final model"):
+        load_final_model(folder)
+
+
+def test_the_best_alpha_finished_all_its_seeds_or_where_none_did_the_most():
+    trials = [trial(0.0, 0, 50.0), trial(0.0, 1, None), trial(0.5, 0, 100.0), trial(0.5, 1, 100.0)]
+    assert best_alpha(trials) == 0.5
+    assert "An alpha that lost a seed is given no verdict (alpha 0)." in state_finding(trials)
+    none = [trial(0.0, 0, 50.0), trial(0.0, 1, None), trial(0.5, 0, None), trial(0.5, 1, 40.0)]
+    assert best_alpha(none) == 0.5
+    assert "No alpha finished all its seeds; the best is among those that finished the most" in state_finding(
+        none
+    )
+    assert " x" not in state_finding(none)  # no seed in common, no ratio

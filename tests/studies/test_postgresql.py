@@ -21,8 +21,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 
+from bklm.non_finite import NonFiniteError
 from bklm.reporting import command_for
-from bklm.studies import sweep_storage
+from bklm.studies import grad_blend, sweep_storage
 from bklm.studies.grad_blend import GradBlendConfig, run_grad_blend
 from bklm.studies.sweep import Sweep
 
@@ -223,6 +224,30 @@ def test_four_workers_of_which_one_is_killed_give_the_table_of_one(database, tin
                 assert {n: v for n, v in row.items() if n != "seconds"} == {
                     n: v for n, v in expected.items() if n != "seconds"
                 }
+
+
+def test_a_trial_that_diverged_with_one_worker_is_adopted_as_such_by_the_next(
+    database, tiny_config, tmp_path, monkeypatch
+):
+    real = grad_blend.train
+
+    def train(*arguments, label, **options):
+        if label == "alpha 0, seed 1":
+            raise NonFiniteError(f"{label}: the loss was nan")
+        return real(*arguments, label=label, **options)
+
+    monkeypatch.setattr(grad_blend, "train", train)
+    first = run_grad_blend(dataclasses.replace(tiny_config, storage=database))
+    assert [(t["alpha"], t["seed"]) for t in first.diverged] == [(0.0, 1)]
+
+    def only_the_final(*arguments, label, **options):
+        assert label.startswith("best "), f"{label} was trained again"
+        return real(*arguments, label=label, **options)
+
+    monkeypatch.setattr(grad_blend, "train", only_the_final)
+    other = dataclasses.replace(tiny_config, storage=database, output_dir=str(tmp_path / "other"))
+    second = run_grad_blend(other)
+    assert (second.table, second.finding, second.diverged) == (first.table, first.finding, first.diverged)
 
 
 @pytest.mark.parametrize(

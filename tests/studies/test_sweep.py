@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 
 from bklm.studies.sweep import Sweep
@@ -66,7 +69,30 @@ def test_a_stale_lock_of_a_killed_process_does_not_block(tmp_path):
     Sweep(journal, GRID)
     (tmp_path / "j.journal.lock").symlink_to(journal)
     sweep = Sweep(journal, GRID)
-    assert len(sweep.missing()) == 6
+    (tmp_path / "j.journal.lock").symlink_to(journal)  # nor one that appears later
+    sweep.run(value)
+    assert sweep.missing() == []
+
+
+def test_a_sweep_runs_and_resumes_on_a_mount_without_links_such_as_colabs_drive(tmp_path, monkeypatch):
+    def refuse(*arguments, **named):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr(os, "link", refuse)
+    ended = []
+
+    def evaluate(point):
+        if len(ended) == 3:
+            raise RuntimeError("stop")
+        ended.append(tuple(point.values()))
+        return value(point)
+
+    with pytest.raises(RuntimeError, match="stop"):
+        Sweep(tmp_path / "j.journal", GRID).run(evaluate)
+    Sweep(tmp_path / "j.journal", GRID).run(lambda p: ended.append(tuple(p.values())) or value(p))
+    assert sorted(ended) == [(a, s) for a in GRID["alpha"] for s in GRID["seed"]]
+    assert [p.name for p in tmp_path.iterdir()] == ["j.journal"]
 
 
 def test_a_process_killed_in_the_last_trial_of_the_grid_leaves_a_sweep_that_goes_on(tmp_path):
