@@ -283,6 +283,18 @@ def test_two_batches_in_one_folder_at_once_are_refused(tmp_path):
         run_batch([], tmp_path)
 
 
+def test_a_batch_that_raised_leaves_its_folder_free_for_the_next_one_of_the_process(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("no page")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bklm.batch.run.write_summary", fail)
+        with pytest.raises(RuntimeError, match="no page") as kept:  # with its frames, as Jupyter keeps it
+            run_batch([], tmp_path / "out")
+    assert run_batch([], tmp_path / "out").outcomes == []
+    assert kept.tb is not None
+
+
 @pytest.mark.slow
 def test_an_interrupted_batch_goes_on_with_the_same_command_and_a_study_in_it_with_its_trials(
     sets, small_text, tmp_path

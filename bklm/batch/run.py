@@ -106,7 +106,7 @@ def run_batch(
         raise OSError(
             f"output_dir: cannot write to {output_dir} ({error.strerror}); choose another."
         ) from error
-    with lock:
+    try:  # not "with lock", which would acquire it a second time and release it once
         outcomes = {run.name: kept for run in runs if (kept := _kept(run, output_dir / run.name))}
         for name in outcomes:
             say(f"{name}: done before, kept")
@@ -120,6 +120,8 @@ def run_batch(
         ordered = [outcomes[run.name] for run in runs]
         summary = write_summary(output_dir, ordered)
         return BatchResult(ordered, summary, _zip(output_dir, ordered))
+    finally:
+        lock.release()
 
 
 def check_limits(workers: int, minutes: float | None) -> None:
