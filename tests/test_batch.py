@@ -226,6 +226,18 @@ def test_a_process_killed_while_its_notebook_is_half_written_is_one_failed_run(s
     assert "1 of 2 runs done, 1 failed" in result.summary.read_text()
 
 
+def test_a_process_that_is_killed_is_reported_with_its_signal_and_what_to_do(sets, notebook, tmp_path):
+    words = "import os, signal\nos.kill(os.getppid(), signal."
+    killed = [{"notebook": notebook(name, f"{words}{name})")} for name in ("SIGKILL", "SIGSEGV")]
+    result = run_batch(read_runs(sets({"runs": killed})), tmp_path / "out", workers=2, say=lambda line: None)
+    by_memory, by_crash = (outcome.error for outcome in result.outcomes)
+    assert by_memory.startswith(
+        "the notebook's process was killed by SIGKILL, most often because memory was short; "
+    )
+    assert "fewer workers" in by_memory
+    assert by_crash == "the notebook's process was killed by SIGSEGV; run the batch again"
+
+
 def test_a_notebook_that_is_gone_by_its_turn_is_one_failed_run(sets, notebook, tmp_path):
     gone = notebook("gone")
     remover = notebook(
