@@ -173,6 +173,27 @@ def test_the_example_in_the_documentation_is_one_that_runs(monkeypatch):
     ]  # fmt: skip
 
 
+def test_paths_among_the_parameters_are_relative_to_the_folder_the_batch_is_started_in(
+    sets, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    table = {"embedding_file": "table.npy", "gpt2_dir": "~/gpt2", "data_dir": "/texts"}
+    path = sets({
+        "runs": [
+            {"notebook": str(ROOT / "notebooks" / "03_baseline_training.ipynb"), "parameters": {"checkpoint_dir": "c"}},
+            {"notebook": str(ROOT / "notebooks" / "04_embedding_freeze_study.ipynb"), "parameters": table},
+        ]
+    })  # fmt: skip
+    trained, frozen = (run.all_parameters(Path("out")) for run in read_runs(path))
+    assert trained["checkpoint_dir"] == str(tmp_path / "c")
+    assert trained["output_dir"] == str(tmp_path / "out")
+    assert "data_dir" not in trained  # empty: the network
+    expected = {
+        "embedding_file": str(tmp_path / "table.npy"), "gpt2_dir": str(Path.home() / "gpt2"), "data_dir": "/texts",
+    }  # fmt: skip
+    assert {name: frozen[name] for name in table} == expected
+
+
 def test_a_failed_notebook_leaves_the_others_alone_and_only_it_runs_again(sets, notebook, tmp_path):
     good = notebook("good", PICTURE, "print('x is', x)")
     bad = notebook("bad", "print('so far')", "raise ValueError('no such text')")
