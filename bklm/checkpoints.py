@@ -73,12 +73,18 @@ def _telling_damage(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _saying_why(path: Path) -> Iterator[None]:
-    """Turn what Python, torch and safetensors raise when a disk is full or a folder read-only into one sentence."""
+def _saying_why(path: Path, *, may_read: bool = False) -> Iterator[None]:
+    """Turn what Python, torch and safetensors raise when a disk is full or a folder read-only into one sentence.
+
+    Args:
+        may_read: other files are read in the block; an error that names one of them is passed on as it is.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        is_disk = isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in _DISK)
+        is_disk = isinstance(error, SafetensorError) or (
+            isinstance(error, OSError) and error.errno in _DISK and not (may_read and _is_foreign(path, error))
+        )
         if isinstance(error, WriteError) or not (is_disk or _TORCH_WORDS in str(error)):
             raise
         reason = " ".join(str(error).split())[:120]
@@ -88,6 +94,17 @@ def _saying_why(path: Path) -> Iterator[None]:
             f"cannot write {path} ({reason}); free some space or choose another folder. What was finished is kept, and the "
             "same command goes on from there."
         ) from error
+
+
+def _is_foreign(path: Path, error: OSError) -> bool:
+    """Whether an error names files, and none is ``path``, what is half written beside it, or a folder above it."""
+    # Copying names the source first and then what it could not write.
+    named = [
+        Path(os.fsdecode(n)).absolute() for n in (error.filename, error.filename2) if isinstance(n, str | bytes)
+    ]
+    path = path.absolute()
+    beside = str(path.parent / f".{path.name}.")
+    return bool(named) and not any(n == path or n in path.parents or str(n).startswith(beside) for n in named)
 
 
 @contextlib.contextmanager
@@ -101,7 +118,7 @@ def replacing(path: Path) -> Iterator[Path]:
         WriteError: the disk is full, or the folder may not be written.
     """
     path = Path(path)
-    with _saying_why(path):
+    with _saying_why(path, may_read=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{HALF}{path.suffix}")
         temporary.touch(exist_ok=False)  # not mkstemp, whose files nobody else may read whatever the umask says

@@ -19,7 +19,7 @@ from bklm.checkpoints import (
     read_weights,
     replacing,
     write_json,
-)  # fmt: skip
+)
 
 
 def test_an_error_while_writing_leaves_the_old_content_and_no_litter(tmp_path):
