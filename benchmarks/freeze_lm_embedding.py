@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from bklm.checkpoints import replacing, write_json
 from bklm.fixed_point import FixedPointSettings, train_context
 from bklm.models import ContextTokenConfig, ContextTokenLM
 from bklm.reporting import Perplexity, as_text, write_csv
 from bklm.studies.embedding_freeze import EmbeddingFreezeConfig, run_embedding_freeze
 from bklm.studies.embedding_freeze_phase2 import train_phase2
 from bklm.studies.embedding_freeze_text import FreezeText, prepare_text
+from bklm.studies.folder import read_result
 from bklm.training import make_accelerator
 
 CONTEXT_TOKENS = 100_000  # of which phase 1 learns; more change little
@@ -51,11 +53,14 @@ def main() -> None:
         original_comparison=False, output_dir=str(arguments.output_dir / "svd"),
     )  # fmt: skip
     path = arguments.output_dir / "embedding.npy"
+    resolved = common.resolved()
+    text = prepare_text(resolved)
+    asked = {"--tokens": arguments.tokens, "--epochs": arguments.epochs}  # the study has epochs of its own
+    claim_table(path, asked | settings_of(resolved, text))
     if not path.exists():
-        resolved = common.resolved()
-        table, score = trained_table(resolved, prepare_text(resolved), arguments.tokens, arguments.epochs)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, table)
+        table, score = trained_table(resolved, text, arguments.tokens, arguments.epochs)
+        with replacing(path) as temporary:
+            np.save(temporary, table)
         print(f"the table's own model reached PPL {score:.1f} on held-out tokens of its documents")
     own = dataclasses.replace(
         common, embedding_file=str(path), output_dir=str(arguments.output_dir / "language_model")
@@ -65,6 +70,35 @@ def main() -> None:
         rows += measured(name, run_embedding_freeze(config))
     print(as_text(rows))
     write_csv(arguments.output_dir / "table.csv", rows)
+
+
+def settings_of(config: EmbeddingFreezeConfig, text: FreezeText) -> dict[str, Any]:
+    """What the table depends on besides the tokens and epochs of its own training."""
+    computed = {name: value for name, value in config.to_dict().items() if name not in config.circumstances}
+    return {**computed, "text": text.fingerprint}
+
+
+def claim_table(path: Path, settings: dict[str, Any]) -> None:
+    """Record beside ``path`` what its table is trained with, before it is; exit where one of other settings was begun."""
+    record = path.with_suffix(".json")
+    recorded = read_result(record)
+    if recorded is None:
+        if path.exists():
+            raise SystemExit(
+                f"{path} is a table without a record of how it was trained; delete it or choose another --output_dir."
+            )
+        write_json(record, settings)
+        return
+    different = [
+        f"{name} ({recorded.get(name)!r} there, {settings.get(name)!r} now)"
+        for name in sorted({*recorded, *settings})
+        if recorded.get(name) != settings.get(name)
+    ]
+    if different:
+        raise SystemExit(
+            f"{path.parent} holds a table trained with other settings: {'; '.join(different)}. Choose another --output_dir, "
+            "or the same settings to go on with it; nothing was changed."
+        )
 
 
 def trained_table(

@@ -12,9 +12,10 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
+import secrets
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,11 @@ HALF = ".half"  # in the name of a file that is being written
 SUMS = "sums.json"  # CRC-32 of a checkpoint's files
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _TORCH_WORDS = "inline_container"  # torch.save's own error, a plain RuntimeError with the line of its source
+# What shows that a file is not there or does not hold what was written; anything else may be gone at the next attempt.
+_DAMAGE = (
+    FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, EOFError, RecursionError,
+    pickle.UnpicklingError, SafetensorError,
+)  # fmt: skip
 
 _NAME = re.compile(r"epoch_(\d+)(?:_ppl_(\d+\.\d+|\d(?:\.\d+)?e\d+))?")
 
@@ -38,13 +44,47 @@ class WriteError(OSError):
     """A file could not be written; the message is one sentence with the reason and what to do."""
 
 
+class DamagedError(ValueError):
+    """A file is missing or not what was written; the message says in a few words how that shows."""
+
+
+class ReadError(OSError):
+    """A file could not be read, which is no sign of damage; the message is one sentence with the reason and what to do."""
+
+
 @contextlib.contextmanager
-def _saying_why(path: Path) -> Iterator[None]:
-    """Turn what Python, torch and safetensors raise when a disk is full or a folder read-only into one sentence."""
+def _telling_damage(path: Path) -> Iterator[None]:
+    """Turn what readers raise into DamagedError where the file is to blame, and into ReadError where the machine is."""
+    try:
+        yield
+    except (DamagedError, ReadError):
+        raise
+    except (*_DAMAGE, OSError, MemoryError, RuntimeError) as error:
+        first_line = (str(error).strip().splitlines() or [""])[0][:120]
+        # torch names its reader where an archive is to blame; its other RuntimeErrors are the allocator's.
+        if isinstance(error, _DAMAGE) or "PytorchStreamReader" in first_line:
+            raise DamagedError(f"{type(error).__name__}: {first_line}") from error
+        reason = getattr(error, "strerror", None) or first_line or "out of memory"
+        raise ReadError(
+            f"cannot read {getattr(error, 'filename', None) or path} ({reason}); nothing shows that it is damaged, so it was "
+            "left as it is: free some memory or mend the access to it and start the same command again, or move it away to "
+            "do that part anew."
+        ) from error
+
+
+@contextlib.contextmanager
+def _saying_why(path: Path, *, may_read: bool = False) -> Iterator[None]:
+    """Turn what Python, torch and safetensors raise when a disk is full or a folder read-only into one sentence.
+
+    Args:
+        may_read: other files are read in the block; an error that names one of them is passed on as it is.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        is_disk = isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in _DISK)
+        is_disk = isinstance(error, SafetensorError) or (
+            isinstance(error, OSError) and error.errno in _DISK and not (may_read and _is_foreign(path, error))
+        )
         if isinstance(error, WriteError) or not (is_disk or _TORCH_WORDS in str(error)):
             raise
         reason = " ".join(str(error).split())[:120]
@@ -54,6 +94,17 @@ def _saying_why(path: Path) -> Iterator[None]:
             f"cannot write {path} ({reason}); free some space or choose another folder. What was finished is kept, and the "
             "same command goes on from there."
         ) from error
+
+
+def _is_foreign(path: Path, error: OSError) -> bool:
+    """Whether an error names files, and none is ``path``, what is half written beside it, or a folder above it."""
+    # Copying names the source first and then what it could not write.
+    named = [
+        Path(os.fsdecode(n)).absolute() for n in (error.filename, error.filename2) if isinstance(n, str | bytes)
+    ]
+    path = path.absolute()
+    beside = str(path.parent / f".{path.name}.")
+    return bool(named) and not any(n == path or n in path.parents or str(n).startswith(beside) for n in named)
 
 
 @contextlib.contextmanager
@@ -67,14 +118,14 @@ def replacing(path: Path) -> Iterator[Path]:
         WriteError: the disk is full, or the folder may not be written.
     """
     path = Path(path)
-    with _saying_why(path):
+    with _saying_why(path, may_read=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=HALF + path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        temporary.chmod(0o644)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{HALF}{path.suffix}")
+        temporary.touch(exist_ok=False)  # not mkstemp, whose files nobody else may read whatever the umask says
+        mode = temporary.stat().st_mode
         try:
             yield temporary
+            _set_mode(temporary, mode)
             _sync(temporary)
             temporary.replace(path)
             _sync(path.parent)
@@ -112,12 +163,18 @@ def set_aside(path: Path, why: str) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors of a safetensors file; None where it is not there or damaged (it is then set aside)."""
-    if not path.exists():
-        return None
+    """The tensors of a safetensors file; None where it is not there or damaged (it is then set aside).
+
+    Raises:
+        ReadError: memory is short, or the file may not be read.
+    """
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        with _telling_damage(path):
+            if not path.exists():
+                return None
+            path.open("rb").close()  # safetensors calls a file that may not be read one that is not there
+            return load_file(path)
+    except DamagedError as error:
         set_aside(path, str(error))
         return None
 
@@ -149,10 +206,11 @@ class CheckpointFolder:
             WriteError: the disk is full, or the folder may not be written.
         """
         name = f"epoch_{epoch:04d}" + ("" if perplexity is None else f"_ppl_{_in_name(perplexity)}")
+        target = self.path / name
+        temporary = self.path / f".{name}.{secrets.token_hex(4)}"
         with _saying_why(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        target = self.path / name
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=self.path))
+            temporary.mkdir()  # not mkdtemp, whose folders nobody else may read whatever the umask says
         try:
             with _saying_why(target):
                 save_model(model, str(temporary / "model.safetensors"))
@@ -160,6 +218,7 @@ class CheckpointFolder:
                 sums = {file.name: _crc32(file) for file in sorted(temporary.iterdir())}
                 (temporary / SUMS).write_text(json.dumps(sums), encoding="utf-8")
                 for file in temporary.iterdir():
+                    _set_mode(file, temporary.stat().st_mode & 0o666)
                     _sync(file)
                 for same in self.all():
                     if epoch_of(same) == epoch:
@@ -175,14 +234,18 @@ class CheckpointFolder:
         return target
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint; None when there is none. Damaged ones are set aside and reported."""
+        """The newest whole checkpoint; None when there is none. Damaged ones are set aside and reported.
+
+        Raises:
+            ReadError: memory is short, or a file may not be read. That is no damage: nothing is set aside.
+        """
         for leftover in self.path.glob(".epoch_*"):
             shutil.rmtree(leftover)
         for folder in reversed(self.all()):
             try:
                 read_state(folder)
-            except Exception as error:  # a damaged file raises whatever its reader happens to trip over
-                set_aside(folder, f"{type(error).__name__}: {str(error)[:120]}".splitlines()[0])
+            except DamagedError as error:
+                set_aside(folder, str(error))
                 continue
             return folder
         return None
@@ -226,13 +289,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The state that a checkpoint was saved with, on the CPU; its files, the weights too, are as they were written.
 
     Raises:
-        FileNotFoundError, ValueError, ...: whatever a missing or damaged file makes its reader raise.
+        DamagedError: a file is missing or not what was written.
+        ReadError: memory is short, or a file may not be read.
     """
-    sums = json.loads((Path(folder) / SUMS).read_text(encoding="utf-8"))
-    for name in ("model.safetensors", "state.pt"):
-        if sums[name] != _crc32(Path(folder) / name):
-            raise ValueError(f"{name} is not what was written")
-    return torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
+    with _telling_damage(folder):
+        sums = json.loads((Path(folder) / SUMS).read_text(encoding="utf-8"))
+        for name in ("model.safetensors", "state.pt"):
+            if sums[name] != _crc32(Path(folder) / name):
+                raise DamagedError(f"{name} is not what was written")
+        return torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -267,6 +332,14 @@ def _crc32(path: Path) -> int:
         while part := file.read(1 << 20):
             value = zlib.crc32(part, value)
     return value
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Give a file the permissions it was made with; safetensors puts one of its own, closed to others, in its place."""
+    if (
+        path.stat().st_mode & 0o777 != mode & 0o777
+    ):  # else not touched: some mounted folders know no permissions
+        path.chmod(mode & 0o777)
 
 
 def _sync(path: Path) -> None:

@@ -28,6 +28,7 @@ def setting(
     high: float | None = None,
     step: float | None = None,
     above: float | None = None,
+    is_path: bool = False,
 ) -> Any:
     """Declare one field of a study's config.
 
@@ -37,9 +38,10 @@ def setting(
         low, high: inclusive bounds of the value, or of each entry of a tuple.
         step: slider step; a number with ``low``, ``high`` and ``step`` becomes a slider in the form.
         above: exclusive lower bound (learning rates, tolerances).
+        is_path: the text names a file or folder, which whoever runs the study from elsewhere must make absolute.
     """
     bounds = {"low": low, "high": high, "step": step, "above": above}
-    return field(default=default, metadata={"help": help, **bounds})
+    return field(default=default, metadata={"help": help, "is_path": is_path, **bounds})
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class FieldSpec:
     high: float | None
     step: float | None
     above: float | None
+    is_path: bool
 
     @property
     def is_slider(self) -> bool:
@@ -151,7 +154,7 @@ def _spec(owner: type, item: dataclasses.Field) -> FieldSpec:
             base, is_tuple = typing.get_args(part)[0], True
         else:
             base = part
-    keys = ("help", "low", "high", "step", "above")
+    keys = ("help", "low", "high", "step", "above", "is_path")
     return FieldSpec(item.name, base, is_tuple, choices, item.default, **{k: item.metadata[k] for k in keys})
 
 
@@ -168,7 +171,7 @@ class StudyConfig:
     )
 
     profile: Profile = setting("quick", help="smoke: seconds; quick: minutes; full: the original's size")
-    output_dir: str = setting("results", help="folder for the study's files and zip")
+    output_dir: str = setting("results", is_path=True, help="folder for the study's files and zip")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", help="auto: the GPU if there is one")
 
     def __post_init__(self) -> None:
@@ -224,5 +227,7 @@ class TextStudyConfig(StudyConfig):
     dataset: Literal["wikitext-2", "embedded", "hmm"] = setting(
         "wikitext-2", help="text to train on; embedded needs no network"
     )
-    data_dir: str | None = setting(None, help="a folder with the text, used instead of the network")
+    data_dir: str | None = setting(
+        None, is_path=True, help="a folder with the text, used instead of the network"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", help="arithmetic of the matrix products")

@@ -124,8 +124,10 @@ def environment() -> dict[str, Any]:
 def git_revision() -> str:
     """Revision of the checkout this package runs from, with "+changes" when it was edited, or "not a git checkout"."""
     here = Path(__file__).resolve().parent.parent
+    top = _output_of("git", "-C", str(here), "rev-parse", "--show-toplevel")
     revision = _output_of("git", "-C", str(here), "rev-parse", "HEAD")
-    if revision is None:
+    # A copy, or an installation in an environment, that lies inside another repository is at no revision of that one.
+    if top is None or revision is None or Path(top).resolve() != here:
         return "not a git checkout"
     changed = _output_of("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no")
     return revision + ("+changes" if changed else "")

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_model
 
-from bklm.checkpoints import CheckpointFolder, is_checkpoint, read_state
+from bklm.checkpoints import CheckpointFolder, DamagedError, is_checkpoint, read_state
 from bklm.models import LanguageModel
 from bklm.processes import broadcast
 from bklm.records import EpochRecord
@@ -53,6 +53,7 @@ def require_same_run(
 
     Raises:
         ValueError: it differs, or it is no whole checkpoint.
+        ReadError: memory is short, or its files may not be read.
     """
     place = Path(place)
     if not is_checkpoint(place):
@@ -62,9 +63,9 @@ def require_same_run(
         )
     try:
         recorded = read_state(place)["identity"]
-    except Exception as error:  # a damaged file raises whatever its reader happens to trip over
+    except (DamagedError, KeyError, TypeError) as error:
         raise ValueError(
-            f"resume_from: the checkpoint {place} is damaged ({type(error).__name__}); take another one."
+            f"resume_from: the checkpoint {place} is damaged ({error}); take another one."
         ) from error
     if identity is None or recorded is None:
         return

@@ -173,6 +173,27 @@ def test_the_example_in_the_documentation_is_one_that_runs(monkeypatch):
     ]  # fmt: skip
 
 
+def test_paths_among_the_parameters_are_relative_to_the_folder_the_batch_is_started_in(
+    sets, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    table = {"embedding_file": "table.npy", "gpt2_dir": "~/gpt2", "data_dir": "/texts"}
+    path = sets({
+        "runs": [
+            {"notebook": str(ROOT / "notebooks" / "03_baseline_training.ipynb"), "parameters": {"checkpoint_dir": "c"}},
+            {"notebook": str(ROOT / "notebooks" / "04_embedding_freeze_study.ipynb"), "parameters": table},
+        ]
+    })  # fmt: skip
+    trained, frozen = (run.all_parameters(Path("out")) for run in read_runs(path))
+    assert trained["checkpoint_dir"] == str(tmp_path / "c")
+    assert trained["output_dir"] == str(tmp_path / "out")
+    assert "data_dir" not in trained  # empty: the network
+    expected = {
+        "embedding_file": str(tmp_path / "table.npy"), "gpt2_dir": str(Path.home() / "gpt2"), "data_dir": "/texts",
+    }  # fmt: skip
+    assert {name: frozen[name] for name in table} == expected
+
+
 def test_a_failed_notebook_leaves_the_others_alone_and_only_it_runs_again(sets, notebook, tmp_path):
     good = notebook("good", PICTURE, "print('x is', x)")
     bad = notebook("bad", "print('so far')", "raise ValueError('no such text')")
@@ -224,6 +245,18 @@ def test_a_process_killed_while_its_notebook_is_half_written_is_one_failed_run(s
     assert [(o.name, o.status) for o in result.outcomes] == [("dead", "failed"), ("good", "done")]
     assert (tmp_path / "out" / "dead" / "dead.failed.ipynb").read_text() == '{"cells": ['
     assert "1 of 2 runs done, 1 failed" in result.summary.read_text()
+
+
+def test_a_process_that_is_killed_is_reported_with_its_signal_and_what_to_do(sets, notebook, tmp_path):
+    words = "import os, signal\nos.kill(os.getppid(), signal."
+    killed = [{"notebook": notebook(name, f"{words}{name})")} for name in ("SIGKILL", "SIGSEGV")]
+    result = run_batch(read_runs(sets({"runs": killed})), tmp_path / "out", workers=2, say=lambda line: None)
+    by_memory, by_crash = (outcome.error for outcome in result.outcomes)
+    assert by_memory.startswith(
+        "the notebook's process was killed by SIGKILL, most often because memory was short; "
+    )
+    assert "fewer workers" in by_memory
+    assert by_crash == "the notebook's process was killed by SIGSEGV; run the batch again"
 
 
 def test_a_notebook_that_is_gone_by_its_turn_is_one_failed_run(sets, notebook, tmp_path):
@@ -281,6 +314,18 @@ def test_two_batches_in_one_folder_at_once_are_refused(tmp_path):
         pytest.raises(RuntimeError, match="another batch is working in"),
     ):
         run_batch([], tmp_path)
+
+
+def test_a_batch_that_raised_leaves_its_folder_free_for_the_next_one_of_the_process(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("no page")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bklm.batch.run.write_summary", fail)
+        with pytest.raises(RuntimeError, match="no page") as kept:  # with its frames, as Jupyter keeps it
+            run_batch([], tmp_path / "out")
+    assert run_batch([], tmp_path / "out").outcomes == []
+    assert kept.tb is not None
 
 
 @pytest.mark.slow

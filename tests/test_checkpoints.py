@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 
 import pytest
 import torch
+from safetensors.torch import save_model
 
-from bklm.checkpoints import CheckpointFolder, is_checkpoint, perplexity_of, replacing, write_json
+from bklm import checkpoints
+from bklm.checkpoints import (
+    CheckpointFolder,
+    ReadError,
+    is_checkpoint,
+    perplexity_of,
+    read_weights,
+    replacing,
+    write_json,
+)
 
 
 def test_an_error_while_writing_leaves_the_old_content_and_no_litter(tmp_path):
@@ -61,6 +73,76 @@ def test_a_damaged_checkpoint_is_set_aside_reported_and_the_one_before_is_used(t
     assert state["epoch"] == 1
     assert (tmp_path / "c" / "epoch_0002.damaged-1").exists()
     assert "set aside as epoch_0002.damaged-1" in caplog.text
+
+
+def short_of_memory(*arguments, **options):
+    raise MemoryError
+
+
+def torch_short_of_memory(*arguments, **options):
+    raise RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+    )
+
+
+def failing_disk(*arguments, **options):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def locked(*arguments, **options):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "fault", "reason"),
+    [
+        (torch, "load", short_of_memory, "out of memory"),
+        (torch, "load", torch_short_of_memory, "can't allocate memory"),
+        (checkpoints, "_crc32", failing_disk, "Input/output error"),
+        (checkpoints, "_crc32", locked, "Permission denied"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_taken_for_a_damaged_one(
+    tmp_path, monkeypatch, place, name, fault, reason
+):
+    folder = CheckpointFolder(tmp_path / "c")
+    folder.save(1, torch.nn.Linear(3, 2), {"epoch": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, fault)
+        with pytest.raises(ReadError, match=rf"^cannot read .*epoch_0001 \(.*{reason}") as caught:
+            folder.newest()
+    assert "\n" not in str(caught.value)
+    assert folder.newest().name == "epoch_0001"
+
+
+@pytest.mark.parametrize("fault", [short_of_memory, failing_disk, locked])
+def test_weights_that_cannot_be_read_just_now_are_not_set_aside(tmp_path, monkeypatch, fault):
+    weights = tmp_path / "w.safetensors"
+    with replacing(weights) as temporary:
+        save_model(torch.nn.Linear(3, 2), str(temporary))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "load_file", fault)
+        with pytest.raises(ReadError, match=r"^cannot read .*w\.safetensors"):
+            read_weights(weights)
+    assert read_weights(weights).keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_what_is_written_is_as_open_to_others_as_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "file").touch()
+        CheckpointFolder(tmp_path / "c").save(1, torch.nn.Linear(3, 2), {"epoch": 1})
+        with replacing(tmp_path / "w.safetensors") as temporary:
+            save_model(torch.nn.Linear(3, 2), str(temporary))
+        write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(before)
+    plain = {True: (tmp_path / "folder").stat().st_mode, False: (tmp_path / "file").stat().st_mode}
+    found = list(tmp_path.rglob("*"))
+    assert len(found) == 9
+    assert [p.name for p in found if p.stat().st_mode != plain[p.is_dir()]] == []
 
 
 def test_a_pickle_in_the_place_of_a_state_is_never_executed(tmp_path):

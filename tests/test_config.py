@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bklm.notebook_form import FORMS
 from bklm.studies.cli import parse
 from bklm.studies.grad_blend import FULL_GRID, GradBlendConfig
 
@@ -38,6 +39,15 @@ def test_a_bad_value_is_refused_in_one_sentence_that_names_field_value_and_what_
     with pytest.raises(ValueError, match=rf"^{field}: got .*; allowed is .*\.$") as caught:
         GradBlendConfig(**{field: value})
     assert "\n" not in str(caught.value)
+
+
+FREE_TEXT_OTHER_THAN_PATHS = {"storage", "clip"}  # a database's address; norms by epoch
+
+
+@pytest.mark.parametrize("config", FORMS.values(), ids=lambda config: config.study)
+def test_every_field_of_free_text_that_names_a_file_or_folder_says_so(config):
+    free = {s.name for s in config.specs() if s.base is str and not s.is_tuple and not s.choices}
+    assert {s.name for s in config.specs() if s.is_path} == free - FREE_TEXT_OTHER_THAN_PATHS
 
 
 def test_an_empty_field_takes_the_profiles_value_and_a_given_one_wins():

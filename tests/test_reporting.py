@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import math
+import subprocess
 import zipfile
 
 import nbformat
 import pytest
 
-from bklm.reporting import Perplexity, command_for, environment, interval95, with_interval, zip_study
+from bklm import reporting
+from bklm.reporting import (
+    Perplexity,
+    command_for,
+    environment,
+    git_revision,
+    interval95,
+    with_interval,
+    zip_study,
+)
 from bklm.studies.cli import parse
 from bklm.studies.grad_blend import GradBlendConfig
 
@@ -29,6 +39,29 @@ def test_perplexities_are_averaged_as_losses_and_their_interval_is_carried_over(
     assert (over.low, over.high) == (pytest.approx(math.exp(loss - half)), pytest.approx(math.exp(loss + half)))
     assert str(Perplexity.over_seeds([268.44])) == "268.4"
     assert str(Perplexity(2180.0, 450.04, 1.2e9)) == "2,180 (450.0 to 1e+09)"
+
+
+def test_the_revision_is_that_of_the_packages_own_checkout_and_of_none_around_it(tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        ran = subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *words], capture_output=True, text=True, check=True
+        )
+        return ran.stdout.strip()
+
+    for inside in ("bklm", "copy/bklm", "venv/lib/bklm"):
+        (tmp_path / inside).mkdir(parents=True)
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    found = {}
+    for inside in ("bklm", "copy/bklm", "venv/lib/bklm"):
+        monkeypatch.setattr(reporting, "__file__", str(tmp_path / inside / "reporting.py"))
+        found[inside] = git_revision()
+    assert found == {
+        "bklm": git("rev-parse", "HEAD"),
+        "copy/bklm": "not a git checkout",
+        "venv/lib/bklm": "not a git checkout",
+    }
 
 
 def test_the_zip_holds_every_file_but_hidden_ones_and_its_hash_is_that_of_the_file(tmp_path):

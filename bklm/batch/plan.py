@@ -8,7 +8,8 @@
       - notebook: "notebooks/0[13]_*.ipynb"           # a pattern, or a list of paths
         grid: {batch_size: [16, 32], seeds: [0, 1]}   # one run for every combination
 
-Paths are relative to the current folder. Each run gets a folder of its own, so ``output_dir`` is not a parameter to give.
+Paths, those among the parameters too, are relative to the current folder. Each run gets a folder of its own, so
+``output_dir`` is not a parameter to give.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 import papermill
 import yaml
 
+from bklm.config import StudyConfig
 from bklm.notebook import FORMS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,99}")
@@ -54,6 +56,11 @@ class Run:
             values.setdefault("headless", True)
         if "output_dir" in known:
             values["output_dir"] = str(folder.resolve())
+        form = _form(self.notebook)
+        for spec in form.specs() if form else ():
+            # The notebook itself works in the repository's root.
+            if spec.is_path and (given := str(values.get(spec.name) or "").strip()):
+                values[spec.name] = str(Path(given).expanduser().absolute())
         return values
 
     def fingerprint(self) -> str:
@@ -149,6 +156,11 @@ def _notebooks(given: Any, place: str) -> Iterator[Path]:
             yield Path(path)
 
 
+def _form(notebook: Path) -> type[StudyConfig] | None:
+    """The config behind a notebook's form; None for a notebook that is not of the suite."""
+    return {Path(path).name: config for path, config in FORMS.items()}.get(notebook.name)
+
+
 def check_parameters(notebook: Path, values: dict[str, Any], place: str) -> None:
     """Refuse a parameter that the notebook does not have, and a value that is no JSON or that its study does not allow.
 
@@ -179,7 +191,7 @@ def check_parameters(notebook: Path, values: dict[str, Any], place: str) -> None
                 f"{place}: {name}: got {values[name]!r}; allowed are text, finite numbers, true, false, null, and lists and "
                 "mappings of them; put a date into quotes."
             ) from None
-    form = {Path(path).name: config for path, config in FORMS.items()}.get(notebook.name)
+    form = _form(notebook)
     if form is not None:
         fields = {n: v for n, v in values.items() if n in form.names()}
         try:

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import time
 import zipfile
 from collections import deque
@@ -68,8 +69,11 @@ class _Job:
     pipe: Any
     started: float
     cells_done: int = 0
-    error: str | None = "the notebook's process ended without a word"
+    error: str | None = None
     has_ended: bool = False
+    is_explained: bool = (
+        False  # by the process's own last word, or by whoever stopped it; else its exit code tells
+    )
 
 
 def run_batch(
@@ -104,8 +108,7 @@ def run_batch(
         raise OSError(
             f"output_dir: cannot write to {output_dir} ({error.strerror}); choose another."
         ) from error
-    with contextlib.ExitStack() as stack:
-        stack.callback(held.release)
+    try:
         outcomes = {run.name: kept for run in runs if (kept := _kept(run, output_dir / run.name))}
         for name in outcomes:
             say(f"{name}: done before, kept")
@@ -119,6 +122,8 @@ def run_batch(
         ordered = [outcomes[run.name] for run in runs]
         summary = write_summary(output_dir, ordered)
         return BatchResult(ordered, summary, _zip(output_dir, ordered))
+    finally:
+        held.release()
 
 
 def check_limits(workers: int, minutes: float | None) -> None:
@@ -198,7 +203,8 @@ class _Workers:
                 if job_.pipe in ready:
                     self._listen(job_)
                 if self.limit is not None and time.monotonic() - job_.started > self.limit:
-                    job_.error, job_.has_ended = f"stopped after {self.limit / 60:g} minutes", True
+                    job_.error = f"stopped after {self.limit / 60:g} minutes"
+                    job_.has_ended = job_.is_explained = True
                     job_.process.terminate()
                 if job_.has_ended or not job_.process.is_alive():
                     yield self._end(job_)
@@ -225,16 +231,17 @@ class _Workers:
                     self.bar.update(value - job_.cells_done)
                     job_.cells_done = value
                 else:
-                    job_.error, job_.has_ended = value, True
+                    job_.error = value
+                    job_.has_ended = job_.is_explained = True
         except (EOFError, OSError):  # OSError: the process died in the middle of a word
             job_.has_ended = True
 
     def _end(self, job_: _Job) -> Outcome:
-        _wait_for(job_.process)
+        ended_by_itself = _wait_for(job_.process)
         self._listen(job_)
         self.running.remove(job_)
-        if job_.process.exitcode < 0 and not job_.has_ended:
-            job_.error = f"the notebook's process was killed by signal {-job_.process.exitcode}"
+        if not job_.is_explained:
+            job_.error = _explained(job_.process.exitcode if ended_by_itself else None)
         run, error, folder = job_.run, job_.error, self.output_dir / job_.run.name
         try:
             _keep_notebook(folder, run, error)
@@ -256,12 +263,29 @@ class _Workers:
         )
 
 
-def _wait_for(process: multiprocessing.Process) -> None:
-    """Join a process that is ending; one that does not end within its grace time is killed."""
+def _wait_for(process: multiprocessing.Process) -> bool:
+    """Join a process that is ending; one that does not end within its grace time is killed, and the answer is False."""
     process.join(GRACE_SECONDS)
-    if process.is_alive():
-        process.kill()
-        process.join()
+    if not process.is_alive():
+        return True
+    process.kill()
+    process.join()
+    return False
+
+
+def _explained(exit_code: int | None) -> str:
+    """Why a process that said nothing has ended; None: it closed its pipe, did not end, and was killed here."""
+    if exit_code is None:
+        return "the notebook's process hung as it ended and was stopped; run the batch again"
+    if exit_code >= 0:
+        return f"the notebook's process ended without a word, with exit code {exit_code}; see printed.txt in its folder"
+    name = next((s.name for s in signal.Signals if s == -exit_code), f"signal {-exit_code}")
+    if name == "SIGKILL":
+        return (
+            "the notebook's process was killed by SIGKILL, most often because memory was short; give the batch fewer "
+            "workers or the run a smaller model or batch, and run the batch again"
+        )
+    return f"the notebook's process was killed by {name}; run the batch again"
 
 
 def _executed(folder: Path, run: Run, mark: str = "") -> Path:

@@ -7,7 +7,14 @@ numba's complex division tests for zero and raises. NaN and infinities are neith
 
 from __future__ import annotations
 
+import functools
+
 from numba import njit
+
+from .jit import jit
+
+# These rows are what the tiles are tested against: every product is rounded before it is added.
+_jit = functools.partial(jit, fastmath=False)
 
 
 @njit(inline="always")
@@ -16,7 +23,7 @@ def _reciprocal(x):
     return complex(x.real / n, -x.imag / n)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_jit
 def forward_rows(a, k, z, causal, G, left, first, last):
     """Rows ``first <= r < last`` of G (M, N). ``left`` (N,) complex128 is scratch, unused when ``causal``."""
     n = a.shape[1]
@@ -46,7 +53,7 @@ def forward_rows(a, k, z, causal, G, left, first, last):
             G[r, i] = _reciprocal(pivot)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_jit
 def backward_causal_rows(gbar, k, G, first, last, D, K, needs_k, Dsum):
     """D (M, N) complex128, K (M, N - 1) where ``needs_k``, Dsum (M,), from L = G. Formulas: see operator.py."""
     n = G.shape[1]
@@ -67,7 +74,7 @@ def backward_causal_rows(gbar, k, G, first, last, D, K, needs_k, Dsum):
         Dsum[r] = total
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_jit
 def backward_rows(gbar, a, k, z, G, first, last, left, right, D, K, needs_k, Dsum):
     """As :func:`backward_causal_rows` for the bidirectional operator; ``left`` and ``right`` (N,) are scratch."""
     n = a.shape[1]

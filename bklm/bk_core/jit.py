@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from numba import njit
 
@@ -20,14 +21,19 @@ def _sources_digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
-def jit(function: Callable) -> Callable:
-    """Compile on first use, without the GIL; cached on disk unless numba finds no writable folder for the cache."""
+def jit(function: Callable, **settings: Any) -> Callable:
+    """Compile on first use, without the GIL; cached on disk unless numba finds no writable folder for the cache.
+
+    Args:
+        settings: of ``numba.njit``, where a kernel's differ from the package's.
+    """
+    settings = _SETTINGS | settings
     function.__qualname__ += f"_{_sources_digest()}"  # part of the name of the cache's files
     try:
-        return njit(cache=True, **_SETTINGS)(function)
+        return njit(cache=True, **settings)(function)
     except (
         RuntimeError
     ) as error:  # raised when neither the package's folder nor the user's cache can be written
         if "cannot cache function" not in str(error):
             raise
-        return njit(**_SETTINGS)(function)
+        return njit(**settings)(function)

@@ -2,7 +2,8 @@
 
 The cache lies in the folder named by BKLM_CACHE_DIR, else in the user's cache folder (XDG_CACHE_HOME or
 ~/.cache, `bklm` in it). It only ever saves time: where it cannot be written the arrays stay in memory, and a
-damaged entry is set aside (renamed, not deleted) and built anew; both are reported through `logging`.
+damaged entry is set aside (renamed, not deleted) and built anew; both are reported through `logging`. So is an entry that
+cannot be read although nothing shows damage (another user's, a failing disk): it is left as it is.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ import numpy as np
 __all__ = ["cache_folder", "load_or_build"]
 
 log = logging.getLogger(__name__)
-_DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what a file with other bytes than ours can raise
+# What a file that is missing or has other bytes than ours can raise.
+_DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError)
 Arrays = dict[str, np.ndarray]
 
 
@@ -45,11 +47,15 @@ def load_or_build(kind: str, key: str, names: Sequence[str], build: Callable[[],
     except _DAMAGE as error:
         aside = _set_aside(entry)
         log.warning("cached %s in %s cannot be used (%s); they are built anew%s", kind, entry, error, aside)
+    except OSError as error:
+        text = "cached %s in %s cannot be read (%s) and are left as they are; they are built anew and stay in memory"
+        log.warning(text, kind, entry, error)
+        return build()
     arrays = build()
     try:
         _write(entry, arrays)
         return _read(entry, names)
-    except _DAMAGE as error:
+    except (*_DAMAGE, OSError) as error:
         text = "%s cannot be cached in %s (%s); they stay in memory, and the next run builds them again"
         log.warning(text, kind, entry.parent, error)
         return arrays
@@ -57,7 +63,8 @@ def load_or_build(kind: str, key: str, names: Sequence[str], build: Callable[[],
 
 def _write(entry: Path, arrays: Arrays) -> None:
     entry.parent.mkdir(parents=True, exist_ok=True)
-    half = Path(tempfile.mkdtemp(prefix=f".{entry.name[:8]}-", dir=entry.parent))
+    half = entry.parent / f".{entry.name[:8]}-{secrets.token_hex(4)}"
+    half.mkdir()  # not mkdtemp, whose folders nobody else may read whatever the umask says
     try:
         index = {}
         for name, array in arrays.items():

@@ -116,8 +116,10 @@ class BaselineConfig(TextStudyConfig):
     keep_checkpoints: int = setting(
         2, low=1, high=1000, help="how many of them are kept per run, besides best and newest"
     )
-    checkpoint_dir: str | None = setting(None, help="folder for checkpoints, such as one on a Drive")
-    resume_from: str | None = setting(None, help="a checkpoint that one run goes on from")
+    checkpoint_dir: str | None = setting(
+        None, is_path=True, help="folder for checkpoints, such as one on a Drive"
+    )
+    resume_from: str | None = setting(None, is_path=True, help="a checkpoint that one run goes on from")
     processes: int = setting(1, low=1, high=8, step=1, help="processes that train together, from a notebook")
     generate_tokens: int | None = setting(
         None, low=1, high=100_000, help="tokens generated when generation is timed"

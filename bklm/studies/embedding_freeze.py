@@ -73,9 +73,13 @@ class EmbeddingFreezeConfig(TextStudyConfig):
     embedding: Literal["gpt2", "svd"] | None = setting(
         None, help="the pretrained embedding; svd: factorised from documents that the study does not use"
     )
-    embedding_file: str | None = setting(None, help=".safetensors or .npy table used as pretrained embedding")
+    embedding_file: str | None = setting(
+        None, is_path=True, help=".safetensors or .npy table used as pretrained embedding"
+    )
     tokenizer: Literal["gpt2", "corpus"] | None = setting(None, help="GPT-2's BPE, or one trained on the text")
-    gpt2_dir: str | None = setting(None, help="folder with GPT-2's vocab.json and merges.txt; empty: the hub")
+    gpt2_dir: str | None = setting(
+        None, is_path=True, help="folder with GPT-2's vocab.json and merges.txt; empty: the hub"
+    )
     vocab_size: int | None = setting(None, low=258, high=1_000_000, help="largest vocabulary of a trained BPE")
     val_documents: int | None = setting(None, low=1, high=10**6, help="documents that all arms are scored on")
     document_tokens: int | None = setting(None, low=0, high=10**6, help="tokens kept of each document; 0: all")

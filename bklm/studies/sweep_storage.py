@@ -146,6 +146,8 @@ def _damage(path: Path) -> str | None:
         storage = _open_journal(path)
         for study in storage.get_all_studies():
             storage.get_all_trials(study._study_id)
+    except (MemoryError, OSError):  # the machine's trouble, not the journal's
+        raise
     except Exception as error:  # replaying lines that are not Optuna's raises whatever it trips over
         return f"not a journal of trials: {type(error).__name__}"
     return None

@@ -3,6 +3,8 @@
 import concurrent.futures
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 import tracemalloc
 
@@ -214,6 +216,20 @@ def test_kernels_compile_where_numba_finds_no_folder_for_its_cache(monkeypatch):
 
     monkeypatch.setattr(jit, "njit", njit_without_a_cache_folder)
     assert jit.jit(lambda x: x + 1)(2) == 3
+
+
+def test_package_computes_where_numba_finds_no_folder_for_its_cache():
+    """A locator that takes files in zip archives only leaves numba no place for any other file's code."""
+    words = (
+        "import torch\n"
+        "from bklm.bk_core import resolvent_diagonal\n"
+        "a = torch.tensor([1 + 1j], dtype=torch.complex128)\n"  # complex: the scalar rows
+        "print(resolvent_diagonal(a, a[:0], a[:0], -1j, backend='cpu').item())\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"}
+    ran = subprocess.run([sys.executable, "-c", words], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert complex(ran.stdout) == pytest.approx(1 / (1 + 2j))
 
 
 def test_cached_code_is_named_after_all_kernel_sources():

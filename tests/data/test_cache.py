@@ -1,11 +1,13 @@
+import errno
 import json
 import logging
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
 
-from bklm.data import Corpus, tokenize_corpus
+from bklm.data import Corpus, cache, tokenize_corpus
 from bklm.data.cache import cache_folder, load_or_build
 
 ARRAYS = {
@@ -112,6 +114,34 @@ def test_a_damaged_entry_is_set_aside_reported_and_built_anew(damage, caplog):
     caplog.clear()
     assert same(load(unexpected))
     assert not caplog.records
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_an_entry_that_cannot_be_read_just_now_is_left_as_it_is(monkeypatch, caplog, code):
+    load()
+
+    def fail(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_read", fail)
+        assert same(load())
+    assert f"cannot be read ([Errno {code}] {os.strerror(code)}) and are left as they are" in caplog.text
+    assert same(load(unexpected))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_an_entry_is_as_open_to_others_as_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "file").touch()
+        load()
+    finally:
+        os.umask(before)
+    entry = cache_folder() / "kind" / "key"
+    assert entry.stat().st_mode == (tmp_path / "folder").stat().st_mode
+    assert {p.stat().st_mode for p in entry.iterdir()} == {(tmp_path / "file").stat().st_mode}
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch, caplog):

@@ -251,6 +251,32 @@ def test_an_error_of_the_writer_itself_is_not_called_a_full_disk(tmp_path):
         write()
 
 
+@pytest.mark.parametrize("name", ["of/another/file", "a.zip.csv", "b"])
+def test_a_file_that_could_not_be_read_for_the_one_being_written_is_not_called_a_failed_write(tmp_path, name):
+    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / name))
+    with pytest.raises(PermissionError) as caught, replacing(tmp_path / "a.zip"):
+        raise denied
+    assert caught.value is denied
+
+
+def test_a_copy_that_ran_out_of_space_is_a_failed_write_although_the_error_names_its_source_first(tmp_path):
+    with pytest.raises(WriteError, match=r"cannot write .*a\.zip"), replacing(tmp_path / "a.zip") as temporary:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "source", None, str(temporary))
+
+
+@pytest.mark.parametrize("named", ["temporary", "target", "folder"])
+def test_an_error_that_names_what_is_being_written_is_a_failed_write(tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)  # relative and absolute names of a file are the same file's
+
+    def write():
+        with replacing(Path("a.zip")) as temporary:
+            name = {"temporary": temporary, "target": tmp_path / "a.zip", "folder": "."}[named]
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(name))
+
+    with pytest.raises(WriteError, match=r"cannot write a\.zip"):
+        write()
+
+
 def test_a_log_on_a_full_disk_ends_with_one_line_and_the_study_goes_on(tiny_config, capsys, monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

@@ -415,6 +415,16 @@ def test_the_benchmark_of_a_language_models_table_runs_and_compares_both_tables(
     for part in ("SVD", "a tied language model's", "frozen", "trained", "x"):
         assert part in done.stdout.split("pretrained embedding in phase 2")[1]
     assert (tmp_path / "table.csv").exists()
+    table = (tmp_path / "embedding.npy").stat().st_mtime_ns
+    other = subprocess.run([*words, "--epochs", "3"], capture_output=True, text=True)
+    assert other.returncode == 1
+    assert (
+        "holds a table trained with other settings: --epochs (4 there, 3 now). Choose another" in other.stderr
+    )
+    assert (tmp_path / "embedding.npy").stat().st_mtime_ns == table
+    (tmp_path / "embedding.json").unlink()
+    unknown = subprocess.run(words, capture_output=True, text=True)
+    assert "embedding.npy is a table without a record of how it was trained; delete it" in unknown.stderr
 
 
 def test_the_estimate_grows_with_what_is_asked_for(config):

@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from bklm.studies import sweep_storage
 from bklm.studies.sweep import Sweep
 
 GRID = {"alpha": [0.0, 0.5, 1.0], "seed": [0, 1]}
@@ -62,6 +63,20 @@ def test_a_truncated_journal_is_set_aside_reported_and_the_sweep_starts_a_new_on
     assert len(sweep.missing()) == 6
     assert (tmp_path / "j.journal.damaged-1").exists()
     assert "set aside" in caplog.text
+
+
+@pytest.mark.parametrize("error", [MemoryError, PermissionError])
+def test_a_journal_that_cannot_be_read_just_now_is_not_set_aside(tmp_path, monkeypatch, error):
+    def fail(path):
+        raise error("not now")
+
+    journal = tmp_path / "j.journal"
+    Sweep(journal, GRID).run(value)
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_storage, "JournalFileBackend", fail)
+        with pytest.raises(error, match="not now"):
+            Sweep(journal, GRID)
+    assert Sweep(journal, GRID).missing() == []
 
 
 def test_a_stale_lock_of_a_killed_process_does_not_block(tmp_path):
