@@ -267,6 +267,7 @@ def test_every_profile_fills_every_field_and_full_ends_at_a_million(profile):
         (1.1, 0.95, 1.2, "no effect"),
         (1.03, 1.01, 1.04, "no effect"),
         (1.1, 0.6, 1.6, "too noisy to tell"),
+        (2.1, 0.5, 30, "too noisy to tell"),
         (0.5, 0.4, 0.6, "slower"),
     ],
 )
