@@ -1,6 +1,7 @@
 """SIMD kernels of the adjoint recursions, one group of tiles after the other, all tiles independent of each other.
 
-Formulas: operator.py. Layout and conventions: cpu_scratch.py and cpu_tiles.py.
+Formulas: operator.py. Layout and conventions: cpu_scratch.py and cpu_tiles.py. Products run as (gbar G) G and (k L) L: the
+square of L or G alone leaves the range of the numbers where the product does not.
 """
 
 from __future__ import annotations
@@ -45,15 +46,15 @@ def _adjoint_left(s, tile, lanes):
         j = tile - c
         for w in range(lanes):
             re, im = s[at(j, ADJOINT_R) + w], s[at(j, ADJOINT_R + _1) + w]
-            square_re, square_im = re * re - im * im, re * im + re * im
-            re, im = s[at(j, SOURCE) + w], s[at(j, SOURCE + _1) + w]
-            p_re = square_re * re - square_im * im
-            p_im = square_re * im + square_im * re
+            p_re, p_im = s[at(j, SOURCE) + w], s[at(j, SOURCE + _1) + w]
+            p_re, p_im = p_re * re - p_im * im, p_re * im + p_im * re
+            p_re, p_im = p_re * re - p_im * im, p_re * im + p_im * re
             s[at(j, SOURCE) + w] = p_re
             s[at(j, SOURCE + _1) + w] = p_im
             re, im = s[at(j, LEFT) + w], s[at(j, LEFT + _1) + w]
             k = s[at(j, COUPLING) + w]
-            q_re, q_im = k * (re * re - im * im), k * (re * im + re * im)
+            k_re, k_im = k * re, k * im
+            q_re, q_im = k_re * re - k_im * im, k_re * im + k_im * re
             re, im = s[at(j + _1, ADJOINT_L) + w], s[at(j + _1, ADJOINT_L + _1) + w]
             s[at(j, ADJOINT_L) + w] = p_re + (q_re * re - q_im * im)
             s[at(j, ADJOINT_L + _1) + w] = p_im + (q_re * im + q_im * re)
@@ -66,7 +67,8 @@ def _adjoint_right(s, tile, lanes):
         for w in range(lanes):
             re, im = s[at(j, RIGHT) + w], s[at(j, RIGHT + _1) + w]
             k = s[at(j - _1, COUPLING) + w]
-            q_re, q_im = k * (re * re - im * im), k * (re * im + re * im)
+            k_re, k_im = k * re, k * im
+            q_re, q_im = k_re * re - k_im * im, k_re * im + k_im * re
             re, im = s[at(j - _1, ADJOINT_R) + w], s[at(j - _1, ADJOINT_R + _1) + w]
             s[at(j, ADJOINT_R) + w] = s[at(j, SOURCE) + w] + (q_re * re - q_im * im)
             s[at(j, ADJOINT_R + _1) + w] = s[at(j, SOURCE + _1) + w] + (q_re * im + q_im * re)
@@ -82,9 +84,9 @@ def _adjoint_causal(s, tile, lanes):
             m_re = s[at(j, SOURCE) + w] + k * s[at(j + _1, ADJOINT_L) + w]
             m_im = s[at(j, SOURCE + _1) + w] + k * s[at(j + _1, ADJOINT_L + _1) + w]
             re, im = s[at(j, LEFT) + w], s[at(j, LEFT + _1) + w]
-            square_re, square_im = re * re - im * im, re * im + re * im
-            s[at(j, ADJOINT_L) + w] = square_re * m_re - square_im * m_im
-            s[at(j, ADJOINT_L + _1) + w] = square_re * m_im + square_im * m_re
+            m_re, m_im = m_re * re - m_im * im, m_re * im + m_im * re
+            s[at(j, ADJOINT_L) + w] = m_re * re - m_im * im
+            s[at(j, ADJOINT_L + _1) + w] = m_re * im + m_im * re
 
 
 @jit
@@ -98,7 +100,8 @@ def _factor(s, field, tile, lanes, before):
         for w in range(lanes):
             k = s[at(j - before, COUPLING) + w]
             re, im = s[at(j, field) + w], s[at(j, field + _1) + w]
-            q_re, q_im = k * (re * re - im * im), k * (re * im + re * im)
+            k_re, k_im = k * re, k * im
+            q_re, q_im = k_re * re - k_im * im, k_re * im + k_im * re
             re, im = s[at(_1, EXTRA) + w], s[at(_1, EXTRA + _1) + w]
             s[at(_1, EXTRA) + w] = q_re * re - q_im * im
             s[at(_1, EXTRA + _1) + w] = q_re * im + q_im * re
@@ -250,8 +253,8 @@ def backward_tiles(
         if causal:
             _adjoint_causal(s, tile, lanes)
         else:
-            left(s, tile, lanes)
-            right_and_diagonal(s, tile, lanes, ADJOINT_R)
+            left(s, tile, lanes, used)
+            right_and_diagonal(s, tile, lanes, used, ADJOINT_R)
             _adjoint_left(s, tile, lanes)
             for w in range(used):
                 item = first_item + w

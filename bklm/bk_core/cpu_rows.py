@@ -1,8 +1,9 @@
 """Scalar numba kernels, one row after the other, for any mix of real and complex ``a`` and ``k``.
 
 The state is carried in complex128 whatever the precision of the arrays: a scalar loop gains nothing from 32 bits, and
-the square of a modulus then has the range of a double. Arithmetic is written out in real and imaginary parts because
-numba's complex division tests for zero and raises. NaN and infinities are neither tested for nor hidden.
+the square of a modulus then has the range of a double; 64-bit pivots beyond that are scaled. Arithmetic is written out
+in real and imaginary parts because numba's complex division tests for zero and raises. NaN and infinities are neither
+tested for nor hidden.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ _jit = functools.partial(jit, fastmath=False)
 @njit(inline="always")
 def _reciprocal(x):
     n = x.real * x.real + x.imag * x.imag
-    return complex(x.real / n, -x.imag / n)
+    factor = 1.0
+    if not (1e-290 <= n <= 1e290):  # the square left the range or is about to: again, scaled by a power of two
+        factor = 2.0**-530 if max(abs(x.real), abs(x.imag)) > 1 else 2.0**530
+        x = complex(x.real * factor, x.imag * factor)
+        n = x.real * x.real + x.imag * x.imag
+    return complex(x.real / n * factor, -x.imag / n * factor)
 
 
 @_jit
@@ -68,7 +74,7 @@ def backward_causal_rows(gbar, k, G, first, last, D, K, needs_k, Dsum):
                 if needs_k:
                     K[r, i] = L * u
                 m += k[kr, i] * u
-            u = L * L * m
+            u = L * (L * m)  # L^2 alone may underflow
             D[r, i] = -u
             total -= u
         Dsum[r] = total

@@ -130,7 +130,7 @@ def sweep(
                     )
             if not any_running:
                 break
-            left(s, tile, lanes)
+            left(s, tile, lanes, used)
             for w in range(used):
                 if not running[w]:
                     continue

@@ -35,8 +35,11 @@ def mul(ar, ai, br, bi):
 
 @triton.jit
 def inv(xr, xi):
-    """1 / x; |x|^2 must be representable."""
-    scale = 1.0 / (xr * xr + xi * xi)
+    """1 / x; NaN, not 0 or a number with few digits left, where |x|^2 or its reciprocal is not a normal number."""
+    square = xr * xr + xi * xi
+    most = 8.5e37 if square.dtype == tl.float32 else 4.49e307  # 2^126 and 2^1022, a little less
+    normal = (square >= 1.0 / most) & (square <= most)
+    scale = tl.where(normal, 1.0 / square, float("nan"))
     return xr * scale, -xi * scale
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from .operator import check_options, real_number, resolvent_diagonal
 
-LEAST_ETA = 1e-18
-"""Pivots of this modulus can still be squared in 32 bits."""
+LEAST_ETA, MOST_ETA = 1e-18, 1e18
+"""The gradient of a feature, up to 1 / eta^2, is still a 32-bit number."""
 
 
 class BKCore(nn.Module):
@@ -40,10 +40,10 @@ class BKCore(nn.Module):
         if not isinstance(causal, bool):
             raise TypeError(f"causal={causal!r}: True or False is needed.")
         eta = real_number("eta", eta)
-        if not LEAST_ETA <= eta <= 1 / LEAST_ETA:
+        if not LEAST_ETA <= eta <= MOST_ETA:
             raise ValueError(
-                f"eta={eta}: the imaginary part of the shift must lie between {LEAST_ETA} and {1 / LEAST_ETA}, "
-                f"where moduli can be squared in 32 bits."
+                f"eta={eta}: the imaginary part of the shift must lie between {LEAST_ETA} and {MOST_ETA}, "
+                f"where features, up to 1 / eta, and their gradients, up to 1 / eta^2, fit in 32 bits."
             )
         check_options(gradient, grad_blend)
         self.n_heads = n_heads

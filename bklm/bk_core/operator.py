@@ -71,8 +71,16 @@ def resolvent_diagonal(
 
     NaN and infinite entries of a, b or c are not refused and not hidden: every output that depends on a NaN is NaN, one
     that depends on an infinity is NaN or its limit (which of them depends on the backend).
-    16-bit inputs are computed in 32 bits, also under autocast. Moduli |d|, |pivot| are squared in the precision of the
-    computation: between 1e-18 and 1e18 they are safe in 32 bits (1e-153 and 1e153 in 64 bits).
+    16-bit inputs are computed in 32 bits, also under autocast.
+
+    Range. With 32-bit inputs, a shift beyond 2^40 (about 1e12), or nearer to the real axis than 2^-40, is computed and
+    differentiated in 64 bits (a tensor z that is traced or mapped over is not: its values cannot be asked for). Apart
+    from that the numbers must fit the precision of the computation: the result and its derivatives, the products
+    ``b c`` (where one overflows, dependent outputs are NaN; one that underflows counts as 0) and, for the gradients of
+    b and c, dL/d(b c), a term of the third power of the result: infinite or 0 where pivots leave 2^-40 ... 2^40 (2^-340 ...
+    2^340 in 64 bits). Backends "cpu" and "reference" need no more. "triton" gives NaN where a modulus of a pivot leaves
+    2^-63 ... 2^63 (2^-511 ... 2^511), because it squares them; "torch" computes 32-bit inputs in 64 bits, and needs
+    64-bit ones not to have all moduli beyond 2^340, or below 2^-340: digits are lost there, or the result is NaN.
 
     Raises:
         TypeError: not tensors or numbers, integer or boolean tensors.
@@ -96,13 +104,19 @@ def resolvent_diagonal(
     precision = _precision(a, b, c)
     m = math.prod(batch)
 
-    k, contracts = _coupling(b, c, a, precision)
+    moderate = True
     if isinstance(z, Tensor):
         rows_z = _shift_rows(z, a, m, precision)
         if autograd.is_plain(rows_z):
-            pivots.check_shift(rows_z.detach())
+            moderate = pivots.check_shift(rows_z.detach())
     else:
-        rows_z = _constant_shift(z, m, precision, a.device)
+        z = _number_shift(z, precision)
+        moderate = pivots.is_moderate(z)
+        rows_z = _constant(z, (m,), _as_precision(torch.complex64, precision), a.device)
+    if precision == torch.float32 and not moderate:
+        options = {"causal": causal, "gradient": gradient, "grad_blend": grad_blend, "backend": backend}
+        return _in_64_bits(a, b, c, z, return_min_pivot=return_min_pivot, **options)
+    k, contracts = _coupling(b, c, a, precision)
     if gradient != "exact" and torch.is_grad_enabled() and (k.requires_grad or rows_z.requires_grad):
         raise ValueError(
             f"gradient={gradient!r} is defined for a alone, and b, c or z requires a gradient: detach them, or "
@@ -130,6 +144,15 @@ def resolvent_diagonal(
     rows = rows_a.detach(), k.detach(), rows_z.detach(), G.detach()
     pivot = pivots.smallest_pivot(*rows, causal, sweep)
     return G.reshape(a.shape), pivot.reshape(batch)
+
+
+def _in_64_bits(a: Tensor, b: Tensor | complex, c: Tensor | complex, z: Tensor | complex, **options):
+    """As :func:`resolvent_diagonal`, computed and differentiated in 64 bits, returned in 32."""
+    wide = [x.to(_as_precision(x.dtype, torch.float64)) if isinstance(x, Tensor) else x for x in (a, b, c, z)]
+    result = resolvent_diagonal(*wide, **options)
+    if not options["return_min_pivot"]:
+        return result.to(torch.complex64)
+    return result[0].to(torch.complex64), result[1].to(torch.float32)
 
 
 def check_options(gradient: str, grad_blend: float) -> None:
@@ -229,8 +252,8 @@ def _shift_rows(z: Tensor, a: Tensor, m: int, precision: torch.dtype) -> Tensor:
     return materialised(z.expand(a.shape[:-1]).reshape(m))
 
 
-def _constant_shift(z: complex, m: int, precision: torch.dtype, device: torch.device) -> Tensor:
-    """A number as (M,) complex, the same tensor every time in eager mode."""
+def _number_shift(z: complex, precision: torch.dtype) -> complex:
+    """A number as a shift, refused where it is none."""
     z = complex(_as_number("z", z))
     if not (math.isfinite(z.real) and math.isfinite(z.imag)) or z.imag == 0:
         raise ValueError(
@@ -239,7 +262,9 @@ def _constant_shift(z: complex, m: int, precision: torch.dtype, device: torch.de
         )
     if abs(z.imag) < _SMALLEST_SINGLE and precision == torch.float32:
         raise ValueError(f"z = {z}: Im z vanishes in 32 bits; use 64-bit inputs or a larger |Im z|.")
-    return _constant(z, (m,), _as_precision(torch.complex64, precision), device)
+    if abs(z) > 1 / _SMALLEST_SINGLE and precision == torch.float32:
+        raise ValueError(f"z = {z}: 1 / |z| vanishes in 32 bits; use 64-bit inputs or a smaller |z|.")
+    return z
 
 
 def _constant_coupling(product: complex, length: int, precision: torch.dtype, device: torch.device) -> Tensor:

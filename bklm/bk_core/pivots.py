@@ -31,8 +31,19 @@ class SmallPivotError(ValueError):
         return type(self), (str(self), self.row, self.pivot)
 
 
-def check_shift(z: Tensor) -> None:
-    """Refuse a shift that is not finite or lies on the real axis."""
+MOST_MODERATE = 2.0**40
+"""Of |z| and 1 / |Im z|: beyond it the derivative by b c, up to the third power of the result, leaves 32 bits."""
+
+
+def is_moderate(z: complex) -> bool:
+    """Whether 32 bits suffice for the derivatives at this shift."""
+    return abs(z.imag) >= 1 / MOST_MODERATE and abs(z) <= MOST_MODERATE
+
+
+def check_shift(z: Tensor) -> bool:
+    """Refuse a shift that is not finite or lies on the real axis; return whether all are moderate."""
+    if bool(((z.imag.abs() >= 1 / MOST_MODERATE) & (z.abs() <= MOST_MODERATE)).all()):
+        return True
     bad = ~(torch.isfinite(z) & (z.imag != 0))
     if bool(bad.any()):
         row = int(bad.flatten().nonzero()[0])
@@ -40,6 +51,7 @@ def check_shift(z: Tensor) -> None:
             f"z = {complex(z.flatten()[row])} (entry {row}): every z must be finite with Im z != 0, because the resolvent "
             f"has its poles on the real axis; add an imaginary part, for instance 1j."
         )
+    return False
 
 
 def _reversed_sweep(a: Tensor, k: Tensor, z: Tensor, sweep: Sweep) -> Tensor:

@@ -5,12 +5,11 @@ The recursion ``L_i = 1 / (d_i - k_{i-1} L_{i-1})`` is a composition of Moebius 
 fill in the others; Blelloch 1990) forms all prefix products, rescaled on the way so that no length overflows. 32-bit
 inputs are scanned in complex128: a scan amplifies rounding more than the sequential sweep does, and 64 bits leave room
 for it. 64-bit inputs have no wider type to go to; one Newton step on the recursion (a linear scan of the residual) brings
-them back to the accuracy of the sequential sweep.
+them back to the accuracy of the sequential sweep. Every product is rescaled: the entries of one
+matrix spread over the third power of the moduli in it, so that 64 bits hold rows of moduli all about 2^-340 or 2^340.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ from .reference import conjugate
 Matrix = tuple[Tensor, Tensor, Tensor, Tensor]
 """Entries (0, 0), (0, 1), (1, 0), (1, 1) of 2 x 2 matrices, (M, N) each: four plain tensors are several times faster than
 one with dimensions of length 2."""
-RESCALE_EVERY = 3
-"""Levels of the scan: entries of modulus at most 1 become at most 128 before they are rescaled."""
+SMALLEST = torch.finfo(torch.float64).tiny
 
 
 def forward(a: Tensor, k: Tensor, z: Tensor, causal: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -54,15 +52,16 @@ def backward(
     cotangent = conjugate(gbar).to(torch.complex128)
     left = saved[0] if saved else _sweep(d, k128, z.dtype)
     if causal:
-        ratio = k128 * left[:, 1:] ** 2
+        ratio = (k128 * left[:, 1:]) * left[:, 1:]  # left**2 alone may leave the range of the numbers; so below
         m = _linear_scan(_shift_left(ratio).flip(-1), cotangent.flip(-1)).flip(-1)
-        D = -(left**2) * m
+        D = -left * (left * m)
         K = -left[:, :-1] * D[:, 1:] if needs_k else None
     else:
         right = saved[1] if saved else _sweep(d.flip(-1), k128.flip(-1), z.dtype).flip(-1)
-        P = cotangent * _join(d, k128, left, right) ** 2
-        s = _linear_scan(_shift_left(k128 * left[:, :-1] ** 2).flip(-1), P.flip(-1)).flip(-1)
-        t = _linear_scan(_shift_right(k128 * right[:, 1:] ** 2), P)
+        diagonal = _join(d, k128, left, right)
+        P = (cotangent * diagonal) * diagonal
+        s = _linear_scan(_shift_left((k128 * left[:, :-1]) * left[:, :-1]).flip(-1), P.flip(-1)).flip(-1)
+        t = _linear_scan(_shift_right((k128 * right[:, 1:]) * right[:, 1:]), P)
         D = P - s - t
         K = left[:, :-1] * s[:, 1:] + right[:, 1:] * t[:, :-1] if needs_k else None
     grad_a = D.to(z.dtype) if a.is_complex() else D.real.to(a.dtype)
@@ -123,31 +122,33 @@ def _sweep(d: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
     coupling = -_shift_right(k)
     scale = 1 / torch.maximum(d.detach().abs(), coupling.detach().abs().clamp(min=1.0))
     _, top, _, bottom = _matrix_scan(
-        (torch.zeros_like(d), torch.ones_like(d) * scale, coupling * scale, d * scale), 1
+        (torch.zeros_like(d), torch.ones_like(d) * scale, coupling * scale, d * scale)
     )
     L = top / bottom
     if dtype != torch.complex128:
         return L
     # Newton on F_i(L) = L_i - f_i(L_{i-1}): the error e solves e_i = f_i'(L_{i-1}) e_{i-1} + residual_i, f' = k f^2.
     image = 1 / (d + coupling * _shift_right(L[:, :-1]))
-    return L + _linear_scan(-coupling * image**2, image - L)
+    return L + _linear_scan((coupling * image) * -image, image - L)
 
 
-def _matrix_scan(x: Matrix, level: int) -> Matrix:
+def _matrix_scan(x: Matrix) -> Matrix:
     """Prefix products x_i ... x_0 along the last dimension, each up to a positive factor."""
     n = x[0].shape[-1]
     if n == 1:
         return x
     even = [entry[:, 0::2] for entry in x]
     pairs = _multiply([entry[:, 1::2] for entry in x], [entry[:, : n // 2] for entry in even])
-    if level % RESCALE_EVERY == 0:
-        largest = functools.reduce(torch.maximum, (entry.detach().abs() for entry in pairs))
-        scale = 1 / torch.where(largest > 0, largest, torch.ones_like(largest))
-        pairs = tuple(entry * scale for entry in pairs)
-    odd = _matrix_scan(pairs, level + 1)
-    rest = _multiply([entry[:, 1:] for entry in even], [entry[:, : (n - 1) // 2] for entry in odd])
+    odd = _matrix_scan(_rescaled(pairs))
+    rest = _rescaled(_multiply([entry[:, 1:] for entry in even], [entry[:, : (n - 1) // 2] for entry in odd]))
     evens = (torch.cat([first[:, :1], others], dim=1) for first, others in zip(even, rest, strict=True))
     return tuple(_interleave(*entries) for entries in zip(evens, odd, strict=True))
+
+
+def _rescaled(x: Matrix) -> Matrix:
+    """Each matrix divided by its largest entry."""
+    scale = torch.stack([entry.detach() for entry in x]).abs().amax(0).clamp(min=SMALLEST).reciprocal()
+    return tuple(entry * scale for entry in x)
 
 
 def _multiply(x, y) -> Matrix:

@@ -160,13 +160,14 @@ def run_embedding_freeze(
         with Runner(config, text, accelerator, folder, on_figure) as runner:
             phase1 = runner.run_phase1() if config.phase != "2" else runner.read_phase1()
             trials = runner.run_phase2() if config.phase != "1" else []
+            diverged = runner.diverged
         log.info("Drawing the figures and writing the tables")
-        return write_report(config, text, phase1, trials, folder)
+        return write_report(config, text, phase1, trials, diverged, folder)
 
 
 def _show(result: EmbeddingFreezeResult) -> None:
     if result.table:
-        print(as_text(readable(result.table)))
+        print(as_text(readable(result.table, result.diverged)))
     print("\n".join(result.findings))
     print(result.bundle)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +76,7 @@ def train_phase2(
         "val_ppl": best.val_perplexity,
         "val_ppl_without_unk": best.val_perplexity_without_unk,
         "accuracy": best.val_accuracy,
-        "train_ppl": math.exp(best.train_loss),
+        "train_ppl": best.train_perplexity,
         "gap": best.val_loss - best.train_loss,
         "best_epoch": best.epoch,
         "parameters": model.num_parameters(),

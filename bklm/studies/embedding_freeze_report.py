@@ -21,6 +21,7 @@ from bklm.studies.embedding_freeze_figures import (
 from bklm.studies.embedding_freeze_table import (
     Trials,
     arm_table,
+    describe_diverged,
     effect_table,
     headline,
     state_finding,
@@ -38,8 +39,8 @@ class EmbeddingFreezeResult:
     """What `run_embedding_freeze` found and wrote.
 
     ``table`` holds one row per arm and sample, ``effects`` one per factor and scope, ``phase1`` one per initialisation, sample
-    and seed, ``paths`` the files by name. ``findings`` begins with the sentence on freezing, pretraining and tying. After
-    phase 1 alone table and effects are empty and ``best`` is None.
+    and seed, ``diverged`` one per trial without a score, ``paths`` the files by name. ``findings`` begins with the sentence on
+    freezing, pretraining and tying. After phase 1 alone table and effects are empty and ``best`` is None.
     """
 
     config: EmbeddingFreezeConfig
@@ -47,6 +48,7 @@ class EmbeddingFreezeResult:
     effects: list[dict[str, Any]]
     phase1: list[dict[str, Any]]
     baselines: list[dict[str, Any]]
+    diverged: list[dict[str, Any]]
     best: dict[str, Any] | None
     findings: list[str]
     folder: Path
@@ -74,6 +76,7 @@ def write_report(
     text: FreezeText,
     phase1: Sequence[dict[str, Any]],
     trials: Trials,
+    diverged: Trials,
     folder: Path,
 ) -> EmbeddingFreezeResult:
     """Write every file of the study and its zip; the same trials always give the same numbers."""
@@ -82,7 +85,7 @@ def write_report(
     findings = [state_phase1(phase1)]
     if trials:
         findings = [
-            state_finding(trials),
+            state_finding(trials) + describe_diverged(diverged),
             state_original(trials),
             state_rule(trials),
             state_baselines(trials, text.baselines),
@@ -133,6 +136,7 @@ def write_report(
             "phase1": phase1_rows,
             "table": table,
             "effects": effects,
+            "diverged": diverged,
         },
     )
     write_manifest(
@@ -149,6 +153,7 @@ def write_report(
         effects=effects,
         phase1=phase1_rows,
         baselines=text.baselines,
+        diverged=list(diverged),
         best=best,
         findings=findings,
         folder=folder,

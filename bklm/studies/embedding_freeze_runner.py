@@ -28,6 +28,7 @@ from bklm.studies.embedding_freeze_text import FreezeText
 from bklm.studies.folder import read_result
 from bklm.studies.progress import Progress
 from bklm.studies.sweep import Sweep
+from bklm.training import NonFiniteError
 
 if TYPE_CHECKING:
     from bklm.studies.embedding_freeze import EmbeddingFreezeConfig
@@ -38,7 +39,14 @@ SECONDS_BETWEEN_FIGURES = 10.0  # drawing one takes longer than a small trial
 
 # What a recorded part must hold to be taken for finished.
 PHASE1_KEYS = {"rows": list, "seconds": float, "sweep": str}
-TRIAL_KEYS = {"arm": str, "val_ppl": float, "accuracy": float, "parameters": int, "epochs": EPOCH_KEYS}
+# A trial that diverged has neither perplexity nor accuracy, no epochs, and a reason.
+TRIAL_KEYS = {
+    "arm": str,
+    "val_ppl": float | None,
+    "accuracy": float | None,
+    "parameters": int,
+    "epochs": EPOCH_KEYS,
+}
 
 Point = dict[str, Any]  # arm, samples, seed
 
@@ -67,6 +75,7 @@ class Runner:
         self.note = describe_run(config, text)
         self.counted: set[Path] = set()  # trials that the progress bar knows of
         self.drawn = -math.inf
+        self.diverged: list[dict[str, Any]] = []
 
     def __enter__(self) -> Runner:
         # Accelerate ends each training with a garbage collection, which would walk over all that was ever imported: in
@@ -98,13 +107,21 @@ class Runner:
         return [self._phase1(*key) for key in keys]
 
     def run_phase2(self) -> list[dict[str, Any]]:
-        """Every (arm, samples, seed) trained once, at its arm's best learning rate; one result per trial, in grid order."""
+        """Every (arm, samples, seed) trained once, at its arm's best learning rate; one result per trial, in grid order.
+
+        Those that diverged are in ``diverged`` instead, with the reason of each.
+
+        Raises:
+            RuntimeError: every one diverged, or an arm did so with every learning rate of its search.
+        """
         rates = self._search_rates()
         results: dict[tuple, dict[str, Any]] = {}
 
         def evaluate_point(point: Point) -> float:
             result = self._trial(**point, learning_rate=rates[point["arm"]])
             results[tuple(point.values())] = result
+            if result["val_ppl"] is None:
+                return math.inf
             done = len(self.sweep.points) - len(self.sweep.missing()) + 1
             log.info(
                 "Trial %d of %d, %s, %d samples, seed %d: validation PPL %.1f at epoch %d",
@@ -112,7 +129,7 @@ class Runner:
                 result["best_epoch"],
             )  # fmt: skip
             if time.monotonic() - self.drawn > SECONDS_BETWEEN_FIGURES:
-                self._draw(list(results.values()))
+                self._draw([r for r in results.values() if r["val_ppl"] is not None])
             return result["val_ppl"]
 
         for point in self.sweep.points:
@@ -121,7 +138,14 @@ class Runner:
         self.sweep.run(evaluate_point)
         for key in self._phase1_keys():
             _weights(self._phase1_folder(*key)).unlink(missing_ok=True)  # only phase 2 needed them
-        return [results[tuple(p.values())] for p in self.sweep.points]
+        found = [results[tuple(p.values())] for p in self.sweep.points]
+        self.diverged = [r for r in found if r["val_ppl"] is None]
+        trials = [r for r in found if r["val_ppl"] is not None]
+        if not trials:
+            raise RuntimeError(
+                f"every trial diverged, the first so: {found[0]['reason']} Take another output_dir for other settings."
+            )
+        return trials
 
     def _search_rates(self) -> dict[str, float]:
         """Each arm's learning rate: the best of the config's on the smallest sample and the first seed."""
@@ -132,13 +156,15 @@ class Runner:
         best = {}
         for arm in self.arms:
             tried = {rate: self._trial(arm, **at, learning_rate=rate)["val_ppl"] for rate in rates}
-            best[arm] = min(tried, key=tried.__getitem__)
-            log.info(
-                "Learning rate of %s: %g (%s)",
-                arm,
-                best[arm],
-                ", ".join(f"{r:g}: {p:.1f}" for r, p in tried.items()),
-            )
+            scored = {rate: ppl for rate, ppl in tried.items() if ppl is not None}
+            if not scored:
+                raise RuntimeError(
+                    f"learning_rates: {arm} diverged with each of {', '.join(f'{r:g}' for r in rates)}; add smaller ones, "
+                    "in another output_dir."
+                )
+            best[arm] = min(scored, key=scored.__getitem__)
+            listed = (f"{r:g}: {'diverged' if p is None else f'{p:.1f}'}" for r, p in tried.items())
+            log.info("Learning rate of %s: %g (%s)", arm, best[arm], ", ".join(listed))
         return best
 
     def _phase1_keys(self) -> itertools.product:
@@ -243,20 +269,27 @@ class Runner:
         if arm.zero_head:
             torch.nn.init.zeros_(model.output.weight)
         done = self.progress.done
-        trained = train_phase2(
-            model,
-            self.text.train(samples, arm.train_share),
-            self.text.other_valid if arm.other_validation else self.text.valid,
-            self.config,
-            rate,
-            seed,
-            accelerator=self.accelerator,
-            unk_id=self.text.unk_id,
-            folder=folder / "checkpoints",
-            label=f"{arm.name}, {samples} samples, seed {seed}",
-            on_step=self.progress.step,
-            on_skip=self.progress.skip,
-        )
+        try:
+            trained = train_phase2(
+                model,
+                self.text.train(samples, arm.train_share),
+                self.text.other_valid if arm.other_validation else self.text.valid,
+                self.config,
+                rate,
+                seed,
+                accelerator=self.accelerator,
+                unk_id=self.text.unk_id,
+                folder=folder / "checkpoints",
+                label=f"{arm.name}, {samples} samples, seed {seed}, learning rate {rate:g}",
+                on_step=self.progress.step,
+                on_skip=self.progress.skip,
+            )
+        except (
+            NonFiniteError
+        ) as error:  # in the search an answer, too; after it the others are worth reporting without it
+            log.warning("%s It is recorded as diverged; delete %s to train it again.", error, folder)
+            trained = {"val_ppl": None, "accuracy": None, "parameters": model.num_parameters(), "epochs": []}
+            trained["reason"] = str(error)
         self.progress.skip(self._steps(arm, samples) - (self.progress.done - done))  # stopped early
         factors = {name: getattr(arm, name) for name in ("initialisation", "freezing", "head", "original")}
         return {"arm": arm.name, **factors, "samples": samples, "seed": seed, "learning_rate": rate, **trained}

@@ -76,9 +76,18 @@ def reported_for(trial: dict[str, Any]) -> dict[str, Any]:
     return REPORTED.get((theirs, trial["samples"]), {})
 
 
-def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The arm table rounded for people."""
-    return [
+def describe_diverged(diverged: Trials) -> str:
+    """One sentence, "" when there is nothing to say."""
+    if not diverged:
+        return ""
+    listed = "; ".join(f"{t['arm']}, {t['samples']} samples, seed {t['seed']}" for t in diverged)
+    rates = ", ".join(f"{rate:g}" for rate in sorted({t["learning_rate"] for t in diverged}))
+    return f" Diverged, and in none of these numbers: {listed} (learning rate {rates})."
+
+
+def readable(rows: Sequence[dict[str, Any]], diverged: Trials = ()) -> list[dict[str, Any]]:
+    """The arm table rounded for people; what diverged below it."""
+    found = [
         {
             "arm": r["arm"],
             "samples": r["samples"],
@@ -96,6 +105,15 @@ def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for r in rows
     ]
+    return found + [
+        dict.fromkeys(found[0], "-")
+        | {"arm": arm, "samples": samples, "val PPL (95%)": f"diverged: {_seeds(group)}"}
+        for (arm, samples), group in grouped(diverged).items()
+    ]
+
+
+def _seeds(group: Trials) -> str:
+    return f"seed{'s' if len(group) > 1 else ''} {', '.join(str(t['seed']) for t in group)}"
 
 
 def _scaled(value: float | None, factor: float) -> float | None:
@@ -261,13 +279,16 @@ def state_original(trials: Trials) -> str:
     if not all(by_name.values()):
         return ""
     parts = []
-    for samples in sorted({t["samples"] for t in trials}):
+    sizes = [{t["samples"] for t in by_name[name]} for name in ("frozen", "trained")]
+    for samples in sorted(set.intersection(*sizes)):  # a trial that diverged is in none
         means = [
             Perplexity.over_seeds([t["val_ppl"] for t in by_name[name] if t["samples"] == samples]).mean
             for name in ("frozen", "trained")
         ]
         change = means[0] / means[1] - 1
         parts.append(f"{abs(change):.0%} {'lower' if change < 0 else 'higher'} with {samples} samples")
+    if not parts:
+        return ""
     return (
         f"The original's unequal comparison, repeated here: PPL of its frozen arm {_and(parts)} than of the other; "
         "reported by the original: 72% lower with 500, 67% lower with 1000."

@@ -12,7 +12,7 @@ from bklm.studies.precision_claims import adaptive_finding, claims_table, recomm
 from bklm.studies.precision_figures import draw_batched, draw_claims, draw_costs, draw_errors
 from bklm.studies.precision_grid import ADAPTIVE_THRESHOLD
 from bklm.studies.precision_measure import is_crowded
-from bklm.studies.precision_tables import Cells, compared_table, grid_table, model_table
+from bklm.studies.precision_tables import Cells, compared_table, grid_table, model_table, of_part
 
 if TYPE_CHECKING:
     from bklm.studies.precision import PrecisionConfig
@@ -53,7 +53,7 @@ def write_report(config: PrecisionConfig, cells: Cells, folder: Path, device: st
     for name, rows in csv.items():
         write_csv(paths[f"{name}.csv"], rows)
     figures = {
-        "precision_errors.png": (draw_errors, (table, errors_note(config, device))),
+        "precision_errors.png": (draw_errors, (table, errors_note(config, cells, device))),
         "precision_costs.png": (draw_costs, (table, machine)),
         "batched_gradients.png": (
             draw_batched, (compared["batched"], compared["backward"], f"N = {config.batch_length}. {machine}"),
@@ -102,17 +102,27 @@ def write_report(config: PrecisionConfig, cells: Cells, folder: Path, device: st
 
 def draw_progress(config: PrecisionConfig, cells: Cells, folder: Path, device: str) -> Path:
     """precision_errors.png from the cells measured so far."""
-    note = f"{len(cells)} cells done. {errors_note(config, device)}"
+    note = f"{len(cells)} cells done. {errors_note(config, cells, device)}"
     return draw_errors(folder / "precision_errors.png", grid_table(cells), note)
 
 
-def errors_note(config: PrecisionConfig, device: str) -> str:
+def _rows_in_words(cells: Cells) -> str:
+    """Over how many rows an error is the worst: fewer where they are long."""
+    rows = {cell["settings"]["n"]: cell["settings"]["rows"] for cell in of_part(cells, "accuracy")}
+    most, fewest = max(rows.values()), min(rows.values())
+    if most == fewest:
+        return f"{most} rows"
+    longest = max(n for n, count in rows.items() if count == most)
+    return f"{most} rows up to N = {longest:,}, of fewer beyond ({fewest} at N = {max(rows):,})"
+
+
+def errors_note(config: PrecisionConfig, cells: Cells, device: str) -> str:
     """The small print under the error picture."""
     return (
-        "Error relative to the row's largest entry, worst of 2 rows; a = v - 2, v ~ N(0, 1), b = c = 1. Against 50 digits "
-        f"up to N = {config.reference_n:,}, beyond against sequential left/right in complex128. Adaptive: double precision "
-        f"for rows whose largest |dL/dG| is below {ADAPTIVE_THRESHOLD:g} of the batch's. Left/right computed on the "
-        f"{'GPU' if device == 'cuda' else 'CPU'}."
+        f"Error relative to the row's largest entry, worst of {_rows_in_words(cells)}; a = v - 2, v ~ N(0, 1), b = c = 1. "
+        f"Against 50 digits up to N = {config.reference_n:,}, beyond against sequential left/right in complex128. Adaptive: "
+        f"double precision for rows whose largest |dL/dG| is below {ADAPTIVE_THRESHOLD:g} of the batch's. Left/right computed "
+        f"on the {'GPU' if device == 'cuda' else 'CPU'}."
     )
 
 

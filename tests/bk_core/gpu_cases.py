@@ -297,3 +297,30 @@ def test_the_operator_reaches_the_kernels_and_their_gradients():
             results.append([G, *torch.autograd.grad(loss, inputs)])
         for x, expected in zip(*results, strict=True):
             torch.testing.assert_close(x, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dtype", "most"), [(F32, 62.5), (F64, 510.5)])
+def test_pivots_whose_square_leaves_the_range_give_nan_not_zero(dtype, most, causal):
+    """Right up to the stated moduli; beyond them neither 0 nor a number with few digits left."""
+    for sign in (-1, 1):
+        for exponent, fits in ((sign * most, True), (sign * (most + 1), False)):
+            gbar, a, k, z = problem(2, 20, dtype)
+            s = 2.0**exponent
+            G = gpu.forward(a * 0, k * 0, torch.full_like(z, 1j) * s, causal)[0]
+            grad_a = gpu.backward(gbar, a * 0, k * 0, torch.full_like(z, 1j) * s, G, (), causal, False, False)[
+                0
+            ]
+            if fits:
+                assert ((G * s - 1j).abs() < 1e-6).all()
+                torch.testing.assert_close(grad_a.double() * s * s, gbar.real.double(), rtol=1e-5, atol=1e-5)
+            else:
+                assert torch.isnan(G).all()
+                assert torch.isnan(grad_a).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_extreme_shifts_are_right_through_the_operator(causal):
+    for z in (1e20j, 1e-20j):
+        G = resolvent_diagonal(torch.zeros(2, 5, device=DEVICE), 0.0, 0.0, z, causal=causal, backend="triton")
+        assert ((G * z + 1).abs() < 1e-6).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from bklm.models import ContextTokenConfig, ContextTokenLM
 from bklm.studies import (
     embedding_freeze,
     embedding_freeze_figures,
+    embedding_freeze_phase2,
     embedding_freeze_runner,
+    embedding_freeze_table,
     embedding_freeze_text,
     progress,
 )
@@ -26,6 +29,7 @@ from bklm.studies.embedding_freeze import EmbeddingFreezeConfig, run_embedding_f
 from bklm.studies.embedding_freeze_arms import INEQUALITY, arms_of
 from bklm.studies.embedding_freeze_estimate import estimated_minutes
 from bklm.studies.embedding_freeze_text import prepare_text
+from bklm.training import NonFiniteError
 
 WORDS = [
     a + b for a in ("ka", "lo", "mi", "ne", "ru", "so", "ta", "vi") for b in ("bar", "den", "fis", "gol", "him")
@@ -313,6 +317,71 @@ def test_every_arm_gets_the_same_search_over_learning_rates_and_goes_on_with_its
         best = min(searched, key=searched.get)
         assert {t["learning_rate"] for t in own if (t["samples"], t["seed"]) != (4, 0)} == {best}
         assert {row["learning_rate"] for row in result.table if row["arm"] == arm} == {best}
+
+
+def diverging(monkeypatch, diverges):
+    """Phase 2 as ever, but a failure where ``diverges(settings)``."""
+    real = embedding_freeze_phase2.train
+
+    def train(model, loader, val, settings, **options):
+        if diverges(settings):
+            raise NonFiniteError(f"{options['label']}: the loss was nan.")
+        return real(model, loader, val, settings, **options)
+
+    monkeypatch.setattr(embedding_freeze_phase2, "train", train)
+
+
+def test_a_learning_rate_that_diverges_loses_and_is_recorded(config, monkeypatch):
+    diverging(monkeypatch, lambda settings: settings.learning_rate >= 1)
+    result = run_embedding_freeze(dataclasses.replace(config, learning_rates=(1e-2, 1.0), epochs=1))
+    assert {row["learning_rate"] for row in result.table} == {1e-2}
+    assert result.diverged == []  # the search's losers are no trials of the study
+    recorded = [json.loads(p.read_text()) for p in result.folder.glob("trials/*_rate_1/result.json")]
+    assert [(r["val_ppl"], r["epochs"]) for r in recorded] == [(None, [])] * len(result.table)
+    assert "the loss was nan" in recorded[0]["reason"]
+
+
+def test_where_every_rate_of_the_search_diverges_one_sentence_names_the_arm_and_the_rates(config, monkeypatch):
+    diverging(monkeypatch, lambda settings: True)
+    with pytest.raises(
+        RuntimeError, match=r"learning_rates: .* diverged with each of 1, 2; add smaller ones"
+    ) as caught:
+        run_embedding_freeze(dataclasses.replace(config, learning_rates=(1.0, 2.0)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_trial_that_diverges_is_reported_and_the_others_without_it(config, monkeypatch):
+    diverging(monkeypatch, lambda settings: settings.seed == 0)
+    config = dataclasses.replace(config, learning_rates=(1e-2,), epochs=1)
+    result = run_embedding_freeze(config)
+    assert {t["seed"] for t in result.diverged} == {0}
+    assert {row["seeds"] for row in result.table} == {1}
+    assert "Diverged, and in none of these numbers: " in result.findings[0]
+    below = embedding_freeze_table.readable(result.table, result.diverged)[len(result.table) :]
+    assert {row["val PPL (95%)"] for row in below} == {"diverged: seed 0"}
+    monkeypatch.setattr(embedding_freeze_phase2, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert run_embedding_freeze(config).table == result.table
+
+
+def test_when_every_trial_diverges_one_sentence_says_so(config, monkeypatch):
+    diverging(monkeypatch, lambda settings: True)
+    with pytest.raises(
+        RuntimeError, match=r"every trial diverged, .*the loss was nan\. Take another output_dir"
+    ):
+        run_embedding_freeze(dataclasses.replace(config, learning_rates=(1e-2,)))
+
+
+def test_a_training_loss_too_large_for_exp_is_recorded_not_a_traceback(config, monkeypatch):
+    real = embedding_freeze_phase2.train
+
+    def train(*arguments, **options):
+        large = {"train_loss": 5000.0, "train_perplexity": math.exp(700)}
+        return [dataclasses.replace(r, **large) for r in real(*arguments, **options)]
+
+    monkeypatch.setattr(embedding_freeze_phase2, "train", train)
+    result = run_embedding_freeze(dataclasses.replace(config, learning_rates=(1e-2,), epochs=1))
+    trials = [json.loads(p.read_text()) for p in result.folder.glob("trials/*/result.json")]
+    assert {t["train_ppl"] for t in trials} == {math.exp(700)}
 
 
 def test_the_model_of_an_arm_is_the_one_that_its_config_describes(config):

@@ -13,11 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from bklm.studies import precision, precision_report, precision_runner
+from bklm.studies import precision, precision_parts, precision_report, precision_runner
 from bklm.studies.cli import parse
 from bklm.studies.precision import PrecisionConfig, run_precision
 from bklm.studies.precision_claims import adaptive_finding, recommend, verdict
 from bklm.studies.precision_grid import LEFT_RIGHT, PRECISIONS, THETA_PHI, THETA_PHI_LOOP
+from bklm.studies.precision_report import errors_note
+from bklm.studies.precision_runner import accuracy_rows
 from bklm.studies.precision_tables import compared_readable, duration, first_overflow, summary_readable
 
 
@@ -139,6 +141,35 @@ def test_every_claim_has_a_measurement_and_a_verdict_beside_it(finished):
     assert all(r["measured"] > 0 and r["verdict"] and r["compared"] for r in claims)
     (architecture,) = (r for r in claims if r["claim"].startswith("architecture"))
     assert "recursion is not finite at this length" in architecture["compared"]
+
+
+def test_the_total_backward_names_the_precisions_of_both_sides_and_compares_like_with_like_too(finished):
+    totals = [r["compared"] for r in finished.claims if r["claim"] == "total backward"]
+    assert [t.split("; ")[1] for t in totals] == 2 * [
+        "core in complex128 / complex64, mixture in float32"
+    ] + 2 * ["core in complex128 / complex128, mixture in float32"]
+    assert [t.split(", (")[0] for t in totals[2:]] == [
+        "plain, sample by sample / bklm, complex128", "plain, whole batch / bklm, complex128",
+    ]  # fmt: skip
+
+
+def test_a_kept_cell_without_the_like_for_like_arm_still_gives_its_claims(config):
+    first = run_precision(config)
+    path = first.folder / "cells" / "total.json"
+    cell = json.loads(path.read_text())
+    cell["rows"] = [r for r in cell["rows"] if r["arm"] != precision_parts.ALL_ANALYTIC_DOUBLE]
+    path.write_text(json.dumps(cell))
+    assert len([r for r in run_precision(config).claims if r["claim"] == "total backward"]) == 2
+
+
+def test_the_small_print_says_over_how_many_rows_an_error_is_the_worst():
+    def cells(*sizes):
+        return {str(n): {"part": "accuracy", "settings": {"n": n, "rows": accuracy_rows(n)}} for n in sizes}
+
+    config = PrecisionConfig(profile="smoke")
+    assert "worst of 32 rows;" in errors_note(config, cells(128, 2048), "cpu")
+    longer = errors_note(config, cells(128, 32_768, 131_072), "cpu")
+    assert "worst of 32 rows up to N = 32,768, of fewer beyond (8 at N = 131,072);" in longer
 
 
 def test_a_finished_study_is_read_back_and_measures_nothing(config, monkeypatch):
@@ -267,6 +298,7 @@ def test_every_profile_fills_every_field_and_full_ends_at_a_million(profile):
         (1.1, 0.95, 1.2, "no effect"),
         (1.03, 1.01, 1.04, "no effect"),
         (1.1, 0.6, 1.6, "too noisy to tell"),
+        (2.1, 0.5, 30, "too noisy to tell"),
         (0.5, 0.4, 0.6, "slower"),
     ],
 )
