@@ -67,7 +67,7 @@ def test_a_truncated_journal_is_set_aside_reported_and_the_sweep_starts_a_new_on
 
 @pytest.mark.parametrize("error", [MemoryError, PermissionError])
 def test_a_journal_that_cannot_be_read_just_now_is_not_set_aside(tmp_path, monkeypatch, error):
-    def fail(path):
+    def fail(path, **settings):
         raise error("not now")
 
     journal = tmp_path / "j.journal"
