@@ -13,7 +13,9 @@ from torch import Tensor
 from bklm.models import LanguageModel
 from bklm.processes import add_up, own_rows
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["LARGEST_PERPLEXITY", "Evaluation", "evaluate"]
+
+LARGEST_PERPLEXITY = math.exp(700.0)  # 1e304; it stands for anything larger, which a double could not hold
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,7 @@ class Evaluation:
 
 
 def _exp(loss: float) -> float:
-    """A diverged model may be worse than a double can say: 1e304 then stands for more."""
-    return math.exp(min(loss, 700.0))
+    return LARGEST_PERPLEXITY if loss > 700.0 else math.exp(loss)
 
 
 @torch.no_grad()

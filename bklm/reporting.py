@@ -22,6 +22,7 @@ from scipy.special import stdtrit
 
 from bklm import __version__
 from bklm.checkpoints import replacing, write_json, write_text
+from bklm.evaluation import LARGEST_PERPLEXITY
 
 RECORDED_PACKAGES = (
     "torch", "numpy", "numba", "triton", "scipy", "datasets", "tokenizers", "safetensors", "accelerate", "optuna",
@@ -59,10 +60,22 @@ class Perplexity:
         low, high = np.exp(loss - half), np.exp(min(loss + half, 700.0))
         return cls(float(np.exp(loss)), float(low), float(high))
 
+    @classmethod
+    def ratio_over_seeds(cls, others: Sequence[float], bests: Sequence[float]) -> Perplexity:
+        """One model's perplexities over another's of the same seeds. Without an interval where one of them is off the scale:
+        of two that are, nobody recorded which is the larger, and their ratio of 1 would look like a result."""
+        ratio = cls.over_seeds([other / best for other, best in zip(others, bests, strict=True)])
+        return cls(ratio.mean, None, None) if any(map(is_off_the_scale, (*others, *bests))) else ratio
+
     def __str__(self) -> str:
         if self.low is None:
             return _short(self.mean)
         return f"{_short(self.mean)} ({_short(self.low)} to {_short(self.high)})"
+
+
+def is_off_the_scale(perplexity: float) -> bool:
+    """Whether a recorded perplexity is the largest that is ever recorded, which stands for anything above it, too."""
+    return perplexity >= LARGEST_PERPLEXITY * (1 - 1e-9)
 
 
 def _short(value: float) -> str:

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 
 from bklm import reporting
+from bklm.evaluation import LARGEST_PERPLEXITY, Evaluation
 from bklm.reporting import (
     Perplexity,
     command_for,
@@ -20,6 +21,7 @@ from bklm.reporting import (
     with_interval,
     zip_study,
 )
+from bklm.studies import verdict
 from bklm.studies.cli import parse
 from bklm.studies.grad_blend import GradBlendConfig
 
@@ -62,6 +64,24 @@ def test_the_revision_is_that_of_the_packages_own_checkout_and_of_none_around_it
         "copy/bklm": "not a git checkout",
         "venv/lib/bklm": "not a git checkout",
     }
+
+
+def test_perplexities_off_the_scale_are_never_called_equal():
+    capped = Evaluation(nll=800.0, tokens=1, correct=0, known_nll=900.0, known_tokens=1)
+    assert capped.perplexity == capped.perplexity_without_unk == LARGEST_PERPLEXITY
+    both = Perplexity.ratio_over_seeds([capped.perplexity] * 2, [capped.perplexity_without_unk] * 2)
+    one = Perplexity.ratio_over_seeds([capped.perplexity, 110.0], [100.0, 100.0])
+    fine = Perplexity.ratio_over_seeds([200.0, 221.0], [100.0, 110.0])
+    assert (both.low, one.low) == (None, None)
+    assert fine == Perplexity.over_seeds([2.0, 221.0 / 110.0])
+    said = verdict.state_finding("Best", {"a": both, "b": one, "c": fine}, seeds=2)
+    assert "no difference" not in said
+    assert "no verdict, because a perplexity is too large to be recorded: a, b." in said
+    assert "worse over 2 paired seeds: c x2.0" in said
+    assert verdict.headline("Best", {"a": both, "c": fine}, "other").endswith(
+        "1 of 1 others is worse beyond the 95% interval; 1 without a verdict"
+    )
+    assert verdict.headline("Best", {"a": both}, "other") == "Best; no interval, no verdict"
 
 
 def test_the_zip_holds_every_file_but_hidden_ones_and_its_hash_is_that_of_the_file(tmp_path):

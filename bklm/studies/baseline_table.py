@@ -265,7 +265,7 @@ def paired_ratios(runs: Runs) -> dict[str, Perplexity]:
     scores = {name: {r["seed"]: r["val_ppl"] for r in group} for name, group in groups.items()}
     seeds = _common_seeds(groups)
     return {
-        name: Perplexity.over_seeds([of_seed[s] / scores[best][s] for s in seeds])
+        name: Perplexity.ratio_over_seeds([of_seed[s] for s in seeds], [scores[best][s] for s in seeds])
         for name, of_seed in scores.items()
         if name != best and seeds
     }

@@ -155,7 +155,7 @@ def draw_effects(path: Path, effects: list[dict[str, Any]], note: str) -> Path:
 
     title = f"{len(beyond)} of {len(overall)} changes move validation PPL beyond the 95% interval"
     if any(e["verdict"] == "no verdict" for e in overall):
-        title = "Effects on validation PPL; one seed, no interval"
+        title = "Effects on validation PPL; not every one has an interval"
     words = "Ratio over paired seeds; below 1 the change lowers PPL. Bold: over all cells; below it, within one value."
     words += " Bars that reach the edge go on beyond it."
     return save_figure(

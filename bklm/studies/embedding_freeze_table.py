@@ -8,7 +8,7 @@ from typing import Any
 
 from scipy import stats
 
-from bklm.reporting import Perplexity, interval95, with_interval
+from bklm.reporting import Perplexity, interval95, is_off_the_scale, with_interval
 from bklm.studies.embedding_freeze_arms import FACTORS, ORIGINAL_ARMS
 
 Trials = Sequence[dict[str, Any]]
@@ -124,7 +124,7 @@ def effect(trials: Trials, factor: str, where: dict[str, Any] | None = None) -> 
     """PPL with a factor's first value over PPL with its second, all else equal; geometric mean over what else varies.
 
     Paired: one value per seed, over the cells (other factors, sample sizes) that hold both values for that seed; the
-    interval is over seeds. None where no cell holds both.
+    interval is over seeds, and there is none where a perplexity is off the scale. None where no cell holds both.
 
     Args:
         where: keeps to the cells with these values, such as {"head": "tied"}.
@@ -138,12 +138,14 @@ def effect(trials: Trials, factor: str, where: dict[str, Any] | None = None) -> 
         key = (trial["seed"], *(trial[name] for name in others))
         cells.setdefault(key, {})[trial[factor]] = trial["val_ppl"]
     ratios: dict[int, list[float]] = {}
+    paired = [ppl for values in cells.values() if len(values) == 2 for ppl in values.values()]
     for (seed, *_), values in cells.items():
         if len(values) == 2:
             ratios.setdefault(seed, []).append(math.log(values[first] / values[second]))
     if not ratios:
         return None
-    return Perplexity.over_seeds([math.exp(sum(logs) / len(logs)) for logs in ratios.values()])
+    ratio = Perplexity.over_seeds([math.exp(sum(logs) / len(logs)) for logs in ratios.values()])
+    return Perplexity(ratio.mean, None, None) if any(map(is_off_the_scale, paired)) else ratio
 
 
 def effect_table(trials: Trials) -> list[dict[str, Any]]:
@@ -210,9 +212,10 @@ def state_finding(trials: Trials) -> str:
     if seeds < 2:
         listed = ", ".join(f"{ACTIONS[f]} x{r}" for f, r in ratios.items())
         return f"Validation PPL changes by: {listed}; one seed, so no interval and no verdict."
-    made = [f for f in ratios if verdict(ratios[f]) != "no difference"]
+    made = [f for f in ratios if verdict(ratios[f]) in ("lower", "higher")]
     made.sort(key=lambda f: -abs(math.log(ratios[f].mean)))
-    none = [f for f in ratios if f not in made]
+    none = [f for f in ratios if verdict(ratios[f]) == "no difference"]
+    unjudged = [f for f in ratios if f not in (*made, *none)]
     parts = []
     if made:
         listed = "; ".join(f"{ACTIONS[f]} gives a {verdict(ratios[f])} PPL, x{ratios[f]}" for f in made)
@@ -223,6 +226,9 @@ def state_finding(trials: Trials) -> str:
         parts.append(
             "no difference beyond the 95% interval: " + "; ".join(f"{ACTIONS[f]}, x{ratios[f]}" for f in none)
         )
+    if unjudged:
+        listed = ", ".join(ACTIONS[f] for f in unjudged)
+        parts.append(f"no verdict, because a perplexity is too large to be recorded: {listed}")
     sentence = "; ".join(parts)
     own = effect(trials, "freezing", {"initialisation": "pretrained", "head": "tied"})
     if own is not None:

@@ -165,7 +165,7 @@ def paired_ratios(trials: Trials) -> dict[float, Perplexity]:
     scores = {a: {t["seed"]: t["final_perplexity"] for t in group} for a, group in by_alpha(trials).items()}
     best = scores.pop(best_alpha(trials))
     return {
-        alpha: Perplexity.over_seeds([of_seed[seed] / best[seed] for seed in best])
+        alpha: Perplexity.ratio_over_seeds([of_seed[seed] for seed in best], list(best.values()))
         for alpha, of_seed in scores.items()
         if best.keys() <= of_seed.keys()
     }

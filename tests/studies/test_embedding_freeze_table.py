@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from bklm.evaluation import LARGEST_PERPLEXITY
 from bklm.studies.embedding_freeze import EmbeddingFreezeConfig
 from bklm.studies.embedding_freeze_arms import FACTORS, ORIGINAL_ARMS, Arm
 from bklm.studies.embedding_freeze_report import state_baselines, state_limits, state_phase1
@@ -49,6 +50,16 @@ def study(
                 ppl *= wobble[seed]
             trials.append(trial(arm, size, seed, ppl))
     return trials
+
+
+def test_a_perplexity_off_the_scale_gives_its_factors_no_verdict():
+    trials = study(pretraining=0.8)
+    for capped in [t for t in trials if t["freezing"] == "frozen" or t["seed"] == 0]:
+        capped["val_ppl"] = LARGEST_PERPLEXITY
+    assert verdict(effect(trials, "freezing")) == "no verdict"
+    assert "no verdict, because a perplexity is too large to be recorded" in state_finding(trials).lower()
+    assert "no difference" not in state_finding(trials)
+    assert "made a difference" not in state_finding(trials)
 
 
 def test_a_constant_ratio_is_found_exactly_although_the_seeds_scatter():

@@ -1,0 +1,47 @@
+"""The baselines that a study's text comes with."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+
+import pytest
+
+from bklm.data import tokenize_corpus
+from bklm.data.hmm import WORDS_A_LINE, hmm_corpus
+from bklm.studies.text import ngram_baselines
+
+LINES = 80
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """The hmm corpus with a short validation split."""
+    whole = hmm_corpus()
+    ids = {**whole.ids, "valid": whole.ids["valid"][: LINES * WORDS_A_LINE]}
+    return dataclasses.replace(whole, valid=whole.valid[:LINES], ids=ids)
+
+
+@pytest.mark.parametrize("seq_len", [8, 64])
+def test_the_true_law_has_as_much_context_as_its_label_says(corpus, seq_len):
+    tokens = tokenize_corpus(corpus)
+    row = ngram_baselines(corpus, tokens, seq_len)[-1]
+    losses = []
+    for begin in range(0, len(tokens.valid) - 1, seq_len):
+        window = corpus.ids["valid"][begin : begin + seq_len + 1]
+        losses.extend(-corpus.model.log_probs(window)[1:])
+    assert row["name"] == f"true law, {seq_len} tokens of context"
+    assert row["val_ppl"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-10)
+    assert row["val_ppl"] > math.exp(corpus.entropy_floor("valid"))
+    assert row["val_ppl_without_unk"] == row["val_ppl"]  # no target is <unk>
+
+
+def test_the_true_law_is_left_out_with_a_reason_where_targets_are_unknown_words(corpus, caplog):
+    tokens = tokenize_corpus(corpus, 500)
+    assert (tokens.valid[1:] == tokens.unk_id).any()
+    with caplog.at_level(logging.INFO, logger="bklm.studies.text"):
+        rows = ngram_baselines(corpus, tokens, 8)
+    assert [r["name"] for r in rows] == ["unigram", "Kneser-Ney 2-gram", "Kneser-Ney 3-gram"]
+    assert "true law is left out, for it is no floor here: " in caplog.text
+    assert "validation targets are <unk>" in caplog.text
