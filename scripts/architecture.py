@@ -9,6 +9,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "bklm"
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- modules -->", "<!-- end of modules -->"
 
@@ -31,11 +32,16 @@ LAYERS = {
 ALONE = ("bk_core", "data", "config", "checkpoints", "memory", "processes", "schedules", "locks")
 
 
+def files(package: Path = PACKAGE) -> dict[str, Path]:
+    """Dotted name below bklm -> file, of every file but the package's own __init__, which every module imports."""
+    found = sorted(package.rglob("*.py"))
+    names = {".".join(p.relative_to(package).with_suffix("").parts): p for p in found}
+    return {name: p for name, p in names.items() if name != "__init__"}
+
+
 def modules() -> dict[str, Path]:
     """Dotted name below bklm -> file, of every module that is not a package's __init__."""
-    package = ROOT / "bklm"
-    files = sorted(p for p in package.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))
-    return {".".join(p.relative_to(package).with_suffix("").parts): p for p in files}
+    return {name: p for name, p in files().items() if p.name not in ("__init__.py", "__main__.py")}
 
 
 def layer_of(module: str) -> int:
@@ -51,29 +57,61 @@ def layer_of(module: str) -> int:
     raise KeyError(f"bklm.{module}: in no layer; name {first} in LAYERS of scripts/architecture.py.")
 
 
-def imports(path: Path) -> set[str]:
+def imports(path: Path, package: Path = PACKAGE) -> set[str]:
     """Dotted names below bklm that a file imports when it runs (those for type checkers alone are left out)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         id(node)
         for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.dump(branch.test)
-        for node in ast.walk(branch)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        for statement in branch.body
+        for node in ast.walk(statement)
     }
     found = set()
     for node in ast.walk(tree):
         if id(node) in typing_only:
             continue
-        if (
-            isinstance(node, ast.ImportFrom)
-            and node.level == 0
-            and node.module
-            and node.module.startswith("bklm.")
-        ):
-            found.add(node.module.removeprefix("bklm."))
         if isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("bklm.") for a in node.names if a.name.startswith("bklm.")}
-    return found
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            source = _absolute(node, path, package)
+            # Of "from bklm import x" x is what is imported; of "from bklm.models import GPT" models is, as far as layers go.
+            found |= {f"bklm.{alias.name}" for alias in node.names} if source == "bklm" else {source}
+    below = {name.removeprefix("bklm.") for name in found if name.startswith("bklm.")}
+    return {name for name in below if _is_module(name.split(".")[0], package)}  # not bklm's own __version__
+
+
+def _absolute(node: ast.ImportFrom, path: Path, package: Path) -> str:
+    """The dotted name of what a file imports from: one dot is its own package, each further one the package above."""
+    if node.level == 0:
+        return node.module or ""
+    here = ("bklm", *path.relative_to(package).parent.parts)
+    above = here[: len(here) - (node.level - 1)]
+    return ".".join([*above, *([node.module] if node.module else [])])
+
+
+def _is_module(name: str, package: Path) -> bool:
+    return (package / name).is_dir() or (package / f"{name}.py").is_file()
+
+
+def upward(package: Path = PACKAGE) -> list[str]:
+    """Imports from a layer above the importing file's own, such as "moe imports training"."""
+    return [
+        f"{name} imports {other}"
+        for name, path in files(package).items()
+        for other in sorted(imports(path, package))
+        if layer_of(other) > layer_of(name)
+    ]
+
+
+def foreign(package: Path = PACKAGE) -> list[str]:
+    """Imports of anything else of bklm by a foundation."""
+    return [
+        f"{name} imports {other}"
+        for name, path in files(package).items()
+        for other in sorted(imports(path, package))
+        if name.split(".")[0] in ALONE and other.split(".")[0] != name.split(".")[0]
+    ]
 
 
 def first_sentence(path: Path) -> str:
