@@ -90,10 +90,11 @@ def mean_with_error(
 ) -> None:
     """Points with bars from the lower to the upper end of an interval; no bar where one seed gives none (None)."""
     errors = None
-    if all(low is not None for low, _ in intervals):
+    if any(low is not None for low, _ in intervals):
+        known = [(math.nan, math.nan) if low is None else (low, high) for low, high in intervals]
         errors = [
-            [m - low for m, (low, _) in zip(means, intervals, strict=True)],
-            [high - m for m, (_, high) in zip(means, intervals, strict=True)],
+            [m - low for m, (low, _) in zip(means, known, strict=True)],
+            [high - m for m, (_, high) in zip(means, known, strict=True)],
         ]
     axes.errorbar(x, means, yerr=errors, **style)
 

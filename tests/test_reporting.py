@@ -7,8 +7,11 @@ import math
 import zipfile
 
 import nbformat
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
+from bklm.figures import mean_with_error
 from bklm.reporting import Perplexity, command_for, environment, interval95, with_interval, zip_study
 from bklm.studies.cli import parse
 from bklm.studies.grad_blend import GradBlendConfig
@@ -73,3 +76,13 @@ def test_the_environment_names_versions_processor_and_gpu():
     assert found["packages"]["torch"]
     assert found["cores"] >= 1
     assert "gpu" in found
+
+
+def test_a_point_without_an_interval_has_no_bar_and_leaves_the_others_theirs():
+    axes = Figure().subplots()
+    mean_with_error(axes, [1, 2, 3], [5.0, 6.0, 7.0], [(4.0, 6.0), (None, None), (6.5, 8.0)])
+    (bars,) = axes.containers[0].lines[2]
+    drawn = [segment for segment in bars.get_segments() if np.isfinite(segment).all()]
+    assert [segment[:, 1].tolist() for segment in drawn] == [[4.0, 6.0], [6.5, 8.0]]
+    mean_with_error(axes, [1, 2], [5.0, 6.0], [(None, None)] * 2)
+    assert not axes.containers[1].has_yerr
