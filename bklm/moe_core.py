@@ -136,9 +136,21 @@ def _check_finite(logits: Tensor, sum_is_finite: Tensor) -> None:
 
 
 def forward(
-    x, router_weight, router_bias, up_weight, up_bias, down_weight, down_bias, noise, keep, settings
+    x: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    noise: Tensor | None,
+    keep: Tensor | None,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, balance, and p, tokens, bounds of `_route` for the backward. With k = E, p holds the gates themselves."""
+    """y (T, D) in the compute dtype, balance (), and p (E, T), tokens, bounds of `_route` for the backward.
+
+    With k = E, p holds the gates themselves. Shapes and dtypes of what is given: `bklm.moe_ops.mixture`.
+    """
     num_tokens, num_experts = len(x), len(up_weight)
     k, dtype, block = settings.top_k, settings.compute_dtype, block_tokens(x)
     with _autocast_off(x):
@@ -162,10 +174,25 @@ def forward(
 
 
 def backward(
-    grad_y, grad_balance, x, router_weight, router_bias, up_weight, up_bias, down_weight, down_bias,
-    keep, p, tokens, bounds, settings,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x, the router's and the experts' parameters, in the order and the dtypes of the inputs."""
+    grad_y: Tensor,
+    grad_balance: Tensor,
+    x: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    keep: Tensor | None,
+    p: Tensor,
+    tokens: Tensor,
+    bounds: Tensor,
+    settings: Settings,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x and of the six parameters, each of its input's shape and dtype, in their order; None for the two of a
+    router that does not learn. grad_y (T, D) and grad_balance () are those of `forward`'s y and balance; p, tokens and
+    bounds are what it returned.
+    """
     num_tokens, num_experts = len(x), len(up_weight)
     k, dtype, block = settings.top_k, settings.compute_dtype, block_tokens(x)
     routed, learns = k < num_experts, settings.router_gradient != "none" and router_weight is not None

@@ -1,4 +1,4 @@
-"""When a batch does not fit into memory it is worked through in more parts, and the optimiser's step stays the same."""
+"""When a batch does not fit into memory it is worked through in more parts, whose gradients add up to the whole batch's."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ class BatchParts:
     """The number of parts that every batch is worked through in; doubled when memory is short.
 
     The parts' losses are divided by the whole batch's target count, so that their gradients add up to the whole batch's:
-    but for rounding and random draws (dropout, router noise), the steps are those of a machine with enough memory.
+    but for rounding and random draws (dropout, router noise), the steps are those of a machine with enough memory. A
+    load-balancing loss (``balance`` above 0) is the exception: it multiplies averages over tokens, so that the mean of the
+    parts' losses is not the whole batch's.
     """
 
     def __init__(self, parts: int, label: str) -> None:

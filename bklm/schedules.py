@@ -54,7 +54,8 @@ class TrainingSettings:
     ``clip`` is the largest global gradient norm, one number or a `ClipSchedule`. ``schedule`` "cosine" decays the learning
     rate to zero after ``warmup`` (a fraction of all steps) of linear warm-up. Training ends early when the validation loss
     has not fallen by more than ``min_delta`` for ``patience`` epochs (None: never). A batch is worked through in
-    ``accumulate`` parts, which saves memory and, dropout's draws aside, changes nothing.
+    ``accumulate`` parts, which saves memory and changes nothing but rounding, random draws (dropout, router noise) and, with
+    a load-balancing loss, that loss: it is a product of averages over tokens, taken over each part for itself.
 
     Raises:
         ValueError: patience < 1, accumulate < 1, or a stage of the clip schedule that begins after the last epoch.

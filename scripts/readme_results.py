@@ -1,4 +1,8 @@
-"""Write the sweep's results into the README and docs/results.md from finished studies: no number there is typed by hand.
+"""Write the sweep's results into the README and docs/results.md from finished studies and their manifests.
+
+Two things are typed here. ORIGINAL_CODE holds the published code's perplexities on the same text, from a run of it outside this
+repository, of which nothing but these three numbers is kept. And the number of seeds behind MOE_TABLE.csv, which that table does
+not say, is the default of benchmarks/moe_perplexity.py.
 
     python scripts/readme_results.py CORRECTED ORIGINAL INITIALISATION.csv MOE_TABLE.csv
 
@@ -18,7 +22,7 @@ from readme_section import DOCS, write_details, write_digest
 
 from bklm.reporting import Perplexity, interval95
 
-SETTINGS = """Validation perplexity over {seeds} seeds (mean, 95% interval), 3 epochs, batch 32, learning rate 1e-3, on a WikiText-2 sample
+SETTINGS = """Validation perplexity over {seeds} seeds (mean, 95% interval), {epochs} epochs, batch {batch}, learning rate {rate}, on a WikiText-2 sample
 ("wikitext-2-mini", SHA-256 {sha}...): train is the official test split, valid and test the two halves of the official validation
 split, cut at an article heading. Baselines of the same tokens: {baselines}."""
 
@@ -26,9 +30,9 @@ PROVENANCE = """The fourth column is the published code on the same text, run on
 others: [corrected](docs/results/corrected_manifest.json), [as published](docs/results/original_manifest.json), {revisions}."""
 
 COMMANDS = """```bash
-python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_trial 3 \\
+python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_trial {epochs} \\
     --protocol corrected --output_dir results/corrected
-python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_trial 3 \\
+python -m bklm.studies.grad_blend --profile full --data_dir FOLDER --epochs_per_trial {epochs} \\
     --protocol original --output_dir results/original
 ```
 """
@@ -89,7 +93,7 @@ INITIALISATION = """
 **A caveat that we measured.** How much alpha matters depends on how the potential's weights start. bklm draws them wide; with
 torch's default for a linear layer, as the original had it, the potential stays small and its gradient, right or wrong, hardly
 counts. The same corrected training then ends at {results} (`python benchmarks/grad_blend_initialisation.py --data_dir FOLDER`). So
-hypothesis-7 does harm where the potential is large and none that three seeds can see where it is small; nothing here shows that it helps.
+hypothesis-7 does harm where the potential is large and none that {seeds} seeds can see where it is small; nothing here shows that it helps.
 """
 
 MOE = """
@@ -103,6 +107,7 @@ The original's router never received a gradient. The same text, model and schedu
 {table}
 """
 
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 # Of the original code on the same text, 3 epochs, batch 32, learning rate 1e-3, while it saw the future.
 ORIGINAL_CODE = {0.0: 361.8, 0.5: 374.9, 1.0: 378.5}
 
@@ -190,9 +195,14 @@ def sweep_fields(corrected: dict, original: dict, measured: dict[str, dict[str, 
         code = ORIGINAL_CODE.get(row["alpha"])
         cells = [f"{row['alpha']:g}", number(row), number(theirs.get(row["alpha"])), f"{code or '-'}"]
         lines.append("| " + " | ".join([*cells, number(row, "original_val_ppl")]) + " |")
+    manifest = json.loads((DOCS / "corrected_manifest.json").read_text(encoding="utf-8"))
+    mantissa, exponent = f"{manifest['config']['learning_rate']:e}".split("e")
     baselines = ", ".join(f"{b['name']} {b['val_ppl']:.1f}" for b in corrected["baselines"])
     return {
         "seeds": corrected["table"][0]["seeds"],
+        "epochs": manifest["config"]["epochs_per_trial"],
+        "batch": manifest["config"]["batch_size"],
+        "rate": f"{float(mantissa):g}e{int(exponent)}",
         "baselines": baselines,
         "table": HEAD + "\n".join(lines),
         "corrected": corrected["finding"],
@@ -203,9 +213,7 @@ def sweep_fields(corrected: dict, original: dict, measured: dict[str, dict[str, 
         "diagonal": measured["local"]["cosine"],
         "versus": against_kneser_ney(corrected),
         "revisions": revisions(),
-        "sha": json.loads((DOCS / "corrected_manifest.json").read_text(encoding="utf-8"))["corpus"]["sha256"][
-            :16
-        ],
+        "sha": manifest["corpus"]["sha256"][:16],
     }
 
 
@@ -229,7 +237,8 @@ def initialisation_section(path: Path) -> str:
         f"{Perplexity.over_seeds(values)} at alpha {alpha} ({len(values)} seed{'s' if len(values) > 1 else ''})"
         for alpha, values in by_alpha.items()
     ]
-    return INITIALISATION.format(results=", ".join(parts))
+    seeds = max(len(values) for values in by_alpha.values())
+    return INITIALISATION.format(results=", ".join(parts), seeds=NUMBERS.get(seeds, seeds))
 
 
 def moe_section(path: Path) -> str:

@@ -66,8 +66,15 @@ class _Reference:
         )
 
 
-def select(name: str, device: torch.device):
-    """The backend for a call. The rule behind "auto": numba on the CPU, Triton on CUDA where usable, else torch."""
+def select(name: str, device: torch.device) -> ModuleType | type[_Reference]:
+    """The backend for a call: what has the `forward` and `backward` of this module's docstring.
+
+    The rule behind "auto": numba on the CPU, Triton on CUDA where usable, else torch.
+
+    Raises:
+        BackendUnavailableError: the named backend does not run here, or not on this device.
+        ValueError: there is none of that name.
+    """
     kind = device.type
     if name == "auto":
         if kind == "cpu":

@@ -16,8 +16,29 @@ def materialised(x: Tensor) -> Tensor:
     return x.resolve_conj().resolve_neg().contiguous()
 
 
-def rows_backward(gbar, a, k, z, G, saved, causal, gradient, grad_blend, backend, needs_k, needs_z):
-    """(grad_a, K, Dsum) of backends.py with the chosen direction in place of D for ``a``."""
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""(grad_a, K, Dsum) as in backends.py: (M, N) real for real a, else complex; (M, N - 1) and (M,) complex, or None."""
+
+
+def rows_backward(
+    gbar: Tensor,
+    a: Tensor,
+    k: Tensor,
+    z: Tensor,
+    G: Tensor,
+    saved: tuple[Tensor, ...],
+    causal: bool,
+    gradient: str,
+    grad_blend: float,
+    backend: str,
+    needs_k: bool,
+    needs_z: bool,
+) -> Grads:
+    """The chosen direction for ``a`` in place of D; K and Dsum are exact, and None where not needed.
+
+    gbar and G (M, N) complex, a (M, N), k (1 or M, N - 1), z (M,) complex, all of one precision; ``saved`` is what the
+    backend's forward returned, or (). Not differentiable.
+    """
     if (gradient == "exact" and grad_blend < 1) or needs_k or needs_z:
         chosen = backends.select(backend, a.device)
         grad_a, K, Dsum = chosen.backward(gbar, a, k, z, G, saved, causal, needs_k, needs_z)
@@ -26,8 +47,18 @@ def rows_backward(gbar, a, k, z, G, saved, causal, gradient, grad_blend, backend
     return _direction(grad_a, gbar, G, a.is_complex(), gradient, grad_blend), K, Dsum
 
 
-def differentiable_backward(gbar, a, k, z, causal, gradient, grad_blend, needs_k, needs_z):
-    """As :func:`rows_backward` in differentiable operations of gbar, a, k and z."""
+def differentiable_backward(
+    gbar: Tensor,
+    a: Tensor,
+    k: Tensor,
+    z: Tensor,
+    causal: bool,
+    gradient: str,
+    grad_blend: float,
+    needs_k: bool,
+    needs_z: bool,
+) -> Grads:
+    """As :func:`rows_backward`, shapes and dtypes too, in differentiable torch operations of gbar, a, k and z."""
     grad_a = K = Dsum = G = None
     if (gradient == "exact" and grad_blend < 1) or needs_k or needs_z:
         grad_a, K, Dsum = torch_backend.backward(gbar, a, k, z, None, (), causal, needs_k, needs_z)

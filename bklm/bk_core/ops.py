@@ -5,6 +5,8 @@ Values are checked inside the ops, where tensors are real whatever traces or com
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -72,8 +74,22 @@ def _setup(ctx, inputs, output):
     ctx.settings = tuple(settings)
 
 
-def vjp(backward, gbar, a, k, z, G, settings, needs_k, needs_z):
-    """Gradients of a, k and z in torch's convention, by the backward op in one of its forms."""
+def vjp(
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    gbar: Tensor,
+    a: Tensor,
+    k: Tensor,
+    z: Tensor,
+    G: Tensor,
+    settings: tuple[bool, str, float, str],
+    needs_k: bool,
+    needs_z: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of a, k and z in torch's convention, of their shapes and dtypes; None for k and z where not needed.
+
+    ``backward`` is the backward op in one of its forms, gbar and G are (M, N) complex, ``settings`` are causal, gradient,
+    grad_blend and backend.
+    """
     grads = backward(gbar, a, k, z, G, *settings, needs_k, needs_z)
     kept = grads[0], grads[1] if needs_k else None, grads[2] if needs_z else None
     return in_torch_convention(kept, a, k)
@@ -104,8 +120,11 @@ def _backward_vjp(ctx, *cotangents):
     return (*pull_back(used), None) + (None,) * 6
 
 
-def tangent(primals, tangents, causal):
-    """Forward mode: the exact derivative, whatever direction ``gradient`` names for the backward."""
+def tangent(primals: tuple[Tensor, Tensor, Tensor], tangents: Sequence[Tensor | None], causal: bool) -> Tensor:
+    """Forward mode: dG (M, N) complex, the exact derivative whatever direction ``gradient`` names for the backward.
+
+    ``primals`` are a (M, N), k (1 or M, N - 1) and z (M,); ``tangents`` have their shapes and dtypes, None stands for 0.
+    """
     return torch_backend.tangent(*primals, causal, *_tangents(primals, tangents))
 
 

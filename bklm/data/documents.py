@@ -1,4 +1,9 @@
-"""Whole documents to train on, to score on, and to leave alone: no document, and no near-copy of one, on two sides."""
+"""Whole documents to train on, to score on, and to leave alone; what nearly equals a scored document is left out.
+
+Compared are the training split's documents, trained on or spare, with the validation documents: no near-copy of what is
+scored is trained on, nor goes into an embedding or a vocabulary. Training and spare documents are not compared with each
+other (both are seen before anything is scored), nor are the documents of the test split with anything.
+"""
 
 from __future__ import annotations
 

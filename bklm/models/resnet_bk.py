@@ -52,7 +52,9 @@ class ResNetBKConfig:
     grad_blend: float = 0.0  # share of hypothesis-7 in that gradient, 0 to 1
     router_gradient: str = "exact"  # "exact", "selected" or "none", see bklm.moe
     clamps: bool = False  # the original's +-3 on the potential and +-10 on the features
-    eta: float = 1.0  # imaginary part of z; memory reaches about 1 / eta positions back
+    eta: float = (
+        1.0  # imaginary part of z; memory reaches at most about 1 / eta positions back, see docs/theory.md
+    )
     n_heads: int = 1  # potentials per position, each with a Hamiltonian of its own
     balance: float = 0.0  # weight of the experts' load-balancing loss, see bklm.moe
 

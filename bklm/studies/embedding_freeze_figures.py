@@ -49,7 +49,7 @@ def draw_arms(
                 [row["val_ppl"] for row in rows],
                 [names.index(row["arm"]) + shift for row in rows],
                 xerr=errors,
-                fmt=MARKERS[place],
+                fmt=MARKERS[place % len(MARKERS)],
                 color=colour,
                 capsize=3,
                 label=f"{size} samples",
@@ -180,7 +180,7 @@ def draw_phase1(path: Path, phase1: Sequence[dict[str, Any]], note: str) -> Path
                 longest = max(len(run["rows"]) for run in runs)
                 going = [[run["rows"][i] for run in runs if len(run["rows"]) > i] for i in range(longest)]
                 summary = [interval95([100 * row[key] for row in rows]) for rows in going]
-                ends = [(mean - (half or 0), mean + (half or 0)) for mean, half in summary]
+                ends = [(None, None) if half is None else (mean - half, mean + half) for mean, half in summary]
                 mean_with_error(
                     axes, range(1, longest + 1), [mean for mean, _ in summary], ends,
                     color=colour, marker=marker, markersize=4, linewidth=1.5, capsize=2,

@@ -41,7 +41,9 @@ class FreezeText:
     bpe: Bpe
     documents: list[np.ndarray] = field(repr=False)  # ids of each training document, cut to the config's length
     valid: np.ndarray = field(repr=False)  # one stream of ids, as the training samples are
-    other_valid: np.ndarray = field(repr=False)  # documents of the test split, for the original's unequal arm
+    other_valid: np.ndarray = field(
+        repr=False
+    )  # of the test split, near-copies included; for the original's unequal arm
 
     @property
     def vocab_size(self) -> int:

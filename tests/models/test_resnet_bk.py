@@ -1,5 +1,6 @@
 """ResNet-BK: sees no future, streams with constant state, and is the architecture that was published."""
 
+import cmath
 import dataclasses
 import statistics
 import time
@@ -9,6 +10,7 @@ import torch
 from causality import require_no_gradient_to_the_future
 from torch.nn import functional as F
 
+from bklm.bk_core import resolvent_diagonal
 from bklm.models import ResNetBK, ResNetBKConfig, future_leak
 
 VOCABULARY = 23
@@ -478,3 +480,22 @@ def test_bad_batches_are_refused_by_name_and_value(ids, targets, error, message)
     model = model_of()
     with pytest.raises(error, match=message):
         model(ids) if targets is None else model.loss(ids, targets)
+
+
+@pytest.mark.parametrize("eta", [0.01, 0.001])
+@pytest.mark.parametrize("v", [0.0, 0.1, 1.0, 2.0, -0.5])
+def test_memory_reaches_as_far_back_as_the_theory_says(v, eta):
+    """Positions in which |dG_i / da_j| falls by 1 / e, beside the exact formula and its limits for small eta."""
+    n, back = 20_000, 200 if v >= 0 else 5  # the recursion settles in the first part; what falls fast is soon 0
+    a = torch.full((1, n), v - 2, dtype=torch.float64, requires_grad=True)
+    last = resolvent_diagonal(a, 1.0, 1.0, complex(0, eta), causal=True)[0, -1]
+    real, imaginary = (torch.autograd.grad(x, a, retain_graph=True)[0][0] for x in (last.real, last.imag))
+    coupling = torch.hypot(real, imaginary)
+    reach = back / float(torch.log(coupling[-1] / coupling[-1 - back]))
+    assert reach == pytest.approx(1 / (2 * abs(cmath.acos(complex(1 - v / 2, eta / 2)).imag)), rel=1e-3)
+    if v == 0:
+        assert reach == pytest.approx(1 / (2 * eta) ** 0.5, rel=0.01)
+    elif v > 0:
+        assert reach == pytest.approx((v * (1 - v / 4)) ** 0.5 / eta, rel=0.01)
+    else:
+        assert reach < 1

@@ -9,6 +9,7 @@ import pytest
 from bklm.evaluation import LARGEST_PERPLEXITY
 from bklm.studies.embedding_freeze import EmbeddingFreezeConfig
 from bklm.studies.embedding_freeze_arms import FACTORS, ORIGINAL_ARMS, Arm
+from bklm.studies.embedding_freeze_figures import draw_arms
 from bklm.studies.embedding_freeze_report import state_baselines, state_limits, state_phase1
 from bklm.studies.embedding_freeze_table import (
     arm_table,
@@ -210,3 +211,9 @@ def test_trials_at_the_epoch_limit_and_rates_at_the_edge_of_the_search_are_count
     said = state_limits(trials, config)
     assert said.startswith("8 of 24 trials ended at the limit of 10 epochs; ")
     assert "edge of the search in 4 of 8 arms" in said
+
+
+def test_any_number_of_sample_sizes_can_be_drawn(tmp_path):
+    """There are fewer markers than sizes may be asked for."""
+    table = arm_table(study(seeds=(0,), samples=tuple(range(100, 1100, 100))))
+    assert draw_arms(tmp_path / "arms.png", table, [], "title", "note").stat().st_size > 10_000
