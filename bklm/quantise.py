@@ -3,6 +3,9 @@
 Dynamic quantisation by torch.ao: weights int8 with one scale per output unit, activations to 8 bits at each call with one
 scale per tensor, products and sums in integers, results float32. Embeddings, LayerNorms, biases and linear maps too
 small to gain stay float32. The kernels are the CPU's, so a copy lives there.
+
+Where a few activations are far larger than the rest, one scale for all of them is coarse; `with_float_products` keeps the
+small file and multiplies in float32, which tells the cost of the weights' rounding from that of the activations'.
 """
 
 from __future__ import annotations
@@ -28,7 +31,14 @@ from bklm.evaluation import evaluate
 from bklm.models import GPT, LanguageModel, NewLLM, ResNetBK, TokenLosses
 from bklm.models.loss import IGNORE_INDEX
 
-__all__ = ["QuantisationRow", "load_quantised", "quantisation_report", "quantised", "save_quantised"]
+__all__ = [
+    "QuantisationRow",
+    "load_quantised",
+    "quantisation_report",
+    "quantised",
+    "save_quantised",
+    "with_float_products",
+]
 
 SMALLEST = 16  # a linear map with fewer inputs or outputs stays float32
 _HEAD = "int8_head"
@@ -113,6 +123,19 @@ def quantised(model: LanguageModel) -> LanguageModel:
     return result
 
 
+def with_float_products(int8: LanguageModel) -> LanguageModel:
+    """An int8 copy whose maps hold the same rounded weights in float32 and multiply in float32: no activation is rounded."""
+    result = copy.deepcopy(int8)
+    for name, linear in list(_int8_linears(result)):
+        weight, bias = linear._weight_bias()
+        plain = nn.Linear(linear.in_features, linear.out_features, bias is not None)
+        plain.weight = nn.Parameter(weight.dequantize(), False)
+        plain.bias = None if bias is None else nn.Parameter(bias.detach(), False)
+        parent, _, last = name.rpartition(".")
+        setattr(result.get_submodule(parent), last, plain)
+    return result
+
+
 def save_quantised(model: LanguageModel, path: Path | str) -> None:
     """Write an int8 copy to a safetensors file: per int8 map its integers, scales and bias; the rest in float32."""
     state = {}
@@ -191,12 +214,13 @@ def quantisation_report(
     rounds: int = 3,
     int8: LanguageModel | None = None,
 ) -> list[QuantisationRow]:
-    """Size, perplexity and speed of a model in float32 and in int8, both on the CPU, then the original's plan.
+    """Size, perplexity and speed of a model in float32, in int8, and with int8 weights but float32 products, all on the
+    CPU, then the original's plan.
 
     Args:
         batches: (x, y) as for `bklm.evaluation.evaluate`; every target is scored, and the time is that of scoring them.
         new_tokens: how many to generate, from a prompt of one token, for the time of generation.
-        rounds: float32 and int8 take turns this often; speeds are medians.
+        rounds: the arms take turns this often; speeds are medians.
         int8: the copy to judge, where it exists already.
 
     Raises:
@@ -206,7 +230,8 @@ def quantisation_report(
         raise ValueError(f"rounds and new_tokens: got {rounds} and {new_tokens}; each must be at least 1.")
     batches = list(batches)
     plain = copy.deepcopy(model).cpu().float().eval()
-    arms = {"float32": plain, "int8": quantised(model) if int8 is None else int8}
+    int8 = quantised(model) if int8 is None else int8
+    arms = {"float32": plain, "int8": int8, "int8, products in float32": with_float_products(int8)}
     scored: dict[str, list[float]] = {name: [] for name in arms}
     generated: dict[str, list[float]] = {name: [] for name in arms}
     scores = {}
@@ -222,7 +247,7 @@ def quantisation_report(
     with tempfile.TemporaryDirectory() as folder:
         save_model(plain, str(Path(folder, "float32")))
         save_quantised(arms["int8"], Path(folder, "int8"))
-        sizes = {name: Path(folder, name).stat().st_size for name in arms}
+        sizes = {name: Path(folder, name.split(",")[0]).stat().st_size for name in arms}
     rows = [
         QuantisationRow(
             name,
@@ -238,7 +263,7 @@ def quantisation_report(
     with_adam = QuantisationRow(
         "float32 with Adam's moments", sizes["float32"] + moments, None, None, None, None
     )
-    return [rows[0], with_adam, rows[1], *ORIGINAL_PLAN]
+    return [rows[0], with_adam, *rows[1:], *ORIGINAL_PLAN]
 
 
 def _int8_linears(model: LanguageModel) -> Iterator[tuple[str, Any]]:

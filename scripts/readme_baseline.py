@@ -87,7 +87,8 @@ GPT was trained on {{seq_len}} positions; only for the timing its table was leng
 every word, that of the others never does.
 
 **In int8**, NewLLM of seed 0 on the first {{context_tokens:,}} validation tokens of the WikiText-2 sample; the original
-planned 31 MB to 8 MB for 1 to 3% of perplexity, and its 31 MB were weights and Adam's moments:
+planned 31 MB to 8 MB for 1 to 3% of perplexity, and its 31 MB were weights and Adam's moments. What costs perplexity is
+not the rounded weights but the activations, which int8 products round with one scale for a whole batch:
 
 {{int8}}
 

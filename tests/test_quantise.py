@@ -17,7 +17,7 @@ from bklm.models import (
     ResNetBK,
     ResNetBKConfig,
 )
-from bklm.quantise import load_quantised, quantisation_report, quantised, save_quantised
+from bklm.quantise import load_quantised, quantisation_report, quantised, save_quantised, with_float_products
 
 VOCABULARY = 40
 
@@ -144,8 +144,10 @@ def test_a_file_of_another_configuration_is_refused_naming_what_differs(tmp_path
 
 def test_the_report_compares_size_perplexity_and_speed_with_the_plan(trained):
     batches = batches_of(3, seed=5)
-    plain, with_adam, int8, *plan = quantisation_report(trained, batches, new_tokens=20, rounds=1)
+    plain, with_adam, int8, mixed, *plan = quantisation_report(trained, batches, new_tokens=20, rounds=1)
     assert (plain.weights, int8.weights) == ("float32", "int8")
+    assert mixed.weights == "int8, products in float32"
+    assert mixed.file_bytes == int8.file_bytes
     assert plain.perplexity == pytest.approx(evaluate(trained, batches, None).perplexity)
     assert int8.perplexity == pytest.approx(evaluate(quantised(trained), batches, None).perplexity)
     assert int8.perplexity_change == pytest.approx(int8.perplexity / plain.perplexity - 1)
@@ -155,6 +157,19 @@ def test_the_report_compares_size_perplexity_and_speed_with_the_plan(trained):
     assert min(plain.scored_tokens_per_second, int8.generated_tokens_per_second) > 0
     assert [row.file_bytes for row in plan] == [31_000_000, 8_000_000]
     assert all(math.isfinite(v) for row in (plain, int8) for k, v in row.to_dict().items() if k != "weights")
+
+
+def test_without_int8_products_only_the_weights_are_rounded(trained):
+    copy, (x, y) = quantised(trained), batches_of(1, seed=2)[0]
+    mixed = with_float_products(copy)
+    head, rounded = trained.head()[0], mixed.int8_head.weight
+    step = head.abs().amax(1, keepdim=True) / 127
+    assert 0 < ((rounded - head).abs() / step).max() <= 0.51
+    assert (mixed(x) - trained(x)).abs().mean() < 0.03 * trained(x).std()
+    # An int8 product scales its activations by the largest in the batch, these do not.
+    torch.testing.assert_close(mixed(x[:1]), mixed(x)[:1], rtol=1e-4, atol=1e-4)
+    assert (copy(x[:1]) - copy(x)[:1]).abs().max() > 1e-3
+    torch.testing.assert_close(mixed.token_losses(x, y).nll.mean(), mixed.loss(x, y))
 
 
 def test_models_that_cannot_be_quantised_are_named():
