@@ -180,9 +180,11 @@ class Study:
             if words[i].removeprefix("--") in given:
                 kept += words[i:j]
             i = j
-        return " \\\n    ".join(
-            textwrap.wrap(shlex.join(kept), 110, break_long_words=False, break_on_hyphens=False)
-        )
+        glued = " ".join(
+            shlex.quote(word).replace(" ", "\0") for word in kept
+        )  # no line ends inside a quoted word
+        lines = textwrap.wrap(glued, 110, break_long_words=False, break_on_hyphens=False)
+        return " \\\n    ".join(lines).replace("\0", " ")
 
     def as_published(self) -> str:
         """One training with the original's protocol, in a few sentences."""
