@@ -133,6 +133,21 @@ def test_a_folder_whose_text_has_changed_is_refused(tiny_config, small_text, tmp
         run_grad_blend(dataclasses.replace(tiny_config, data_dir=str(other)))
 
 
+def test_a_text_named_by_the_environment_is_in_manifest_and_command_and_old_folders_go_on(
+    tiny_config, monkeypatch
+):
+    monkeypatch.setenv("BKLM_DATA_DIR", tiny_config.data_dir)
+    result = run_grad_blend(dataclasses.replace(tiny_config, data_dir=None))
+    manifest = json.loads(result.paths["manifest.json"].read_text())
+    assert manifest["config"]["data_dir"] == tiny_config.data_dir
+    assert f"--data_dir {tiny_config.data_dir}" in manifest["command"]
+    claimed = json.loads((result.folder / "config.json").read_text())
+    claimed["config"]["data_dir"] = None  # as an earlier version wrote it
+    (result.folder / "config.json").write_text(json.dumps(claimed))
+    monkeypatch.setattr(grad_blend, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert run_grad_blend(dataclasses.replace(tiny_config, data_dir=None)).table == result.table
+
+
 def test_a_refused_run_claims_no_folder(tiny_config):
     with pytest.raises(ValueError, match="batch"):
         run_grad_blend(dataclasses.replace(tiny_config, batch_size=128, seq_len=16))
