@@ -11,11 +11,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
+
+WITHOUT_FOLDER = ("embedded", "hmm")  # texts made on the spot: they read no folder
 
 Profile = Literal["smoke", "quick", "full"]
 
@@ -158,6 +161,13 @@ def _spec(owner: type, item: dataclasses.Field) -> FieldSpec:
     return FieldSpec(item.name, base, is_tuple, choices, item.default, **{k: item.metadata[k] for k in keys})
 
 
+def with_ambient_folder(values: dict[str, Any]) -> dict[str, Any]:
+    """A config's values, ``data_dir`` taken from the environment where `bklm.data.load_corpus` would take it from there."""
+    if "dataset" not in values or values["dataset"] in WITHOUT_FOLDER or values.get("data_dir"):
+        return values
+    return {**values, "data_dir": os.environ.get("BKLM_DATA_DIR")}
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """Fields that every study has. Subclasses add theirs and set `study` and `profiles`."""
@@ -198,11 +208,11 @@ class StudyConfig:
     def resolved(self) -> StudyConfig:
         """The same config with every empty field filled from its profile.
 
-        ``data_dir`` may stay empty: that is its meaning (use the network).
+        ``data_dir`` may stay empty: that is its meaning (use the network). Where the environment variable BKLM_DATA_DIR
+        stands in for it, it is filled, so that manifest, command and estimate speak of the text that is read.
         """
-        values = self.profiles[self.profile]
         given = {n: v for n in self.names() if (v := getattr(self, n)) is not None}
-        return type(self)(**{**{n: v for n, v in values.items() if n not in given}, **given})
+        return type(self)(**with_ambient_folder({**self.profiles[self.profile], **given}))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they go into JSON."""

@@ -134,6 +134,20 @@ def environment() -> dict[str, Any]:
     }
 
 
+def machine_fingerprint(device: str) -> dict[str, Any]:
+    """What a measured time or memory on ``device`` depends on besides a study's config."""
+    found = environment()
+    return {
+        "device": device,
+        "processor": found["processor"],
+        "cores": found["cores"],
+        "threads": found["torch_threads"],
+        "gpu": found["gpu"] and found["gpu"]["name"],
+        "torch": found["packages"]["torch"],
+        "numba": found["packages"]["numba"],
+    }
+
+
 def git_revision() -> str:
     """Revision of the checkout this package runs from, with "+changes" when it was edited, or "not a git checkout"."""
     here = Path(__file__).resolve().parent.parent

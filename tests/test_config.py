@@ -8,8 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bklm.config import WITHOUT_FOLDER
+from bklm.data import CORPUS_NAMES, load_corpus
 from bklm.notebook_form import FORMS
+from bklm.studies.baseline import BaselineConfig
 from bklm.studies.cli import parse
+from bklm.studies.embedding_freeze import EmbeddingFreezeConfig
+from bklm.studies.estimate import text_size
 from bklm.studies.grad_blend import FULL_GRID, GradBlendConfig
 
 
@@ -130,3 +135,37 @@ def test_differences_name_what_computes_something_else_and_forgive_where_and_how
     assert same.differences(recorded) == []
     other = GradBlendConfig(profile="smoke", clip=1.0).resolved()
     assert other.differences(recorded) == ["clip (0.5 there, 1.0 now)"]
+
+
+@pytest.mark.parametrize("study", [GradBlendConfig, BaselineConfig, EmbeddingFreezeConfig])
+def test_a_folder_named_by_the_environment_is_recorded_in_the_resolved_config(study, monkeypatch):
+    monkeypatch.setenv("BKLM_DATA_DIR", "/ambient")
+    assert study(dataset="wikitext-2").resolved().data_dir == "/ambient"
+    assert study(dataset="wikitext-2", data_dir="/given").resolved().data_dir == "/given"
+    assert study(dataset="embedded").resolved().data_dir is None
+    resolved = study(dataset="wikitext-2").resolved()
+    assert resolved.resolved() == resolved
+    monkeypatch.delenv("BKLM_DATA_DIR")
+    before = study(dataset="wikitext-2").resolved()
+    assert before.data_dir is None
+    assert resolved.differences(before.to_dict()) == []  # a folder that was claimed before can be gone on with
+
+
+@pytest.mark.parametrize("name", CORPUS_NAMES)
+def test_the_environments_folder_counts_for_the_texts_that_are_read_from_it(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("BKLM_DATA_DIR", str(tmp_path / "nowhere"))
+    if name in WITHOUT_FOLDER:
+        assert load_corpus(name).name == name
+    else:
+        with pytest.raises(FileNotFoundError, match=r"^BKLM_DATA_DIR "):
+            load_corpus(name)
+        with pytest.raises(FileNotFoundError, match=r"^BKLM_DATA_DIR "):  # as a resolved config hands it on
+            load_corpus(name, str(tmp_path / "nowhere"))
+
+
+def test_the_estimate_is_of_the_text_that_the_environment_names(small_text, monkeypatch):
+    monkeypatch.setenv("BKLM_DATA_DIR", str(small_text))
+    config = GradBlendConfig(profile="full").resolved()
+    vocabulary, train_tokens, _ = text_size(config.dataset, config.data_dir, config.vocab_size)
+    assert vocabulary < 100
+    assert train_tokens < 2000

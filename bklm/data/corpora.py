@@ -125,11 +125,12 @@ def load_corpus(
         from .hmm import hmm_corpus
 
         return hmm_corpus()
-    given = str(data_dir or "")
-    if folder := given or os.environ.get("BKLM_DATA_DIR", ""):
+    ambient = os.environ.get("BKLM_DATA_DIR", "")
+    if folder := str(data_dir or "") or ambient:
         from .local import corpus_from_folder
 
-        called = "data_dir" if given else "BKLM_DATA_DIR"
+        # A study's config has taken the variable into its data_dir; who set it looks for its name in an error.
+        called = "BKLM_DATA_DIR" if folder == ambient else "data_dir"
         return corpus_from_folder(Path(folder).expanduser(), max_documents, called)
     from .hub import corpus_from_hub
 

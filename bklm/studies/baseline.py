@@ -21,7 +21,7 @@ from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState
 
 from bklm.checkpoints import is_checkpoint
-from bklm.config import TextStudyConfig, setting
+from bklm.config import TextStudyConfig, setting, with_ambient_folder
 from bklm.processes import main_first, make_accelerator, require_launch
 from bklm.schedules import TrainingSettings, parse_clip
 from bklm.studies import cli
@@ -130,7 +130,8 @@ class BaselineConfig(TextStudyConfig):
 
     def resolved(self) -> BaselineConfig:
         given = {n: v for n in self.names() if (v := getattr(self, n)) is not None}
-        config = type(self)(**{**self.profiles[self.profile], **self.protocols[self.protocol], **given})
+        filled = {**self.profiles[self.profile], **self.protocols[self.protocol], **given}
+        config = type(self)(**with_ambient_folder(filled))
         if config.protocol == "original" and (config.seq_len, config.lowercase) != (63, True):
             raise ValueError(
                 f"seq_len, lowercase: got {config.seq_len} and {config.lowercase}; the original's windows hold 63 inputs in "

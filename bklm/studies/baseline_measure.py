@@ -17,6 +17,7 @@ from torch import Tensor
 from bklm.checkpoints import write_json
 from bklm.models import LanguageModel
 from bklm.processes import make_accelerator
+from bklm.reporting import machine_fingerprint
 from bklm.studies.baseline_models import TITLES, build_model
 from bklm.studies.baseline_text import BaselineText, as_ids
 from bklm.studies.folder import read_result
@@ -39,7 +40,9 @@ BYTES_PER_PARAMETER = 12  # weight and Adam's two moments in float32; gradients 
 def measure_models(
     config: BaselineConfig, text: BaselineText, runs: list[dict[str, Any]], folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """Cost of each model, by name; measured once and then read back from ``measured.json``.
+    """Cost of each model, by name; measured once on a machine and then read back from ``measured.json``.
+
+    What another machine or device measured there is measured anew: the tables say "on this machine".
 
     Models take turns, so that a busy moment of the machine hits all of them: their ratios are worth more than their values.
 
@@ -49,9 +52,14 @@ def measure_models(
         of seconds (None where the model ends), reason and state_bytes.
     """
     path = folder / "measured.json"
-    measured = read_result(path, {run["model"]: dict for run in runs})
-    if measured is not None:
-        return measured
+    machine = machine_fingerprint(make_accelerator(config.device, config.precision).device.type)
+    found = read_result(path)
+    if found is not None:
+        models = found.get("models")
+        is_whole = isinstance(models, dict) and all(isinstance(models.get(r["model"]), dict) for r in runs)
+        if is_whole and found.get("machine") == machine:
+            return models
+        log.info("The costs in %s are of %s, so they are measured anew.", path.name, _elsewhere(found, machine))
     log.info("Measuring each model's cost: the time of a training step ...")
     first = {
         run["model"]: run for run in reversed(runs)
@@ -59,8 +67,17 @@ def measure_models(
     measured = _training_step(config, text, first)
     for name, generation in _generation(config, text, first, folder).items():
         measured[name]["generation"] = generation
-    write_json(path, measured)
+    write_json(path, {"machine": machine, "models": measured})
     return measured
+
+
+def _elsewhere(found: dict[str, Any], machine: dict[str, Any]) -> str:
+    """Why costs that were measured before do not hold here."""
+    there = found.get("machine")
+    if not isinstance(there, dict):
+        return "a machine that an earlier version did not record"
+    changed = [f"{k} {there.get(k)!r} then, {v!r} now" for k, v in machine.items() if there.get(k) != v]
+    return f"another machine ({'; '.join(changed)})" if changed else "other models"
 
 
 def step_arms(

@@ -20,6 +20,7 @@ from bklm.locks import lock
 
 log = logging.getLogger("bklm")
 
+VERSION_UNTOLD = "0.1.0"  # the only version whose config.json did not say by which it was written
 NEEDED_BYTES = 200_000_000  # checkpoints of the largest default run, twice, and the zip
 
 
@@ -98,15 +99,22 @@ def _refuse(constant: str) -> None:
 
 def other_experiment(config: StudyConfig, text_sha256: str | None = None) -> list[str]:
     """What differs between a resolved config and the study in its folder; [] when they agree or there is none."""
-    recorded = read_result(
-        Path(config.output_dir) / config.study / "config.json", {"config": dict, "text_sha256": str | None}
-    )
+    recorded = _claimed(config)
     if recorded is None:
         return []
     different = config.differences(recorded["config"])
+    if recorded["bklm"] != __version__:
+        different.append(f"bklm's version ({recorded['bklm']} there, {__version__} now)")
     if text_sha256 not in (None, recorded["text_sha256"]):
         different.append(f"the text (SHA-256 {recorded['text_sha256'][:8]}... there, {text_sha256[:8]}... now)")
     return different
+
+
+def _claimed(config: StudyConfig) -> dict[str, Any] | None:
+    """What config.json says of the study in a config's folder; None where there is none."""
+    path = Path(config.output_dir) / config.study / "config.json"
+    found = read_result(path, {"config": dict, "text_sha256": str | None})
+    return found and {"bklm": VERSION_UNTOLD, **found}
 
 
 def experiment_name(config: StudyConfig, text_sha256: str | None = None) -> str:
@@ -134,12 +142,22 @@ def claim(folder: Path, config: StudyConfig, text_sha256: str | None = None) -> 
                 f"output_dir: {folder} holds results whose config.json is missing or damaged, and they were made with other "
                 "settings than these; choose another output_dir, or the settings they were made with."
             )
-        write_json(folder / "config.json", {"config": config.to_dict(), "text_sha256": text_sha256})
+        write_json(
+            folder / "config.json",
+            {"bklm": __version__, "config": config.to_dict(), "text_sha256": text_sha256},
+        )
         marker.touch()
 
 
 def refuse_other_experiment(folder: Path, config: StudyConfig, text_sha256: str | None = None) -> None:
     different = other_experiment(config, text_sha256)
+    claimed = _claimed(config)
+    if len(different) == 1 and claimed["bklm"] != __version__:
+        # Its finished trials would be paired with new ones of other code, and nothing in the tables would tell.
+        raise ValueError(
+            f"output_dir: {folder} holds a study begun with bklm {claimed['bklm']}, and this is bklm {__version__}; choose "
+            f"another output_dir, or install bklm {claimed['bklm']} to go on with it; nothing was changed."
+        )
     if different:
         raise ValueError(
             f"output_dir: {folder} holds a study made with other settings: {'; '.join(different)}. "

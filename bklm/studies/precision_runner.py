@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 from tqdm.auto import tqdm
 
 from bklm.checkpoints import write_json
-from bklm.reporting import environment
+from bklm.reporting import machine_fingerprint
 from bklm.studies import precision_grid, precision_measure, precision_model, precision_parts
 from bklm.studies.folder import read_result
 from bklm.studies.precision_report import draw_progress
@@ -58,7 +57,7 @@ class Runner:
     ) -> None:
         self.config, self.device, self.folder, self.memory = config, device, folder, memory
         self.on_figure = on_figure
-        self.machine = _fingerprint(device)
+        self.machine = machine_fingerprint(device)
         self.cells: dict[str, dict[str, Any]] = {}
         self.told = False  # that cells of another machine lie here
         self.loop_speed: float | None = None  # seconds per position of the theta/phi loop
@@ -230,20 +229,6 @@ class Runner:
 def accuracy_rows(n: int) -> int:
     """Sequences over which errors are the worst of: many where they are short, 2 at a million positions."""
     return max(ROWS, min(MOST_ACCURACY_ROWS, ACCURACY_ELEMENTS // n // 2 * 2))
-
-
-def _fingerprint(device: str) -> dict[str, Any]:
-    """What a measurement depends on besides the config."""
-    found = environment()
-    return {
-        "device": device,
-        "processor": found["processor"],
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": found["gpu"] and found["gpu"]["name"],
-        "torch": found["packages"]["torch"],
-        "numba": found["packages"]["numba"],
-    }
 
 
 def _in_words(cell: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import zipfile
 from pathlib import Path
 
@@ -449,3 +450,34 @@ def test_contexts_that_make_no_difference_are_drawn_as_a_flat_line(monkeypatch, 
     low, high = figure.axes[0].get_ylim()
     assert low < 95
     assert high > 104
+
+
+def test_costs_are_measured_anew_on_another_machine_and_read_back_on_this_one(tmp_path, monkeypatch, caplog):
+    measured = []
+
+    def step(config, text, runs):
+        measured.append(sorted(runs))
+        return {name: {"tokens_per_second": float(len(measured))} for name in runs}
+
+    machine = {"device": "cpu", "processor": "this one"}
+    monkeypatch.setattr(baseline_measure, "machine_fingerprint", lambda device: dict(machine))
+    monkeypatch.setattr(baseline_measure, "_training_step", step)
+    monkeypatch.setattr(
+        baseline_measure, "_generation", lambda config, text, runs, folder: {name: [] for name in runs}
+    )
+    config, runs = BaselineConfig(profile="smoke", device="cpu").resolved(), [{"model": "gpt"}]
+
+    def measure():
+        return baseline_measure.measure_models(config, None, runs, tmp_path)["gpt"]["tokens_per_second"]
+
+    assert [measure(), measure()] == [1.0, 1.0]
+    machine["processor"] = "another"
+    with caplog.at_level(logging.INFO, logger=baseline_measure.__name__):
+        assert [measure(), measure()] == [2.0, 2.0]
+    assert "processor 'this one' then, 'another' now" in caplog.text
+    (tmp_path / "measured.json").write_text(
+        json.dumps({"gpt": {"tokens_per_second": 7.0}})
+    )  # an earlier version's
+    assert measure() == 3.0
+    runs.append({"model": "newllm"})
+    assert [measure(), measure()] == [4.0, 4.0]

@@ -19,6 +19,7 @@ from bklm.checkpoints import CheckpointFolder
 from bklm.models import ResNetBK
 from bklm.non_finite import NonFiniteError
 from bklm.reporting import command_for
+from bklm.studies import folder as folder_module
 from bklm.studies import future, grad_blend, grad_blend_figures
 from bklm.studies.folder import study_folder
 from bklm.studies.grad_blend import GradBlendConfig, load_final_model, model_config, run_grad_blend
@@ -131,6 +132,54 @@ def test_a_folder_whose_text_has_changed_is_refused(tiny_config, small_text, tmp
         (other / f"{name}.txt").write_text((small_text / f"{name}.txt").read_text().replace("cat", "cow"))
     with pytest.raises(ValueError, match="the text"):
         run_grad_blend(dataclasses.replace(tiny_config, data_dir=str(other)))
+
+
+def test_a_folder_begun_with_another_version_is_refused_and_left_as_it_was(tiny_config, monkeypatch):
+    first = run_grad_blend(tiny_config)
+    recorded = json.loads((first.folder / "config.json").read_text())
+    assert recorded["bklm"] == folder_module.__version__
+    before = {p: p.read_bytes() for p in first.folder.rglob("*") if p.is_file() and p.name != "run.log"}
+    monkeypatch.setattr(folder_module, "__version__", "9.9.9")
+    for _ in range(2):
+        with pytest.raises(
+            ValueError,
+            match=rf"begun with bklm {recorded['bklm']}, and this is bklm 9\.9\.9; choose another output_dir, or install",
+        ):
+            run_grad_blend(tiny_config)
+        del recorded["bklm"]  # as the version before wrote it
+        (first.folder / "config.json").write_text(json.dumps(recorded))
+        recorded["bklm"] = folder_module.VERSION_UNTOLD
+    with pytest.raises(ValueError, match=r"clip \(0\.5 there, 1\.0 now\); bklm's version"):
+        run_grad_blend(dataclasses.replace(tiny_config, clip=1.0))
+    changed = [p.name for p, content in before.items() if p.read_bytes() != content]
+    assert changed == ["config.json"]  # which this test wrote
+
+
+def test_a_folder_that_does_not_say_its_version_is_of_the_first_and_can_be_gone_on_with(
+    tiny_config, monkeypatch
+):
+    first = run_grad_blend(tiny_config)
+    recorded = json.loads((first.folder / "config.json").read_text())
+    del recorded["bklm"]
+    (first.folder / "config.json").write_text(json.dumps(recorded))
+    monkeypatch.setattr(folder_module, "__version__", folder_module.VERSION_UNTOLD)
+    monkeypatch.setattr(grad_blend, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert run_grad_blend(tiny_config).table == first.table
+
+
+def test_a_text_named_by_the_environment_is_in_manifest_and_command_and_old_folders_go_on(
+    tiny_config, monkeypatch
+):
+    monkeypatch.setenv("BKLM_DATA_DIR", tiny_config.data_dir)
+    result = run_grad_blend(dataclasses.replace(tiny_config, data_dir=None))
+    manifest = json.loads(result.paths["manifest.json"].read_text())
+    assert manifest["config"]["data_dir"] == tiny_config.data_dir
+    assert f"--data_dir {tiny_config.data_dir}" in manifest["command"]
+    claimed = json.loads((result.folder / "config.json").read_text())
+    claimed["config"]["data_dir"] = None  # as an earlier version wrote it
+    (result.folder / "config.json").write_text(json.dumps(claimed))
+    monkeypatch.setattr(grad_blend, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert run_grad_blend(dataclasses.replace(tiny_config, data_dir=None)).table == result.table
 
 
 def test_a_refused_run_claims_no_folder(tiny_config):
