@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import psutil
 import torch
+from _timing import peak_memory
 from torch import Tensor
 from tqdm import tqdm
 
@@ -135,7 +136,7 @@ def times(problem: Problem, device: str, rounds: int, seconds: float) -> dict[st
     return taken
 
 
-def peak_memory(case: Case, arm: Arm, device: str) -> float:
+def memory_of(case: Case, arm: Arm, device: str) -> float:
     """Bytes at the peak of one step above those before it, measured in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", arm.name, "--device", device]
     command += ["--threads", str(torch.get_num_threads())]
@@ -147,7 +148,7 @@ def peak_memory(case: Case, arm: Arm, device: str) -> float:
 
 
 def measure_memory(case: Case, arm: Arm, device: str) -> float:
-    """In the child process of `peak_memory`."""
+    """In the child process of `memory_of`."""
     Problem(Case(64, 16, case.experts, case.top_k), device).step(arm)
     problem = Problem(case, device)
     if device == "cuda":
@@ -155,11 +156,7 @@ def measure_memory(case: Case, arm: Arm, device: str) -> float:
         before = torch.cuda.memory_allocated()
         kept = problem.step(arm)
         return torch.cuda.max_memory_allocated() - before if kept else 0
-    Path("/proc/self/clear_refs").write_text("5")
-    before = psutil.Process().memory_info().rss
-    kept = problem.step(arm)
-    peak = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
-    return int(peak.split()[1]) * 1024 - before if kept else 0
+    return peak_memory(lambda: problem.step(arm))
 
 
 def report(
@@ -236,7 +233,7 @@ def main() -> None:
                 file=sys.stdout,
             )
             continue
-        memory = {arm.name: peak_memory(case, arm, args.device) for arm in ARMS} if with_memory else {}
+        memory = {arm.name: memory_of(case, arm, args.device) for arm in ARMS} if with_memory else {}
         problem = Problem(case, args.device)
         check_equal(problem)
         done[key] = times(problem, args.device, args.rounds, args.seconds), memory

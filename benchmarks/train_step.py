@@ -19,7 +19,6 @@ after one step. malloc is told to return freed blocks, which it would otherwise 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import multiprocessing
 import os
@@ -31,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _timing import peak_memory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -174,21 +174,7 @@ def serve(arm: str, size: Size, now: Callable[[], float], pipe) -> None:
     work = GemmFloor(size, now) if arm == "floor" else Trainer(arm, size, now)
     pipe.send(work.step())
     while (request := pipe.recv()) != "stop":
-        pipe.send(work.step() if request == "time" else extra_peak(work.step))
-
-
-def extra_peak(step) -> int:
-    """Bytes by which resident memory peaks during ``step`` above what it was before."""
-    gc.collect()
-    before = _status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    step()
-    return max(0, _status_bytes("VmHWM") - before)
-
-
-def _status_bytes(name: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name + ":"))
-    return int(line.split()[1]) * 1024
+        pipe.send(work.step() if request == "time" else peak_memory(work.step))
 
 
 class Worker:

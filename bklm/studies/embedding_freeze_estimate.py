@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable
 from itertools import islice
 
 import torch
@@ -13,6 +11,7 @@ from bklm.data import load_corpus
 from bklm.models import ContextTokenConfig, ContextTokenLM, linear_cross_entropy
 from bklm.studies.embedding_freeze import EmbeddingFreezeConfig
 from bklm.studies.embedding_freeze_arms import Arm, arms_of
+from bklm.studies.estimate import best_of
 from bklm.training import make_accelerator
 
 TOKENS_PER_WORD = 1.4  # of a BPE of some thousand tokens on tokenised text
@@ -109,14 +108,4 @@ def _timed(config: EmbeddingFreezeConfig, shape: tuple[str, str] | None, vocab_s
         optimizer.step()
         loss.item()
 
-    return _best_of(step if shape else evaluate_contexts) / config.batch_tokens
-
-
-def _best_of(work: Callable[[], None], times: int = 3) -> float:
-    work()  # the first call compiles
-    measured = []
-    for _ in range(times):
-        started = time.perf_counter()
-        work()
-        measured.append(time.perf_counter() - started)
-    return min(measured)
+    return best_of(step if shape else evaluate_contexts, times=3) / config.batch_tokens
