@@ -135,7 +135,7 @@ def test_a_point_without_an_interval_has_no_bar_and_leaves_the_others_theirs():
     axes = Figure().subplots()
     mean_with_error(axes, [1, 2, 3], [5.0, 6.0, 7.0], [(4.0, 6.0), (None, None), (6.5, 8.0)])
     (bars,) = axes.containers[0].lines[2]
-    drawn = [segment for segment in bars.get_segments() if np.isfinite(segment).all()]
+    drawn = [segment for segment in bars.get_segments() if len(segment) and np.isfinite(segment).all()]
     assert [segment[:, 1].tolist() for segment in drawn] == [[4.0, 6.0], [6.5, 8.0]]
     mean_with_error(axes, [1, 2], [5.0, 6.0], [(None, None)] * 2)
     assert not axes.containers[1].has_yerr

@@ -180,10 +180,13 @@ def adjoint_sweep(
         lr, li = load(scratch, at + j, left - j, zero, True, LANES)
         er, ei, ur, ui, nr, ni = (), (), (), (), (), ()
         for c in tl.static_range(8):
-            vr, vi = mul(lr[7 - c], li[7 - c], sr, si)
-            ur, ui = (vr,) + ur, (vi,) + ui
-            vr, vi = mul(lr[7 - c], li[7 - c], vr, vi)
-            vr, vi = scale(kr[7 - c], ki[7 - c], vr, vi, K_COMPLEX)
+            if NEEDS_K:
+                vr, vi = mul(lr[7 - c], li[7 - c], sr, si)
+                ur, ui = (vr,) + ur, (vi,) + ui
+            # (k L) L s, not k (L (L s)): a third power of L would leave the range before e does
+            vr, vi = scale(kr[7 - c], ki[7 - c], lr[7 - c], li[7 - c], K_COMPLEX)
+            vr, vi = mul(vr, vi, lr[7 - c], li[7 - c])
+            vr, vi = mul(vr, vi, sr, si)
             er, ei = (-vr,) + er, (-vi,) + ei
             sum_r, sum_i = sum_r - vr, sum_i - vi
             pr, pi = _source(gr[7 - c], gi[7 - c], br[7 - c], bi[7 - c])

@@ -76,11 +76,12 @@ def resolvent_diagonal(
     Range. With 32-bit inputs, a shift beyond 2^40 (about 1e12), or nearer to the real axis than 2^-40, is computed and
     differentiated in 64 bits (a tensor z that is traced or mapped over is not: its values cannot be asked for). Apart
     from that the numbers must fit the precision of the computation: the result and its derivatives, the products
-    ``b c`` (where one overflows, dependent outputs are NaN; one that underflows counts as 0) and, for the gradients of
-    b and c, dL/d(b c), a term of the third power of the result: infinite or 0 where pivots leave 2^-40 ... 2^40 (2^-340 ...
-    2^340 in 64 bits). Backends "cpu" and "reference" need no more. "triton" gives NaN where a modulus of a pivot leaves
-    2^-63 ... 2^63 (2^-511 ... 2^511), because it squares them; "torch" computes 32-bit inputs in 64 bits, and needs
-    64-bit ones not to have all moduli beyond 2^340, or below 2^-340: digits are lost there, or the result is NaN.
+    ``b c`` (where one overflows, dependent outputs are NaN; one that underflows counts as 0, and so do factors ``b c L^2``
+    and ``b c R^2`` of a gradient) and, for the gradients of b and c, dL/d(b c), a term of the third power of the result:
+    infinite or 0 where pivots leave 2^-40 ... 2^40 (2^-340 ... 2^340 in 64 bits). Backends "cpu" and "reference" need no
+    more. "triton" gives NaN where a modulus of a pivot leaves 2^-63 ... 2^63 (2^-511 ... 2^511), because it squares them;
+    "torch" computes 32-bit inputs in 64 bits, and needs 64-bit ones not to have all moduli beyond 2^340, or below 2^-340:
+    digits are lost there, or the result is NaN.
 
     Raises:
         TypeError: not tensors or numbers, integer or boolean tensors.

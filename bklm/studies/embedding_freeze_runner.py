@@ -280,7 +280,7 @@ class Runner:
                 accelerator=self.accelerator,
                 unk_id=self.text.unk_id,
                 folder=folder / "checkpoints",
-                label=f"{arm.name}, {samples} samples, seed {seed}, learning rate {rate:g}",
+                label=f"{arm.name}, {samples} samples, seed {seed}",
                 on_step=self.progress.step,
                 on_skip=self.progress.skip,
             )

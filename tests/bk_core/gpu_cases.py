@@ -324,3 +324,16 @@ def test_extreme_shifts_are_right_through_the_operator(causal):
     for z in (1e20j, 1e-20j):
         G = resolvent_diagonal(torch.zeros(2, 5, device=DEVICE), 0.0, 0.0, z, causal=causal, backend="triton")
         assert ((G * z + 1).abs() < 1e-6).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("exponent", [-58, 58])
+@pytest.mark.parametrize("complex_k", [False, True])
+def test_gradients_are_right_where_third_powers_of_the_result_leave_the_range(exponent, causal, complex_k):
+    gbar, a, k, z = problem(2, 20, F32, complex_k=complex_k)
+    s = 2.0**exponent
+    G = gpu.forward(a * s, k * s * s, z * s, causal)[0]
+    grad_a = gpu.backward(gbar, a * s, k * s * s, z * s, G, (), causal, False, False)[0]
+    expected_G, D, _ = recurrence(gbar, a, k, z, causal)
+    assert error(G.to(torch.complex128) * s, expected_G) < 1e-5
+    assert error(grad_a.double() * s * s, D.real) < 1e-5

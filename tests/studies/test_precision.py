@@ -166,7 +166,7 @@ def test_the_small_print_says_over_how_many_rows_an_error_is_the_worst():
     def cells(*sizes):
         return {str(n): {"part": "accuracy", "settings": {"n": n, "rows": accuracy_rows(n)}} for n in sizes}
 
-    config = PrecisionConfig(profile="smoke")
+    config = PrecisionConfig(profile="smoke", reference_n=16)
     assert "worst of 32 rows;" in errors_note(config, cells(128, 2048), "cpu")
     longer = errors_note(config, cells(128, 32_768, 131_072), "cpu")
     assert "worst of 32 rows up to N = 32,768, of fewer beyond (8 at N = 131,072);" in longer
