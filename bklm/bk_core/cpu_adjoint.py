@@ -76,17 +76,20 @@ def _adjoint_right(s, tile, lanes):
 
 @jit
 def _adjoint_causal(s, tile, lanes):
-    """u_j = L_j^2 (conj(gbar_j) + k_j u_{j+1}), from the last step to the first; D_j = -u_j."""
+    """u_j = L_j^2 conj(gbar_j) + k_j L_j^2 u_{j+1}, from the last step to the first; D_j = -u_j."""
     for c in range(tile):
         j = tile - c
         for w in range(lanes):
             k = s[at(j, COUPLING) + w]
-            m_re = s[at(j, SOURCE) + w] + k * s[at(j + _1, ADJOINT_L) + w]
-            m_im = s[at(j, SOURCE + _1) + w] + k * s[at(j + _1, ADJOINT_L + _1) + w]
             re, im = s[at(j, LEFT) + w], s[at(j, LEFT + _1) + w]
-            m_re, m_im = m_re * re - m_im * im, m_re * im + m_im * re
-            s[at(j, ADJOINT_L) + w] = m_re * re - m_im * im
-            s[at(j, ADJOINT_L + _1) + w] = m_re * im + m_im * re
+            p_re, p_im = s[at(j, SOURCE) + w], s[at(j, SOURCE + _1) + w]
+            p_re, p_im = p_re * re - p_im * im, p_re * im + p_im * re
+            p_re, p_im = p_re * re - p_im * im, p_re * im + p_im * re
+            k_re, k_im = k * re, k * im
+            q_re, q_im = k_re * re - k_im * im, k_re * im + k_im * re
+            re, im = s[at(j + _1, ADJOINT_L) + w], s[at(j + _1, ADJOINT_L + _1) + w]
+            s[at(j, ADJOINT_L) + w] = p_re + (q_re * re - q_im * im)
+            s[at(j, ADJOINT_L + _1) + w] = p_im + (q_re * im + q_im * re)
 
 
 @jit

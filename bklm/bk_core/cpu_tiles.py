@@ -90,6 +90,12 @@ def any_out_of_range(s, field, tile, used):
     """Whether a result at steps 1 ... tile of the first ``used`` lanes is NaN, or may come from a square out of range."""
     least, most = _safe_moduli(s)
     found = False
+    if used == _LANES:  # a field's steps lie one after the other: one long loop
+        re, im = at(_1, field), at(_1, field + _1)
+        for i in range(tile * _LANES):
+            size = abs(s[re + i]) + abs(s[im + i])
+            found |= not (least <= size <= most)
+        return found
     for j in range(_1, tile + _1):
         for w in range(used):
             size = abs(s[at(j, field) + w]) + abs(s[at(j, field + _1) + w])

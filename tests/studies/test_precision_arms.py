@@ -128,7 +128,9 @@ def test_what_has_overflowed_is_called_not_finite_and_zeros_are_called_zero():
 def test_all_ways_to_take_a_batchs_gradients_agree(part):
     found = dict(precision_parts.differences(part(batch=11, length=12, seed=0, device="cpu")))
     assert max(found.values()) < 1e-4
-    assert all(v < 1e-11 for name, v in found.items() if "complex64" not in name and name != "bklm")
+    assert all(
+        v < 1e-11 for name, v in found.items() if "complex64" not in name and not name.startswith("bklm")
+    )
 
 
 def test_the_analytic_mixture_computes_what_autograd_computes_and_the_selected_one_differs_in_the_router():
