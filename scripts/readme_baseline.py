@@ -11,6 +11,7 @@ the two `baseline` comments of both pages is replaced.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -24,6 +25,7 @@ from bklm.reporting import command_words
 from bklm.studies.baseline import BaselineConfig
 from bklm.studies.baseline_models import TITLES
 from bklm.studies.baseline_table import (
+    REPORTED_EPOCHS,
     REPORTED_PPL,
     readable_contexts,
     readable_cost,
@@ -36,6 +38,7 @@ NAMES = {
     "peps": "Python Enhancement Proposals",
     "original": "WikiText-2 sample, windows and schedule of the original",
 }
+ORIGINAL_WINDOWS = 51_026  # training windows an epoch, reported by the original
 FILES = (
     "training_curves.png", "context_lengths.png", "table.csv", "learning_rates.csv", "epochs.csv", "summary.json",
 )  # fmt: skip
@@ -49,8 +52,9 @@ a CPU. Vocabulary: the {vocab:,} most frequent words in lower case, and a token 
 AS_PUBLISHED = """
 **As published**: NewLLM alone with the original's windows of lines, learning rate {rate} and clipping, seed {seed}, on
 the same sample. Lowest validation PPL {ppl} at epoch {epoch} of {epochs} (without `<unk>` {known}); {count_name} of the
-same windows: {count}. The original had more than eight times this text, and so as many more steps in 27 epochs: its
-{reported} can be approached here, not repeated.
+same windows: {count}. The original had more than eight times this text: these {steps:,} steps are {their_epochs:.1f} of
+its epochs, and it reported {before[val_ppl]} after {before[epoch]} and {after[val_ppl]} after {after[epoch]}; the
+{reported} after 27 would take its text.
 """
 
 COMMANDS = """```bash
@@ -190,6 +194,7 @@ class Study:
         """One training with the original's protocol, in a few sentences."""
         (row,), config = self.summary["table"], self.config
         count = min(self.summary["baselines"], key=lambda b: b["val_ppl"])
+        their_epochs = row["steps"] / math.ceil(ORIGINAL_WINDOWS / config["batch_size"])
         return AS_PUBLISHED.format(
             rate=f"{row['learning_rate']:g}",
             seed=config["seeds"][0],
@@ -199,6 +204,10 @@ class Study:
             known=f"{row['val_ppl_without_unk']:.1f}",
             count_name=count["name"],
             count=f"{count['val_ppl']:.2f}",
+            steps=row["steps"],
+            their_epochs=their_epochs,
+            before=max((e for e in REPORTED_EPOCHS if e["epoch"] <= their_epochs), key=lambda e: e["epoch"]),
+            after=min((e for e in REPORTED_EPOCHS if e["epoch"] > their_epochs), key=lambda e: e["epoch"]),
             reported=REPORTED_PPL,
         )
 
