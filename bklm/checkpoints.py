@@ -12,13 +12,13 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
 import secrets
 import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError  # what torch.load raises of a file that it will not read
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ _TORCH_WORDS = "inline_container"  # torch.save's own error, a plain RuntimeErro
 # What shows that a file is not there or does not hold what was written; anything else may be gone at the next attempt.
 _DAMAGE = (
     FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, EOFError, RecursionError,
-    pickle.UnpicklingError, SafetensorError,
+    UnpicklingError, SafetensorError,
 )  # fmt: skip
 
 _NAME = re.compile(r"epoch_(\d+)(?:_ppl_(\d+\.\d+|\d(?:\.\d+)?e\d+))?")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +15,10 @@ from torch import Tensor
 from bklm.moe_core import NonFiniteRouterError
 from bklm.processes import add_up
 
-__all__ = ["FiniteCheck", "NonFiniteError"]
+__all__ = ["FiniteCheck", "NonFiniteError", "twice"]
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MOST_SKIPPED = 20  # steps in a row; the scaler halves its factor at each, a millionth is then no help any more
 
@@ -27,6 +32,22 @@ class NonFiniteError(RuntimeError):
     def __init__(self, what: str, advice: str = "") -> None:
         super().__init__(what + advice)
         self.what = what
+
+
+def twice(attempt: Callable[[], T]) -> T:
+    """What ``attempt`` returns; where it meets a non-finite number, it is called once more.
+
+    Trainings repeat bit for bit from a checkpoint: a divergence comes back, a fault of the moment does not, and leaves no
+    trace in the numbers.
+
+    Raises:
+        NonFiniteError: of the second attempt.
+    """
+    try:
+        return attempt()
+    except NonFiniteError as error:
+        log.warning("%s; it is repeated, to tell a divergence from a fault of the moment.", error.what)
+    return attempt()
 
 
 class FiniteCheck:

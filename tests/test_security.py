@@ -38,6 +38,11 @@ def keyword(call: ast.Call, name: str) -> str | None:
     return next((ast.unparse(k.value) for k in call.keywords if k.arg == name), None)
 
 
+def only_an_exception(node: ast.ImportFrom) -> bool:
+    """To catch what torch.load raises; nothing can be executed with it."""
+    return (node.module, [a.name for a in node.names]) == ("pickle", ["UnpicklingError"])
+
+
 @pytest.mark.parametrize("path", [*SOURCES, *NOTEBOOKS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_nothing_is_unpickled_evaluated_or_given_to_a_shell(path):
     for name, call in calls(path):
@@ -53,7 +58,8 @@ def test_nothing_is_unpickled_evaluated_or_given_to_a_shell(path):
             assert not isinstance(call.args[0], ast.JoinedStr | ast.BinOp), "a command built as one string"
     for node in ast.walk(ast.parse(code_of(path))):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom) and not only_an_exception(node):
+            names.append(node.module or "")
         assert not {n.split(".")[0] for n in names} & EXECUTE_WHAT_THEY_READ
 
 

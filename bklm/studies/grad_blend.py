@@ -22,6 +22,7 @@ from safetensors.torch import load_model, save_model
 from bklm.checkpoints import CheckpointFolder, read_weights, replacing, write_json
 from bklm.config import TextStudyConfig, setting
 from bklm.models import ResNetBK, ResNetBKConfig
+from bklm.non_finite import twice
 from bklm.records import EPOCH_KEYS
 from bklm.reporting import as_text
 from bklm.studies import cli
@@ -306,21 +307,24 @@ class _Runner:
             self.progress.skip(self.steps_per_epoch * epochs)
             return recorded
         config, text = self.config, self.text
-        torch.manual_seed(seed)
         settings = model_config(config, text.vocab_size, alpha)
-        model = ResNetBK(settings).to(self.accelerator.device)
         early = folder / "directions_after_one_epoch.json"
         if (folder / "checkpoints").exists() and read_result(early, {"directions": list}) is None:
             log.warning("%s is missing or damaged, so this trial starts again from its first epoch.", early)
             CheckpointFolder(folder / "checkpoints").remove()
-
-        def measure_early(record: EpochRecord) -> None:
-            if record.epoch == 1:
-                write_json(early, {"directions": self._directions(model)})
-
         started, done_before = time.perf_counter(), self.progress.done
-        try:
-            records = train(
+
+        def attempt() -> tuple[ResNetBK, list[EpochRecord]]:
+            """Train from the seed's first weights, or from the last good checkpoint."""
+            self.progress.skip(done_before - self.progress.done)
+            torch.manual_seed(seed)
+            model = ResNetBK(settings).to(self.accelerator.device)
+
+            def measure_early(record: EpochRecord) -> None:
+                if record.epoch == 1:
+                    write_json(early, {"directions": self._directions(model)})
+
+            return model, train(
                 model,
                 text.train_loader(seed=seed),
                 text.val_loader(),
@@ -340,6 +344,9 @@ class _Runner:
                 on_skip=self.progress.skip,
                 on_epoch=measure_early,
             )
+
+        try:
+            model, records = twice(attempt)
         except NonFiniteError as error:  # an answer, too: the others are worth reporting without it
             self.progress.skip(done_before + self.steps_per_epoch * epochs - self.progress.done)
             return self._record_diverged(alpha, seed, error, time.perf_counter() - started, folder)
