@@ -336,9 +336,8 @@ def _crc32(path: Path) -> int:
 
 def _set_mode(path: Path, mode: int) -> None:
     """Give a file the permissions it was made with; safetensors puts one of its own, closed to others, in its place."""
-    if (
-        path.stat().st_mode & 0o777 != mode & 0o777
-    ):  # else not touched: some mounted folders know no permissions
+    # One that has them is not touched: some mounted folders know no permissions.
+    if path.stat().st_mode & 0o777 != mode & 0o777:
         path.chmod(mode & 0o777)
 
 

@@ -165,7 +165,7 @@ def with_ambient_folder(values: dict[str, Any]) -> dict[str, Any]:
     """A config's values, ``data_dir`` taken from the environment where `bklm.data.load_corpus` would take it from there."""
     if "dataset" not in values or values["dataset"] in WITHOUT_FOLDER or values.get("data_dir"):
         return values
-    return {**values, "data_dir": os.environ.get("BKLM_DATA_DIR")}
+    return {**values, "data_dir": os.environ.get("BKLM_DATA_DIR") or None}
 
 
 @dataclass(frozen=True, kw_only=True)

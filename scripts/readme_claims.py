@@ -82,7 +82,7 @@ def baseline_rows() -> list[dict[str, str]]:
     return [
         row(
             "NewLLM reaches PPL 23.34 on WikiText-2; nothing stands beside it",
-            f"its protocol on an eighth of the text: {its['val_ppl']:.1f}, {its_count['name']} of the same windows "
+            f"its protocol on an eighth of the text, one seed: {its['val_ppl']:.1f}, {its_count['name']} of the same windows "
             f"{its_count['val_ppl']:.1f}; with equal parameters, text and steps ({summary['table'][0]['steps']:,}): "
             f"{listed}, {count['name']} {count['val_ppl']:.1f}",
             "last of the three" if max(ppl, key=ppl.get) == "NewLLM" else "beats a competitor",

@@ -71,9 +71,8 @@ class _Job:
     cells_done: int = 0
     error: str | None = None
     has_ended: bool = False
-    is_explained: bool = (
-        False  # by the process's own last word, or by whoever stopped it; else its exit code tells
-    )
+    # By the process's own last word, or by whoever stopped it; else its exit code tells.
+    is_explained: bool = False
 
 
 def run_batch(

@@ -284,9 +284,8 @@ class Runner:
                 on_step=self.progress.step,
                 on_skip=self.progress.skip,
             )
-        except (
-            NonFiniteError
-        ) as error:  # in the search an answer, too; after it the others are worth reporting without it
+        except NonFiniteError as error:
+            # In the search an answer, too; after it the others are worth reporting without it.
             log.warning("%s It is recorded as diverged; delete %s to train it again.", error, folder)
             trained = {"val_ppl": None, "accuracy": None, "parameters": model.num_parameters(), "epochs": []}
             trained["reason"] = str(error)
