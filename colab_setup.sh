@@ -75,7 +75,7 @@ make_environment() { # folder, name of its stamp, Python to make it from, words 
 run() {
     local name=01_grad_blend_sweep output_dir running reached="" status=0
     set -- -p headless True -p dataset embedded "$@"
-    output_dir=$("$PY" -m bklm.batch.words "notebooks/$name.ipynb" "$@") || exit
+    output_dir=$("$PY" -m bklm.batch.papermill_words "notebooks/$name.ipynb" "$@") || exit
     step="running notebooks/$name.ipynb"
     mkdir -p "$output_dir" || fail "cannot create $output_dir; choose another folder with -p output_dir DIR."
     running="$output_dir/$name.running.ipynb"
@@ -92,7 +92,7 @@ run() {
     step="adding the executed notebook to the results zip"
     mv "$running" "$output_dir/$name.ipynb"
     printf '\nThe executed notebook and its HTML are now in the zip too:\n'
-    "$PY" -m bklm.reporting "$output_dir/grad_blend" --notebook "$output_dir/$name.ipynb"
+    "$PY" -m bklm.harness.bundle "$output_dir/grad_blend" --notebook "$output_dir/$name.ipynb"
     rm "$output_dir/$name.ipynb" "$output_dir/.papermill.log"
 }
 

@@ -28,7 +28,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bklm.bk_core import gpu, torch_backend
+from bklm.bk_core import torch_backend
+from bklm.bk_core.gpu import backend as gpu
 
 SIZES = [
     (32, 128),

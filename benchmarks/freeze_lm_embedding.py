@@ -19,15 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from bklm.checkpoints import replacing, write_json
-from bklm.fixed_point import FixedPointSettings, train_context
+from bklm.files.atomic import read_result, replacing, write_json
+from bklm.harness.report import as_text, write_csv
+from bklm.harness.statistics import Perplexity
 from bklm.models import ContextTokenConfig, ContextTokenLM
-from bklm.reporting import Perplexity, as_text, write_csv
-from bklm.studies.embedding_freeze import EmbeddingFreezeConfig, run_embedding_freeze
-from bklm.studies.embedding_freeze_phase2 import train_phase2
-from bklm.studies.embedding_freeze_text import FreezeText, prepare_text
-from bklm.studies.folder import read_result
-from bklm.training import make_accelerator
+from bklm.studies.embedding_freeze.config import EmbeddingFreezeConfig
+from bklm.studies.embedding_freeze.phase2 import train_phase2
+from bklm.studies.embedding_freeze.run import run_embedding_freeze
+from bklm.studies.embedding_freeze.text import FreezeText, prepare_text
+from bklm.training.processes import make_accelerator
+from bklm.training.two_phase.phase1 import FixedPointSettings, train_context
 
 CONTEXT_TOKENS = 100_000  # of which phase 1 learns; more change little
 HELD_OUT = 20_000  # tokens of the documents kept apart that the table's own training is scored on

@@ -30,10 +30,13 @@ from _timing import Timing, duration, print_table, take_turns
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bklm.context_cache import build
-from bklm.fixed_point import FixedPointSettings, corpus_contexts, train_context
 from bklm.models import ContextTokenConfig, ContextTokenLM
-from bklm.training import TrainingSettings, make_accelerator, train
+from bklm.training.loop import train
+from bklm.training.processes import make_accelerator
+from bklm.training.schedules import TrainingSettings
+from bklm.training.two_phase.contexts import corpus_contexts
+from bklm.training.two_phase.phase1 import FixedPointSettings, train_context
+from bklm.training.two_phase.phase2 import build
 
 BATCH = 512
 

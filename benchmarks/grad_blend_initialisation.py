@@ -14,11 +14,14 @@ from pathlib import Path
 
 import torch
 
+from bklm.harness.report import as_text, write_csv
+from bklm.harness.text import prepare_text
 from bklm.models import ResNetBK
-from bklm.reporting import as_text, write_csv
-from bklm.studies.grad_blend import GradBlendConfig, model_config
-from bklm.studies.text import prepare_text
-from bklm.training import TrainingSettings, make_accelerator, train
+from bklm.studies.grad_blend.config import GradBlendConfig
+from bklm.studies.grad_blend.run import model_config
+from bklm.training.loop import train
+from bklm.training.processes import make_accelerator
+from bklm.training.schedules import TrainingSettings
 
 
 def main() -> None:

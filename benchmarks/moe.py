@@ -36,9 +36,9 @@ from _timing import peak_memory
 from torch import Tensor
 from tqdm import tqdm
 
-from bklm.moe_core import Settings
-from bklm.moe_ops import draw, mixture
-from bklm.moe_reference import dense_moe, looped_moe
+from bklm.moe.analytic import Settings
+from bklm.moe.ops import draw, mixture
+from bklm.moe.reference import dense_moe, looped_moe
 
 MB = 2**20
 DROPOUT = 0.1

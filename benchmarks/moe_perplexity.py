@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bklm.moe import usage_entropy
-from bklm.reporting import Perplexity, as_text, write_csv
-from bklm.studies.folder import read_result
-from bklm.studies.grad_blend import GradBlendConfig, run_grad_blend
+from bklm.files.atomic import read_result
+from bklm.harness.report import as_text, write_csv
+from bklm.harness.statistics import Perplexity
+from bklm.moe.layer import usage_entropy
+from bklm.studies.grad_blend.config import GradBlendConfig
+from bklm.studies.grad_blend.run import run_grad_blend
 
 ARMS = {
     "4 experts, exact router gradient": {"num_experts": 4, "router_gradient": "exact"},

@@ -15,21 +15,16 @@ BEGIN, END = "<!-- modules -->", "<!-- end of modules -->"
 
 # From the bottom to the top. A module may import from its own layer and from those below it.
 LAYERS = {
-    "Foundations: import nothing else of bklm": (
-        "bk_core", "data", "config", "checkpoints", "memory", "processes", "schedules",
-        "locks",
-    ),
-    "Mixture of experts": ("moe", "moe_core", "moe_ops", "moe_reference"),
+    "Foundations: import nothing else of bklm": ("files", "bk_core", "moe", "data"),
     "Models": ("models",),
-    "Training": (
-        "training", "evaluation", "records", "resuming", "out_of_memory", "non_finite", "quantise", "fixed_point",
-        "corpus_contexts", "context_store", "context_cache",
-    ),
-    "Reports": ("reporting", "figures"),
+    "Training": ("training",),
+    "Compression": ("compression",),
+    "Harness: what every study does": ("harness",),
     "Studies": ("studies",),
-    "Users' side": ("notebook", "notebook_controls", "notebook_form", "notebook_run", "selftest", "batch"),
-}  # fmt: skip
-ALONE = ("bk_core", "data", "config", "checkpoints", "memory", "processes", "schedules", "locks")
+    "Notebooks": ("notebook",),
+    "Batches": ("batch",),
+}
+ALONE = ("files", "bk_core", "moe", "data")
 
 
 def files(package: Path = PACKAGE) -> dict[str, Path]:

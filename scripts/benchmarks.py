@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bklm.reporting import git_revision
+from bklm.harness.machine import git_revision
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUTS = ROOT / "docs" / "results" / "benchmarks"

@@ -4,7 +4,7 @@
 
 All are output folders of `bklm.studies.baseline` (each holds baseline/): on the WikiText-2 sample, on the Python
 Enhancement Proposals, and NewLLM with protocol "original" on the first of these texts. The first one's also holds
-int8.csv of NewLLM, from `bklm.studies.baseline_int8.int8_rows`. Tables and figures go to docs/results, the text between
+int8.csv of NewLLM, from `bklm.studies.baseline.int8.int8_rows`. Tables and figures go to docs/results, the text between
 the two `baseline` comments of both pages is replaced.
 """
 
@@ -21,10 +21,10 @@ from pathlib import Path
 import pandas as pd
 from readme_section import DOCS, markdown_table, write_details, write_digest
 
-from bklm.reporting import command_words
-from bklm.studies.baseline import BaselineConfig
-from bklm.studies.baseline_models import TITLES
-from bklm.studies.baseline_table import (
+from bklm.harness.report import command_words
+from bklm.studies.baseline.config import BaselineConfig
+from bklm.studies.baseline.models import TITLES
+from bklm.studies.baseline.tables import (
     REPORTED_EPOCHS,
     REPORTED_PPL,
     readable_contexts,
@@ -175,7 +175,7 @@ class Study:
         given |= {"data_dir": "FOLDER", "output_dir": f"results/{self.key}"}
         given.pop("keep_checkpoints", None)
         config = BaselineConfig(**given)
-        words = command_words("bklm.studies.baseline", config)
+        words = command_words(config)
         kept, i = words[:3], 3
         while i < len(words):  # a flag and its values
             j = i + 1

@@ -14,8 +14,8 @@ import pandas as pd
 from readme_freeze import changes_by_table
 from readme_section import DOCS, markdown_table, write_digest
 
-from bklm.reporting import Perplexity
-from bklm.studies.baseline_models import TITLES
+from bklm.harness.statistics import Perplexity
+from bklm.studies.baseline.models import TITLES
 
 ANNOUNCED = {  # as docs/results/precision_claims.csv names them
     "mixed precision": "Mixed precision is {} faster",

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from readme_section import DOCS, markdown_table, write_details, write_digest
 
-from bklm.reporting import Perplexity, with_interval
-from bklm.studies.embedding_freeze_arms import INEQUALITY
-from bklm.studies.embedding_freeze_table import REPORTED
+from bklm.harness.statistics import Perplexity, with_interval
+from bklm.studies.embedding_freeze.config import INEQUALITY
+from bklm.studies.embedding_freeze.tables import REPORTED
 
 REPORT = """\
 The original reported that freezing GPT-2's embedding lowers perplexity by 66-72%; its "trained" arm did not train the

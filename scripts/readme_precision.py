@@ -15,8 +15,8 @@ from pathlib import Path
 import pandas as pd
 from readme_section import DOCS, markdown_table, write_details, write_digest
 
-from bklm.studies.precision_claims import claims_readable
-from bklm.studies.precision_tables import summary_readable
+from bklm.studies.precision.claims import claims_readable
+from bklm.studies.precision.tables import summary_readable
 
 COMMAND = """```bash
 python -m bklm.studies.precision --profile quick --output_dir results/precision

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from readme_section import DOCS, write_details, write_digest
 
-from bklm.reporting import Perplexity, interval95
+from bklm.harness.statistics import Perplexity, interval95
 
 SETTINGS = """Validation perplexity over {seeds} seeds (mean, 95% interval), {epochs} epochs, batch {batch}, learning rate {rate}, on a WikiText-2 sample
 ("wikitext-2-mini", SHA-256 {sha}...): train is the official test split, valid and test the two halves of the official validation

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from bklm.studies.grad_blend import GradBlendConfig
+from bklm.studies.grad_blend.config import GradBlendConfig
 
 # On a busy machine an example may take any time: that says nothing about the code. pytest-timeout stops what hangs.
 settings.register_profile("bklm", deadline=None, print_blob=True)

@@ -10,16 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
-from bklm import checkpoints
-from bklm.checkpoints import (
-    CheckpointFolder,
-    ReadError,
-    is_checkpoint,
-    perplexity_of,
-    read_weights,
-    replacing,
-    write_json,
-)
+from bklm.files.atomic import ReadError, replacing, write_json
+from bklm.training import checkpoints
+from bklm.training.checkpoints import CheckpointFolder, is_checkpoint, perplexity_of, read_weights
 
 
 def test_an_error_while_writing_leaves_the_old_content_and_no_litter(tmp_path):

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bklm.config import WITHOUT_FOLDER
 from bklm.data import CORPUS_NAMES, load_corpus
-from bklm.notebook_form import FORMS
-from bklm.studies.baseline import BaselineConfig
-from bklm.studies.cli import parse
-from bklm.studies.embedding_freeze import EmbeddingFreezeConfig
-from bklm.studies.estimate import text_size
-from bklm.studies.grad_blend import FULL_GRID, GradBlendConfig
+from bklm.harness.cli import parse
+from bklm.harness.config import WITHOUT_FOLDER
+from bklm.harness.estimate import text_size
+from bklm.notebook.form import FORMS
+from bklm.studies.baseline.config import BaselineConfig
+from bklm.studies.embedding_freeze.config import EmbeddingFreezeConfig
+from bklm.studies.grad_blend.config import FULL_GRID, GradBlendConfig
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from bklm import context_store
-from bklm.context_cache import build
-from bklm.context_store import choose_plan
-from bklm.fixed_point import FixedPointSettings, train_context
 from bklm.models import ContextTokenConfig, ContextTokenLM
-from bklm.training import TrainingSettings, evaluate, make_accelerator, train
+from bklm.training.evaluation import evaluate
+from bklm.training.loop import train
+from bklm.training.processes import make_accelerator
+from bklm.training.schedules import TrainingSettings
+from bklm.training.two_phase import store as context_store
+from bklm.training.two_phase.phase1 import FixedPointSettings, train_context
+from bklm.training.two_phase.phase2 import build
+from bklm.training.two_phase.store import choose_plan
 
 VOCABULARY, WIDTH, LAYERS = 40, 8, 5
 TRAIN, VALID = 300, 90

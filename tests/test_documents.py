@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from bklm.batch.plan import check_parameters, read_runs
-from bklm.studies.cli import parse
+from bklm.harness.cli import parse
+from bklm.studies import configs
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*.md")])
@@ -63,8 +64,7 @@ def check_papermill(words: list[str]) -> None:
 def check_study(module: str, words: list[str]) -> None:
     if words == ["--help"]:
         return
-    study = importlib.import_module(module)
-    (config_class,) = [v for n, v in vars(study).items() if n.endswith("Config") and v.__module__ == module]
+    (config_class,) = [c for c in configs() if c.package() == module]
     parse(config_class, words).resolved()
 
 

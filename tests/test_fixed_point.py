@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bklm import corpus_contexts as corpus_contexts_module
-from bklm import fixed_point
-from bklm.fixed_point import FixedPointSettings, corpus_contexts, effective_rank, train_context
 from bklm.models import ContextTokenConfig, ContextTokenLM
+from bklm.training.two_phase import contexts as corpus_contexts_module
+from bklm.training.two_phase import phase1 as fixed_point
+from bklm.training.two_phase.contexts import corpus_contexts
+from bklm.training.two_phase.phase1 import FixedPointSettings, effective_rank, train_context
 
 VOCABULARY = 40
 

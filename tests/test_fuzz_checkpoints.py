@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bklm.batch.plan import read_runs
-from bklm.checkpoints import CheckpointFolder
-from bklm.studies.folder import read_result
+from bklm.files.atomic import read_result
+from bklm.training.checkpoints import CheckpointFolder
 
 FILES = ("model.safetensors", "state.pt", "sums.json")
 SLOW_IS_FINE = settings(

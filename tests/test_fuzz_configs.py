@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bklm.harness.cli import parse
 from bklm.studies import BaselineConfig, EmbeddingFreezeConfig, GradBlendConfig, PrecisionConfig
-from bklm.studies.cli import parse
 
 CONFIGS = (GradBlendConfig, PrecisionConfig, BaselineConfig, EmbeddingFreezeConfig)
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -1, 1, 2**63, 1e308, -0.0, math.nan, math.inf])

@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from bklm.locks import lock
+from bklm.files.locks import lock
 
 HOLD = """
 import fcntl, sys
 def refuse(*arguments): raise OSError({errno}, "refused")
 if {errno}: fcntl.flock = refuse
 from pathlib import Path
-from bklm.locks import lock
+from bklm.files.locks import lock
 held = lock(Path(sys.argv[1]), "busy")
 print("held", flush=True)
 sys.stdin.read()

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from bklm import moe_core
-from bklm.moe import AnalyticMoE
-from bklm.moe_core import Settings
-from bklm.moe_ops import draw, mixture
-from bklm.moe_reference import balance_loss, dense_moe, gates, looped_moe
+from bklm.moe import analytic as moe_core
+from bklm.moe.analytic import Settings
+from bklm.moe.layer import AnalyticMoE
+from bklm.moe.ops import draw, mixture
+from bklm.moe.reference import balance_loss, dense_moe, gates, looped_moe
 
 D, H = 12, 24
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bklm.moe import AnalyticMoE, total_balance_loss, unused_experts, usage_entropy
-from bklm.moe_core import Settings
-from bklm.moe_ops import draw
-from bklm.moe_reference import dense_moe
+from bklm.moe.analytic import Settings
+from bklm.moe.layer import AnalyticMoE, total_balance_loss, unused_experts, usage_entropy
+from bklm.moe.ops import draw
+from bklm.moe.reference import dense_moe
 
 D, H = 12, 24
 PARAMETERS = ["router.weight", "router.bias", "up_weight", "up_bias", "down_weight", "down_bias"]

@@ -13,13 +13,20 @@ import pytest
 import torch
 from torch import nn
 
-from bklm.checkpoints import CheckpointFolder
 from bklm.data import make_loader, windows
-from bklm.evaluation import evaluate
 from bklm.models import NewLLM, NewLLMConfig
-from bklm.processes import add_up_gradients, broadcast, main_first, make_accelerator, own_rows, require_launch
-from bklm.schedules import TrainingSettings
-from bklm.training import train
+from bklm.training.checkpoints import CheckpointFolder
+from bklm.training.evaluation import evaluate
+from bklm.training.loop import train
+from bklm.training.processes import (
+    add_up_gradients,
+    broadcast,
+    main_first,
+    make_accelerator,
+    own_rows,
+    require_launch,
+)
+from bklm.training.schedules import TrainingSettings
 
 VOCABULARY = 20
 SETTINGS = TrainingSettings(epochs=3, learning_rate=3e-3, clip=1.0, weight_decay=0.0)

@@ -6,7 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bklm.evaluation import evaluate
+from bklm.compression.int8 import (
+    load_quantised,
+    quantisation_report,
+    quantised,
+    save_quantised,
+    with_float_products,
+)
 from bklm.models import (
     GPT,
     ContextTokenConfig,
@@ -17,7 +23,7 @@ from bklm.models import (
     ResNetBK,
     ResNetBKConfig,
 )
-from bklm.quantise import load_quantised, quantisation_report, quantised, save_quantised, with_float_products
+from bklm.training.evaluation import evaluate
 
 VOCABULARY = 40
 

@@ -12,21 +12,16 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from bklm import reporting
-from bklm.evaluation import LARGEST_PERPLEXITY, Evaluation
-from bklm.figures import mean_with_error
-from bklm.reporting import (
-    Perplexity,
-    command_for,
-    environment,
-    git_revision,
-    interval95,
-    with_interval,
-    zip_study,
-)
-from bklm.studies import verdict
-from bklm.studies.cli import parse
-from bklm.studies.grad_blend import GradBlendConfig
+import bklm
+from bklm.harness import comparison as verdict
+from bklm.harness.bundle import zip_study
+from bklm.harness.cli import parse
+from bklm.harness.figures import mean_with_error
+from bklm.harness.machine import environment, git_revision
+from bklm.harness.report import command_for
+from bklm.harness.statistics import Perplexity, interval95, with_interval
+from bklm.studies.grad_blend.config import GradBlendConfig
+from bklm.training.evaluation import LARGEST_PERPLEXITY, Evaluation
 
 
 def test_the_interval_is_students_for_the_number_of_seeds():
@@ -60,7 +55,7 @@ def test_the_revision_is_that_of_the_packages_own_checkout_and_of_none_around_it
     git("commit", "-q", "--allow-empty", "-m", "first")
     found = {}
     for inside in ("bklm", "copy/bklm", "venv/lib/bklm"):
-        monkeypatch.setattr(reporting, "__file__", str(tmp_path / inside / "reporting.py"))
+        monkeypatch.setattr(bklm, "__file__", str(tmp_path / inside / "__init__.py"))
         found[inside] = git_revision()
     assert found == {
         "bklm": git("rev-parse", "HEAD"),
@@ -118,7 +113,7 @@ def test_zipping_a_study_that_is_not_there_says_so(tmp_path):
 
 def test_the_recorded_command_repeats_the_config():
     config = GradBlendConfig(profile="smoke", alphas=(0, 0.25), data_dir="a folder", causal=False).resolved()
-    words = command_for("bklm.studies.grad_blend", config)
+    words = command_for(config)
     import shlex
 
     assert parse(GradBlendConfig, shlex.split(words)[3:]) == config

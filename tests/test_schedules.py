@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bklm.schedules import TrainingSettings, epochs_without_improvement, learning_rate_factor, parse_clip
+from bklm.training.schedules import (
+    TrainingSettings,
+    epochs_without_improvement,
+    learning_rate_factor,
+    parse_clip,
+)
 
 
 def test_the_originals_schedule_clips_at_a_half_then_one_then_two():

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from bklm.batch.run import Outcome
+from bklm.batch.plan import Outcome
 from bklm.batch.summary import write_summary
 
 ROOT = Path(__file__).resolve().parents[1]

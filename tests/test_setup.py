@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from bklm.batch.words import main as check_words
+from bklm.batch.papermill_words import main as check_words
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,7 +108,7 @@ def checkout(tmp_path):
 
 def test_run_checks_its_words_before_it_makes_a_folder_or_starts_papermill(checkout, tmp_path):
     done = checkout(
-        'case "$*" in *bklm.batch.words*) echo "no such word" >&2; exit 2;; *papermill*) touch started;; esac',
+        'case "$*" in *bklm.batch.papermill_words*) echo "no such word" >&2; exit 2;; *papermill*) touch started;; esac',
         *("run", "-p", "profil", "smoke"),
     )
     assert (done.returncode, done.stderr) == (2, "no such word\n")
@@ -120,7 +120,8 @@ def test_run_checks_its_words_before_it_makes_a_folder_or_starts_papermill(check
 def test_a_run_that_fails_names_its_notebook_only_where_there_is_one(checkout, tmp_path, is_written):
     write = "echo {} >out/01_grad_blend_sweep.running.ipynb;" if is_written else ""
     done = checkout(
-        f'case "$*" in *bklm.batch.words*) echo out;; *papermill*) {write} echo why >&2; exit 3;; esac', "run"
+        f'case "$*" in *bklm.batch.papermill_words*) echo out;; *papermill*) {write} echo why >&2; exit 3;; esac',
+        "run",
     )
     assert done.returncode == 3
     assert "stopped (the reason is above)" in done.stderr

@@ -12,17 +12,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bklm.checkpoints import CheckpointFolder
 from bklm.data import make_loader, windows
 from bklm.models import ResNetBK, ResNetBKConfig
-from bklm.training import (
-    NonFiniteError,
-    TrainingSettings,
-    convergence_epoch,
-    evaluate,
-    make_accelerator,
-    train,
-)
+from bklm.training.checkpoints import CheckpointFolder
+from bklm.training.evaluation import evaluate
+from bklm.training.loop import train
+from bklm.training.non_finite import NonFiniteError
+from bklm.training.processes import make_accelerator
+from bklm.training.records import convergence_epoch
+from bklm.training.schedules import TrainingSettings
 
 VOCABULARY = 20
 
@@ -311,11 +309,12 @@ def test_a_gradient_that_no_loss_scale_makes_finite_ends_the_run(monkeypatch):
 
 
 def test_a_validation_loss_that_is_no_number_and_experts_that_diverge_end_the_run_by_name(monkeypatch):
-    from bklm import training
-    from bklm.moe_core import NonFiniteRouterError
+    from bklm.moe.analytic import NonFiniteRouterError
+    from bklm.training import loop as training
+    from bklm.training.evaluation import Evaluation
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", lambda *a: training.Evaluation(math.nan, 1, 0, math.nan, 1))
+        patch.setattr(training, "evaluate", lambda *a: Evaluation(math.nan, 1, 0, math.nan, 1))
         with pytest.raises(NonFiniteError, match=r"alpha 0\.3: the validation loss after epoch 1 was nan"):
             run(make_model(), TrainingSettings(epochs=1), label="alpha 0.3")
 

@@ -24,13 +24,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import papermill
 import yaml
 
-from bklm.config import StudyConfig
-from bklm.notebook import FORMS
+from bklm.harness.config import StudyConfig
+from bklm.notebook.form import FORMS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,99}")
 TAKEN_NAMES = {
@@ -237,3 +237,22 @@ def _mapping(given: Any, place: str) -> dict[str, Any]:
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise ValueError(f"{place}: got {given!r}; allowed are names with values, such as profile: smoke.")
     return given
+
+
+OUTCOME_KEYS = {
+    "name": str, "status": str, "notebook": str, "parameters": dict, "seconds": float, "error": str | None,
+    "fingerprint": str,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run ended. ``seconds`` is its own time; "kept" is a run that an earlier batch had done."""
+
+    name: str
+    status: Literal["done", "kept", "failed"]
+    notebook: str
+    parameters: dict[str, Any]
+    seconds: float
+    error: str | None
+    fingerprint: str

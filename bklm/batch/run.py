@@ -15,38 +15,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import nbformat
 from nbconvert import HTMLExporter
 from tqdm.auto import tqdm
 
 from bklm.batch import job
-from bklm.batch.plan import Run
+from bklm.batch.plan import OUTCOME_KEYS, Outcome, Run
 from bklm.batch.summary import write_summary
-from bklm.checkpoints import replacing, write_json, write_text
-from bklm.locks import lock
-from bklm.reporting import zip_study
-from bklm.studies.folder import read_result
+from bklm.files.atomic import read_result, replacing, write_json, write_text
+from bklm.files.locks import lock
+from bklm.harness.bundle import zip_study
 
 GRACE_SECONDS = 15.0  # for a process that was asked to end, its kernel with it
-OUTCOME_KEYS = {
-    "name": str, "status": str, "notebook": str, "parameters": dict, "seconds": float, "error": str | None,
-    "fingerprint": str,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one run ended. ``seconds`` is its own time; "kept" is a run that an earlier batch had done."""
-
-    name: str
-    status: Literal["done", "kept", "failed"]
-    notebook: str
-    parameters: dict[str, Any]
-    seconds: float
-    error: str | None
-    fingerprint: str
 
 
 @dataclass(frozen=True)

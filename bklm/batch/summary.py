@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from bklm.checkpoints import write_text
+from bklm.files.atomic import write_text
 
 if TYPE_CHECKING:
-    from bklm.batch.run import Outcome
+    from bklm.batch.plan import Outcome
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }

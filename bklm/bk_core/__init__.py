@@ -6,11 +6,11 @@
 tensor([0.+0.6667j, 0.+0.3333j, 0.+0.6667j])
 """
 
-from . import reference
-from .backends import BackendUnavailableError, available_backends
-from .module import BKCore
-from .operator import resolvent_diagonal
-from .pivots import SmallPivotError
+from bklm.bk_core import reference
+from bklm.bk_core.backends import BackendUnavailableError, available_backends
+from bklm.bk_core.module import BKCore
+from bklm.bk_core.operator import resolvent_diagonal
+from bklm.bk_core.pivots import SmallPivotError
 
 __all__ = [
     "BKCore",

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, ops, pivots
-from .gradients import differentiable_backward, in_torch_convention, materialised, rows_backward
+from bklm.bk_core import backends, ops, pivots
+from bklm.bk_core.gradients import differentiable_backward, in_torch_convention, materialised, rows_backward
 
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 """Of the vmap older than torch.func, which torch.autograd itself still maps with: its tensors show no other sign."""

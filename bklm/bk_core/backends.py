@@ -18,7 +18,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import cpu, reference, torch_backend
+from bklm.bk_core import reference, torch_backend
+from bklm.bk_core.cpu import backend as cpu
 
 NAMES = ("reference", "torch", "cpu", "triton")
 
@@ -30,7 +31,7 @@ class BackendUnavailableError(OSError):
 @functools.cache
 def _gpu() -> ModuleType | None:
     """The Triton backend, imported on first use; None where it says that it is not usable."""
-    from . import gpu
+    from bklm.bk_core.gpu import backend as gpu
 
     return gpu if gpu.is_available() else None
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, torch_backend
-from .reference import conjugate, hypothesis7_gradient, local_gradient, original_gradient
+from bklm.bk_core import backends, torch_backend
+from bklm.bk_core.reference import conjugate, hypothesis7_gradient, local_gradient, original_gradient
 
 
 def materialised(x: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ import numbers
 import torch
 from torch import Tensor
 
-from . import autograd, pivots
-from .gradients import materialised
+from bklm.bk_core import autograd, pivots
+from bklm.bk_core.gradients import materialised
 
 GRADIENTS = ("exact", "local", "original")
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import backends, pivots, torch_backend
-from .gradients import differentiable_backward, in_torch_convention, materialised, rows_backward
+from bklm.bk_core import backends, pivots, torch_backend
+from bklm.bk_core.gradients import differentiable_backward, in_torch_convention, materialised, rows_backward
 
 
 @torch.library.custom_op("bklm::resolvent_diagonal", mutates_args=())

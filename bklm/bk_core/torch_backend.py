@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import conjugate
+from bklm.bk_core.reference import conjugate
 
 Matrix = tuple[Tensor, Tensor, Tensor, Tensor]
 """Entries (0, 0), (0, 1), (1, 0), (1, 1) of 2 x 2 matrices, (M, N) each: four plain tensors are several times faster than

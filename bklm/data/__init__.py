@@ -5,10 +5,11 @@ loader = make_loader(windows(tokens.train, seq_len=128), batch_size=32, shuffle=
 KneserNey(order=3).fit(tokens.train, tokens.vocab_size).perplexity(tokens.valid)
 """
 
-from .baselines import KneserNey, Unigram
-from .corpora import CORPUS_NAMES, SPLITS, Corpus, load_corpus
-from .loaders import IGNORED, Windows, get_wikitext2_dataloaders, make_loader, set_epoch, windows
-from .tokens import TokenizedCorpus, Vocabulary, tokenize_corpus
+from bklm.data.baselines import KneserNey, Unigram
+from bklm.data.corpora import CORPUS_NAMES, load_corpus
+from bklm.data.corpus import SPLITS, Corpus
+from bklm.data.loaders import IGNORED, Windows, get_wikitext2_dataloaders, make_loader, set_epoch, windows
+from bklm.data.tokens import TokenizedCorpus, Vocabulary, tokenize_corpus
 
 __all__ = [
     "CORPUS_NAMES",

@@ -22,9 +22,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .checks import require_whole
-
-__all__ = ["KneserNey", "Unigram", "perplexity"]
+from bklm.data.checks import require_whole
 
 
 def perplexity(log_probs: np.ndarray) -> float:

@@ -15,10 +15,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .checks import require_whole
-from .tokens import UNK, WORDS_AT_ONCE
-
-__all__ = ["Bpe", "gpt2_bpe", "train_bpe"]
+from bklm.data.checks import require_whole
+from bklm.data.tokens import UNK, WORDS_AT_ONCE
 
 GPT2_FILES = ("vocab.json", "merges.txt")
 GPT2_SIZE = 50_257
@@ -76,7 +74,7 @@ def gpt2_bpe(folder: str | os.PathLike[str] | None = None) -> Bpe:
         ValueError: the files are no BPE, or one of another size.
     """
     if folder is None or not str(folder):
-        from .hub_models import GPT2, fetch_file
+        from bklm.data.hub_models import GPT2, fetch_file
 
         way_on = "give gpt2_dir a folder with vocab.json and merges.txt, or choose tokenizer 'corpus'"
         files = [fetch_file(GPT2, name, way_on) for name in GPT2_FILES]

@@ -19,8 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["cache_folder", "load_or_build"]
-
 log = logging.getLogger(__name__)
 # What a file that is missing or has other bytes than ours can raise.
 _DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from numbers import Integral
 
-__all__ = ["require_whole"]
-
 
 def require_whole(name: str, value: int, least: int, why: str = "") -> int:
     """`value` as an int; ValueError naming it unless it is a whole number from `least`."""

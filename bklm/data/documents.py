@@ -12,11 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from .checks import require_whole
-from .corpora import Corpus
-from .near_duplicates import NearDuplicate, near_duplicates
-
-__all__ = ["DocumentSplit", "RemovedDocument", "split_documents"]
+from bklm.data.checks import require_whole
+from bklm.data.corpus import Corpus
+from bklm.data.near_duplicates import NearDuplicate, near_duplicates
 
 log = logging.getLogger(__name__)
 

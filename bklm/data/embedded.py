@@ -12,9 +12,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping
 
-from .corpora import SPLITS, Corpus
-
-__all__ = ["embedded_corpus", "split_topics"]
+from bklm.data.corpus import SPLITS, Corpus
 
 SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
 

@@ -16,11 +16,9 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse.linalg import svds
 
-from .cache import load_or_build
-from .checks import require_whole
-from .hub_models import GPT2, fetch_tensor, tensor_entry
-
-__all__ = ["embedding_file_shape", "gpt2_embedding", "load_embedding", "random_embedding", "svd_embedding"]
+from bklm.data.cache import load_or_build
+from bklm.data.checks import require_whole
+from bklm.data.hub_models import GPT2, fetch_tensor, tensor_entry
 
 log = logging.getLogger(__name__)
 

@@ -23,10 +23,8 @@ from itertools import product
 
 import numpy as np
 
-from .checks import require_whole
-from .corpora import SPLITS, Corpus
-
-__all__ = ["HiddenMarkovModel", "HmmCorpus", "hmm_corpus"]
+from bklm.data.checks import require_whole
+from bklm.data.corpus import SPLITS, Corpus
 
 TOPICS = 8
 FUNCTION_CLASSES, CONTENT_CLASSES = 3, 5

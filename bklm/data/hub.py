@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .corpora import Corpus
-from .local import corpus_from_dialogues, corpus_from_splits, join_messages
-
-__all__ = ["corpus_from_hub"]
+from bklm.data.corpus import Corpus
+from bklm.data.local import corpus_from_dialogues, corpus_from_splits, join_messages
 
 PROBE_SECONDS = 8.0  # how long the hub may take to answer before it counts as unreachable
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["GPT2", "fetch_file", "fetch_tensor", "tensor_entry"]
-
 GPT2 = "openai-community/gpt2"
 BYTES_AT_ONCE = 1 << 25
 LARGEST_HEADER = 1 << 27  # the safetensors library's own bound is of this order

@@ -15,10 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .checks import require_whole
-from .loaders import IGNORED
-
-__all__ = ["LineVocabulary", "LineWindows", "line_windows"]
+from bklm.data.checks import require_whole
+from bklm.data.loaders import IGNORED
 
 SPECIAL = ("<PAD>", "<UNK>", "<BOS>", "<EOS>")
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = range(4)

@@ -9,19 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from .checks import require_whole
-from .corpora import load_corpus
-from .tokens import tokenize_corpus
-
-__all__ = [
-    "IGNORED",
-    "EpochOrder",
-    "Windows",
-    "get_wikitext2_dataloaders",
-    "make_loader",
-    "set_epoch",
-    "windows",
-]
+from bklm.data.checks import require_whole
+from bklm.data.corpora import load_corpus
+from bklm.data.tokens import tokenize_corpus
 
 IGNORED = -100  # the target that torch's losses leave out
 LAYOUTS = ("every-target-once", "disjoint")

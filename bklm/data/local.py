@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .corpora import SPLITS, Corpus
+from bklm.data.corpus import SPLITS, Corpus
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-__all__ = ["Dialogues", "corpus_from_dialogues", "corpus_from_folder", "corpus_from_splits"]
 
 TEXT_LAYOUTS = ("{}.txt", "wiki.{}.raw", "wiki.{}.tokens")
 LAYOUTS_IN_WORDS = (

@@ -15,8 +15,6 @@ from functools import lru_cache
 
 import numpy as np
 
-__all__ = ["NearDuplicate", "jaccard", "near_duplicates", "shingles", "signature"]
-
 WORDS = 5
 HASHES = 128
 MARGIN = 0.15  # more than three standard errors: candidates whose estimate is this far below the threshold are checked too

@@ -11,11 +11,9 @@ from itertools import chain, repeat
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from .cache import load_or_build
-from .checks import require_whole
-from .corpora import SPLITS, Corpus
-
-__all__ = ["PAD", "UNK", "TokenizedCorpus", "Vocabulary", "tokenize_corpus"]
+from bklm.data.cache import load_or_build
+from bklm.data.checks import require_whole
+from bklm.data.corpus import SPLITS, Corpus
 
 PAD, UNK = "<pad>", "<unk>"
 FORMAT = 1  # raise it when what the cache holds changes meaning

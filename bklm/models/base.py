@@ -19,8 +19,6 @@ from torch.nn import functional as F
 
 from bklm.models.loss import IGNORE_INDEX, TokenLosses, linear_cross_entropy, linear_token_losses
 
-__all__ = ["LanguageModel"]
-
 
 class LanguageModel(nn.Module):
     """Base class. Token ids are int64 (B, N) in [0, vocab_size); logits are (B, N, vocab_size).

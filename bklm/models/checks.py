@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["check_choice", "check_dropout", "check_int"]
-
 
 def check_int(name: str, value: Any, least: int, also: str = "") -> None:
     """Refuse what is not a whole number (TypeError) or is below ``least`` (ValueError)."""

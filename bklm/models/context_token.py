@@ -8,7 +8,7 @@ With x_t = LayerNorm(embedding of token t), both streams in ``n_layers`` residua
 
 Token layer l reads the output of context layer l. The final context c_{t,L} is the whole state that token t + 1 needs.
 The two blocks are trained one after the other: the context block without labels, to a fixed point
-(`bklm.fixed_point`), then the token block on contexts that no longer change (`bklm.context_cache`).
+(`bklm.training.two_phase.phase1`), then the token block on contexts that no longer change (`bklm.training.two_phase.phase2`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from torch.nn import functional as F
 
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_choice, check_int
-
-__all__ = ["ContextBlock", "ContextTokenConfig", "ContextTokenLM", "ContextTokenState", "TokenBlock"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class _Layers(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The original's: weights N(0, 0.1), biases N(0, 0.01). A step is then a contraction on average, see
-        `bklm.fixed_point`."""
+        `bklm.training.two_phase.phase1`."""
         for linear, norm in zip(self.linears, self.norms, strict=True):
             nn.init.normal_(linear.weight, std=0.1)
             nn.init.normal_(linear.bias, std=0.01)

@@ -17,8 +17,6 @@ from torch.nn import functional as F
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_dropout, check_int
 
-__all__ = ["GPT", "GPTConfig", "GPTState"]
-
 INITIAL_STD = 0.02
 
 

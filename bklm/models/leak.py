@@ -9,8 +9,6 @@ from torch import Tensor
 
 from bklm.models.base import LanguageModel
 
-__all__ = ["future_leak"]
-
 
 @torch.no_grad()
 def future_leak(model: LanguageModel, input_ids: Tensor, position: int, new_token: int | None = None) -> Tensor:

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from bklm.models.products import onednn_linear, onednn_serves, weight_gradient
 
-__all__ = ["IGNORE_INDEX", "TokenLosses", "linear_cross_entropy", "linear_token_losses"]
-
 IGNORE_INDEX = -100
 
 # Size of one chunk of logits. On a CPU it should stay near the last-level cache; a GPU wants matrix products

@@ -25,8 +25,6 @@ from bklm.models.base import LanguageModel
 from bklm.models.checks import check_dropout, check_int
 from bklm.models.new_llm_loop import CONTEXT_LIMIT, recurrence
 
-__all__ = ["NewLLM", "NewLLMConfig", "NewLLMState"]
-
 INITIAL_STD = 0.02
 
 

@@ -19,8 +19,6 @@ from torch.autograd.function import once_differentiable
 
 from bklm.models.products import PreparedLinear, linear, weight_gradient
 
-__all__ = ["CONTEXT_LIMIT", "recurrence"]
-
 CONTEXT_LIMIT = 10.0  # the original's clamp of the context
 _STEPS = 2**16  # of the dropout probability
 

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["PreparedLinear", "linear", "onednn_linear", "onednn_serves", "weight_gradient"]
-
 
 def onednn_serves(x: Tensor) -> bool:
     """Whether oneDNN takes the products of x: float32 on a CPU, where torch.mm calls MKL."""

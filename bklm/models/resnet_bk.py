@@ -24,9 +24,7 @@ from torch import Tensor, nn
 from bklm.bk_core import BKCore
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_choice, check_dropout, check_int
-from bklm.moe import AnalyticMoE, total_balance_loss
-
-__all__ = ["ResNetBK", "ResNetBKConfig", "ResNetBKState"]
+from bklm.moe.layer import AnalyticMoE, total_balance_loss
 
 POTENTIAL_LIMIT = 3.0  # the original's clamps, used with ``clamps=True``
 FEATURE_LIMIT = 10.0

@@ -13,8 +13,6 @@ from bklm.models.checks import check_int
 from bklm.models.gpt import GPT, GPTConfig
 from bklm.models.resnet_bk import ResNetBK, ResNetBKConfig
 
-__all__ = ["Sized", "gpt_of_size", "resnet_bk_of_size"]
-
 Config = TypeVar("Config")
 
 

@@ -1,36 +1,20 @@
-"""The studies: each a config dataclass and one run function."""
+"""The studies: each a folder with a config dataclass and one run function. A newcomer begins with ``grad_blend``."""
 
-from __future__ import annotations
+from bklm.files.lazy import lazy
 
-import importlib
-from typing import Any
-
-_MODULES = {
-    "baseline": ("BaselineConfig", "BaselineResult", "run_baseline"),
-    "embedding_freeze": ("EmbeddingFreezeConfig", "EmbeddingFreezeResult", "run_embedding_freeze"),
-    "grad_blend": ("GradBlendConfig", "GradBlendResult", "run_grad_blend"),
-    "precision": ("PrecisionConfig", "PrecisionResult", "run_precision"),
+STUDIES = {
+    "grad_blend": "GradBlend",
+    "precision": "Precision",
+    "baseline": "Baseline",
+    "embedding_freeze": "EmbeddingFreeze",
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+"""Folder of a study, and what the names of its config and result begin with; in the order of the notebooks."""
 
-__all__ = [
-    "BaselineConfig",
-    "BaselineResult",
-    "EmbeddingFreezeConfig",
-    "EmbeddingFreezeResult",
-    "GradBlendConfig",
-    "GradBlendResult",
-    "PrecisionConfig",
-    "PrecisionResult",
-    "run_baseline",
-    "run_embedding_freeze",
-    "run_grad_blend",
-    "run_precision",
-]
+__getattr__, __all__ = lazy(
+    __name__, {name: (f"{words}Config", f"{words}Result", f"run_{name}") for name, words in STUDIES.items()}
+)
 
 
-def __getattr__(name: str) -> Any:
-    """Import a study when it is first asked for, so that ``python -m bklm.studies.NAME`` runs its module only once."""
-    if name in _HOME:
-        return getattr(importlib.import_module(f"bklm.studies.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'bklm.studies' has no attribute {name!r}")
+def configs() -> list[type]:
+    """The config of every study."""
+    return [__getattr__(f"{words}Config") for words in STUDIES.values()]

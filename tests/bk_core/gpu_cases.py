@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bklm.bk_core import available_backends, gpu, resolvent_diagonal
+from bklm.bk_core import available_backends, resolvent_diagonal
+from bklm.bk_core.gpu import backend as gpu
 
 if not gpu.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device", allow_module_level=True)

@@ -6,7 +6,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bklm.bk_core import gpu_backward, gpu_forward, gpu_scan
+from bklm.bk_core.gpu import backward as gpu_backward
+from bklm.bk_core.gpu import forward as gpu_forward
+from bklm.bk_core.gpu import scan as gpu_scan
 
 SIZES = {"N", "T", "C", "S", "NB", "blocks", "k_row"}
 ALIGNED = {"N", "T", "k_row"}  # Triton specialises a kernel on sizes divisible by 16

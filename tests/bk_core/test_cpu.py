@@ -14,8 +14,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bklm.bk_core import cpu, jit, reference, resolvent_diagonal
-from bklm.bk_core.cpu_scratch import LANES, LONGEST_TILE
+from bklm.bk_core import reference, resolvent_diagonal
+from bklm.bk_core.cpu import backend as cpu
+from bklm.bk_core.cpu import jit
+from bklm.bk_core.cpu.scratch import LANES, LONGEST_TILE
 
 TILE = cpu.LONG_ROW_TILE
 EDGES = sorted(

@@ -76,7 +76,8 @@ def test_everything_imports_without_triton():
             "-c",
             "import sys; sys.modules['triton'] = None\n"
             "import torch\n"
-            "from bklm.bk_core import BackendUnavailableError, available_backends, gpu, resolvent_diagonal\n"
+            "from bklm.bk_core import BackendUnavailableError, available_backends, resolvent_diagonal\n"
+            "from bklm.bk_core.gpu import backend as gpu\n"
             "assert not gpu.is_available()\n"
             "assert 'triton' not in available_backends()\n"
             "a = torch.zeros(2, 3)\n"

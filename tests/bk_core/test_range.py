@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from bklm.bk_core import BKCore, cpu, cpu_tiles, reference, resolvent_diagonal
-from bklm.bk_core.cpu_scratch import SCRATCH_LENGTH
+from bklm.bk_core import BKCore, reference, resolvent_diagonal
+from bklm.bk_core.cpu import backend as cpu
+from bklm.bk_core.cpu import tiles as cpu_tiles
+from bklm.bk_core.cpu.scratch import SCRATCH_LENGTH
 
 BACKENDS = ["reference", "torch", "cpu"]
 F32, F64 = torch.float32, torch.float64

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bklm.data import SPLITS, Corpus, load_corpus
-from bklm.data.corpora import is_title
+from bklm.data.corpus import is_title
 
 LINE = st.text(st.characters(blacklist_characters="\n\r", blacklist_categories=["Cs"]), max_size=30)
 

@@ -2,7 +2,7 @@ import platform
 from pydoc_data.topics import topics
 
 from bklm.data import SPLITS, load_corpus
-from bklm.data.corpora import is_title
+from bklm.data.corpus import is_title
 from bklm.data.embedded import distinct_paragraphs, split_topics
 
 PAGE = """The "with" statement

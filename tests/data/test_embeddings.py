@@ -14,13 +14,7 @@ from hub_standin import serve_hub
 from safetensors.torch import save_file
 
 from bklm.data import embeddings, hub_models
-from bklm.data.embeddings import (
-    GPT2_STD,
-    embedding_file_shape,
-    load_embedding,
-    random_embedding,
-    svd_embedding,
-)
+from bklm.data.embeddings import GPT2_STD, embedding_file_shape, load_embedding, random_embedding, svd_embedding
 
 TABLE = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
 

@@ -11,16 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bklm.data import load_corpus
-from bklm.data.line_windows import (
-    BOS_ID,
-    EOS_ID,
-    PAD_ID,
-    STRIDE,
-    UNK_ID,
-    WINDOW,
-    LineVocabulary,
-    line_windows,
-)
+from bklm.data.line_windows import BOS_ID, EOS_ID, PAD_ID, STRIDE, UNK_ID, WINDOW, LineVocabulary, line_windows
 
 LINES = ["A b a c A", "too few words here", "b a b a zebra", ""]
 

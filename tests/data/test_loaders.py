@@ -7,14 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bklm.data import (
-    IGNORED,
-    Vocabulary,
-    get_wikitext2_dataloaders,
-    make_loader,
-    set_epoch,
-    windows,
-)
+from bklm.data import IGNORED, Vocabulary, get_wikitext2_dataloaders, make_loader, set_epoch, windows
 
 IDS = np.arange(2, 1002, dtype=np.uint16)
 

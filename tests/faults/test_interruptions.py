@@ -17,13 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from bklm import checkpoints
-from bklm.checkpoints import CheckpointFolder, WriteError, replacing, write_json
+from bklm.files.atomic import WriteError, replacing, write_json
+from bklm.harness import grid_storage as sweep_storage
+from bklm.harness.folder import study_folder
 from bklm.models import ResNetBK
-from bklm.studies import grad_blend_figures, sweep_storage
-from bklm.studies.folder import study_folder
-from bklm.studies.grad_blend import GradBlendConfig, load_final_model, run_grad_blend
+from bklm.studies.grad_blend import figures as grad_blend_figures
+from bklm.studies.grad_blend.config import GradBlendConfig
+from bklm.studies.grad_blend.run import load_final_model, run_grad_blend
+from bklm.training import checkpoints
+from bklm.training.checkpoints import CheckpointFolder
 
 
 @pytest.fixture(autouse=True)
@@ -80,9 +84,7 @@ def torch_on_a_full_disk() -> None:
 
 
 def safetensors_on_a_full_disk() -> None:
-    raise checkpoints.SafetensorError(
-        "Error while serializing: I/O error: No space left on device (os error 28)"
-    )
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 @pytest.mark.slow
@@ -91,7 +93,7 @@ def safetensors_on_a_full_disk() -> None:
     [
         (checkpoints, "save_model", 4, safetensors_on_a_full_disk, "cannot write .*epoch_000.*No space left"),
         (torch, "save", 3, torch_on_a_full_disk, "cannot write .*epoch_000.*free some space"),
-        (checkpoints, "_sync", 20, full_disk, "cannot write .*No space left on device.*free some space"),
+        (checkpoints, "sync", 20, full_disk, "cannot write .*No space left on device.*free some space"),
         (sweep_storage.JournalFileBackend, "append_logs", 9, full_disk, "No space left on device"),
     ],
     ids=["weights", "optimiser state", "any file", "journal"],
@@ -152,7 +154,8 @@ def test_a_clock_that_goes_backwards_changes_no_number_and_no_order(config, monk
 
 LIMITED = """
 import resource, sys
-from bklm.studies import cli, grad_blend
+from bklm.harness import cli
+from bklm.studies.grad_blend import run as grad_blend
 sys.argv[1:2], limit = [], int(sys.argv[1])
 real = grad_blend.prepare_text
 def limited(config):
@@ -160,7 +163,7 @@ def limited(config):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return text
 grad_blend.prepare_text = limited
-cli.main(grad_blend.GradBlendConfig, grad_blend.run_grad_blend, print)
+cli.main(grad_blend.GradBlendConfig)
 """
 
 
@@ -232,7 +235,7 @@ def test_a_write_that_fails_names_file_and_reason_and_leaves_the_old_content(tmp
     def fail(path):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(checkpoints, "_sync", fail)
+    monkeypatch.setattr(checkpoints, "sync", fail)
     with pytest.raises(WriteError, match=rf"cannot write .*a\.json \({os.strerror(code)}\); free some space"):
         write_json(tmp_path / "a.json", {"new": 1})
     with pytest.raises(WriteError, match=os.strerror(code)):

@@ -12,10 +12,13 @@ import torch
 from killing import every_kill
 from optuna.storages.journal import _file, _storage
 
-from bklm import checkpoints, reporting
-from bklm.checkpoints import CheckpointFolder, remove_leftovers, write_json
-from bklm.studies import sweep
-from bklm.studies.sweep import Sweep
+from bklm.files import atomic
+from bklm.files.atomic import remove_leftovers, write_json
+from bklm.harness import grid as sweep
+from bklm.harness import report as reporting
+from bklm.harness.grid import Sweep
+from bklm.training import checkpoints
+from bklm.training.checkpoints import CheckpointFolder
 
 
 def weights(value: float) -> torch.nn.Linear:
@@ -28,7 +31,7 @@ def weights(value: float) -> torch.nn.Linear:
 def test_a_json_file_holds_its_old_content_or_the_new_whenever_its_writer_is_killed(tmp_path):
     path, seen = tmp_path / "result.json", set()
     write_json(path, {"run": "old"})
-    for _ in every_kill(lambda: write_json(path, {"run": "new", "more": [0.1] * 99}), checkpoints, step=2):
+    for _ in every_kill(lambda: write_json(path, {"run": "new", "more": [0.1] * 99}), atomic, step=2):
         seen.add(json.loads(path.read_text())["run"])
         write_json(path, {"run": "old"})
     assert seen == {"old", "new"}

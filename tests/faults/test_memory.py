@@ -11,7 +11,10 @@ import torch
 
 from bklm.data import make_loader, windows
 from bklm.models import ResNetBK, ResNetBKConfig
-from bklm.training import OutOfMemoryError, TrainingSettings, make_accelerator, train
+from bklm.training.loop import train
+from bklm.training.memory import OutOfMemoryError
+from bklm.training.processes import make_accelerator
+from bklm.training.schedules import TrainingSettings
 
 VOCABULARY = 20
 

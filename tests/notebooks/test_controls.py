@@ -6,16 +6,17 @@ import time
 
 import pytest
 
-from bklm import notebook, notebook_run
-from bklm.notebook_form import FORMS, as_words
+from bklm.harness.estimate import in_words
+from bklm.harness.folder import claim, study_folder
+from bklm.notebook import process as notebook_run
+from bklm.notebook.controls import Controls
+from bklm.notebook.form import FORMS, as_words
 from bklm.studies import GradBlendConfig
-from bklm.studies.estimate import in_words
-from bklm.studies.folder import claim, study_folder
-from bklm.studies.grad_blend_estimate import estimated_minutes
+from bklm.studies.grad_blend.run import estimated_minutes
 
 
 def test_they_start_from_the_form_and_give_back_what_was_moved(tiny_config):
-    controls = notebook.Controls(tiny_config, ["batch_size", "alphas"])
+    controls = Controls(tiny_config, ["batch_size", "alphas"])
     assert controls.widgets["batch_size"].value == 8
     assert controls.widgets["alphas"].value == "0, 0.5"
     controls.widgets["batch_size"].value = 16
@@ -29,7 +30,7 @@ def test_every_field_of_a_study_can_be_a_control_that_shows_its_resolved_value(
     config_class, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)  # no results of earlier runs
-    controls = notebook.Controls(config_class(), config_class.names())
+    controls = Controls(config_class(), config_class.names())
     resolved = config_class().resolved()
     for spec in config_class.specs():
         shown = controls.widgets[spec.name].value
@@ -38,13 +39,13 @@ def test_every_field_of_a_study_can_be_a_control_that_shows_its_resolved_value(
 
 
 def test_the_slider_has_the_schemas_bounds(tiny_config):
-    slider = notebook.Controls(tiny_config, ["batch_size"]).widgets["batch_size"]
+    slider = Controls(tiny_config, ["batch_size"]).widgets["batch_size"]
     spec = next(s for s in GradBlendConfig.specs() if s.name == "batch_size")
     assert (slider.min, slider.max, slider.step) == (spec.low, spec.high, spec.step)
 
 
 def test_a_bad_entry_is_named_beside_the_controls_while_typing_and_cannot_be_run(tiny_config):
-    controls = notebook.Controls(tiny_config, ["alphas", "seeds"])
+    controls = Controls(tiny_config, ["alphas", "seeds"])
     controls.widgets["alphas"].value = "0, 2"
     assert "alphas: got" in controls._message.value
     assert controls.run_button.disabled
@@ -56,7 +57,7 @@ def test_a_bad_entry_is_named_beside_the_controls_while_typing_and_cannot_be_run
 
 
 def test_fields_that_nobody_moved_follow_the_profile():
-    controls = notebook.Controls(GradBlendConfig(profile="quick"), ["profile", "alphas", "seeds"])
+    controls = Controls(GradBlendConfig(profile="quick"), ["profile", "alphas", "seeds"])
     controls.widgets["seeds"].value = "5, 6"
     controls.widgets["profile"].value = "smoke"
     assert controls.widgets["alphas"].value == "0, 0.5"
@@ -68,7 +69,7 @@ def test_fields_that_nobody_moved_follow_the_profile():
 
 
 def test_headless_they_give_the_config_unchanged_and_show_nothing(tiny_config, capsys):
-    controls = notebook.Controls(tiny_config, ["batch_size"], headless=True, estimate=lambda config: 1 / 0)
+    controls = Controls(tiny_config, ["batch_size"], headless=True, estimate=lambda config: 1 / 0)
     controls.show()
     assert controls.config() is tiny_config
     assert capsys.readouterr().out == ""
@@ -77,7 +78,7 @@ def test_headless_they_give_the_config_unchanged_and_show_nothing(tiny_config, c
 def test_after_moving_a_control_the_next_run_gets_a_folder_of_its_own(tiny_config, capsys):
     with study_folder(tiny_config.resolved()) as folder:
         claim(folder, tiny_config.resolved(), "0" * 64)
-    controls = notebook.Controls(tiny_config, ["batch_size"])
+    controls = Controls(tiny_config, ["batch_size"])
     assert controls.config().output_dir == tiny_config.output_dir
     controls.widgets["batch_size"].value = 16
     moved = controls.config()
@@ -94,7 +95,7 @@ def test_the_estimate_follows_the_controls_and_says_why_there_is_none(tiny_confi
             raise OSError("no such <text>")
         return config.batch_size / 8
 
-    controls = notebook.Controls(tiny_config, ["batch_size"], estimate=estimate)
+    controls = Controls(tiny_config, ["batch_size"], estimate=estimate)
     controls.show()
     assert "<b>1 min</b>" in controls._guess.value
     controls.widgets["batch_size"].value = 16
@@ -132,7 +133,7 @@ def script(monkeypatch):
     return set_script
 
 
-def finished(controls: notebook.Controls, seconds: float = 20) -> None:
+def finished(controls: Controls, seconds: float = 20) -> None:
     controls.study.wait(seconds)
     end = time.monotonic() + 5
     while controls.run_button.disabled:
@@ -148,7 +149,7 @@ def test_run_shows_progress_picture_log_and_end(tiny_config, script):
         "(folder / 'a.png').write_bytes(b'picture')\n"
         "print('<log>', flush=True); sys.stderr.write('\\rx: 40%|##  | 2/5 [00:01<00:01, 2.0it/s]')\n"
     )
-    controls = notebook.Controls(tiny_config, ["batch_size"], picture="a.png")
+    controls = Controls(tiny_config, ["batch_size"], picture="a.png")
     controls.run_button.click()
     finished(controls)
     assert "Done in" in controls._status.value
@@ -160,7 +161,7 @@ def test_run_shows_progress_picture_log_and_end(tiny_config, script):
 
 def test_stop_says_that_it_stops_and_run_can_be_pressed_again(tiny_config, script):
     script("import time\nprint('ready', flush=True)\ntime.sleep(60)")
-    controls = notebook.Controls(tiny_config, ["batch_size"])
+    controls = Controls(tiny_config, ["batch_size"])
     controls.run_button.click()
     first = controls.study
     controls.run_button.click()  # while it runs: nothing
@@ -178,7 +179,7 @@ def test_stop_says_that_it_stops_and_run_can_be_pressed_again(tiny_config, scrip
 
 def test_a_run_that_fails_says_so_above_its_last_lines(tiny_config, script):
     script("import sys\nprint('ValueError: top_k is too large')\nsys.exit(2)")
-    controls = notebook.Controls(tiny_config, ["batch_size"])
+    controls = Controls(tiny_config, ["batch_size"])
     controls.run_button.click()
     finished(controls)
     assert "exit code 2" in controls._status.value

@@ -8,8 +8,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from bklm import notebook
-from bklm.reporting import Bundle
+from bklm.harness.bundle import Bundle
+from bklm.notebook import cells as notebook
 from bklm.studies import GradBlendConfig
 
 

@@ -8,7 +8,7 @@ import nbformat
 import papermill
 import pytest
 
-from bklm.notebook import FORMS, form_cell
+from bklm.notebook.form import FORMS, form_cell
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

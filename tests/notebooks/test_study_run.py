@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from bklm import notebook_run
-from bklm.notebook_form import FORMS
-from bklm.notebook_run import BAR, StudyRun
+from bklm.harness.cli import parse
+from bklm.notebook import process as notebook_run
+from bklm.notebook.form import FORMS
+from bklm.notebook.process import BAR, StudyRun
 from bklm.studies import GradBlendConfig
-from bklm.studies.cli import parse
-from bklm.studies.grad_blend import run_grad_blend
+from bklm.studies.grad_blend.run import run_grad_blend
 
 
 def test_every_form_of_tqdms_bar_is_read():
@@ -29,7 +29,7 @@ def script(monkeypatch):
     """Lets the study's process be a few lines of Python."""
 
     def set_script(code: str) -> None:
-        monkeypatch.setattr(notebook_run, "command_words", lambda module, config: ["python", "-c", code])
+        monkeypatch.setattr(notebook_run, "command_words", lambda config: ["python", "-c", code])
 
     return set_script
 

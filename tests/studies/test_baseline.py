@@ -12,14 +12,16 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from bklm.checkpoints import CheckpointFolder
-from bklm.evaluation import evaluate
-from bklm.studies import baseline, baseline_figures, baseline_measure, baseline_runner
-from bklm.studies.baseline import BaselineConfig, run_baseline
-from bklm.studies.baseline_estimate import estimated_minutes
-from bklm.studies.baseline_models import COMPETITORS, active_parameters, build_model, model_settings
-from bklm.studies.baseline_samples import choose_checkpoint, list_checkpoints, load_checkpoint, write_sample
-from bklm.studies.baseline_table import (
+from bklm.studies.baseline import costs as baseline_measure
+from bklm.studies.baseline import figures as baseline_figures
+from bklm.studies.baseline import run as baseline
+from bklm.studies.baseline import train as baseline_runner
+from bklm.studies.baseline.config import BaselineConfig
+from bklm.studies.baseline.estimate import estimated_minutes
+from bklm.studies.baseline.models import COMPETITORS, active_parameters, build_model, model_settings
+from bklm.studies.baseline.run import run_baseline
+from bklm.studies.baseline.samples import choose_checkpoint, list_checkpoints, load_checkpoint, write_sample
+from bklm.studies.baseline.tables import (
     claims_table,
     headline,
     model_table,
@@ -29,8 +31,10 @@ from bklm.studies.baseline_table import (
     readable_quality,
     state_finding,
 )
-from bklm.studies.baseline_text import prepare_text
-from bklm.training import NonFiniteError
+from bklm.studies.baseline.text import prepare_text
+from bklm.training.checkpoints import CheckpointFolder
+from bklm.training.evaluation import evaluate
+from bklm.training.non_finite import NonFiniteError
 
 
 def leave_out_figures_and_costs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bklm.reporting import command_words
-from bklm.studies.baseline import BaselineConfig, run_baseline
+from bklm.harness.report import command_words
+from bklm.studies.baseline.config import BaselineConfig
+from bklm.studies.baseline.run import run_baseline
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +62,7 @@ def require_same(found, alone) -> None:
 def test_torchrun_gives_the_numbers_of_one_process_and_prints_and_writes_once(config, tmp_path, monkeypatch):
     alone = run_baseline(config)
     together = dataclasses.replace(config, output_dir=str(tmp_path / "two"))
-    words = command_words("bklm.studies.baseline", together.resolved())[2:]
+    words = command_words(together.resolved())[2:]
     done = torchrun(words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Lowest validation PPL") == 1
@@ -79,7 +80,7 @@ def test_a_notebook_launches_the_processes_and_gets_the_result(config, tmp_path)
 
 
 def test_bad_input_in_two_processes_ends_all_of_them_with_the_sentence(config, tmp_path):
-    words = command_words("bklm.studies.baseline", dataclasses.replace(config, seq_len=5000).resolved())[2:]
+    words = command_words(dataclasses.replace(config, seq_len=5000).resolved())[2:]
     done = torchrun(words)
     assert done.returncode != 0
     assert "longer than the text" in done.stderr

@@ -15,21 +15,19 @@ import numpy as np
 import pytest
 import torch
 
+from bklm.harness import progress
 from bklm.models import ContextTokenConfig, ContextTokenLM
-from bklm.studies import (
-    embedding_freeze,
-    embedding_freeze_figures,
-    embedding_freeze_phase2,
-    embedding_freeze_runner,
-    embedding_freeze_table,
-    embedding_freeze_text,
-    progress,
-)
-from bklm.studies.embedding_freeze import EmbeddingFreezeConfig, run_embedding_freeze
-from bklm.studies.embedding_freeze_arms import INEQUALITY, arms_of
-from bklm.studies.embedding_freeze_estimate import estimated_minutes
-from bklm.studies.embedding_freeze_text import prepare_text
-from bklm.training import NonFiniteError
+from bklm.studies.embedding_freeze import figures as embedding_freeze_figures
+from bklm.studies.embedding_freeze import phase2 as embedding_freeze_phase2
+from bklm.studies.embedding_freeze import run as embedding_freeze
+from bklm.studies.embedding_freeze import tables as embedding_freeze_table
+from bklm.studies.embedding_freeze import text as embedding_freeze_text
+from bklm.studies.embedding_freeze import train as embedding_freeze_runner
+from bklm.studies.embedding_freeze.config import INEQUALITY, EmbeddingFreezeConfig, arms_of
+from bklm.studies.embedding_freeze.estimate import estimated_minutes
+from bklm.studies.embedding_freeze.run import run_embedding_freeze
+from bklm.studies.embedding_freeze.text import prepare_text
+from bklm.training.non_finite import NonFiniteError
 
 WORDS = [
     a + b for a in ("ka", "lo", "mi", "ne", "ru", "so", "ta", "vi") for b in ("bar", "den", "fis", "gol", "him")
@@ -250,7 +248,7 @@ def test_a_damaged_result_is_set_aside_and_only_that_trial_is_trained_again(conf
 def test_a_study_that_was_interrupted_goes_on_and_ends_with_the_numbers_of_an_undisturbed_one(
     config, tmp_path, monkeypatch
 ):
-    from bklm.studies import embedding_freeze_phase2
+    from bklm.studies.embedding_freeze import phase2 as embedding_freeze_phase2
 
     real, epochs = embedding_freeze_phase2.train, []
 

@@ -6,12 +6,10 @@ import itertools
 
 import pytest
 
-from bklm.evaluation import LARGEST_PERPLEXITY
-from bklm.studies.embedding_freeze import EmbeddingFreezeConfig
-from bklm.studies.embedding_freeze_arms import FACTORS, ORIGINAL_ARMS, Arm
-from bklm.studies.embedding_freeze_figures import draw_arms
-from bklm.studies.embedding_freeze_report import state_baselines, state_limits, state_phase1
-from bklm.studies.embedding_freeze_table import (
+from bklm.studies.embedding_freeze.config import FACTORS, ORIGINAL_ARMS, Arm, EmbeddingFreezeConfig
+from bklm.studies.embedding_freeze.figures import draw_arms
+from bklm.studies.embedding_freeze.report import state_baselines, state_limits, state_phase1
+from bklm.studies.embedding_freeze.tables import (
     arm_table,
     effect,
     effect_table,
@@ -22,6 +20,7 @@ from bklm.studies.embedding_freeze_table import (
     state_rule,
     verdict,
 )
+from bklm.training.evaluation import LARGEST_PERPLEXITY
 
 NOISE = {0: 1.00, 1: 1.10, 2: 0.95}  # a seed's own scatter, the same in all arms
 

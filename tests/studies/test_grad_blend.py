@@ -15,17 +15,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from bklm.checkpoints import CheckpointFolder
+from bklm.harness import folder as folder_module
+from bklm.harness.folder import study_folder
+from bklm.harness.report import command_for
+from bklm.harness.text import prepare_text
 from bklm.models import ResNetBK
-from bklm.non_finite import NonFiniteError
-from bklm.reporting import command_for
-from bklm.studies import folder as folder_module
-from bklm.studies import future, grad_blend, grad_blend_figures
-from bklm.studies.folder import study_folder
-from bklm.studies.grad_blend import GradBlendConfig, load_final_model, model_config, run_grad_blend
-from bklm.studies.grad_blend_table import alpha_table, best_alpha, headline, readable, state_finding
-from bklm.studies.gradient_directions import measure_directions
-from bklm.studies.text import prepare_text
+from bklm.studies.grad_blend import figures as grad_blend_figures
+from bklm.studies.grad_blend import future
+from bklm.studies.grad_blend import run as grad_blend
+from bklm.studies.grad_blend.config import GradBlendConfig
+from bklm.studies.grad_blend.directions import measure_directions
+from bklm.studies.grad_blend.run import load_final_model, model_config, run_grad_blend
+from bklm.studies.grad_blend.tables import ALPHAS
+from bklm.training.checkpoints import CheckpointFolder
+from bklm.training.non_finite import NonFiniteError
 
 NUMBERS = ("final_perplexity", "gradient_variance", "convergence_speed", "loss_curve", "perplexity_curve")
 
@@ -258,39 +261,39 @@ def test_measured_directions_agree_with_their_definitions(tiny_config):
 
 def trial(alpha: float, seed: int, perplexity: float | None) -> dict:
     if perplexity is None:
-        return {"alpha": alpha, "seed": seed, "final_perplexity": None, "reason": "nan", "training_time": 1.0}
+        return {"alpha": alpha, "seed": seed, "val_ppl": None, "reason": "nan", "seconds": 1.0}
     return {
-        "alpha": alpha, "seed": seed, "final_perplexity": perplexity, "final_perplexity_without_unk": perplexity,
-        "final_accuracy": 0.1, "convergence_speed": 2, "gradient_variance": 0.1, "training_time": 1.0,
+        "alpha": alpha, "seed": seed, "val_ppl": perplexity, "val_ppl_without_unk": perplexity,
+        "val_accuracy": 0.1, "convergence_speed": 2, "gradient_variance": 0.1, "seconds": 1.0,
         "epochs": [{"val_perplexity": 2 * perplexity}, {"val_perplexity": perplexity}],
     }  # fmt: skip
 
 
 def test_a_difference_inside_its_interval_is_called_none_and_one_outside_worse():
     same = [trial(0.0, 0, 100.0), trial(0.0, 1, 110.0), trial(0.5, 0, 111.0), trial(0.5, 1, 100.0)]
-    assert "no difference beyond the 95% interval: alpha 0.5 x" in state_finding(same)
+    assert "no difference beyond the 95% interval: alpha 0.5 x" in ALPHAS.finding(same)
     # Paired over seeds a constant ratio is certain although the seeds themselves scatter.
     worse = [trial(0.0, 0, 100.0), trial(0.0, 1, 110.0), trial(0.5, 0, 105.0), trial(0.5, 1, 115.6)]
-    assert "worse over 2 paired seeds: alpha 0.5 x1.050 (" in state_finding(worse)
-    assert "1 of 1 other alphas is worse" in headline(worse)
+    assert "worse over 2 paired seeds: alpha 0.5 x1.050 (" in ALPHAS.finding(worse)
+    assert "1 of 1 other alphas is worse" in ALPHAS.headline(worse)
 
 
 def test_one_diverged_seed_widens_the_interval_and_cannot_take_it_below_zero():
     trials = [trial(0.0, s, 100.0 + s) for s in range(3)] + [
         trial(1.0, s, p) for s, p in enumerate((90.0, 1e5, 110.0))
     ]
-    row = alpha_table(trials)[1]
+    row = ALPHAS.rows(trials)[1]
     assert 0 < row["val_ppl_low"] < row["val_ppl"] < row["val_ppl_high"]
     assert row["val_ppl"] == pytest.approx((90.0 * 1e5 * 110.0) ** (1 / 3))
-    assert best_alpha(trials) == 0.0
-    assert "no difference beyond the 95% interval: alpha 1" in state_finding(trials)
+    assert ALPHAS.best(trials) == 0.0
+    assert "no difference beyond the 95% interval: alpha 1" in ALPHAS.finding(trials)
 
 
 def test_one_seed_gives_no_interval_and_no_verdict():
     trials = [trial(0.0, 0, 100.0), trial(0.5, 0, 90.0)]
-    assert alpha_table(trials)[0]["val_ppl_low"] is None
-    assert best_alpha(trials) == 0.5
-    assert "no verdict" in state_finding(trials)
+    assert ALPHAS.rows(trials)[0]["val_ppl_low"] is None
+    assert ALPHAS.best(trials) == 0.5
+    assert "no verdict" in ALPHAS.finding(trials)
 
 
 def test_the_command_of_a_study_ends_with_one_sentence_and_code_2_for_bad_input(tmp_path):
@@ -302,7 +305,7 @@ def test_the_command_of_a_study_ends_with_one_sentence_and_code_2_for_bad_input(
 
 
 def test_the_command_prints_settings_trials_with_the_time_left_table_and_zip(tiny_config):
-    words = [sys.executable, *command_for("bklm.studies.grad_blend", tiny_config.resolved()).split()[1:]]
+    words = [sys.executable, *command_for(tiny_config.resolved()).split()[1:]]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for part in ("Settings: ", "Trial 1 of 4, ", " left\n", "Lowest validation PPL", "SHA-256"):
@@ -362,12 +365,12 @@ def test_perplexity_that_never_fell_is_no_fast_convergence():
     trial = {
         "alpha": 1.0,
         "seed": 0,
-        "final_perplexity": 200.0,
-        "final_perplexity_without_unk": 200.0,
-        "final_accuracy": 0.0,
+        "val_ppl": 200.0,
+        "val_ppl_without_unk": 200.0,
+        "val_accuracy": 0.0,
     }
-    trial |= {"convergence_speed": 1, "gradient_variance": 1.0, "training_time": 1.0, "epochs": epochs}
-    assert readable(alpha_table([trial]))[0]["converged at epoch"] == "-"
+    trial |= {"convergence_speed": 1, "gradient_variance": 1.0, "seconds": 1.0, "epochs": epochs}
+    assert ALPHAS.readable(ALPHAS.rows([trial]))[0]["converged at epoch"] == "-"
 
 
 @pytest.fixture
@@ -403,7 +406,7 @@ def test_a_trial_that_diverges_is_named_and_counted_in_no_number_and_the_rest_go
     assert "Diverged, and in none of these numbers: alpha 0, seed 1." in result.finding
     assert "no difference" not in result.finding
     assert "worse over" not in result.finding
-    assert readable(result.table)[0]["val PPL (95%)"].endswith("; diverged: 1 of 2 seeds")
+    assert ALPHAS.readable(result.table)[0]["val PPL (95%)"].endswith("; diverged: 1 of 2 seeds")
     assert [(t["alpha"], t["seed"], t["reason"]) for t in result.diverged] == [
         (0.0, 1, "alpha 0, seed 1: the loss was nan.")
     ]
@@ -447,12 +450,12 @@ def test_a_sweep_interrupted_before_a_diverging_trial_records_it_when_it_goes_on
 def test_an_alpha_whose_seeds_all_diverged_stands_in_table_and_title_as_diverged(tiny_config, diverging):
     diverging("alpha 0.5, seed 0", "alpha 0.5, seed 1")
     result = run_grad_blend(tiny_config)
-    lost = readable(result.table)[1]
+    lost = ALPHAS.readable(result.table)[1]
     assert (lost["alpha"], lost["val PPL (95%)"], lost["accuracy"]) == ("0.5", "diverged", "-")
     assert result.table[1]["val_ppl"] is None
     assert "none of these numbers: alpha 0.5, seed 0; alpha 0.5, seed 1." in result.finding
     trials = [trial(0.0, 0, 9.0), trial(0.5, 0, None), trial(0.5, 1, None), trial(0.0, 1, 9.0)]
-    assert headline(trials).endswith("; diverged: alpha 0.5 (2 seeds)")
+    assert ALPHAS.headline(trials).endswith("; diverged: alpha 0.5 (2 seeds)")
     assert read_strictly(result.paths["summary.json"])["table"][1]["val_ppl"] is None
     row = read_strictly(result.paths["grad_blend_results.json"])["results"][1]
     assert (row["final_perplexity"], row["loss_curve"], row["gradient_variance"]) == (None, [], None)
@@ -485,11 +488,11 @@ def test_when_the_final_training_diverges_the_sweeps_table_and_zip_are_there(tin
 
 def test_the_best_alpha_finished_all_its_seeds_or_where_none_did_the_most():
     trials = [trial(0.0, 0, 50.0), trial(0.0, 1, None), trial(0.5, 0, 100.0), trial(0.5, 1, 100.0)]
-    assert best_alpha(trials) == 0.5
-    assert "An alpha that lost a seed is given no verdict (alpha 0)." in state_finding(trials)
+    assert ALPHAS.best(trials) == 0.5
+    assert "An alpha that lost a seed is given no verdict (alpha 0)." in ALPHAS.finding(trials)
     none = [trial(0.0, 0, 50.0), trial(0.0, 1, None), trial(0.5, 0, None), trial(0.5, 1, 40.0)]
-    assert best_alpha(none) == 0.5
-    assert "No alpha finished all its seeds; the best is among those that finished the most" in state_finding(
+    assert ALPHAS.best(none) == 0.5
+    assert "No alpha finished all its seeds; the best is among those that finished the most" in ALPHAS.finding(
         none
     )
-    assert " x" not in state_finding(none)  # no seed in common, no ratio
+    assert " x" not in ALPHAS.finding(none)  # no seed in common, no ratio

@@ -21,11 +21,13 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 
-from bklm.non_finite import NonFiniteError
-from bklm.reporting import command_for
-from bklm.studies import grad_blend, sweep_storage
-from bklm.studies.grad_blend import GradBlendConfig, run_grad_blend
-from bklm.studies.sweep import Sweep
+from bklm.harness import grid_storage as sweep_storage
+from bklm.harness.grid import Sweep
+from bklm.harness.report import command_for
+from bklm.studies.grad_blend import run as grad_blend
+from bklm.studies.grad_blend.config import GradBlendConfig
+from bklm.studies.grad_blend.run import run_grad_blend
+from bklm.training.non_finite import NonFiniteError
 
 GRID = {"alpha": [0.0, 0.5, 1.0], "seed": [0, 1]}
 POINTS = [(a, s) for a in GRID["alpha"] for s in GRID["seed"]]
@@ -191,7 +193,7 @@ def test_four_workers_of_which_one_is_killed_give_the_table_of_one(database, tin
     processes, folders = [], [tmp_path / f"worker_{k}" for k in range(4)]
     for folder in folders:
         config = dataclasses.replace(alone.config, storage=database, output_dir=str(folder))
-        words = shlex.split(command_for("bklm.studies.grad_blend", config))[3:]
+        words = shlex.split(command_for(config))[3:]
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-c", start, *words],
@@ -327,7 +329,7 @@ def test_without_a_driver_the_sentence_says_what_to_install(monkeypatch):
 
 
 def test_runs_share_a_sweep_when_and_only_when_they_compute_the_same(tiny_config):
-    from bklm.studies.folder import experiment_name
+    from bklm.harness.folder import experiment_name
 
     config = tiny_config.resolved()
     same = dataclasses.replace(config, output_dir="elsewhere", storage="postgresql://h/d", device="auto")

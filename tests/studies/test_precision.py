@@ -13,14 +13,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from bklm.studies import precision, precision_parts, precision_report, precision_runner
-from bklm.studies.cli import parse
-from bklm.studies.precision import PrecisionConfig, run_precision
-from bklm.studies.precision_claims import adaptive_finding, recommend, verdict
-from bklm.studies.precision_grid import LEFT_RIGHT, PRECISIONS, THETA_PHI, THETA_PHI_LOOP
-from bklm.studies.precision_report import errors_note
-from bklm.studies.precision_runner import accuracy_rows
-from bklm.studies.precision_tables import compared_readable, duration, first_overflow, summary_readable
+from bklm.harness.cli import parse
+from bklm.studies.precision import cells as precision_runner
+from bklm.studies.precision import parts as precision_parts
+from bklm.studies.precision import report as precision_report
+from bklm.studies.precision import run as precision
+from bklm.studies.precision.cells import accuracy_rows
+from bklm.studies.precision.claims import adaptive_finding, recommend, verdict
+from bklm.studies.precision.config import PrecisionConfig
+from bklm.studies.precision.grid import LEFT_RIGHT, PRECISIONS, THETA_PHI, THETA_PHI_LOOP
+from bklm.studies.precision.report import errors_note
+from bklm.studies.precision.run import run_precision
+from bklm.studies.precision.tables import compared_readable, duration, first_overflow, summary_readable
 
 
 class NoMemory:

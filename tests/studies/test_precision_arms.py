@@ -9,16 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bklm.bk_core import reference
-from bklm.studies import precision_kernels as kernels
-from bklm.studies import precision_measure as measure
-from bklm.studies import precision_model, precision_parts
-from bklm.studies.precision_grid import (
+from bklm.harness import measure
+from bklm.harness.measure import Arm
+from bklm.studies.precision import kernels
+from bklm.studies.precision import model as precision_model
+from bklm.studies.precision import parts as precision_parts
+from bklm.studies.precision.cells import GRID
+from bklm.studies.precision.grid import (
     LEFT_RIGHT,
     PRECISIONS,
     SMALL_GRADIENT,
     THETA_PHI,
     THETA_PHI_LOOP,
-    Arm,
     Problem,
     arms,
     errors,
@@ -189,7 +191,7 @@ def test_a_speed_up_is_the_median_of_paired_calls():
 def test_memory_is_not_measured_where_the_system_keeps_no_counter(monkeypatch):
     monkeypatch.setattr(measure.Path, "exists", lambda self: False)
     with measure.MemoryMeter("cpu") as meter:
-        found, why = meter.measure("grid", {}, "anything")
+        found, why = meter.measure(GRID, {}, "anything")
     assert found is None
     assert "no peak-memory counter" in why
 
@@ -200,9 +202,9 @@ def test_peak_memory_is_what_the_arrays_of_an_arm_take_and_a_failure_is_reported
         if meter.reason:
             pytest.skip(meter.reason)
         settings_ = {"rows": 2, "n": 100_000, "im_z": 1.0, "seed": 0}
-        single, _ = meter.measure("grid", settings_, "left/right complex64")
-        double, _ = meter.measure("grid", settings_, "left/right complex128")
-        failed, why = meter.measure("grid", {**settings_, "rows": -1}, "left/right complex64")
+        single, _ = meter.measure(GRID, settings_, "left/right complex64")
+        double, _ = meter.measure(GRID, settings_, "left/right complex128")
+        failed, why = meter.measure(GRID, {**settings_, "rows": -1}, "left/right complex64")
     # At least the value and the gradient, 12 and 24 bytes per position; and at most what the operator promises.
     assert 12 * 200_000 <= single < 120 * 200_000
     assert 24 * 200_000 <= double < 120 * 200_000

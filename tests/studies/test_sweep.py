@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from bklm.studies import sweep_storage
-from bklm.studies.sweep import Sweep
+from bklm.harness import grid_storage as sweep_storage
+from bklm.harness.grid import Sweep
 
 GRID = {"alpha": [0.0, 0.5, 1.0], "seed": [0, 1]}
 

@@ -10,7 +10,7 @@ import pytest
 
 from bklm.data import tokenize_corpus
 from bklm.data.hmm import WORDS_A_LINE, hmm_corpus
-from bklm.studies.text import ngram_baselines
+from bklm.harness.text import ngram_baselines
 
 LINES = 80
 
@@ -40,7 +40,7 @@ def test_the_true_law_has_as_much_context_as_its_label_says(corpus, seq_len):
 def test_the_true_law_is_left_out_with_a_reason_where_targets_are_unknown_words(corpus, caplog):
     tokens = tokenize_corpus(corpus, 500)
     assert (tokens.valid[1:] == tokens.unk_id).any()
-    with caplog.at_level(logging.INFO, logger="bklm.studies.text"):
+    with caplog.at_level(logging.INFO, logger="bklm.harness.text"):
         rows = ngram_baselines(corpus, tokens, 8)
     assert [r["name"] for r in rows] == ["unigram", "Kneser-Ney 2-gram", "Kneser-Ney 3-gram"]
     assert "true law is left out, for it is no floor here: " in caplog.text

@@ -1,0 +1,39 @@
+"""``numba.njit`` with the settings of this package's kernels, and a compiled-code cache where the disk allows one."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+
+_SETTINGS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+
+
+@functools.cache
+def _sources_digest() -> str:
+    """Of all kernel sources together. numba takes cached code for fresh as long as the function's own file is unchanged,
+    although constants and functions of other files are compiled into it."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+
+
+def jit(function: Callable, **settings: Any) -> Callable:
+    """Compile on first use, without the GIL; cached on disk unless numba finds no writable folder for the cache.
+
+    Args:
+        settings: of ``numba.njit``, where a kernel's differ from the package's.
+    """
+    settings = _SETTINGS | settings
+    function.__qualname__ += f"_{_sources_digest()}"  # part of the name of the cache's files
+    try:
+        return njit(cache=True, **settings)(function)
+    except (
+        RuntimeError
+    ) as error:  # raised when neither the package's folder nor the user's cache can be written
+        if "cannot cache function" not in str(error):
+            raise
+        return njit(**settings)(function)

@@ -1,0 +1,1 @@
+"""The Triton backend: ``backend`` is what the dispatch rule sees."""

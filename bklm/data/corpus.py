@@ -1,0 +1,84 @@
+"""What a corpus is: text in three splits, cut into documents, with a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+SPLITS = ("train", "valid", "test")
+
+
+# WikiText writes a title as ` = Title = ` and a section as ` = = Section = = `: one `=` only on either side.
+_TITLE = re.compile(r"\s*= (?!=)(?:.*\S )?= *")
+
+
+_SECTION_END = re.compile(r"= = *$")
+
+
+def is_title(line: str) -> bool:
+    """Whether `line` is a level-1 heading, ` = Title = `, where a document begins."""
+    return bool(_TITLE.fullmatch(line)) and not _SECTION_END.search(line)
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Text in three splits.
+
+    `train`, `valid` and `test` are sequences of lines (str, without line end). For dialogues a line is a whole
+    dialogue, `line_is_document` is true, and the sequence may read from disk as it is indexed. `source` says in
+    words where the text came from; it goes into a study's manifest.
+    """
+
+    name: str
+    source: str
+    train: Sequence[str] = field(repr=False)
+    valid: Sequence[str] = field(repr=False)
+    test: Sequence[str] = field(repr=False)
+    line_is_document: bool = False
+
+    def split(self, split: str) -> Sequence[str]:
+        """The lines of "train", "valid" or "test"."""
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is unknown; a corpus has {', '.join(SPLITS)}")
+        return getattr(self, split)
+
+    def documents(self, split: str) -> Sequence[str]:
+        """The texts of a split: cut at level-1 headings, or a line each for dialogues.
+
+        Each text begins with its heading; what stands before the first heading is a text of its own unless blank.
+        """
+        lines = self.split(split)
+        if self.line_is_document:
+            return lines
+        return ["\n".join(part) for part in _cut_at_titles(lines) if any(line.strip() for line in part)]
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 over the text of all splits (hex). Independent of place and container: white space around lines
+        and blank lines do not count."""
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            digest.update(f"\0{split}\0".encode())
+            for line in self.split(split):
+                if text := line.strip():
+                    digest.update(text.encode("utf-8", "surrogatepass"))
+                    digest.update(b"\n")
+        return digest.hexdigest()
+
+    def entropy_floor(self, split: str, context: int | None = None) -> float | None:
+        """Cross-entropy (nats per token) that no model beats where the text's true law is known ("hmm"), else None."""
+        self.split(split)
+        return None
+
+
+def _cut_at_titles(lines: Sequence[str]) -> Iterator[list[str]]:
+    part: list[str] = []
+    for line in lines:
+        if is_title(line):
+            yield part
+            part = []
+        part.append(line)
+    yield part

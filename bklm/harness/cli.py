@@ -1,0 +1,66 @@
+"""The command line of every study, generated from its config: ``python -m bklm.studies.grad_blend --profile smoke``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import signal
+import sys
+import typing
+from typing import Annotated
+
+import tyro
+
+from bklm.harness.config import FieldSpec, StudyConfig
+
+
+def parse(config_class: type[StudyConfig], words: list[str] | None = None) -> StudyConfig:
+    """The config that the command line's words describe; exits with one sentence for a bad value."""
+    hints = typing.get_type_hints(config_class)
+    flags = dataclasses.make_dataclass(
+        config_class.__name__,
+        [
+            (
+                spec.name,
+                Annotated[hints[spec.name], tyro.conf.arg(help=_help(spec))],
+                dataclasses.field(default=spec.default),
+            )
+            for spec in config_class.specs()
+        ],
+    )
+    given = tyro.cli(
+        tyro.conf.FlagConversionOff[
+            flags
+        ],  # --lowercase False, as the other fields, and as manifests record it
+        args=words,
+        prog=f"python -m {config_class.package()}",
+        description=config_class.__doc__,
+        use_underscores=True,
+    )
+    return config_class(**{name: getattr(given, name) for name in config_class.names()})
+
+
+def _help(spec: FieldSpec) -> str:
+    bounded = (spec.low, spec.high, spec.above) != (None, None, None)
+    return f"{spec.help} ({spec.allowed()})" if bounded else spec.help
+
+
+def main(config_class: type[StudyConfig]) -> None:
+    """Parse, run, show. What a user can mend ends in one sentence and exit code 2; the traceback is in run.log.
+
+    The module ``run`` beside the config's own holds ``run_STUDY``; it, and torch with it, is imported when the words are
+    known to be right.
+    """
+    # A notebook's kernel and a shell's background job start their children with SIGINT ignored; Stop needs it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        config = parse(config_class).resolved()
+        study = importlib.import_module(f"{config_class.package()}.run")
+        # The processes of a launch that are not the main one have no result.
+        if (result := getattr(study, f"run_{config.study}")(config)) is not None:
+            result.show()
+    except KeyboardInterrupt:
+        sys.exit("Stopped. What was finished is kept; the same command goes on from there.")
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,117 @@
+"""How long a training will take on this machine: a few timed steps of its own model, times the tokens it will see."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bklm.data import load_corpus, tokenize_corpus
+from bklm.models import LanguageModel
+from bklm.training.processes import make_accelerator
+
+WIKITEXT2 = (30_000, 2_051_910, 213_886)  # its published words, so that an estimate downloads nothing
+EVALUATION = 1 / 3  # a validation token against a training token: it has no backward pass
+
+
+@functools.lru_cache(maxsize=32)
+def text_size(dataset: str, data_dir: str | None, vocab_limit: int) -> tuple[int, int, int]:
+    """(vocabulary, training tokens, validation tokens) of a study's text.
+
+    Raises:
+        ValueError, OSError: see `bklm.data.load_corpus`.
+    """
+    if dataset == "wikitext-2" and not data_dir:
+        vocabulary, train_tokens, val_tokens = WIKITEXT2
+        return min(vocabulary, vocab_limit), train_tokens, val_tokens
+    text = tokenize_corpus(load_corpus(dataset, data_dir), vocab_limit)
+    return text.vocab_size, len(text.train), len(text.valid)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Trainings of one model: ``epochs`` passes over ``train_tokens``, each scored on ``val_tokens``, in all trials together.
+
+    ``name`` tells the model from others: its speed is measured once and remembered under it. ``build`` makes the model.
+    """
+
+    name: Hashable
+    build: Callable[[], LanguageModel]
+    epochs: float
+    train_tokens: float
+    val_tokens: float
+
+
+def minutes(config: Any, runs: Iterable[Run]) -> float:
+    """Minutes that some trainings of a resolved config take on this machine; reading, compiling and figures are left out.
+
+    The first call with a model's shape, batch and device times a few steps (seconds); later ones remember it.
+
+    Args:
+        config: gives batch_size, seq_len, device and precision.
+
+    Raises:
+        ValueError, OSError: a device or a text that this machine lacks.
+    """
+    return sum(
+        run.epochs
+        * (run.train_tokens + EVALUATION * run.val_tokens)
+        * seconds_per_token(run.name, run.build, config)
+        / 60
+        for run in runs
+    )
+
+
+_measured: dict[Hashable, float] = {}
+
+
+def seconds_per_token(name: Hashable, build: Callable[[], LanguageModel], config: Any) -> float:
+    """Seconds that a training step of a resolved config takes per token of its batch.
+
+    Args:
+        name: what tells this model from others; its speed is remembered under it.
+        build: makes the model. torch's random state is left as it was.
+        config: gives batch_size, seq_len, device and precision.
+    """
+    key = (name, config.batch_size, config.seq_len, config.device, config.precision)
+    if key not in _measured:
+        with torch.random.fork_rng():
+            _measured[key] = _seconds_of_a_step(build(), config) / (config.batch_size * config.seq_len)
+    return _measured[key]
+
+
+def _seconds_of_a_step(model: LanguageModel, config: Any) -> float:
+    accelerator = make_accelerator(config.device, config.precision)
+    model.to(accelerator.device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    x = torch.randint(model.config.vocab_size, (config.batch_size, config.seq_len), device=accelerator.device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with accelerator.autocast():
+            loss = model.loss(x, x)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return best_of(step)
+
+
+def best_of(work: Callable[[], None], times: int = 2) -> float:
+    """Seconds of the fastest of some calls, after one that compiles."""
+    work()
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def in_words(minutes: float) -> str:
+    """ "12", "about 1" or "under 1"."""
+    return f"{minutes:.0f}" if minutes >= 1.5 else "about 1" if minutes > 0.5 else "under 1"

@@ -1,0 +1,219 @@
+"""What a study leaves behind: the same files for every study, and one result class. `bundle.py` makes the zip."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+
+from bklm.files.atomic import replacing, write_json, write_text
+from bklm.harness.bundle import Bundle, zip_study
+from bklm.harness.comparison import Comparison, Trial
+from bklm.harness.machine import environment, git_revision
+from bklm.harness.session import Session
+
+Result = TypeVar("Result", bound="StudyResult")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as CSV, atomically."""
+    with replacing(path) as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False)
+
+
+def as_text(rows: list[dict[str, Any]]) -> str:
+    """Rows as an aligned plain-text table."""
+    return pd.DataFrame(rows).fillna("").to_string(index=False)
+
+
+def command_for(config: Any) -> str:
+    """The command line that repeats a run with this (resolved) config."""
+    return shlex.join(command_words(config))
+
+
+def command_words(config: Any) -> list[str]:
+    """The words of the command line that runs a study with a config; empty fields are left out."""
+    words = ["python", "-m", config.package()]
+    for name, value in config.to_dict().items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(str(v) for v in values)]
+    return words
+
+
+def write_manifest(path: Path, *, config: Any, corpus: Any, seconds: float, **extra: Any) -> None:
+    """Write manifest.json: everything needed to repeat and to judge the run.
+
+    ``seconds`` is computing time in all; ``corpus`` is None for a study that reads no text.
+    """
+    write_json(
+        path,
+        {
+            "study": config.study,
+            "config": config.to_dict(),
+            "corpus": corpus and {"name": corpus.name, "source": corpus.source, "sha256": corpus.sha256},
+            "git_revision": git_revision(),
+            "environment": environment(),
+            "seconds": round(seconds, 1),
+            "command": command_for(config),
+            **extra,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study found and wrote. A study's own class adds what only it has.
+
+    Attributes:
+        config: as resolved.
+        table: one row per arm, plain numbers.
+        best: the best arm; best_perplexity: its mean over seeds.
+        finding: one sentence or more.
+        baselines: rows with name, val_ppl and val_ppl_without_unk of the same targets.
+        diverged: records of the trials that diverged.
+        folder, paths: where everything is, by file name.
+        bundle: the zip.
+    """
+
+    config: Any
+    table: list[dict[str, Any]]
+    best: Any
+    best_perplexity: float | None
+    finding: str
+    baselines: list[dict[str, Any]]
+    diverged: list[dict[str, Any]]
+    folder: Path
+    paths: dict[str, Path]
+    bundle: Bundle
+
+    def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
+        """The tables for people by name, the main one first; each is made when it is called."""
+        raise NotImplementedError
+
+    def show(self) -> None:
+        """Print what a command line shows."""
+        for make in self.tables().values():
+            print(as_text(make()))
+        print(self.finding)
+        print(self.bundle)
+
+
+class Report:
+    """The files of one study. They are written as they are added; `finish` adds those that every study has."""
+
+    def __init__(self, study: Session) -> None:
+        self.study, self.folder = study, study.folder
+        self.paths: dict[str, Path] = {}
+
+    def csv(self, name: str, rows: list[dict[str, Any]]) -> None:
+        write_csv(self.path(name), rows)
+
+    def json(self, name: str, value: Any) -> None:
+        write_json(self.path(name), value)
+
+    def text(self, name: str, words: str) -> None:
+        write_text(self.path(name), words)
+
+    def figure(self, name: str, draw: Callable[..., Any], *arguments: Any) -> None:
+        """``draw(path, *arguments)``; one that has nothing to draw returns None, and there is no such file then."""
+        if draw(self.folder / name, *arguments) is not None:
+            self.path(name)
+
+    def path(self, name: str) -> Path:
+        """The path of a file of that name, which belongs to the result from now on."""
+        self.paths[name] = self.folder / name
+        return self.paths[name]
+
+    def finish(
+        self,
+        result: type[Result],
+        comparison: Comparison,
+        trials: Sequence[Trial],
+        *,
+        also: Mapping[str, Sequence[Trial]] = {},
+        finding: str | None = None,
+        rows: list[dict[str, Any]] | None = None,
+        summary: Mapping[str, Any] = {},
+        sees_the_future: bool = False,
+        **more: Any,
+    ) -> Result:
+        """Write table, epochs, summary, vocabulary, manifest and zip; return the study's result.
+
+        Args:
+            result: a `StudyResult` class; what only it has comes with ``more``.
+            trials: the compared ones, at least one of them finished.
+            also: other trainings by name, for the epochs and the computing time.
+            finding: instead of the comparison's own sentence.
+            rows: instead of the comparison's own table.
+            summary: what summary.json holds besides.
+        """
+        text, config = self.study.text, self.study.config
+        table = comparison.rows(trials) if rows is None else rows
+        best = comparison.best(trials)
+        best_perplexity = comparison.perplexity(comparison.groups(trials)[best]).mean
+        finding = comparison.finding(trials) if finding is None else finding
+        lost = [dict(t) for group in comparison.lost(trials).values() for t in group]
+        runs = {"sweep": trials, **also}
+        self.csv("table.csv", table)
+        self.csv("epochs.csv", epoch_rows(runs, comparison.by))
+        self.json(
+            "summary.json",
+            {
+                "finding": finding,
+                "sees_the_future": sees_the_future,
+                "demonstration": text.is_demonstration,
+                f"best_{comparison.by}": best,
+                "best_perplexity": best_perplexity,
+                "diverged": lost,
+                **summary,
+                "baselines": text.baselines,
+                "table": table,
+            },
+        )
+        self.text("vocabulary.json", text.vocabulary_json())
+        seconds = sum(t["seconds"] for group in runs.values() for t in group)
+        write_manifest(
+            self.path("manifest.json"),
+            config=config,
+            corpus=text.corpus,
+            seconds=seconds,
+            sees_the_future=sees_the_future,
+        )
+        return result(
+            config=config, table=table, best=best, best_perplexity=best_perplexity, finding=finding, baselines=text.baselines,
+            diverged=lost, folder=self.folder, paths=self.paths, bundle=zip_study(self.folder), **more,
+        )  # fmt: skip
+
+
+def epoch_rows(runs: Mapping[str, Sequence[Trial]], by: str) -> list[dict[str, Any]]:
+    """The training curves of finished trials, one row per run and epoch; experts' counts are in the trials' own files."""
+    return [
+        {"run": name, by: trial[by], "seed": trial["seed"]}
+        | {k: v for k, v in epoch.items() if k != "expert_counts"}
+        for name, group in runs.items()
+        for trial in group
+        if trial["val_ppl"] is not None
+        for epoch in trial["epochs"]
+    ]
+
+
+def small_print(text: Any, seeds: int, *more: str, sees_the_future: bool = False) -> str:
+    """What stands below a figure: data, sizes, how many seeds, and whether the model sees the future.
+
+    Args:
+        seeds: those that the figure shows.
+        more: parts of the study's own, such as its protocol.
+    """
+    parts = ["THIS MODEL SEES THE FUTURE"] * sees_the_future + ["Demonstration"] * text.is_demonstration
+    parts += [
+        text.describe(),
+        f"batch {text.batch_size} x {text.seq_len}",
+        f"{seeds} seeds, bars: 95% interval" if seeds > 1 else "1 seed, no interval",
+        *more,
+    ]
+    return "; ".join(parts) + "."

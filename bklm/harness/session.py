@@ -1,0 +1,381 @@
+"""One run of a study: its folder opened, its trials trained or read back, its grids shared with whoever helps.
+
+    def run_koopman(config, on_figure=None, text=None):
+        return run_study(config, _train, _report, prepare=prepare_text, on_figure=on_figure, text=text)
+
+``_train(study)`` makes the same calls in every process that takes part: those of one training (torchrun, ``processes``),
+and workers with trials of their own (``workers``). ``_report(study, found)`` is called once, in the main one.
+
+A trial's record is plain JSON with the same keys in every study: its factors, ``seed``, ``val_ppl`` (None: it diverged, then
+``reason`` says how), ``val_ppl_without_unk``, ``val_accuracy``, ``learning_rate``, ``parameters``, ``epochs`` (rows of
+`bklm.training.EpochRecord`), ``seconds``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+
+from bklm.files.atomic import read_result, write_json
+from bklm.harness import workers
+from bklm.harness.comparison import Trial
+from bklm.harness.config import StudyConfig
+from bklm.harness.folder import claim, experiment_name, logging_to, study_folder
+from bklm.harness.launch import is_to_launch, launch
+from bklm.harness.progress import Progress
+from bklm.training.checkpoints import CheckpointFolder, read_weights
+from bklm.training.non_finite import NonFiniteError, twice
+from bklm.training.processes import broadcast, main_first, make_accelerator
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_FIGURES = 10.0  # drawing one takes longer than a small trial
+# What a record must hold to be taken for finished, whatever the study; one that diverged holds these and a reason.
+DIVERGED_KEYS = {"val_ppl": float | None, "seconds": float, "reason": str}
+
+Found = TypeVar("Found")
+Result = TypeVar("Result")
+Point = dict[str, Any]
+
+
+def run_study(
+    config: StudyConfig,
+    work: Callable[[Session], Found],
+    report: Callable[[Session, Found], Result],
+    *,
+    prepare: Callable[[Any], Any] | None = None,
+    on_figure: Callable[[Path], None] | None = None,
+    text: Any = None,
+) -> Result | None:
+    """Resolve a config, open its folder, do the work and report it. A run that was stopped goes on where it was.
+
+    Args:
+        work: all that trains or measures; called in every process that takes part.
+        report: writes what was found and returns the study's result; called in the main process.
+        prepare: makes the text of the resolved config; None for a study that reads none.
+        on_figure: called with the path of a figure each time it is drawn anew.
+        text: what ``prepare`` made before, so that it is not made twice; it must be of this config.
+
+    Returns:
+        The result; None in every process but the main one.
+
+    Raises:
+        ValueError, OSError, RuntimeError: one sentence each, before time is spent where that is possible.
+    """
+    config = config.resolved()
+    if is_to_launch(config):
+        # What they leave is read back below, in the process that launched them.
+        launch(config, _work_only, config, work, prepare)
+    with _open(config, prepare, on_figure, text) as study:
+        found = work(study)
+        return report(study, found) if study.is_main and workers.link is None else None
+
+
+def _work_only(
+    config: StudyConfig, work: Callable[[Session], Any], prepare: Callable[[Any], Any] | None
+) -> None:
+    """In each launched process: the trainings."""
+    with _open(config, prepare, None, None) as study:
+        work(study)
+
+
+@contextlib.contextmanager
+def _open(
+    config: StudyConfig,
+    prepare: Callable[[Any], Any] | None,
+    on_figure: Callable[[Path], None] | None,
+    text: Any,
+) -> Iterator[Session]:
+    accelerator = make_accelerator(config.device, getattr(config, "precision", "fp32"))
+    with _folder(config, accelerator) as folder:
+        log.info("Settings: %s", ", ".join(f"{k}={v}" for k, v in config.to_dict().items() if v is not None))
+        if prepare is not None and text is None:
+            with main_first(accelerator):  # the others read the tokens that the main process has cached
+                text = prepare(config)
+        if accelerator.is_main_process and workers.link is None:
+            claim(folder, config, text and text.corpus.sha256)
+        with Session(config, text, accelerator, broadcast(accelerator, folder), on_figure) as study:
+            yield study
+
+
+@contextlib.contextmanager
+def _folder(config: StudyConfig, accelerator: Accelerator) -> Iterator[Path | None]:
+    """The study's folder, which the run that has helpers holds for all of them."""
+    if not accelerator.is_main_process:
+        yield None
+    elif workers.link is not None:
+        folder = Path(config.output_dir) / config.study
+        with logging_to(folder / "run.log", on_screen=False):
+            yield folder
+    else:
+        with study_folder(config) as folder:
+            yield folder
+
+
+class Session:
+    """An open study: ``config`` (resolved), ``text``, ``folder``, ``accelerator``, ``is_main``, ``progress``."""
+
+    def __init__(
+        self,
+        config: Any,
+        text: Any,
+        accelerator: Accelerator,
+        folder: Path,
+        on_figure: Callable[[Path], None] | None,
+    ) -> None:
+        self.config, self.text, self.accelerator, self.folder = config, text, accelerator, folder
+        self.is_main = accelerator.is_main_process
+        link = workers.link
+        self.progress = Progress(0, shown=self.is_main and link is None, tell=link and link.step)
+        self._on_figure, self._drawn = on_figure, -math.inf
+        # Trials that the progress bar knows of, and the steps it was told of others by their workers.
+        self._counted: set[str] = set()
+        self._helped: dict[str, int] = {}
+        self._grids = 0
+        self._pool: workers.Pool | None = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.close()
+        self.progress.close()
+
+    def expect(self, steps: int) -> None:
+        """The optimiser steps of all trials together, for the progress bar."""
+        self.progress.expect(steps)
+
+    def trial(
+        self,
+        place: str,
+        point: Mapping[str, Any],
+        steps: int,
+        train: Callable[[Path], dict[str, Any]],
+        needed: Mapping[str, Any],
+        *,
+        weights: str = "",
+    ) -> dict[str, Any]:
+        """The record of one trial: read back where an earlier run left it whole, else trained and written.
+
+        A training that meets NaN is repeated once from its last checkpoint; a second time it is recorded as diverged.
+
+        Args:
+            place: folder below the study's, such as "trials/alpha_0.5_seed_1".
+            point: the factors and the seed, which begin the record.
+            steps: optimiser steps of a whole training; what an early stop leaves over is told to the progress bar here.
+            train: trains in the folder it is given, checkpoints below its ``checkpoints``, and returns what was measured.
+            needed: keys and types of a finished record, besides those of every record.
+            weights: a file of the folder without which a finished trial is no use.
+        """
+        folder = self.folder / place
+        recorded = self._recorded(folder, needed, weights)
+        if recorded is not None:
+            if place not in self._counted:
+                self.progress.skip(steps - self._helped.pop(place, 0))
+            self._counted.add(place)
+            return recorded
+        self._counted.add(place)
+        self.progress.describe(_in_words(point))
+        before, started = self.progress.done, time.perf_counter()
+
+        def attempt() -> dict[str, Any]:
+            self.progress.skip(before - self.progress.done)
+            return train(folder)
+
+        try:
+            record = {**point, **twice(attempt)}
+        except NonFiniteError as error:
+            # An answer, too: the others are worth reporting without it.
+            log.warning("%s; it is recorded as diverged; delete %s to train it again.", error.what, folder)
+            record = {
+                **point,
+                "val_ppl": None,
+                "reason": f"{error.what}.",
+                "seconds": time.perf_counter() - started,
+            }
+        self.progress.skip(before + steps - self.progress.done)
+        if self.is_main:
+            write_json(folder / "result.json", record)
+            CheckpointFolder(folder / "checkpoints").remove()
+        return record
+
+    def _recorded(self, folder: Path, needed: Mapping[str, Any], weights: str) -> dict[str, Any] | None:
+        found = None
+        if self.is_main:
+            found = read_result(folder / "result.json", {"val_ppl": float | None, "seconds": float})
+            if found is not None:
+                found = read_result(
+                    folder / "result.json", DIVERGED_KEYS if found["val_ppl"] is None else needed
+                )
+            if (
+                found is not None
+                and found["val_ppl"] is not None
+                and weights
+                and read_weights(folder / weights) is None
+            ):
+                found = None
+        return broadcast(self.accelerator, found)
+
+    def grid(
+        self,
+        factors: Mapping[str, Sequence[Any]],
+        trial: Callable[..., dict[str, Any]],
+        *,
+        name: str = "trials",
+        place: Callable[[Point], str] | None = None,
+        draw: Callable[[list[Trial]], Path | None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """``trial(place, **point)`` once for every point of a grid, here or by who shares it; the records in grid order.
+
+        Shared are points with the processes of one training, with workers on this machine, and through PostgreSQL
+        (``storage``) with whoever has the same settings.
+
+        Args:
+            name: folder of the trials' own folders; with ``storage`` also what tells a study's grids apart.
+            place: a trial's folder below that one; "alpha_0.5_seed_1" where nothing else is said.
+            draw: draws the trials that are done so far; called in the main process, at most every ten seconds.
+        """
+        points = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
+        records: dict[tuple, dict[str, Any]] = {}
+        self._grids += 1
+
+        def folder_of(point: Point) -> str:
+            return f"{name}/{(place or _place)(point)}"
+
+        def run(point: Point) -> dict[str, Any]:
+            key = tuple(point.values())
+            if key not in records:
+                self._announce(point)
+                records[key] = trial(folder_of(point), **point)
+                self._tell(points, records, point, draw)
+            return records[key]
+
+        if not self.is_main:
+            while (point := broadcast(self.accelerator, None)) is not None:
+                records[tuple(point.values())] = trial(folder_of(point), **point)
+            return [records[tuple(p.values())] for p in points]
+        if workers.link is not None:
+            workers.link.work_off(self._grids, run)
+        elif storage := getattr(self.config, "storage", None):
+            self._share(storage, name, factors, run, folder_of)
+        elif (pool := self._helpers(len(points))) is not None:
+            pool.work_off(self._grids, points, run)
+            self._helped |= {folder_of(point): steps for point, steps in pool.steps_of_helpers()}
+        for point in points:
+            run(point)
+        self._announce(None)
+        return [records[tuple(p.values())] for p in points]
+
+    def best_rate(
+        self,
+        factor: str,
+        arms: Sequence[str],
+        rates: Sequence[float],
+        trial: Callable[..., dict[str, Any]],
+        *,
+        name: str = "search",
+        place: Callable[[Point], str] | None = None,
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """The best learning rate of each arm by validation perplexity, and the records of the search.
+
+        ``trial(place, **{factor: arm, "learning_rate": rate})`` gives a record. A single rate is taken without a search.
+
+        Raises:
+            RuntimeError: an arm diverged with every rate.
+        """
+        if len(rates) == 1:
+            return dict.fromkeys(arms, rates[0]), []
+        searched = self.grid({factor: arms, "learning_rate": rates}, trial, name=name, place=place)
+        best = {}
+        for arm in arms:
+            tried = {r["learning_rate"]: r["val_ppl"] for r in searched if r[factor] == arm}
+            scored = {rate: ppl for rate, ppl in tried.items() if ppl is not None}
+            if not scored:
+                raise RuntimeError(
+                    f"learning_rates: {arm} diverged with each of {', '.join(f'{r:g}' for r in rates)}; add smaller ones, in "
+                    "another output_dir."
+                )
+            best[arm] = min(scored, key=scored.__getitem__)
+            edge = ", at the edge of those tried" if best[arm] in (min(rates), max(rates)) else ""
+            listed = ", ".join(f"{r:g}: {'diverged' if p is None else f'{p:.1f}'}" for r, p in tried.items())
+            log.info("Learning rate of %s: %g (%s%s)", arm, best[arm], listed, edge)
+        return best, searched
+
+    def show(self, picture: Path | None) -> None:
+        """Tell whoever watches that a picture was drawn."""
+        if picture is not None and self._on_figure is not None:
+            self._on_figure(picture)
+
+    def _announce(self, point: Point | None) -> Point | None:
+        return broadcast(self.accelerator, point)
+
+    def _tell(
+        self, points: list[Point], records: dict[tuple, dict[str, Any]], point: Point, draw: Callable | None
+    ) -> None:
+        record = records[tuple(point.values())]
+        if record["val_ppl"] is not None:
+            log.info(
+                "Trial %d of %d, %s: validation PPL %.1f%s",
+                len(records), len(points), _in_words(point), record["val_ppl"], self.progress.time_left(),
+            )  # fmt: skip
+        if draw is None or workers.link is not None or time.monotonic() - self._drawn < SECONDS_BETWEEN_FIGURES:
+            return
+        self.show(draw([records[key] for p in points if (key := tuple(p.values())) in records]))
+        self._drawn = time.monotonic()
+
+    def _share(
+        self, storage: str, name: str, factors: Mapping[str, Sequence[Any]], run: Callable, folder_of: Callable
+    ) -> None:
+        """Work on the grid together with others in a database; what they found is written down as if found here."""
+        # Optuna and SQLAlchemy take a second to import, and nobody else needs them.
+        from bklm.harness.grid import Sweep
+
+        shared = Sweep.shared(
+            storage, f"{experiment_name(self.config, self.text and self.text.corpus.sha256)}-{name}", factors
+        )
+
+        def adopt() -> None:
+            for point, record in shared.results():
+                path = self.folder / folder_of(point) / "result.json"
+                if not path.exists():
+                    write_json(path, record)
+
+        def evaluate(point: Point) -> float:
+            score = run(point)["val_ppl"]
+            return math.inf if score is None else score
+
+        adopt()
+        shared.run(evaluate, run)
+        adopt()
+
+    def _helpers(self, points: int) -> workers.Pool | None:
+        """Workers beside this process, where the settings or the machine allow more than one."""
+        if self.accelerator.num_processes > 1 or points < 2:
+            return None
+        if self._pool is None and (count := workers.number(self.config, points)) > 1:
+            self._pool = workers.Pool(self.config, count, self.progress)
+        return self._pool
+
+
+def _place(point: Mapping[str, Any]) -> str:
+    """A trial's folder, such as "alpha_0.5_seed_1"."""
+    return "_".join(f"{key}_{re.sub('[^A-Za-z0-9.+-]+', '-', _in_name(value))}" for key, value in point.items())
+
+
+def _in_name(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _in_words(point: Mapping[str, Any]) -> str:
+    """ "alpha 0.5, seed 1"."""
+    return ", ".join(f"{key.replace('_', ' ')} {_in_name(value)}" for key, value in point.items())

@@ -1,0 +1,73 @@
+"""Intervals over seeds, and perplexities with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import stdtrit
+
+from bklm.training.evaluation import LARGEST_PERPLEXITY
+
+
+def interval95(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and half-width of its 95% t-interval; the half-width of a single value is None (unknown, not zero)."""
+    sample = np.asarray(values, dtype=float)
+    if len(sample) < 2:
+        return float(sample.mean()), None
+    half = stdtrit(len(sample) - 1, 0.975) * sample.std(ddof=1) / np.sqrt(len(sample))
+    return float(sample.mean()), float(half)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity over seeds: exp of the mean loss, and the 95% t-interval of that mean, in nats, carried over by exp.
+
+    The loss is what is averaged: in perplexities one diverged seed would outweigh all others, and an interval could
+    reach below zero. ``low`` and ``high`` are None for one seed.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def over_seeds(cls, perplexities: Sequence[float]) -> Perplexity:
+        loss, half = interval95(np.log(perplexities))
+        if half is None:
+            return cls(float(np.exp(loss)), None, None)
+        # A few diverged seeds can give an interval beyond any number; JSON has no infinity.
+        low, high = np.exp(loss - half), np.exp(min(loss + half, 700.0))
+        return cls(float(np.exp(loss)), float(low), float(high))
+
+    @classmethod
+    def ratio_over_seeds(cls, others: Sequence[float], bests: Sequence[float]) -> Perplexity:
+        """One model's perplexities over another's of the same seeds. Without an interval where one of them is off the scale:
+        of two that are, nobody recorded which is the larger, and their ratio of 1 would look like a result."""
+        ratio = cls.over_seeds([other / best for other, best in zip(others, bests, strict=True)])
+        return cls(ratio.mean, None, None) if any(map(is_off_the_scale, (*others, *bests))) else ratio
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return _short(self.mean)
+        return f"{_short(self.mean)} ({_short(self.low)} to {_short(self.high)})"
+
+
+def is_off_the_scale(perplexity: float) -> bool:
+    """Whether a recorded perplexity is the largest that is ever recorded, which stands for anything above it, too."""
+    return perplexity >= LARGEST_PERPLEXITY * (1 - 1e-9)
+
+
+def _short(value: float) -> str:
+    """A perplexity or a ratio of perplexities for people: "268.4", "2,180", "1e+09"."""
+    if value < 10:
+        return f"{value:.3f}"
+    if value < 1000:
+        return f"{value:.1f}"
+    return f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"
+
+
+def with_interval(mean: float, half: float | None, digits: int = 1) -> str:
+    """ "303.1 ± 2.4", or "303.1" when one seed gives no interval."""
+    return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")

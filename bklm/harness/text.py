@@ -1,0 +1,180 @@
+"""The text of a language-model study: corpus, tokens, loaders, and the baselines that any model must be judged against."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from bklm.data import (
+    Corpus,
+    KneserNey,
+    TokenizedCorpus,
+    Unigram,
+    load_corpus,
+    make_loader,
+    tokenize_corpus,
+    windows,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class StudyText:
+    """Text ready to train on. ``baselines`` are rows with name, val_ppl and val_ppl_without_unk of the same targets."""
+
+    corpus: Corpus
+    tokens: TokenizedCorpus
+    seq_len: int
+    batch_size: int
+    layout: str  # "every-target-once", or the original's "disjoint" blocks
+    baselines: list[dict[str, Any]]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokens.vocab_size
+
+    @property
+    def unk_id(self) -> int:
+        return self.tokens.unk_id
+
+    @property
+    def train_tokens(self) -> int:
+        return len(self.tokens.train)
+
+    def describe(self) -> str:
+        """Name and sizes, for the small print of a figure."""
+        return f"{self.corpus.name}, {self.train_tokens:,} training tokens, vocabulary {self.vocab_size:,}"
+
+    @property
+    def is_demonstration(self) -> bool:
+        """Whether the text is too small or too artificial to support a claim."""
+        return self.corpus.name in ("embedded", "hmm")
+
+    def train_loader(self, seed: int) -> DataLoader:
+        """Shuffled by (seed, epoch) alone: two models of one seed see identical batches."""
+        return self._loader(self.tokens.train, shuffle=True, seed=seed)
+
+    def val_loader(self) -> DataLoader:
+        return self._loader(self.tokens.valid)
+
+    def test_loader(self) -> DataLoader:
+        return self._loader(self.tokens.test)
+
+    def first_batch(self, sequences: int) -> tuple[Tensor, Tensor]:
+        """The first few training windows (x, y), always the same."""
+        data = windows(self.tokens.train, self.seq_len, self.layout, self.tokens.pad_id)
+        return data[list(range(min(sequences, len(data))))]
+
+    def prompt(self, words: int = 12) -> str:
+        """The opening words of the first validation line that is prose, to let a model continue."""
+        for line in self.corpus.valid:
+            if len(line.split()) > 2 * words and not line.strip().startswith("="):
+                return " ".join(line.split()[:words])
+        return " ".join(self.tokens.decode(self.tokens.valid[:words].tolist()).split())
+
+    def generate(
+        self, model: Any, prompt: str, max_new_tokens: int, temperature: float = 0.8, seed: int = 0
+    ) -> str:
+        """Let ``model`` continue ``prompt``; the same seed gives the same text."""
+        ids = torch.from_numpy(self.tokens.encode(prompt).astype(np.int64))[None]
+        if ids.shape[1] == 0:
+            raise ValueError("prompt: got no word; write at least one.")
+        device = next(model.parameters()).device
+        generator = torch.Generator(device).manual_seed(seed)
+        out = model.generate(ids.to(device), max_new_tokens, temperature, generator)
+        return self.tokens.decode(out[0].tolist())
+
+    def vocabulary_json(self) -> str:
+        return self.tokens.vocab.tokenizer.to_str(pretty=False)
+
+    def _loader(self, ids: np.ndarray, shuffle: bool = False, seed: int = 0) -> DataLoader:
+        data = windows(ids, self.seq_len, self.layout, self.tokens.pad_id)
+        batch_size = self.batch_size if shuffle else min(self.batch_size, len(data))
+        return make_loader(data, batch_size, shuffle=shuffle, seed=seed)
+
+
+def prepare_text(config: Any) -> StudyText:
+    """Load and tokenise the text of a resolved config, check that it is large enough, and score the baselines.
+
+    Raises:
+        ValueError, OSError: see `bklm.data.load_corpus` and `bklm.data.make_loader`.
+    """
+    corpus = load_corpus(config.dataset, config.data_dir)
+    tokens = tokenize_corpus(corpus, config.vocab_size, config.max_train_tokens or None)
+    layout = "disjoint" if config.protocol == "original" else "every-target-once"
+    text = StudyText(
+        corpus,
+        tokens,
+        config.seq_len,
+        config.batch_size,
+        layout,
+        ngram_baselines(corpus, tokens, config.seq_len),
+    )
+    for loader in (text.train_loader(0), text.val_loader(), text.test_loader()):
+        len(loader)  # refuses sequences and batches that the text cannot fill
+    log.info(
+        "Text: %s from %s; %s training, %s validation, %s test tokens, vocabulary %s",
+        corpus.name, corpus.source, f"{len(tokens.train):,}", f"{len(tokens.valid):,}", f"{len(tokens.test):,}",
+        f"{tokens.vocab_size:,}",
+    )  # fmt: skip
+    log.info(
+        "Baselines: validation PPL %s", ", ".join(f"{r['name']} {r['val_ppl']:.1f}" for r in text.baselines)
+    )
+    return text
+
+
+def ngram_baselines(corpus: Corpus, tokens: TokenizedCorpus, seq_len: int) -> list[dict[str, Any]]:
+    """Unigram, Kneser-Ney and, where it is known, the text's true law: rows as in `StudyText.baselines`.
+
+    The law is restarted at each window of ``seq_len`` inputs, as a model is. It has no row where <unk> is a target.
+    """
+    models = [("unigram", Unigram()), *((f"Kneser-Ney {n}-gram", KneserNey(order=n)) for n in (2, 3))]
+    rows = []
+    for name, model in models:
+        model.fit(tokens.train, tokens.vocab_size)
+        without = model.perplexity(tokens.valid, exclude=tokens.unk_id)
+        rows.append({"name": name, "val_ppl": model.perplexity(tokens.valid), "val_ppl_without_unk": without})
+    floor = corpus.entropy_floor("valid", context=seq_len)
+    if floor is None:
+        return rows
+    unknown = int((tokens.valid[1:] == tokens.unk_id).sum())
+    if unknown:
+        # The law is one of words: merged into <unk>, the rare ones are easier to foretell, and a model may go below it.
+        log.info(
+            "Baselines: the text's true law is left out, for it is no floor here: %s of %s validation targets are <unk>.",
+            f"{unknown:,}", f"{len(tokens.valid) - 1:,}",
+        )  # fmt: skip
+        return rows
+    name, perplexity = f"true law, {seq_len} tokens of context", math.exp(floor)
+    return [
+        *rows,
+        {"name": name, "val_ppl": perplexity, "val_ppl_without_unk": perplexity},
+    ]  # no <unk>: one number
+
+
+def as_ids(text: StudyText, length: int) -> Tensor:
+    """``length`` validation ids, int64 (1, length), the text repeated where it is shorter: something to measure speed on."""
+    ids = text.tokens.valid.reshape(-1).astype(np.int64)
+    ids = ids[ids != text.tokens.pad_id]
+    return torch.from_numpy(np.resize(ids, length))[None]
+
+
+def readable_baselines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The baselines rounded for people."""
+    return [
+        {
+            "baseline": r["name"],
+            "val PPL": f"{r['val_ppl']:.1f}",
+            "without <unk>": f"{r['val_ppl_without_unk']:.1f}",
+        }
+        for r in rows
+    ]

@@ -1,0 +1,229 @@
+"""What only a notebook needs: where it runs, its form cell and controls, live figures, and the download at the end.
+
+Everything here also works headless (papermill, CI): nothing waits for a front end that is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import io
+import json
+import logging
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+from IPython import get_ipython
+from IPython.display import HTML, Image, display
+
+from bklm.harness.bundle import Bundle, add_notebook, zip_study
+from bklm.harness.config import StudyConfig
+from bklm.harness.report import as_text
+from bklm.notebook import form as notebook_form
+from bklm.notebook.controls import SHOWN_LINES, as_pre
+from bklm.notebook.form import Config
+
+log = logging.getLogger(__name__)
+
+# Numbers stay on one line, so that a narrow screen scrolls a table instead of breaking them; sentences wrap.
+TABLE_STYLE = (
+    ".bklm td {white-space:nowrap} .bklm td.long {white-space:normal; min-width:10em} .bklm th {min-width:4em}"
+    " .bklm tr > :first-child"
+    + "".join(f", .bklm.words{i} tr > :nth-child({i})" for i in range(2, 11))
+    + " {text-align:left}"
+)
+LONG_CELL = 30  # characters
+PICTURE_WIDTH = 760  # pixels: readable on a desktop, and scaled down by phones
+Result = TypeVar("Result")
+DRIVE = Path("/content/drive")  # where Colab mounts a Google Drive
+
+
+def where() -> str:
+    """ "colab", "jupyter" (any other kernel, papermill's too) or "shell".
+
+    Colab is told by its kernel class: its environment variables exist on Kaggle too, and a papermill subprocess on a
+    Colab machine still has them.
+    """
+    shell = get_ipython()
+    if shell is None:
+        return "shell"
+    if type(shell).__module__ == "google.colab._shell":
+        return "colab"
+    return "jupyter" if "IPKernelApp" in shell.config else "shell"
+
+
+def config_from(config_class: type[Config], namespace: dict[str, Any]) -> Config:
+    """The config that the parameters cell (or papermill's injected cell) describes; ``namespace`` is ``globals()``.
+
+    A folder on Google Drive is mounted first, in Colab.
+
+    Raises:
+        ValueError: a value that the config does not allow, or a Drive that cannot be had.
+    """
+    config = notebook_form.config_from(config_class, namespace)
+    mount_drive(config, headless=namespace.get("headless", False))
+    return config
+
+
+def mount_drive(config: StudyConfig, headless: bool = False) -> None:
+    """Mount the Google Drive when a folder of ``config`` lies on it; only Colab has one.
+
+    Raises:
+        ValueError: it is not mounted, and nobody is there to allow it, or it was not allowed.
+    """
+    values = {name: value for name, value in config.to_dict().items() if isinstance(value, str)}
+    wanted = [f"{n}: {v}" for n, v in values.items() if Path(v).is_relative_to(DRIVE)]
+    if not wanted or where() != "colab" or (DRIVE / "MyDrive").exists():
+        return
+    problem = f"{wanted[0]} is on Google Drive, which is not mounted"
+    if headless:
+        raise ValueError(
+            f"{problem}, and nobody is there to allow it; mount it before, or choose another folder."
+        )
+    from google.colab import drive
+
+    try:
+        drive.mount(str(DRIVE))
+    except Exception as error:  # Colab raises whatever its front end said
+        raise ValueError(
+            f"{problem} ({error}); allow it and run the cell again, or choose another folder."
+        ) from error
+
+
+def run(study: Callable[..., Result], config: StudyConfig, headless: bool = False) -> Result:
+    """Run a study in this cell, with the last lines of its log and its figure drawn anew as it goes on.
+
+    Headless the log is printed line by line. Either way all of it is in the study's run.log.
+    """
+    figure = LiveFigure()
+    log_shown = contextlib.nullcontext() if headless else contextlib.redirect_stdout(_Tail())
+    with log_shown:
+        result = study(config, on_figure=figure)
+    figure.refresh()
+    return result
+
+
+class _Tail(io.TextIOBase):
+    """A text stream of which a cell shows the last lines."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=SHOWN_LINES)
+        self._begun = ""
+        self._handle: Any = None
+
+    def write(self, text: str) -> int:
+        *done, self._begun = (self._begun + text).split("\n")
+        self._lines.extend(done)
+        shown = HTML(as_pre(self._lines))
+        if self._handle is None:
+            self._handle = display(shown, display_id=True)
+        elif done:
+            self._handle.update(shown)
+        return len(text)
+
+
+class LiveFigure:
+    """A picture in the output of one cell, shown again each time its file was drawn anew."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._path: Path | None = None
+
+    def __call__(self, path: Path) -> None:
+        self._path = path
+        image = Image(data=path.read_bytes(), width=PICTURE_WIDTH)
+        if self._handle is None:
+            self._handle = display(image, display_id=True)
+        else:
+            self._handle.update(image)
+
+    def refresh(self) -> None:
+        """Show the file as it is now: a study draws it once more at its end."""
+        if self._path is not None:
+            self(self._path)
+
+
+def show_table(rows: Sequence[dict[str, Any]], headless: bool = False) -> None:
+    """A table of rows: as text where only text is streamed, as HTML otherwise, which a narrow screen can scroll."""
+    if headless:
+        print(as_text(list(rows)))
+        return
+    found = pd.DataFrame(rows).fillna("")
+    words = [f"words{i}" for i, name in enumerate(found, 1) if _is_words(found[name])]
+    table = found.to_html(index=False, border=0, classes=["bklm", *words])
+    table = re.sub(rf"<td>(?=[^<]{{{LONG_CELL},}})", '<td class="long">', table)
+    display(HTML(f'<style>{TABLE_STYLE}</style><div style="overflow-x:auto">{table}</div>'))
+
+
+def _is_words(column: pd.Series) -> bool:
+    """Whether a table's column holds sentences, or no number at all, with or without its unit."""
+    cells = [str(cell) for cell in column]
+    if any(len(cell) >= LONG_CELL for cell in cells):
+        return True
+    return not any(re.match(r"[x+-]?\d|under \d", cell) for cell in cells) and any(len(c) > 1 for c in cells)
+
+
+def say(text: str, headless: bool = False) -> None:
+    """A sentence or more, wrapped between words; as plain text where only text is streamed."""
+    if headless:
+        print(text)
+    else:
+        display(HTML(f'<p style="max-width:60em; line-height:1.5">{html.escape(text)}</p>'))
+
+
+def show_picture(path: Path) -> None:
+    """A PNG at a width that phones and desktops both read."""
+    display(Image(filename=str(path), width=PICTURE_WIDTH))
+
+
+def finish(folder: Path, headless: bool = False) -> Bundle:
+    """Zip the study's folder with this notebook as executed so far, and print path, size and SHA-256.
+
+    Headless, the runner adds the executed notebook after its last cell (see colab_setup.sh).
+    """
+    if not headless:
+        _add_this_notebook(folder)
+    bundle = zip_study(folder)
+    print(f"Results: {bundle.path.resolve()}\nSize:    {bundle.size / 1e6:.2f} MB ({bundle.size} bytes)")
+    print(f"SHA-256: {bundle.sha256}")
+    return bundle
+
+
+def download(bundle: Bundle, headless: bool = False) -> None:
+    """Offer the zip to the browser in Colab; elsewhere it already lies on disk. A blocked download loses nothing."""
+    if headless or where() != "colab":
+        return
+    from google.colab import files
+
+    try:
+        files.download(str(bundle.path))
+    except Exception as error:
+        print(
+            f"The browser did not take the download ({type(error).__name__}: {error}). The zip is complete at "
+            f"{bundle.path.resolve()}: open the folder icon on the left and download it from there."
+        )
+
+
+def _add_this_notebook(folder: Path) -> None:
+    if where() == "colab":
+        from google.colab import _message
+
+        try:
+            reply = _message.blocking_request("get_ipynb", timeout_sec=20)
+            add_notebook(folder, json.dumps(reply["ipynb"]), "notebook.ipynb")
+        except Exception as error:
+            print(f"The notebook itself could not be added to the zip ({type(error).__name__}: {error}).")
+        return
+    # Jupyter's server tells the kernel the notebook's path; what is on disk is its last saved state.
+    path = Path(os.environ.get("JPY_SESSION_NAME", ""))
+    if path.suffix == ".ipynb" and path.exists():
+        add_notebook(folder, path.read_text(encoding="utf-8"), path.name)
+    else:
+        print(
+            "The notebook's own path is unknown here; save it and add it to the zip by hand if you want it in."
+        )

@@ -1,0 +1,7 @@
+"""The baseline study: NewLLM as published, beside a GPT and a ResNetBK of the same size."""
+
+from bklm.files.lazy import lazy
+
+__getattr__, __all__ = lazy(
+    __name__, {"config": ("BaselineConfig",), "report": ("BaselineResult",), "run": ("run_baseline",)}
+)

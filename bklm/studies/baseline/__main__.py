@@ -1,0 +1,4 @@
+from bklm.harness import cli
+from bklm.studies.baseline import BaselineConfig
+
+cli.main(BaselineConfig)

@@ -1,0 +1,47 @@
+"""A trained model of the baseline study in int8: size, perplexity and speed, beside what the original planned."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bklm.compression.int8 import quantisation_report, quantised, save_quantised
+from bklm.files.atomic import replacing
+from bklm.harness.report import write_csv
+
+if TYPE_CHECKING:
+    from bklm.studies.baseline.report import BaselineResult
+    from bklm.studies.baseline.text import BaselineText
+
+
+def int8_rows(result: BaselineResult, text: BaselineText, model: str = "") -> list[dict[str, Any]]:
+    """Quantise one trained model (the best one when ``model`` is empty), write it and the table into the study's folder.
+
+    Scored on as many validation tokens as the context lengths are (``context_tokens``).
+
+    Returns:
+        rows for people: weights, file, perplexity and its change, tokens per second scored and generated; "-" where there
+        is nothing to say.
+    """
+    name = model or result.best_model
+    found = result.load(name)
+    int8 = quantised(found)
+    with replacing(result.folder / f"{name}_int8.safetensors") as temporary:
+        save_quantised(int8, temporary)
+    batches = list(text.search_val_loader(result.config.context_tokens))
+    rows = quantisation_report(found, batches, int8=int8, new_tokens=min(64, (found.n_seq or 65) - 1))
+    write_csv(result.folder / "int8.csv", [{"model": name, **row.to_dict()} for row in rows])
+    return [
+        {
+            "weights": row.weights,
+            "file": _or_dash(row.file_bytes, lambda v: f"{v / 1e6:.1f} MB"),
+            "val PPL": _or_dash(row.perplexity, lambda v: f"{v:.2f}"),
+            "change": _or_dash(row.perplexity_change, lambda v: f"{v:+.2%}"),
+            "scored tokens/s": _or_dash(row.scored_tokens_per_second, lambda v: f"{v:,.0f}"),
+            "generated tokens/s": _or_dash(row.generated_tokens_per_second, lambda v: f"{v:,.0f}"),
+        }
+        for row in rows
+    ]
+
+
+def _or_dash(value: Any, text: Any) -> str:
+    return "-" if value is None else text(value)

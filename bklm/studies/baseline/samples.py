@@ -1,0 +1,108 @@
+"""Text from the trained models of a baseline study, and a look into its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_model
+
+from bklm.models import LanguageModel
+from bklm.studies.baseline.models import TITLES, build_model
+from bklm.studies.baseline.text import BaselineText
+from bklm.training.checkpoints import CheckpointFolder, epoch_of, is_checkpoint, perplexity_of, read_state
+
+if TYPE_CHECKING:
+    from bklm.studies.baseline.config import BaselineConfig
+    from bklm.studies.baseline.report import BaselineResult
+
+SAMPLE_WORDS = 60
+
+
+def write_sample(
+    result: BaselineResult, text: BaselineText, model: str = "", prompt: str = "", temperature: float = 0.8
+) -> str:
+    """Up to 60 words that one of the trained models writes after ``prompt``, or after the opening of a validation line.
+
+    Args:
+        model: "newllm", "gpt" ...; the best one when empty.
+        prompt: words outside the vocabulary become <unk>.
+        temperature: 0 takes the likeliest word each time.
+    """
+    return continue_text(result.load(model or None), text, prompt, temperature)
+
+
+def continue_text(model: LanguageModel, text: BaselineText, prompt: str = "", temperature: float = 0.8) -> str:
+    """What ``model`` writes after ``prompt``; it stops where the model's positions end."""
+    longest = model.n_seq or 10**9
+    words = (prompt.split() or text.prompt(12).split())[: longest - 1]
+    return text.generate(model, " ".join(words), min(SAMPLE_WORDS, longest - len(words)), temperature)
+
+
+def list_checkpoints(config: BaselineConfig) -> list[dict[str, Any]]:
+    """Every checkpoint of a study: its number in the list, model, seed, epoch, validation PPL, best or not, size and path."""
+    rows = []
+    base = config.checkpoint_folder()
+    for run in sorted(p for p in base.glob("*_seed_*") if p.is_dir()):
+        folder = CheckpointFolder(run)
+        name, _, seed = run.name.rpartition("_seed_")
+        for place in folder.all():
+            rows.append(
+                {
+                    "number": len(rows),
+                    "model": TITLES.get(name, name),
+                    "seed": int(seed),
+                    "epoch": epoch_of(place),
+                    "val PPL": perplexity_of(place),
+                    "": "best" if place == folder.best() else "",
+                    "MB": round(sum(f.stat().st_size for f in place.iterdir()) / 1e6, 1),
+                    "path": str(place),
+                }
+            )
+    return rows
+
+
+def choose_checkpoint(rows: Sequence[dict[str, Any]], number: int, text: BaselineText) -> LanguageModel:
+    """The model of row ``number`` of `list_checkpoints`, to write with the words of ``text``.
+
+    Raises:
+        ValueError: there is no such row, or that model was trained with another vocabulary.
+    """
+    if not rows:
+        raise ValueError(
+            "number: there are no checkpoints yet; run the study first, or set checkpoint_dir to where they are."
+        )
+    if not 0 <= number < len(rows):
+        raise ValueError(f"number: got {number}; the list has 0 to {len(rows) - 1}.")
+    place = Path(rows[number]["path"])
+    model = load_checkpoint(place)
+    vocabulary = read_state(place)["identity"]["vocabulary"]
+    if vocabulary != text.vocabulary_name:
+        raise ValueError(
+            f"checkpoint: {place} was trained with another vocabulary ({vocabulary}) than this text's "
+            f"({text.vocabulary_name}); take one of this study's, or the text and vocab_size it was trained with."
+        )
+    return model
+
+
+def load_checkpoint(place: Path) -> LanguageModel:
+    """The model of a checkpoint, rebuilt from what the checkpoint says of itself; on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: no checkpoint, or not one of this study.
+    """
+    place = Path(place)
+    if not is_checkpoint(place):
+        raise ValueError(f"checkpoint: {place} is no checkpoint; take a path from the list.")
+    identity = read_state(place)["identity"] or {}
+    name = identity.get("model")
+    if name not in TITLES:
+        raise ValueError(
+            f"checkpoint: {place} does not say which model it holds; take one that this study wrote."
+        )
+    prefix = f"{name}."
+    settings = {k.removeprefix(prefix): v for k, v in identity.items() if k.startswith(prefix)}
+    model = build_model(name, settings)
+    load_model(model, str(place / "model.safetensors"))
+    return model.eval()

@@ -1,0 +1,222 @@
+"""The text of the baseline study: contiguous windows in which every token is a target once, or the original's line windows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bklm.data import (
+    Corpus,
+    KneserNey,
+    TokenizedCorpus,
+    Unigram,
+    load_corpus,
+    make_loader,
+    tokenize_corpus,
+    windows,
+)
+from bklm.data.baselines import perplexity
+from bklm.data.line_windows import PAD_ID, LineVocabulary, LineWindows, line_windows
+from bklm.harness.text import StudyText, ngram_baselines
+
+log = logging.getLogger(__name__)
+
+SCORED_AT_ONCE = 4  # training batches in one of evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class BaselineText(StudyText):
+    """Contiguous windows. ``tokens.valid`` holds what is scored as validation, which may be two splits of the corpus."""
+
+    lowercase: bool
+    validation: str
+
+    @property
+    def train_targets(self) -> int:
+        """Targets in one epoch."""
+        return self.train_loader(0).dataset.num_targets
+
+    @property
+    def val_targets(self) -> int:
+        return self.val_loader().dataset.num_targets
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the validation targets that are the unknown word."""
+        targets = [y for _, y in self.val_loader()]
+        return sum(int((y == self.unk_id).sum()) for y in targets) / self.val_targets
+
+    @property
+    def has_test_split(self) -> bool:
+        """Whether a split is left that no choice has looked at."""
+        return self.validation == "valid"
+
+    @property
+    def vocabulary_sha256(self) -> str:
+        """Of the words in the order of their ids."""
+        return hashlib.sha256("\n".join(self.tokens.vocab.words).encode()).hexdigest()
+
+    @property
+    def vocabulary_name(self) -> str:
+        """What a checkpoint says of the vocabulary it was trained with."""
+        return f"{self.vocab_size} words, SHA-256 {self.vocabulary_sha256[:8]}"
+
+    def search_loader(self, seed: int, tokens: int) -> DataLoader:
+        """Training windows over the first ``tokens`` tokens (0: all), for the learning-rate search."""
+        return self._loader(self.tokens.train[: tokens or None], shuffle=True, seed=seed)
+
+    def search_val_loader(self, tokens: int) -> DataLoader:
+        """Validation windows that the search is judged by: of no more tokens than it trains on."""
+        return self._loader(self.tokens.valid[: tokens or None])
+
+    def context_loader(self, length: int, tokens: int) -> DataLoader | None:
+        """Validation windows of ``length`` tokens over the first ``tokens`` tokens (0: all): the same targets at every
+        length, with up to that much context. None where the text is shorter than a window or has no such windows."""
+        ids = self.tokens.valid[: tokens or None]
+        if len(ids) <= length:
+            return None
+        data = windows(ids, length, pad_id=self.tokens.pad_id)
+        rows = max(1, self.batch_size * self.seq_len // length)
+        return make_loader(data, min(rows, len(data)))
+
+    def generate(
+        self, model: Any, prompt: str, max_new_tokens: int, temperature: float = 0.8, seed: int = 0
+    ) -> str:
+        prompt = prompt.lower() if self.lowercase else prompt
+        return super().generate(model, prompt, max_new_tokens, temperature, seed)
+
+    def vocabulary_json(self) -> str:
+        return json.dumps(self.tokens.vocab.ids, ensure_ascii=False)
+
+    def _loader(self, ids: np.ndarray, shuffle: bool = False, seed: int = 0) -> DataLoader:
+        data = self._windows(ids)
+        # Scoring keeps no activations: larger batches are faster, and change no sum.
+        batch_size = self.batch_size if shuffle else min(SCORED_AT_ONCE * self.batch_size, len(data))
+        return make_loader(data, batch_size, shuffle=shuffle, seed=seed)
+
+    def _windows(self, ids: np.ndarray) -> Dataset:
+        return windows(ids, self.seq_len, pad_id=self.tokens.pad_id)
+
+
+class LineText(BaselineText):
+    """The original's windows: ``tokens`` holds rows of ids (windows, 64)."""
+
+    @property
+    def train_tokens(self) -> int:
+        return self.train_targets
+
+    def context_loader(self, length: int, tokens: int) -> None:
+        return None
+
+    def search_loader(self, seed: int, tokens: int) -> DataLoader:
+        return self._loader(_first_rows(self.tokens.train, tokens), shuffle=True, seed=seed)
+
+    def search_val_loader(self, tokens: int) -> DataLoader:
+        return self._loader(_first_rows(self.tokens.valid, tokens))
+
+    def first_batch(self, sequences: int) -> tuple[Tensor, Tensor]:
+        data = LineWindows(self.tokens.train)
+        return data[list(range(min(sequences, len(data))))]
+
+    def _windows(self, ids: np.ndarray) -> Dataset:
+        return LineWindows(ids)
+
+
+def prepare_text(config: Any) -> BaselineText:
+    """Load, lower-case and cut the text of a resolved `BaselineConfig`, check that it is large enough, score the baselines.
+
+    Raises:
+        ValueError, OSError: see `bklm.data.load_corpus` and `bklm.data.make_loader`.
+    """
+    corpus = load_corpus(config.dataset, config.data_dir)
+    text = _line_text(config, corpus) if config.protocol == "original" else _contiguous_text(config, corpus)
+    loaders = [text.train_loader(0), text.val_loader()]
+    if len(config.learning_rates) > 1:
+        loaders += [text.search_loader(0, config.search_tokens), text.search_val_loader(config.search_tokens)]
+    if text.has_test_split:
+        loaders.append(text.test_loader())
+    for loader in loaders:
+        len(loader)  # refuses sequences and batches that the text cannot fill
+    log.info(
+        "Text: %s from %s; %s training and %s validation targets, vocabulary %s",
+        corpus.name, corpus.source, f"{text.train_targets:,}", f"{text.val_targets:,}", f"{text.vocab_size:,}",
+    )  # fmt: skip
+    log.info(
+        "Baselines: validation PPL %s", ", ".join(f"{r['name']} {r['val_ppl']:.1f}" for r in text.baselines)
+    )
+    return text
+
+
+def _splits(config: Any, corpus: Corpus) -> dict[str, list[str]]:
+    """The lines of each split as they are tokenised."""
+
+    def lines(split: str) -> list[str]:
+        return [line.lower() for line in corpus.split(split)] if config.lowercase else list(corpus.split(split))
+
+    valid = lines("valid") + (lines("test") if config.validation == "valid+test" else [])
+    return {"train": lines("train"), "valid": valid, "test": lines("test")}
+
+
+def _contiguous_text(config: Any, corpus: Corpus) -> BaselineText:
+    cased = Corpus(corpus.name, corpus.source, **_splits(config, corpus))
+    tokens = tokenize_corpus(cased, config.vocab_size, config.max_train_tokens or None)
+    # The true law of an artificial text is no floor here: rare words are merged into <unk>, which makes the text easier.
+    return BaselineText(
+        corpus, tokens, config.seq_len, config.batch_size, "every-target-once",
+        ngram_baselines(cased, tokens, config.seq_len), config.lowercase, config.validation,
+    )  # fmt: skip
+
+
+def _line_text(config: Any, corpus: Corpus) -> LineText:
+    splits = _splits(config, corpus)
+    vocabulary = LineVocabulary.train(splits["train"], config.vocab_size)
+    rows = {split: line_windows(lines, vocabulary).rows for split, lines in splits.items()}
+    rows["train"] = _first_rows(rows["train"], config.max_train_tokens)
+    tokens = TokenizedCorpus(**rows, vocab=vocabulary, name=corpus.name, sha256=corpus.sha256)
+    return LineText(
+        corpus, tokens, config.seq_len, config.batch_size, "lines",
+        _line_baselines(tokens), config.lowercase, config.validation,
+    )  # fmt: skip
+
+
+def _first_rows(rows: np.ndarray, targets: int) -> np.ndarray:
+    """As many of the first windows as hold no more than ``targets`` targets, one at least; 0: all."""
+    if not targets:
+        return rows
+    counted = (rows[:, 1:] != PAD_ID).sum(1).cumsum()
+    return rows[: max(1, int(np.searchsorted(counted, targets, "right")))]
+
+
+def _line_baselines(tokens: TokenizedCorpus) -> list[dict[str, Any]]:
+    """Unigram and Kneser-Ney over the windows laid end to end; a window's first token is no target, as for the models.
+
+    A trigram's second word sees the last word of the window before: one word of context that no model has.
+    """
+    train = tokens.train[tokens.train != PAD_ID]
+    is_text = tokens.valid != PAD_ID
+    valid = tokens.valid[is_text]
+    is_first = np.zeros_like(is_text)
+    is_first[:, 0] = True
+    is_target = ~is_first[is_text][1:]
+    known = is_target & (valid[1:] != tokens.unk_id)
+    rows = []
+    for name, model in [
+        ("unigram", Unigram()),
+        *((f"Kneser-Ney {n}-gram", KneserNey(order=n)) for n in (2, 3)),
+    ]:
+        log_probs = model.fit(train, tokens.vocab_size).log_probs(valid)
+        rows.append(
+            {
+                "name": name,
+                "val_ppl": perplexity(log_probs[is_target]),
+                "val_ppl_without_unk": perplexity(log_probs[known]),
+            }
+        )
+    return rows

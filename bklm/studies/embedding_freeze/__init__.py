@@ -1,0 +1,12 @@
+"""The embedding-freeze study: does freezing the embedding help, or having pretrained it, or tying the head to it?"""
+
+from bklm.files.lazy import lazy
+
+__getattr__, __all__ = lazy(
+    __name__,
+    {
+        "config": ("EmbeddingFreezeConfig",),
+        "report": ("EmbeddingFreezeResult",),
+        "run": ("run_embedding_freeze",),
+    },
+)

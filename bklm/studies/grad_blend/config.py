@@ -1,0 +1,88 @@
+"""Settings of the GRAD_BLEND sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from bklm.harness.config import WindowStudyConfig, setting
+
+ORIGINAL_ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)
+
+
+FULL_GRID = tuple(round(0.1 * i, 1) for i in range(11))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradBlendConfig(WindowStudyConfig):
+    """Settings of the sweep. ``protocol="original"`` turns the corrections off: the model then sees the future."""
+
+    study: ClassVar[str] = "grad_blend"
+    notebook: ClassVar[str] = "01_grad_blend_sweep"
+    basic: ClassVar[tuple[str, ...]] = (
+        "profile", "dataset", "data_dir", "output_dir", "device", "protocol", "batch_size", "alphas", "seeds",
+        "epochs_per_trial",
+    )  # fmt: skip
+    profiles: ClassVar[dict[str, dict[str, Any]]] = {
+        "smoke": {
+            "alphas": (0.0, 0.5), "seeds": (0, 1), "epochs_per_trial": 2, "final_epochs": 2, "seq_len": 32,
+            "vocab_size": 1000, "d_model": 16, "n_layers": 2, "num_experts": 2, "max_train_tokens": 8192,
+        },
+        "quick": {
+            "alphas": ORIGINAL_ALPHAS, "seeds": (0, 1, 2), "epochs_per_trial": 2, "final_epochs": 3, "seq_len": 128,
+            "vocab_size": 30000, "d_model": 64, "n_layers": 4, "num_experts": 4, "max_train_tokens": 400_000,
+        },
+        "full": {
+            "alphas": ORIGINAL_ALPHAS, "seeds": (0, 1, 2), "epochs_per_trial": 2, "final_epochs": 3, "seq_len": 128,
+            "vocab_size": 30000, "d_model": 64, "n_layers": 4, "num_experts": 4, "max_train_tokens": 0,
+        },
+    }  # fmt: skip
+    protocols: ClassVar[dict[str, dict[str, Any]]] = {
+        "corrected": {"gradient": "exact", "causal": True, "router_gradient": "exact"},
+        "original": {"gradient": "original", "causal": False, "router_gradient": "none"},
+    }
+
+    protocol: Literal["corrected", "original"] = setting(
+        "corrected", help="original: as published; it sees the future"
+    )
+    alphas: tuple[float, ...] | Literal["grid"] | None = setting(
+        None, low=0, high=1, help="share of hypothesis-7; grid: 0, 0.1 ... 1"
+    )
+    epochs_per_trial: int | None = setting(
+        None, low=1, high=1000, help="passes over the training text per trial"
+    )
+    final_epochs: int | None = setting(None, low=1, high=1000, help="passes with the best alpha at the end")
+    d_model: int | None = setting(None, low=1, high=8192, help="model width")
+    num_experts: int | None = setting(None, low=1, high=256, help="experts per block")
+    top_k: int = setting(1, low=1, high=256, help="experts per token")
+    weight_decay: float = setting(0.01, low=0, high=10, help="AdamW weight decay")
+    learning_rate: float = setting(1e-3, above=0, high=10, help="AdamW learning rate")
+    clip: float = setting(0.5, above=0, high=1e6, help="largest gradient norm")
+    gradient: Literal["exact", "local", "original"] | None = setting(
+        None, help="theory part of the blend; empty: the protocol's"
+    )
+    router_gradient: Literal["exact", "selected", "none"] | None = setting(
+        None, help="none: the original's router, which never learns; empty: the protocol's"
+    )
+    balance: float = setting(0.0, low=0, high=100, help="weight of the experts' load-balancing loss")
+    causal: bool | None = setting(None, help="False sees the future; empty: the protocol's")
+
+    def resolved(self) -> GradBlendConfig:
+        config = super().resolved()
+        if config.alphas == "grid":
+            config = dataclasses.replace(config, alphas=FULL_GRID)
+        if len({f"{a:g}" for a in config.alphas}) < len(config.alphas):
+            raise ValueError(
+                f"alphas: got {config.alphas}; they must differ within six digits, which name their files."
+            )
+        if config.balance and config.router_gradient == "none":
+            raise ValueError(
+                f"balance: got {config.balance:g} with a router that never learns (router_gradient 'none', protocol "
+                f"{config.protocol!r}); set balance to 0, or router_gradient to 'exact' or 'selected'."
+            )
+        if config.top_k > config.num_experts:
+            raise ValueError(
+                f"top_k: got {config.top_k} with num_experts {config.num_experts}; at most as many as experts."
+            )
+        return config

@@ -1,0 +1,118 @@
+"""The sweep's tables: one row per alpha beside what the original reported, and the directions of the candidate gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean
+from bklm.harness.statistics import Perplexity, interval95
+
+# Reported by the original: WikiText-2, 2 epochs, one seed, a T4; its model saw the future.
+REPORTED = {
+    alpha: {"val_ppl": perplexity, "gradient_variance": variance}
+    for alpha, perplexity, variance in (
+        (0.0, 309.90, 0.0216), (0.3, 341.95, 0.1778), (0.5, 322.15, 0.0742), (0.7, 495.04, 427.32), (1.0, 494.01, 437.88),
+    )
+}  # fmt: skip
+# Not before training: the untrained model's branches are small, and the gradient of v is mostly noise.
+WHEN_MEASURED = ("after one epoch", "at the end")
+
+
+def _convergence(group: Sequence[Trial]) -> float | None:
+    """Mean epoch of 90% of the improvement; None where a seed's perplexity never fell: that is no fast convergence."""
+    improved = all(
+        min(e["val_perplexity"] for e in t["epochs"]) < t["epochs"][0]["val_perplexity"] for t in group
+    )
+    return interval95([t["convergence_speed"] for t in group])[0] if improved else None
+
+
+def _without_unk(row: dict[str, Any]) -> str:
+    return str(Perplexity(row["val_ppl_without_unk"], None, None)) if row["seeds"] else "-"
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    return "-" if row["seconds"] is None else f"{row['seconds']:.{int(row['seconds'] < 10)}f}"
+
+
+def _reported(row: dict[str, Any]) -> str:
+    return "-" if row["original_val_ppl"] is None else f"{row['original_val_ppl']:.2f}"
+
+
+ALPHAS = Comparison(
+    by="alpha",
+    title="alpha {:g}".format,
+    short="{:g}".format,
+    other="other alpha",
+    order=lambda trial: trial["alpha"],
+    columns=(
+        Column("val_ppl_without_unk", geometric_mean("val_ppl_without_unk"), "without <unk>", _without_unk),
+        Column("accuracy", "val_accuracy", "accuracy", ".1%"),
+        Column("convergence_epoch", _convergence, "converged at epoch", ".1f"),
+        Column("gradient_variance", "gradient_variance", "grad-norm variance", ".3g", spread=True),
+        Column("seconds", "seconds", "seconds", _seconds),
+        Column("", "", "PPL reported by the original", _reported),
+    ),
+    reported=REPORTED,
+    reported_columns=("val_ppl", "gradient_variance"),
+)
+
+
+def pooled_directions(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Norm ratio and cosine of each direction over all layers, early and at the end of training, mean over finished trials."""
+    rows = []
+    for when in WHEN_MEASURED:
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in (r for t in ALPHAS.finished(trials) for r in t["directions"][when] if r["layer"] == "all"):
+            groups.setdefault(row["direction"], []).append(row)
+        for name, group in groups.items():
+            cosine, half = interval95([r["cosine"] for r in group])
+            ratio = math.exp(interval95([math.log(max(r["norm_ratio"], 1e-30)) for r in group])[0])
+            rows.append(
+                {
+                    "weights": when,
+                    "direction": name,
+                    "norm": interval95([r["norm"] for r in group])[0],
+                    "norm_ratio": ratio,
+                    "cosine": cosine,
+                    "cosine_low": None if half is None else cosine - half,
+                    "cosine_high": None if half is None else cosine + half,
+                    "measured_on": len(group),
+                }
+            )
+    return rows
+
+
+def original_format(epochs: int, trials: Sequence[Trial], table: list[dict[str, Any]]) -> dict[str, Any]:
+    """grad_blend_results.json with the original's keys (means over seeds) and, beside them, ours; null where all diverged."""
+    results, groups = [], ALPHAS.groups(trials)
+    for row in table:
+        group = groups.get(row["alpha"], [])
+        losses, perplexities = (
+            list(zip(*[[e[key] for e in t["epochs"]] for t in group], strict=True))
+            for key in ("train_loss", "val_perplexity")
+        )
+        results.append(
+            {
+                "alpha": row["alpha"],
+                "final_perplexity": row["val_ppl"],
+                "convergence_speed": interval95([t["convergence_speed"] for t in group])[0] if group else None,
+                "gradient_variance": row["gradient_variance"],
+                "training_time": row["seconds"],
+                "loss_curve": [interval95(epoch)[0] for epoch in losses],
+                "perplexity_curve": [Perplexity.over_seeds(epoch).mean for epoch in perplexities],
+                "final_perplexity_95": [row["val_ppl_low"], row["val_ppl_high"]],
+                "final_perplexity_by_seed": {
+                    str(t["seed"]): t["val_ppl"] for t in trials if t["alpha"] == row["alpha"]
+                },
+            }
+        )
+    best = ALPHAS.best(trials)
+    return {
+        "alpha_values": [row["alpha"] for row in table],
+        "epochs_per_trial": epochs,
+        "best_alpha": best,
+        "best_perplexity": next(r["val_ppl"] for r in table if r["alpha"] == best),
+        "results": results,
+    }

@@ -1,0 +1,7 @@
+"""The precision study: which recursion and which precision for the BK-core, and what the speed claims amount to."""
+
+from bklm.files.lazy import lazy
+
+__getattr__, __all__ = lazy(
+    __name__, {"config": ("PrecisionConfig",), "report": ("PrecisionResult",), "run": ("run_precision",)}
+)

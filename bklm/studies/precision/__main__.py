@@ -1,0 +1,4 @@
+from bklm.harness import cli
+from bklm.studies.precision import PrecisionConfig
+
+cli.main(PrecisionConfig)

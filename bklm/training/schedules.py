@@ -1,0 +1,112 @@
+"""What changes over a run: the learning rate by step, the clipping norm by epoch, and when to stop early."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+ClipSchedule = tuple[tuple[int, float], ...]  # (first epoch, largest global gradient norm from there on)
+
+_STAGE = re.compile(r"\s*([0-9.eE+-]+)\s*@\s*(\d+)\s*")
+
+
+def parse_clip(text: str) -> ClipSchedule:
+    """Read a schedule of clipping norms: "0.5@1, 1@11, 2@31" is 0.5 from epoch 1, 1 from epoch 11, 2 from epoch 31.
+
+    A number alone holds for the whole run. "0.5" is the same as "0.5@1".
+
+    Raises:
+        ValueError: not of that form, a norm that is not positive, epochs that do not begin with 1 or do not increase.
+    """
+    stages = []
+    for part in str(text).split(","):
+        match = _STAGE.fullmatch(part if "@" in part else f"{part}@1")
+        try:
+            stage = (int(match.group(2)), float(match.group(1))) if match else None
+        except ValueError:
+            stage = None
+        stages.append(stage)
+    epochs = [stage[0] for stage in stages if stage]
+    right = None not in stages and epochs[0] == 1 and all(a < b for a, b in pairwise(epochs))
+    if not right or not all(0 < norm < math.inf for _, norm in stages):
+        raise ValueError(
+            f"clip: got {text!r}; give one positive norm such as 0.5, or NORM@EPOCH stages that begin at epoch 1 and "
+            "go up, such as 0.5@1, 1@11, 2@31."
+        )
+    return tuple(stages)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How one model is trained.
+
+    ``clip`` is the largest global gradient norm, one number or a `ClipSchedule`. ``schedule`` "cosine" decays the learning
+    rate to zero after ``warmup`` (a fraction of all steps) of linear warm-up. Training ends early when the validation loss
+    has not fallen by more than ``min_delta`` for ``patience`` epochs (None: never). A batch is worked through in
+    ``accumulate`` parts, which saves memory and changes nothing but rounding, random draws (dropout, router noise) and, with
+    a load-balancing loss, that loss: it is a product of averages over tokens, taken over each part for itself.
+
+    Raises:
+        ValueError: patience < 1, accumulate < 1, or a stage of the clip schedule that begins after the last epoch.
+    """
+
+    epochs: int
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    clip: float | ClipSchedule = 0.5
+    schedule: str = "constant"
+    warmup: float = 0.05
+    seed: int = 0
+    patience: int | None = None
+    min_delta: float = 1e-3
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(
+                f"patience: got {self.patience}; allowed is 1 or more epochs, or None to never stop early."
+            )
+        if self.accumulate < 1:
+            raise ValueError(
+                f"accumulate: got {self.accumulate}; a batch is worked through in 1 or more parts."
+            )
+        last = self.clip[-1][0] if isinstance(self.clip, tuple) else 1
+        if last > self.epochs:
+            raise ValueError(
+                f"clip: the schedule's last stage begins at epoch {last}, but the run has {self.epochs} epochs; "
+                "drop that stage or train longer."
+            )
+
+    def clip_at(self, epoch: int) -> float:
+        """The largest gradient norm in ``epoch`` (from 1)."""
+        if not isinstance(self.clip, tuple):
+            return self.clip
+        return next(norm for first, norm in reversed(self.clip) if epoch >= first)
+
+
+def learning_rate_factor(settings: TrainingSettings, total: int) -> Callable[[int], float]:
+    """What multiplies the learning rate at each step (from 0) of ``total``."""
+    if settings.schedule == "constant":
+        return lambda step: 1.0
+    warmup = max(1, round(settings.warmup * total))
+
+    def cosine(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+    return cosine
+
+
+def epochs_without_improvement(losses: Sequence[float], min_delta: float) -> int:
+    """Epochs since the loss last fell by more than ``min_delta`` below the lowest one before."""
+    best, since = math.inf, 0
+    for loss in losses:
+        if loss < best - min_delta:
+            best, since = loss, 0
+        else:
+            since += 1
+    return since
