@@ -110,7 +110,7 @@ def test_the_command_line_says_what_the_config_says(config_class):
 def test_stop_ends_the_run_early_and_a_new_run_ends_with_the_numbers_of_an_undisturbed_one(
     tiny_config, tmp_path
 ):
-    longer = {"epochs_per_trial": 100, "final_epochs": 1, "max_train_tokens": 0}
+    longer = {"epochs_per_trial": 40, "final_epochs": 1, "max_train_tokens": 0}
     config = GradBlendConfig(**{**tiny_config.to_dict(), **longer, "alphas": (0.5,), "seeds": (0,)})
     undisturbed = GradBlendConfig(**{**config.to_dict(), "output_dir": str(tmp_path / "undisturbed")})
     run = StudyRun(config)
