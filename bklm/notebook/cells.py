@@ -58,7 +58,7 @@ def where() -> str:
 
 
 def config_from(config_class: type[Config], namespace: dict[str, Any]) -> Config:
-    """The config that the parameters cell (or papermill's injected cell) describes; ``namespace`` is ``globals()``.
+    """The config that the form cells (and papermill's injected cell) describe; ``namespace`` is ``globals()``.
 
     A folder on Google Drive is mounted first, in Colab.
 

@@ -67,6 +67,7 @@ class Controls:
         self._progress = widgets.VBox([self._bar, self._status, self._log, self._picture])
         self._progress.layout.display = "none"
         self._drawn: tuple[Path, float] | None = None
+        self._noted = ""
 
     def show(self) -> None:
         """Display the controls. The cells below take their values when they run; the Run button runs the study at once."""
@@ -89,8 +90,9 @@ class Controls:
         if self._headless:
             return self._config
         config, note = _in_free_folder(self._chosen())
-        if note:
+        if note and note != self._noted:
             print(note)
+        self._noted = note
         return config
 
     def _chosen(self) -> StudyConfig:

@@ -128,7 +128,7 @@ def test_numbers_are_shown_as_one_types_them():
 @pytest.fixture
 def script(monkeypatch):
     def set_script(code: str) -> None:
-        monkeypatch.setattr(notebook_run, "command_words", lambda module, config: ["python", "-c", code])
+        monkeypatch.setattr(notebook_run, "command_words", lambda config: ["python", "-c", code])
 
     return set_script
 

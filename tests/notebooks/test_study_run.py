@@ -102,7 +102,7 @@ def test_only_pictures_of_this_run_are_shown(script, tiny_config):
 @pytest.mark.parametrize("config_class", FORMS.values(), ids=lambda c: c.study)
 def test_the_command_line_says_what_the_config_says(config_class):
     config = config_class()
-    words = notebook_run.command_words(config_class.__module__, config.resolved())
+    words = notebook_run.command_words(config.resolved())
     assert parse(config_class, words[3:]) == config.resolved()
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from bklm.harness.figures import MARKERS, colours, save_figure
 from bklm.harness.text import StudyText
 from bklm.models import ResNetBK, future_leak
+from bklm.studies.grad_blend.run import GradBlendResult
 
 
 def measure_future(model: ResNetBK, text: StudyText) -> list[dict[str, Any]]:
@@ -44,6 +45,13 @@ def measure_future(model: ResNetBK, text: StudyText) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def future_table(result: GradBlendResult, text: StudyText) -> list[dict[str, Any]]:
+    """Rows for people on the model with the best alpha and its untrained twins; draws the study's future_leak.png."""
+    rows = measure_future(result.load(), text)
+    draw_future(result.folder / "future_leak.png", rows)
+    return readable(rows)
 
 
 def readable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
