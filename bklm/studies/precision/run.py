@@ -19,7 +19,8 @@ import torch
 from bklm.harness.estimate import best_of
 from bklm.harness.measure import FEWEST_REPEATS, MemoryMeter
 from bklm.harness.report import Report, StudyResult
-from bklm.harness.session import Session, run_study
+from bklm.harness.session import Session
+from bklm.harness.study import run_study
 from bklm.studies.precision import cells as bench
 from bklm.studies.precision import figures, grid, tables
 from bklm.studies.precision.claims import adaptive_finding, claims_readable, claims_table, recommend
@@ -85,7 +86,7 @@ def run_precision(
 ) -> PrecisionResult | None:
     """Measure what is not measured yet, and write everything to ``<output_dir>/precision`` and its zip.
 
-    Arguments, result and errors as in `bklm.harness.session.run_study`; the figure is precision_errors.png, drawn anew after
+    Arguments, result and errors as in `bklm.harness.study.run_study`; the figure is precision_errors.png, drawn anew after
     each length.
     """
     config = config.resolved()
