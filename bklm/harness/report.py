@@ -95,10 +95,11 @@ class StudyResult:
         """The tables for people by name, the main one first; each is made when it is called."""
         raise NotImplementedError
 
-    def show(self) -> None:
-        """Print what a command line shows."""
-        for make in self.tables().values():
-            print(as_text(make()))
+    def show(self, *names: str) -> None:
+        """Print what a command line shows: the tables of these names, all where none is given, finding and zip."""
+        tables = self.tables()
+        for name in names or tables:
+            print(as_text(tables[name]()))
         print(self.finding)
         print(self.bundle)
 
@@ -152,7 +153,7 @@ class Report:
             rows: instead of the comparison's own table.
             summary: what summary.json holds besides.
         """
-        text, config = self.study.text, self.study.config
+        text = self.study.text
         table = comparison.rows(trials) if rows is None else rows
         best = comparison.best(trials)
         best_perplexity = comparison.perplexity(comparison.groups(trials)[best]).mean
@@ -177,17 +178,26 @@ class Report:
         )
         self.text("vocabulary.json", text.vocabulary_json())
         seconds = sum(t["seconds"] for group in runs.values() for t in group)
-        write_manifest(
-            self.path("manifest.json"),
-            config=config,
-            corpus=text.corpus,
-            seconds=seconds,
-            sees_the_future=sees_the_future,
-        )
-        return result(
-            config=config, table=table, best=best, best_perplexity=best_perplexity, finding=finding, baselines=text.baselines,
-            diverged=lost, folder=self.folder, paths=self.paths, bundle=zip_study(self.folder), **more,
+        return self.close(
+            result, seconds, {"sees_the_future": sees_the_future}, table=table, best=best, best_perplexity=best_perplexity,
+            finding=finding, baselines=text.baselines, diverged=lost, **more,
         )  # fmt: skip
+
+    def close(
+        self, result: type[Result], seconds: float, manifest: Mapping[str, Any] = {}, **found: Any
+    ) -> Result:
+        """Write manifest and zip; return the study's result. `finish` ends so, and a study that compares no trials.
+
+        Args:
+            seconds: computing time in all.
+            manifest: what manifest.json holds besides.
+            found: the result's other attributes.
+        """
+        text, config = self.study.text, self.study.config
+        corpus = text and text.corpus
+        write_manifest(self.path("manifest.json"), config=config, corpus=corpus, seconds=seconds, **manifest)
+        bundle = zip_study(self.folder)
+        return result(config=config, folder=self.folder, paths=self.paths, bundle=bundle, **found)
 
 
 def epoch_rows(runs: Mapping[str, Sequence[Trial]], by: str) -> list[dict[str, Any]]:

@@ -66,9 +66,9 @@ class Session:
             self._pool.close()
         self.progress.close()
 
-    def expect(self, steps: int) -> None:
-        """The optimiser steps of all trials together, for the progress bar."""
-        self.progress.expect(steps)
+    def expect(self, steps: int, unit: str = "step") -> None:
+        """The optimiser steps of all trials together, or other units of work, for the progress bar."""
+        self.progress.expect(steps, unit)
 
     def trial(
         self,
@@ -227,6 +227,11 @@ class Session:
             listed = ", ".join(f"{r:g}: {'diverged' if p is None else f'{p:.1f}'}" for r, p in tried.items())
             log.info("Learning rate of %s: %g (%s%s)", arm, best[arm], listed, edge)
         return best, searched
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether `show` has anybody to tell."""
+        return self._on_figure is not None
 
     def show(self, picture: Path | None) -> None:
         """Tell whoever watches that a picture was drawn."""
