@@ -124,6 +124,19 @@ class BaselineConfig(WindowStudyConfig):
             accumulate=self.accumulate,
         )
 
+    def search_settings(self, learning_rate: float, seed: int) -> TrainingSettings:
+        """How one model is trained in the search: one epoch, clipped as the first one of a run."""
+        return TrainingSettings(
+            1,
+            learning_rate=learning_rate,
+            weight_decay=self.weight_decay,
+            clip=self.training_settings(learning_rate, seed).clip_at(1),
+            schedule=self.schedule,
+            warmup=self.warmup,
+            seed=seed,
+            accumulate=self.accumulate,
+        )
+
     def checkpoint_folder(self) -> Path:
         """Where the runs' checkpoints go: outside the study's folder, whose zip they would swell."""
         return Path(self.checkpoint_dir or Path(self.output_dir) / "baseline_checkpoints")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bklm.compression.int8 import quantisation_report, quantised, save_quantised
 from bklm.files.atomic import replacing
 from bklm.harness.report import write_csv
-
-if TYPE_CHECKING:
-    from bklm.studies.baseline.report import BaselineResult
-    from bklm.studies.baseline.text import BaselineText
+from bklm.studies.baseline.run import BaselineResult
+from bklm.studies.baseline.text import BaselineText
 
 
 def int8_rows(result: BaselineResult, text: BaselineText, model: str = "") -> list[dict[str, Any]]:

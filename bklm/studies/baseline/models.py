@@ -18,6 +18,8 @@ TITLES = {
     "resnet_bk": "ResNetBK",
     "newllm_advanced": "NewLLM advanced",
 }
+CONTEXT_LENGTHS = (16, 32, 64, 128, 256, 512, 1024)  # windows that trained models are scored with
+BYTES_PER_PARAMETER = 12  # weight and Adam's two moments, in float32
 CLASSES: dict[str, tuple[type[LanguageModel], type]] = {
     "newllm": (NewLLM, NewLLMConfig),
     "gpt": (GPT, GPTConfig),
@@ -31,27 +33,31 @@ def model_names(choice: str) -> tuple[str, ...]:
     return COMPETITORS if choice == "all" else (choice,)
 
 
-def model_settings(name: str, config: Any, vocab_size: int) -> dict[str, Any]:
-    """The fields of the config class of model ``name``, for a resolved `BaselineConfig`.
+def model_settings(name: str, vocab_size: int, seq_len: int, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the config class of model ``name``; ``sizes`` are NewLLM's other fields.
 
     GPT and ResNetBK are made as wide as NewLLM's parameter count allows. GPT has as many positions as it is trained on, not
     one more: a position that was never trained would be a wasted parameter, and its output noise. The others have no
     position embedding. "newllm_advanced" doubles context and layers, as the original's did, and is larger.
     """
-    sizes = {n: getattr(config, n) for n in ("embed_dim", "hidden_dim", "context_dim", "n_layers")}
-    newllm = NewLLMConfig(vocab_size, **sizes, dropout_p=config.dropout)
+    newllm = NewLLMConfig(vocab_size, **sizes)
     if name == "newllm":
         found = newllm
     elif name == "newllm_advanced":
-        found = dataclasses.replace(newllm, context_dim=2 * config.context_dim, n_layers=2 * config.n_layers)
+        found = dataclasses.replace(newllm, context_dim=2 * newllm.context_dim, n_layers=2 * newllm.n_layers)
     else:
-        with torch.device("meta"):
-            wanted = NewLLM(newllm).num_parameters()
+        wanted = count_parameters("newllm", dataclasses.asdict(newllm))
         if name == "gpt":
-            found = gpt_of_size(wanted, vocab_size, config.seq_len, dropout_p=config.dropout).config
+            found = gpt_of_size(wanted, vocab_size, seq_len, dropout_p=newllm.dropout_p).config
         else:
-            found = resnet_bk_of_size(wanted, vocab_size, None, dropout_p=config.dropout).config
+            found = resnet_bk_of_size(wanted, vocab_size, None, dropout_p=newllm.dropout_p).config
     return dataclasses.asdict(found)
+
+
+def count_parameters(name: str, settings: Mapping[str, Any]) -> int:
+    """Of a model that is built without memory for its weights."""
+    with torch.device("meta"):
+        return build_model(name, settings).num_parameters()
 
 
 def build_model(name: str, settings: Mapping[str, Any]) -> LanguageModel:

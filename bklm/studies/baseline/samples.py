@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import load_model
 
 from bklm.models import LanguageModel
 from bklm.studies.baseline.models import TITLES, build_model
+from bklm.studies.baseline.run import BaselineResult
 from bklm.studies.baseline.text import BaselineText
 from bklm.training.checkpoints import CheckpointFolder, epoch_of, is_checkpoint, perplexity_of, read_state
-
-if TYPE_CHECKING:
-    from bklm.studies.baseline.config import BaselineConfig
-    from bklm.studies.baseline.report import BaselineResult
 
 SAMPLE_WORDS = 60
 
@@ -40,10 +37,10 @@ def continue_text(model: LanguageModel, text: BaselineText, prompt: str = "", te
     return text.generate(model, " ".join(words), min(SAMPLE_WORDS, longest - len(words)), temperature)
 
 
-def list_checkpoints(config: BaselineConfig) -> list[dict[str, Any]]:
-    """Every checkpoint of a study: its number in the list, model, seed, epoch, validation PPL, best or not, size and path."""
+def list_checkpoints(base: Path) -> list[dict[str, Any]]:
+    """Every checkpoint in a study's ``checkpoint_folder()``, one row each, numbered: model, seed, epoch, validation PPL, best
+    or not, size and path."""
     rows = []
-    base = config.checkpoint_folder()
     for run in sorted(p for p in base.glob("*_seed_*") if p.is_dir()):
         folder = CheckpointFolder(run)
         name, _, seed = run.name.rpartition("_seed_")

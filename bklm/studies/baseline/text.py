@@ -12,16 +12,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bklm.data import (
-    Corpus,
-    KneserNey,
-    TokenizedCorpus,
-    Unigram,
-    load_corpus,
-    make_loader,
-    tokenize_corpus,
-    windows,
-)
+from bklm.data import Corpus, KneserNey, TokenizedCorpus, Unigram, make_loader, tokenize_corpus, windows
 from bklm.data.baselines import perplexity
 from bklm.data.line_windows import PAD_ID, LineVocabulary, LineWindows, line_windows
 from bklm.harness.text import StudyText, ngram_baselines
@@ -37,6 +28,9 @@ class BaselineText(StudyText):
 
     lowercase: bool
     validation: str
+
+    def describe(self) -> str:
+        return f"{self.corpus.name}, {self.train_targets:,} training targets an epoch, vocabulary {self.vocab_size:,}"
 
     @property
     def train_targets(self) -> int:
@@ -129,17 +123,49 @@ class LineText(BaselineText):
         return LineWindows(ids)
 
 
-def prepare_text(config: Any) -> BaselineText:
-    """Load, lower-case and cut the text of a resolved `BaselineConfig`, check that it is large enough, score the baselines.
+def make_text(
+    corpus: Corpus,
+    *,
+    in_lines: bool,
+    lowercase: bool,
+    validation: str,
+    vocab_size: int,
+    max_train_tokens: int,
+    seq_len: int,
+    batch_size: int,
+    search_tokens: int | None,
+) -> BaselineText:
+    """Lower-case and cut a corpus, check that it is large enough, and score the n-gram baselines.
+
+    Args:
+        in_lines: into the original's windows.
+        validation: "valid", or "valid+test" to score both splits as one.
+        search_tokens: of each trial of the learning-rate search (0: all); None where there is no search.
 
     Raises:
-        ValueError, OSError: see `bklm.data.load_corpus` and `bklm.data.make_loader`.
+        ValueError: see `bklm.data.make_loader`.
     """
-    corpus = load_corpus(config.dataset, config.data_dir)
-    text = _line_text(config, corpus) if config.protocol == "original" else _contiguous_text(config, corpus)
+    splits = {name: list(corpus.split(name)) for name in ("train", "valid", "test")}
+    if lowercase:
+        splits = {name: [line.lower() for line in lines] for name, lines in splits.items()}
+    if validation == "valid+test":
+        splits["valid"] += splits["test"]
+    if in_lines:
+        vocabulary = LineVocabulary.train(splits["train"], vocab_size)
+        rows = {split: line_windows(lines, vocabulary).rows for split, lines in splits.items()}
+        rows["train"] = _first_rows(rows["train"], max_train_tokens)
+        tokens = TokenizedCorpus(**rows, vocab=vocabulary, name=corpus.name, sha256=corpus.sha256)
+        baselines = _line_baselines(tokens)
+    else:
+        cased = Corpus(corpus.name, corpus.source, **splits)
+        tokens = tokenize_corpus(cased, vocab_size, max_train_tokens or None)
+        # The true law of an artificial text is no floor here: rare words are merged into <unk>, which makes the text easier.
+        baselines = ngram_baselines(cased, tokens, seq_len)
+    kind, layout = (LineText, "lines") if in_lines else (BaselineText, "every-target-once")
+    text = kind(corpus, tokens, seq_len, batch_size, layout, baselines, lowercase, validation)
     loaders = [text.train_loader(0), text.val_loader()]
-    if len(config.learning_rates) > 1:
-        loaders += [text.search_loader(0, config.search_tokens), text.search_val_loader(config.search_tokens)]
+    if search_tokens is not None:
+        loaders += [text.search_loader(0, search_tokens), text.search_val_loader(search_tokens)]
     if text.has_test_split:
         loaders.append(text.test_loader())
     for loader in loaders:
@@ -148,42 +174,8 @@ def prepare_text(config: Any) -> BaselineText:
         "Text: %s from %s; %s training and %s validation targets, vocabulary %s",
         corpus.name, corpus.source, f"{text.train_targets:,}", f"{text.val_targets:,}", f"{text.vocab_size:,}",
     )  # fmt: skip
-    log.info(
-        "Baselines: validation PPL %s", ", ".join(f"{r['name']} {r['val_ppl']:.1f}" for r in text.baselines)
-    )
+    log.info("Baselines: validation PPL %s", ", ".join(f"{r['name']} {r['val_ppl']:.1f}" for r in baselines))
     return text
-
-
-def _splits(config: Any, corpus: Corpus) -> dict[str, list[str]]:
-    """The lines of each split as they are tokenised."""
-
-    def lines(split: str) -> list[str]:
-        return [line.lower() for line in corpus.split(split)] if config.lowercase else list(corpus.split(split))
-
-    valid = lines("valid") + (lines("test") if config.validation == "valid+test" else [])
-    return {"train": lines("train"), "valid": valid, "test": lines("test")}
-
-
-def _contiguous_text(config: Any, corpus: Corpus) -> BaselineText:
-    cased = Corpus(corpus.name, corpus.source, **_splits(config, corpus))
-    tokens = tokenize_corpus(cased, config.vocab_size, config.max_train_tokens or None)
-    # The true law of an artificial text is no floor here: rare words are merged into <unk>, which makes the text easier.
-    return BaselineText(
-        corpus, tokens, config.seq_len, config.batch_size, "every-target-once",
-        ngram_baselines(cased, tokens, config.seq_len), config.lowercase, config.validation,
-    )  # fmt: skip
-
-
-def _line_text(config: Any, corpus: Corpus) -> LineText:
-    splits = _splits(config, corpus)
-    vocabulary = LineVocabulary.train(splits["train"], config.vocab_size)
-    rows = {split: line_windows(lines, vocabulary).rows for split, lines in splits.items()}
-    rows["train"] = _first_rows(rows["train"], config.max_train_tokens)
-    tokens = TokenizedCorpus(**rows, vocab=vocabulary, name=corpus.name, sha256=corpus.sha256)
-    return LineText(
-        corpus, tokens, config.seq_len, config.batch_size, "lines",
-        _line_baselines(tokens), config.lowercase, config.validation,
-    )  # fmt: skip
 
 
 def _first_rows(rows: np.ndarray, targets: int) -> np.ndarray:
