@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bklm.files.atomic import read_result, write_json
+from bklm.harness.comparison import Trial
 from bklm.harness.machine import machine_fingerprint
 from bklm.harness.measure import Arm, MemoryMeter, median_and_quartiles, time_arms
 from bklm.harness.text import as_ids
@@ -32,24 +33,13 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def measure_models(
-    runs: Sequence[Mapping[str, Any]],
-    text: BaselineText,
-    path: Path,
-    *,
-    device: str,
-    precision: str,
-    generate_tokens: int,
+    runs: Sequence[Trial], text: BaselineText, path: Path, device: str, precision: str, generate_tokens: int
 ) -> dict[str, dict[str, Any]]:
-    """Cost of each model, by name; measured once on a machine and then read back from the file ``path``.
+    """Cost of each model of some finished runs, by name; measured once on a machine, then read back from the file ``path``.
 
-    What another machine or device measured there is measured anew: the tables say "on this machine".
-
-    Models take turns, so that a busy moment of the machine hits all of them: their ratios are worth more than their values.
-    They are measured with fresh weights, on which the cost does not depend.
-
-    Args:
-        runs: records of finished trainings; model, model_config and parameters of one of each model are read.
-        device, precision: as in the config.
+    What another machine or device measured there is measured anew: the tables say "on this machine". Models take turns, so
+    that a busy moment of the machine hits all of them: their ratios are worth more than their values. Their weights are
+    fresh: the cost does not depend on them.
 
     Returns:
         by model: tokens_per_second of a training step (median) with its quartiles, training_bytes (weights, Adam's moments
@@ -83,19 +73,9 @@ def _elsewhere(found: dict[str, Any], machine: dict[str, Any]) -> str:
     return f"another machine ({'; '.join(changed)})" if changed else "other models"
 
 
-def step_arms(
-    models: Mapping[str, Mapping[str, Any]],
-    vocab_size: int,
-    batch: int,
-    seq_len: int,
-    device: str,
-    precision: str,
-) -> dict[str, Arm]:
+def step_arms(models: Mapping[str, Mapping[str, Any]], **on: Any) -> dict[str, Arm]:
     """One optimiser step of each model on (batch, seq_len) random tokens, gradients freed at its end."""
-    return {
-        name: _step_arm(build_model(name, settings), vocab_size, batch, seq_len, device, precision)
-        for name, settings in models.items()
-    }
+    return {name: _step_arm(build_model(name, settings), **on) for name, settings in models.items()}
 
 
 def _step_arm(
@@ -119,16 +99,11 @@ def _step_arm(
 
 
 def _training_step(
-    runs: Mapping[str, Mapping[str, Any]], text: BaselineText, device: str, precision: str
+    runs: Mapping[str, Trial], text: BaselineText, device: str, precision: str
 ) -> dict[str, dict[str, Any]]:
-    settings = {
-        "models": {name: run["model_config"] for name, run in runs.items()},
-        "vocab_size": text.vocab_size,
-        "batch": text.batch_size,
-        "seq_len": text.seq_len,
-        "device": device,
-        "precision": precision,
-    }
+    fields = {name: run["model_config"] for name, run in runs.items()}
+    shape = {"vocab_size": text.vocab_size, "batch": text.batch_size, "seq_len": text.seq_len}
+    settings = {"models": fields, **shape, "device": device, "precision": precision}
     taken = time_arms(step_arms(**settings), STEP_ROUNDS, STEP_SECONDS, device)
     tokens = text.batch_size * text.seq_len
     measured: dict[str, dict[str, Any]] = {}
@@ -149,9 +124,12 @@ def _training_step(
 
 
 def _generation(
-    runs: Mapping[str, Mapping[str, Any]], text: BaselineText, device: str, count: int
+    runs: Mapping[str, Trial], text: BaselineText, device: str, count: int
 ) -> dict[str, list[dict[str, Any]]]:
-    models = {name: _model_to_time(name, run["model_config"]).to(device).eval() for name, run in runs.items()}
+    models = {}
+    for name, run in runs.items():
+        longer = {"n_seq": max(GPT_POSITIONS, run["model_config"]["n_seq"])} if name == "gpt" else {}
+        models[name] = build_model(name, {**run["model_config"], **longer}).to(device).eval()
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     for position in POSITIONS:
         log.info("... writing %s words from position %s ...", f"{count:,}", f"{position:,}")
@@ -171,13 +149,6 @@ def _generation(
         for name in ready:
             found[name][-1]["seconds"] = statistics.median(r[name] for r in rounds)
     return found
-
-
-def _model_to_time(name: str, settings: Mapping[str, Any]) -> LanguageModel:
-    """A GPT is given as many positions as the measurement needs."""
-    if name == "gpt":
-        settings = {**settings, "n_seq": max(GPT_POSITIONS, settings["n_seq"])}
-    return build_model(name, settings)
 
 
 @torch.no_grad()

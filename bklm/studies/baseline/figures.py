@@ -19,7 +19,7 @@ from bklm.harness.figures import (
     wide_range_axis,
 )
 from bklm.harness.statistics import Perplexity
-from bklm.studies.baseline.models import TITLES
+from bklm.studies.baseline.models import CONTEXT_LENGTHS, TITLES
 from bklm.studies.baseline.tables import MODELS, REPORTED_EPOCHS, Rows
 
 ORDER = tuple(TITLES)  # a model's place here gives its colour in every figure
@@ -38,21 +38,17 @@ def draw_curves(path: Path, runs: Sequence[Trial], baselines: Rows, title: str, 
             curves = [[r["epochs"][i]["val_perplexity"] for r in group] for i in range(epochs)]
             summary = [Perplexity.over_seeds(values) for values in curves]
             style = {"color": colours(len(ORDER))[place], "marker": MARKERS[place]}
-            mean_with_error(
-                axes,
+            style["label"] = f"{TITLES[name]} ({group[0]['parameters'] / 1e6:.2g} M)"
+            x, means, intervals = (
                 range(1, epochs + 1),
                 [p.mean for p in summary],
                 [(p.low, p.high) for p in summary],
-                label=f"{TITLES[name]} ({group[0]['parameters'] / 1e6:.2g} M)",
-                **style,
             )
-            shown += [p.mean for p in summary]
-            train = [
-                Perplexity.over_seeds([r["epochs"][i]["train_perplexity"] for r in group]).mean
-                for i in range(epochs)
-            ]
-            axes.plot(range(1, epochs + 1), train, color=style["color"], linewidth=1, alpha=0.5)
-            shown += train
+            mean_with_error(axes, x, means, intervals, **style)
+            train = [[r["epochs"][i]["train_perplexity"] for r in group] for i in range(epochs)]
+            train = [Perplexity.over_seeds(values).mean for values in train]
+            axes.plot(x, train, color=style["color"], linewidth=1, alpha=0.5)
+            shown += means + train
         last = max(len(r["epochs"]) for r in MODELS.finished(runs))
         reported = [r for r in REPORTED_EPOCHS if r["epoch"] <= last]
         axes.plot(
@@ -77,15 +73,11 @@ def draw_curves(path: Path, runs: Sequence[Trial], baselines: Rows, title: str, 
 
 def draw_contexts(path: Path, table: Rows, seq_len: int, note: str) -> Path | None:
     """Validation perplexity against context length; None where the windows have no longer contexts."""
-    points = {
-        row["model"]: [
-            (int(key.rpartition("_")[2]), value)
-            for key, value in row.items()
-            if key.startswith("val_ppl_context_") and value is not None
-        ]
-        for row in table
-    }
-    points = {name: values for name, values in points.items() if values}
+    points = {}
+    for row in table:
+        values = [(n, row.get(f"val_ppl_context_{n}")) for n in CONTEXT_LENGTHS]
+        if found := [(n, value) for n, value in values if value is not None]:
+            points[row["model"]] = found
     if not points:
         return None
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model
 
 from bklm.models import GPT, GPTConfig, LanguageModel, NewLLM, NewLLMConfig, ResNetBK, ResNetBKConfig
 from bklm.models.sizing import gpt_of_size, resnet_bk_of_size
 
 COMPETITORS = ("newllm", "gpt", "resnet_bk")  # what "all" compares, at equal parameters
-TITLES = {
-    "newllm": "NewLLM",
-    "gpt": "GPT",
-    "resnet_bk": "ResNetBK",
-    "newllm_advanced": "NewLLM advanced",
-}
+TITLES = {"newllm": "NewLLM", "gpt": "GPT", "resnet_bk": "ResNetBK", "newllm_advanced": "NewLLM advanced"}
 CONTEXT_LENGTHS = (16, 32, 64, 128, 256, 512, 1024)  # windows that trained models are scored with
 BYTES_PER_PARAMETER = 12  # weight and Adam's two moments, in float32
 CLASSES: dict[str, tuple[type[LanguageModel], type]] = {
@@ -64,6 +61,13 @@ def build_model(name: str, settings: Mapping[str, Any]) -> LanguageModel:
     """The model ``name`` with these fields of its config class; weights from torch's global generator."""
     model_class, config_class = CLASSES[name]
     return model_class(config_class(**settings))
+
+
+def read_model(name: str, settings: Mapping[str, Any], weights: Path) -> LanguageModel:
+    """The model with the weights of a safetensors file; on the CPU, in evaluation mode."""
+    model = build_model(name, settings)
+    load_model(model, str(weights))
+    return model.eval()
 
 
 def active_parameters(model: LanguageModel) -> int:

@@ -13,47 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_model
-
 from bklm.data import load_corpus
 from bklm.harness.comparison import Trial
 from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.report import Report, StudyResult, small_print
 from bklm.harness.session import Session, run_study
 from bklm.models import LanguageModel
-from bklm.studies.baseline import figures
+from bklm.studies.baseline import figures, models, tables, train
 from bklm.studies.baseline.config import BaselineConfig
 from bklm.studies.baseline.costs import measure_models
-from bklm.studies.baseline.models import (
-    BYTES_PER_PARAMETER,
-    TITLES,
-    build_model,
-    count_parameters,
-    model_names,
-    model_settings,
-)
-from bklm.studies.baseline.tables import (
-    MODELS,
-    REPORTED_EPOCHS,
-    claims_table,
-    model_table,
-    readable_contexts,
-    readable_cost,
-    readable_quality,
-    readable_search,
-    search_rows,
-)
+from bklm.studies.baseline.tables import MODELS
 from bklm.studies.baseline.text import BaselineText, make_text
-from bklm.studies.baseline.train import (
-    RUN_KEYS,
-    SEARCH_KEYS,
-    keep_weights,
-    kept_weights,
-    require_room,
-    run_name,
-    train_rate,
-    train_run,
-)
 from bklm.training.checkpoints import CheckpointFolder
 
 SEARCH_SEED = 0
@@ -78,16 +48,16 @@ class BaselineResult(StudyResult):
 
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         """ "contexts" is left out where the text is cut into lines: there is no longer context then."""
-        tables = {
-            "quality": lambda: readable_quality(self.table, self.baselines),
-            "search": lambda: readable_search(self.search, self.table),
-            "contexts": lambda: readable_contexts(self.table),
-            "cost": lambda: readable_cost(self.table, self.measured),
+        found = {
+            "quality": lambda: tables.readable_quality(self.table, self.baselines),
+            "search": lambda: tables.readable_search(self.search, self.table),
+            "contexts": lambda: tables.readable_contexts(self.table),
+            "cost": lambda: tables.readable_cost(self.table, self.measured),
             "claims": lambda: self.claims,
         }
         if "context_lengths.png" not in self.paths:
-            del tables["contexts"]
-        return tables
+            del found["contexts"]
+        return found
 
     def load(self, model: str | None = None) -> LanguageModel:
         """A trained model (the best one when no name is given); on the CPU, in evaluation mode.
@@ -102,15 +72,13 @@ class BaselineResult(StudyResult):
         if not runs:
             known = dict.fromkeys(run["model"] for run in self.runs)
             raise ValueError(f"model: got {name!r}; this study trained {', '.join(known)}.")
-        weights = kept_weights(self.folder, runs)
+        weights = train.kept_weights(self.folder, runs)
         if weights is None:
             raise FileNotFoundError(
-                f"model: the weights of {TITLES[name]} are gone from {self.folder / 'runs'}, or were never here; run the "
-                "study again, which makes them anew from a checkpoint, or put there those of the machine that trained it."
+                f"model: the weights of {models.TITLES[name]} are gone from {self.folder / 'runs'}, or were never here; run "
+                "the study again, which makes them anew from a checkpoint, or put there those of the machine that trained it."
             )
-        found = build_model(name, runs[0]["model_config"])
-        load_model(found, str(weights))
-        return found.eval()
+        return models.read_model(name, runs[0]["model_config"], weights)
 
 
 def run_baseline(
@@ -150,7 +118,7 @@ def estimated_minutes(config: BaselineConfig) -> float:
     trials = len(config.learning_rates) if len(config.learning_rates) > 1 else 0
     runs = []
     for name, fields in fields_of_models(config, vocabulary).items():
-        shape, build = (name, json.dumps(fields)), partial(build_model, name, fields)
+        shape, build = (name, json.dumps(fields)), partial(models.build_model, name, fields)
         # A search is judged by at most as many validation tokens as it trains on.
         runs.append(Run(shape, build, trials, searched, min(searched, val_tokens)))
         runs.append(Run(shape, build, config.epochs * len(config.seeds), train_tokens, val_tokens))
@@ -161,30 +129,26 @@ def fields_of_models(config: BaselineConfig, vocab_size: int) -> dict[str, dict[
     """By name, the fields of each model of a resolved config."""
     sizes = {n: getattr(config, n) for n in ("embed_dim", "hidden_dim", "context_dim", "n_layers")}
     sizes["dropout_p"] = config.dropout
-    names = model_names(config.model)
-    return {name: model_settings(name, vocab_size, config.seq_len, sizes) for name in names}
+    names = models.model_names(config.model)
+    return {name: models.model_settings(name, vocab_size, config.seq_len, sizes) for name in names}
 
 
 def _train_all(study: Session) -> tuple[list[Trial], list[Trial]]:
     """The trials of the search, and the runs."""
     config, text = study.config, study.text
     fields = fields_of_models(config, text.vocab_size)
-    parameters = sum(count_parameters(name, of_model) for name, of_model in fields.items())
+    parameters = sum(models.count_parameters(*of_model) for of_model in fields.items())
     # One more than are kept, while it is written.
-    kept = min(config.epochs, config.keep_checkpoints + 2) + 1
-    require_room(config.checkpoint_folder(), parameters * BYTES_PER_PARAMETER * kept * len(config.seeds))
+    kept = (min(config.epochs, config.keep_checkpoints + 2) + 1) * len(config.seeds)
+    train.require_room(config.checkpoint_folder(), parameters * models.BYTES_PER_PARAMETER * kept)
     steps, search_steps = len(text.train_loader(0)) * config.epochs, _search_steps(study)
     study.expect((steps * len(config.seeds) + search_steps * len(config.learning_rates)) * len(fields))
 
     def try_rate(place: str, model: str, learning_rate: float) -> dict[str, Any]:
+        point = {"model": model, "learning_rate": learning_rate}
         settings = config.search_settings(learning_rate, SEARCH_SEED)
-        return study.trial(
-            place,
-            {"model": model, "learning_rate": learning_rate},
-            search_steps,
-            lambda folder: train_rate(study, model, fields[model], settings, config.search_tokens),
-            SEARCH_KEYS,
-        )
+        work = partial(train.train_rate, study, model, fields[model], settings, config.search_tokens)
+        return study.trial(place, point, search_steps, lambda folder: work(), train.SEARCH_KEYS)
 
     rates, searched = study.best_rate(
         "model", tuple(fields), config.learning_rates, try_rate,
@@ -193,17 +157,11 @@ def _train_all(study: Session) -> tuple[list[Trial], list[Trial]]:
 
     def train_one(place: str, model: str, seed: int) -> dict[str, Any]:
         point = {"model": model, "seed": seed, "learning_rate": rates[model]}
-        return study.trial(
-            place, point, steps, lambda folder: _train_one(study, point, fields[model]), RUN_KEYS
-        )
+        work = partial(_train_one, study, point, fields[model])
+        return study.trial(place, point, steps, lambda folder: work(), train.RUN_KEYS)
 
-    trials = study.grid(
-        {"model": tuple(fields), "seed": config.seeds},
-        train_one,
-        name="runs",
-        place=run_name,
-        draw=lambda done: _draw(study, done),
-    )
+    points, draw = {"model": tuple(fields), "seed": config.seeds}, partial(_draw, study)
+    trials = study.grid(points, train_one, name="runs", place=train.run_name, draw=draw)
     if not MODELS.finished(trials):
         raise RuntimeError(
             f"every training diverged, the first so: {trials[0]['reason']} Take another output_dir for other settings."
@@ -223,33 +181,28 @@ def _train_one(study: Session, point: dict[str, Any], fields: dict[str, Any]) ->
     left_out = config.circumstances | _NOT_OF_A_RUN
     identity = {f"{point['model']}.{name}": value for name, value in fields.items()}
     identity |= {name: value for name, value in config.to_dict().items() if name not in left_out}
-    return train_run(
+    return train.train_run(
         study,
         point["model"],
         fields,
         config.training_settings(point["learning_rate"], point["seed"]),
         CheckpointFolder(
-            config.checkpoint_folder() / run_name(point),
+            config.checkpoint_folder() / train.run_name(point),
             milestone_every=config.checkpoint_every,
             keep_milestones=config.keep_checkpoints,
         ),
         identity={**identity, **point, "vocabulary": study.text.vocabulary_name},
-        resume_from=_resumed(config),
+        resume_from=config.resume_from and Path(config.resume_from),
         context_tokens=config.context_tokens,
     )
 
 
-def _resumed(config: BaselineConfig) -> Path | None:
-    return Path(config.resume_from) if config.resume_from else None
-
-
 def _note(study: Session) -> str:
     """The small print of a figure: data, sizes, seeds, and the budget of the learning-rate search."""
-    config, steps = study.config, _search_steps(study)
-    parts = [f"learning rate {config.learning_rates[0]:g} for all"]
-    if steps:
-        tried = len(config.learning_rates)
-        parts = [f"each model's learning rate: best of {tried} over {steps} steps"]
+    config, rates = study.config, study.config.learning_rates
+    parts = [f"each model's learning rate: best of {len(rates)} over {_search_steps(study)} steps"]
+    if len(rates) == 1:
+        parts = [f"learning rate {rates[0]:g} for all"]
     if config.protocol == "original":
         parts.append("the original's windows: an overlap's targets count twice")
     if config.validation == "valid+test":
@@ -263,7 +216,7 @@ def _draw(study: Session, trials: list[Trial]) -> Path | None:
     finished = MODELS.finished(trials)
     if not finished:
         return None
-    total = len(model_names(study.config.model)) * len(study.config.seeds)
+    total = len(models.model_names(study.config.model)) * len(study.config.seeds)
     title = f"{len(finished)} of {total} trainings done{MODELS.diverged_in_short(trials)}"
     path = study.folder / "training_curves.png"
     return figures.draw_curves(path, trials, study.text.baselines, title, _note(study))
@@ -275,38 +228,25 @@ def _report(study: Session, found: tuple[list[Trial], list[Trial]]) -> BaselineR
     runs = MODELS.finished(trials)
     for name in MODELS.groups(trials):
         of_model = [run for run in runs if run["model"] == name]
-        keep_weights(study.folder, of_model, config.checkpoint_folder(), _resumed(config))
+        train.keep_weights(
+            study.folder, of_model, config.checkpoint_folder(), config.resume_from and Path(config.resume_from)
+        )
     measured = measure_models(
         runs, text, study.folder / "measured.json",
         device=config.device, precision=config.precision, generate_tokens=config.generate_tokens,
     )  # fmt: skip
-    table, search = model_table(trials, measured), search_rows(searched, _search_steps(study))
-    more = {"search": search, "measured": measured, "claims": claims_table(table)}
+    table, search = tables.model_table(trials, measured), tables.search_rows(searched, _search_steps(study))
+    claims = tables.claims_table(table)
     report.csv("learning_rates.csv", search)
     title = MODELS.headline(trials)
     report.figure("training_curves.png", figures.draw_curves, trials, text.baselines, title, note)
     report.figure("context_lengths.png", figures.draw_contexts, table, text.seq_len, note)
     return report.finish(
-        BaselineResult,
-        MODELS,
-        [_with_rate(trial) for trial in trials],
-        also={"search": [_with_rate(trial) for trial in searched]},
-        rows=table,
+        BaselineResult, MODELS, trials, also={"search": searched}, rows=table,
         summary={
-            "learning_rate_search": search,
-            "measured": measured,
-            "claims": more["claims"],
-            "reported_by_the_original": REPORTED_EPOCHS,
-            "note": note,
-            "train_targets": text.train_targets,
-            "val_targets": text.val_targets,
+            "learning_rate_search": search, "measured": measured, "claims": claims, "note": note,
+            "reported_by_the_original": tables.REPORTED_EPOCHS,
+            "train_targets": text.train_targets, "val_targets": text.val_targets,
         },
-        runs=[dict(run) for run in runs],
-        **more,
-    )
-
-
-def _with_rate(trial: Trial) -> Trial:
-    """Each epoch with the rate that the training began with; a schedule may have lowered it by then."""
-    rate = {"learning_rate_at_start": trial["learning_rate"]}
-    return {**trial, "epochs": [{**rate, **epoch} for epoch in trial.get("epochs", ())]}
+        search=search, measured=measured, claims=claims, runs=[dict(run) for run in runs],
+    )  # fmt: skip

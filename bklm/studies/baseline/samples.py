@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_model
-
 from bklm.models import LanguageModel
-from bklm.studies.baseline.models import TITLES, build_model
+from bklm.studies.baseline.models import TITLES, read_model
 from bklm.studies.baseline.run import BaselineResult
 from bklm.studies.baseline.text import BaselineText
 from bklm.training.checkpoints import CheckpointFolder, epoch_of, is_checkpoint, perplexity_of, read_state
@@ -45,18 +43,11 @@ def list_checkpoints(base: Path) -> list[dict[str, Any]]:
         folder = CheckpointFolder(run)
         name, _, seed = run.name.rpartition("_seed_")
         for place in folder.all():
-            rows.append(
-                {
-                    "number": len(rows),
-                    "model": TITLES.get(name, name),
-                    "seed": int(seed),
-                    "epoch": epoch_of(place),
-                    "val PPL": perplexity_of(place),
-                    "": "best" if place == folder.best() else "",
-                    "MB": round(sum(f.stat().st_size for f in place.iterdir()) / 1e6, 1),
-                    "path": str(place),
-                }
-            )
+            best = "best" if place == folder.best() else ""
+            size = round(sum(f.stat().st_size for f in place.iterdir()) / 1e6, 1)
+            row = {"number": len(rows), "model": TITLES.get(name, name), "seed": int(seed)}
+            row |= {"epoch": epoch_of(place), "val PPL": perplexity_of(place), "": best}
+            rows.append({**row, "MB": size, "path": str(place)})
     return rows
 
 
@@ -100,6 +91,4 @@ def load_checkpoint(place: Path) -> LanguageModel:
         )
     prefix = f"{name}."
     settings = {k.removeprefix(prefix): v for k, v in identity.items() if k.startswith(prefix)}
-    model = build_model(name, settings)
-    load_model(model, str(place / "model.safetensors"))
-    return model.eval()
+    return read_model(name, settings, place / "model.safetensors")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean, same, score_in_words
@@ -27,19 +28,19 @@ REPORTED_MINUTES_PER_EPOCH = 60.0  # of the baseline, on a CPU; "about 1 h"
 REPORTED_ADVANCED = "36 to 41"  # validation PPL of the advanced model, in the original's later GPU runs
 
 
-def _end(key: str, end: str) -> Callable[[Sequence[Trial]], float | None]:
-    """The "low" or "high" end of a perplexity's interval; None where it was not measured, or for one seed."""
+def _scored(key: str, title: str) -> list[Column]:
+    """A further perplexity, and the ends of its interval for files; None where a run has none."""
 
-    def found(group: Sequence[Trial]) -> float | None:
+    def part(group: Sequence[Trial], end: str) -> float | None:
         values = [trial[key] for trial in group]
         return None if None in values else getattr(Perplexity.over_seeds(values), end)
 
-    return found
+    ends = [Column(f"{key}_{end}", partial(part, end=end)) for end in ("low", "high")]
+    return [Column(key, geometric_mean(key), title, partial(_perplexity, key=key)), *ends]
 
 
-def _by_context(length: int) -> Callable[[Sequence[Trial]], float | None]:
-    mean = geometric_mean(str(length))
-    return lambda group: mean([trial["val_ppl_by_context"] for trial in group])
+def _by_context(group: Sequence[Trial], length: int) -> float | None:
+    return geometric_mean(str(length))([trial["val_ppl_by_context"] for trial in group])
 
 
 def _perplexity(row: Mapping[str, Any], key: str, missing: str = "-") -> str:
@@ -65,21 +66,14 @@ MODELS = Comparison(
         Column("n_seq", lambda group: group[0]["model_config"].get("n_seq")),
         Column("learning_rate", same("learning_rate"), "learning rate"),
         Column("steps", same("steps")),
-        Column(
-            "val_ppl_without_unk",
-            geometric_mean("val_ppl_without_unk"),
-            "without <unk>",
-            lambda row: _perplexity(row, "val_ppl_without_unk"),
-        ),
-        Column("test_ppl", geometric_mean("test_ppl"), "test PPL", lambda row: _perplexity(row, "test_ppl")),
-        *(
-            Column(f"{key}_{end}", _end(key, end))
-            for key in ("val_ppl_without_unk", "test_ppl")
-            for end in ("low", "high")
-        ),
+        *_scored("val_ppl_without_unk", "without <unk>"),
+        *_scored("test_ppl", "test PPL"),
         Column("accuracy", "val_accuracy", "accuracy", ".1%"),
         Column("best_epoch", "best_epoch", "best epoch", ".1f"),
-        *(Column(f"val_ppl_context_{length}", _by_context(length)) for length in CONTEXT_LENGTHS),
+        *(
+            Column(f"val_ppl_context_{length}", partial(_by_context, length=length))
+            for length in CONTEXT_LENGTHS
+        ),
         Column(
             "seconds_per_epoch", lambda group: interval95([e["seconds"] for t in group for e in t["epochs"]])[0]
         ),
@@ -111,11 +105,9 @@ def readable_quality(rows: Rows, baselines: Rows) -> list[dict[str, Any]]:
     """Perplexities and accuracy for people, with the n-gram baselines and the original's report below."""
     found = MODELS.readable(rows)
     empty = dict.fromkeys(found[0], "-")
+    titles = {"val_ppl": "val PPL (95%)", "val_ppl_without_unk": "without <unk>"}
     for row in baselines:
-        words = {
-            "val PPL (95%)": _perplexity(row, "val_ppl"),
-            "without <unk>": _perplexity(row, "val_ppl_without_unk"),
-        }
+        words = {title: _perplexity(row, key) for key, title in titles.items()}
         found.append({**empty, "model": row["name"], **words})
     reported = {
         "model": "New-LLM, reported by the original (WikiText-2, its windows)",
@@ -147,7 +139,7 @@ def _why_missing(row: Mapping[str, Any], length: int) -> str:
 
 def readable_cost(rows: Rows, measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Speed, memory, state and generation for people; ratios are to the first model, measured in turns."""
-    found = []
+    found, rows = [], [r for r in rows if r["seeds"]]
     for r in rows:
         cost = measured[r["model"]]
         speed = cost["tokens_per_second"]
@@ -170,7 +162,7 @@ def readable_cost(rows: Rows, measured: Mapping[str, Mapping[str, Any]]) -> list
     return found
 
 
-def readable_search(results: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def readable_search(results: Rows, table: Rows) -> list[dict[str, Any]]:
     """The learning-rate search: one row per model, one column per rate, the chosen one marked."""
     if not results:
         return [
@@ -181,11 +173,11 @@ def readable_search(results: Sequence[dict[str, Any]], table: Sequence[dict[str,
     for name in dict.fromkeys(r["model"] for r in results):
         tried = {r["learning_rate"]: r["val_ppl"] for r in results if r["model"] == name}
         best = min((v for v in tried.values() if v is not None), default=None)
-        words = {rate: "diverged" if v is None else str(Perplexity(v, None, None)) for rate, v in tried.items()}
-        rows.append(
-            {"model": TITLES[name]}
-            | {f"rate {rate:g}": words[rate] + (" (taken)" if tried[rate] == best else "") for rate in rates}
-        )
+        row = {"model": TITLES[name]}
+        for rate in rates:
+            taken = " (taken)" if tried[rate] == best else ""
+            row[f"rate {rate:g}"] = _perplexity({"ppl": tried[rate]}, "ppl", "diverged") + taken
+        rows.append(row)
     return rows
 
 

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bklm.data import Corpus, KneserNey, TokenizedCorpus, Unigram, make_loader, tokenize_corpus, windows
 from bklm.data.baselines import perplexity
 from bklm.data.line_windows import PAD_ID, LineVocabulary, LineWindows, line_windows
-from bklm.harness.text import StudyText, ngram_baselines
-
-log = logging.getLogger(__name__)
-
-SCORED_AT_ONCE = 4  # training batches in one of evaluation
+from bklm.harness.text import StudyText, check_and_log, ngram_baselines
 
 
 @dataclass(frozen=True, eq=False)
 class BaselineText(StudyText):
     """Contiguous windows. ``tokens.valid`` holds what is scored as validation, which may be two splits of the corpus."""
 
+    scored_at_once = 4
     lowercase: bool
     validation: str
 
@@ -53,22 +48,18 @@ class BaselineText(StudyText):
         return self.validation == "valid"
 
     @property
-    def vocabulary_sha256(self) -> str:
-        """Of the words in the order of their ids."""
-        return hashlib.sha256("\n".join(self.tokens.vocab.words).encode()).hexdigest()
-
-    @property
     def vocabulary_name(self) -> str:
-        """What a checkpoint says of the vocabulary it was trained with."""
-        return f"{self.vocab_size} words, SHA-256 {self.vocabulary_sha256[:8]}"
+        """What a checkpoint says of the vocabulary it was trained with: its words in the order of their ids."""
+        digest = hashlib.sha256("\n".join(self.tokens.vocab.words).encode()).hexdigest()
+        return f"{self.vocab_size} words, SHA-256 {digest[:8]}"
 
     def search_loader(self, seed: int, tokens: int) -> DataLoader:
         """Training windows over the first ``tokens`` tokens (0: all), for the learning-rate search."""
-        return self._loader(self.tokens.train[: tokens or None], shuffle=True, seed=seed)
+        return self._loader(self._first(self.tokens.train, tokens), shuffle=True, seed=seed)
 
     def search_val_loader(self, tokens: int) -> DataLoader:
         """Validation windows that the search is judged by: of no more tokens than it trains on."""
-        return self._loader(self.tokens.valid[: tokens or None])
+        return self._loader(self._first(self.tokens.valid, tokens))
 
     def context_loader(self, length: int, tokens: int) -> DataLoader | None:
         """Validation windows of ``length`` tokens over the first ``tokens`` tokens (0: all): the same targets at every
@@ -89,14 +80,8 @@ class BaselineText(StudyText):
     def vocabulary_json(self) -> str:
         return json.dumps(self.tokens.vocab.ids, ensure_ascii=False)
 
-    def _loader(self, ids: np.ndarray, shuffle: bool = False, seed: int = 0) -> DataLoader:
-        data = self._windows(ids)
-        # Scoring keeps no activations: larger batches are faster, and change no sum.
-        batch_size = self.batch_size if shuffle else min(SCORED_AT_ONCE * self.batch_size, len(data))
-        return make_loader(data, batch_size, shuffle=shuffle, seed=seed)
-
-    def _windows(self, ids: np.ndarray) -> Dataset:
-        return windows(ids, self.seq_len, pad_id=self.tokens.pad_id)
+    def _first(self, ids: np.ndarray, tokens: int) -> np.ndarray:
+        return ids[: tokens or None]
 
 
 class LineText(BaselineText):
@@ -109,32 +94,17 @@ class LineText(BaselineText):
     def context_loader(self, length: int, tokens: int) -> None:
         return None
 
-    def search_loader(self, seed: int, tokens: int) -> DataLoader:
-        return self._loader(_first_rows(self.tokens.train, tokens), shuffle=True, seed=seed)
-
-    def search_val_loader(self, tokens: int) -> DataLoader:
-        return self._loader(_first_rows(self.tokens.valid, tokens))
-
-    def first_batch(self, sequences: int) -> tuple[Tensor, Tensor]:
-        data = LineWindows(self.tokens.train)
-        return data[list(range(min(sequences, len(data))))]
+    def _first(self, ids: np.ndarray, tokens: int) -> np.ndarray:
+        return _first_rows(ids, tokens)
 
     def _windows(self, ids: np.ndarray) -> Dataset:
         return LineWindows(ids)
 
 
 def make_text(
-    corpus: Corpus,
-    *,
-    in_lines: bool,
-    lowercase: bool,
-    validation: str,
-    vocab_size: int,
-    max_train_tokens: int,
-    seq_len: int,
-    batch_size: int,
-    search_tokens: int | None,
-) -> BaselineText:
+    corpus: Corpus, *, in_lines: bool, lowercase: bool, validation: str, vocab_size: int, max_train_tokens: int,
+    seq_len: int, batch_size: int, search_tokens: int | None,
+) -> BaselineText:  # fmt: skip
     """Lower-case and cut a corpus, check that it is large enough, and score the n-gram baselines.
 
     Args:
@@ -168,13 +138,7 @@ def make_text(
         loaders += [text.search_loader(0, search_tokens), text.search_val_loader(search_tokens)]
     if text.has_test_split:
         loaders.append(text.test_loader())
-    for loader in loaders:
-        len(loader)  # refuses sequences and batches that the text cannot fill
-    log.info(
-        "Text: %s from %s; %s training and %s validation targets, vocabulary %s",
-        corpus.name, corpus.source, f"{text.train_targets:,}", f"{text.val_targets:,}", f"{text.vocab_size:,}",
-    )  # fmt: skip
-    log.info("Baselines: validation PPL %s", ", ".join(f"{r['name']} {r['val_ppl']:.1f}" for r in baselines))
+    check_and_log(text, loaders)
     return text
 
 
@@ -199,16 +163,14 @@ def _line_baselines(tokens: TokenizedCorpus) -> list[dict[str, Any]]:
     is_target = ~is_first[is_text][1:]
     known = is_target & (valid[1:] != tokens.unk_id)
     rows = []
-    for name, model in [
+    for name, model in (
         ("unigram", Unigram()),
         *((f"Kneser-Ney {n}-gram", KneserNey(order=n)) for n in (2, 3)),
-    ]:
+    ):
         log_probs = model.fit(train, tokens.vocab_size).log_probs(valid)
-        rows.append(
-            {
-                "name": name,
-                "val_ppl": perplexity(log_probs[is_target]),
-                "val_ppl_without_unk": perplexity(log_probs[known]),
-            }
-        )
+        scores = {
+            "val_ppl": perplexity(log_probs[is_target]),
+            "val_ppl_without_unk": perplexity(log_probs[known]),
+        }
+        rows.append({"name": name, **scores})
     return rows

@@ -19,6 +19,7 @@ from bklm.studies.baseline.models import CONTEXT_LENGTHS, TITLES, active_paramet
 from bklm.training.checkpoints import CheckpointFolder, epoch_of, perplexity_of, read_weights
 from bklm.training.evaluation import evaluate
 from bklm.training.loop import train
+from bklm.training.records import EpochRecord
 from bklm.training.schedules import TrainingSettings
 
 log = logging.getLogger(__name__)
@@ -32,32 +33,17 @@ def train_rate(
     study: Session, name: str, fields: Mapping[str, Any], settings: TrainingSettings, tokens: int
 ) -> dict[str, Any]:
     """A trial of the search: one pass over the first ``tokens`` training tokens (0: all) with the settings' rate."""
-    text = study.text
-    (record,) = train(
-        _fresh(study, name, fields, settings.seed),
-        text.search_loader(settings.seed, tokens),
-        text.search_val_loader(tokens),
-        settings,
-        accelerator=study.accelerator,
-        unk_id=text.unk_id,
-        label=f"search: {TITLES[name]}, learning rate {settings.learning_rate:g}",
-        on_step=study.progress.step,
-    )
-    found = {"val_ppl": record.val_perplexity, "seconds": record.seconds, "epochs": [record.to_dict()]}
-    return {"seed": settings.seed, **found}
+    batches = (study.text.search_loader(settings.seed, tokens), study.text.search_val_loader(tokens))
+    label = f"search: {TITLES[name]}, learning rate {settings.learning_rate:g}"
+    _, (record,) = _train(study, name, fields, settings, *batches, label=label)
+    found = {"val_ppl": record.val_perplexity, "seconds": record.seconds}
+    return {"seed": settings.seed, **found, "epochs": _curve([record], settings)}
 
 
 def train_run(
-    study: Session,
-    name: str,
-    fields: Mapping[str, Any],
-    settings: TrainingSettings,
-    checkpoints: CheckpointFolder,
-    *,
-    identity: dict[str, Any],
-    resume_from: Path | None,
-    context_tokens: int,
-) -> dict[str, Any]:
+    study: Session, name: str, fields: Mapping[str, Any], settings: TrainingSettings, checkpoints: CheckpointFolder,
+    *, identity: dict[str, Any], resume_from: Path | None, context_tokens: int,
+) -> dict[str, Any]:  # fmt: skip
     """Train one model, and score its best epoch.
 
     Args:
@@ -67,21 +53,10 @@ def train_run(
     """
     text = study.text
     loader = text.train_loader(seed=settings.seed)
-    model = _fresh(study, name, fields, settings.seed)
-    records = train(
-        model,
-        loader,
-        text.val_loader(),
-        settings,
-        accelerator=study.accelerator,
-        unk_id=text.unk_id,
-        folder=checkpoints,
-        label=f"{TITLES[name]}, seed {settings.seed}",
-        identity=identity,
-        resume_from=resume_from,
-        on_step=study.progress.step,
-        on_skip=study.progress.skip,
-    )
+    model, records = _train(
+        study, name, fields, settings, loader, text.val_loader(), label=f"{TITLES[name]}, seed {settings.seed}",
+        folder=checkpoints, identity=identity, resume_from=resume_from, on_skip=study.progress.skip,
+    )  # fmt: skip
     # Of several epochs the one with the lowest validation loss is the model; the test split has no say in that.
     places = _places(checkpoints, resume_from)
     best = min((r for r in records if r.epoch in places), key=lambda r: r.val_loss)
@@ -105,16 +80,31 @@ def train_run(
         "test_ppl": perplexity(text.test_loader()) if text.has_test_split else None,
         "val_ppl_by_context": contexts,
         "seconds": sum(r.seconds for r in records),
-        "epochs": [r.to_dict() for r in records],
+        "epochs": _curve(records, settings),
         "model_config": dict(fields),
         "steps": len(loader) * len(records),
         "checkpoints": str(checkpoints.path),
     }
 
 
-def _fresh(study: Session, name: str, fields: Mapping[str, Any], seed: int) -> LanguageModel:
-    torch.manual_seed(seed)
-    return build_model(name, fields).to(study.accelerator.device)
+def _train(
+    study: Session,
+    name: str,
+    fields: Mapping[str, Any],
+    settings: TrainingSettings,
+    *batches: Any,
+    **options: Any,
+) -> tuple[LanguageModel, list[EpochRecord]]:
+    """A fresh model and its training's records."""
+    torch.manual_seed(settings.seed)
+    model = build_model(name, fields).to(study.accelerator.device)
+    options |= {"accelerator": study.accelerator, "unk_id": study.text.unk_id, "on_step": study.progress.step}
+    return model, train(model, *batches, settings, **options)
+
+
+def _curve(records: Sequence[EpochRecord], settings: TrainingSettings) -> list[dict[str, Any]]:
+    # A schedule lowers the rate from epoch to epoch.
+    return [{"learning_rate_at_start": settings.learning_rate, **r.to_dict()} for r in records]
 
 
 def _places(checkpoints: CheckpointFolder, resume_from: Path | None) -> dict[int, Path]:
