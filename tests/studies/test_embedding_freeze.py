@@ -17,6 +17,7 @@ import torch
 
 from bklm.harness import progress
 from bklm.models import ContextTokenConfig, ContextTokenLM
+from bklm.studies.embedding_freeze import estimate as embedding_freeze_estimate
 from bklm.studies.embedding_freeze import figures as embedding_freeze_figures
 from bklm.studies.embedding_freeze import phase2 as embedding_freeze_phase2
 from bklm.studies.embedding_freeze import run as embedding_freeze
@@ -494,7 +495,10 @@ def test_the_benchmark_of_a_language_models_table_runs_and_compares_both_tables(
     assert "embedding.npy is a table without a record of how it was trained; delete it" in unknown.stderr
 
 
-def test_the_estimate_grows_with_what_is_asked_for(config):
+def test_the_estimate_grows_with_what_is_asked_for(config, monkeypatch):
+    assert estimated_minutes(config.resolved()) > 0
+    monkeypatch.setattr(embedding_freeze_estimate, "_speeds", {})  # what was timed may be of a busy moment
+    monkeypatch.setattr(embedding_freeze_estimate, "_timed", lambda *of_what: 1e-5)
     least = estimated_minutes(config.resolved())
     assert 0 < least < 1
     assert estimated_minutes(dataclasses.replace(config, seeds=(0, 1, 2, 3)).resolved()) == pytest.approx(

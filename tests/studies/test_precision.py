@@ -212,13 +212,15 @@ def test_a_study_killed_with_signal_9_goes_on_after_the_cells_it_has_measured(co
             words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     cells = Path(config.output_dir) / "precision" / "cells"
+    # A cell that is being written has a hidden name, and what is left of it is cleared away.
+    finished = "[!.]*.json"
     deadline = time.monotonic() + 300
-    while len(list(cells.glob("*.json"))) < 3 and time.monotonic() < deadline:
+    while len(list(cells.glob(finished))) < 3 and time.monotonic() < deadline:
         assert process.poll() is None, "the study ended before it could be killed"
         time.sleep(0.01)
     process.kill()
     process.wait()
-    before = {p: p.read_bytes() for p in cells.glob("*.json")}
+    before = {p: p.read_bytes() for p in cells.glob(finished)}
     result = run_precision(config)
     assert len(before) >= 3
     assert {p: p.read_bytes() for p in before} == before
