@@ -6,9 +6,11 @@ import dataclasses
 import json
 import logging
 import shutil
+import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -407,10 +409,33 @@ def test_a_record_without_weights_is_reported_and_only_a_sample_of_it_is_refused
 
 
 @pytest.mark.slow
-def test_two_workers_on_one_machine_give_the_numbers_of_one(tiny, tmp_path):
-    config = dataclasses.replace(tiny, seeds=(0, 1), learning_rates=(1e-3, 1e-2))
+def test_two_workers_on_one_machine_give_the_numbers_of_one_and_costs_are_measured_without_them(
+    tiny, tmp_path, monkeypatch
+):
+    config = dataclasses.replace(tiny, seeds=(0, 1), learning_rates=(1e-3, 1e-2), epochs=40, patience=40)
     alone = run_baseline(config)
-    together = run_baseline(dataclasses.replace(config, workers=2, output_dir=str(tmp_path / "two")))
+    state = []
+
+    def measure(runs, *arguments, **options):
+        helpers = [p for p in psutil.Process().children() if "bklm.harness.workers" in p.cmdline()]
+        state.append((torch.get_num_threads(), helpers))
+        # Time for a helper that is still there to end by itself.
+        time.sleep(3)
+        return {
+            run["model"]: {"tokens_per_second": 1.0, "training_bytes": None, "generation": []} for run in runs
+        }
+
+    monkeypatch.setattr(baseline_run, "measure_models", measure)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = run_baseline(dataclasses.replace(config, workers=2, output_dir=str(tmp_path / "two")))
+    finally:
+        torch.set_num_threads(threads)
+    assert state == [(2, [])]
+    log = (together.folder / "run.log").read_text()
+    assert "2 trials run at once, 1 thread each" in log
+    assert "ended early" not in log
     assert [r["learning_rate"] for r in together.runs] == [r["learning_rate"] for r in alone.runs]
     for found, expected in zip(curve(together), curve(alone), strict=True):
         assert found == pytest.approx(expected, rel=1e-4)

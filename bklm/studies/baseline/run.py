@@ -17,7 +17,8 @@ from bklm.data import load_corpus
 from bklm.harness.comparison import Trial
 from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.report import Report, StudyResult, small_print
-from bklm.harness.session import Session, run_study
+from bklm.harness.session import Session
+from bklm.harness.study import run_study
 from bklm.models import LanguageModel
 from bklm.studies.baseline import figures, models, tables, train
 from bklm.studies.baseline.config import BaselineConfig
@@ -87,7 +88,7 @@ def run_baseline(
     """Run the comparison and write everything to ``<output_dir>/baseline`` and its zip.
 
     Under torchrun or accelerate launch all processes call this together; with ``config.processes`` above 1 it launches them
-    itself. Arguments, result and errors as in `bklm.harness.session.run_study`.
+    itself. Arguments, result and errors as in `bklm.harness.study.run_study`.
     """
     return run_study(config, _train_all, _report, prepare=prepare_text, on_figure=on_figure, text=text)
 

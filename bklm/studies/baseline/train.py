@@ -19,13 +19,19 @@ from bklm.studies.baseline.models import CONTEXT_LENGTHS, TITLES, active_paramet
 from bklm.training.checkpoints import CheckpointFolder, epoch_of, perplexity_of, read_weights
 from bklm.training.evaluation import evaluate
 from bklm.training.loop import train
-from bklm.training.records import EpochRecord
+from bklm.training.records import EPOCH_KEYS, EpochRecord
 from bklm.training.schedules import TrainingSettings
 
 log = logging.getLogger(__name__)
 
-SEARCH_KEYS = {"val_ppl": float, "seconds": float, "epochs": list}
-RUN_KEYS = {**SEARCH_KEYS, "learning_rate": float, "best_epoch": int, "model_config": dict}
+SEARCH_KEYS = {"val_ppl": float, "seconds": float, "epochs": EPOCH_KEYS}
+RUN_KEYS = {
+    **SEARCH_KEYS,
+    "learning_rate": float,
+    "best_epoch": int,
+    "model_config": dict,
+    "val_ppl_by_context": dict,
+}
 WEIGHTS = "best_model.safetensors"
 
 
@@ -88,18 +94,13 @@ def train_run(
 
 
 def _train(
-    study: Session,
-    name: str,
-    fields: Mapping[str, Any],
-    settings: TrainingSettings,
-    *batches: Any,
-    **options: Any,
+    study: Session, name: str, fields: Mapping[str, Any], settings: TrainingSettings, *batches: Any, **more: Any
 ) -> tuple[LanguageModel, list[EpochRecord]]:
     """A fresh model and its training's records."""
     torch.manual_seed(settings.seed)
     model = build_model(name, fields).to(study.accelerator.device)
-    options |= {"accelerator": study.accelerator, "unk_id": study.text.unk_id, "on_step": study.progress.step}
-    return model, train(model, *batches, settings, **options)
+    more |= {"accelerator": study.accelerator, "unk_id": study.text.unk_id, "on_step": study.progress.step}
+    return model, train(model, *batches, settings, **more)
 
 
 def _curve(records: Sequence[EpochRecord], settings: TrainingSettings) -> list[dict[str, Any]]:
@@ -138,8 +139,8 @@ def keep_weights(folder: Path, runs: Sequence[Trial], checkpoints: Path, resume_
                 shutil.copyfile(place / "model.safetensors", temporary)
             return
     log.warning(
-        "%s: no weights of it are here, because another machine trained it or its checkpoints are gone; for samples put that "
-        "machine's %s into %s.", TITLES[runs[0]["model"]], WEIGHTS, folder / "runs" / run_name(runs[0]),
+        "%s: no weights of it are here, because another machine trained it or its checkpoints are gone; for samples copy a "
+        "run's %s from there into the folder of the same name in %s.", TITLES[runs[0]["model"]], WEIGHTS, folder / "runs",
     )  # fmt: skip
 
 
