@@ -4,7 +4,7 @@
 
 All are output folders of `bklm.studies.baseline` (each holds baseline/): on the WikiText-2 sample, on the Python
 Enhancement Proposals, and NewLLM with protocol "original" on the first of these texts. The first one's also holds
-int8.csv of NewLLM, from `bklm.studies.baseline.int8.int8_rows`. Tables and figures go to docs/results, the text between
+int8.csv of NewLLM, from `bklm.studies.baseline.int8_table`. Tables and figures go to docs/results, the text between
 the two `baseline` comments of both pages is replaced.
 """
 

@@ -125,7 +125,9 @@ def test_both_form_cells_are_written_anew_and_nothing_else(tmp_path, capsys):
 def test_what_papermill_injects_wins_over_both_form_cells(name):
     """A basic field too, although papermill looks for parameters in the second cell alone."""
     values = {"profile": "smoke", "headless": True}
-    notebook = papermill.parameterize.parameterize_notebook(papermill.iorw.load_notebook_node(str(ROOT / name)), values)
+    notebook = papermill.parameterize.parameterize_notebook(
+        papermill.iorw.load_notebook_node(str(ROOT / name)), values
+    )
     namespace = {}
     for cell in notebook.cells:
         is_form = cell.id in ("settings", "parameters")

@@ -23,7 +23,14 @@ from bklm.studies.baseline import train as baseline_runner
 from bklm.studies.baseline.config import BaselineConfig
 from bklm.studies.baseline.models import COMPETITORS, CONTEXT_LENGTHS, active_parameters, build_model
 from bklm.studies.baseline.run import estimated_minutes, fields_of_models, prepare_text, run_baseline
-from bklm.studies.baseline.samples import choose_checkpoint, list_checkpoints, load_checkpoint, write_sample
+from bklm.studies.baseline.samples import (
+    checkpoints_table,
+    choose_checkpoint,
+    continue_text,
+    list_checkpoints,
+    load_checkpoint,
+    write_sample,
+)
 from bklm.studies.baseline.tables import (
     MODELS,
     claims_table,
@@ -185,6 +192,10 @@ def test_checkpoints_go_where_they_are_wanted_and_tell_which_model_they_hold(tin
     with pytest.raises(ValueError, match="is no checkpoint"):
         load_checkpoint(tmp_path)
     assert choose_checkpoint(rows, 0, text).num_parameters() == result.table[0]["parameters"]
+    assert checkpoints_table(result, text) == rows
+    first = continue_text(load_checkpoint(rows[0]["path"]), text, "the", 0)
+    assert write_sample(result, text, prompt="the", temperature=0, checkpoint=0) == first
+    assert write_sample(result, text, prompt="the", temperature=0.8) != first
     for number in (-1, len(rows)):
         with pytest.raises(ValueError, match=rf"number: got {number}; the list has 0 to {len(rows) - 1}"):
             choose_checkpoint(rows, number, text)

@@ -16,7 +16,12 @@ SAMPLE_WORDS = 60
 
 
 def write_sample(
-    result: BaselineResult, text: BaselineText, model: str = "", prompt: str = "", temperature: float = 0.8
+    result: BaselineResult,
+    text: BaselineText,
+    model: str = "",
+    prompt: str = "",
+    temperature: float = 0.8,
+    checkpoint: int | None = None,
 ) -> str:
     """Up to 60 words that one of the trained models writes after ``prompt``, or after the opening of a validation line.
 
@@ -24,8 +29,13 @@ def write_sample(
         model: "newllm", "gpt" ...; the best one when empty.
         prompt: words outside the vocabulary become <unk>.
         temperature: 0 takes the likeliest word each time.
+        checkpoint: a number in `checkpoints_table`, whose model writes; ``model`` has no say then.
     """
-    return continue_text(result.load(model or None), text, prompt, temperature)
+    if checkpoint is None:
+        writer = result.load(model or None)
+    else:
+        writer = choose_checkpoint(checkpoints_table(result, text), checkpoint, text)
+    return continue_text(writer, text, prompt, temperature)
 
 
 def continue_text(model: LanguageModel, text: BaselineText, prompt: str = "", temperature: float = 0.8) -> str:
@@ -33,6 +43,11 @@ def continue_text(model: LanguageModel, text: BaselineText, prompt: str = "", te
     longest = model.n_seq or 10**9
     words = (prompt.split() or text.prompt(12).split())[: longest - 1]
     return text.generate(model, " ".join(words), min(SAMPLE_WORDS, longest - len(words)), temperature)
+
+
+def checkpoints_table(result: BaselineResult, text: BaselineText) -> list[dict[str, Any]]:
+    """The rows of `list_checkpoints` for a result."""
+    return list_checkpoints(result.config.checkpoint_folder())
 
 
 def list_checkpoints(base: Path) -> list[dict[str, Any]]:

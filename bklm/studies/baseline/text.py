@@ -84,6 +84,15 @@ class BaselineText(StudyText):
         return ids[: tokens or None]
 
 
+def describe_text(text: BaselineText) -> list[str]:
+    """Where a text comes from, and its sizes, in sentences for a notebook."""
+    return [
+        f"{text.corpus.name}, from {text.corpus.source}",
+        f"{text.train_targets:,} training and {text.val_targets:,} validation targets, vocabulary {text.vocab_size:,}; "
+        f"{text.unknown_share:.0%} of the validation targets are the unknown word",
+    ]
+
+
 class LineText(BaselineText):
     """The original's windows: ``tokens`` holds rows of ids (windows, 64)."""
 
