@@ -152,7 +152,7 @@ class Report:
             rows: instead of the comparison's own table.
             summary: what summary.json holds besides.
         """
-        text, config = self.study.text, self.study.config
+        text = self.study.text
         table = comparison.rows(trials) if rows is None else rows
         best = comparison.best(trials)
         best_perplexity = comparison.perplexity(comparison.groups(trials)[best]).mean
@@ -176,17 +176,25 @@ class Report:
             },
         )
         self.text("vocabulary.json", text.vocabulary_json())
-        seconds = sum(t["seconds"] for group in runs.values() for t in group)
+        return self.close(
+            result, sum(t["seconds"] for group in runs.values() for t in group), {"sees_the_future": sees_the_future},
+            table=table, best=best, best_perplexity=best_perplexity, finding=finding, diverged=lost, **more,
+        )  # fmt: skip
+
+    def close(self, result: type[Result], seconds: float, told: Mapping[str, Any] = {}, **found: Any) -> Result:
+        """Write manifest and zip; return the study's result, whose other fields come with ``found``.
+
+        Args:
+            seconds: computing time in all.
+            told: what the manifest says besides.
+        """
+        text, config = self.study.text, self.study.config
         write_manifest(
-            self.path("manifest.json"),
-            config=config,
-            corpus=text.corpus,
-            seconds=seconds,
-            sees_the_future=sees_the_future,
+            self.path("manifest.json"), config=config, corpus=text and text.corpus, seconds=seconds, **told
         )
         return result(
-            config=config, table=table, best=best, best_perplexity=best_perplexity, finding=finding, baselines=text.baselines,
-            diverged=lost, folder=self.folder, paths=self.paths, bundle=zip_study(self.folder), **more,
+            config=config, baselines=text.baselines if text else [], folder=self.folder, paths=self.paths,
+            bundle=zip_study(self.folder), **found,
         )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def _open(
             with main_first(accelerator):  # the others read the tokens that the main process has cached
                 text = prepare(config)
         if accelerator.is_main_process and workers.link is None:
-            claim(folder, config, text and text.corpus.sha256)
+            claim(folder, config, _fingerprint(text))
         with Session(config, text, accelerator, broadcast(accelerator, folder), on_figure) as study:
             yield study
 
@@ -323,7 +323,8 @@ class Session:
         self, points: list[Point], records: dict[tuple, dict[str, Any]], point: Point, draw: Callable | None
     ) -> None:
         record = records[tuple(point.values())]
-        if record["val_ppl"] is not None:
+        # A part that is no trial, such as a model's first phase, has no score.
+        if record.get("val_ppl") is not None:
             log.info(
                 "Trial %d of %d, %s: validation PPL %.1f%s",
                 len(records), len(points), _in_words(point), record["val_ppl"], self.progress.time_left(),
@@ -340,9 +341,9 @@ class Session:
         # Optuna and SQLAlchemy take a second to import, and nobody else needs them.
         from bklm.harness.grid import Sweep
 
-        shared = Sweep.shared(
-            storage, f"{experiment_name(self.config, self.text and self.text.corpus.sha256)}-{name}", factors
-        )
+        # Two grids may share a folder: a search finds the trials of the grid that follows it.
+        told_apart = "-".join([experiment_name(self.config, _fingerprint(self.text)), name, *factors])
+        shared = Sweep.shared(storage, told_apart, factors)
 
         def adopt() -> None:
             for point, record in shared.results():
@@ -351,7 +352,7 @@ class Session:
                     write_json(path, record)
 
         def evaluate(point: Point) -> float:
-            score = run(point)["val_ppl"]
+            score = run(point).get("val_ppl")
             return math.inf if score is None else score
 
         adopt()
@@ -365,6 +366,11 @@ class Session:
         if self._pool is None and (count := workers.number(self.config, points)) > 1:
             self._pool = workers.Pool(self.config, count, self.progress)
         return self._pool
+
+
+def _fingerprint(text: Any) -> str | None:
+    """SHA-256 (hex) of all that is read; a text that has more files than its corpus has one of its own."""
+    return text and getattr(text, "fingerprint", text.corpus.sha256)
 
 
 def _place(point: Mapping[str, Any]) -> str:
