@@ -184,7 +184,8 @@ def state_advantages(source: str, pretraining_tokens: int | None, most_tokens: i
     start = "Arms with a pretrained embedding profit from"
     if pretraining_tokens is None:
         return f"{start} text that the others never saw: that behind {source}."
-    return f"{start} {pretraining_tokens:,} tokens that the others never saw, beside at most {most_tokens:,} that all train on."
+    seen = f"{pretraining_tokens:,} tokens that the others never saw"
+    return f"{start} {seen}, beside at most {most_tokens:,} that all train on."
 
 
 def state_drift(trials: Sequence[Trial]) -> str:

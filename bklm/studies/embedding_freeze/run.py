@@ -17,34 +17,19 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import load_model
 
+from bklm.data import load_corpus
+from bklm.data.bpe import gpt2_bpe, train_bpe
+from bklm.data.documents import split_documents
 from bklm.files.atomic import read_result
 from bklm.harness.comparison import Trial
 from bklm.harness.report import Report, StudyResult
 from bklm.harness.session import Session, run_study
 from bklm.models import ContextTokenConfig, ContextTokenLM
-from bklm.studies.embedding_freeze import figures, findings
+from bklm.studies.embedding_freeze import figures, findings, tables
 from bklm.studies.embedding_freeze.config import INEQUALITY, EmbeddingFreezeConfig, arms_of
 from bklm.studies.embedding_freeze.estimate import GRADIENT, SWEEPS, about_tokens, seconds_per_token
-from bklm.studies.embedding_freeze.tables import (
-    ARMS,
-    arm_table,
-    best_trial,
-    effect_table,
-    epoch_rows,
-    phase1_table,
-    readable,
-    readable_effects,
-    readable_phase1,
-    trial_rows,
-)
-from bklm.studies.embedding_freeze.text import (
-    Embedding,
-    FreezeText,
-    make_bpe,
-    make_text,
-    read_documents,
-    readable_baselines,
-)
+from bklm.studies.embedding_freeze.tables import ARMS
+from bklm.studies.embedding_freeze.text import Embedding, FreezeText, make_text
 from bklm.studies.embedding_freeze.train import WEIGHTS, Recipe, Trainer
 from bklm.training.checkpoints import read_weights
 from bklm.training.schedules import TrainingSettings
@@ -66,10 +51,10 @@ class EmbeddingFreezeResult(StudyResult):
 
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         made = (
-            ("arms", readable, self.table),
-            ("effects", readable_effects, self.effects),
-            ("phase 1", readable_phase1, self.phase1),
-            ("baselines", readable_baselines, self.baselines),
+            ("arms", tables.readable, self.table),
+            ("effects", tables.readable_effects, self.effects),
+            ("phase 1", tables.readable_phase1, self.phase1),
+            ("baselines", tables.readable_baselines, self.baselines),
         )
         return {name: partial(make, rows) for name, make, rows in made if rows}
 
@@ -91,22 +76,28 @@ def run_embedding_freeze(
 
 
 def prepare_text(config: EmbeddingFreezeConfig) -> FreezeText:
-    """Load, split and tokenise the text of a resolved config; errors as in `read_documents`, `make_bpe` and `make_text`."""
+    """Load, split and tokenise the text of a resolved config; errors as in `bklm.data` and `make_text`."""
     kind = "file" if config.embedding_file else config.embedding
     is_used = config.initialisation != "random"
     embedding = Embedding(kind, config.embed_dim, is_used, config.embedding_file)
     # A BPE of the text's own is trained on them too, and so is the same whatever embedding is compared.
     needs_spare = embedding.is_factorised or config.tokenizer == "corpus"
     spare = config.pretraining_documents * needs_spare
-    corpus, split = read_documents(
-        config.dataset, config.data_dir, config.samples, config.val_documents, spare, config.duplicate_threshold
+    # Room for near-duplicates that are left out; the dialogues' validation split is every other held-out dialogue.
+    fetched = max(max(config.samples) + spare + config.val_documents, 2 * config.val_documents)
+    corpus = load_corpus(config.dataset, config.data_dir, max_documents=fetched)
+    split = split_documents(
+        corpus, config.samples, config.val_documents, spare=spare, threshold=config.duplicate_threshold
     )
     if embedding.is_factorised and not split.spare:
         raise ValueError(
             f"embedding: 'svd' needs documents that no model is trained or scored on, but all {max(config.samples)} training "
             f"documents of {corpus.name!r} are in the samples; lower samples, or choose embedding 'gpt2'."
         )
-    bpe = make_bpe(config.tokenizer, config.gpt2_dir, split, config.vocab_size)
+    if config.tokenizer == "gpt2":
+        bpe = gpt2_bpe(config.gpt2_dir)
+    else:
+        bpe = train_bpe([*split.train, *split.spare], config.vocab_size)
     return make_text(
         corpus, split, bpe, embedding, config.samples, config.document_tokens or None, config.batch_tokens
     )
@@ -195,7 +186,7 @@ def _train_all(study: Session) -> _Found:
             raise RuntimeError(
                 f"every trial diverged, the first so: {trials[0]['reason']} Take another output_dir for other settings."
             )
-        final = trainer.run_again(best_trial(trials))
+        final = trainer.run_again(tables.best_trial(trials))
         trainer.forget_contexts()
         return _Found(phase1, trials, searched, [final])
     finally:
@@ -222,7 +213,7 @@ def _draw(study: Session, trials: list[Trial]) -> Path | None:
     total = len(arms_of(study.config)) * len(study.config.samples) * len(study.config.seeds)
     title = f"{len(trials)} of {total} trials done"
     path = study.folder / "arms.png"
-    return figures.draw_arms(path, arm_table(trials), study.text.baselines, title, _note(study))
+    return figures.draw_arms(path, tables.arm_table(trials), study.text.baselines, title, _note(study))
 
 
 def _findings(study: Session, found: _Found) -> list[str]:
@@ -247,7 +238,11 @@ def _findings(study: Session, found: _Found) -> list[str]:
 def _report(study: Session, found: _Found) -> EmbeddingFreezeResult:
     config, text, report, note = study.config, study.text, Report(study), _note(study)
     phase1, trials, searched, final = found
-    table, effects, phase1_rows = arm_table(trials), effect_table(trials), phase1_table(phase1)
+    table, effects, phase1_rows = (
+        tables.arm_table(trials),
+        tables.effect_table(trials),
+        tables.phase1_table(phase1),
+    )
     said, lost = _findings(study, found), [dict(t) for t in trials if t["val_ppl"] is None]
     report.text("tokenizer.json", text.bpe.tokenizer.to_str(pretty=False))
     report.csv("phase1.csv", phase1_rows)
@@ -258,40 +253,30 @@ def _report(study: Session, found: _Found) -> EmbeddingFreezeResult:
     report.figure("phase1.png", figures.draw_phase1, phase1, note)
     best = None
     if trials:
-        chosen = best_trial(trials)
+        chosen = tables.best_trial(trials)
         best = next(r for r in table if (r["arm"], r["samples"]) == (chosen["arm"], chosen["samples"]))
         report.csv("table.csv", table)
         report.csv("effects.csv", effects)
-        report.csv("trials.csv", trial_rows(trials))
-        report.csv("epochs.csv", epoch_rows(trials))
+        report.csv("trials.csv", tables.trial_rows(trials))
+        report.csv("epochs.csv", tables.epoch_rows(trials))
         report.figure("arms.png", figures.draw_arms, table, text.baselines, findings.headline(trials), note)
         report.figure("curves.png", figures.draw_curves, ARMS.finished(trials), note)
         report.figure("effects.png", figures.draw_effects, effects, note)
         report.figure("budget.png", figures.draw_budget, table, findings.RULE, note)
         for path in study.folder.glob(f"final/*/{WEIGHTS}"):
             report.paths[WEIGHTS] = path
-    split, sizes = text.split, {f"{n} samples": len(text.train(n)) for n in config.samples}
+    split, removed = text.split, [dataclasses.asdict(r) for r in text.split.removed]
+    sizes = {f"{n} samples": len(text.train(n)) for n in config.samples}
     report.json(
         "summary.json",
         {
-            "findings": said,
-            "demonstration": text.is_demonstration,
-            "inequality": INEQUALITY if config.original_comparison else None,
-            "embedding": text.source,
-            "near_duplicates": {
-                "threshold": split.threshold,
-                "examined": split.examined,
-                "removed": [dataclasses.asdict(r) for r in split.removed],
-            },
-            "tokens": {"validation": len(text.valid)} | sizes,
-            "baselines": text.baselines,
-            "phase1": phase1_rows,
-            "table": table,
-            "effects": effects,
-            "best": best,
-            "diverged": lost,
+            "findings": said, "demonstration": text.is_demonstration,
+            "inequality": INEQUALITY if config.original_comparison else None, "embedding": text.source,
+            "near_duplicates": {"threshold": split.threshold, "examined": split.examined, "removed": removed},
+            "tokens": {"validation": len(text.valid)} | sizes, "baselines": text.baselines, "phase1": phase1_rows,
+            "table": table, "effects": effects, "best": best, "diverged": lost,
         },
-    )
+    )  # fmt: skip
     return report.close(
         EmbeddingFreezeResult,
         sum(part["seconds"] for part in (*phase1, *trials, *searched, *final)),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from bklm.harness import text
 from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean, same
 from bklm.harness.statistics import Perplexity, is_off_the_scale, with_interval
 from bklm.studies.embedding_freeze.config import FACTORS, ORIGINAL_ARMS, Arm
@@ -195,14 +196,10 @@ def verdict(ratio: Perplexity) -> str:
 
 def readable_effects(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The effects rounded for people."""
+    ratios = [f"x{Perplexity(r['ratio'], r['ratio_low'], r['ratio_high'])}" for r in rows]
     return [
-        {
-            "change": r["change"],
-            "where": r["where"],
-            "PPL ratio (95%)": f"x{Perplexity(r['ratio'], r['ratio_low'], r['ratio_high'])}",
-            "verdict": r["verdict"],
-        }
-        for r in rows
+        {"change": r["change"], "where": r["where"], "PPL ratio (95%)": ratio, "verdict": r["verdict"]}
+        for r, ratio in zip(rows, ratios, strict=True)
     ]
 
 
@@ -222,17 +219,18 @@ def readable_phase1(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The phase-1 table rounded for people."""
     return [
         {
-            "embedding": r["initialisation"],
-            "samples": r["samples"],
-            "seed": r["seed"],
-            "iterations": r["iterations"],
-            "converged": f"{r['converged']:.1%}",
-            "effective rank": f"{r['effective_rank']:.1%}",
-            "centred": f"{r['effective_rank_centred']:.1%}",
-            "seconds": f"{r['seconds']:.1f}",
+            "embedding": r["initialisation"], "samples": r["samples"], "seed": r["seed"], "iterations": r["iterations"],
+            "converged": f"{r['converged']:.1%}", "effective rank": f"{r['effective_rank']:.1%}",
+            "centred": f"{r['effective_rank_centred']:.1%}", "seconds": f"{r['seconds']:.1f}",
         }
         for r in rows
-    ]
+    ]  # fmt: skip
+
+
+def readable_baselines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The baselines rounded for people."""
+    told = text.readable_baselines(rows)
+    return [{"samples": row["samples"], **words} for row, words in zip(rows, told, strict=True)]
 
 
 def trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from bklm.data import Corpus, KneserNey, Unigram, load_corpus
-from bklm.data.bpe import Bpe, gpt2_bpe, train_bpe
-from bklm.data.documents import DocumentSplit, split_documents
+from bklm.data import Corpus, KneserNey, Unigram
+from bklm.data.bpe import Bpe
+from bklm.data.documents import DocumentSplit
 from bklm.data.embeddings import (
     GPT2_STD,
     embedding_file_shape,
@@ -33,11 +32,8 @@ log = logging.getLogger(__name__)
 class Embedding:
     """Which table counts as the pretrained one.
 
-    Attributes:
-        kind: "file", "gpt2", or "svd": factorised from documents that no model is trained or scored on.
-        width: columns.
-        is_used: whether an arm starts from it.
-        file: the path of a "file".
+    ``kind`` is "file", "gpt2", or "svd": factorised from documents that no model is trained or scored on. ``width`` counts its
+    columns; ``is_used`` says whether an arm starts from it.
     """
 
     kind: str
@@ -55,11 +51,8 @@ class Embedding:
 class FreezeText:
     """Text ready to train on: every sample is the beginning of the largest one, all are scored on the same documents.
 
-    Attributes:
-        samples: numbers of training documents.
-        documents: ids of each training document, cut to a length.
-        valid: one stream of ids, as the training samples are.
-        other_valid: of the test split, near-copies included; for the original's unequal arm.
+    ``samples`` are numbers of training documents; ``documents`` are the ids of each, cut to a length. ``valid`` is one stream
+    of ids, as the samples are; ``other_valid`` is of the test split, near-copies included, for the original's unequal arm.
     """
 
     embedding: Embedding
@@ -159,27 +152,12 @@ class FreezeText:
     def generate(
         self, model: Any, prompt: str, max_new_tokens: int, temperature: float = 0.8, seed: int = 0
     ) -> str:
-        """Let ``model`` continue ``prompt``; the same seed gives the same text."""
+        """Let ``model``, on the CPU, continue ``prompt``; the same seed gives the same text."""
         ids = torch.from_numpy(self.bpe.encode(prompt).astype(np.int64))[None]
         if ids.shape[1] == 0:
             raise ValueError("prompt: got no text; write at least one word.")
-        device = next(model.parameters()).device
-        generator = torch.Generator(device).manual_seed(seed)
-        return self.bpe.decode(model.generate(ids.to(device), max_new_tokens, temperature, generator)[0])
-
-
-def read_documents(
-    dataset: str, data_dir: str | None, samples: Sequence[int], val_documents: int, spare: int, threshold: float
-) -> tuple[Corpus, DocumentSplit]:
-    """A corpus and its documents, parted into those to train on, to score on, and at most ``spare`` others.
-
-    Raises:
-        ValueError, OSError: see `bklm.data.load_corpus` and `bklm.data.documents`.
-    """
-    # Room for near-duplicates that are left out; the dialogues' validation split is every other held-out dialogue.
-    fetched = max(max(samples) + spare + val_documents, 2 * val_documents)
-    corpus = load_corpus(dataset, data_dir, max_documents=fetched)
-    return corpus, split_documents(corpus, samples, val_documents, spare=spare, threshold=threshold)
+        generator = torch.Generator().manual_seed(seed)
+        return self.bpe.decode(model.generate(ids, max_new_tokens, temperature, generator)[0])
 
 
 def make_text(
@@ -231,11 +209,6 @@ def make_text(
     return text
 
 
-def make_bpe(tokenizer: str, gpt2_dir: str | None, split: DocumentSplit, vocab_size: int) -> Bpe:
-    """GPT-2's tokeniser ("gpt2"), or one trained on the text ("corpus"); errors as in `bklm.data.bpe`."""
-    return gpt2_bpe(gpt2_dir) if tokenizer == "gpt2" else train_bpe([*split.train, *split.spare], vocab_size)
-
-
 def describe_duplicates(split: DocumentSplit, shown: int = 5) -> str:
     """How many training documents were left out because they nearly equal a validation document, and which."""
     lines = [
@@ -244,16 +217,3 @@ def describe_duplicates(split: DocumentSplit, shown: int = 5) -> str:
     ]
     lines += [f"  {r.similarity:.2f}  {r.opening!r} resembles {r.resembles!r}" for r in split.removed[:shown]]
     return "\n".join(lines)
-
-
-def readable_baselines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The baselines rounded for people."""
-    return [
-        {
-            "samples": r["samples"],
-            "baseline": r["name"],
-            "val PPL": f"{r['val_ppl']:.1f}",
-            "without <unk>": f"{r['val_ppl_without_unk']:.1f}",
-        }
-        for r in rows
-    ]

@@ -45,15 +45,7 @@ VALIDATION_ROWS = 8
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every model of a study is made and trained; seed, learning rate and head are a trial's own.
-
-    Attributes:
-        size: with an untied head.
-        context: of phase 1.
-        training: of phase 2.
-        batch_tokens: consecutive tokens per optimiser step.
-        recompute_contexts: whether contexts follow an embedding that is trained.
-    """
+    """How every model of a study is made and trained in phase 1 (``context``) and 2; seed, rate and head are a trial's own."""
 
     size: ContextTokenConfig
     context: FixedPointSettings
@@ -94,8 +86,8 @@ class Trainer:
         missing = [key for key in self._keys if not (folder / _name(*key) / "result.json").exists()]
         if missing:
             raise ValueError(
-                f"phase: got '2', but {self.study.folder} lacks phase 1 for {len(missing)} of {len(self._keys)} combinations of "
-                "embedding, samples and seed; run phase '1' or 'both' in that folder first."
+                f"phase: got '2', but {self.study.folder} lacks phase 1 for {len(missing)} of {len(self._keys)} combinations "
+                "of embedding, samples and seed; run phase '1' or 'both' in that folder first."
             )
         return self.run_phase1()
 
@@ -157,11 +149,7 @@ class Trainer:
     def trial(
         self, place: str, arm: str, samples: int, seed: int, learning_rate: float, epochs: int | None = None
     ) -> dict[str, Any]:
-        """Phase 2 of one model, or what an earlier run of the same model recorded.
-
-        Args:
-            epochs: at most so many, instead of the recipe's; the weights after them are then kept.
-        """
+        """Phase 2 of one model, or what an earlier run of it recorded; after ``epochs``, if given, its weights are kept."""
         treated = self.arms[arm]
         factors = dataclasses.asdict(treated)
 
@@ -312,19 +300,10 @@ def train_phase2(
     after = None if before is None else corpus_contexts(model, val_ids).final
     drift = None if after is None else float(torch.linalg.norm(after - before) / torch.linalg.norm(before))
     return {
-        "train_tokens": len(train_ids),
-        "val_ppl": best.val_perplexity,
-        "val_ppl_without_unk": best.val_perplexity_without_unk,
-        "val_accuracy": best.val_accuracy,
-        "train_ppl": best.train_perplexity,
-        "gap": best.val_loss - best.train_loss,
-        "best_epoch": best.epoch,
-        "parameters": model.num_parameters(),
-        "trainable_parameters": trainable,
-        "tokens_per_parameter": len(train_ids) / trainable,
-        "seconds": sum(r.seconds for r in records),
-        "contexts": str(cached.plan),
-        "context_drift": drift,
-        "context_rank": None if after is None else effective_rank(after),
+        "train_tokens": len(train_ids), "val_ppl": best.val_perplexity, "val_ppl_without_unk": best.val_perplexity_without_unk,
+        "val_accuracy": best.val_accuracy, "train_ppl": best.train_perplexity, "gap": best.val_loss - best.train_loss,
+        "best_epoch": best.epoch, "parameters": model.num_parameters(), "trainable_parameters": trainable,
+        "tokens_per_parameter": len(train_ids) / trainable, "seconds": sum(r.seconds for r in records),
+        "contexts": str(cached.plan), "context_drift": drift, "context_rank": None if after is None else effective_rank(after),
         "epochs": [r.to_dict() for r in records],
-    }
+    }  # fmt: skip
