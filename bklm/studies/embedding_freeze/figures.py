@@ -41,11 +41,11 @@ def draw_arms(
         axes = figure.subplots()
         for place, (size, colour) in enumerate(zip(sizes, colours(len(sizes)), strict=True)):
             shift = 0.14 * (place - (len(sizes) - 1) / 2)
-            style = {"fmt": MARKERS[place % len(MARKERS)], "color": colour, "capsize": 3}
             rows = [row for row in found if row["samples"] == size]
-            axes.errorbar(
-                [row["val_ppl"] for row in rows], [names.index(row["arm"]) + shift for row in rows],
-                xerr=_bars(rows, "val_ppl"), label=f"{size} samples", **style,
+            mean_with_error(
+                axes, [names.index(row["arm"]) + shift for row in rows], [row["val_ppl"] for row in rows],
+                [(row["val_ppl_low"], row["val_ppl_high"]) for row in rows], sideways=True,
+                fmt=MARKERS[place % len(MARKERS)], color=colour, capsize=3, label=f"{size} samples",
             )  # fmt: skip
             for row in (row for row in table if row["samples"] == size and not row["seeds"]):
                 where = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "center", "fontsize": 9}
@@ -68,17 +68,6 @@ def draw_arms(
     return save_figure(path, draw, title=title, note=note, size=(8.0, 2.6 + 0.36 * len(names)))
 
 
-def _bars(rows: Sequence[dict[str, Any]], key: str) -> list[list[float]] | None:
-    """How far the interval of each row reaches below and above its mean; no bar where one seed gives none."""
-    if all(row[f"{key}_low"] is None for row in rows):
-        return None
-    known = [row if row[f"{key}_low"] is not None else dict.fromkeys(row, math.nan) for row in rows]
-    return [
-        [row[key] - row[f"{key}_low"] for row in known],
-        [row[f"{key}_high"] - row[key] for row in known],
-    ]
-
-
 def draw_curves(path: Path, trials: Sequence[Trial], note: str) -> Path:
     """PPL per epoch of finished controlled arms: validation thick, training thin; one panel per sample size and head."""
     controlled = [t for t in trials if not t["original"]] or list(trials)
@@ -98,9 +87,8 @@ def draw_curves(path: Path, trials: Sequence[Trial], note: str) -> Path:
                     _curve(axes, group, "train_perplexity", linewidth=1, alpha=0.7, **style)
                 axes.set_title(f"{head} head, {size} samples")
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        values = [
-            e[key] for t in controlled for e in t["epochs"] for key in ("val_perplexity", "train_perplexity")
-        ]
+        keys = ("val_perplexity", "train_perplexity")
+        values = [e[key] for t in controlled for e in t["epochs"] for key in keys]
         for axes in grid.flat:
             wide_range_axis(axes.yaxis, [max(v, 1.0) for v in values], "perplexity")
         for axes in grid[:, 1:].flat:
@@ -138,12 +126,9 @@ def draw_effects(path: Path, effects: list[dict[str, Any]], note: str) -> Path |
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for place, row in enumerate(effects):
-            style = {
-                "fmt": "D" if row["where"] == "all" else "o",
-                "color": verdicts[row["verdict"]],
-                "capsize": 3,
-            }
-            axes.errorbar([row["ratio"]], [place], xerr=_bars([row], "ratio"), **style)
+            style = {"fmt": "D" if row["where"] == "all" else "o", "color": verdicts[row["verdict"]]}
+            ends = [(row["ratio_low"], row["ratio_high"])]
+            mean_with_error(axes, [place], [row["ratio"]], ends, sideways=True, capsize=3, **style)
         axes.axvline(1, color="black", linewidth=1)
         labels = [row["change"] if row["where"] == "all" else row["where"] for row in effects]
         axes.set_yticks(range(len(effects)), labels, fontsize=10)
@@ -161,9 +146,8 @@ def draw_effects(path: Path, effects: list[dict[str, Any]], note: str) -> Path |
         title = "Effects on validation PPL; not every one has an interval"
     words = "Ratio over paired seeds; below 1 the change lowers PPL. Bold: over all cells; below it, within one value."
     words += " Bars that reach the edge go on beyond it."
-    return save_figure(
-        path, draw, title=title, note=f"{words} {note}", size=(8.0, 2.4 + 0.3 * max(3, len(effects)))
-    )
+    size = (8.0, 2.4 + 0.3 * max(3, len(effects)))
+    return save_figure(path, draw, title=title, note=f"{words} {note}", size=size)
 
 
 def draw_phase1(path: Path, phase1: Sequence[dict[str, Any]], note: str) -> Path:
@@ -198,8 +182,7 @@ def draw_phase1(path: Path, phase1: Sequence[dict[str, Any]], note: str) -> Path
     converged, ranks = [r["converged"] for r in last], [r["effective_rank"] for r in last]
     title = f"Phase 1 ends with {_range(converged)} of tokens converged and an effective rank of {_range(ranks)} of the width"
     words = "Lines: embedding, training documents; means over the seeds still running. Iteration 1 gives the first contexts."
-    note = f"{words} {note}"
-    return save_figure(path, draw, title=title, note=note, size=(8.8, 4.6))
+    return save_figure(path, draw, title=title, note=f"{words} {note}", size=(8.8, 4.6))
 
 
 def _range(shares: Sequence[float]) -> str:

@@ -178,7 +178,7 @@ def _train_all(study: Session) -> _Found:
     # studies that takes longer than the training.
     gc.freeze()
     try:
-        phase1 = trainer.read_phase1() if config.phase == "2" else trainer.run_phase1()
+        phase1 = trainer.run_phase1(is_done=config.phase == "2")
         if config.phase == "1":
             return _Found(phase1, [], [], [])
         trials, searched = trainer.run_phase2(config.learning_rates, lambda done: _draw(study, done))

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-from bklm.data import Corpus, KneserNey, Unigram
+from bklm.data import Corpus
 from bklm.data.bpe import Bpe
 from bklm.data.documents import DocumentSplit
 from bklm.data.embeddings import (
@@ -24,6 +25,7 @@ from bklm.data.embeddings import (
     random_embedding,
     svd_embedding,
 )
+from bklm.harness.text import ngram_baselines
 
 log = logging.getLogger(__name__)
 
@@ -133,16 +135,13 @@ class FreezeText:
     @cached_property
     def baselines(self) -> list[dict[str, Any]]:
         """Count models of each sample's tokens on the same validation targets."""
-        return [row for samples in self.samples for row in self._baselines(samples)]
-
-    def _baselines(self, samples: int) -> list[dict[str, Any]]:
-        train, rows = self.train(samples), []
-        for name, model in (
-            ("unigram", Unigram()), ("Kneser-Ney 2-gram", KneserNey(2)), ("Kneser-Ney 3-gram", KneserNey(3)),
-        ):  # fmt: skip
-            model.fit(train, self.vocab_size)
-            row = {"samples": samples, "name": name, "val_ppl": model.perplexity(self.valid)}
-            rows.append(row | {"val_ppl_without_unk": model.perplexity(self.valid, exclude=self.unk_id)})
+        rows = []
+        for samples in self.samples:
+            own = SimpleNamespace(
+                train=self.train(samples), valid=self.valid, vocab_size=self.vocab_size, unk_id=self.unk_id
+            )
+            # A law restarts at a window's beginning, and no text here has one.
+            rows += [{"samples": samples, **row} for row in ngram_baselines(self.corpus, own, 1)]
         return rows
 
     def prompt(self, words: int = 12) -> str:

@@ -72,24 +72,20 @@ class Trainer:
         self._can_tie = recipe.size.embed_dim == recipe.size.context_dim
         self._keys = list(itertools.product(*self._starts.values()))
 
-    def run_phase1(self) -> list[dict[str, Any]]:
-        """Phase 1 of every (initialisation, samples, seed) that an arm needs; shared as trials are."""
-        return self.study.grid(self._starts, self._phase1, name="phase1", place=lambda point: _name(**point))
-
-    def read_phase1(self) -> list[dict[str, Any]]:
-        """What an earlier run's phase 1 left in the folder.
+    def run_phase1(self, is_done: bool = False) -> list[dict[str, Any]]:
+        """Phase 1 of every (initialisation, samples, seed) that an arm needs; shared as trials are.
 
         Raises:
-            ValueError: some of it is missing.
+            ValueError: ``is_done`` says that an earlier run left it in the folder, and some of it is missing.
         """
         folder = self.study.folder / "phase1"
         missing = [key for key in self._keys if not (folder / _name(*key) / "result.json").exists()]
-        if missing:
+        if is_done and missing:
             raise ValueError(
                 f"phase: got '2', but {self.study.folder} lacks phase 1 for {len(missing)} of {len(self._keys)} combinations "
                 "of embedding, samples and seed; run phase '1' or 'both' in that folder first."
             )
-        return self.run_phase1()
+        return self.study.grid(self._starts, self._phase1, name="phase1", place=lambda point: _name(**point))
 
     def run_phase2(
         self, rates: Sequence[float], draw: Callable[[list[Trial]], Path | None]
@@ -127,11 +123,7 @@ class Trainer:
             for other in (self.study.folder / "final").glob("*"):
                 # Of another trial, which was the best one before some were trained anew.
                 if other.name != self._place(**point):
-                    shutil.rmtree(other)
-        log.info(
-            "%s, %d samples, seed %d is trained again up to its best epoch, for its weights.",
-            chosen["arm"], chosen["samples"], chosen["seed"],
-        )  # fmt: skip
+                    shutil.rmtree(other, ignore_errors=True)
         # A grid of one: with several workers each comes here, and one of them does it.
         (record,) = self.study.grid(
             {name: [value] for name, value in point.items()},
@@ -154,6 +146,8 @@ class Trainer:
         factors = dataclasses.asdict(treated)
 
         def run(folder: Path) -> dict[str, Any]:
+            if epochs is not None:
+                log.info("The best arm's first seed is trained again up to its best epoch, for its weights.")
             model, trained = self._train_arm(treated, samples, seed, learning_rate, epochs, folder)
             if epochs is None:
                 return factors | trained
