@@ -11,16 +11,7 @@ from scipy import stats
 from bklm.harness.comparison import Trial
 from bklm.harness.statistics import Perplexity, interval95
 from bklm.studies.embedding_freeze.config import FACTORS, ORIGINAL_ARMS
-from bklm.studies.embedding_freeze.tables import (
-    ACTIONS,
-    ARMS,
-    arm_table,
-    effect,
-    in_cells,
-    paired_cells,
-    scope_in_words,
-    verdict,
-)
+from bklm.studies.embedding_freeze.tables import ACTIONS, ARMS, arm_table, effect, in_cells, paired, verdict
 
 # Training tokens per trained parameter; Hoffmann et al. 2022, for models trained once over their data.
 RULE = 20
@@ -38,7 +29,7 @@ def state_finding(trials: Sequence[Trial]) -> str:
             else "No factor was varied"
         )
         return f"{why}, so nothing can be said of freezing, pretraining or tying.{diverged}"
-    seeds = max(len(paired_cells(trials, factor)[0]) for factor in ratios)
+    seeds = max(len(paired(trials, factor)[0]) for factor in ratios)
     if seeds < 2:
         listed = ", ".join(f"{ACTIONS[f]} x{r}" for f, r in ratios.items())
         return f"Validation PPL changes by: {listed}; one seed, so no interval and no verdict.{diverged}"
@@ -75,9 +66,9 @@ def _state_interactions(trials: Sequence[Trial]) -> str:
             continue
         low, high = sorted(ratios.values(), key=lambda ratio: ratio.mean)
         if low.high < high.low and high.mean > 1.01 * low.mean:
-            nouns = {value: scope_in_words({by: value}) for value in ratios}
-            articles = {value: "an" if nouns[value][0] in "aeiou" else "a" for value in ratios}
-            listed = " and ".join(f"x{r} with {articles[v]} {nouns[v]}" for v, r in ratios.items())
+            noun = "head" if by == "head" else "embedding"
+            articles = {value: "an" if value[0] in "aeiou" else "a" for value in ratios}
+            listed = " and ".join(f"x{r} with {articles[v]} {v} {noun}" for v, r in ratios.items())
             why = " (frozen and tied, the output matrix is frozen too)" if by == "head" else ""
             parts.append(f"{ACTIONS[factor]} gives {listed}{why}")
     return f". These means hide that it depends: {'; '.join(parts)}" if parts else ""

@@ -31,23 +31,17 @@ ACTIONS = {
 }
 
 
-def _spread(key: str, digits: int = 1, factor: float = 1) -> Callable[[dict[str, Any]], str]:
-    """ "20.1 ± 0.3": a mean with its interval."""
+def _mean(key: str, digits: int | None = 1, factor: float = 1) -> Callable[[dict[str, Any]], str]:
+    """ "20.1 ± 0.3": a mean with its interval; "-" where every seed diverged. Without digits, one below 10 and none above."""
 
     def words(row: dict[str, Any]) -> str:
-        half = row[f"{key}_95"]
-        return with_interval(factor * row[key], None if half is None else factor * half, digits)
+        if not row["seeds"]:
+            return "-"
+        mean, half = factor * row[key], row[f"{key}_95"]
+        shown = int(mean < 10) if digits is None else digits
+        return with_interval(mean, None if half is None else factor * half, shown)
 
-    return _if_any(words)
-
-
-def _if_any(words: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
-    """ "-" where every seed diverged."""
-    return lambda row: words(row) if row["seeds"] else "-"
-
-
-def _seconds(row: dict[str, Any]) -> str:
-    return with_interval(row["seconds"], row["seconds_95"], 1 if row["seconds"] < 10 else 0)
+    return words
 
 
 # Each value of the factor is (arm, samples); `in_cells` makes trials fit.
@@ -60,18 +54,18 @@ ARMS = Comparison(
         Column("train_tokens", same("train_tokens")),
         Column(
             "val_ppl_without_unk", geometric_mean("val_ppl_without_unk"), "without <unk>",
-            _if_any(lambda row: str(Perplexity(row["val_ppl_without_unk"], None, None))),
+            lambda row: str(Perplexity(row["val_ppl_without_unk"], None, None)) if row["seeds"] else "-",
         ),
-        Column("accuracy", "val_accuracy", "accuracy %", _spread("accuracy", factor=100), spread=True),
+        Column("accuracy", "val_accuracy", "accuracy %", _mean("accuracy", factor=100), spread=True),
         Column("parameters", same("parameters")),
         Column(
             "trainable_parameters", same("trainable_parameters"), "trained / all parameters",
-            _if_any(lambda row: f"{row['trainable_parameters']:,} / {row['parameters']:,}"),
+            lambda row: f"{row['trainable_parameters']:,} / {row['parameters']:,}" if row["seeds"] else "-",
         ),
         Column("tokens_per_parameter", same("tokens_per_parameter"), "tokens per trained", ".3g"),
-        Column("gap", "gap", "val - train, nats", _spread("gap", 2), spread=True),
-        Column("best_epoch", "best_epoch", "best epoch", _spread("best_epoch"), spread=True),
-        Column("seconds", "seconds", "seconds", _if_any(_seconds), spread=True),
+        Column("gap", "gap", "val - train, nats", _mean("gap", 2), spread=True),
+        Column("best_epoch", "best_epoch", "best epoch", _mean("best_epoch"), spread=True),
+        Column("seconds", "seconds", "seconds", _mean("seconds", None), spread=True),
         Column("learning_rate", same("learning_rate")),
         Column(
             "", "", "PPL reported by the original",
@@ -119,7 +113,7 @@ def best_trial(trials: Sequence[Trial]) -> Trial:
     return next(t for t in trials if (t["arm"], t["samples"], t["seed"]) == (*cell, seed))
 
 
-def paired_cells(
+def paired(
     trials: Sequence[Trial], factor: str, where: Mapping[str, Any] | None = None
 ) -> list[dict[int, tuple[float, float]]]:
     """By seed, PPL with a factor's first value and with its second, for each cell: all else equal.
@@ -147,16 +141,16 @@ def paired_cells(
 def effect(trials: Sequence[Trial], factor: str, where: Mapping[str, Any] | None = None) -> Perplexity | None:
     """PPL with a factor's first value over PPL with its second; geometric mean over what else varies.
 
-    Paired: one value per seed, over the cells of `paired_cells`; the interval is over seeds, and there is none where a
+    Paired: one value per seed, over the cells of `paired`; the interval is over seeds, and there is none where a
     perplexity is off the scale. None where no cell holds both.
     """
-    cells = paired_cells(trials, factor, where)
+    cells = paired(trials, factor, where)
     if not cells:
         return None
     logs = [[math.log(cell[seed][0] / cell[seed][1]) for cell in cells] for seed in cells[0]]
     ratio = Perplexity.over_seeds([math.exp(sum(own) / len(own)) for own in logs])
-    paired = [ppl for cell in cells for pair in cell.values() for ppl in pair]
-    return Perplexity(ratio.mean, None, None) if any(map(is_off_the_scale, paired)) else ratio
+    pairs = [ppl for cell in cells for pair in cell.values() for ppl in pair]
+    return Perplexity(ratio.mean, None, None) if any(map(is_off_the_scale, pairs)) else ratio
 
 
 def effect_table(trials: Sequence[Trial]) -> list[dict[str, Any]]:
@@ -168,23 +162,14 @@ def effect_table(trials: Sequence[Trial]) -> list[dict[str, Any]]:
         scopes += [{other: value} for other in FACTORS if other != factor for value in FACTORS[other]]
         scopes += [{"samples": size} for size in sizes if len(sizes) > 1]
         for scope in scopes:
-            ratio = effect(trials, factor, scope)
+            ratio, where = effect(trials, factor, scope), "all"
+            for name, value in scope.items():
+                where = f"{value} {name if name in ('samples', 'head') else 'embedding'}"
             if ratio is not None:
-                rows.append(
-                    {
-                        "factor": factor, "change": ACTIONS[factor], "where": scope_in_words(scope), "ratio": ratio.mean,
-                        "ratio_low": ratio.low, "ratio_high": ratio.high, "verdict": verdict(ratio),
-                    }
-                )  # fmt: skip
+                row = {"factor": factor, "change": ACTIONS[factor], "where": where, "ratio": ratio.mean}
+                ends = {"ratio_low": ratio.low, "ratio_high": ratio.high}
+                rows.append(row | ends | {"verdict": verdict(ratio)})
     return rows
-
-
-def scope_in_words(scope: Mapping[str, Any]) -> str:
-    """ "all", "tied head", "500 samples"."""
-    if not scope:
-        return "all"
-    ((name, value),) = scope.items()
-    return f"{value} {'embedding' if name in ('initialisation', 'freezing') else name}"
 
 
 def verdict(ratio: Perplexity) -> str:
