@@ -2,6 +2,7 @@
 # bash colab_setup.sh             install what the suite needs
 # bash colab_setup.sh run [...]   install, then run notebook 01 headless; extra words go to papermill (-p profile quick)
 # bash colab_setup.sh test [...]  install, then lint and run every test but the browser's; extra words go to pytest instead
+# bash colab_setup.sh generic     install, then run the fast tests with the code that an old processor would run
 # bash colab_setup.sh browser     install, then drive the notebooks in JupyterLab with headless Chromium
 # bash colab_setup.sh colab       install the versions that Colab has into .venv-colab, then run the notebooks there
 # bash colab_setup.sh --help      print this
@@ -102,8 +103,19 @@ run_tests() {
     "$PY" -m ruff format --check .
     step="running the tests"
     [ $# -gt 0 ] || set -- -m "slow or not slow" --ignore tests/browser
+    in_parallel "$@"
+}
+
+in_parallel() { # words for pytest
     # One worker a core, each with one thread: threads of several workers would wait for one another.
     OMP_NUM_THREADS=1 "$PY" -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
+}
+
+run_generic_tests() {
+    step="running the fast tests as on an old processor"
+    [ $# -gt 0 ] || set -- -m "not slow" --ignore tests/browser
+    # torch's own kernels, oneDNN's, MKL's, and numba's code: each picks what suits the processor unless it is told.
+    ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic in_parallel "$@"
 }
 
 run_like_colab() {
@@ -123,8 +135,9 @@ case "${1:-}" in
 "") install && echo "Installed. Next: bash colab_setup.sh run" ;;
 run) shift && install && run "$@" ;;
 test) shift && install test && run_tests "$@" ;;
+generic) shift && install test && run_generic_tests "$@" ;;
 browser) shift && install test,browser && step="driving the notebooks" && "$PY" -m pytest -m slow tests/browser "$@" ;;
 colab) run_like_colab ;;
 -h | --help | help) usage ;;
-*) fail "got '$1'; allowed are no word (install), 'run', 'test', 'browser', 'colab' and '--help'." 2 ;;
+*) fail "got '$1'; allowed are no word (install), 'run', 'test', 'generic', 'browser', 'colab' and '--help'." 2 ;;
 esac

@@ -15,6 +15,11 @@ from typing import NamedTuple
 import psutil
 from torch.profiler import ProfilerActivity, profile
 
+MEMORY_TOLD_FROM = 2**20
+"""Bytes: the system's counter of resident memory is kept to about so much, and a smaller rise may read as 0."""
+SHORTEST_TIME = 1e-7
+"""Seconds: what a call counts as that a coarse clock sees take no time."""
+
 
 class Timing(NamedTuple):
     """Seconds per call."""
@@ -48,7 +53,8 @@ def take_turns(
     for name, call in arms.items():
         call()
         once = min(_clock(call, 1) for _ in range(2))
-        repeats[name] = max(1, int(shortest / max(once, 1e-7)))
+        once = max(once, SHORTEST_TIME)
+        repeats[name] = max(1, int(shortest / once))
         round_cost += once * repeats[name]
     samples: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(min(200, max(5, int(seconds / round_cost)))):
@@ -112,6 +118,11 @@ def peak_memory(call: Callable[[], object]) -> int | None:
     status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
     return max(0, peak - before)
+
+
+def memory_ratio(other: float, own: float) -> float | None:
+    """other / own of two rises of resident memory; None where one is too small to be told from 0."""
+    return other / own if min(other, own) >= MEMORY_TOLD_FROM else None
 
 
 def refuse_if_too_large(what: str, needed: int) -> None:

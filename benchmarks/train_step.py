@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _timing import peak_memory
+from _timing import memory_ratio, peak_memory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -238,7 +238,9 @@ def report(size: Size, rounds: int, now: Callable[[], float]) -> None:
     for arm in ARMS:
         low, mid, high = (1e3 * q for q in middle[arm])
         speed = middle[LOOP][1] / middle[arm][1]
-        memory = f"{peaks[arm] / MB:9.0f}{peaks[arm] / peaks[LOOP]:8.2f}" if peaks else f"{'-':>9}{'-':>8}"
+        share = memory_ratio(peaks[arm], peaks[LOOP]) if peaks else None
+        memory = f"{peaks[arm] / MB:9.0f}" if peaks else f"{'-':>9}"
+        memory += f"{'-':>8}" if share is None else f"{share:8.2f}"
         cells = f"{mid:8.0f} ({low:.0f}-{high:.0f})"
         print(f"{arm:44}{cells:>22}{size.tokens / middle[arm][1]:10.0f}{speed:7.2f}x{memory}")
     if peaks is None:

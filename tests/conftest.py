@@ -6,7 +6,9 @@ import gc
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 
 from bklm.studies.grad_blend.config import GradBlendConfig
@@ -17,6 +19,14 @@ settings.load_profile("bklm")
 
 # Every training ends with a full garbage collection, which would walk through all of torch each time.
 gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Whatever ran before it, a test draws the same numbers."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ def parameters(words: list[str]) -> dict[str, str]:
 
 def check_setup(words: list[str]) -> None:
     word, *rest = words or [""]
-    assert word in ("", "run", "test", "browser", "colab")
+    assert word in ("", "run", "test", "generic", "browser", "colab")
     if word == "run":
         check_parameters(ROOT / "notebooks" / "01_grad_blend_sweep.ipynb", parameters(rest), "the document")
 

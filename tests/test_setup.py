@@ -57,7 +57,7 @@ def test_help_prints_the_head_of_the_script_and_does_nothing(word, tmp_path):
     shutil.copy(ROOT / "colab_setup.sh", tmp_path)
     done = subprocess.run(["bash", str(tmp_path / "colab_setup.sh"), word], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for command in ("run", "test", "browser", "colab", "--help"):
+    for command in ("run", "test", "generic", "browser", "colab", "--help"):
         assert f"bash colab_setup.sh {command} " in done.stdout
     assert "set -" not in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["colab_setup.sh"]
@@ -129,6 +129,20 @@ def test_a_run_that_fails_names_its_notebook_only_where_there_is_one(checkout, t
     assert (tmp_path / "out" / "01_grad_blend_sweep.failed.ipynb").exists() is is_written
 
 
+def test_the_generic_lane_gives_every_library_the_code_of_an_old_processor(checkout):
+    shown = (
+        "import sys, numba, torch; print(torch.backends.cpu.get_cpu_capability(), numba.config.CPU_NAME,"
+        " repr(numba.config.CPU_FEATURES), torch.get_num_threads(), *sys.argv[1:])"
+    )
+    python = f'case "$*" in *pytest*) echo $ONEDNN_MAX_CPU_ISA $MKL_CBWR; {sys.executable} -c \'{shown}\' "$@";; esac'
+    done = checkout(python, "generic", "tests/some_test.py")
+    assert done.returncode == 0, done.stderr
+    libraries, own = done.stdout.splitlines()
+    assert libraries == "AVX2 COMPATIBLE"
+    assert own.startswith("DEFAULT generic '' 1 -m pytest -n logical ")
+    assert own.endswith(" tests/some_test.py")
+
+
 def test_an_installation_that_fails_is_said_and_not_remembered_as_done(tmp_path):
     shutil.copy(ROOT / "colab_setup.sh", tmp_path)
     for name in ("requirements.txt", "pyproject.toml", "constraints/x.txt", "scripts/install.py"):
@@ -178,4 +192,5 @@ def test_ci_runs_the_test_command_of_the_readme():
     commands = re.findall(r"^bash colab_setup\.sh \w+", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert "bash colab_setup.sh test" in commands
     assert "bash colab_setup.sh run" in commands
-    assert "bash colab_setup.sh test" in (ROOT / ".ci" / "run").read_text()
+    lanes = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert {"bash colab_setup.sh test", "bash colab_setup.sh generic"} <= set(lanes)

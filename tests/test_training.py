@@ -95,7 +95,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_run_step_and_last_good_checkp
 
 
 def test_evaluation_weighs_every_token_once_whatever_the_batches_are():
-    model = make_model().eval()
+    model = make_model().double().eval()  # so that no two logits are equal but for rounding
     data = windows(make_batches(False).dataset.ids, 6)
     scores = [evaluate(model, make_loader(data, size), unk_id=1) for size in (1, 3, 16)]
     x, y = data[list(range(len(data)))]
@@ -162,14 +162,16 @@ def test_the_signal_of_ctrl_c_and_of_the_stop_button_ends_training_within_the_st
         nonlocal asked_after
         while steps < 5:
             time.sleep(1e-4)
-        asked_after = steps
         os.kill(os.getpid(), signal.SIGINT)
+        asked_after = steps  # read behind the signal: before it, any number of steps may still be made
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has it ignored
     try:
-        threading.Thread(target=ask).start()
+        asking = threading.Thread(target=ask)
+        asking.start()
         with pytest.raises(KeyboardInterrupt):
             run(make_model(), TrainingSettings(epochs=50), on_step=count)
+        asking.join()
     finally:
         signal.signal(signal.SIGINT, before)
     assert steps <= asked_after + 1

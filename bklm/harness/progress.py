@@ -20,9 +20,10 @@ class Progress:
         self.total, self.done = total, 0
         self.started, self.trained = time.monotonic(), 0
 
-    def expect(self, steps: int) -> None:
+    def expect(self, steps: int, unit: str = "step") -> None:
         """There will be so many steps in all."""
         self.total = self.bar.total = steps
+        self.bar.unit = unit
         self.bar.refresh()
 
     def close(self) -> None:

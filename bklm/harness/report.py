@@ -95,10 +95,11 @@ class StudyResult:
         """The tables for people by name, the main one first; each is made when it is called."""
         raise NotImplementedError
 
-    def show(self) -> None:
-        """Print what a command line shows."""
-        for make in self.tables().values():
-            print(as_text(make()))
+    def show(self, *names: str) -> None:
+        """Print what a command line shows: the tables of these names, all where none is given, finding and zip."""
+        tables = self.tables()
+        for name in names or tables:
+            print(as_text(tables[name]()))
         print(self.finding)
         print(self.bundle)
 
@@ -176,26 +177,27 @@ class Report:
             },
         )
         self.text("vocabulary.json", text.vocabulary_json())
+        seconds = sum(t["seconds"] for group in runs.values() for t in group)
         return self.close(
-            result, sum(t["seconds"] for group in runs.values() for t in group), {"sees_the_future": sees_the_future},
-            table=table, best=best, best_perplexity=best_perplexity, finding=finding, diverged=lost, **more,
+            result, seconds, {"sees_the_future": sees_the_future}, table=table, best=best, best_perplexity=best_perplexity,
+            finding=finding, baselines=text.baselines, diverged=lost, **more,
         )  # fmt: skip
 
-    def close(self, result: type[Result], seconds: float, told: Mapping[str, Any] = {}, **found: Any) -> Result:
-        """Write manifest and zip; return the study's result, whose other fields come with ``found``.
+    def close(
+        self, result: type[Result], seconds: float, manifest: Mapping[str, Any] = {}, **found: Any
+    ) -> Result:
+        """Write manifest and zip; return the study's result. `finish` ends so, and a study that compares no trials.
 
         Args:
             seconds: computing time in all.
-            told: what the manifest says besides.
+            manifest: what manifest.json holds besides.
+            found: the result's other attributes.
         """
         text, config = self.study.text, self.study.config
-        write_manifest(
-            self.path("manifest.json"), config=config, corpus=text and text.corpus, seconds=seconds, **told
-        )
-        return result(
-            config=config, baselines=text.baselines if text else [], folder=self.folder, paths=self.paths,
-            bundle=zip_study(self.folder), **found,
-        )  # fmt: skip
+        corpus = text and text.corpus
+        write_manifest(self.path("manifest.json"), config=config, corpus=corpus, seconds=seconds, **manifest)
+        bundle = zip_study(self.folder)
+        return result(config=config, folder=self.folder, paths=self.paths, bundle=bundle, **found)
 
 
 def epoch_rows(runs: Mapping[str, Sequence[Trial]], by: str) -> list[dict[str, Any]]:

@@ -1,10 +1,4 @@
-"""One run of a study: its folder opened, its trials trained or read back, its grids shared with whoever helps.
-
-    def run_koopman(config, on_figure=None, text=None):
-        return run_study(config, _train, _report, prepare=prepare_text, on_figure=on_figure, text=text)
-
-``_train(study)`` makes the same calls in every process that takes part: those of one training (torchrun, ``processes``),
-and workers with trials of their own (``workers``). ``_report(study, found)`` is called once, in the main one.
+"""An open study: its trials trained or read back, its grids shared with whoever helps.
 
 A trial's record is plain JSON with the same keys in every study: its factors, ``seed``, ``val_ppl`` (None: it diverged, then
 ``reason`` says how), ``val_ppl_without_unk``, ``val_accuracy``, ``learning_rate``, ``parameters``, ``epochs`` (rows of
@@ -13,28 +7,25 @@ A trial's record is plain JSON with the same keys in every study: its factors, `
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from accelerate import Accelerator
 
 from bklm.files.atomic import read_result, write_json
 from bklm.harness import workers
 from bklm.harness.comparison import Trial
-from bklm.harness.config import StudyConfig
-from bklm.harness.folder import claim, experiment_name, logging_to, study_folder
-from bklm.harness.launch import is_to_launch, launch
+from bklm.harness.folder import experiment_name, fingerprint
 from bklm.harness.progress import Progress
 from bklm.training.checkpoints import CheckpointFolder, read_weights
 from bklm.training.non_finite import NonFiniteError, twice
-from bklm.training.processes import broadcast, main_first, make_accelerator
+from bklm.training.processes import broadcast
 
 log = logging.getLogger(__name__)
 
@@ -42,83 +33,7 @@ SECONDS_BETWEEN_FIGURES = 10.0  # drawing one takes longer than a small trial
 # What a record must hold to be taken for finished, whatever the study; one that diverged holds these and a reason.
 DIVERGED_KEYS = {"val_ppl": float | None, "seconds": float, "reason": str}
 
-Found = TypeVar("Found")
-Result = TypeVar("Result")
 Point = dict[str, Any]
-
-
-def run_study(
-    config: StudyConfig,
-    work: Callable[[Session], Found],
-    report: Callable[[Session, Found], Result],
-    *,
-    prepare: Callable[[Any], Any] | None = None,
-    on_figure: Callable[[Path], None] | None = None,
-    text: Any = None,
-) -> Result | None:
-    """Resolve a config, open its folder, do the work and report it. A run that was stopped goes on where it was.
-
-    Args:
-        work: all that trains or measures; called in every process that takes part.
-        report: writes what was found and returns the study's result; called in the main process.
-        prepare: makes the text of the resolved config; None for a study that reads none.
-        on_figure: called with the path of a figure each time it is drawn anew.
-        text: what ``prepare`` made before, so that it is not made twice; it must be of this config.
-
-    Returns:
-        The result; None in every process but the main one.
-
-    Raises:
-        ValueError, OSError, RuntimeError: one sentence each, before time is spent where that is possible.
-    """
-    config = config.resolved()
-    if is_to_launch(config):
-        # What they leave is read back below, in the process that launched them.
-        launch(config, _work_only, config, work, prepare)
-    with _open(config, prepare, on_figure, text) as study:
-        found = work(study)
-        return report(study, found) if study.is_main and workers.link is None else None
-
-
-def _work_only(
-    config: StudyConfig, work: Callable[[Session], Any], prepare: Callable[[Any], Any] | None
-) -> None:
-    """In each launched process: the trainings."""
-    with _open(config, prepare, None, None) as study:
-        work(study)
-
-
-@contextlib.contextmanager
-def _open(
-    config: StudyConfig,
-    prepare: Callable[[Any], Any] | None,
-    on_figure: Callable[[Path], None] | None,
-    text: Any,
-) -> Iterator[Session]:
-    accelerator = make_accelerator(config.device, getattr(config, "precision", "fp32"))
-    with _folder(config, accelerator) as folder:
-        log.info("Settings: %s", ", ".join(f"{k}={v}" for k, v in config.to_dict().items() if v is not None))
-        if prepare is not None and text is None:
-            with main_first(accelerator):  # the others read the tokens that the main process has cached
-                text = prepare(config)
-        if accelerator.is_main_process and workers.link is None:
-            claim(folder, config, _fingerprint(text))
-        with Session(config, text, accelerator, broadcast(accelerator, folder), on_figure) as study:
-            yield study
-
-
-@contextlib.contextmanager
-def _folder(config: StudyConfig, accelerator: Accelerator) -> Iterator[Path | None]:
-    """The study's folder, which the run that has helpers holds for all of them."""
-    if not accelerator.is_main_process:
-        yield None
-    elif workers.link is not None:
-        folder = Path(config.output_dir) / config.study
-        with logging_to(folder / "run.log", on_screen=False):
-            yield folder
-    else:
-        with study_folder(config) as folder:
-            yield folder
 
 
 class Session:
@@ -151,9 +66,9 @@ class Session:
             self._pool.close()
         self.progress.close()
 
-    def expect(self, steps: int) -> None:
-        """The optimiser steps of all trials together, for the progress bar."""
-        self.progress.expect(steps)
+    def expect(self, steps: int, unit: str = "step") -> None:
+        """The optimiser steps of all trials together, or other units of work, for the progress bar."""
+        self.progress.expect(steps, unit)
 
     def trial(
         self,
@@ -234,6 +149,7 @@ class Session:
         name: str = "trials",
         place: Callable[[Point], str] | None = None,
         draw: Callable[[list[Trial]], Path | None] | None = None,
+        across_machines: bool = True,
     ) -> list[dict[str, Any]]:
         """``trial(place, **point)`` once for every point of a grid, here or by who shares it; the records in grid order.
 
@@ -244,13 +160,14 @@ class Session:
             name: folder of the trials' own folders; with ``storage`` also what tells a study's grids apart.
             place: a trial's folder below that one; "alpha_0.5_seed_1" where nothing else is said.
             draw: draws the trials that are done so far; called in the main process, at most every ten seconds.
+            across_machines: False where a trial leaves files that every machine needs: with ``storage`` each then does all.
         """
         points = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
         records: dict[tuple, dict[str, Any]] = {}
         self._grids += 1
 
         def folder_of(point: Point) -> str:
-            return f"{name}/{(place or _place)(point)}"
+            return f"{name}/{(place or _place)(point)}".rstrip("/")
 
         def run(point: Point) -> dict[str, Any]:
             key = tuple(point.values())
@@ -266,7 +183,7 @@ class Session:
             return [records[tuple(p.values())] for p in points]
         if workers.link is not None:
             workers.link.work_off(self._grids, run)
-        elif storage := getattr(self.config, "storage", None):
+        elif (storage := getattr(self.config, "storage", None)) and across_machines:
             self._share(storage, name, factors, run, folder_of)
         elif (pool := self._helpers(len(points))) is not None:
             pool.work_off(self._grids, points, run)
@@ -311,6 +228,11 @@ class Session:
             log.info("Learning rate of %s: %g (%s%s)", arm, best[arm], listed, edge)
         return best, searched
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether `show` has anybody to tell."""
+        return self._on_figure is not None
+
     def show(self, picture: Path | None) -> None:
         """Tell whoever watches that a picture was drawn."""
         if picture is not None and self._on_figure is not None:
@@ -342,7 +264,7 @@ class Session:
         from bklm.harness.grid import Sweep
 
         # Two grids may share a folder: a search finds the trials of the grid that follows it.
-        told_apart = "-".join([experiment_name(self.config, _fingerprint(self.text)), name, *factors])
+        told_apart = "-".join([experiment_name(self.config, fingerprint(self.text)), name, *factors])
         shared = Sweep.shared(storage, told_apart, factors)
 
         def adopt() -> None:
@@ -352,7 +274,7 @@ class Session:
                     write_json(path, record)
 
         def evaluate(point: Point) -> float:
-            score = run(point).get("val_ppl")
+            score = run(point)["val_ppl"]
             return math.inf if score is None else score
 
         adopt()
@@ -361,16 +283,12 @@ class Session:
 
     def _helpers(self, points: int) -> workers.Pool | None:
         """Workers beside this process, where the settings or the machine allow more than one."""
-        if self.accelerator.num_processes > 1 or points < 2:
+        if self.accelerator.num_processes > 1:
             return None
+        # Those of an earlier grid wait for the end of this one, too.
         if self._pool is None and (count := workers.number(self.config, points)) > 1:
             self._pool = workers.Pool(self.config, count, self.progress)
         return self._pool
-
-
-def _fingerprint(text: Any) -> str | None:
-    """SHA-256 (hex) of all that is read; a text that has more files than its corpus has one of its own."""
-    return text and getattr(text, "fingerprint", text.corpus.sha256)
 
 
 def _place(point: Mapping[str, Any]) -> str:

@@ -124,7 +124,8 @@ class Pool:
             message = json.loads(line)
             if "steps" in message:
                 with self._lock:
-                    self._steps.append((self._out[helper.pid], message["steps"]))
+                    if helper.pid in self._out:
+                        self._steps.append((self._out[helper.pid], message["steps"]))
                 self._progress.step(message["steps"])
             elif "ask" in message:
                 with contextlib.suppress(OSError), self._lock:

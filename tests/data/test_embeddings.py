@@ -124,15 +124,16 @@ def test_a_random_table_has_the_scale_asked_for_and_depends_on_the_seed():
 
 FETCH = """
 import json, sys, time
+waited, sleep = [], time.sleep
+time.sleep = lambda seconds: waited.append(seconds) or sleep(seconds)
 import numpy as np
 import bklm.data.embeddings as e, bklm.data.hub_models as h, bklm.data.bpe as b
 e.GPT2_SHAPE, h.BYTES_AT_ONCE, b.GPT2_SIZE = (7, 4), 50, 259
-start = time.perf_counter()
 try:
     answer = {"table": e.gpt2_embedding().tolist(), "ids": b.gpt2_bpe().encode("ab").tolist()}
 except OSError as error:
     answer = {"error": type(error).__name__, "says": str(error)}
-print(json.dumps(answer | {"seconds": time.perf_counter() - start}))
+print(json.dumps(answer | {"waited": sum(waited)}))
 """
 
 
@@ -220,7 +221,7 @@ def test_an_unreachable_hub_is_one_quick_sentence_with_the_ways_on(fetch):
     assert answer["error"] == "ConnectionError"
     assert "embedding_file a local copy, or choose embedding 'svd'" in answer["says"]
     assert "\n" not in answer["says"]
-    assert answer["seconds"] < 15
+    assert answer["waited"] < 5  # seconds between attempts
 
 
 @pytest.mark.slow

@@ -222,7 +222,7 @@ def test_changing_later_tokens_leaves_earlier_logits_alone():
     altered = ids.clone()
     altered[:, 4] = (ids[:, 4] + 1) % VOCABULARY
     difference = (model(altered) - model(ids)).abs().amax((0, 2))
-    assert (difference[:4] == 0).all()
+    assert (difference[:4] <= 1e-12).all()
     assert (difference[4:] > 1e-6).all()  # the context carries it on
 
 

@@ -222,10 +222,11 @@ def test_time_per_token_is_the_same_at_position_100_and_100_000():
         model.step(token, state)
         return time.perf_counter() - start
 
-    # Taken in turn, and the lower quartile: what a busy machine adds is not the model's.
+    # Taken in turn, and the lower quartile: what a busy machine adds is not the model's. A cost that grew with the
+    # position would be a thousand times as high; a factor of two is beyond what noise makes of the same work.
     pairs = [(seconds(states[100]), seconds(states[100_000])) for _ in range(1500)]
     near, far = (statistics.quantiles(times, n=4)[0] for times in zip(*pairs, strict=True))
-    assert far < 1.1 * near
+    assert far < 2 * near
 
 
 # --- the architecture ------------------------------------------------------------------------------------------------

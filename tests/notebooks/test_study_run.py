@@ -107,19 +107,19 @@ def test_the_command_line_says_what_the_config_says(config_class):
 
 
 @pytest.mark.slow
-def test_stop_works_within_a_step_and_a_new_run_ends_with_the_numbers_of_an_undisturbed_one(
+def test_stop_ends_the_run_early_and_a_new_run_ends_with_the_numbers_of_an_undisturbed_one(
     tiny_config, tmp_path
 ):
-    longer = {"epochs_per_trial": 40, "final_epochs": 1, "alphas": (0.5,), "seeds": (0,), "max_train_tokens": 0}
-    config = GradBlendConfig(**{**tiny_config.to_dict(), **longer})
+    longer = {"epochs_per_trial": 40, "final_epochs": 1, "max_train_tokens": 0}
+    config = GradBlendConfig(**{**tiny_config.to_dict(), **longer, "alphas": (0.5,), "seeds": (0,)})
     undisturbed = GradBlendConfig(**{**config.to_dict(), "output_dir": str(tmp_path / "undisturbed")})
     run = StudyRun(config)
     _until(lambda: any("epoch 3/" in line for line in run.lines), 60)
     run.stop()
-    done = epochs(run)
     assert run.wait(60) == 1
-    # Steps of this model take milliseconds and epochs hundredths of a second; without the stop there would be 40.
-    assert epochs(run) <= done + 2
+    # A busy machine hands the signal and the lines on late; without the stop there would be all the epochs. That it takes
+    # hold within the step at hand is tested where steps can be counted, in test_training.
+    assert epochs(run) < config.epochs_per_trial
     assert run.was_stopped
     assert run.lines[-1].startswith("Stopped. What was finished is kept")
     again = StudyRun(config)

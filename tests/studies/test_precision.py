@@ -14,17 +14,16 @@ from types import SimpleNamespace
 import pytest
 
 from bklm.harness.cli import parse
-from bklm.studies.precision import cells as precision_runner
+from bklm.studies.precision import cells as precision_cells
+from bklm.studies.precision import figures as precision_figures
 from bklm.studies.precision import parts as precision_parts
-from bklm.studies.precision import report as precision_report
 from bklm.studies.precision import run as precision
-from bklm.studies.precision.cells import accuracy_rows
+from bklm.studies.precision.cells import Bench, accuracy_rows
 from bklm.studies.precision.claims import adaptive_finding, recommend, verdict
 from bklm.studies.precision.config import PrecisionConfig
 from bklm.studies.precision.grid import LEFT_RIGHT, PRECISIONS, THETA_PHI, THETA_PHI_LOOP
-from bklm.studies.precision.report import errors_note
-from bklm.studies.precision.run import run_precision
-from bklm.studies.precision.tables import compared_readable, duration, first_overflow, summary_readable
+from bklm.studies.precision.run import estimated_minutes, run_precision
+from bklm.studies.precision.tables import compared_readable, duration, errors_note, first_overflow
 
 
 class NoMemory:
@@ -47,13 +46,13 @@ class NoMemory:
 
 
 def make_small(monkeypatch: pytest.MonkeyPatch, draw: bool) -> None:
-    monkeypatch.setattr(precision_runner, "MOE_TOKENS", 32)
-    monkeypatch.setattr(precision_runner, "ARCHITECTURE_N", 1024)
-    monkeypatch.setattr(precision_runner, "ARCHITECTURE_BATCH", 1)
+    monkeypatch.setattr(precision_cells, "MOE_TOKENS", 32)
+    monkeypatch.setattr(precision_cells, "ARCHITECTURE_N", 1024)
+    monkeypatch.setattr(precision_cells, "ARCHITECTURE_BATCH", 1)
     monkeypatch.setattr(precision, "MemoryMeter", NoMemory)
     if not draw:
         for name in ("draw_errors", "draw_costs", "draw_batched", "draw_claims"):
-            monkeypatch.setattr(precision_report, name, write_nothing)
+            monkeypatch.setattr(precision_figures, name, write_nothing)
 
 
 def write_nothing(path: Path, *arguments: object) -> Path:
@@ -112,6 +111,7 @@ def test_the_zip_holds_tables_figures_cells_and_the_manifest_with_the_command(fi
         "summary.json", "manifest.json", "run.log", "cells/accuracy_N8_z1.json",
     } <= names  # fmt: skip
     assert manifest["corpus"] is None
+    assert json.loads((result.folder / "config.json").read_text())["text_sha256"] is None
     assert parse(PrecisionConfig, manifest["command"].split()[3:]).sizes == (8, 2000)
     assert all(result.paths[n].stat().st_size > 10_000 for n in result.paths if n.endswith(".png"))
 
@@ -124,7 +124,7 @@ def test_theta_phi_is_marked_not_finite_where_it_overflows_and_no_row_is_dropped
         assert first_overflow(result.table, THETA_PHI, precision_) == 2000
         assert first_overflow(result.table, THETA_PHI_LOOP, precision_) == 2000
         assert first_overflow(result.table, LEFT_RIGHT, precision_) is None
-    assert all("not finite" in row for row in summary_readable(result.table))
+    assert all("not finite" in row for row in result.tables()["summary"]())
 
 
 def test_a_loop_that_would_take_too_long_is_not_run_and_says_how_long_it_would_take(finished):
@@ -170,16 +170,15 @@ def test_the_small_print_says_over_how_many_rows_an_error_is_the_worst():
     def cells(*sizes):
         return {str(n): {"part": "accuracy", "settings": {"n": n, "rows": accuracy_rows(n)}} for n in sizes}
 
-    config = PrecisionConfig(profile="smoke", reference_n=16)
-    assert "worst of 32 rows;" in errors_note(config, cells(128, 2048), "cpu")
-    longer = errors_note(config, cells(128, 32_768, 131_072), "cpu")
+    assert "worst of 32 rows;" in errors_note(cells(128, 2048), 16, "cpu")
+    longer = errors_note(cells(128, 32_768, 131_072), 16, "cpu")
     assert "worst of 32 rows up to N = 32,768, of fewer beyond (8 at N = 131,072);" in longer
 
 
 def test_a_finished_study_is_read_back_and_measures_nothing(config, monkeypatch):
     first = run_precision(config)
-    monkeypatch.setattr(precision_runner.Runner, "_measured", lambda *a, **k: pytest.fail("measured again"))
-    monkeypatch.setattr(precision_runner.Runner, "_accuracy", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr(Bench, "_measured", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr(Bench, "_accuracy", lambda *a, **k: pytest.fail("measured again"))
     second = run_precision(config)
     assert second.table == first.table
     assert second.claims == first.claims
@@ -192,11 +191,11 @@ def test_a_damaged_cell_is_set_aside_and_only_that_cell_is_measured_again(config
     path = first.folder / "cells" / "batched_B3.json"
     path.write_text(damage(path.read_text()))
     measured = []
-    real = precision_runner.Runner._measured
+    real = Bench._measured
     monkeypatch.setattr(
-        precision_runner.Runner,
+        Bench,
         "_measured",
-        lambda self, part, *a, **k: measured.append(part) or real(self, part, *a, **k),
+        lambda self, part, *a, **k: measured.append(part.split(":")[1]) or real(self, part, *a, **k),
     )
     second = run_precision(config)
     assert measured == ["batched"]
@@ -212,13 +211,15 @@ def test_a_study_killed_with_signal_9_goes_on_after_the_cells_it_has_measured(co
             words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     cells = Path(config.output_dir) / "precision" / "cells"
+    # A cell that is being written has a hidden name, and what is left of it is cleared away.
+    finished = "[!.]*.json"
     deadline = time.monotonic() + 300
-    while len(list(cells.glob("*.json"))) < 3 and time.monotonic() < deadline:
+    while len(list(cells.glob(finished))) < 3 and time.monotonic() < deadline:
         assert process.poll() is None, "the study ended before it could be killed"
         time.sleep(0.01)
     process.kill()
     process.wait()
-    before = {p: p.read_bytes() for p in cells.glob("*.json")}
+    before = {p: p.read_bytes() for p in cells.glob(finished)}
     result = run_precision(config)
     assert len(before) >= 3
     assert {p: p.read_bytes() for p in before} == before
@@ -246,6 +247,53 @@ def test_the_figure_is_handed_over_after_each_accuracy_cell(config):
     seen = []
     run_precision(config, on_figure=lambda path: seen.append(path.name))
     assert seen == ["precision_errors.png"] * 2
+
+
+def test_nothing_is_drawn_before_the_end_where_nobody_watches(config, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        precision_figures, "draw_errors", lambda path, *a: drawn.append(path.name) or write_nothing(path)
+    )
+    run_precision(config)
+    assert drawn == ["precision_errors.png"]
+
+
+def test_a_process_beside_the_main_one_measures_nothing(config, tmp_path):
+    steps = []
+    study = SimpleNamespace(
+        config=config.resolved(),
+        accelerator=SimpleNamespace(device=SimpleNamespace(type="cpu")),
+        folder=tmp_path,
+        is_main=False,
+        expect=lambda steps_, unit: steps.append(steps_),
+    )
+    assert precision._measure(study) == {}
+    assert steps == [0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_result_has_every_table_for_people_and_a_command_line_shows_two(finished, capsys):
+    tables = {name: make() for name, make in finished.tables().items()}
+    assert list(tables) == ["summary", "claims", "costs", "batched", "backward", "moe", "model"]
+    assert all(tables.values())
+    assert (finished.best_precision, finished.recommendation) == (finished.best, finished.finding)
+    finished.show()
+    shown = capsys.readouterr().out
+    assert [word in shown for word in ("not finite", "what was compared", "differs by", "because")] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    assert finished.recommendation in shown
+    assert str(finished.bundle.path) in shown
+
+
+def test_the_estimate_adds_up_the_cells_and_leaves_out_what_would_not_be_called(config, monkeypatch):
+    speed = {(LEFT_RIGHT, "complex64"): 1e-3, (THETA_PHI_LOOP, "complex64"): 0.05}
+    monkeypatch.setattr(precision, "_speed", lambda device: (1e-4, speed))
+    one = dataclasses.replace(config, sizes=(256,), batch_sizes=(1,), seconds=0.1, reference_n=256).resolved()
+    # 50 digits for 32 rows, both ways on 32 rows instead of 2, four calls of left/right; the loop's three would not fit.
+    grid_seconds = 256 * 32 * 1e-4 + 16 * (1e-3 + 0.05) + 4 * 1e-3
+    # Two cells of batches, five that claims are judged by with four times the time, one with ten times: four ways each.
+    assert estimated_minutes(one) == pytest.approx((grid_seconds + 4 * 0.1 * (2 + 5 * 4 + 10)) / 60)
 
 
 def test_a_length_that_does_not_fit_into_memory_is_refused_with_the_size_needed(config, monkeypatch):

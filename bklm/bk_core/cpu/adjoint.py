@@ -1,6 +1,6 @@
 """SIMD kernels of the adjoint recursions, one group of tiles after the other, all tiles independent of each other.
 
-Formulas: operator.py. Layout and conventions: cpu_scratch.py and cpu_tiles.py. Products run as (gbar G) G and (k L) L: the
+Formulas: operator.py. Layout and conventions: cpu/scratch.py and cpu/tiles.py. Products run as (gbar G) G and (k L) L: the
 square of L or G alone leaves the range of the numbers where the product does not.
 """
 
@@ -46,11 +46,13 @@ def _adjoint_left(s, tile, lanes):
         j = tile - c
         for w in range(lanes):
             re, im = s[at(j, ADJOINT_R) + w], s[at(j, ADJOINT_R + _1) + w]
+            # P_j = (conj(gbar_j) G_j) G_j.
             p_re, p_im = s[at(j, SOURCE) + w], s[at(j, SOURCE + _1) + w]
             p_re, p_im = p_re * re - p_im * im, p_re * im + p_im * re
             p_re, p_im = p_re * re - p_im * im, p_re * im + p_im * re
             s[at(j, SOURCE) + w] = p_re
             s[at(j, SOURCE + _1) + w] = p_im
+            # s_j = P_j + ((k_j L_j) L_j) s_{j+1}.
             re, im = s[at(j, LEFT) + w], s[at(j, LEFT + _1) + w]
             k = s[at(j, COUPLING) + w]
             k_re, k_im = k * re, k * im
@@ -65,6 +67,7 @@ def _adjoint_right(s, tile, lanes):
     """t, from the first step to the last."""
     for j in range(_1, tile + _1):
         for w in range(lanes):
+            # t_j = P_j + ((k_{j-1} R_j) R_j) t_{j-1}.
             re, im = s[at(j, RIGHT) + w], s[at(j, RIGHT + _1) + w]
             k = s[at(j - _1, COUPLING) + w]
             k_re, k_im = k * re, k * im
@@ -82,9 +85,11 @@ def _adjoint_causal(s, tile, lanes):
         for w in range(lanes):
             k = s[at(j, COUPLING) + w]
             re, im = s[at(j, LEFT) + w], s[at(j, LEFT + _1) + w]
+            # The own part, (conj(gbar_j) L_j) L_j.
             p_re, p_im = s[at(j, SOURCE) + w], s[at(j, SOURCE + _1) + w]
             p_re, p_im = p_re * re - p_im * im, p_re * im + p_im * re
             p_re, p_im = p_re * re - p_im * im, p_re * im + p_im * re
+            # What comes from the right is weighed with (k_j L_j) L_j.
             k_re, k_im = k * re, k * im
             q_re, q_im = k_re * re - k_im * im, k_re * im + k_im * re
             re, im = s[at(j + _1, ADJOINT_L) + w], s[at(j + _1, ADJOINT_L + _1) + w]
@@ -216,6 +221,7 @@ def backward_tiles(
     complex are the adjoint states that enter each tile from the right and from the left, from that join. G is used in
     causal mode, a, z, enter_left and enter_right in bidirectional mode; other addresses as in :func:`forward_tiles`.
     """
+    # Addresses and counts as arrays and unsigned numbers, once for all groups.
     rows, n, tile, n_tiles = uintp(rows), uintp(n), uintp(tile), uintp(n_tiles)
     k_stride, items = uintp(k_stride), rows * n_tiles
     a_view, z_view, k_view = (
@@ -235,15 +241,19 @@ def backward_tiles(
         reals_at(Dsum, _2 * items, s),
     )
     K_view, summary_view = reals_at(K, _2 * rows * (n - _1), s), reals_at(summary, _SUMMARY * items, s)
+    # Of a row of several tiles the first pass summarises each tile, cut off from the others; the second starts from what
+    # the join has found to enter it.
     joined = n_tiles > _1 and not summarise
     for group in range(uintp(first), uintp(last)):
         first_item = group * _LANES
         used = min(_LANES, items - first_item)
         lanes = vectors(used)
+        # Transpose the tiles into the lanes: d, k, and the L and R that enter a tile; in causal mode k and L = G.
         if causal:
             _load_causal(s, first_item, used, k_view, k_stride, G_view, n, tile, n_tiles)
         else:
             load(s, first_item, used, a_view, k_view, k_stride, z_view, left_view, right_view, n, tile, n_tiles)
+        # conj(gbar), the source of the adjoint; what enters from the right, s (causal: u) after the tile's last position.
         for w in range(used):
             item = first_item + w
             row = item // n_tiles
@@ -256,9 +266,11 @@ def backward_tiles(
         if causal:
             _adjoint_causal(s, tile, lanes)
         else:
+            # L, R and G again: cheaper than to read them. G stands in the field of t until P = conj(gbar) G^2 is formed.
             left(s, tile, lanes, used)
             right_and_diagonal(s, tile, lanes, used, ADJOINT_R)
             _adjoint_left(s, tile, lanes)
+            # What enters from the left, t before the tile's first position.
             for w in range(used):
                 item = first_item + w
                 if joined:
@@ -266,12 +278,15 @@ def backward_tiles(
                 else:
                     put(s, _0, ADJOINT_R, w, 0, 0)
             _adjoint_right(s, tile, lanes)
+        # First pass: what the tile adds, and the factors of what enters it, are all that the join needs.
         if summarise:
             _write_summaries(s, summary_view, first_item, used, tile, lanes, causal)
             continue
+        # Second pass: D_j = P_j - s_j - t_j (causal: -u_j), its sum for the gradient of z, and K for those of b and c.
         _finish(s, tile, lanes, causal)
         if needs_k:
             _couplings(s, tile, lanes, causal)
+        # Back to rows: dL/da = Re D, the tile's sum of D, K. Padding beyond the row's end stays behind.
         for w in range(used):
             item = first_item + w
             row = item // n_tiles

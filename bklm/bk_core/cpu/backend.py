@@ -2,11 +2,11 @@
 
 Dispatch, measured on 2 cores (benchmarks/bk_core.py):
 
-- ``a`` and ``k`` real: SIMD tiles (cpu_tiles.py). A row of at most SHORT_ROW positions, or LONGEST_TILE where there are
+- ``a`` and ``k`` real: SIMD tiles (cpu/tiles.py). A row of at most SHORT_ROW positions, or LONGEST_TILE where there are
   rows enough to fill half the lanes, is one tile; a longer one is cut into tiles of LONG_ROW_TILE, and into chunks where there
   are fewer than SWEEP_LANES rows. How a row is cut depends on M and N alone, never on the number of threads: results are
   deterministic.
-- anything complex: scalar rows (cpu_rows.py).
+- anything complex: scalar rows (cpu/rows.py).
 - more than one thread from THREADS_FROM elements on.
 """
 

@@ -31,9 +31,8 @@ def jit(function: Callable, **settings: Any) -> Callable:
     function.__qualname__ += f"_{_sources_digest()}"  # part of the name of the cache's files
     try:
         return njit(cache=True, **settings)(function)
-    except (
-        RuntimeError
-    ) as error:  # raised when neither the package's folder nor the user's cache can be written
+    except RuntimeError as error:
+        # Raised when neither the package's folder nor the user's cache can be written.
         if "cannot cache function" not in str(error):
             raise
         return njit(**settings)(function)

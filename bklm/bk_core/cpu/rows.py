@@ -36,6 +36,7 @@ def forward_rows(a, k, z, causal, G, left, first, last):
     for r in range(first, last):
         kr = r if k.shape[0] > 1 else 0
         shift = complex(z[r])
+        # L from the first position to the last; it is the causal G.
         state = 0j
         for i in range(n):
             pivot = a[r, i] - shift
@@ -48,6 +49,7 @@ def forward_rows(a, k, z, causal, G, left, first, last):
                 left[i] = state
         if causal:
             continue
+        # R from the last position to the first, and G from R's pivot and L.
         state = 0j
         for i in range(n - 1, -1, -1):
             pivot = a[r, i] - shift
@@ -87,6 +89,7 @@ def backward_rows(gbar, a, k, z, G, first, last, left, right, D, K, needs_k, Dsu
     for r in range(first, last):
         kr = r if k.shape[0] > 1 else 0
         shift = complex(z[r])
+        # L again: it costs less than to keep it from the forward.
         state = 0j
         for i in range(n):
             pivot = a[r, i] - shift
@@ -94,6 +97,7 @@ def backward_rows(gbar, a, k, z, G, first, last, left, right, D, K, needs_k, Dsu
                 pivot -= k[kr, i - 1] * state
             state = _reciprocal(pivot)
             left[i] = state
+        # From the end: R, and s_i = P_i + k_i L_i^2 s_{i+1}; D takes P - s, K takes L_i s_{i+1}.
         state = 0j
         s = 0j
         for i in range(n - 1, -1, -1):
@@ -110,6 +114,7 @@ def backward_rows(gbar, a, k, z, G, first, last, left, right, D, K, needs_k, Dsu
             state = _reciprocal(pivot)
             right[i] = state
             D[r, i] = P - s
+        # From the beginning: t_i = P_i + k_{i-1} R_i^2 t_{i-1}; D loses t, K gains R_{i+1} t_i.
         total = 0j
         t = 0j
         for i in range(n):

@@ -1,10 +1,10 @@
 """The scratch buffer of the SIMD kernels for real ``a`` and real ``k``: its layout, and the ways into and out of it.
 
 A row is cut into tiles of ``tile`` positions. A group of LANES tiles is transposed into a scratch buffer, where every
-step of a recursion is one short loop over the lanes that LLVM turns into vector instructions (cpu_tiles.py for the
-diagonal, cpu_adjoint.py for its backward). L and R are never stored: a tile needs only the two states that enter it, L
+step of a recursion is one short loop over the lanes that LLVM turns into vector instructions (cpu/tiles.py for the
+diagonal, cpu/adjoint.py for its backward). L and R are never stored: a tile needs only the two states that enter it, L
 before its first and R after its last position, so all tiles are independent of each other once these are known
-(cpu_sweep.py), and the memory beside inputs and outputs is a few bytes per tile. A row of one tile needs no states at all.
+(cpu/sweep.py), and the memory beside inputs and outputs is a few bytes per tile. A row of one tile needs no states at all.
 
 Scratch is one flat array, ``s[at(step, field) + lane]``. Step 0 is the position before the tile, steps 1 ... tile are
 the tile, step tile + 1 is the position after it. Every index is unsigned and every distance between two accesses is a

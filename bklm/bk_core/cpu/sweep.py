@@ -92,6 +92,7 @@ def sweep(
     state that enters each tile and is filled in; ``chunk_ends`` (M, n_chunks) complex receives the ends of the chunks and
     ``moved`` (M, n_chunks) uint8 whether they changed. The first state of a chunk is read from ``entering``.
     """
+    # Addresses and counts as arrays and unsigned numbers, once for all groups.
     rows, n, tile, n_tiles = uintp(rows), uintp(n), uintp(tile), uintp(n_tiles)
     k_stride, chunk_tiles = uintp(k_stride), uintp(chunk_tiles)
     swept = n_tiles - _1
@@ -107,6 +108,7 @@ def sweep(
     for group in range(uintp(first), uintp(last)):
         used = min(_LANES, uintp(n_active) - group * _LANES)
         lanes = vectors(used)
+        # Each lane takes one chunk; it starts from the state that enters the chunk's first tile.
         for w in range(used):
             chunk = uintp(active[group * _LANES + w])
             row = chunk // n_chunks
@@ -114,8 +116,10 @@ def sweep(
             put(s, _0, LEFT, w, states[_2 * start], states[_2 * start + _1])
             s[at(_0, EXTRA + _1) + w] = -z_view[_2 * row + _1]
             running[w] = 1
+        # Tile by tile, all lanes side by side: load, sweep, hand the end on.
         for q in range(chunk_tiles):
             any_running = False
+            # The q-th tile of every chunk that still runs. The row's last tile is not swept: its end enters nothing.
             for w in range(used):
                 chunk = uintp(active[group * _LANES + w])
                 row = chunk // n_chunks
@@ -130,7 +134,9 @@ def sweep(
                     )
             if not any_running:
                 break
+            # L_i = 1 / (d_i - k_{i-1} L_{i-1}); with `reverse` the tile lies mirrored, and this is R.
             left(s, tile, lanes, used)
+            # The tile's end is the state that enters the next one, and step 0 of the next round.
             for w in range(used):
                 if not running[w]:
                     continue
@@ -140,10 +146,12 @@ def sweep(
                 target = row * n_tiles + c * chunk_tiles + q + _1
                 re, im = s[at(tile, LEFT) + w], s[at(tile, LEFT + _1) + w]
                 put(s, _0, LEFT, w, re, im)
+                # An end of the chunk that is new must go on to the next chunk (`hand_over`).
                 if q + _1 == chunk_tiles or c * chunk_tiles + q + _1 == swept:
                     if not (polish and _same(re, im, ends[_2 * chunk], ends[_2 * chunk + _1], tolerance)):
                         ends[_2 * chunk], ends[_2 * chunk + _1] = re, im
                         moved[chunk] = 1
+                # A state that was there already, as the recursion contracts: everything behind it stands.
                 elif polish and _same(re, im, states[_2 * target], states[_2 * target + _1], tolerance):
                     running[w] = 0
                 else:
@@ -163,10 +171,12 @@ def hand_over(s, entering, chunk_ends, moved, active, rows, n_tiles, chunk_tiles
         if not moved[chunk]:
             continue
         moved[chunk] = 0
+        # The end enters the first tile of the next chunk, or the row's last tile.
         row = chunk // n_chunks
         c = chunk - row * n_chunks
         target = row * n_tiles + min((c + _1) * chunk_tiles, swept)
         states[_2 * target], states[_2 * target + _1] = ends[_2 * chunk], ends[_2 * chunk + _1]
+        # A chunk whose entering state has moved is swept again; the row's last tile has no chunk behind it.
         if c + _1 < n_chunks:
             active[n_active] = chunk + _1
             n_active += 1
@@ -190,6 +200,7 @@ def join(s, summary, enter_s, enter_t, rows, n_tiles, causal):
     tiles = reals_at(summary, _SUMMARY * rows * n_tiles, s)
     s_states, t_states = reals_at(enter_s, _2 * rows * n_tiles, s), reals_at(enter_t, _2 * rows * n_tiles, s)
     for row in range(rows):
+        # s (causal: u) runs from the row's end to its beginning; nothing enters the last tile.
         re, im = 0.0, 0.0
         for c in range(n_tiles):
             tile = row * n_tiles + n_tiles - _1 - c
@@ -198,6 +209,7 @@ def join(s, summary, enter_s, enter_t, rows, n_tiles, causal):
             re, im = _passed_on(tiles, at_tile, re, im)
         if causal:
             continue
+        # t runs from the beginning to the end.
         re, im = 0.0, 0.0
         for c in range(n_tiles):
             tile = row * n_tiles + c

@@ -1,6 +1,6 @@
 """SIMD kernels of the diagonal, one group of tiles after the other, all tiles independent of each other.
 
-Formulas: operator.py. Layout and conventions: cpu_scratch.py. The number of ``lanes`` is known at run time only, which keeps
+Formulas: operator.py. Layout and conventions: cpu/scratch.py. The number of ``lanes`` is known at run time only, which keeps
 LLVM from unrolling the lane loops before it has vectorised them.
 
 The square of a modulus leaves the range of the numbers long before the modulus does: |pivot|^2 overflows from 1.8e19 on
@@ -71,12 +71,14 @@ def _right_and_diagonal(s, tile, lanes, target):
     for c in range(tile):
         j = tile - c
         for w in range(lanes):
+            # R_j = 1 / (d_j - k_j R_{j+1}).
             k = s[at(j, COUPLING) + w]
             re = s[at(j, REAL) + w] - k * s[at(j + _1, RIGHT) + w]
             im = s[at(_0, EXTRA + _1) + w] - k * s[at(j + _1, RIGHT + _1) + w]
             scale = one / (re * re + im * im)
             s[at(j, RIGHT) + w] = re * scale
             s[at(j, RIGHT + _1) + w] = -im * scale
+            # G_j = 1 / (d_j - k_j R_{j+1} - k_{j-1} L_{j-1}): the same pivot, less what the left side takes from it.
             before = s[at(j - _1, COUPLING) + w]
             re -= before * s[at(j - _1, LEFT) + w]
             im -= before * s[at(j - _1, LEFT + _1) + w]
@@ -129,6 +131,7 @@ def _left_of_any_modulus(s, tile, lanes):
             k = s[at(j - _1, COUPLING) + w]
             re = s[at(j, REAL) + w] - k * s[at(j - _1, LEFT) + w]
             im = s[at(_0, EXTRA + _1) + w] - k * s[at(j - _1, LEFT + _1) + w]
+            # As `_left`, with a pivot whose modulus can be squared: 1 / p = factor / (factor p), exact for powers of two.
             factor = _factor(s, max(abs(re), abs(im)))
             re, im = re * factor, im * factor
             scale = one / (re * re + im * im)
@@ -142,6 +145,7 @@ def _right_and_diagonal_of_any_modulus(s, tile, lanes, target):
     for c in range(tile):
         j = tile - c
         for w in range(lanes):
+            # As `_right_and_diagonal`, the pivots of R and of G scaled each for itself.
             k = s[at(j, COUPLING) + w]
             re = s[at(j, REAL) + w] - k * s[at(j + _1, RIGHT) + w]
             im = s[at(_0, EXTRA + _1) + w] - k * s[at(j + _1, RIGHT + _1) + w]
@@ -182,10 +186,13 @@ def forward_tiles(
         first_item = group * _LANES
         used = min(_LANES, items - first_item)
         lanes = vectors(used)
+        # Transpose the tiles into the lanes, with the L and R that enter each.
         load(s, first_item, used, a_view, k_view, k_stride, z_view, left_view, right_view, n, tile, n_tiles)
+        # L is all that the causal form needs; the other takes R and G in one sweep back.
         left(s, tile, lanes, used)
         if not causal:
             right_and_diagonal(s, tile, lanes, used, SOURCE)
+        # G back into rows, without the padding.
         for w in range(used):
             item = first_item + w
             row = item // n_tiles

@@ -1,7 +1,7 @@
 """The BK-core on a GPU: Triton kernels, forward and exact backward, causal and bidirectional.
 
-Formulas: operator.py. The contract of `forward` and `backward`: backends.py. The kernels: gpu_forward.py and
-gpu_backward.py, over gpu_lanes.py (one lane's work) and gpu_scan.py (the joining of chunks).
+Formulas: operator.py. The contract of `forward` and `backward`: backends.py. The kernels: gpu/forward.py and
+gpu/backward.py, over gpu/lanes.py (one lane's work) and gpu/scan.py (the joining of chunks).
 
 How a call is cut up (`plan`). Short rows, or very many rows: one lane a row, one launch forward and one backward.
 Otherwise rows are cut into chunks, one lane a chunk, in three launches each way:

@@ -1,4 +1,4 @@
-"""Triton: the backward kernels of the BK-core, the adjoint scans s, t and m. Names: gpu_lanes.py, formulas: operator.py."""
+"""Triton: the backward kernels of the BK-core, the adjoint scans s, t and m. Names: gpu/lanes.py, formulas: operator.py."""
 
 # ruff: noqa: RUF005 (tuples grow by +: Triton knows no unpacking)
 
@@ -47,6 +47,7 @@ def adjoint_maps(
     live = left > 0
     zero = tl.zeros_like(zr)
     one = zero + 1.0
+    # The map so far: the identity before the first element.
     Ar, Ai, Br, Bi = one, zero, zero, zero
     if CAUSAL:
         for jj in range(0, T, STRIP):
@@ -63,6 +64,7 @@ def adjoint_maps(
                 Ar, Ai = mul(fr, fi, vr, vi)
         store_affine(maps, totals, chunk, S, blocks, live, Ar, Ai, Br, Bi, True, MANY, LANES)
     else:
+        # The map of s, which comes from the right; built from the left, because it needs L, which runs so.
         xr, xi = load_carry(carries, 0, chunk, S, live)
         for j in range(0, T, STRIP):
             dr, di = load_diagonal(a, at + j, left - j, zr, zi, A_COMPLEX, LANES)
@@ -79,6 +81,7 @@ def adjoint_maps(
                 ur, ui = mul(xr, xi, lr, li)
                 Ar, Ai = mul(Ar, Ai, ur, ui)
         store_affine(maps, totals, chunk, S, blocks, live, Ar, Ai, Br, Bi, True, MANY, LANES)
+        # The map of tau, which comes from the left; built from the right, because it needs R.
         Ar, Ai, Br, Bi = one, zero, zero, zero
         yr, yi = load_carry(carries, 1, chunk, S, live)
         for jj in range(0, T, STRIP):
@@ -116,6 +119,7 @@ def adjoint_sweep_causal(
     at = row * N + start
     at_k = row * k_row + start
     zero = tl.zeros_like(zr)
+    # w enters from the right: from the scan, or 0 where the chunk is the whole row.
     wr, wi, sum_r, sum_i = zero, zero, zero, zero
     if CHUNKED:
         wr, wi = load_carry(carries, 1, chunk, S, left > 0)
@@ -126,6 +130,7 @@ def adjoint_sweep_causal(
         br, bi = load(gbar, at + j, left - j, zero, True, LANES)
         Dr, Di, Kr, Ki = (), (), (), ()
         for c in tl.static_range(8):
+            # K_i = L_i w_{i+1}, then w_i, and D_i = -w_i.
             ur, ui = mul(lr[7 - c], li[7 - c], wr, wi)
             Kr, Ki = (ur,) + Kr, (ui,) + Ki
             ur, ui = scale(kr[7 - c], ki[7 - c], wr, wi, K_COMPLEX)
@@ -160,6 +165,7 @@ def adjoint_sweep(
     at = row * N + start
     at_k = row * k_row + start
     zero = tl.zeros_like(zr)
+    # Into the chunk: x = k L and tau from the left, y = R and s from the right; 0 where the chunk is the whole row.
     xr, xi, yr, yi, sr, si, tr, ti = zero, zero, zero, zero, zero, zero, zero, zero
     sum_r, sum_i = zero, zero
     if CHUNKED:
@@ -169,8 +175,10 @@ def adjoint_sweep(
         tr, ti = load_carry(adjoint_carries, 0, chunk, S, live)
         sr, si = load_carry(adjoint_carries, 1, chunk, S, live)
 
+    # First sweep, to the right: L into the scratch.
     sweep_left(a, at, k, at_k, left, T, zr, zi, xr, xi, scratch, at, left, "L", A_COMPLEX, K_COMPLEX, LANES)
     tl.debug_barrier()
+    # Second sweep, to the left: s and R. -e goes to grad_a, u to K, and R_{i+1} into the scratch, where L was.
     for jj in range(0, T, STRIP):
         j = T - STRIP - jj
         dr, di = load_diagonal(a, at + j, left - j, zr, zi, A_COMPLEX, LANES)
@@ -190,16 +198,19 @@ def adjoint_sweep(
             er, ei = (-vr,) + er, (-vi,) + ei
             sum_r, sum_i = sum_r - vr, sum_i - vi
             pr, pi = _source(gr[7 - c], gi[7 - c], br[7 - c], bi[7 - c])
+            # s_i = P_i + e_i; the R that is kept is the one before the step, R_{i+1}.
             sr, si = pr + vr, pi + vi
             nr, ni = (yr,) + nr, (yi,) + ni
             hr, hi = scale(kr[7 - c], ki[7 - c], yr, yi, K_COMPLEX)
             yr, yi = inv(dr[7 - c] - hr, di[7 - c] - hi)
-        tl.debug_barrier()  # every lane has its L before R takes the place
+        # Every lane has its L before R takes the place.
+        tl.debug_barrier()
         store(grad_a, at + j, left - j, er, ei, A_COMPLEX, LANES)
         store(scratch, at + j, left - j, nr, ni, True, LANES)
         if NEEDS_K:
             store(K, at - row + j, left - 1 - j, ur, ui, True, LANES)
     tl.debug_barrier()
+    # Third sweep, to the right: t, which completes D_i = -e_i - t_i and K_i = u_i + R_{i+1} t_i.
     for j in range(0, T, STRIP):
         kr, ki = load(k, at_k + j, left - 1 - j, zero, K_COMPLEX, LANES)
         gr, gi = load(G, at + j, left - j, zero, True, LANES)

@@ -164,6 +164,7 @@ def sweep_left(
         re = ()
         im = ()
         for c in tl.static_range(8):
+            # 1 / L_i = d_i - k_{i-1} L_{i-1}, then x = k_i L_i.
             pr, pi = dr[c] - xr, di[c] - xi
             lr, li = inv(pr, pi)
             xr, xi = scale(kr[c], ki[c], lr, li, K_COMPLEX)
@@ -189,6 +190,7 @@ def sweep_right(
         dr, di = load_diagonal(a, at + j, left - j, zr, zi, A_COMPLEX, LANES)
         kr, ki = load(k, at_k + j, left - 1 - j, zr * 0.0, K_COMPLEX, LANES)
         for c in tl.static_range(8):
+            # R_i = 1 / (d_i - k_i R_{i+1}).
             hr, hi = scale(kr[7 - c], ki[7 - c], yr, yi, K_COMPLEX)
             yr, yi = inv(dr[7 - c] - hr, di[7 - c] - hi)
     return yr, yi

@@ -141,14 +141,17 @@ def scan_carries(
     right = tl.program_id(1)
     others, before, in_row, previous, inner = _positions(C, NB, right, ORDER, LANES)
     head = tl.arange(0, LANES) == 0
+    # The maps of this block's chunks, each lane that of the chunk before its own.
     pr, pi, qr, qi, rr, ri, sr, si = _load_map(maps, row * C + previous, S, inner, right)
     # the first lane holds the map of every u onto the block's carry, which is the image of 0 under the blocks before
     pr = tl.where(head, 0.0, pr)
+    # The carry into the block: 0 under the product of the blocks between it and the end of the row.
     if ORDER > 1:
         product = tl.associative_scan(_load_map(totals, row * NB + others, blocks, before, right), 0, compose)
         product = rescale(*product)
         qr, qi = tl.where(head, _last(product[2], ORDER), qr), tl.where(head, _last(product[3], ORDER), qi)
         sr, si = tl.where(head, _last(product[6], ORDER), sr), tl.where(head, _last(product[7], ORDER), si)
+    # Multiplied up lane by lane; the carry into a chunk is the image of 0, q / s. From the right that is -R.
     product = tl.associative_scan((pr, pi, qr, qi, rr, ri, sr, si), 0, compose)
     product = rescale(*product)
     inv_r, inv_i = inv(product[6], product[7])
@@ -211,12 +214,15 @@ def scan_affine(
     maps += 4 * S * right
     totals += 4 * blocks * right
     others, before, in_row, previous, inner = _positions(C, NB, right, ORDER, LANES)
+    # The maps of this block's chunks, each lane that of the chunk before its own.
     Ar, Ai, Br, Bi = _load_affine(maps, row * C + previous, S, inner)
+    # The carry into the block, from the blocks between it and the end of the row.
     if ORDER > 1:
         product = tl.associative_scan(
             _load_affine(totals, row * NB + others, blocks, before), 0, compose_affine
         )
         head = tl.arange(0, LANES) == 0  # holds the map whose constant term is the block's carry
         Br, Bi = tl.where(head, _last(product[2], ORDER), Br), tl.where(head, _last(product[3], ORDER), Bi)
+    # Applied one after the other; the carry into a chunk is the image of 0, B.
     product = tl.associative_scan((Ar, Ai, Br, Bi), 0, compose_affine)
     store_carry(carries, right, row * C + in_row, S, in_row < C, product[2], product[3])

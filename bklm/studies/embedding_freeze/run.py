@@ -23,7 +23,8 @@ from bklm.data.documents import split_documents
 from bklm.files.atomic import read_result
 from bklm.harness.comparison import Trial
 from bklm.harness.report import Report, StudyResult
-from bklm.harness.session import Session, run_study
+from bklm.harness.session import Session
+from bklm.harness.study import run_study
 from bklm.models import ContextTokenConfig, ContextTokenLM
 from bklm.studies.embedding_freeze import figures, findings, tables
 from bklm.studies.embedding_freeze.config import INEQUALITY, EmbeddingFreezeConfig, arms_of
@@ -70,7 +71,7 @@ def run_embedding_freeze(
 ) -> EmbeddingFreezeResult | None:
     """Run both phases of every arm and write everything to ``<output_dir>/embedding_freeze`` and its zip.
 
-    Arguments, result and errors as in `bklm.harness.session.run_study`.
+    Arguments, result and errors as in `bklm.harness.study.run_study`.
     """
     return run_study(config, _train_all, _report, prepare=prepare_text, on_figure=on_figure, text=text)
 
@@ -182,10 +183,7 @@ def _train_all(study: Session) -> _Found:
         if config.phase == "1":
             return _Found(phase1, [], [], [])
         trials, searched = trainer.run_phase2(config.learning_rates, lambda done: _draw(study, done))
-        if not ARMS.finished(trials):
-            raise RuntimeError(
-                f"every trial diverged, the first so: {trials[0]['reason']} Take another output_dir for other settings."
-            )
+        ARMS.require_any(trials)
         final = trainer.run_again(tables.best_trial(trials))
         trainer.forget_contexts()
         return _Found(phase1, trials, searched, [final])
@@ -281,6 +279,6 @@ def _report(study: Session, found: _Found) -> EmbeddingFreezeResult:
         EmbeddingFreezeResult,
         sum(part["seconds"] for part in (*phase1, *trials, *searched, *final)),
         {"tokenizer": {"source": text.bpe.source, "sha256": text.bpe.sha256}},
-        table=table, best=best, best_perplexity=best and best["val_ppl"], finding="\n".join(said), findings=said,
+        table=table, baselines=text.baselines, best=best, best_perplexity=best and best["val_ppl"], finding="\n".join(said), findings=said,
         diverged=lost, effects=effects, phase1=phase1_rows,
     )  # fmt: skip

@@ -73,7 +73,7 @@ class Trainer:
         self._keys = list(itertools.product(*self._starts.values()))
 
     def run_phase1(self, is_done: bool = False) -> list[dict[str, Any]]:
-        """Phase 1 of every (initialisation, samples, seed) that an arm needs; shared as trials are.
+        """Phase 1 of every (initialisation, samples, seed) that an arm needs.
 
         Raises:
             ValueError: ``is_done`` says that an earlier run left it in the folder, and some of it is missing.
@@ -85,7 +85,9 @@ class Trainer:
                 f"phase: got '2', but {self.study.folder} lacks phase 1 for {len(missing)} of {len(self._keys)} combinations "
                 "of embedding, samples and seed; run phase '1' or 'both' in that folder first."
             )
-        return self.study.grid(self._starts, self._phase1, name="phase1", place=lambda point: _name(**point))
+        return self.study.grid(
+            self._starts, self._phase1, name="phase1", place=lambda point: _name(**point), across_machines=False
+        )
 
     def run_phase2(
         self, rates: Sequence[float], draw: Callable[[list[Trial]], Path | None]
@@ -128,7 +130,7 @@ class Trainer:
         (record,) = self.study.grid(
             {name: [value] for name, value in point.items()},
             lambda place, **point: self.trial(place, **point, epochs=chosen["best_epoch"]),
-            name="final", place=lambda point: self._place(**point),
+            name="final", place=lambda point: self._place(**point), across_machines=False,
         )  # fmt: skip
         return record
 

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from bklm.files.atomic import read_result, replacing, write_json
 from bklm.harness.comparison import Trial
 from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.report import Report, StudyResult, small_print
-from bklm.harness.session import Session, run_study
+from bklm.harness.session import Session
+from bklm.harness.study import run_study
 from bklm.harness.text import StudyText, prepare_text
 from bklm.models import ResNetBK, ResNetBKConfig
 from bklm.studies.grad_blend import figures
@@ -64,7 +66,7 @@ def run_grad_blend(
 ) -> GradBlendResult | None:
     """Run the sweep, train with the best alpha, and write everything to ``<output_dir>/grad_blend`` and its zip.
 
-    Arguments, result and errors as in `bklm.harness.session.run_study`.
+    Arguments, result and errors as in `bklm.harness.study.run_study`.
     """
     return run_study(config, _train_all, _report, prepare=prepare_text, on_figure=on_figure, text=text)
 
@@ -140,8 +142,11 @@ def _train_all(study: Session) -> tuple[list[Trial], Trial]:
             f"every trial diverged, the first so: {trials[0]['reason']} Take other settings, such as a lower "
             "learning_rate, and another output_dir."
         )
-    best = ALPHAS.best(trials)
-    return trials, trial("final", best, config.seeds[0], final=True)
+    best = {"alpha": [ALPHAS.best(trials)], "seed": config.seeds[:1]}
+    final = study.grid(
+        best, partial(trial, final=True), name="final", place=lambda point: "", across_machines=False
+    )
+    return trials, final[0]
 
 
 def _train(study: Session, alpha: float, seed: int, epochs: int, folder: Path, final: bool) -> dict[str, Any]:

@@ -3,5 +3,5 @@
 from bklm.files.lazy import lazy
 
 __getattr__, __all__ = lazy(
-    __name__, {"config": ("PrecisionConfig",), "report": ("PrecisionResult",), "run": ("run_precision",)}
+    __name__, {"config": ("PrecisionConfig",), "run": ("PrecisionResult", "run_precision")}
 )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from bklm.harness.measure import is_crowded, paired_ratio
 from bklm.studies.precision import parts
 from bklm.studies.precision.grid import LEFT_RIGHT, PRECISIONS, THETA_PHI, THETA_PHI_LOOP
-from bklm.studies.precision.tables import Cells, Rows, at_longest, first_overflow, of_part, worst
+from bklm.studies.precision.tables import Cells, Rows, at_longest, first_overflow, of_arm, of_part, worst
 
 CLAIMED_ERROR = 1e-4
 UNDECIDED = "too noisy to tell"
-NOISE = 1.5  # quartiles further apart than this, with 1 between them, decide nothing
+# Quartiles further apart than this, with 1 between them, decide nothing.
+NOISE = 1.5
 
 
 class _Speed(NamedTuple):
@@ -31,9 +33,8 @@ class _Speed(NamedTuple):
 
 def _speed_claims(cells: Cells) -> Iterable[_Speed]:
     for recursion in (THETA_PHI_LOOP, LEFT_RIGHT):
-        yield _Speed(
-            "mixed precision", 1.5, 2.0, "mixed", f"{recursion} complex128", f"{recursion} mixed", recursion
-        )
+        slow, fast = f"{recursion} complex128", f"{recursion} mixed"
+        yield _Speed("mixed precision", 1.5, 2.0, "mixed", slow, fast, recursion)
     batch = cells["total"]["settings"]["batch"]
     largest = max(c["settings"]["batch"] for c in of_part(cells, "batched") if c["settings"]["batch"] <= batch)
     for fast in (parts.VMAP, parts.CHUNKS, parts.FUSED):
@@ -51,9 +52,8 @@ def _speed_claims(cells: Cells) -> Iterable[_Speed]:
             short = f"against {slow}" + (f", both {own}" if own == "complex128" else "")
             precisions = f"core in complex128 / {own}, mixture in float32"
             yield _Speed("total backward", 50.0, 50.0, "total", slow, fast, short, precisions)
-    yield _Speed(
-        "architecture at N = 2048", 6.7, 6.7, "architecture", parts.TRANSFORMER, parts.RESNET_BK, "one block"
-    )
+    slow, fast = parts.TRANSFORMER, parts.RESNET_BK
+    yield _Speed("architecture at N = 2048", 6.7, 6.7, "architecture", slow, fast, "one block")
 
 
 def claims_table(cells: Cells, table: Rows) -> list[dict[str, Any]]:
@@ -66,24 +66,18 @@ def claims_table(cells: Cells, table: Rows) -> list[dict[str, Any]]:
         cell = cells[c.cell]
         times = {row["arm"]: row["total"] for row in cell["rows"]}
         measured, low, high = paired_ratio(times[c.slow], times[c.fast])
-        row = {"claim": c.claim, "claimed_low": c.low, "claimed_high": c.high, "measured": measured}
-        row |= {
-            "low": low,
-            "high": high,
-            "verdict": UNDECIDED if is_crowded(cell) else verdict(measured, low, high, c.low, c.high),
-        }
+        word = UNDECIDED if is_crowded(cell) else verdict(measured, low, high, c.low, c.high)
         compared = f"{c.slow} / {c.fast}, {_where(cell)}" + (f"; {c.precisions}" if c.precisions else "")
-        rows.append({**row, "compared": compared, "short": c.short})
+        rows.append(_row(c.claim, (c.low, c.high), (measured, low, high), word, compared, c.short))
     published = next(r for r in cells["mixed"]["rows"] if r["arm"] == f"{THETA_PHI_LOOP} mixed")
     exact = worst(table, LEFT_RIGHT, "mixed", "gradient_error")
     place = f"N = {exact['n']:,}, Im z = {exact['im_z']:g}"
-    rows += [
-        _error_claim(
-            published["difference"],
-            f"published formula, against itself in complex128, {_where(cells['mixed'])}",
-        ),
-        _error_claim(exact["gradient_error"], f"left/right, exact gradient, worst of the grid ({place})"),
-    ]
+    itself = f"published formula, against itself in complex128, {_where(cells['mixed'])}"
+    of_grid = f"left/right, exact gradient, worst of the grid ({place})"
+    for error, compared in ((published["difference"], itself), (exact["gradient_error"], of_grid)):
+        word = "holds" if error < CLAIMED_ERROR else "does not hold"
+        claim, claimed = "mixed precision, relative error", (CLAIMED_ERROR, CLAIMED_ERROR)
+        rows.append(_row(claim, claimed, (error, None, None), word, compared, ""))
     status = cells["architecture"]["rows"][0]["theta_phi_status"]
     for row in rows:
         if row["claim"].startswith("architecture"):
@@ -91,18 +85,10 @@ def claims_table(cells: Cells, table: Rows) -> list[dict[str, Any]]:
     return rows
 
 
-def _error_claim(error: float, compared: str) -> dict[str, Any]:
-    return {
-        "claim": "mixed precision, relative error",
-        "claimed_low": CLAIMED_ERROR,
-        "claimed_high": CLAIMED_ERROR,
-        "measured": error,
-        "low": None,
-        "high": None,
-        "verdict": "holds" if error < CLAIMED_ERROR else "does not hold",
-        "compared": compared,
-        "short": "",
-    }
+def _row(claim: str, claimed: Sequence[float], measured: Sequence[float | None], *said: str) -> dict[str, Any]:
+    """Of a measured speed-up with quartiles; ``said``: verdict, what was compared, and that in short for the figure."""
+    keys = ("claim", "claimed_low", "claimed_high", "measured", "low", "high", "verdict", "compared", "short")
+    return dict(zip(keys, (claim, *claimed, *measured, *said), strict=True))
 
 
 def _where(cell: dict[str, Any]) -> str:
@@ -193,16 +179,12 @@ def _enough_for_larger_shifts(
     if best == "complex64":
         return ""
     shifts = sorted({r["im_z"] for r in table}, reverse=True)
-    good: list[float] = []
-    error = 0.0
-    for im_z in shifts:
-        here = worst([r for r in table if r["im_z"] == im_z], LEFT_RIGHT, "complex64", "gradient_error")
-        if here is None or here["gradient_error"] > tolerance:
-            break
-        good.append(im_z)
-        error = max(error, here["gradient_error"])
+    of_shifts = {z: [r for r in table if r["im_z"] == z] for z in shifts}
+    at = {z: worst(rows, LEFT_RIGHT, "complex64", "gradient_error") for z, rows in of_shifts.items()}
+    good = list(itertools.takewhile(lambda z: at[z] and at[z]["gradient_error"] <= tolerance, shifts))
     if not good:
         return ""
+    error = max(at[z]["gradient_error"] for z in good)
     words = f"; for Im z of {min(good):g} or more complex64 is enough (worst gradient error {error:.0e})"
     share = times["complex64"]["ms"] / times[best]["ms"]
     words += f" at {share:.2g} {'of' if share < 1 else 'times'} the time"
@@ -213,30 +195,24 @@ def _enough_for_larger_shifts(
 
 def _time(table: Rows, precision: str, n: int) -> dict[str, Any]:
     """The row with left/right's time at a length and the first Im z."""
-    im_z = table[0]["im_z"]
-    key = (LEFT_RIGHT, precision, n, im_z)
-    return next(r for r in table if (r["recursion"], r["precision"], r["n"], r["im_z"]) == key)
+    place = (n, table[0]["im_z"])
+    return next(r for r in of_arm(table, LEFT_RIGHT, precision) if (r["n"], r["im_z"]) == place)
 
 
 def _overflows(table: Rows) -> str:
     lost = {p: first_overflow(table, THETA_PHI, p) for p in ("complex64", "complex128")}
     found = [f"from N = {n:,} in {p}" for p, n in lost.items() if n is not None]
-    return (
-        f"theta/phi is not finite {' and '.join(found)}"
-        if found
-        else "theta/phi stayed finite at these lengths"
-    )
+    if not found:
+        return "theta/phi stayed finite at these lengths"
+    return f"theta/phi is not finite {' and '.join(found)}"
 
 
 def _rest_of_model(models: Rows) -> str:
     """Whether another format than fp32 pays for the other layers: native, and faster in three quarters of the steps."""
     faster = [r for r in models if r["support"] == "native" and (r["times_faster_low"] or 0) > 1.05]
     if not faster:
-        tried = [
-            f"{r['format']} ({r['support']}, {r['times_faster']:.2g}x)"
-            for r in models[1:]
-            if r["ms"] is not None
-        ]
+        there = [r for r in models[1:] if r["ms"] is not None]
+        tried = [f"{r['format']} ({r['support']}, {r['times_faster']:.2g}x)" for r in there]
         words = f"no other format pays here, {', '.join(tried)}" if tried else "no other format runs here"
         return f"leave the rest of the model in fp32: {words}"
     best = max(faster, key=lambda r: r["times_faster"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,14 +16,8 @@ class PrecisionConfig(StudyConfig):
     study: ClassVar[str] = "precision"
     notebook: ClassVar[str] = "02_precision_benchmark"
     basic: ClassVar[tuple[str, ...]] = (
-        "profile",
-        "output_dir",
-        "device",
-        "sizes",
-        "shifts",
-        "batch_sizes",
-        "repeats",
-    )
+        "profile", "output_dir", "device", "sizes", "shifts", "batch_sizes", "repeats",
+    )  # fmt: skip
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
             "sizes": (16, 128, 1024, 4096), "shifts": (1.0, 0.001), "batch_sizes": (1, 4), "batch_length": 32,
@@ -64,5 +59,4 @@ class PrecisionConfig(StudyConfig):
     def resolved(self) -> PrecisionConfig:
         """Every empty field filled, sizes in ascending order (a loop's time is foretold from shorter ones)."""
         config = super().resolved()
-        values = config.to_dict()
-        return type(self)(**{**values, "sizes": tuple(sorted(config.sizes))})
+        return dataclasses.replace(config, sizes=tuple(sorted(config.sizes)))

@@ -14,33 +14,32 @@ from matplotlib.ticker import LogLocator, NullLocator
 from bklm.harness.figures import GREY, MARKERS, colours, legend_below, save_figure
 from bklm.studies.precision import parts
 from bklm.studies.precision.grid import LEFT_RIGHT, PRECISIONS, THETA_PHI, THETA_PHI_LOOP
-from bklm.studies.precision.tables import RESOLVED_MB, Rows, first_overflow, worst
+from bklm.studies.precision.tables import RESOLVED_MB, Rows, first_overflow, of_arm, worst
 
 COLOUR = dict(zip(PRECISIONS, colours(len(PRECISIONS)), strict=True))
 MARKER = dict(zip(PRECISIONS, MARKERS, strict=False))
-WIDTH = dict(zip(PRECISIONS, (3.6, 1.4, 2.6, 1.4), strict=True))  # so that lines which coincide all show
+# So that lines which coincide all show.
+WIDTH = dict(zip(PRECISIONS, (3.6, 1.4, 2.6, 1.4), strict=True))
 LINE = {LEFT_RIGHT: "-", THETA_PHI: "--", THETA_PHI_LOOP: ":"}
 
-FLOOR, CEILING = 1e-17, 1e5  # of the error axes; what is not finite is drawn in a band at the top
-BAND = 1e0
+# Of the error axes; what is not finite is drawn in a band at the top.
+FLOOR, BAND, CEILING = 1e-17, 1e0, 1e5
 
 
 def _log(axis: Any, decades: int = 1) -> None:
     axis.set_major_locator(LogLocator(base=10.0**decades, numticks=20))
     axis.set_minor_locator(NullLocator())
     low, high = axis.get_view_interval()
-    if high < 100 * low:  # powers of ten alone would leave such an axis with one tick or none
+    # Powers of ten alone would leave such an axis with one tick or none.
+    if high < 100 * low:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter("{x:g}")
 
 
 def _style(recursion: str, precision: str) -> dict[str, Any]:
-    hollow = {} if recursion == LEFT_RIGHT else {"markerfacecolor": "white"}
-    width = WIDTH[precision]
-    return {
-        "color": COLOUR[precision], "marker": MARKER[precision], "linestyle": LINE[recursion],
-        "markersize": 3 + 1.5 * width, "linewidth": width, **hollow,
-    }  # fmt: skip
+    style = {"color": COLOUR[precision], "marker": MARKER[precision], "linestyle": LINE[recursion]}
+    style |= {"markersize": 3 + 1.5 * WIDTH[precision], "linewidth": WIDTH[precision]}
+    return style if recursion == LEFT_RIGHT else style | {"markerfacecolor": "white"}
 
 
 def draw_errors(path: Path, table: Rows, note: str) -> Path:
@@ -56,11 +55,10 @@ def draw_errors(path: Path, table: Rows, note: str) -> Path:
             value.set_ylabel(f"Im z = {im_z:g}\nrelative error")
         grid[0][0].set_title("value G (mixed, adaptive: as complex128)", fontsize=10)
         grid[0][1].set_title("gradient dL/da", fontsize=10)
-        for axes in grid[-1]:
-            axes.set_xlabel("N, positions (log scale)")
         handles, labels = grid[0][1].get_legend_handles_labels()
         half = len(handles) // 2
         for axes, some in zip(grid[-1], (slice(half), slice(half, None)), strict=True):
+            axes.set_xlabel("N, positions (log scale)")
             legend_below(axes, handles=handles[some], labels=labels[some], fontsize=10)
 
     size = (8.4, 2.4 + 2.3 * len(shifts))
@@ -73,18 +71,15 @@ def _error_panel(axes: Axes, rows: Rows, key: str, precisions: Sequence[str]) ->
     axes.text(0.02, 0.97, "not finite", transform=axes.transAxes, va="top", fontsize=10, color=GREY)
     for recursion in (THETA_PHI, LEFT_RIGHT):
         for i, precision in enumerate(precisions):
-            mine = [r for r in rows if (r["recursion"], r["precision"]) == (recursion, precision)]
-            style = _style(recursion, precision)
+            mine = of_arm(rows, recursion, precision)
             finite = [r for r in mine if r["status"] == "finite"]
-            label = f"{recursion}, {precision}"
-            axes.plot([r["n"] for r in finite], [max(r[key], 2 * FLOOR) for r in finite], label=label, **style)
+            errors, label = [max(r[key], 2 * FLOOR) for r in finite], f"{recursion}, {precision}"
+            axes.plot([r["n"] for r in finite], errors, label=label, **_style(recursion, precision))
             lost = [r["n"] for r in mine if r["status"] != "finite"]
-            height = BAND * 10 ** (0.6 + 1.0 * i)  # one line of crosses per precision
-            axes.plot(
-                lost, [height] * len(lost), color=COLOUR[precision], marker="x", linestyle="", markersize=6
-            )
-    ticks = [10.0**e for e in (-16, -12, -8, -4, 0)]
-    axes.set_yticks(ticks)
+            # One line of crosses per precision.
+            height, style = BAND * 10 ** (0.6 + 1.0 * i), {"color": COLOUR[precision], "marker": "x"}
+            axes.plot(lost, [height] * len(lost), linestyle="", markersize=6, **style)
+    axes.set_yticks([10.0**e for e in (-16, -12, -8, -4, 0)])
     axes.yaxis.set_minor_locator(NullLocator())
     _log(axes.xaxis)
 
@@ -97,10 +92,17 @@ def errors_title(table: Rows) -> str:
     never = [p for p in PRECISIONS if first_overflow(table, LEFT_RIGHT, p) is None]
     errors = [worst(table, LEFT_RIGHT, p, "gradient_error")["gradient_error"] for p in never]
     if len(never) == len(PRECISIONS):
-        return (
-            title + f"left/right is finite to N = {table[-1]['n']:,}, gradient error at most {max(errors):.0e}"
-        )
+        n = table[-1]["n"]
+        return f"{title}left/right is finite to N = {n:,}, gradient error at most {max(errors):.0e}"
     return title + f"left/right stayed finite in {', '.join(never) or 'no precision'} only"
+
+
+def _plot_times(axes: Axes, key: str, rows: Rows, **style: Any) -> None:
+    """Medians against ``key``, and a band of the quartiles."""
+    x = [r[key] for r in rows]
+    axes.plot(x, [r["ms"] for r in rows], **style)
+    low, high = ([r[name] for r in rows] for name in ("ms_low", "ms_high"))
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def draw_costs(path: Path, table: Rows, note: str) -> Path:
@@ -112,21 +114,12 @@ def draw_costs(path: Path, table: Rows, note: str) -> Path:
         for recursion in (LEFT_RIGHT, THETA_PHI, THETA_PHI_LOOP):
             precisions = PRECISIONS if recursion == LEFT_RIGHT else ("complex128",)
             for precision in precisions:
-                mine = [r for r in rows if (r["recursion"], r["precision"]) == (recursion, precision)]
+                mine = of_arm(rows, recursion, precision)
                 style = _style(recursion, precision) | {"linewidth": 1.8, "markersize": 5}
-                timed = [r for r in mine if r["ms"] is not None]
-                time.plot([r["n"] for r in timed], [r["ms"] for r in timed], **style)
-                time.fill_between(
-                    [r["n"] for r in timed], [r["ms_low"] for r in timed], [r["ms_high"] for r in timed],
-                    color=style["color"], alpha=0.2, linewidth=0,
-                )  # fmt: skip
+                _plot_times(time, "n", [r for r in mine if r["ms"] is not None], **style)
                 weighed = [r for r in mine if (r["peak_mb"] or 0) >= RESOLVED_MB]
-                memory.plot(
-                    [r["n"] for r in weighed],
-                    [r["peak_mb"] for r in weighed],
-                    label=f"{recursion}, {precision}",
-                    **style,
-                )
+                x, label = [r["n"] for r in weighed], f"{recursion}, {precision}"
+                memory.plot(x, [r["peak_mb"] for r in weighed], label=label, **style)
         for axes in (time, memory):
             axes.set(xscale="log", yscale="log", xlabel="N, positions (log scale)")
         memory.set_xlim(time.get_xlim())
@@ -137,9 +130,8 @@ def draw_costs(path: Path, table: Rows, note: str) -> Path:
         memory.set(title="Peak memory", ylabel="MB above the inputs (log scale)")
         handles, labels = memory.get_legend_handles_labels()
         for axes, some in ((time, slice(4)), (memory, slice(4, None))):
-            axes.legend(
-                handles[some], labels[some], loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=10
-            )
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": 10}
+            axes.legend(handles[some], labels[some], **place)
 
     return save_figure(path, draw, title=costs_title(rows), note=note, size=(8.4, 5.6))
 
@@ -159,25 +151,16 @@ def draw_batched(path: Path, batched: Rows, backward: Rows, note: str) -> Path:
     """Time of a batch's gradients against its size: the original's three ways, autograd, and the fused operator."""
 
     def draw(figure: Figure) -> None:
-        for axes, rows, title in zip(
-            figure.subplots(1, 2, sharey=True), (batched, backward), ("Diagonal-term gradient", "Exact gradient"),
-            strict=True,
-        ):  # fmt: skip
+        titles = ("Diagonal-term gradient", "Exact gradient")
+        both = zip(figure.subplots(1, 2, sharey=True), (batched, backward), titles, strict=True)
+        for axes, rows, title in both:
             names = list(dict.fromkeys(r["arm"] for r in rows))
             for name, colour, marker in zip(names, colours(len(names)), MARKERS, strict=False):
-                mine = [r for r in rows if r["arm"] == name]
-                x = [r["batch"] for r in mine]
-                axes.plot(x, [r["ms"] for r in mine], color=colour, marker=marker, markersize=5, label=name)
-                axes.fill_between(
-                    x,
-                    [r["ms_low"] for r in mine],
-                    [r["ms_high"] for r in mine],
-                    color=colour,
-                    alpha=0.2,
-                    linewidth=0,
-                )
+                style = {"color": colour, "marker": marker, "markersize": 5, "label": name}
+                _plot_times(axes, "batch", [r for r in rows if r["arm"] == name], **style)
             axes.set(title=title, xscale="log", yscale="log", xlabel="batch size (log scale)")
-            axes.set_xticks(x, [str(b) for b in x])
+            batches = list(dict.fromkeys(r["batch"] for r in rows))
+            axes.set_xticks(batches, [str(b) for b in batches])
             axes.xaxis.set_minor_locator(NullLocator())
             _log(axes.yaxis)
             legend_below(axes, fontsize=10)
@@ -189,14 +172,12 @@ def draw_batched(path: Path, batched: Rows, backward: Rows, note: str) -> Path:
 def batched_title(batched: Rows, backward: Rows) -> str:
     """How much faster than autograd and vmap the fused operator is at the largest batch."""
     largest = max(r["batch"] for r in batched)
-    vmap, fused = (
-        next(r["ms"] for r in batched if r["batch"] == largest and r["arm"] == name)
-        for name in (parts.VMAP, parts.FUSED)
-    )
-    loop, analytic = (
-        next(r["ms"] for r in backward if r["batch"] == largest and r["arm"] == name)
-        for name in (parts.LOOP_AUTOGRAD, parts.ANALYTIC)
-    )
+
+    def ms(rows: Rows, arm: str) -> float:
+        return next(r["ms"] for r in rows if (r["batch"], r["arm"]) == (largest, arm))
+
+    vmap, fused = ms(batched, parts.VMAP), ms(batched, parts.FUSED)
+    loop, analytic = ms(backward, parts.LOOP_AUTOGRAD), ms(backward, parts.ANALYTIC)
     return (
         f"At batch {largest} the fused operator takes 1/{vmap / fused:.0f} of vmap's time over the loop; the analytic "
         f"backward 1/{loop / analytic:.0f} of autograd's"
@@ -206,22 +187,19 @@ def batched_title(batched: Rows, backward: Rows) -> str:
 def draw_claims(path: Path, claims: Rows, note: str) -> Path:
     """The claimed speed-ups as bars, the measured ones as points with quartiles."""
     shown = [r for r in claims if r["low"] is not None][::-1]
-    kept = sum(r["verdict"] in ("reached", "exceeded") for r in shown)
+    reached = [r["claim"] for r in shown if r["verdict"] in ("reached", "exceeded")]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for y, row in enumerate(shown):
             middle = math.sqrt(row["claimed_low"] * row["claimed_high"])
             spread = max(row["claimed_high"] / middle, 1.06)
-            axes.plot(
-                [middle / spread, middle * spread], [y, y], color="#bbbbbb", linewidth=9, solid_capstyle="butt",
-                label="claimed" if y == 0 else None,
-            )  # fmt: skip
+            claimed, measured = ("claimed", "measured, quartiles") if y == 0 else (None, None)
+            style = {"color": "#bbbbbb", "linewidth": 9, "solid_capstyle": "butt", "label": claimed}
+            axes.plot([middle / spread, middle * spread], [y, y], **style)
             bars = [[row["measured"] - row["low"]], [row["high"] - row["measured"]]]
-            axes.errorbar(
-                [row["measured"]], [y], xerr=bars, color=colours(1)[0], marker="o", linestyle="",
-                label="measured, quartiles" if y == 0 else None,
-            )  # fmt: skip
+            style = {"color": colours(1)[0], "marker": "o", "linestyle": "", "label": measured}
+            axes.errorbar([row["measured"]], [y], xerr=bars, **style)
         axes.axvline(1, color="black", linewidth=1, linestyle="--")
         labels = [f"{r['claim']}\n{r['short']}" for r in shown]
         axes.set_yticks(range(len(shown)), labels, fontsize=9)
@@ -229,7 +207,6 @@ def draw_claims(path: Path, claims: Rows, note: str) -> Path:
         axes.xaxis.set_major_formatter("{x:g}")
         legend_below(axes, ncols=2, fontsize=10)
 
-    reached = sorted({r["claim"] for r in shown if r["verdict"] in ("reached", "exceeded")})
-    title = f"{kept} of {len(shown)} comparisons reach the speed-up that the original announced"
-    title += f":\n{', '.join(reached)}" if reached else ""
+    title = f"{len(reached)} of {len(shown)} comparisons reach the speed-up that the original announced"
+    title += f":\n{', '.join(sorted(set(reached)))}" if reached else ""
     return save_figure(path, draw, title=title, note=note, size=(8.4, 1.6 + 0.52 * len(shown)))

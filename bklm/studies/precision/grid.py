@@ -27,16 +27,23 @@ from bklm.bk_core import reference, resolvent_diagonal
 from bklm.harness.measure import Arm
 from bklm.studies.precision import kernels
 
+ERRORS = ("value_error", "gradient_error", "gradient_error_small_rows")
 PRECISIONS = ("complex64", "complex128", "mixed", "adaptive")
+VALUE_PRECISION = {p: "complex64" if p == "complex64" else "complex128" for p in PRECISIONS}
 ADAPTIVE_THRESHOLD = 1e-3
-SMALL_GRADIENT = 1e-6  # upstream size of every other row, relative to the rest: both branches of "adaptive" run
+# Upstream size of every other row, relative to the rest: both branches of "adaptive" run.
+SMALL_GRADIENT = 1e-6
 
-LEFT_RIGHT, THETA_PHI, THETA_PHI_LOOP = "left/right", "theta/phi", "theta/phi loop"
+RECURSIONS = LEFT_RIGHT, THETA_PHI, THETA_PHI_LOOP = "left/right", "theta/phi", "theta/phi loop"
 
 _DTYPES = {
-    "complex64": (torch.complex64, torch.float32, np.complex64, np.float32),
-    "complex128": (torch.complex128, torch.float64, np.complex128, np.float64),
+    "complex64": (torch.complex64, torch.float32, np.complex64),
+    "complex128": (torch.complex128, torch.float64, np.complex128),
 }
+
+
+# (G, rows, precision) -> the gradient of those rows in that precision.
+Part = Callable[[Tensor, Tensor | slice, str], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +62,11 @@ class Problem:
         a = torch.randn(rows, n, generator=generator) - 2
         gbar = torch.randn(rows, n, dtype=torch.complex64, generator=generator)
         gbar[1::2] *= SMALL_GRADIENT
-        types = {name: (real, complex_) for name, (complex_, real, *_) in _DTYPES.items()}
         return cls(
-            {name: a.to(device, real) for name, (real, _) in types.items()},
-            {name: gbar.to(device, complex_) for name, (_, complex_) in types.items()},
+            {name: a.to(device, real) for name, (_, real, _) in _DTYPES.items()},
+            {name: gbar.to(device, complex_) for name, (complex_, _, _) in _DTYPES.items()},
             complex(0, float(np.float32(im_z))),
         )
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.a["complex64"].shape)
 
     def coupling(self, precision: str) -> Tensor:
         a = self.a[precision]
@@ -88,7 +90,7 @@ def arms(problem: Problem, loops: bool = True) -> dict[tuple[str, str], Arm]:
 
     theta/phi is compiled for the CPU only; on another device its loop remains.
     """
-    made = left_right_arms(problem)
+    made = {(LEFT_RIGHT, p): _left_right(problem, p) for p in PRECISIONS}
     if problem.a["complex64"].device.type == "cpu":
         made |= {(THETA_PHI, p): _theta_phi(problem, p) for p in PRECISIONS}
     if loops:
@@ -101,28 +103,17 @@ def grid(rows: int, n: int, im_z: float, seed: int, device: str = "cpu") -> dict
     return {" ".join(key): arm for key, arm in arms(Problem.make(rows, n, im_z, seed, device)).items()}
 
 
-def left_right_arms(problem: Problem) -> dict[tuple[str, str], Arm]:
-    """As :func:`arms`, of the package's operator alone."""
-    return {(LEFT_RIGHT, p): _left_right(problem, p) for p in PRECISIONS}
-
-
-def _value_precision(precision: str) -> str:
-    return "complex64" if precision == "complex64" else "complex128"
-
-
 def _take(x: Tensor, rows: Tensor | slice) -> Tensor:
     """Some rows. Not x[rows], which wakes all threads for a copy of 3,000 numbers."""
     return x if isinstance(rows, slice) else x.index_select(0, rows)
 
 
-def _gather(
-    problem: Problem, precision: str, part: Callable[[Tensor | slice, str], Tensor], G: Tensor
-) -> tuple[Tensor, Tensor]:
+def _gather(problem: Problem, precision: str, part: Part, G: Tensor) -> tuple[Tensor, Tensor]:
     """G and the gradient, put together from the rows that each precision computes."""
-    parts = [(rows, part(rows, name)) for rows, name in problem.gradient_parts(precision)]
+    parts = [(rows, part(G, rows, name)) for rows, name in problem.gradient_parts(precision)]
     if len(parts) == 1:
         return G, parts[0][1]
-    gradient = torch.empty(problem.shape, dtype=torch.float64, device=G.device)
+    gradient = torch.empty(G.shape, dtype=torch.float64, device=G.device)
     for rows, values in parts:
         gradient.index_copy_(0, rows, values.double())
     return G, gradient
@@ -130,7 +121,7 @@ def _gather(
 
 def _left_right(problem: Problem, precision: str) -> Arm:
     """The package's operator on its default backend."""
-    a = problem.a[_value_precision(precision)]
+    a = problem.a[VALUE_PRECISION[precision]]
     if precision in _DTYPES:
 
         def forward() -> tuple[Tensor, Tensor]:
@@ -148,29 +139,18 @@ def _left_right(problem: Problem, precision: str) -> Arm:
         some, gbar = _take(problem.a[name], rows), _take(problem.gbar[name], rows)
         z = torch.full((some.shape[0],), problem.z, dtype=dtype, device=some.device)
         # The registered adjoint: the operator's own backward, in another precision than its forward.
-        return torch.ops.bklm.resolvent_diagonal_backward(
-            gbar,
-            some,
-            problem.coupling(name),
-            z,
-            _take(G, rows).to(dtype),
-            False,
-            "exact",
-            0.0,
-            "auto",
-            False,
-            False,
-        )[0]
+        state = gbar, some, problem.coupling(name), z, _take(G, rows).to(dtype)
+        return torch.ops.bklm.resolvent_diagonal_backward(*state, False, "exact", 0.0, "auto", False, False)[0]
 
     return Arm(
         lambda: resolvent_diagonal(a, 1.0, 1.0, problem.z),
-        lambda G: _gather(problem, precision, lambda rows, name: adjoint(G, rows, name), G),
+        lambda G: _gather(problem, precision, adjoint, G),
     )
 
 
 def _theta_phi(problem: Problem, precision: str) -> Arm:
     """The unscaled products, compiled; the exact gradient from their ratios."""
-    name = _value_precision(precision)
+    name = VALUE_PRECISION[precision]
     a = problem.a[name].numpy()
 
     def forward() -> tuple[np.ndarray, ...]:
@@ -180,14 +160,14 @@ def _theta_phi(problem: Problem, precision: str) -> Arm:
     def backward(state: tuple[np.ndarray, ...]) -> tuple[Tensor, Tensor]:
         G, theta, phi = state
 
-        def part(rows: Tensor | slice, name: str) -> Tensor:
+        def part(_: Tensor, rows: Tensor | slice, name: str) -> Tensor:
             rows = rows if isinstance(rows, slice) else rows.numpy()
-            dtype = _DTYPES[name][2]
+            gbar, k, dtype = problem.gbar[name].numpy(), problem.coupling(name)[0].numpy(), _DTYPES[name][2]
             left, right = kernels.ratios(theta[rows], phi[rows], dtype)
-            with np.errstate(all="ignore"):  # what has overflowed may be cast, too
+            # What has overflowed may be cast, too.
+            with np.errstate(all="ignore"):
                 some = G[rows].astype(dtype)
-            k = problem.coupling(name)[0].numpy()
-            return torch.from_numpy(kernels.adjoint(problem.gbar[name].numpy()[rows], some, k, left, right))
+            return torch.from_numpy(kernels.adjoint(gbar[rows], some, k, left, right))
 
         return _gather(problem, precision, part, torch.from_numpy(G))
 
@@ -196,16 +176,15 @@ def _theta_phi(problem: Problem, precision: str) -> Arm:
 
 def _theta_phi_loop(problem: Problem, precision: str) -> Arm:
     """As published: the recursion as a Python loop of torch operations, the diagonal term alone as the gradient."""
-    name = _value_precision(precision)
-    a, ones = problem.a[name], problem.coupling(name)[0]
-    dtype = _DTYPES[name][0]
+    name = VALUE_PRECISION[precision]
+    a, ones, dtype = problem.a[name], problem.coupling(name)[0], _DTYPES[name][0]
 
     def part(G: Tensor, rows: Tensor | slice, name: str) -> Tensor:
         return reference.local_gradient(_take(problem.gbar[name], rows), _take(G, rows).to(_DTYPES[name][0]))
 
     return Arm(
         lambda: reference.theta_phi(a, ones, ones, problem.z, dtype),
-        lambda G: _gather(problem, precision, lambda rows, name: part(G, rows, name), G),
+        lambda G: _gather(problem, precision, part, G),
     )
 
 
@@ -236,18 +215,16 @@ def errors(G: Tensor, gradient: Tensor, exact: Truth) -> dict[str, Any]:
         same over the rows of small upstream gradient alone.
     """
     G, gradient = G.cpu().numpy(), gradient.cpu().numpy()
-    empty = {"value_error": None, "gradient_error": None, "gradient_error_small_rows": None}
+    status, found = "finite", (None, None, None)
     if not (np.isfinite(G).all() and np.isfinite(gradient).all()):
-        return {"status": "not finite", **empty}
-    if not G.any():
-        return {"status": "zero", **empty}
-    by_row = _worst_of_rows(gradient, exact.gradient)
-    return {
-        "status": "finite",
-        "value_error": float(_worst_of_rows(G, exact.G).max()),
-        "gradient_error": float(by_row.max()),
-        "gradient_error_small_rows": float(by_row[1::2].max()) if len(by_row) > 1 else None,
-    }
+        status = "not finite"
+    elif not G.any():
+        status = "zero"
+    else:
+        by_row = _worst_of_rows(gradient, exact.gradient)
+        small = float(by_row[1::2].max()) if len(by_row) > 1 else None
+        found = float(_worst_of_rows(G, exact.G).max()), float(by_row.max()), small
+    return {"status": status, **dict(zip(ERRORS, found, strict=True))}
 
 
 def _worst_of_rows(x: np.ndarray, exact: np.ndarray) -> np.ndarray:

@@ -113,10 +113,8 @@ def measure(
     rows, trainers, wanted = {}, {}, None
     for name in FORMATS:
         kind, why = support(name, device)
-        rows[name] = {
-            "format": name, "support": kind, "why": why,
-            "step_seconds": [], "losses": [], "gradient_difference": None,
-        }  # fmt: skip
+        rows[name] = {"format": name, "support": kind, "why": why, "gradient_difference": None}
+        rows[name] |= {"step_seconds": [], "losses": []}
         if kind == "not supported":
             continue
         trainer = Trainer(name, batch, length, vocab, seed, device)

@@ -24,18 +24,15 @@ from bklm.moe.ops import draw, mixture
 from bklm.moe.reference import dense_moe
 from bklm.studies.precision.grid import Problem
 
-WIDTH, DROPOUT = 64, 0.1  # the original's model
-CHUNK = 8  # samples at a time in the memory-optimised way
+# The original's model, and its samples at a time in the memory-optimised way.
+WIDTH, DROPOUT, CHUNK = 64, 0.1, 8
 
 SEQUENTIAL, VMAP, CHUNKS = "sample by sample", "vmap over the batch", "vmap in chunks"
 FUSED, FUSED_SINGLE = "fused", "fused, complex64"
 LOOP_AUTOGRAD, LEFT_RIGHT_AUTOGRAD = "theta/phi loop, autograd", "left/right loop, autograd"
 ANALYTIC, ANALYTIC_SINGLE = "analytic", "analytic, complex64"
-DENSE, EXACT, SELECTED = (
-    "autograd, all experts",
-    "analytic, exact router gradient",
-    "analytic, selected experts",
-)
+DENSE, EXACT = "autograd, all experts", "analytic, exact router gradient"
+SELECTED = "analytic, selected experts"
 PLAIN_SEQUENTIAL, PLAIN = "plain, sample by sample", "plain, whole batch"
 ALL_ANALYTIC, ALL_ANALYTIC_DOUBLE = "bklm", "bklm, complex128"
 RESNET_BK, TRANSFORMER = "ResNet-BK block", "Transformer block"
@@ -98,17 +95,9 @@ class _Mixture:
 
     def __init__(self, tokens: int, experts: int, device: str) -> None:
         d = WIDTH
-        sizes = [
-            (tokens, d),
-            (experts, d),
-            (experts,),
-            (experts, 2 * d, d),
-            (experts, 2 * d),
-            (experts, d, 2 * d),
-        ]
-        self.inputs = [
-            torch.randn(s, device=device).mul_(s[-1] ** -0.5).requires_grad_() for s in [*sizes, (experts, d)]
-        ]
+        sizes = [(tokens, d), (experts, d), (experts,), (experts, 2 * d, d), (experts, 2 * d)]
+        sizes += [(experts, d, 2 * d), (experts, d)]
+        self.inputs = [torch.randn(s, device=device).mul_(s[-1] ** -0.5).requires_grad_() for s in sizes]
         self.ybar = torch.randn(tokens, d, device=device)
         self.noise, self.keep, self.keep_p = draw(self.inputs[0].detach(), experts, 2 * d, DROPOUT)
 
@@ -148,13 +137,14 @@ def total(batch: int, length: int, seed: int, device: str) -> Arms:
     def plain(slices: list[slice]) -> tuple[Tensor, ...]:
         return torch.cat([core(rows) for rows in slices]), *experts.step(analytic=False)
 
+    def analytic(precision: str) -> tuple[Tensor, ...]:
+        return _analytic(problem, precision, "exact"), *experts.step(analytic=True)
+
     return {
         PLAIN_SEQUENTIAL: Arm(lambda: plain([slice(i, i + 1) for i in range(batch)])),
         PLAIN: Arm(lambda: plain([slice(None)])),
-        ALL_ANALYTIC: Arm(lambda: (_analytic(problem, "complex64", "exact"), *experts.step(analytic=True))),
-        ALL_ANALYTIC_DOUBLE: Arm(
-            lambda: (_analytic(problem, "complex128", "exact"), *experts.step(analytic=True))
-        ),
+        ALL_ANALYTIC: Arm(lambda: analytic("complex64")),
+        ALL_ANALYTIC_DOUBLE: Arm(lambda: analytic("complex128")),
     }
 
 

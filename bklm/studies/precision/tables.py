@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from bklm.harness.measure import median_and_quartiles, paired_ratio
-from bklm.studies.precision.grid import LEFT_RIGHT, PRECISIONS, THETA_PHI, THETA_PHI_LOOP
+from bklm.harness.measure import is_crowded, median_and_quartiles, paired_ratio
+from bklm.studies.precision import grid
 
 Rows = Sequence[dict[str, Any]]
 Cells = dict[str, dict[str, Any]]
 
-RECURSIONS = (LEFT_RIGHT, THETA_PHI, THETA_PHI_LOOP)
-RESOLVED_MB = 0.1  # less cannot be told from the measuring process's own needs
+# Less cannot be told from the measuring process's own needs.
+RESOLVED_MB = 0.1
 SPREAD = ("ms", "ms_low", "ms_high")
+FASTER = ("times_faster", "times_faster_low", "times_faster_high")
 
 
 def of_part(cells: Cells, part: str) -> list[dict[str, Any]]:
     return [cell for cell in cells.values() if cell["part"] == part]
+
+
+def of_arm(table: Rows, recursion: str, precision: str) -> list[dict[str, Any]]:
+    """The rows of one recursion in one precision."""
+    return [r for r in table if (r["recursion"], r["precision"]) == (recursion, precision)]
 
 
 def _milliseconds(seconds: list[float]) -> dict[str, float | None]:
@@ -38,44 +45,33 @@ def grid_table(cells: Cells) -> list[dict[str, Any]]:
     """
     costs, memory = {}, {}
     for cell in of_part(cells, "cost"):
-        n, im_z = cell["settings"]["n"], cell["settings"]["im_z"]
         for row in cell["rows"]:
-            costs[row["arm"], n, im_z] = row
+            costs[row["arm"], _place(cell)] = row
             if row["peak_bytes"] is not None:
-                memory[row["arm"], n] = _megabytes(row)
-    accuracy = {
-        (row["recursion"], row["precision"], cell["settings"]["n"], cell["settings"]["im_z"]): row
-        for cell in of_part(cells, "accuracy")
-        for row in cell["rows"]
-    }
-    places = {(cell["settings"]["n"], cell["settings"]["im_z"]): None for cell in of_part(cells, "accuracy")}
+                memory[row["arm"], cell["settings"]["n"]] = _megabytes(row)
+    measured = of_part(cells, "accuracy")
+    accuracy = {(r["recursion"], r["precision"], *_place(cell)): r for cell in measured for r in cell["rows"]}
+    places = dict.fromkeys(map(_place, measured))
     table = []
-    for n, im_z in places:
-        for recursion in RECURSIONS:
-            for precision in PRECISIONS:
-                error = accuracy.get((recursion, precision, n, im_z))
-                cost = costs.get((f"{recursion} {precision}", n, im_z))
-                if error is None and recursion == THETA_PHI_LOOP:
-                    # The same products as the compiled recursion's, so the same overflow.
-                    error = {"status": accuracy[THETA_PHI, precision, n, im_z]["status"]}
-                table.append(
-                    {
-                        "recursion": recursion,
-                        "precision": precision,
-                        "n": n,
-                        "im_z": im_z,
-                        "status": error["status"],
-                        "value_error": error.get("value_error"),
-                        "gradient_error": error.get("gradient_error"),
-                        "gradient_error_small_rows": error.get("gradient_error_small_rows"),
-                        "reference": error.get("reference"),
-                        **_milliseconds(cost["total"] if cost else []),
-                        "calls": len(cost["total"]) if cost else 0,
-                        "peak_mb": memory.get((f"{recursion} {precision}", n)),
-                        "note": _note(cost),
-                    }
-                )
+    for (n, im_z), recursion, precision in itertools.product(places, grid.RECURSIONS, grid.PRECISIONS):
+        error = accuracy.get((recursion, precision, n, im_z))
+        if error is None and recursion == grid.THETA_PHI_LOOP:
+            # The same products as the compiled recursion's, so the same overflow.
+            error = {"status": accuracy[grid.THETA_PHI, precision, n, im_z]["status"]}
+        arm = f"{recursion} {precision}"
+        cost = costs.get((arm, (n, im_z)))
+        calls = cost["total"] if cost else []
+        table.append(
+            {"recursion": recursion, "precision": precision, "n": n, "im_z": im_z}
+            | {key: error.get(key) for key in ("status", *grid.ERRORS, "reference")}
+            | _milliseconds(calls)
+            | {"calls": len(calls), "peak_mb": memory.get((arm, n)), "note": _note(cost)}
+        )
     return table
+
+
+def _place(cell: dict[str, Any]) -> tuple[int, float]:
+    return cell["settings"]["n"], cell["settings"]["im_z"]
 
 
 def _note(cost: dict[str, Any] | None) -> str:
@@ -102,62 +98,50 @@ def _time(row: dict[str, Any]) -> str:
     return f"{median} ({low} to {high})"
 
 
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
 def _difference(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.0e}" if value else "0"
+    return "0" if value == 0 else _shown(value, ".0e")
 
 
 def first_overflow(table: Rows, recursion: str, precision: str) -> int | None:
     """Smallest N at which a result was not finite (or all zeros) for some Im z; None when all were finite."""
-    lost = [
-        r["n"]
-        for r in table
-        if (r["recursion"], r["precision"]) == (recursion, precision) and r["status"] != "finite"
-    ]
+    lost = [r["n"] for r in of_arm(table, recursion, precision) if r["status"] != "finite"]
     return min(lost, default=None)
 
 
 def worst(table: Rows, recursion: str, precision: str, key: str) -> dict[str, Any] | None:
     """The finite row with the largest ``key``; None where there is none."""
-    found = [
-        r
-        for r in table
-        if (r["recursion"], r["precision"]) == (recursion, precision) and r.get(key) is not None
-    ]
+    found = [r for r in of_arm(table, recursion, precision) if r.get(key) is not None]
     return max(found, key=lambda r: r[key], default=None)
 
 
 def at_longest(table: Rows, recursion: str, precision: str, key: str) -> tuple[int, float] | None:
     """(N, value) of ``key`` at the first Im z and the longest N where it was measured."""
-    im_z = table[0]["im_z"]
-    found = [
-        (r["n"], r[key])
-        for r in table
-        if (r["recursion"], r["precision"], r["im_z"]) == (recursion, precision, im_z) and r[key] is not None
-    ]
-    return max(found, default=None)
+    rows = [r for r in of_arm(table, recursion, precision) if r["im_z"] == table[0]["im_z"]]
+    return max(((r["n"], r[key]) for r in rows if r[key] is not None), default=None)
 
 
 def summary_readable(table: Rows) -> list[dict[str, Any]]:
     """The grid in one line per recursion and precision, for people."""
     rows = []
-    for recursion in RECURSIONS:
-        for precision in PRECISIONS:
-            lost = first_overflow(table, recursion, precision)
-            value, slope = (worst(table, recursion, precision, f"{k}_error") for k in ("value", "gradient"))
-            time, memory = (at_longest(table, recursion, precision, k) for k in ("ms", "peak_mb"))
-            rows.append(
-                {
-                    "recursion": recursion,
-                    "precision": precision,
-                    "not finite": "never" if lost is None else f"at N = {lost:,}",
-                    "worst value error": "-" if value is None else f"{value['value_error']:.0e}",
-                    "worst gradient error": "-" if slope is None else f"{slope['gradient_error']:.0e}",
-                    "time": "-" if time is None else f"{duration(time[1] / 1e3)} at N = {time[0]:,}",
-                    "peak memory": "-" if memory is None else f"{megabytes(memory[1])} at N = {memory[0]:,}",
-                }
-            )
+    for recursion, precision in itertools.product(grid.RECURSIONS, grid.PRECISIONS):
+        arm = table, recursion, precision
+        lost, time, memory = first_overflow(*arm), at_longest(*arm, "ms"), at_longest(*arm, "peak_mb")
+        value, slope = (worst(*arm, f"{k}_error") for k in ("value", "gradient"))
+        rows.append(
+            {
+                "recursion": recursion,
+                "precision": precision,
+                "not finite": "never" if lost is None else f"at N = {lost:,}",
+                "worst value error": "-" if value is None else f"{value['value_error']:.0e}",
+                "worst gradient error": "-" if slope is None else f"{slope['gradient_error']:.0e}",
+                "time": "-" if time is None else f"{duration(time[1] / 1e3)} at N = {time[0]:,}",
+                "peak memory": "-" if memory is None else f"{megabytes(memory[1])} at N = {memory[0]:,}",
+            }
+        )
     return rows
 
 
@@ -167,16 +151,13 @@ def megabytes(value: float) -> str:
 
 def costs_readable(table: Rows) -> list[dict[str, Any]]:
     """Time at the first Im z, one line per recursion and precision, one column per N; what would take too long says so."""
-    im_z = table[0]["im_z"]
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     for r in table:
-        if r["im_z"] != im_z:
-            continue
-        line = lines.setdefault(
-            (r["recursion"], r["precision"]), {"recursion": r["recursion"], "precision": r["precision"]}
-        )
-        shown = r["note"].removeprefix("not measured: one call ") if r["ms"] is None else _time(r)
-        line[f"N = {r['n']:,}"] = shown
+        if r["im_z"] == table[0]["im_z"]:
+            arm = {key: r[key] for key in ("recursion", "precision")}
+            line = lines.setdefault(tuple(arm.values()), arm)
+            shown = r["note"].removeprefix("not measured: one call ") if r["ms"] is None else _time(r)
+            line[f"N = {r['n']:,}"] = shown
     return list(lines.values())
 
 
@@ -184,31 +165,20 @@ def compared_table(cells: Cells, part: str) -> list[dict[str, Any]]:
     """One row per cell and arm of a part: settings, time, ratio to the cell's first arm, memory, difference from it."""
     table = []
     for cell in of_part(cells, part):
-        first = cell["rows"][0]
+        first = cell["rows"][0]["total"]
+        size = {k: v for k, v in cell["settings"].items() if k in ("batch", "length", "tokens", "experts")}
         for row in cell["rows"]:
-            ratio = paired_ratio(first["total"], row["total"])
             table.append(
-                {
-                    **{
-                        k: v
-                        for k, v in cell["settings"].items()
-                        if k in ("batch", "length", "tokens", "experts")
-                    },
-                    "arm": row["arm"],
-                    **_milliseconds(row["total"]),
-                    "forward_ms": _milliseconds(row["forward"])["ms"],
-                    "times_faster": ratio[0],
-                    "times_faster_low": ratio[1],
-                    "times_faster_high": ratio[2],
-                    "peak_mb": _megabytes(row),
-                    "difference": row.get("difference"),
-                }
+                {**size, "arm": row["arm"], **_milliseconds(row["total"])}
+                | {"forward_ms": _milliseconds(row["forward"])["ms"]}
+                | dict(zip(FASTER, paired_ratio(first, row["total"]), strict=True))
+                | {"peak_mb": _megabytes(row), "difference": row.get("difference")}
             )
     return table
 
 
 def compared_readable(table: Rows) -> list[dict[str, Any]]:
-    """The same for people."""
+    """The rows of `compared_table` for people."""
     size = next(k for k in ("batch", "tokens") if k in table[0])
     return [
         {
@@ -226,43 +196,71 @@ def compared_readable(table: Rows) -> list[dict[str, Any]]:
 
 def model_table(cells: Cells) -> list[dict[str, Any]]:
     """One row per number format of the training step."""
-    (cell,) = of_part(cells, "model")
-    full = cell["rows"][0]
+    rows = cells["model"]["rows"]
     table = []
-    for row in cell["rows"]:
-        measured = bool(row["step_seconds"])
-        ratio = paired_ratio(full["step_seconds"], row["step_seconds"]) if measured else (None,) * 3
+    for row in rows:
+        taken, losses = row["step_seconds"], row["losses"]
+        faster, low, _ = paired_ratio(rows[0]["step_seconds"], taken) if taken else (None,) * 3
         table.append(
-            {
-                "format": row["format"],
-                "support": row["support"],
-                "why": row["why"],
-                **_milliseconds(row["step_seconds"]),
-                "times_faster": ratio[0],
-                "times_faster_low": ratio[1],
-                "gradient_difference": row["gradient_difference"],
-                "last_loss": row["losses"][-1] if measured else None,
-                "steps": len(row["losses"]) + 1 if measured else 0,
-            }
+            {key: row[key] for key in ("format", "support", "why")}
+            | _milliseconds(taken)
+            | {"times_faster": faster, "times_faster_low": low}
+            | {"gradient_difference": row["gradient_difference"], "last_loss": losses[-1] if taken else None}
+            | {"steps": len(losses) + 1 if taken else 0}
         )
     return table
 
 
 def model_readable(table: Rows) -> list[dict[str, Any]]:
-    """The same for people."""
-
-    def shown(value: float | None, pattern: str) -> str:
-        return "-" if value is None else format(value, pattern)
-
+    """The rows of `model_table` for people."""
     return [
         {
             "format": r["format"],
             "here": r["support"],
             "because": r["why"],
             "step": "-" if r["ms"] is None else duration(r["ms"] / 1e3),
-            "times faster than fp32": shown(r["times_faster"], ".2f"),
+            "times faster than fp32": _shown(r["times_faster"], ".2f"),
             "gradient differs by": _difference(r["gradient_difference"]),
-            "loss after the same steps": shown(r["last_loss"], ".4f"),
+            "loss after the same steps": _shown(r["last_loss"], ".4f"),
         }
         for r in table
     ]
+
+
+def _rows_in_words(cells: Cells) -> str:
+    """Over how many rows an error is the worst: fewer where they are long."""
+    rows = {cell["settings"]["n"]: cell["settings"]["rows"] for cell in of_part(cells, "accuracy")}
+    most, fewest = max(rows.values()), min(rows.values())
+    if most == fewest:
+        return f"{most} rows"
+    longest = max(n for n, count in rows.items() if count == most)
+    return f"{most} rows up to N = {longest:,}, of fewer beyond ({fewest} at N = {max(rows):,})"
+
+
+def errors_note(cells: Cells, reference_n: int, device: str) -> str:
+    """The small print under the error picture."""
+    return (
+        f"Error relative to the row's largest entry, worst of {_rows_in_words(cells)}; a = v - 2, v ~ N(0, 1), b = c = 1. "
+        f"Against 50 digits up to N = {reference_n:,}, beyond against sequential left/right in complex128. Adaptive: "
+        f"double precision for rows whose largest |dL/dG| is below {grid.ADAPTIVE_THRESHOLD:g} of the batch's. Left/right "
+        f"computed on the {'GPU' if device == 'cuda' else 'CPU'}."
+    )
+
+
+def machine_note(cells: Cells, device: str, repeats: int) -> str:
+    """What the times were measured on, and whether it was busy."""
+    machine = next(iter(cells.values()))["machine"]
+    if device == "cuda":
+        said = [f"Measured on {machine['gpu']}"]
+    else:
+        why = "no GPU here, so no GPU rows" if machine["gpu"] is None else "no GPU rows: the CPU was asked for"
+        threads = f"{machine['cores']} cores, threads: {machine['threads']}"
+        said = [f"Measured on {machine['processor']}, {threads}", why]
+    said.append(f"up to {repeats} calls each, the ways in turn")
+    crowded = [cell for cell in cells.values() if is_crowded(cell)]
+    if 2 * len(crowded) > len(cells):
+        other = sum(cell["other_cores"] for cell in crowded) / len(crowded)
+        said.append(
+            f"OTHER PROCESSES USED {other:.1f} CORES: trust no times; run again on a quiet machine, or with OMP_NUM_THREADS=1"
+        )
+    return "; ".join(said) + "."

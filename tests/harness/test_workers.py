@@ -1,0 +1,117 @@
+"""Several trials at once: the same numbers, nothing done twice, and a helper that dies costs nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bklm.harness import workers
+from bklm.studies.grad_blend import figures
+from bklm.studies.grad_blend import run as grad_blend
+from bklm.studies.grad_blend.run import run_grad_blend
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    monkeypatch.setattr(figures, "save_figure", lambda path, *a, **k: path.write_bytes(b"") and path)
+
+
+@pytest.fixture
+def config(tiny_config):
+    """Six trials that each take long enough for a helper, which imports torch first, to get some."""
+    return dataclasses.replace(
+        tiny_config, alphas=(0.0, 0.5, 1.0), epochs_per_trial=25, final_epochs=1, workers=2
+    )
+
+
+def numbers(folder: Path) -> list:
+    return [
+        {k: v for k, v in row.items() if k not in ("training_time",)}
+        for row in json.loads((folder / "grad_blend_results.json").read_text())["results"]
+    ]
+
+
+def trained_here(monkeypatch) -> list[str]:
+    """The labels of what this process trains."""
+    labels, real = [], grad_blend.train
+    monkeypatch.setattr(grad_blend, "train", lambda *a, **k: labels.append(k["label"]) or real(*a, **k))
+    return labels
+
+
+def helpers() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children() if "bklm.harness.workers" in p.cmdline()]
+
+
+def test_two_workers_give_the_numbers_of_one_and_each_trial_is_trained_once(config, monkeypatch, tmp_path):
+    here = trained_here(monkeypatch)
+    together = run_grad_blend(config)
+    assert 0 < len(here) - 1 < 6, "the helper trained none, or all"
+    log = (together.folder / "run.log").read_text()
+    for alpha in ("0", "0.5", "1"):
+        for seed in (0, 1):
+            assert log.count(f"bklm.training.loop: alpha {alpha}, seed {seed}: epoch 1/25") == 1
+    assert "2 trials run at once" in log
+    assert helpers() == []
+    alone = run_grad_blend(dataclasses.replace(config, workers=1, output_dir=str(tmp_path / "alone")))
+    assert numbers(together.folder) == numbers(alone.folder)
+
+
+def test_the_point_of_a_helper_that_is_killed_is_done_by_the_others(config, monkeypatch, tmp_path):
+    killed = []
+
+    def kill_at_work() -> None:
+        deadline = time.monotonic() + 120
+        folder = Path(config.output_dir) / "grad_blend" / "trials"
+        while time.monotonic() < deadline and not killed:
+            # Two folders of trials under way: one of them is the helper's.
+            if len(list(folder.glob("*/checkpoints"))) > 1 and helpers():
+                killed.extend(helpers())
+                os.kill(killed[0].pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+    threading.Thread(target=kill_at_work, daemon=True).start()
+    result = run_grad_blend(config)
+    assert killed
+    assert "A worker ended early" in (result.folder / "run.log").read_text()
+    alone = run_grad_blend(dataclasses.replace(config, workers=1, output_dir=str(tmp_path / "alone")))
+    assert numbers(result.folder) == numbers(alone.folder)
+
+
+def test_an_error_in_the_study_ends_its_helpers(config, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grad_blend, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_grad_blend(config)
+    assert helpers() == []
+
+
+def test_how_many_run_at_once_follows_the_settings_the_cores_and_the_memory(tiny_config, monkeypatch):
+    monkeypatch.setattr(workers, "cores", lambda: 8)
+    quick = dataclasses.replace(tiny_config, profile="quick")
+    monkeypatch.setattr(workers, "free_bytes", lambda device: 64e9)
+    assert workers.number(dataclasses.replace(tiny_config, workers=3), 10) == 3
+    assert workers.number(dataclasses.replace(tiny_config, workers=3), 2) == 2
+    assert workers.number(tiny_config, 10) == 1, "a smoke run starts no helper unasked"
+    assert workers.number(quick, 100) == 8
+    monkeypatch.setattr(workers, "free_bytes", lambda device: 3.5e9)
+    assert workers.number(quick, 100) == 2
+    monkeypatch.setattr(workers, "free_bytes", lambda device: 0)
+    assert workers.number(quick, 100) == 1
+
+
+def test_two_ways_to_share_at_once_are_refused_in_one_sentence(tiny_config):
+    both = dataclasses.replace(tiny_config, workers=2, processes=2)
+    with pytest.raises(ValueError, match="processes, workers: each is a way of its own"):
+        both.resolved()
