@@ -183,7 +183,11 @@ def _train_all(study: Session) -> _Found:
         if config.phase == "1":
             return _Found(phase1, [], [], [])
         trials, searched = trainer.run_phase2(config.learning_rates, lambda done: _draw(study, done))
-        ARMS.require_any(trials)
+        if not ARMS.finished(trials):
+            raise RuntimeError(
+                f"every trial diverged, the first so: {trials[0]['reason']} Take other settings, such as lower "
+                "learning_rates, and another output_dir."
+            )
         final = trainer.run_again(tables.best_trial(trials))
         trainer.forget_contexts()
         return _Found(phase1, trials, searched, [final])
@@ -279,6 +283,6 @@ def _report(study: Session, found: _Found) -> EmbeddingFreezeResult:
         EmbeddingFreezeResult,
         sum(part["seconds"] for part in (*phase1, *trials, *searched, *final)),
         {"tokenizer": {"source": text.bpe.source, "sha256": text.bpe.sha256}},
-        table=table, baselines=text.baselines, best=best, best_perplexity=best and best["val_ppl"], finding="\n".join(said), findings=said,
-        diverged=lost, effects=effects, phase1=phase1_rows,
+        table=table, baselines=text.baselines, best=best, best_perplexity=best and best["val_ppl"], finding="\n".join(said),
+        findings=said, diverged=lost, effects=effects, phase1=phase1_rows,
     )  # fmt: skip
