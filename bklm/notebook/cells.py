@@ -1,4 +1,4 @@
-"""What only a notebook needs: where it runs, its form cell and controls, live figures, and the download at the end.
+"""What only a notebook needs: where it runs, tables, sentences, live figures, and the download at the end.
 
 Everything here also works headless (papermill, CI): nothing waits for a front end that is not there.
 """

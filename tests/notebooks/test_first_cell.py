@@ -68,6 +68,11 @@ def test_in_an_empty_runtime_it_clones_sets_this_python_up_and_goes_there(addres
     Path("set-up-for").unlink()
     execute(address, "nowhere")  # a second time it is a checkout already
     assert not Path("set-up-for").exists()
+    os.chdir(
+        runtime
+    )  # in a kernel that was started anew, another Python perhaps: nothing is fetched, all is set up
+    execute(address, "nowhere")
+    assert Path("set-up-for").exists()
 
 
 def test_an_uploaded_zip_takes_the_place_of_the_network_and_cannot_leave_its_folder(address, runtime, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -168,6 +169,22 @@ def test_a_failed_run_leaves_no_result_of_an_earlier_one(finished, monkeypatch):
         study.run()
     with pytest.raises(ValueError, match="nothing has been run yet"):
         study.table()
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name != "precision"])
+def test_the_text_cell_of_every_study_that_reads_one_says_source_and_sizes_and_counts(
+    name, monkeypatch, capsys, tmp_path
+):
+    (config_class,) = (c for c in FORMS.values() if c.study == name)
+    config = config_class(profile="smoke", dataset="embedded", output_dir=str(tmp_path), device="cpu")
+    study = notebook.study(name, variables(config))
+    study.text()
+    printed = capsys.readouterr().out
+    assert printed.startswith("embedded, from ")
+    assert re.search(r"[\d,]+ (training|tokens)", printed)
+    assert printed.count("Kneser-Ney 3-gram") == (
+        len(config.resolved().samples) if name == "embedding_freeze" else 1
+    )
 
 
 def test_a_study_that_is_not_there_and_a_bad_value_are_one_sentence(finished):
