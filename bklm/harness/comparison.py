@@ -74,6 +74,7 @@ class Comparison:
         score: the key of a trial's perplexity, None where it diverged.
         short: the value as a table's first cell.
         other: what a headline calls one of the others.
+        lowest: what a finding and a headline begin with, of the best value's title and perplexity.
         order: a key to sort by; None keeps the order of the trials.
         reported: per value of the factor, what the original reported: columns "original_..." of the row.
     """
@@ -84,6 +85,7 @@ class Comparison:
     score: str = "val_ppl"
     short: Callable[[Any], str] = str
     other: str = "other"
+    lowest: str = "Lowest validation PPL at {}: {}"
     order: Callable[[Trial], Any] | None = None
     reported: Mapping[Any, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     reported_columns: tuple[str, ...] = ()
@@ -178,7 +180,7 @@ class Comparison:
 
     def _judged(self, trials: Sequence[Trial]) -> tuple[str, dict[str, Perplexity]]:
         best = self.best(trials)
-        words = f"Lowest validation PPL at {self.title(best)}: {self.perplexity(self.groups(trials)[best])}"
+        words = self.lowest.format(self.title(best), self.perplexity(self.groups(trials)[best]))
         return words, {self.title(value): ratio for value, ratio in self.ratios(trials).items()}
 
     def diverged(self, trials: Sequence[Trial]) -> str:
@@ -193,7 +195,10 @@ class Comparison:
                 f"{said} No {self.by} finished all its seeds; the best is among those that finished the most."
             )
         if partly := [self.title(value).removeprefix(f"{self.by} ") for value in groups if value in lost]:
-            said += f" An {self.by} that lost a seed is given no verdict ({self.by} {', '.join(partly)})."
+            article = "An" if self.by[0] in "aeiou" else "A"
+            said += (
+                f" {article} {self.by} that lost a seed is given no verdict ({self.by} {', '.join(partly)})."
+            )
         return said
 
     def diverged_in_short(self, trials: Sequence[Trial]) -> str:

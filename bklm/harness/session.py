@@ -62,9 +62,14 @@ class Session:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.dismiss_helpers()
+        self.progress.close()
+
+    def dismiss_helpers(self) -> None:
+        """End the workers beside this process: there is no grid to come."""
         if self._pool is not None:
             self._pool.close()
-        self.progress.close()
+        self._pool = None
 
     def expect(self, steps: int, unit: str = "step") -> None:
         """The optimiser steps of all trials together, or other units of work, for the progress bar."""

@@ -61,6 +61,8 @@ def run_study(
         launch(config, _work_only, config, work, prepare)
     with _open(config, prepare, on_figure, text) as study:
         found = work(study)
+        # What a report measures has the machine to itself.
+        study.dismiss_helpers()
         return report(study, found) if study.is_main and workers.link is None else None
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from bklm.data import (
     Corpus,
@@ -37,6 +37,8 @@ class StudyText:
     batch_size: int
     layout: str  # "every-target-once", or the original's "disjoint" blocks
     baselines: list[dict[str, Any]]
+    # Training batches in one of evaluation.
+    scored_at_once: ClassVar[int] = 1
 
     @property
     def vocab_size(self) -> int:
@@ -71,7 +73,7 @@ class StudyText:
 
     def first_batch(self, sequences: int) -> tuple[Tensor, Tensor]:
         """The first few training windows (x, y), always the same."""
-        data = windows(self.tokens.train, self.seq_len, self.layout, self.tokens.pad_id)
+        data = self._windows(self.tokens.train)
         return data[list(range(min(sequences, len(data))))]
 
     def prompt(self, words: int = 12) -> str:
@@ -97,9 +99,13 @@ class StudyText:
         return self.tokens.vocab.tokenizer.to_str(pretty=False)
 
     def _loader(self, ids: np.ndarray, shuffle: bool = False, seed: int = 0) -> DataLoader:
-        data = windows(ids, self.seq_len, self.layout, self.tokens.pad_id)
-        batch_size = self.batch_size if shuffle else min(self.batch_size, len(data))
+        data = self._windows(ids)
+        # Scoring keeps no activations: larger batches are faster, and change no sum.
+        batch_size = self.batch_size if shuffle else min(self.scored_at_once * self.batch_size, len(data))
         return make_loader(data, batch_size, shuffle=shuffle, seed=seed)
+
+    def _windows(self, ids: np.ndarray) -> Dataset:
+        return windows(ids, self.seq_len, self.layout, self.tokens.pad_id)
 
 
 def prepare_text(config: Any) -> StudyText:
@@ -111,25 +117,24 @@ def prepare_text(config: Any) -> StudyText:
     corpus = load_corpus(config.dataset, config.data_dir)
     tokens = tokenize_corpus(corpus, config.vocab_size, config.max_train_tokens or None)
     layout = "disjoint" if config.protocol == "original" else "every-target-once"
-    text = StudyText(
-        corpus,
-        tokens,
-        config.seq_len,
-        config.batch_size,
-        layout,
-        ngram_baselines(corpus, tokens, config.seq_len),
-    )
-    for loader in (text.train_loader(0), text.val_loader(), text.test_loader()):
-        len(loader)  # refuses sequences and batches that the text cannot fill
-    log.info(
-        "Text: %s from %s; %s training, %s validation, %s test tokens, vocabulary %s",
-        corpus.name, corpus.source, f"{len(tokens.train):,}", f"{len(tokens.valid):,}", f"{len(tokens.test):,}",
-        f"{tokens.vocab_size:,}",
-    )  # fmt: skip
-    log.info(
-        "Baselines: validation PPL %s", ", ".join(f"{r['name']} {r['val_ppl']:.1f}" for r in text.baselines)
-    )
+    baselines = ngram_baselines(corpus, tokens, config.seq_len)
+    text = StudyText(corpus, tokens, config.seq_len, config.batch_size, layout, baselines)
+    check_and_log(text, (text.train_loader(0), text.val_loader(), text.test_loader()))
     return text
+
+
+def check_and_log(text: StudyText, loaders: Iterable[DataLoader]) -> None:
+    """Refuse sequences and batches that the text cannot fill, and say what it is.
+
+    Raises:
+        ValueError: see `bklm.data.make_loader`.
+    """
+    for loader in loaders:
+        len(loader)
+    targets = f"{text.val_loader().dataset.num_targets:,} validation targets"
+    log.info("Text: %s, %s, from %s", text.describe(), targets, text.corpus.source)
+    scores = (f"{r['name']} {r['val_ppl']:.1f}" for r in text.baselines)
+    log.info("Baselines: validation PPL %s", ", ".join(scores))
 
 
 def ngram_baselines(corpus: Corpus, tokens: TokenizedCorpus, seq_len: int) -> list[dict[str, Any]]:

@@ -226,6 +226,8 @@ def main() -> None:
     config = getattr(importlib.import_module(given["module"]), given["class"])(**given["config"])
     run = importlib.import_module(f"{config.package()}.run")
     getattr(run, f"run_{config.study}")(config)
+    # The study ends its helpers; one that ended by itself would look like one that died.
+    threading.Event().wait()
 
 
 if __name__ == "__main__":

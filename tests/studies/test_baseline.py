@@ -5,45 +5,46 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
+import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from matplotlib.figure import Figure
 
+from bklm.harness.progress import Progress
 from bklm.studies.baseline import costs as baseline_measure
 from bklm.studies.baseline import figures as baseline_figures
-from bklm.studies.baseline import run as baseline
+from bklm.studies.baseline import run as baseline_run
 from bklm.studies.baseline import train as baseline_runner
 from bklm.studies.baseline.config import BaselineConfig
-from bklm.studies.baseline.estimate import estimated_minutes
-from bklm.studies.baseline.models import COMPETITORS, active_parameters, build_model, model_settings
-from bklm.studies.baseline.run import run_baseline
+from bklm.studies.baseline.models import COMPETITORS, CONTEXT_LENGTHS, active_parameters, build_model
+from bklm.studies.baseline.run import estimated_minutes, fields_of_models, prepare_text, run_baseline
 from bklm.studies.baseline.samples import choose_checkpoint, list_checkpoints, load_checkpoint, write_sample
 from bklm.studies.baseline.tables import (
+    MODELS,
     claims_table,
-    headline,
     model_table,
-    paired_ratios,
     readable_contexts,
     readable_cost,
     readable_quality,
-    state_finding,
 )
-from bklm.studies.baseline.text import prepare_text
 from bklm.training.checkpoints import CheckpointFolder
 from bklm.training.evaluation import evaluate
 from bklm.training.non_finite import NonFiniteError
+
+# A checkpoint that an error names, and that nobody may be sent to look for.
+GONE = "epoch_0007"
 
 
 def leave_out_figures_and_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing and measuring take most of a tiny study's time; one test has them for real."""
     cost = {"tokens_per_second": 1.0, "training_bytes": None, "memory_reason": "left out", "generation": []}
     monkeypatch.setattr(baseline_figures, "save_figure", lambda path, *a, **k: path)
-    monkeypatch.setattr(
-        baseline, "measure_models", lambda config, text, runs, folder: {r["model"]: cost for r in runs}
-    )
+    monkeypatch.setattr(baseline_run, "measure_models", lambda runs, *a, **k: {r["model"]: cost for r in runs})
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,10 @@ def test_all_three_models_are_searched_trained_measured_and_reported_in_one_zip(
     drawn = []
     result = run_baseline(config, on_figure=drawn.append)
     assert [r["model"] for r in result.table] == list(COMPETITORS)
-    assert len(drawn) == 6
+    # Drawing takes longer than a tiny training, so it is not done after each.
+    assert 1 <= len(drawn) < 6
+    assert list(result.tables()) == ["quality", "search", "contexts", "cost", "claims"]
+    assert [row["model"] for row in result.tables()["quality"]()][:3] == ["NewLLM", "GPT", "ResNetBK"]
     with zipfile.ZipFile(result.bundle.path) as archive:
         names = {n.removeprefix("baseline/") for n in archive.namelist()}
         summary = json.loads(archive.read("baseline/summary.json"))
@@ -153,7 +157,7 @@ def test_after_ctrl_c_the_study_goes_on_and_ends_with_the_numbers_of_an_undistur
         if len(done) == steps - 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(baseline_runner.Progress, "step", lambda self, n: press(n))
+    monkeypatch.setattr(Progress, "step", lambda self, n: press(n))
     with pytest.raises(KeyboardInterrupt):
         run_baseline(tiny)
     resumed = run_baseline(tiny)
@@ -166,7 +170,7 @@ def test_checkpoints_go_where_they_are_wanted_and_tell_which_model_they_hold(tin
         tiny, checkpoint_dir=str(tmp_path / "drive"), epochs=5, keep_checkpoints=1
     ).resolved()
     result = run_baseline(config)
-    rows = list_checkpoints(config)
+    rows = list_checkpoints(config.checkpoint_folder())
     assert {r["epoch"] for r in rows} == {4, 5, result.runs[0]["best_epoch"]}
     assert all(Path(r["path"]).is_relative_to(tmp_path / "drive") for r in rows)
     text = prepare_text(config)
@@ -196,7 +200,7 @@ def test_checkpoints_go_where_they_are_wanted_and_tell_which_model_they_hold(tin
 def test_a_longer_run_goes_on_from_a_checkpoint_of_a_shorter_one(tiny, tmp_path):
     short = dataclasses.replace(tiny, epochs=2)
     run_baseline(short)
-    (place,) = [r["path"] for r in list_checkpoints(short.resolved()) if r["epoch"] == 2]
+    (place,) = [r["path"] for r in list_checkpoints(short.checkpoint_folder()) if r["epoch"] == 2]
     longer = run_baseline(dataclasses.replace(tiny, output_dir=str(tmp_path / "longer"), resume_from=place))
     whole = run_baseline(dataclasses.replace(tiny, output_dir=str(tmp_path / "whole")))
     assert curve(longer) == curve(whole)
@@ -263,7 +267,9 @@ def test_a_learning_rate_that_diverges_is_an_answer_and_not_taken(tiny, monkeypa
     result = run_baseline(dataclasses.replace(tiny, learning_rates=(1e-2, 1.0), epochs=1))
     assert [r["val_ppl"] is None for r in result.search] == [False, True]
     assert result.table[0]["learning_rate"] == 1e-2
-    with pytest.raises(RuntimeError, match=r"NewLLM diverged with each of .*; add smaller ones"):
+    with pytest.raises(
+        RuntimeError, match=r"learning_rates: newllm diverged with each of .*; add smaller ones"
+    ):
         run_baseline(dataclasses.replace(tiny, learning_rates=(1.0, 2.0), output_dir=tiny.output_dir + "2"))
 
 
@@ -272,7 +278,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_are_reported_without_it(
 
     def train(model, loader, val, settings, **options):
         if settings.seed == 0:
-            raise NonFiniteError("NewLLM, seed 0: the loss was nan.")
+            raise NonFiniteError("NewLLM, seed 0: the loss was nan", f"; the last good checkpoint is {GONE}.")
         return real(model, loader, val, settings, **options)
 
     monkeypatch.setattr(baseline_runner, "train", train)
@@ -280,9 +286,13 @@ def test_a_run_that_diverges_is_recorded_and_the_others_are_reported_without_it(
     result = run_baseline(config)
     assert [r["seed"] for r in result.runs] == [1]
     assert [(r["seed"], r["reason"]) for r in result.diverged] == [(0, "NewLLM, seed 0: the loss was nan.")]
-    assert "seed 0: the loss was nan. It is recorded as diverged" in (result.folder / "run.log").read_text()
-    assert "Diverged, and in none of these numbers: NewLLM, seed 0 (learning rate 0.01)." in result.finding
-    quality = readable_quality(result.table, [], result.diverged)
+    assert [r["learning_rate"] for r in result.diverged] == [0.01]
+    assert GONE not in (result.folder / "summary.json").read_text()
+    log = (result.folder / "run.log").read_text()
+    assert log.count("seed 0: the loss was nan; it is repeated, to tell a divergence from a fault") == 1
+    assert "seed 0: the loss was nan; it is recorded as diverged" in log
+    assert "Diverged, and in none of these numbers: NewLLM, seed 0." in result.finding
+    quality = readable_quality(result.table, [])
     assert quality[0]["val PPL (95%)"].endswith("; diverged: 1 of 2 seeds")
     assert result.load().num_parameters() == result.table[0]["parameters"]  # the seed that did not diverge
     monkeypatch.setattr(baseline_runner, "train", lambda *a, **k: pytest.fail("trained again"))
@@ -291,7 +301,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_are_reported_without_it(
 
 def test_when_every_run_diverges_one_sentence_says_so(tiny, monkeypatch):
     def train(*arguments, **options):
-        raise NonFiniteError("NewLLM, seed 0: the loss was nan.")
+        raise NonFiniteError("NewLLM, seed 0: the loss was nan", f"; the last good checkpoint is {GONE}.")
 
     monkeypatch.setattr(baseline_runner, "train", train)
     with pytest.raises(
@@ -331,11 +341,105 @@ def test_every_token_after_the_first_is_a_target_once_and_words_are_lower_case(t
     both = prepare_text(dataclasses.replace(tiny, validation="valid+test").resolved())
     assert both.val_targets == len(words) + sum(len(line.split()) for line in both.corpus.test) - 1
     assert not both.has_test_split
-    split = dataclasses.replace(tiny, validation="valid+test").resolved()
-    assert "validation holds the test split too" in baseline_figures.describe_run(split, both)
     cased = prepare_text(dataclasses.replace(tiny, lowercase=False).resolved())
     assert "Animals" in cased.tokens.vocab.words
     assert "Animals" not in text.tokens.vocab.words
+
+
+def test_a_study_that_validates_on_the_test_split_too_says_so(tiny):
+    result = run_baseline(dataclasses.replace(tiny, validation="valid+test", epochs=1))
+    note = json.loads(result.paths["summary.json"].read_text())["note"]
+    assert "validation holds the test split too" in note
+    assert "299 training targets an epoch" in note
+    assert result.table[0]["test_ppl"] is None
+
+
+def test_a_text_handed_in_is_not_prepared_again(tiny, monkeypatch):
+    text = prepare_text(tiny.resolved())
+    monkeypatch.setattr(baseline_run, "make_text", lambda *a, **k: pytest.fail("prepared again"))
+    assert run_baseline(dataclasses.replace(tiny, epochs=1), text=text).baselines == text.baselines
+
+
+def test_a_fault_of_the_moment_leaves_no_trace_in_the_numbers(tiny, tmp_path, monkeypatch):
+    undisturbed = run_baseline(dataclasses.replace(tiny, output_dir=str(tmp_path / "undisturbed")))
+    real, faults = baseline_runner.train, []
+
+    def train(*arguments, **options):
+        records = real(*arguments, **options)
+        if not faults:
+            faults.append("a loss was nan")
+            raise NonFiniteError(faults[0])
+        return records
+
+    monkeypatch.setattr(baseline_runner, "train", train)
+    result = run_baseline(tiny)
+    assert faults
+    assert result.diverged == []
+    assert curve(result) == curve(undisturbed)
+
+
+def test_a_record_without_weights_is_reported_and_only_a_sample_of_it_is_refused(tiny):
+    """What a database brings of another machine's runs: its records, and none of its weights."""
+    config = dataclasses.replace(tiny, seeds=(0, 1), epochs=1)
+    first = run_baseline(config)
+    places = [config.checkpoint_folder() / f"newllm_seed_{seed}" for seed in (0, 1)]
+    kept = [first.folder / "runs" / f"newllm_seed_{seed}" / "best_model.safetensors" for seed in (0, 1)]
+    assert [file.exists() for file in kept] == [True, False]
+    shutil.rmtree(places[0])
+    kept[0].unlink()
+    second = run_baseline(config)
+    assert [file.exists() for file in kept] == [False, True]
+    assert kept[1].read_bytes() == next(places[1].glob("epoch_*/model.safetensors")).read_bytes()
+    assert second.load().num_parameters() == first.load().num_parameters()
+    # A checkpoint of the same run that scored otherwise is another training's.
+    kept[1].unlink()
+    (place,) = places[1].glob("epoch_*")
+    place.rename(place.with_name("epoch_0001_ppl_1.234"))
+    third = run_baseline(config)
+    assert third.table == first.table
+    assert not any(file.exists() for file in kept)
+    log = (third.folder / "run.log").read_text()
+    assert log.count("NewLLM: no weights of it are here") == 1
+    with pytest.raises(
+        FileNotFoundError, match=r"model: the weights of NewLLM are gone from .*runs, or were never"
+    ):
+        third.load()
+    with pytest.raises(ValueError, match=r"model: got 'gpt'; this study trained newllm\."):
+        third.load("gpt")
+
+
+@pytest.mark.slow
+def test_two_workers_on_one_machine_give_the_numbers_of_one_and_costs_are_measured_without_them(
+    tiny, tmp_path, monkeypatch
+):
+    config = dataclasses.replace(tiny, seeds=(0, 1), learning_rates=(1e-3, 1e-2), epochs=40, patience=40)
+    alone = run_baseline(config)
+    state = []
+
+    def measure(runs, *arguments, **options):
+        helpers = [p for p in psutil.Process().children() if "bklm.harness.workers" in p.cmdline()]
+        state.append((torch.get_num_threads(), helpers))
+        # Time for a helper that is still there to end by itself.
+        time.sleep(3)
+        return {
+            run["model"]: {"tokens_per_second": 1.0, "training_bytes": None, "generation": []} for run in runs
+        }
+
+    monkeypatch.setattr(baseline_run, "measure_models", measure)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = run_baseline(dataclasses.replace(config, workers=2, output_dir=str(tmp_path / "two")))
+    finally:
+        torch.set_num_threads(threads)
+    assert state == [(2, [])]
+    log = (together.folder / "run.log").read_text()
+    assert "2 trials run at once, 1 thread each" in log
+    assert "ended early" not in log
+    assert [r["learning_rate"] for r in together.runs] == [r["learning_rate"] for r in alone.runs]
+    for found, expected in zip(curve(together), curve(alone), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert together.load().num_parameters() == alone.load().num_parameters()
 
 
 def test_all_context_lengths_score_the_same_targets(tiny):
@@ -354,7 +458,8 @@ def test_all_context_lengths_score_the_same_targets(tiny):
 def test_the_full_profile_has_the_originals_sizes_and_competitors_within_one_percent(name, parameters):
     config = BaselineConfig(profile="full").resolved()
     with torch.device("meta"):
-        model = build_model(name, model_settings(name, config, 1000))
+        ((_, fields),) = fields_of_models(dataclasses.replace(config, model=name), 1000).items()
+        model = build_model(name, fields)
     assert model.num_parameters() == (parameters or pytest.approx(2_739_432, rel=0.01))
 
 
@@ -379,11 +484,22 @@ def test_the_config_in_the_package_is_the_one_in_the_module():
     assert studies.run_baseline is run_baseline
 
 
-def run_of(model: str, seed: int, perplexity: float) -> dict:
+def run_of(model: str, seed: int, perplexity: float | None) -> dict:
+    if perplexity is None:
+        return {
+            "model": model,
+            "seed": seed,
+            "val_ppl": None,
+            "learning_rate": 1e-3,
+            "reason": "nan",
+            "seconds": 1.0,
+        }
     return {
         "model": model, "seed": seed, "val_ppl": perplexity, "val_ppl_without_unk": 2 * perplexity, "test_ppl": None,
         "val_accuracy": 0.3, "best_epoch": 2, "parameters": 10, "active_parameters": 8, "learning_rate": 1e-3, "steps": 4,
-        "val_ppl_by_context": {"16": perplexity, "64": None if model == "gpt" else perplexity - 1, "1024": None},
+        "val_ppl_by_context": {
+            **dict.fromkeys(map(str, CONTEXT_LENGTHS)), "16": perplexity, "64": None if model == "gpt" else perplexity - 1,
+        },
         "model_config": {"n_seq": 32} if model == "gpt" else {},
         "epochs": [{"seconds": 30.0}],
     }  # fmt: skip
@@ -392,19 +508,34 @@ def run_of(model: str, seed: int, perplexity: float) -> dict:
 def test_a_difference_inside_its_interval_is_called_none_and_one_outside_worse():
     runs = [run_of("newllm", 0, 50.0), run_of("newllm", 1, 55.0)]
     same = [*runs, run_of("gpt", 0, 56.0), run_of("gpt", 1, 50.0)]
-    assert "no difference beyond the 95% interval: GPT x" in state_finding(same)
-    assert "no other is worse" in headline(same)
+    assert MODELS.finding(same).startswith("Lowest validation PPL: NewLLM, 52.4 (")
+    assert "no difference beyond the 95% interval: GPT x" in MODELS.finding(same)
+    assert "no other is worse" in MODELS.headline(same)
     worse = [*runs, run_of("gpt", 0, 60.0), run_of("gpt", 1, 66.1)]
-    assert "worse over 2 paired seeds: GPT x1.201 (" in state_finding(worse)
-    assert "1 of 1 others is worse" in headline(worse)
-    assert paired_ratios([*worse, run_of("newllm", 2, 50.0)]) == paired_ratios(worse)  # GPT's seed 2 diverged
-    assert "Lowest validation PPL: NewLLM" in state_finding([runs[0], run_of("gpt", 1, 90.0)])  # no common seed
-    lost = {"model": "resnet_bk", "seed": 0, "learning_rate": 3e-3}
-    quality = readable_quality(model_table(worse, {}), [], [lost])
-    assert [r["val PPL (95%)"] for r in quality if r["model"] == "ResNetBK"] == ["diverged"]
+    assert "worse over 2 paired seeds: GPT x1.201 (" in MODELS.finding(worse)
+    assert "1 of 1 others is worse" in MODELS.headline(worse)
+    lost = [run_of("resnet_bk", 0, None), run_of("resnet_bk", 1, None)]
+    quality = readable_quality(model_table([*worse, *lost], {}), [])
+    words = [(r["val PPL (95%)"], r["learning rate"]) for r in quality if r["model"] == "ResNetBK"]
+    assert words == [("diverged", "0.001")]
     one = [runs[0], run_of("gpt", 0, 90.0)]
-    assert "no verdict" in state_finding(one)
-    assert "no interval" in headline(one)
+    assert "no verdict" in MODELS.finding(one)
+    assert "no interval" in MODELS.headline(one)
+
+
+def test_a_model_that_lost_seeds_is_no_candidate_for_the_best_and_gets_no_verdict():
+    lost = [run_of("newllm", 0, 10.0), run_of("newllm", 1, None), run_of("newllm", 2, None)]
+    whole = [run_of("gpt", seed, perplexity) for seed, perplexity in enumerate((12.0, 12.1, 12.2))]
+    trials = [*lost, *whole]
+    assert MODELS.best(trials) == "gpt"
+    assert MODELS.ratios(trials) == {}
+    assert MODELS.finding(trials) == (
+        "Lowest validation PPL: GPT, 12.1 (11.9 to 12.4). Diverged, and in none of these numbers: NewLLM, seed 1; NewLLM, "
+        "seed 2. A model that lost a seed is given no verdict (model NewLLM)."
+    )
+    assert MODELS.headline(trials).endswith("; diverged: NewLLM (2 seeds)")
+    table = model_table(trials, {"gpt": {}, "newllm": {}})
+    assert [(r["model"], r["seeds"], r["diverged"]) for r in table] == [("newllm", 1, 2), ("gpt", 3, 0)]
 
 
 def test_the_tables_say_what_is_not_possible_and_whose_numbers_they_are():
@@ -449,8 +580,7 @@ def test_contexts_that_make_no_difference_are_drawn_as_a_flat_line(monkeypatch, 
     figure = Figure()
     monkeypatch.setattr(baseline_figures, "save_figure", lambda path, draw, **words: draw(figure))
     row = {"model": "resnet_bk", "val_ppl_context_16": 99.41, "val_ppl_context_32": 99.4}
-    config = BaselineConfig(profile="smoke", dataset="embedded").resolved()
-    baseline_figures.draw_contexts(tmp_path / "x.png", [row], config, "")
+    baseline_figures.draw_contexts(tmp_path / "x.png", [row], 32, "")
     low, high = figure.axes[0].get_ylim()
     assert low < 95
     assert high > 104
@@ -459,20 +589,18 @@ def test_contexts_that_make_no_difference_are_drawn_as_a_flat_line(monkeypatch, 
 def test_costs_are_measured_anew_on_another_machine_and_read_back_on_this_one(tmp_path, monkeypatch, caplog):
     measured = []
 
-    def step(config, text, runs):
+    def step(runs, *arguments):
         measured.append(sorted(runs))
         return {name: {"tokens_per_second": float(len(measured))} for name in runs}
 
     machine = {"device": "cpu", "processor": "this one"}
     monkeypatch.setattr(baseline_measure, "machine_fingerprint", lambda device: dict(machine))
     monkeypatch.setattr(baseline_measure, "_training_step", step)
-    monkeypatch.setattr(
-        baseline_measure, "_generation", lambda config, text, runs, folder: {name: [] for name in runs}
-    )
-    config, runs = BaselineConfig(profile="smoke", device="cpu").resolved(), [{"model": "gpt"}]
+    monkeypatch.setattr(baseline_measure, "_generation", lambda runs, *arguments: {name: [] for name in runs})
+    runs, path = [{"model": "gpt"}], tmp_path / "measured.json"
 
     def measure():
-        return baseline_measure.measure_models(config, None, runs, tmp_path)["gpt"]["tokens_per_second"]
+        return baseline_measure.measure_models(runs, None, path, "cpu", "fp32", 8)["gpt"]["tokens_per_second"]
 
     assert [measure(), measure()] == [1.0, 1.0]
     machine["processor"] = "another"

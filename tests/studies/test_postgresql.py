@@ -228,6 +228,37 @@ def test_four_workers_of_which_one_is_killed_give_the_table_of_one(database, tin
                 }
 
 
+def test_two_workers_share_the_search_and_the_runs_of_the_baseline_study_and_report_the_same(
+    database, small_text, tmp_path
+):
+    script = (
+        "import sys; from bklm.studies.baseline import BaselineConfig, figures, run, run_baseline\n"
+        "run.measure_models = lambda runs, *a, **k: {}\n"
+        "figures.save_figure = lambda path, *a, **k: path\n"
+        "run_baseline(BaselineConfig(**eval(sys.argv[1])))"
+    )
+    settings = {
+        "profile": "smoke", "model": "newllm", "data_dir": str(small_text), "device": "cpu", "seeds": (0, 1), "epochs": 2,
+        "learning_rates": (1e-3, 1e-2), "search_tokens": 200, "batch_size": 8, "seq_len": 8, "vocab_size": 100,
+        "embed_dim": 8, "hidden_dim": 16, "context_dim": 8, "n_layers": 1, "max_train_tokens": 300, "storage": database,
+    }  # fmt: skip
+    folders = [tmp_path / "one", tmp_path / "two"]
+    words = [repr({**settings, "output_dir": str(folder)}) for folder in folders]
+    processes = [subprocess.Popen([sys.executable, "-c", script, word]) for word in words]
+    for process in processes:
+        assert process.wait(timeout=200) == 0
+    first, second = (json.loads((f / "baseline" / "summary.json").read_text()) for f in folders)
+    assert first == second
+    assert len(first["learning_rate_search"]) == 2
+    trained = [{p.name for p in f.glob("baseline_checkpoints/*_seed_*")} for f in folders]
+    assert trained[0] | trained[1] == {"newllm_seed_0", "newllm_seed_1"}
+    assert not trained[0] & trained[1]
+    for folder, runs in zip(folders, trained, strict=True):
+        kept = {p.parent.name for p in folder.glob("baseline/runs/*/best_model.safetensors")}
+        # The weights of the first seed that was trained there; none where the other worker trained them all.
+        assert kept == set(sorted(runs)[:1])
+
+
 def test_a_trial_that_diverged_with_one_worker_is_adopted_as_such_by_the_next(
     database, tiny_config, tmp_path, monkeypatch
 ):

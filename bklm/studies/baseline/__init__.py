@@ -3,5 +3,5 @@
 from bklm.files.lazy import lazy
 
 __getattr__, __all__ = lazy(
-    __name__, {"config": ("BaselineConfig",), "report": ("BaselineResult",), "run": ("run_baseline",)}
+    __name__, {"config": ("BaselineConfig",), "run": ("BaselineResult", "run_baseline")}
 )

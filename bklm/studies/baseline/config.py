@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -72,23 +73,15 @@ class BaselineConfig(WindowStudyConfig):
     clip: str | None = setting(None, help="largest gradient norm, or by epoch, such as 0.5@1, 1@11, 2@31")
     warmup: float = setting(0.05, low=0, high=0.9, help="share of the steps that a cosine schedule warms up")
     patience: int = setting(15, low=1, high=10_000, help="epochs without improvement before a run ends")
-    min_delta: float = setting(
-        1e-3, low=0, high=10, help="fall of the validation loss that counts as improvement"
-    )
-    accumulate: int = setting(
-        1, low=1, high=512, help="parts in which a batch is worked through, to save memory"
-    )
+    min_delta: float = setting(1e-3, low=0, high=10, help="fall of the loss that counts as improvement")
+    accumulate: int = setting(1, low=1, high=512, help="parts that a batch is worked in, to save memory")
     checkpoint_every: int = setting(5, low=1, high=1000, help="epochs between the checkpoints that are kept")
-    keep_checkpoints: int = setting(
-        2, low=1, high=1000, help="how many of them are kept per run, besides best and newest"
-    )
+    keep_checkpoints: int = setting(2, low=1, high=1000, help="how many a run keeps, besides best and newest")
     checkpoint_dir: str | None = setting(
         None, is_path=True, help="folder for checkpoints, such as one on a Drive"
     )
     resume_from: str | None = setting(None, is_path=True, help="a checkpoint that one run goes on from")
-    generate_tokens: int | None = setting(
-        None, low=1, high=100_000, help="tokens generated when generation is timed"
-    )
+    generate_tokens: int | None = setting(None, low=1, high=100_000, help="tokens of a timed generation")
     context_tokens: int | None = setting(
         None, low=0, high=10**12, help="validation tokens for PPL by context length; 0: all"
     )
@@ -111,33 +104,27 @@ class BaselineConfig(WindowStudyConfig):
         Raises:
             ValueError: a clip schedule that cannot be read or is longer than the run.
         """
+        same = ("weight_decay", "schedule", "warmup", "patience", "min_delta", "accumulate")
         return TrainingSettings(
             self.epochs,
             learning_rate=learning_rate,
-            weight_decay=self.weight_decay,
             clip=parse_clip(self.clip),
-            schedule=self.schedule,
-            warmup=self.warmup,
             seed=seed,
-            patience=self.patience,
-            min_delta=self.min_delta,
-            accumulate=self.accumulate,
+            **{name: getattr(self, name) for name in same},
         )
+
+    def search_settings(self, learning_rate: float, seed: int) -> TrainingSettings:
+        """How one model is trained in the search: one epoch, clipped as the first one of a run."""
+        settings = self.training_settings(learning_rate, seed)
+        return dataclasses.replace(settings, epochs=1, clip=settings.clip_at(1))
 
     def checkpoint_folder(self) -> Path:
         """Where the runs' checkpoints go: outside the study's folder, whose zip they would swell."""
         return Path(self.checkpoint_dir or Path(self.output_dir) / "baseline_checkpoints")
 
     def _check_resume(self) -> None:
-        many = [
-            f"{name} {value}"
-            for name, value in (
-                ("model", self.model),
-                ("seeds", self.seeds),
-                ("learning_rates", self.learning_rates),
-            )
-            if value == "all" or (isinstance(value, tuple) and len(value) > 1)
-        ]
+        asked = {name: getattr(self, name) for name in ("model", "seeds", "learning_rates")}
+        many = [f"{n} {v}" for n, v in asked.items() if v == "all" or (isinstance(v, tuple) and len(v) > 1)]
         if many:
             raise ValueError(
                 f"resume_from: a checkpoint continues one run, but several are asked for ({'; '.join(many)}); "

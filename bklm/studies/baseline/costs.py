@@ -5,26 +5,23 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors.torch import load_model
 from torch import Tensor
 
 from bklm.files.atomic import read_result, write_json
+from bklm.harness.comparison import Trial
 from bklm.harness.machine import machine_fingerprint
 from bklm.harness.measure import Arm, MemoryMeter, median_and_quartiles, time_arms
 from bklm.harness.text import as_ids
 from bklm.models import LanguageModel
-from bklm.studies.baseline.models import TITLES, build_model
+from bklm.studies.baseline.models import BYTES_PER_PARAMETER, TITLES, build_model
 from bklm.studies.baseline.text import BaselineText
 from bklm.training.processes import make_accelerator
-
-if TYPE_CHECKING:
-    from bklm.studies.baseline.config import BaselineConfig
 
 log = logging.getLogger(__name__)
 
@@ -33,25 +30,24 @@ GPT_POSITIONS = 2048  # what GPT's position table is lengthened to for timing: 1
 STEP_ROUNDS, STEP_SECONDS = 5, 15.0  # per model
 GENERATE_ROUNDS = 3
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-BYTES_PER_PARAMETER = 12  # weight and Adam's two moments in float32; gradients are part of what is measured
 
 
 def measure_models(
-    config: BaselineConfig, text: BaselineText, runs: list[dict[str, Any]], folder: Path
+    runs: Sequence[Trial], text: BaselineText, path: Path, device: str, precision: str, generate_tokens: int
 ) -> dict[str, dict[str, Any]]:
-    """Cost of each model, by name; measured once on a machine and then read back from ``measured.json``.
+    """Cost of each model of some finished runs, by name; measured once on a machine, then read back from the file ``path``.
 
-    What another machine or device measured there is measured anew: the tables say "on this machine".
-
-    Models take turns, so that a busy moment of the machine hits all of them: their ratios are worth more than their values.
+    What another machine or device measured there is measured anew: the tables say "on this machine". Models take turns, so
+    that a busy moment of the machine hits all of them: their ratios are worth more than their values. Their weights are
+    fresh: the cost does not depend on them.
 
     Returns:
         by model: tokens_per_second of a training step (median) with its quartiles, training_bytes (weights, Adam's moments
         and the peak of one step; None with memory_reason where it cannot be measured), and generation, a list by position
         of seconds (None where the model ends), reason and state_bytes.
     """
-    path = folder / "measured.json"
-    machine = machine_fingerprint(make_accelerator(config.device, config.precision).device.type)
+    device = make_accelerator(device, precision).device.type
+    machine = machine_fingerprint(device)
     found = read_result(path)
     if found is not None:
         models = found.get("models")
@@ -60,11 +56,9 @@ def measure_models(
             return models
         log.info("The costs in %s are of %s, so they are measured anew.", path.name, _elsewhere(found, machine))
     log.info("Measuring each model's cost: the time of a training step ...")
-    first = {
-        run["model"]: run for run in reversed(runs)
-    }  # one seed of each: cost does not depend on the weights
-    measured = _training_step(config, text, first)
-    for name, generation in _generation(config, text, first, folder).items():
+    models = {run["model"]: run for run in runs}
+    measured = _training_step(models, text, device, precision)
+    for name, generation in _generation(models, text, device, generate_tokens).items():
         measured[name]["generation"] = generation
     write_json(path, {"machine": machine, "models": measured})
     return measured
@@ -79,19 +73,9 @@ def _elsewhere(found: dict[str, Any], machine: dict[str, Any]) -> str:
     return f"another machine ({'; '.join(changed)})" if changed else "other models"
 
 
-def step_arms(
-    models: Mapping[str, Mapping[str, Any]],
-    vocab_size: int,
-    batch: int,
-    seq_len: int,
-    device: str,
-    precision: str,
-) -> dict[str, Arm]:
+def step_arms(models: Mapping[str, Mapping[str, Any]], **on: Any) -> dict[str, Arm]:
     """One optimiser step of each model on (batch, seq_len) random tokens, gradients freed at its end."""
-    return {
-        name: _step_arm(build_model(name, settings), vocab_size, batch, seq_len, device, precision)
-        for name, settings in models.items()
-    }
+    return {name: _step_arm(build_model(name, settings), **on) for name, settings in models.items()}
 
 
 def _step_arm(
@@ -115,19 +99,13 @@ def _step_arm(
 
 
 def _training_step(
-    config: BaselineConfig, text: BaselineText, runs: Mapping[str, dict[str, Any]]
+    runs: Mapping[str, Trial], text: BaselineText, device: str, precision: str
 ) -> dict[str, dict[str, Any]]:
-    device = make_accelerator(config.device, config.precision).device.type
-    settings = {
-        "models": {name: run["model_config"] for name, run in runs.items()},
-        "vocab_size": text.vocab_size,
-        "batch": config.batch_size,
-        "seq_len": config.seq_len,
-        "device": device,
-        "precision": config.precision,
-    }
+    fields = {name: run["model_config"] for name, run in runs.items()}
+    shape = {"vocab_size": text.vocab_size, "batch": text.batch_size, "seq_len": text.seq_len}
+    settings = {"models": fields, **shape, "device": device, "precision": precision}
     taken = time_arms(step_arms(**settings), STEP_ROUNDS, STEP_SECONDS, device)
-    tokens = config.batch_size * config.seq_len
+    tokens = text.batch_size * text.seq_len
     measured: dict[str, dict[str, Any]] = {}
     with MemoryMeter(device) as meter:
         for name, run in runs.items():
@@ -146,11 +124,12 @@ def _training_step(
 
 
 def _generation(
-    config: BaselineConfig, text: BaselineText, runs: Mapping[str, dict[str, Any]], folder: Path
+    runs: Mapping[str, Trial], text: BaselineText, device: str, count: int
 ) -> dict[str, list[dict[str, Any]]]:
-    device = make_accelerator(config.device, "fp32").device
-    count = config.generate_tokens
-    models = {name: _model_to_time(run, folder).to(device).eval() for name, run in runs.items()}
+    models = {}
+    for name, run in runs.items():
+        longer = {"n_seq": max(GPT_POSITIONS, run["model_config"]["n_seq"])} if name == "gpt" else {}
+        models[name] = build_model(name, {**run["model_config"], **longer}).to(device).eval()
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     for position in POSITIONS:
         log.info("... writing %s words from position %s ...", f"{count:,}", f"{position:,}")
@@ -170,16 +149,6 @@ def _generation(
         for name in ready:
             found[name][-1]["seconds"] = statistics.median(r[name] for r in rounds)
     return found
-
-
-def _model_to_time(run: dict[str, Any], folder: Path) -> LanguageModel:
-    """The trained model; a GPT is given as many positions as the measurement needs, with weights that do not matter."""
-    settings = run["model_config"]
-    if run["model"] == "gpt":
-        return build_model("gpt", {**settings, "n_seq": max(GPT_POSITIONS, settings["n_seq"])})
-    model = build_model(run["model"], settings)
-    load_model(model, str(folder / "runs" / f"{run['model']}_seed_{run['seed']}" / "best_model.safetensors"))
-    return model
 
 
 @torch.no_grad()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bklm.harness.comparison import Trial
 from bklm.harness.figures import (
     GREY,
     MARKERS,
@@ -19,76 +19,37 @@ from bklm.harness.figures import (
     wide_range_axis,
 )
 from bklm.harness.statistics import Perplexity
-from bklm.studies.baseline.models import TITLES
-from bklm.studies.baseline.tables import REPORTED_EPOCHS, Runs, by_model
-from bklm.studies.baseline.text import BaselineText
+from bklm.studies.baseline.models import CONTEXT_LENGTHS, TITLES
+from bklm.studies.baseline.tables import MODELS, REPORTED_EPOCHS, Rows
 
-if TYPE_CHECKING:
-    from bklm.studies.baseline.config import BaselineConfig
-
-MODELS = tuple(TITLES)  # a model's place here gives its colour in every figure
+ORDER = tuple(TITLES)  # a model's place here gives its colour in every figure
 _LINES = ("--", "-.", ":", (0, (6, 1)))
 
 
-def describe_run(config: BaselineConfig, text: BaselineText, searched: Sequence[dict[str, Any]] = ()) -> str:
-    """The small print of a figure: data, sizes, seeds, and the budget of the learning-rate search."""
-    seeds = len(config.seeds)
-    parts = [
-        f"{text.corpus.name}, {text.train_targets:,} training targets an epoch, vocabulary {text.vocab_size:,}",
-        f"batch {config.batch_size} x {config.seq_len}",
-        f"{seeds} seeds, bars: 95% interval" if seeds > 1 else "1 seed, no interval",
-    ]
-    if searched:
-        steps, tried = searched[0]["steps"], len({r["learning_rate"] for r in searched})
-        parts.append(f"each model's learning rate: best of {tried} over {steps} steps")
-    else:
-        parts.append(f"learning rate {config.learning_rates[0]:g} for all")
-    if config.protocol == "original":
-        parts.append("the original's windows: an overlap's targets count twice")
-    if config.validation == "valid+test":
-        parts.append(
-            "validation holds the test split too, which early stopping and the choice of rate and epoch saw"
-        )
-    if text.is_demonstration:
-        parts.insert(0, "Demonstration")
-    return "; ".join(parts) + "."
-
-
-def draw_curves(
-    path: Path,
-    runs: Runs,
-    text: BaselineText,
-    config: BaselineConfig,
-    title: str,
-    searched: Sequence[dict[str, Any]] = (),
-) -> Path:
+def draw_curves(path: Path, runs: Sequence[Trial], baselines: Rows, title: str, note: str) -> Path:
     """Validation perplexity per epoch of every model, the original's epochs and the n-gram baselines with them."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         shown: list[float] = []
-        for name, group in by_model(runs).items():
-            place = MODELS.index(name)
+        for name, group in MODELS.groups(runs).items():
+            place = ORDER.index(name)
             epochs = min(len(r["epochs"]) for r in group)  # a run that ended early ends the mean
             curves = [[r["epochs"][i]["val_perplexity"] for r in group] for i in range(epochs)]
             summary = [Perplexity.over_seeds(values) for values in curves]
-            style = {"color": colours(len(MODELS))[place], "marker": MARKERS[place]}
-            mean_with_error(
-                axes,
+            style = {"color": colours(len(ORDER))[place], "marker": MARKERS[place]}
+            style["label"] = f"{TITLES[name]} ({group[0]['parameters'] / 1e6:.2g} M)"
+            x, means, intervals = (
                 range(1, epochs + 1),
                 [p.mean for p in summary],
                 [(p.low, p.high) for p in summary],
-                label=f"{TITLES[name]} ({group[0]['parameters'] / 1e6:.2g} M)",
-                **style,
             )
-            shown += [p.mean for p in summary]
-            train = [
-                Perplexity.over_seeds([r["epochs"][i]["train_perplexity"] for r in group]).mean
-                for i in range(epochs)
-            ]
-            axes.plot(range(1, epochs + 1), train, color=style["color"], linewidth=1, alpha=0.5)
-            shown += train
-        last = max(len(r["epochs"]) for r in runs)
+            mean_with_error(axes, x, means, intervals, **style)
+            train = [[r["epochs"][i]["train_perplexity"] for r in group] for i in range(epochs)]
+            train = [Perplexity.over_seeds(values).mean for values in train]
+            axes.plot(x, train, color=style["color"], linewidth=1, alpha=0.5)
+            shown += means + train
+        last = max(len(r["epochs"]) for r in MODELS.finished(runs))
         reported = [r for r in REPORTED_EPOCHS if r["epoch"] <= last]
         axes.plot(
             [r["epoch"] for r in reported],
@@ -96,7 +57,7 @@ def draw_curves(
             color="black", marker="x", linestyle="none", label="original's report (its windows)",
         )  # fmt: skip
         shown += [r["val_ppl"] for r in reported]
-        for baseline, line in zip(text.baselines[1:], _LINES, strict=False):
+        for baseline, line in zip(baselines[1:], _LINES, strict=False):
             axes.axhline(
                 baseline["val_ppl"], color=GREY, linestyle=line, linewidth=1.2,
                 label=f"{baseline['name']} ({baseline['val_ppl']:.0f})",
@@ -107,30 +68,26 @@ def draw_curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend_below(axes, ncols=3, fontsize=10)
 
-    return save_figure(path, draw, title=title, note=describe_run(config, text, searched), size=(7.6, 5.6))
+    return save_figure(path, draw, title=title, note=note, size=(7.6, 5.6))
 
 
-def draw_contexts(path: Path, table: list[dict[str, Any]], config: BaselineConfig, note: str) -> Path | None:
+def draw_contexts(path: Path, table: Rows, seq_len: int, note: str) -> Path | None:
     """Validation perplexity against context length; None where the windows have no longer contexts."""
-    points = {
-        row["model"]: [
-            (int(key.rpartition("_")[2]), value)
-            for key, value in row.items()
-            if key.startswith("val_ppl_context_") and value is not None
-        ]
-        for row in table
-    }
-    points = {name: values for name, values in points.items() if values}
+    points = {}
+    for row in table:
+        values = [(n, row.get(f"val_ppl_context_{n}")) for n in CONTEXT_LENGTHS]
+        if found := [(n, value) for n, value in values if value is not None]:
+            points[row["model"]] = found
     if not points:
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for name, values in points.items():
-            place = MODELS.index(name)
+            place = ORDER.index(name)
             x, y = zip(*values, strict=True)
-            axes.plot(x, y, color=colours(len(MODELS))[place], marker=MARKERS[place], label=TITLES[name])
-        axes.axvline(config.seq_len, color=GREY, linestyle="--", linewidth=1, label="length trained with")
+            axes.plot(x, y, color=colours(len(ORDER))[place], marker=MARKERS[place], label=TITLES[name])
+        axes.axvline(seq_len, color=GREY, linestyle="--", linewidth=1, label="length trained with")
         axes.set_xscale("log", base=2)
         lengths = sorted({x for values in points.values() for x, _ in values})
         axes.set_xticks(lengths, [str(n) for n in lengths])

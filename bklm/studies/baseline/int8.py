@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bklm.compression.int8 import quantisation_report, quantised, save_quantised
 from bklm.files.atomic import replacing
 from bklm.harness.report import write_csv
-
-if TYPE_CHECKING:
-    from bklm.studies.baseline.report import BaselineResult
-    from bklm.studies.baseline.text import BaselineText
+from bklm.studies.baseline.run import BaselineResult
+from bklm.studies.baseline.text import BaselineText
 
 
 def int8_rows(result: BaselineResult, text: BaselineText, model: str = "") -> list[dict[str, Any]]:
@@ -33,15 +31,15 @@ def int8_rows(result: BaselineResult, text: BaselineText, model: str = "") -> li
     return [
         {
             "weights": row.weights,
-            "file": _or_dash(row.file_bytes, lambda v: f"{v / 1e6:.1f} MB"),
-            "val PPL": _or_dash(row.perplexity, lambda v: f"{v:.2f}"),
-            "change": _or_dash(row.perplexity_change, lambda v: f"{v:+.2%}"),
-            "scored tokens/s": _or_dash(row.scored_tokens_per_second, lambda v: f"{v:,.0f}"),
-            "generated tokens/s": _or_dash(row.generated_tokens_per_second, lambda v: f"{v:,.0f}"),
+            "file": "-" if row.file_bytes is None else f"{row.file_bytes / 1e6:.1f} MB",
+            "val PPL": _or_dash(row.perplexity, ".2f"),
+            "change": _or_dash(row.perplexity_change, "+.2%"),
+            "scored tokens/s": _or_dash(row.scored_tokens_per_second, ",.0f"),
+            "generated tokens/s": _or_dash(row.generated_tokens_per_second, ",.0f"),
         }
         for row in rows
     ]
 
 
-def _or_dash(value: Any, text: Any) -> str:
-    return "-" if value is None else text(value)
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model
 
 from bklm.models import GPT, GPTConfig, LanguageModel, NewLLM, NewLLMConfig, ResNetBK, ResNetBKConfig
 from bklm.models.sizing import gpt_of_size, resnet_bk_of_size
 
 COMPETITORS = ("newllm", "gpt", "resnet_bk")  # what "all" compares, at equal parameters
-TITLES = {
-    "newllm": "NewLLM",
-    "gpt": "GPT",
-    "resnet_bk": "ResNetBK",
-    "newllm_advanced": "NewLLM advanced",
-}
+TITLES = {"newllm": "NewLLM", "gpt": "GPT", "resnet_bk": "ResNetBK", "newllm_advanced": "NewLLM advanced"}
+CONTEXT_LENGTHS = (16, 32, 64, 128, 256, 512, 1024)  # windows that trained models are scored with
+BYTES_PER_PARAMETER = 12  # weight and Adam's two moments, in float32
 CLASSES: dict[str, tuple[type[LanguageModel], type]] = {
     "newllm": (NewLLM, NewLLMConfig),
     "gpt": (GPT, GPTConfig),
@@ -31,33 +30,44 @@ def model_names(choice: str) -> tuple[str, ...]:
     return COMPETITORS if choice == "all" else (choice,)
 
 
-def model_settings(name: str, config: Any, vocab_size: int) -> dict[str, Any]:
-    """The fields of the config class of model ``name``, for a resolved `BaselineConfig`.
+def model_settings(name: str, vocab_size: int, seq_len: int, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the config class of model ``name``; ``sizes`` are NewLLM's other fields.
 
     GPT and ResNetBK are made as wide as NewLLM's parameter count allows. GPT has as many positions as it is trained on, not
     one more: a position that was never trained would be a wasted parameter, and its output noise. The others have no
     position embedding. "newllm_advanced" doubles context and layers, as the original's did, and is larger.
     """
-    sizes = {n: getattr(config, n) for n in ("embed_dim", "hidden_dim", "context_dim", "n_layers")}
-    newllm = NewLLMConfig(vocab_size, **sizes, dropout_p=config.dropout)
+    newllm = NewLLMConfig(vocab_size, **sizes)
     if name == "newllm":
         found = newllm
     elif name == "newllm_advanced":
-        found = dataclasses.replace(newllm, context_dim=2 * config.context_dim, n_layers=2 * config.n_layers)
+        found = dataclasses.replace(newllm, context_dim=2 * newllm.context_dim, n_layers=2 * newllm.n_layers)
     else:
-        with torch.device("meta"):
-            wanted = NewLLM(newllm).num_parameters()
+        wanted = count_parameters("newllm", dataclasses.asdict(newllm))
         if name == "gpt":
-            found = gpt_of_size(wanted, vocab_size, config.seq_len, dropout_p=config.dropout).config
+            found = gpt_of_size(wanted, vocab_size, seq_len, dropout_p=newllm.dropout_p).config
         else:
-            found = resnet_bk_of_size(wanted, vocab_size, None, dropout_p=config.dropout).config
+            found = resnet_bk_of_size(wanted, vocab_size, None, dropout_p=newllm.dropout_p).config
     return dataclasses.asdict(found)
+
+
+def count_parameters(name: str, settings: Mapping[str, Any]) -> int:
+    """Of a model that is built without memory for its weights."""
+    with torch.device("meta"):
+        return build_model(name, settings).num_parameters()
 
 
 def build_model(name: str, settings: Mapping[str, Any]) -> LanguageModel:
     """The model ``name`` with these fields of its config class; weights from torch's global generator."""
     model_class, config_class = CLASSES[name]
     return model_class(config_class(**settings))
+
+
+def read_model(name: str, settings: Mapping[str, Any], weights: Path) -> LanguageModel:
+    """The model with the weights of a safetensors file; on the CPU, in evaluation mode."""
+    model = build_model(name, settings)
+    load_model(model, str(weights))
+    return model.eval()
 
 
 def active_parameters(model: LanguageModel) -> int:

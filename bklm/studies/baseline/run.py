@@ -6,107 +6,248 @@ text, batches and steps. ``protocol="original"`` cuts the text as the original d
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import socket
-import sys
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
-from accelerate import notebook_launcher
-from accelerate.state import AcceleratorState
-
-from bklm.harness.folder import claim, study_folder
-from bklm.harness.report import as_text
+from bklm.data import load_corpus
+from bklm.harness.comparison import Trial
+from bklm.harness.estimate import Run, minutes, text_size
+from bklm.harness.report import Report, StudyResult, small_print
+from bklm.harness.session import Session
+from bklm.harness.study import run_study
+from bklm.models import LanguageModel
+from bklm.studies.baseline import figures, models, tables, train
 from bklm.studies.baseline.config import BaselineConfig
 from bklm.studies.baseline.costs import measure_models
-from bklm.studies.baseline.models import model_names
-from bklm.studies.baseline.report import BaselineResult, write_report
-from bklm.studies.baseline.tables import readable_contexts, readable_cost, readable_quality, readable_search
-from bklm.studies.baseline.text import prepare_text
-from bklm.studies.baseline.train import Runner
-from bklm.training.processes import main_first, make_accelerator, require_launch
+from bklm.studies.baseline.tables import MODELS
+from bklm.studies.baseline.text import BaselineText, make_text
+from bklm.training.checkpoints import CheckpointFolder
 
-log = logging.getLogger(__name__)
+SEARCH_SEED = 0
+# Fields that do not change what a single run computes: which runs there are, and what is measured afterwards.
+_NOT_OF_A_RUN = {
+    "seeds", "learning_rates", "search_tokens", "checkpoint_every", "generate_tokens", "context_tokens",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BaselineResult(StudyResult):
+    """What `run_baseline` found: ``table`` holds one row per model, ``runs`` the records of the trainings that finished."""
+
+    search: list[dict[str, Any]]
+    measured: dict[str, dict[str, Any]]
+    claims: list[dict[str, Any]]
+    runs: list[dict[str, Any]]
+
+    @property
+    def best_model(self) -> str:
+        return self.best
+
+    def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
+        """ "contexts" is left out where the text is cut into lines: there is no longer context then."""
+        found = {
+            "quality": lambda: tables.readable_quality(self.table, self.baselines),
+            "search": lambda: tables.readable_search(self.search, self.table),
+            "contexts": lambda: tables.readable_contexts(self.table),
+            "cost": lambda: tables.readable_cost(self.table, self.measured),
+            "claims": lambda: self.claims,
+        }
+        if "context_lengths.png" not in self.paths:
+            del found["contexts"]
+        return found
+
+    def load(self, model: str | None = None) -> LanguageModel:
+        """A trained model (the best one when no name is given); on the CPU, in evaluation mode.
+
+        It is of the first seed that finished; with a database, of the first whose weights are on this machine.
+
+        Raises:
+            ValueError: this study trained no such model. FileNotFoundError: its weights are not here.
+        """
+        name = model or self.best
+        runs = [run for run in self.runs if run["model"] == name]
+        if not runs:
+            known = dict.fromkeys(run["model"] for run in self.runs)
+            raise ValueError(f"model: got {name!r}; this study trained {', '.join(known)}.")
+        weights = train.kept_weights(self.folder, runs)
+        if weights is None:
+            raise FileNotFoundError(
+                f"model: the weights of {models.TITLES[name]} are gone from {self.folder / 'runs'}, or were never here; run "
+                "the study again, which makes them anew from a checkpoint, or put there those of the machine that trained it."
+            )
+        return models.read_model(name, runs[0]["model_config"], weights)
 
 
 def run_baseline(
-    config: BaselineConfig, on_figure: Callable[[Path], None] | None = None
+    config: BaselineConfig, on_figure: Callable[[Path], None] | None = None, text: BaselineText | None = None
 ) -> BaselineResult | None:
     """Run the comparison and write everything to ``<output_dir>/baseline`` and its zip.
 
-    A run that was stopped goes on where it was; a finished one is read back, not run again. Under torchrun or accelerate
-    launch all processes call this together; with ``config.processes`` above 1 it launches them itself.
+    Under torchrun or accelerate launch all processes call this together; with ``config.processes`` above 1 it launches them
+    itself. Arguments, result and errors as in `bklm.harness.study.run_study`.
+    """
+    return run_study(config, _train_all, _report, prepare=prepare_text, on_figure=on_figure, text=text)
 
-    Args:
-        on_figure: called with the path of training_curves.png, drawn anew each time a training is done.
 
-    Returns:
-        The result; None in every process of a launch but the main one.
+def prepare_text(config: BaselineConfig) -> BaselineText:
+    """The text of a resolved config; see `bklm.studies.baseline.text.make_text`.
 
     Raises:
-        ValueError, OSError, RuntimeError: one sentence each, before time is spent where that is possible.
+        ValueError, OSError: see `bklm.data.load_corpus` and `bklm.data.make_loader`.
     """
-    config = config.resolved()
-    if config.processes > 1 and "WORLD_SIZE" not in os.environ:
-        require_launch(config.processes, config.device)
-        AcceleratorState._reset_state(
-            True
-        )  # the launcher wants none, and a run before this one has left its own
-        notebook_launcher(_train_only, (config,), num_processes=config.processes, use_port=_free_port())
-    return _run(config, on_figure)
+    same = ("lowercase", "validation", "vocab_size", "max_train_tokens", "seq_len", "batch_size")
+    return make_text(
+        load_corpus(config.dataset, config.data_dir),
+        in_lines=config.protocol == "original",
+        search_tokens=config.search_tokens if len(config.learning_rates) > 1 else None,
+        **{name: getattr(config, name) for name in same},
+    )
 
 
-def _train_only(config: BaselineConfig) -> None:
-    """In each launched process: the trainings. The process that launched them reads the results and writes the report."""
-    if (
-        torch.distributed.is_torchelastic_launched()
-    ):  # not where the launcher sees one device and calls this at once
-        sys.stdout = (
-            sys.__stdout__
-        )  # a notebook's own stream belongs to the kernel that this process was forked from
-        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    _run(config, None, report=False)
+def estimated_minutes(config: BaselineConfig) -> float:
+    """Minutes that the trainings of a resolved config take here, none of which is assumed to end early.
+
+    See `bklm.harness.estimate.minutes`.
+    """
+    vocabulary, train_tokens, val_tokens = text_size(config.dataset, config.data_dir, config.vocab_size)
+    train_tokens = min(train_tokens, config.max_train_tokens or train_tokens)
+    searched = min(train_tokens, config.search_tokens or train_tokens)
+    trials = len(config.learning_rates) if len(config.learning_rates) > 1 else 0
+    runs = []
+    for name, fields in fields_of_models(config, vocabulary).items():
+        shape, build = (name, json.dumps(fields)), partial(models.build_model, name, fields)
+        # A search is judged by at most as many validation tokens as it trains on.
+        runs.append(Run(shape, build, trials, searched, min(searched, val_tokens)))
+        runs.append(Run(shape, build, config.epochs * len(config.seeds), train_tokens, val_tokens))
+    return minutes(config, runs)
 
 
-def _run(
-    config: BaselineConfig, on_figure: Callable[[Path], None] | None, report: bool = True
-) -> BaselineResult | None:
-    accelerator = make_accelerator(config.device, config.precision)
-    main = accelerator.is_main_process
-    with study_folder(config) if main else contextlib.nullcontext() as folder:
-        log.info("Settings: %s", ", ".join(f"{k}={v}" for k, v in config.to_dict().items() if v is not None))
-        with main_first(accelerator):  # the others read the tokens that the main process has cached
-            text = prepare_text(config)
-        if main:
-            claim(folder, config, text.corpus.sha256)
-        names = model_names(config.model)
-        with Runner(config, text, accelerator, folder, on_figure) as runner:
-            rates = runner.search(names)
-            runs = runner.train_all(names, rates)
-        if not (main and report):
-            return None
-        measured = measure_models(config, text, runs, folder)
-        return write_report(config, text, runner.search_results, runs, runner.diverged, measured, folder)
+def fields_of_models(config: BaselineConfig, vocab_size: int) -> dict[str, dict[str, Any]]:
+    """By name, the fields of each model of a resolved config."""
+    sizes = {n: getattr(config, n) for n in ("embed_dim", "hidden_dim", "context_dim", "n_layers")}
+    sizes["dropout_p"] = config.dropout
+    names = models.model_names(config.model)
+    return {name: models.model_settings(name, vocab_size, config.seq_len, sizes) for name in names}
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+def _train_all(study: Session) -> tuple[list[Trial], list[Trial]]:
+    """The trials of the search, and the runs."""
+    config, text = study.config, study.text
+    fields = fields_of_models(config, text.vocab_size)
+    parameters = sum(models.count_parameters(*of_model) for of_model in fields.items())
+    # One more than are kept, while it is written.
+    kept = (min(config.epochs, config.keep_checkpoints + 2) + 1) * len(config.seeds)
+    train.require_room(config.checkpoint_folder(), parameters * models.BYTES_PER_PARAMETER * kept)
+    steps, search_steps = len(text.train_loader(0)) * config.epochs, _search_steps(study)
+    study.expect((steps * len(config.seeds) + search_steps * len(config.learning_rates)) * len(fields))
+
+    def try_rate(place: str, model: str, learning_rate: float) -> dict[str, Any]:
+        point = {"model": model, "learning_rate": learning_rate}
+        settings = config.search_settings(learning_rate, SEARCH_SEED)
+        work = partial(train.train_rate, study, model, fields[model], settings, config.search_tokens)
+        return study.trial(place, point, search_steps, lambda folder: work(), train.SEARCH_KEYS)
+
+    rates, searched = study.best_rate(
+        "model", tuple(fields), config.learning_rates, try_rate,
+        place=lambda point: f"{point['model']}_lr_{point['learning_rate']:g}",
+    )  # fmt: skip
+
+    def train_one(place: str, model: str, seed: int) -> dict[str, Any]:
+        point = {"model": model, "seed": seed, "learning_rate": rates[model]}
+        work = partial(_train_one, study, point, fields[model])
+        return study.trial(place, point, steps, lambda folder: work(), train.RUN_KEYS)
+
+    points, draw = {"model": tuple(fields), "seed": config.seeds}, partial(_draw, study)
+    trials = study.grid(points, train_one, name="runs", place=train.run_name, draw=draw)
+    if not MODELS.finished(trials):
+        raise RuntimeError(
+            f"every training diverged, the first so: {trials[0]['reason']} Take another output_dir for other settings."
+        )
+    return searched, trials
 
 
-def show(result: BaselineResult | None) -> None:
-    """Print a result; nothing in the processes of a launch that have none."""
-    if result is None:
-        return
-    print(as_text(readable_search(result.search, result.table)))
-    print(as_text(readable_quality(result.table, result.baselines, result.diverged)))
-    if "context_lengths.png" in result.paths:
-        print(as_text(readable_contexts(result.table)))
-    print(as_text(readable_cost(result.table, result.measured)))
-    print(as_text(result.claims))
-    print(result.finding)
-    print(result.bundle)
+def _search_steps(study: Session) -> int:
+    """Optimiser steps of one trial of the search; 0 where a single rate needs none."""
+    config = study.config
+    searches = len(config.learning_rates) > 1
+    return len(study.text.search_loader(SEARCH_SEED, config.search_tokens)) if searches else 0
+
+
+def _train_one(study: Session, point: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    config = study.config
+    left_out = config.circumstances | _NOT_OF_A_RUN
+    identity = {f"{point['model']}.{name}": value for name, value in fields.items()}
+    identity |= {name: value for name, value in config.to_dict().items() if name not in left_out}
+    return train.train_run(
+        study,
+        point["model"],
+        fields,
+        config.training_settings(point["learning_rate"], point["seed"]),
+        CheckpointFolder(
+            config.checkpoint_folder() / train.run_name(point),
+            milestone_every=config.checkpoint_every,
+            keep_milestones=config.keep_checkpoints,
+        ),
+        identity={**identity, **point, "vocabulary": study.text.vocabulary_name},
+        resume_from=config.resume_from and Path(config.resume_from),
+        context_tokens=config.context_tokens,
+    )
+
+
+def _note(study: Session) -> str:
+    """The small print of a figure: data, sizes, seeds, and the budget of the learning-rate search."""
+    config, rates = study.config, study.config.learning_rates
+    parts = [f"each model's learning rate: best of {len(rates)} over {_search_steps(study)} steps"]
+    if len(rates) == 1:
+        parts = [f"learning rate {rates[0]:g} for all"]
+    if config.protocol == "original":
+        parts.append("the original's windows: an overlap's targets count twice")
+    if config.validation == "valid+test":
+        parts.append(
+            "validation holds the test split too, which early stopping and the choice of rate and epoch saw"
+        )
+    return small_print(study.text, len(config.seeds), *parts)
+
+
+def _draw(study: Session, trials: list[Trial]) -> Path | None:
+    finished = MODELS.finished(trials)
+    if not finished:
+        return None
+    total = len(models.model_names(study.config.model)) * len(study.config.seeds)
+    title = f"{len(finished)} of {total} trainings done{MODELS.diverged_in_short(trials)}"
+    path = study.folder / "training_curves.png"
+    return figures.draw_curves(path, trials, study.text.baselines, title, _note(study))
+
+
+def _report(study: Session, found: tuple[list[Trial], list[Trial]]) -> BaselineResult:
+    searched, trials = found
+    config, text, report, note = study.config, study.text, Report(study), _note(study)
+    runs = MODELS.finished(trials)
+    for name in MODELS.groups(trials):
+        of_model = [run for run in runs if run["model"] == name]
+        train.keep_weights(
+            study.folder, of_model, config.checkpoint_folder(), config.resume_from and Path(config.resume_from)
+        )
+    measured = measure_models(
+        runs, text, study.folder / "measured.json",
+        device=config.device, precision=config.precision, generate_tokens=config.generate_tokens,
+    )  # fmt: skip
+    table, search = tables.model_table(trials, measured), tables.search_rows(searched, _search_steps(study))
+    claims = tables.claims_table(table)
+    report.csv("learning_rates.csv", search)
+    title = MODELS.headline(trials)
+    report.figure("training_curves.png", figures.draw_curves, trials, text.baselines, title, note)
+    report.figure("context_lengths.png", figures.draw_contexts, table, text.seq_len, note)
+    return report.finish(
+        BaselineResult, MODELS, trials, also={"search": searched}, rows=table,
+        summary={
+            "learning_rate_search": search, "measured": measured, "claims": claims, "note": note,
+            "reported_by_the_original": tables.REPORTED_EPOCHS,
+            "train_targets": text.train_targets, "val_targets": text.val_targets,
+        },
+        search=search, measured=measured, claims=claims, runs=[dict(run) for run in runs],
+    )  # fmt: skip

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safetensors.torch import load_model
+from typing import Any
 
 from bklm.models import LanguageModel
-from bklm.studies.baseline.models import TITLES, build_model
+from bklm.studies.baseline.models import TITLES, read_model
+from bklm.studies.baseline.run import BaselineResult
 from bklm.studies.baseline.text import BaselineText
 from bklm.training.checkpoints import CheckpointFolder, epoch_of, is_checkpoint, perplexity_of, read_state
-
-if TYPE_CHECKING:
-    from bklm.studies.baseline.config import BaselineConfig
-    from bklm.studies.baseline.report import BaselineResult
 
 SAMPLE_WORDS = 60
 
@@ -40,26 +35,19 @@ def continue_text(model: LanguageModel, text: BaselineText, prompt: str = "", te
     return text.generate(model, " ".join(words), min(SAMPLE_WORDS, longest - len(words)), temperature)
 
 
-def list_checkpoints(config: BaselineConfig) -> list[dict[str, Any]]:
-    """Every checkpoint of a study: its number in the list, model, seed, epoch, validation PPL, best or not, size and path."""
+def list_checkpoints(base: Path) -> list[dict[str, Any]]:
+    """Every checkpoint in a study's ``checkpoint_folder()``, one row each, numbered: model, seed, epoch, validation PPL, best
+    or not, size and path."""
     rows = []
-    base = config.checkpoint_folder()
     for run in sorted(p for p in base.glob("*_seed_*") if p.is_dir()):
         folder = CheckpointFolder(run)
         name, _, seed = run.name.rpartition("_seed_")
         for place in folder.all():
-            rows.append(
-                {
-                    "number": len(rows),
-                    "model": TITLES.get(name, name),
-                    "seed": int(seed),
-                    "epoch": epoch_of(place),
-                    "val PPL": perplexity_of(place),
-                    "": "best" if place == folder.best() else "",
-                    "MB": round(sum(f.stat().st_size for f in place.iterdir()) / 1e6, 1),
-                    "path": str(place),
-                }
-            )
+            best = "best" if place == folder.best() else ""
+            size = round(sum(f.stat().st_size for f in place.iterdir()) / 1e6, 1)
+            row = {"number": len(rows), "model": TITLES.get(name, name), "seed": int(seed)}
+            row |= {"epoch": epoch_of(place), "val PPL": perplexity_of(place), "": best}
+            rows.append({**row, "MB": size, "path": str(place)})
     return rows
 
 
@@ -103,6 +91,4 @@ def load_checkpoint(place: Path) -> LanguageModel:
         )
     prefix = f"{name}."
     settings = {k.removeprefix(prefix): v for k, v in identity.items() if k.startswith(prefix)}
-    model = build_model(name, settings)
-    load_model(model, str(place / "model.safetensors"))
-    return model.eval()
+    return read_model(name, settings, place / "model.safetensors")

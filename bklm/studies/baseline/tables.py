@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from bklm.harness import comparison as verdict
+from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean, same, score_in_words
 from bklm.harness.statistics import Perplexity, interval95
-from bklm.studies.baseline.models import TITLES
+from bklm.studies.baseline.models import CONTEXT_LENGTHS, TITLES
 
-Runs = Sequence[Mapping[str, Any]]
+Rows = Sequence[Mapping[str, Any]]
 
 # Reported by the original: New-LLM on WikiText-2, its own windows, one run, interrupted after epoch 27. Losses in nats.
 REPORTED_EPOCHS = [
@@ -28,102 +28,87 @@ REPORTED_MINUTES_PER_EPOCH = 60.0  # of the baseline, on a CPU; "about 1 h"
 REPORTED_ADVANCED = "36 to 41"  # validation PPL of the advanced model, in the original's later GPU runs
 
 
-def by_model(runs: Runs) -> dict[str, list[Mapping[str, Any]]]:
-    """Runs grouped by model, in the order in which models first appear, seeds ascending."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for run in runs:
-        groups.setdefault(run["model"], []).append(run)
-    return {name: sorted(group, key=lambda r: r["seed"]) for name, group in groups.items()}
+def _scored(key: str, title: str) -> list[Column]:
+    """A further perplexity, and the ends of its interval for files; None where a run has none."""
+
+    def part(group: Sequence[Trial], end: str) -> float | None:
+        values = [trial[key] for trial in group]
+        return None if None in values else getattr(Perplexity.over_seeds(values), end)
+
+    ends = [Column(f"{key}_{end}", partial(part, end=end)) for end in ("low", "high")]
+    return [Column(key, geometric_mean(key), title, partial(_perplexity, key=key)), *ends]
 
 
-def over_seeds(group: Runs, key: str) -> Perplexity | None:
-    """A perplexity over the seeds of one model; None where it was not measured."""
-    values = [run[key] for run in group]
-    return None if None in values else Perplexity.over_seeds(values)
+def _by_context(group: Sequence[Trial], length: int) -> float | None:
+    return geometric_mean(str(length))([trial["val_ppl_by_context"] for trial in group])
 
 
-def model_table(runs: Runs, measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per model, plain numbers: means over seeds with 95% intervals (None for one seed)."""
+def _perplexity(row: Mapping[str, Any], key: str, missing: str = "-") -> str:
+    return missing if row[key] is None else str(Perplexity(row[key], None, None))
+
+
+def _parameters(row: Mapping[str, Any]) -> str:
+    total, active = row["parameters"], row["active_parameters"]
+    if total is None:
+        return "-"
+    return f"{total:,}" if total == active else f"{total:,} ({active:,})"
+
+
+MODELS = Comparison(
+    by="model",
+    title=TITLES.__getitem__,
+    short=TITLES.__getitem__,
+    lowest="Lowest validation PPL: {}, {}",
+    columns=(
+        Column("parameters", same("parameters"), "parameters (active)", _parameters),
+        Column("active_parameters", same("active_parameters")),
+        # Positions; None: any number.
+        Column("n_seq", lambda group: group[0]["model_config"].get("n_seq")),
+        Column("learning_rate", same("learning_rate"), "learning rate"),
+        Column("steps", same("steps")),
+        *_scored("val_ppl_without_unk", "without <unk>"),
+        *_scored("test_ppl", "test PPL"),
+        Column("accuracy", "val_accuracy", "accuracy", ".1%"),
+        Column("best_epoch", "best_epoch", "best epoch", ".1f"),
+        *(
+            Column(f"val_ppl_context_{length}", partial(_by_context, length=length))
+            for length in CONTEXT_LENGTHS
+        ),
+        Column(
+            "seconds_per_epoch", lambda group: interval95([e["seconds"] for t in group for e in t["epochs"]])[0]
+        ),
+    ),
+)
+
+
+def model_table(trials: Sequence[Trial], measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per model, plain numbers: the comparison's, and what the model costs."""
+    # A model that diverged with all seeds did so with a rate, too.
+    rates = {trial["model"]: trial["learning_rate"] for trial in trials}
     rows = []
-    for name, group in by_model(runs).items():
-        cost = measured.get(name, {})
-        row: dict[str, Any] = {
-            "model": name,
-            "parameters": group[0]["parameters"],
-            "n_seq": group[0]["model_config"].get("n_seq"),  # positions; None: any number
-            "active_parameters": group[0]["active_parameters"],
-            "learning_rate": group[0]["learning_rate"],
-            "seeds": len(group),
-            "steps": group[0]["steps"],
-        }
-        for key in ("val_ppl", "val_ppl_without_unk", "test_ppl"):
-            value = over_seeds(group, key)
-            row |= {
-                key: value and value.mean,
-                f"{key}_low": value and value.low,
-                f"{key}_high": value and value.high,
-            }
-        row["accuracy"] = interval95([r["val_accuracy"] for r in group])[0]
-        row["best_epoch"] = interval95([r["best_epoch"] for r in group])[0]
-        for length in group[0]["val_ppl_by_context"]:
-            values = [r["val_ppl_by_context"][length] for r in group]
-            row[f"val_ppl_context_{length}"] = None if None in values else Perplexity.over_seeds(values).mean
-        row["tokens_per_second"] = cost.get("tokens_per_second")
-        row["training_bytes"] = cost.get("training_bytes")
+    for row in MODELS.rows(trials):
+        cost = measured.get(row["model"], {})
+        row |= {name: cost.get(name) for name in ("tokens_per_second", "training_bytes")}
         for entry in cost.get("generation", ()):
             row[f"state_bytes_{entry['position']}"] = entry["state_bytes"]
             row[f"generate_seconds_{entry['position']}"] = entry["seconds"]
-        row["seconds_per_epoch"] = interval95([e["seconds"] for r in group for e in r["epochs"]])[0]
-        rows.append(row)
+        rows.append(row | {"learning_rate": rates[row["model"]]})
     return rows
 
 
-def readable_quality(
-    rows: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any]], diverged: Runs = ()
-) -> list[dict[str, Any]]:
-    """Perplexities and accuracy for people, with the n-gram baselines and the original's report below.
+def search_rows(searched: Sequence[Trial], steps: int) -> list[dict[str, Any]]:
+    """The learning-rate search, one row per trial of so many steps; the perplexity is None where it diverged."""
+    return [{**{k: t[k] for k in ("model", "learning_rate", "val_ppl")}, "steps": steps} for t in searched]
 
-    Models and seeds that diverged are named as such; no mean counts them.
-    """
-    lost = Counter(r["model"] for r in diverged)
-    found = [
-        {
-            "model": TITLES[r["model"]],
-            "parameters (active)": _parameters(r),
-            "learning rate": f"{r['learning_rate']:g}",
-            "val PPL (95%)": _perplexity(r, "val_ppl")
-            + (
-                f"; diverged: {lost[r['model']]} of {lost[r['model']] + r['seeds']} seeds"
-                if lost[r["model"]]
-                else ""
-            ),
-            "without <unk>": _perplexity(r, "val_ppl_without_unk", interval=False),
-            "test PPL": _perplexity(r, "test_ppl", interval=False),
-            "accuracy": f"{r['accuracy']:.1%}",
-            "best epoch": f"{r['best_epoch']:.1f}",
-        }
-        for r in rows
-    ]
+
+def readable_quality(rows: Rows, baselines: Rows) -> list[dict[str, Any]]:
+    """Perplexities and accuracy for people, with the n-gram baselines and the original's report below."""
+    found = MODELS.readable(rows)
     empty = dict.fromkeys(found[0], "-")
-    all_lost = {r["model"]: r for r in diverged if r["model"] not in {row["model"] for row in rows}}
-    found += [
-        {
-            **empty,
-            "model": TITLES[name],
-            "learning rate": f"{r['learning_rate']:g}",
-            "val PPL (95%)": "diverged",
-        }
-        for name, r in all_lost.items()
-    ]
-    found += [
-        {
-            **empty,
-            "model": b["name"],
-            "val PPL (95%)": str(Perplexity(b["val_ppl"], None, None)),
-            "without <unk>": str(Perplexity(b["val_ppl_without_unk"], None, None)),
-        }
-        for b in baselines
-    ]
+    titles = {"val_ppl": "val PPL (95%)", "val_ppl_without_unk": "without <unk>"}
+    for row in baselines:
+        words = {title: _perplexity(row, key) for key, title in titles.items()}
+        found.append({**empty, "model": row["name"], **words})
     reported = {
         "model": "New-LLM, reported by the original (WikiText-2, its windows)",
         "parameters (active)": f"{REPORTED_PARAMETERS:,}",
@@ -135,16 +120,14 @@ def readable_quality(
     return [*found, {**empty, **reported}]
 
 
-def readable_contexts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def readable_contexts(rows: Rows) -> list[dict[str, Any]]:
     """Validation perplexity by context length for people: the same targets in every column of a row."""
-    lengths = [key.removeprefix("val_ppl_context_") for key in rows[0] if key.startswith("val_ppl_context_")]
+    name = "val_ppl_context_{}".format
     return [
         {"model": TITLES[r["model"]]}
-        | {
-            n: _perplexity(r, f"val_ppl_context_{n}", interval=False, missing=_why_missing(r, int(n)))
-            for n in lengths
-        }
+        | {str(n): _perplexity(r, name(n), _why_missing(r, n)) for n in CONTEXT_LENGTHS if name(n) in r}
         for r in rows
+        if r["seeds"]
     ]
 
 
@@ -154,11 +137,9 @@ def _why_missing(row: Mapping[str, Any], length: int) -> str:
     return "not possible" if length > longest else "text too short"
 
 
-def readable_cost(
-    rows: Sequence[dict[str, Any]], measured: Mapping[str, Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def readable_cost(rows: Rows, measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Speed, memory, state and generation for people; ratios are to the first model, measured in turns."""
-    found = []
+    found, rows = [], [r for r in rows if r["seeds"]]
     for r in rows:
         cost = measured[r["model"]]
         speed = cost["tokens_per_second"]
@@ -181,7 +162,7 @@ def readable_cost(
     return found
 
 
-def readable_search(results: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def readable_search(results: Rows, table: Rows) -> list[dict[str, Any]]:
     """The learning-rate search: one row per model, one column per rate, the chosen one marked."""
     if not results:
         return [
@@ -192,114 +173,37 @@ def readable_search(results: Sequence[dict[str, Any]], table: Sequence[dict[str,
     for name in dict.fromkeys(r["model"] for r in results):
         tried = {r["learning_rate"]: r["val_ppl"] for r in results if r["model"] == name}
         best = min((v for v in tried.values() if v is not None), default=None)
-        words = {rate: "diverged" if v is None else str(Perplexity(v, None, None)) for rate, v in tried.items()}
-        rows.append(
-            {"model": TITLES[name]}
-            | {f"rate {rate:g}": words[rate] + (" (taken)" if tried[rate] == best else "") for rate in rates}
-        )
+        row = {"model": TITLES[name]}
+        for rate in rates:
+            taken = " (taken)" if tried[rate] == best else ""
+            row[f"rate {rate:g}"] = _perplexity({"ppl": tried[rate]}, "ppl", "diverged") + taken
+        rows.append(row)
     return rows
 
 
-def claims_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def claims_table(rows: Rows) -> list[dict[str, Any]]:
     """What the original announced for its models beside what was measured here."""
     found = {r["model"]: r for r in rows}
-    advanced, newllm = found.get("newllm_advanced"), found.get("newllm")
-    not_run = "not run: choose model newllm_advanced"
+    newllm, advanced = found.get("newllm"), found.get("newllm_advanced")
     claims = []
     if newllm is not None:
-        claims.append(
-            ("validation PPL of the baseline", f"{REPORTED_PPL} (reported)", _perplexity(newllm, "val_ppl"))
-        )
-    claims.append(
-        (
-            "validation PPL of the advanced model",
-            f"below 20 (announced); {REPORTED_ADVANCED} (reported later)",
-            _perplexity(advanced, "val_ppl") if advanced else not_run,
-        )
-    )
-    minutes = advanced and advanced["seconds_per_epoch"] / 60
-    claims.append(
-        (
-            "minutes per epoch of the advanced model",
-            "0.6 (announced, on a GPU)",
-            f"{minutes:.2f} on this machine and text" if advanced else not_run,
-        )
-    )
-    claims.append(
-        (
-            "speed against the baseline's hour per epoch",
-            "100x (announced: a GPU against a CPU, another batch size)",
-            f"x{REPORTED_MINUTES_PER_EPOCH / minutes:.1f}, this machine and text against the original's CPU and text"
-            if advanced
-            else not_run,
-        )
-    )
+        claims.append(("validation PPL of the baseline", f"{REPORTED_PPL} (reported)", score_in_words(newllm)))
+    if advanced is None:
+        perplexity = minutes = speed = "not run: choose model newllm_advanced"
+    elif not advanced["seeds"]:
+        perplexity = minutes = speed = score_in_words(advanced)
+    else:
+        per_epoch = advanced["seconds_per_epoch"] / 60
+        perplexity, minutes = score_in_words(advanced), f"{per_epoch:.2f} on this machine and text"
+        speed = f"x{REPORTED_MINUTES_PER_EPOCH / per_epoch:.1f}, this machine and text against the original's CPU and text"
+    announced = f"below 20 (announced); {REPORTED_ADVANCED} (reported later)"
+    against = "100x (announced: a GPU against a CPU, another batch size)"
+    claims += [
+        ("validation PPL of the advanced model", announced, perplexity),
+        ("minutes per epoch of the advanced model", "0.6 (announced, on a GPU)", minutes),
+        ("speed against the baseline's hour per epoch", against, speed),
+    ]
     return [{"claim": c, "original": o, "measured here": m} for c, o, m in claims]
-
-
-def paired_ratios(runs: Runs) -> dict[str, Perplexity]:
-    """Per model other than the best: its validation PPL over the best model's on the same seeds, mean and 95% interval.
-
-    Seeds are those that every model has finished; with none there is no ratio.
-    """
-    groups, best = by_model(runs), best_model(runs)
-    scores = {name: {r["seed"]: r["val_ppl"] for r in group} for name, group in groups.items()}
-    seeds = _common_seeds(groups)
-    return {
-        name: Perplexity.ratio_over_seeds([of_seed[s] for s in seeds], [scores[best][s] for s in seeds])
-        for name, of_seed in scores.items()
-        if name != best and seeds
-    }
-
-
-def _common_seeds(groups: Mapping[str, Runs]) -> list[int]:
-    return sorted(set.intersection(*({r["seed"] for r in group} for group in groups.values())))
-
-
-def describe_diverged(diverged: Runs) -> str:
-    """One sentence, "" when there is nothing to say."""
-    if not diverged:
-        return ""
-    words = [f"{TITLES[r['model']]}, seed {r['seed']} (learning rate {r['learning_rate']:g})" for r in diverged]
-    return f" Diverged, and in none of these numbers: {'; '.join(words)}."
-
-
-def best_model(runs: Runs) -> str:
-    """The model of the lowest mean validation perplexity."""
-    groups = by_model(runs)
-    return min(groups, key=lambda name: over_seeds(groups[name], "val_ppl").mean)
-
-
-def state_finding(runs: Runs) -> str:
-    """One sentence: the best model, and which others differ from it beyond the paired 95% interval over seeds."""
-    seeds = len(_common_seeds(by_model(runs)))
-    return verdict.state_finding(_best_in_words(runs), _named_ratios(runs), seeds)
-
-
-def headline(runs: Runs) -> str:
-    """The finding in a figure's title: the best model and how many others are worse beyond the interval."""
-    return verdict.headline(_best_in_words(runs), _named_ratios(runs), "other")
-
-
-def _best_in_words(runs: Runs) -> str:
-    best = best_model(runs)
-    return f"Lowest validation PPL: {TITLES[best]}, {over_seeds(by_model(runs)[best], 'val_ppl')}"
-
-
-def _named_ratios(runs: Runs) -> dict[str, Perplexity]:
-    return {TITLES[name]: ratio for name, ratio in paired_ratios(runs).items()}
-
-
-def _perplexity(row: Mapping[str, Any], key: str, interval: bool = True, missing: str = "-") -> str:
-    if row[key] is None:
-        return missing
-    ends = (row[f"{key}_low"], row[f"{key}_high"]) if interval else (None, None)
-    return str(Perplexity(row[key], *ends))
-
-
-def _parameters(row: Mapping[str, Any]) -> str:
-    total, active = row["parameters"], row["active_parameters"]
-    return f"{total:,}" if total == active else f"{total:,} ({active:,})"
 
 
 def _bytes(count: int) -> str:

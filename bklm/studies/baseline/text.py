@@ -4,39 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bklm.data import (
-    Corpus,
-    KneserNey,
-    TokenizedCorpus,
-    Unigram,
-    load_corpus,
-    make_loader,
-    tokenize_corpus,
-    windows,
-)
+from bklm.data import Corpus, KneserNey, TokenizedCorpus, Unigram, make_loader, tokenize_corpus, windows
 from bklm.data.baselines import perplexity
 from bklm.data.line_windows import PAD_ID, LineVocabulary, LineWindows, line_windows
-from bklm.harness.text import StudyText, ngram_baselines
-
-log = logging.getLogger(__name__)
-
-SCORED_AT_ONCE = 4  # training batches in one of evaluation
+from bklm.harness.text import StudyText, check_and_log, ngram_baselines
 
 
 @dataclass(frozen=True, eq=False)
 class BaselineText(StudyText):
     """Contiguous windows. ``tokens.valid`` holds what is scored as validation, which may be two splits of the corpus."""
 
+    scored_at_once = 4
     lowercase: bool
     validation: str
+
+    def describe(self) -> str:
+        return f"{self.corpus.name}, {self.train_targets:,} training targets an epoch, vocabulary {self.vocab_size:,}"
 
     @property
     def train_targets(self) -> int:
@@ -59,22 +48,18 @@ class BaselineText(StudyText):
         return self.validation == "valid"
 
     @property
-    def vocabulary_sha256(self) -> str:
-        """Of the words in the order of their ids."""
-        return hashlib.sha256("\n".join(self.tokens.vocab.words).encode()).hexdigest()
-
-    @property
     def vocabulary_name(self) -> str:
-        """What a checkpoint says of the vocabulary it was trained with."""
-        return f"{self.vocab_size} words, SHA-256 {self.vocabulary_sha256[:8]}"
+        """What a checkpoint says of the vocabulary it was trained with: its words in the order of their ids."""
+        digest = hashlib.sha256("\n".join(self.tokens.vocab.words).encode()).hexdigest()
+        return f"{self.vocab_size} words, SHA-256 {digest[:8]}"
 
     def search_loader(self, seed: int, tokens: int) -> DataLoader:
         """Training windows over the first ``tokens`` tokens (0: all), for the learning-rate search."""
-        return self._loader(self.tokens.train[: tokens or None], shuffle=True, seed=seed)
+        return self._loader(self._first(self.tokens.train, tokens), shuffle=True, seed=seed)
 
     def search_val_loader(self, tokens: int) -> DataLoader:
         """Validation windows that the search is judged by: of no more tokens than it trains on."""
-        return self._loader(self.tokens.valid[: tokens or None])
+        return self._loader(self._first(self.tokens.valid, tokens))
 
     def context_loader(self, length: int, tokens: int) -> DataLoader | None:
         """Validation windows of ``length`` tokens over the first ``tokens`` tokens (0: all): the same targets at every
@@ -95,14 +80,8 @@ class BaselineText(StudyText):
     def vocabulary_json(self) -> str:
         return json.dumps(self.tokens.vocab.ids, ensure_ascii=False)
 
-    def _loader(self, ids: np.ndarray, shuffle: bool = False, seed: int = 0) -> DataLoader:
-        data = self._windows(ids)
-        # Scoring keeps no activations: larger batches are faster, and change no sum.
-        batch_size = self.batch_size if shuffle else min(SCORED_AT_ONCE * self.batch_size, len(data))
-        return make_loader(data, batch_size, shuffle=shuffle, seed=seed)
-
-    def _windows(self, ids: np.ndarray) -> Dataset:
-        return windows(ids, self.seq_len, pad_id=self.tokens.pad_id)
+    def _first(self, ids: np.ndarray, tokens: int) -> np.ndarray:
+        return ids[: tokens or None]
 
 
 class LineText(BaselineText):
@@ -115,75 +94,52 @@ class LineText(BaselineText):
     def context_loader(self, length: int, tokens: int) -> None:
         return None
 
-    def search_loader(self, seed: int, tokens: int) -> DataLoader:
-        return self._loader(_first_rows(self.tokens.train, tokens), shuffle=True, seed=seed)
-
-    def search_val_loader(self, tokens: int) -> DataLoader:
-        return self._loader(_first_rows(self.tokens.valid, tokens))
-
-    def first_batch(self, sequences: int) -> tuple[Tensor, Tensor]:
-        data = LineWindows(self.tokens.train)
-        return data[list(range(min(sequences, len(data))))]
+    def _first(self, ids: np.ndarray, tokens: int) -> np.ndarray:
+        return _first_rows(ids, tokens)
 
     def _windows(self, ids: np.ndarray) -> Dataset:
         return LineWindows(ids)
 
 
-def prepare_text(config: Any) -> BaselineText:
-    """Load, lower-case and cut the text of a resolved `BaselineConfig`, check that it is large enough, score the baselines.
+def make_text(
+    corpus: Corpus, *, in_lines: bool, lowercase: bool, validation: str, vocab_size: int, max_train_tokens: int,
+    seq_len: int, batch_size: int, search_tokens: int | None,
+) -> BaselineText:  # fmt: skip
+    """Lower-case and cut a corpus, check that it is large enough, and score the n-gram baselines.
+
+    Args:
+        in_lines: into the original's windows.
+        validation: "valid", or "valid+test" to score both splits as one.
+        search_tokens: of each trial of the learning-rate search (0: all); None where there is no search.
 
     Raises:
-        ValueError, OSError: see `bklm.data.load_corpus` and `bklm.data.make_loader`.
+        ValueError: see `bklm.data.make_loader`.
     """
-    corpus = load_corpus(config.dataset, config.data_dir)
-    text = _line_text(config, corpus) if config.protocol == "original" else _contiguous_text(config, corpus)
+    splits = {name: list(corpus.split(name)) for name in ("train", "valid", "test")}
+    if lowercase:
+        splits = {name: [line.lower() for line in lines] for name, lines in splits.items()}
+    if validation == "valid+test":
+        splits["valid"] += splits["test"]
+    if in_lines:
+        vocabulary = LineVocabulary.train(splits["train"], vocab_size)
+        rows = {split: line_windows(lines, vocabulary).rows for split, lines in splits.items()}
+        rows["train"] = _first_rows(rows["train"], max_train_tokens)
+        tokens = TokenizedCorpus(**rows, vocab=vocabulary, name=corpus.name, sha256=corpus.sha256)
+        baselines = _line_baselines(tokens)
+    else:
+        cased = Corpus(corpus.name, corpus.source, **splits)
+        tokens = tokenize_corpus(cased, vocab_size, max_train_tokens or None)
+        # The true law of an artificial text is no floor here: rare words are merged into <unk>, which makes the text easier.
+        baselines = ngram_baselines(cased, tokens, seq_len)
+    kind, layout = (LineText, "lines") if in_lines else (BaselineText, "every-target-once")
+    text = kind(corpus, tokens, seq_len, batch_size, layout, baselines, lowercase, validation)
     loaders = [text.train_loader(0), text.val_loader()]
-    if len(config.learning_rates) > 1:
-        loaders += [text.search_loader(0, config.search_tokens), text.search_val_loader(config.search_tokens)]
+    if search_tokens is not None:
+        loaders += [text.search_loader(0, search_tokens), text.search_val_loader(search_tokens)]
     if text.has_test_split:
         loaders.append(text.test_loader())
-    for loader in loaders:
-        len(loader)  # refuses sequences and batches that the text cannot fill
-    log.info(
-        "Text: %s from %s; %s training and %s validation targets, vocabulary %s",
-        corpus.name, corpus.source, f"{text.train_targets:,}", f"{text.val_targets:,}", f"{text.vocab_size:,}",
-    )  # fmt: skip
-    log.info(
-        "Baselines: validation PPL %s", ", ".join(f"{r['name']} {r['val_ppl']:.1f}" for r in text.baselines)
-    )
+    check_and_log(text, loaders)
     return text
-
-
-def _splits(config: Any, corpus: Corpus) -> dict[str, list[str]]:
-    """The lines of each split as they are tokenised."""
-
-    def lines(split: str) -> list[str]:
-        return [line.lower() for line in corpus.split(split)] if config.lowercase else list(corpus.split(split))
-
-    valid = lines("valid") + (lines("test") if config.validation == "valid+test" else [])
-    return {"train": lines("train"), "valid": valid, "test": lines("test")}
-
-
-def _contiguous_text(config: Any, corpus: Corpus) -> BaselineText:
-    cased = Corpus(corpus.name, corpus.source, **_splits(config, corpus))
-    tokens = tokenize_corpus(cased, config.vocab_size, config.max_train_tokens or None)
-    # The true law of an artificial text is no floor here: rare words are merged into <unk>, which makes the text easier.
-    return BaselineText(
-        corpus, tokens, config.seq_len, config.batch_size, "every-target-once",
-        ngram_baselines(cased, tokens, config.seq_len), config.lowercase, config.validation,
-    )  # fmt: skip
-
-
-def _line_text(config: Any, corpus: Corpus) -> LineText:
-    splits = _splits(config, corpus)
-    vocabulary = LineVocabulary.train(splits["train"], config.vocab_size)
-    rows = {split: line_windows(lines, vocabulary).rows for split, lines in splits.items()}
-    rows["train"] = _first_rows(rows["train"], config.max_train_tokens)
-    tokens = TokenizedCorpus(**rows, vocab=vocabulary, name=corpus.name, sha256=corpus.sha256)
-    return LineText(
-        corpus, tokens, config.seq_len, config.batch_size, "lines",
-        _line_baselines(tokens), config.lowercase, config.validation,
-    )  # fmt: skip
 
 
 def _first_rows(rows: np.ndarray, targets: int) -> np.ndarray:
@@ -207,16 +163,14 @@ def _line_baselines(tokens: TokenizedCorpus) -> list[dict[str, Any]]:
     is_target = ~is_first[is_text][1:]
     known = is_target & (valid[1:] != tokens.unk_id)
     rows = []
-    for name, model in [
+    for name, model in (
         ("unigram", Unigram()),
         *((f"Kneser-Ney {n}-gram", KneserNey(order=n)) for n in (2, 3)),
-    ]:
+    ):
         log_probs = model.fit(train, tokens.vocab_size).log_probs(valid)
-        rows.append(
-            {
-                "name": name,
-                "val_ppl": perplexity(log_probs[is_target]),
-                "val_ppl_without_unk": perplexity(log_probs[known]),
-            }
-        )
+        scores = {
+            "val_ppl": perplexity(log_probs[is_target]),
+            "val_ppl_without_unk": perplexity(log_probs[known]),
+        }
+        rows.append({"name": name, **scores})
     return rows
