@@ -24,10 +24,11 @@ from bklm.harness.report import as_text, write_csv
 from bklm.harness.statistics import Perplexity
 from bklm.models import ContextTokenConfig, ContextTokenLM
 from bklm.studies.embedding_freeze.config import EmbeddingFreezeConfig
-from bklm.studies.embedding_freeze.phase2 import train_phase2
-from bklm.studies.embedding_freeze.run import run_embedding_freeze
-from bklm.studies.embedding_freeze.text import FreezeText, prepare_text
+from bklm.studies.embedding_freeze.run import prepare_text, run_embedding_freeze
+from bklm.studies.embedding_freeze.text import FreezeText
+from bklm.studies.embedding_freeze.train import train_phase2
 from bklm.training.processes import make_accelerator
+from bklm.training.schedules import TrainingSettings
 from bklm.training.two_phase.phase1 import FixedPointSettings, train_context
 
 CONTEXT_TOKENS = 100_000  # of which phase 1 learns; more change little
@@ -116,10 +117,13 @@ def trained_table(
     torch.manual_seed(12345)  # none of the study's seeds
     model.reset_parameters()
     train_context(model, train[:CONTEXT_TOKENS], FixedPointSettings(iterations=config.iterations))
+    settings = TrainingSettings(
+        epochs, learning_rate=2e-3, weight_decay=0.0, clip=config.clip, patience=config.patience
+    )
     trained = train_phase2(
-        model, train, valid, dataclasses.replace(config, epochs=epochs), 2e-3, 0, accelerator=accelerator,
-        unk_id=text.unk_id, folder=Path(config.output_dir).parent / "checkpoints", label="the table's own model",
-        on_step=lambda n: None, on_skip=lambda n: None,
+        model, train, valid, settings, batch_tokens=config.batch_tokens, recompute_contexts=config.recompute_contexts,
+        accelerator=accelerator, unk_id=text.unk_id, folder=Path(config.output_dir).parent / "checkpoints",
+        label="the table's own model",
     )  # fmt: skip
     return model.embedding.weight.detach().cpu().numpy(), trained["val_ppl"]
 

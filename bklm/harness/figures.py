@@ -86,9 +86,13 @@ def mean_with_error(
     x: Sequence[float],
     means: Sequence[float],
     intervals: Sequence[tuple[float | None, float | None]],
+    sideways: bool = False,
     **style: object,
 ) -> None:
-    """Points with bars from the lower to the upper end of an interval; no bar where one seed gives none (None)."""
+    """Points with bars from the lower to the upper end of an interval; no bar where one seed gives none (None).
+
+    ``sideways``: the means go to the right, and ``x`` goes up.
+    """
     errors = None
     if any(low is not None for low, _ in intervals):
         known = [(math.nan, math.nan) if low is None else (low, high) for low, high in intervals]
@@ -96,7 +100,10 @@ def mean_with_error(
             [m - low for m, (low, _) in zip(means, known, strict=True)],
             [high - m for m, (_, high) in zip(means, known, strict=True)],
         ]
-    axes.errorbar(x, means, yerr=errors, **style)
+    if sideways:
+        axes.errorbar(means, x, xerr=errors, **style)
+    else:
+        axes.errorbar(x, means, yerr=errors, **style)
 
 
 def wide_range_axis(axis: Axis, values: Sequence[float], label: str) -> None:

@@ -90,6 +90,11 @@ def experiment_name(config: StudyConfig, text_sha256: str | None = None) -> str:
     return f"{config.study}-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
 
 
+def fingerprint(text: Any) -> str | None:
+    """SHA-256 (hex) of what a study reads; a text that is more than its corpus has a ``fingerprint`` of its own."""
+    return text and getattr(text, "fingerprint", text.corpus.sha256)
+
+
 def claim(folder: Path, config: StudyConfig, text_sha256: str | None = None) -> None:
     """Record that the folder belongs to this experiment; call it when nothing can be refused any more.
 

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from bklm.files.atomic import read_result, write_json
 from bklm.harness import workers
 from bklm.harness.comparison import Trial
-from bklm.harness.folder import experiment_name
+from bklm.harness.folder import experiment_name, fingerprint
 from bklm.harness.progress import Progress
 from bklm.training.checkpoints import CheckpointFolder, read_weights
 from bklm.training.non_finite import NonFiniteError, twice
@@ -250,7 +250,8 @@ class Session:
         self, points: list[Point], records: dict[tuple, dict[str, Any]], point: Point, draw: Callable | None
     ) -> None:
         record = records[tuple(point.values())]
-        if record["val_ppl"] is not None:
+        # A part that is no trial, such as a model's first phase, has no score.
+        if record.get("val_ppl") is not None:
             log.info(
                 "Trial %d of %d, %s: validation PPL %.1f%s",
                 len(records), len(points), _in_words(point), record["val_ppl"], self.progress.time_left(),
@@ -267,9 +268,9 @@ class Session:
         # Optuna and SQLAlchemy take a second to import, and nobody else needs them.
         from bklm.harness.grid import Sweep
 
-        shared = Sweep.shared(
-            storage, f"{experiment_name(self.config, self.text and self.text.corpus.sha256)}-{name}", factors
-        )
+        # Two grids may share a folder: a search finds the trials of the grid that follows it.
+        told_apart = "-".join([experiment_name(self.config, fingerprint(self.text)), name, *factors])
+        shared = Sweep.shared(storage, told_apart, factors)
 
         def adopt() -> None:
             for point, record in shared.results():

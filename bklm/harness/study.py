@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from bklm.harness import workers
 from bklm.harness.config import StudyConfig
-from bklm.harness.folder import claim, logging_to, study_folder
+from bklm.harness.folder import claim, fingerprint, logging_to, study_folder
 from bklm.harness.launch import is_to_launch, launch
 from bklm.harness.session import Session
 from bklm.training.processes import broadcast, main_first, make_accelerator
@@ -88,7 +88,7 @@ def _open(
             with main_first(accelerator):  # the others read the tokens that the main process has cached
                 text = prepare(config)
         if accelerator.is_main_process and workers.link is None:
-            claim(folder, config, text and text.corpus.sha256)
+            claim(folder, config, fingerprint(text))
         with Session(config, text, accelerator, broadcast(accelerator, folder), on_figure) as study:
             yield study
 

@@ -62,7 +62,7 @@ class Pool:
 
     def __init__(self, config: StudyConfig, count: int, progress: Progress) -> None:
         self._progress, self._lock = progress, threading.Condition()
-        # Of the grid at hand: points that nobody has, those that a helper has, and the steps of those that helpers did.
+        # Of the grid at hand: points that nobody has, those under way by process, and the steps of those that helpers did.
         self._grid, self._waiting, self._out, self._steps = 0, [], {}, []
         self._is_closed = False
         self._threads = torch.get_num_threads()
@@ -107,10 +107,16 @@ class Pool:
     def _next(self) -> Point | None:
         """A point for this process; waits for those that helpers have, and may give back. None when all are done."""
         with self._lock:
+            self._out.pop(os.getpid(), None)
             # With a time limit, so that an interrupt from the keyboard is heard.
             while not self._waiting and self._out:
                 self._lock.wait(0.5)
-            return self._waiting.pop(0) if self._waiting else None
+            self._lock.notify_all()
+            if not self._waiting:
+                return None
+            # A helper that comes to the grid's end waits for this one, too: it would train it a second time.
+            self._out[os.getpid()] = self._waiting.pop(0)
+            return self._out[os.getpid()]
 
     def _serve(self, helper: subprocess.Popen[str]) -> None:
         """A helper's messages, until it ends."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -15,19 +16,21 @@ import numpy as np
 import pytest
 import torch
 
+from bklm.data import embeddings
 from bklm.harness import progress
+from bklm.harness.report import command_words
 from bklm.models import ContextTokenConfig, ContextTokenLM
-from bklm.studies.embedding_freeze import estimate as embedding_freeze_estimate
 from bklm.studies.embedding_freeze import figures as embedding_freeze_figures
-from bklm.studies.embedding_freeze import phase2 as embedding_freeze_phase2
 from bklm.studies.embedding_freeze import run as embedding_freeze
-from bklm.studies.embedding_freeze import tables as embedding_freeze_table
 from bklm.studies.embedding_freeze import text as embedding_freeze_text
 from bklm.studies.embedding_freeze import train as embedding_freeze_runner
 from bklm.studies.embedding_freeze.config import INEQUALITY, EmbeddingFreezeConfig, arms_of
-from bklm.studies.embedding_freeze.estimate import estimated_minutes
-from bklm.studies.embedding_freeze.run import run_embedding_freeze
-from bklm.studies.embedding_freeze.text import prepare_text
+from bklm.studies.embedding_freeze.run import (
+    estimated_minutes,
+    prepare_text,
+    run_embedding_freeze,
+    write_sample,
+)
 from bklm.training.non_finite import NonFiniteError
 
 WORDS = [
@@ -75,7 +78,7 @@ def config(documents: Path, tmp_path: Path) -> EmbeddingFreezeConfig:
 def numbers(folder: Path) -> list:
     """What the study computed, without its timings."""
     trials = [json.loads(p.read_text()) for p in sorted(folder.glob("trials/*/result.json"))]
-    names = ("arm", "samples", "seed", "val_ppl", "accuracy", "train_ppl", "best_epoch", "context_drift")
+    names = ("arm", "samples", "seed", "val_ppl", "val_accuracy", "train_ppl", "best_epoch", "context_drift")
     return [[t[n] for n in names] + [e["val_loss"] for e in t["epochs"]] for t in trials]
 
 
@@ -94,7 +97,12 @@ def test_every_arm_is_trained_and_the_zip_holds_tables_curves_figures_and_what_t
         "table.csv", "effects.csv", "trials.csv", "epochs.csv", "phase1.csv", "phase1_iterations.csv", "baselines.csv",
         "arms.png", "curves.png", "effects.png", "phase1.png", "budget.png", "tokenizer.json", "run.log", "config.json",
     } <= names  # fmt: skip
-    assert not any(n.endswith(".safetensors") for n in names), "context blocks are needed for phase 2 alone"
+    weights = [n for n in names if n.endswith(".safetensors")]
+    assert [n.rsplit("/", 1)[1] for n in weights] == ["best_model.safetensors"], (
+        "context blocks are for phase 2 alone"
+    )
+    assert list(result.tables()) == ["arms", "effects", "phase 1", "baselines"]
+    assert [len(make()) for make in result.tables().values()] == [20, len(result.effects), 8, 6]
     assert [(r["arm"], r["samples"]) for r in result.table] == [
         (arm.name, n) for arm in arms_of(config) for n in (5, 8)
     ]
@@ -249,9 +257,7 @@ def test_a_damaged_result_is_set_aside_and_only_that_trial_is_trained_again(conf
 def test_a_study_that_was_interrupted_goes_on_and_ends_with_the_numbers_of_an_undisturbed_one(
     config, tmp_path, monkeypatch
 ):
-    from bklm.studies.embedding_freeze import phase2 as embedding_freeze_phase2
-
-    real, epochs = embedding_freeze_phase2.train, []
+    real, epochs = embedding_freeze_runner.train, []
 
     def interrupt(*args, **options):
         def stop(record):
@@ -261,10 +267,10 @@ def test_a_study_that_was_interrupted_goes_on_and_ends_with_the_numbers_of_an_un
 
         return real(*args, **options, on_epoch=stop)
 
-    monkeypatch.setattr(embedding_freeze_phase2, "train", interrupt)
+    monkeypatch.setattr(embedding_freeze_runner, "train", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_embedding_freeze(config)
-    monkeypatch.setattr(embedding_freeze_phase2, "train", real)
+    monkeypatch.setattr(embedding_freeze_runner, "train", real)
     resumed = run_embedding_freeze(config)
     undisturbed = run_embedding_freeze(dataclasses.replace(config, output_dir=str(tmp_path / "undisturbed")))
     assert len(numbers(resumed.folder)) == 4
@@ -320,14 +326,16 @@ def test_every_arm_gets_the_same_search_over_learning_rates_and_goes_on_with_its
 
 def diverging(monkeypatch, diverges):
     """Phase 2 as ever, but a failure where ``diverges(settings)``."""
-    real = embedding_freeze_phase2.train
+    real = embedding_freeze_runner.train
 
     def train(model, loader, val, settings, **options):
         if diverges(settings):
-            raise NonFiniteError(f"{options['label']}: the loss was nan.")
+            raise NonFiniteError(
+                f"{options['label']}: the loss was nan", f"; the last good one is {options['folder']}."
+            )
         return real(model, loader, val, settings, **options)
 
-    monkeypatch.setattr(embedding_freeze_phase2, "train", train)
+    monkeypatch.setattr(embedding_freeze_runner, "train", train)
 
 
 def test_a_learning_rate_that_diverges_loses_and_is_recorded(config, monkeypatch):
@@ -336,8 +344,10 @@ def test_a_learning_rate_that_diverges_loses_and_is_recorded(config, monkeypatch
     assert {row["learning_rate"] for row in result.table} == {1e-2}
     assert result.diverged == []  # the search's losers are no trials of the study
     recorded = [json.loads(p.read_text()) for p in result.folder.glob("trials/*_rate_1/result.json")]
-    assert [(r["val_ppl"], r["epochs"]) for r in recorded] == [(None, [])] * len(result.table)
-    assert "the loss was nan" in recorded[0]["reason"]
+    assert [r["val_ppl"] for r in recorded] == [None] * len(result.table)
+    assert recorded[0]["reason"].endswith("seed 0: the loss was nan."), (
+        "the checkpoint that the message names is gone"
+    )
 
 
 def test_where_every_rate_of_the_search_diverges_one_sentence_names_the_arm_and_the_rates(config, monkeypatch):
@@ -354,30 +364,146 @@ def test_a_trial_that_diverges_is_reported_and_the_others_without_it(config, mon
     config = dataclasses.replace(config, learning_rates=(1e-2,), epochs=1)
     result = run_embedding_freeze(config)
     assert {t["seed"] for t in result.diverged} == {0}
-    assert {row["seeds"] for row in result.table} == {1}
-    assert "Diverged, and in none of these numbers: " in result.findings[0]
-    below = embedding_freeze_table.readable(result.table, result.diverged)[len(result.table) :]
-    assert {row["val PPL (95%)"] for row in below} == {"diverged: seed 0"}
-    monkeypatch.setattr(embedding_freeze_phase2, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert {(row["seeds"], row["diverged"]) for row in result.table} == {(1, 1)}
+    assert (
+        "Diverged, and in none of these numbers: pretrained, frozen, tied, 5 samples, seed 0; "
+        in result.finding
+    )
+    shown = {row["val PPL (95%)"].split("; ")[1] for row in result.tables()["arms"]()}
+    assert shown == {"diverged: 1 of 2 seeds"}
+    monkeypatch.setattr(embedding_freeze_runner, "train", lambda *a, **k: pytest.fail("trained again"))
     assert run_embedding_freeze(config).table == result.table
+
+
+@pytest.mark.draws
+def test_an_arm_whose_seeds_all_diverged_keeps_its_row_and_is_drawn_as_diverged(config, monkeypatch):
+    diverging(monkeypatch, lambda settings: False)
+    real = embedding_freeze_runner.train
+
+    def train(model, *arguments, **options):
+        if options["label"].startswith("pretrained, trained"):
+            raise NonFiniteError("the loss was nan")
+        return real(model, *arguments, **options)
+
+    monkeypatch.setattr(embedding_freeze_runner, "train", train)
+    result = run_embedding_freeze(dataclasses.replace(config, epochs=1))
+    lost = result.table[1]
+    assert (lost["arm"], lost["seeds"], lost["diverged"], lost["val_ppl"]) == (
+        "pretrained, trained, tied",
+        0,
+        2,
+        None,
+    )
+    assert [row["val PPL (95%)"] for row in result.tables()["arms"]()][1] == "diverged"
+    assert result.effects == []
+    assert "No two arms that differ in one factor finished the same seed" in result.finding
+    assert result.best["arm"] == "pretrained, frozen, tied"
+    assert {"arms.png", "curves.png", "budget.png"} < result.paths.keys()
+    assert "effects.png" not in result.paths
+
+
+def test_a_trial_that_meets_nan_once_is_trained_again_and_leaves_no_trace(config, monkeypatch, tmp_path):
+    real, failed = embedding_freeze_runner.train, []
+
+    def train(*arguments, **options):
+        if options["label"] not in failed:
+            failed.append(options["label"])
+            raise NonFiniteError("the loss was nan")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(embedding_freeze_runner, "train", train)
+    found = run_embedding_freeze(config)
+    monkeypatch.setattr(embedding_freeze_runner, "train", real)
+    undisturbed = run_embedding_freeze(dataclasses.replace(config, output_dir=str(tmp_path / "undisturbed")))
+    assert len(failed) == 4
+    assert numbers(found.folder) == numbers(undisturbed.folder)
+
+
+def test_the_best_arms_first_seed_is_kept_and_scores_what_its_trial_scored(config):
+    config = dataclasses.replace(config, epochs=4, learning_rates=(3e-2,))
+    result = run_embedding_freeze(config)
+    best = min(result.table, key=lambda row: row["val_ppl"])
+    assert (result.best, result.best_perplexity) == (best, best["val_ppl"])
+    trials = [json.loads(p.read_text()) for p in result.folder.glob("trials/*/result.json")]
+    (own,) = [t for t in trials if (t["arm"], t["seed"]) == (best["arm"], 0)]
+    model, ids = result.load(), prepare_text(config.resolved()).valid
+    assert not model.training
+    # One row, as the context runs on through the whole validation text.
+    losses = model.token_losses(torch.from_numpy(ids[None, :-1]), torch.from_numpy(ids[None, 1:]))
+    assert math.exp(losses.nll.mean()) == pytest.approx(own["val_ppl"], rel=1e-4)
+
+
+def test_a_sample_is_written_by_the_best_arm_and_the_same_seed_writes_the_same(config):
+    result, text = run_embedding_freeze(config), prepare_text(config.resolved())
+    sample = write_sample(result, text, "kabar loden")
+    assert sample.startswith("kabar loden")
+    assert len(sample) > len("kabar loden") + 30
+    assert write_sample(result, text, "kabar loden") == sample
+    assert write_sample(result, text) != sample
+    with pytest.raises(ValueError, match="prompt: got no text"):
+        text.generate(result.load(), "", 5)
+
+
+def test_a_text_that_was_prepared_before_is_not_prepared_again(config, monkeypatch):
+    text = prepare_text(config.resolved())
+    monkeypatch.setattr(embedding_freeze, "load_corpus", lambda *a, **k: pytest.fail("read again"))
+    assert run_embedding_freeze(dataclasses.replace(config, phase="1"), text=text).baselines == text.baselines
+
+
+@pytest.mark.slow
+def test_two_workers_find_what_one_finds_and_share_both_phases(config, tmp_path):
+    one = dataclasses.replace(config, initialisation="both", learning_rates=(1e-3, 1e-2))
+    two = dataclasses.replace(one, workers=2, output_dir=str(tmp_path / "two"))
+    alone, shared = run_embedding_freeze(one), run_embedding_freeze(two)
+    assert numbers(shared.folder) == numbers(alone.folder)
+    assert [r["converged"] for r in shared.phase1] == [r["converged"] for r in alone.phase1]
+    assert (shared.findings, shared.effects) == (alone.findings, alone.effects)
+    weights = [r.paths["best_model.safetensors"].read_bytes() for r in (shared, alone)]
+    assert weights[0] == weights[1]
+    log = (shared.folder / "run.log").read_text()
+    assert log.count("2 trials run at once") == 1
+    for line in ("phase 1 (1 of 4)", "phase 1 (4 of 4)", "trained again up to its best epoch"):
+        assert log.count(line) == 1, "each part is done once, whoever does it"
+
+
+@pytest.mark.slow
+def test_two_processes_that_train_one_model_together_find_what_one_finds(config, tmp_path):
+    both = dataclasses.replace(config, processes=2, seeds=(0,), output_dir=str(tmp_path / "two"))
+    words = command_words(both.resolved())[2:]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        *words,
+    ]
+    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "two" / "embedding_freeze" / "summary.json").read_text())["table"]
+    alone = run_embedding_freeze(dataclasses.replace(config, seeds=(0,))).table
+    assert [r["val_ppl"] for r in found] == pytest.approx([r["val_ppl"] for r in alone], rel=1e-4)
 
 
 def test_when_every_trial_diverges_one_sentence_says_so(config, monkeypatch):
     diverging(monkeypatch, lambda settings: True)
     with pytest.raises(
-        RuntimeError, match=r"every trial diverged, .*the loss was nan\. Take another output_dir"
+        RuntimeError,
+        match=r"every trial diverged, .*the loss was nan\. Take other settings, .*another output_dir",
     ):
         run_embedding_freeze(dataclasses.replace(config, learning_rates=(1e-2,)))
 
 
 def test_a_training_loss_too_large_for_exp_is_recorded_not_a_traceback(config, monkeypatch):
-    real = embedding_freeze_phase2.train
+    real = embedding_freeze_runner.train
 
     def train(*arguments, **options):
         large = {"train_loss": 5000.0, "train_perplexity": math.exp(700)}
         return [dataclasses.replace(r, **large) for r in real(*arguments, **options)]
 
-    monkeypatch.setattr(embedding_freeze_phase2, "train", train)
+    monkeypatch.setattr(embedding_freeze_runner, "train", train)
     result = run_embedding_freeze(dataclasses.replace(config, learning_rates=(1e-2,), epochs=1))
     trials = [json.loads(p.read_text()) for p in result.folder.glob("trials/*/result.json")]
     assert {t["train_ppl"] for t in trials} == {math.exp(700)}
@@ -453,9 +579,9 @@ def test_an_embedding_file_of_another_vocabulary_or_width_is_refused_and_a_fitti
 def test_gpt2s_own_embedding_and_tokeniser_are_the_pretrained_ones_when_asked_for(config, monkeypatch):
     bpe = prepare_text(config.resolved()).bpe
     table = np.random.default_rng(0).normal(size=(len(bpe), 8)).astype(np.float32)
-    monkeypatch.setattr(embedding_freeze, "GPT2_SHAPE", table.shape)
+    monkeypatch.setattr(embeddings, "GPT2_SHAPE", table.shape)
     monkeypatch.setattr(embedding_freeze_text, "gpt2_embedding", lambda: table)
-    monkeypatch.setattr(embedding_freeze_text, "gpt2_bpe", lambda folder: bpe if folder == "here" else None)
+    monkeypatch.setattr(embedding_freeze, "gpt2_bpe", lambda folder: bpe if folder == "here" else None)
     gpt2 = dataclasses.replace(config, embedding="gpt2", tokenizer="gpt2", gpt2_dir="here", samples=(19,))
     text = prepare_text(gpt2.resolved())
     assert np.array_equal(text.table("pretrained", 0), table)
@@ -497,11 +623,14 @@ def test_the_benchmark_of_a_language_models_table_runs_and_compares_both_tables(
 
 def test_the_estimate_grows_with_what_is_asked_for(config, monkeypatch):
     assert estimated_minutes(config.resolved()) > 0
-    monkeypatch.setattr(embedding_freeze_estimate, "_speeds", {})  # what was timed may be of a busy moment
-    monkeypatch.setattr(embedding_freeze_estimate, "_timed", lambda *of_what: 1e-5)
-    least = estimated_minutes(config.resolved())
+    # What was timed may be of a busy moment.
+    monkeypatch.setattr(embedding_freeze, "seconds_per_token", lambda *of_what: 1e-5)
+
+    def minutes(seeds: int, **values) -> float:
+        return estimated_minutes(dataclasses.replace(config, seeds=tuple(range(seeds)), **values).resolved())
+
+    least = minutes(2)
     assert 0 < least < 1
-    assert estimated_minutes(dataclasses.replace(config, seeds=(0, 1, 2, 3)).resolved()) == pytest.approx(
-        2 * least
-    )
-    assert estimated_minutes(dataclasses.replace(config, epochs=20).resolved()) > 2 * least
+    assert minutes(4) - least == pytest.approx(minutes(6) - minutes(4))
+    assert 1.5 * least < minutes(4) < 2 * least, "the best arm is trained once more, whatever the seeds"
+    assert minutes(2, epochs=20) > 2 * least

@@ -6,20 +6,18 @@ import itertools
 
 import pytest
 
-from bklm.studies.embedding_freeze.config import FACTORS, ORIGINAL_ARMS, Arm, EmbeddingFreezeConfig
+from bklm.studies.embedding_freeze.config import FACTORS, ORIGINAL_ARMS, Arm
 from bklm.studies.embedding_freeze.figures import draw_arms
-from bklm.studies.embedding_freeze.report import state_baselines, state_limits, state_phase1
-from bklm.studies.embedding_freeze.tables import (
-    arm_table,
-    effect,
-    effect_table,
+from bklm.studies.embedding_freeze.findings import (
     headline,
-    readable,
+    state_baselines,
     state_finding,
+    state_limits,
     state_original,
+    state_phase1,
     state_rule,
-    verdict,
 )
+from bklm.studies.embedding_freeze.tables import arm_table, best_trial, effect, effect_table, readable, verdict
 from bklm.training.evaluation import LARGEST_PERPLEXITY
 
 NOISE = {0: 1.00, 1: 1.10, 2: 0.95}  # a seed's own scatter, the same in all arms
@@ -29,7 +27,7 @@ def trial(arm: Arm, samples: int, seed: int, ppl: float, tokens_per_parameter: f
     return {
         "arm": arm.name, "initialisation": arm.initialisation, "freezing": arm.freezing, "head": arm.head,
         "original": arm.original, "samples": samples, "seed": seed, "val_ppl": ppl, "val_ppl_without_unk": ppl,
-        "accuracy": 0.2, "gap": 0.1, "best_epoch": 2, "seconds": 3.0, "train_tokens": 500 * samples, "parameters": 100,
+        "val_accuracy": 0.2, "gap": 0.1, "best_epoch": 2, "seconds": 3.0, "train_tokens": 500 * samples, "parameters": 100,
         "trainable_parameters": 50, "tokens_per_parameter": tokens_per_parameter, "learning_rate": 2e-3,
     }  # fmt: skip
 
@@ -205,9 +203,8 @@ def test_arms_are_counted_against_the_count_models_of_their_own_sample():
 
 def test_trials_at_the_epoch_limit_and_rates_at_the_edge_of_the_search_are_counted():
     trials = [t | {"epochs": [{}] * (10 if t["seed"] == 0 else 7)} for t in study(samples=(500,))]
-    config = EmbeddingFreezeConfig(epochs=10, learning_rates=(1e-3, 2e-3, 4e-3))
     trials = [t | {"learning_rate": 4e-3 if t["head"] == "tied" else 2e-3} for t in trials]
-    said = state_limits(trials, config)
+    said = state_limits(trials, 10, (1e-3, 2e-3, 4e-3))
     assert said.startswith("8 of 24 trials ended at the limit of 10 epochs; ")
     assert "edge of the search in 4 of 8 arms" in said
 
@@ -216,3 +213,34 @@ def test_any_number_of_sample_sizes_can_be_drawn(tmp_path):
     """There are fewer markers than sizes may be asked for."""
     table = arm_table(study(seeds=(0,), samples=tuple(range(100, 1100, 100))))
     assert draw_arms(tmp_path / "arms.png", table, [], "title", "note").stat().st_size > 10_000
+
+
+def test_a_cell_that_lost_a_seed_enters_no_effect_and_its_arm_is_no_candidate_for_the_best():
+    trials = study(freezing=0.9, tying=0.8)
+    for t in trials:
+        if (t["arm"], t["samples"]) == ("random, frozen, tied", 1000):
+            # It would be the best arm, and the mean effect of freezing another, if what is left of it counted.
+            t["val_ppl"] = 10.0 if t["seed"] else None
+    assert effect(trials, "freezing").mean == pytest.approx(0.9)
+    assert effect(trials, "freezing", {"head": "tied"}).low == pytest.approx(0.9)
+    best = best_trial(trials)
+    assert (best["arm"], best["samples"], best["seed"]) == ("pretrained, frozen, tied", 1000, 0)
+    row = next(r for r in arm_table(trials) if (r["arm"], r["samples"]) == ("random, frozen, tied", 1000))
+    assert (row["seeds"], row["diverged"]) == (2, 1)
+    said = state_finding(trials)
+    assert "over 3 paired seeds" in said
+    assert "Diverged, and in none of these numbers: random, frozen, tied, 1000 samples, seed 0." in said
+    assert "diverged: random, frozen, tied, 1000 samples (1 seed)" in headline(trials)
+
+
+def test_seeds_that_every_cell_lost_leave_the_effects_to_the_others():
+    trials = [t | {"val_ppl": None} if t["seed"] == 1 else t for t in study(freezing=0.9)]
+    assert effect(trials, "freezing").mean == pytest.approx(0.9)
+    assert "over 2 paired seeds" in state_finding(trials)
+
+
+def test_the_originals_arm_that_is_scored_on_other_documents_is_never_the_best():
+    unequal = [trial(ORIGINAL_ARMS[1], 500, seed, 10.0) for seed in (0, 1, 2)]
+    assert best_trial(study() + unequal)["original"] == ""
+    lost = [t | {"val_ppl": None} for t in study()]
+    assert best_trial(lost + unequal)["original"] == "trained"

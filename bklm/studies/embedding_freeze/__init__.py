@@ -4,9 +4,5 @@ from bklm.files.lazy import lazy
 
 __getattr__, __all__ = lazy(
     __name__,
-    {
-        "config": ("EmbeddingFreezeConfig",),
-        "report": ("EmbeddingFreezeResult",),
-        "run": ("run_embedding_freeze",),
-    },
+    {"config": ("EmbeddingFreezeConfig",), "run": ("EmbeddingFreezeResult", "run_embedding_freeze")},
 )

@@ -110,9 +110,7 @@ class EmbeddingFreezeConfig(TextStudyConfig):
     dataset: Literal["ultrachat", "wikitext-2", "embedded"] | None = setting(
         None, help="text to train on; embedded needs no network"
     )
-    initialisation: Literal["both", "pretrained", "random"] = setting(
-        "both", help="the embedding to start from"
-    )
+    initialisation: Literal["both", "pretrained", "random"] = setting("both", help="embedding to start from")
     freezing: Literal["both", "frozen", "trained"] = setting("both", help="the embedding in phase 2")
     head: Literal["both", "tied", "untied"] = setting("both", help="tied: the output weights are the embedding")
     original_comparison: bool = setting(True, help="add the original's two unequal arms, labelled so")
@@ -121,13 +119,9 @@ class EmbeddingFreezeConfig(TextStudyConfig):
     embedding: Literal["gpt2", "svd"] | None = setting(
         None, help="the pretrained embedding; svd: factorised from documents that the study does not use"
     )
-    embedding_file: str | None = setting(
-        None, is_path=True, help=".safetensors or .npy table used as pretrained embedding"
-    )
+    embedding_file: str | None = setting(None, is_path=True, help="pretrained embedding, .safetensors or .npy")
     tokenizer: Literal["gpt2", "corpus"] | None = setting(None, help="GPT-2's BPE, or one trained on the text")
-    gpt2_dir: str | None = setting(
-        None, is_path=True, help="folder with GPT-2's vocab.json and merges.txt; empty: the hub"
-    )
+    gpt2_dir: str | None = setting(None, is_path=True, help="folder of GPT-2's BPE files; empty: the hub")
     vocab_size: int | None = setting(None, low=258, high=1_000_000, help="largest vocabulary of a trained BPE")
     val_documents: int | None = setting(None, low=1, high=10**6, help="documents that all arms are scored on")
     document_tokens: int | None = setting(None, low=0, high=10**6, help="tokens kept of each document; 0: all")
@@ -144,20 +138,19 @@ class EmbeddingFreezeConfig(TextStudyConfig):
         (2e-3,), above=0, high=10, help="several: each arm is searched over all with the first seed"
     )
     clip: float = setting(1.0, above=0, high=1e6, help="largest gradient norm, both phases")
-    iterations: int = setting(
-        10, low=2, high=10_000, help="most iterations of phase 1, the first sweep counted"
-    )
+    iterations: int = setting(10, low=2, high=10_000, help="most iterations of phase 1, sweep counted")
     context_learning_rate: float = setting(2e-3, above=0, high=10, help="Adam learning rate of phase 1")
     noise: float = setting(0.1, low=0, high=100, help="noise on the contexts in phase 1")
     recompute_contexts: bool = setting(
         True, help="trained embedding: contexts anew after each epoch, as the model itself would see them"
     )
     phase: Literal["both", "1", "2"] = setting(
-        "both", help="1: contexts only; 2: go on from a folder with phase 1"
+        "both", help="1: contexts only; 2: go on in a folder with phase 1"
     )
 
     def resolved(self) -> EmbeddingFreezeConfig:
-        if self.dataset is None and self.data_dir:  # a folder is read whatever text the profile would take
+        if self.dataset is None and self.data_dir:
+            # A folder is read whatever text the profile would take.
             return dataclasses.replace(self, dataset="ultrachat").resolved()
         config = super().resolved()
         if config.embedding == "gpt2" and not config.embedding_file and config.initialisation != "random":

@@ -1,7 +1,8 @@
-"""How long the embedding-freeze study will take here at most: a few timed steps of its own models, times its tokens."""
+"""How fast this machine trains the embedding-freeze study's models, and about how many tokens its texts have."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from itertools import islice
 
@@ -10,93 +11,37 @@ import torch
 from bklm.data import load_corpus
 from bklm.harness.estimate import best_of
 from bklm.models import ContextTokenConfig, ContextTokenLM, linear_cross_entropy
-from bklm.studies.embedding_freeze.config import Arm, EmbeddingFreezeConfig, arms_of
 from bklm.training.processes import make_accelerator
 
-TOKENS_PER_WORD = 1.4  # of a BPE of some thousand tokens on tokenised text
-DIALOGUE_TOKENS = 1_100  # of an UltraChat dialogue, so that an estimate downloads nothing
-SWEEPS, GRADIENT = (
-    3,
-    3,
-)  # evaluations per token of a corpus's contexts; forward and backward against a forward pass
+# Of a BPE of some thousand tokens on tokenised text; and of an UltraChat dialogue, so that an estimate downloads nothing.
+TOKENS_PER_WORD, DIALOGUE_TOKENS = 1.4, 1_100
+# Evaluations per token of a corpus's contexts; forward and backward against a forward pass.
+SWEEPS, GRADIENT = 3, 3
 
 
-def estimated_minutes(config: EmbeddingFreezeConfig) -> float:
-    """Minutes that both phases of a resolved config take on this machine if no arm stops early, reading and figures left out.
-
-    The first call with a model's shape, batch and device times a few steps (seconds); later ones remember it.
-
-    Raises:
-        ValueError, OSError: a device or a text that is not to be had.
-    """
-    valid = _tokens(config, config.val_documents, "valid")
-    per_context = _seconds(config, None, config.vocab_size)
-    arms, seconds = arms_of(config), 0.0
-    searched = 1 + (len(config.learning_rates) - 1) / (len(config.seeds) * len(config.samples))
-    for samples in config.samples:
-        train = _tokens(config, samples, "train")
-        starts = len({arm.initialisation for arm in arms})
-        seconds += starts * train * per_context * (SWEEPS + config.iterations * (1 + GRADIENT))
-        for arm in arms:
-            tokens = arm.train_share * train
-            epoch = (tokens + valid / GRADIENT) * _seconds(config, _shape(arm), config.vocab_size)
-            sweeps = 1 + config.epochs * (arm.trains_norm and config.recompute_contexts)
-            seconds += searched * (config.epochs * epoch + sweeps * SWEEPS * (tokens + valid) * per_context)
-    return seconds * len(config.seeds) / 60
-
-
-def _shape(arm: Arm) -> tuple[str, str]:
-    return arm.freezing, arm.head
-
-
-def _tokens(config: EmbeddingFreezeConfig, documents: int, split: str) -> float:
+@functools.lru_cache(maxsize=64)
+def about_tokens(dataset: str, data_dir: str | None, longest: int, documents: int, split: str) -> float:
     """About how many tokens the first documents of a split have, cut as the study cuts them."""
-    longest = config.document_tokens or 10**9
-    if config.dataset == "ultrachat" and not config.data_dir:
+    if dataset == "ultrachat" and not data_dir:
         return documents * min(longest, DIALOGUE_TOKENS)
-    words = _words(config.dataset, config.data_dir, documents, split)
+    corpus = load_corpus(dataset, data_dir, max_documents=documents)
+    words = [len(text.split()) for text in islice(corpus.documents(split), documents)]
     return sum(min(longest, TOKENS_PER_WORD * n) for n in words)
 
 
-@functools.lru_cache(maxsize=32)
-def _words(dataset: str, data_dir: str | None, documents: int, split: str) -> list[int]:
-    corpus = load_corpus(dataset, data_dir, max_documents=documents)
-    return [len(text.split()) for text in islice(corpus.documents(split), documents)]
-
-
-_speeds: dict[tuple, float] = {}
-
-
-def _seconds(config: EmbeddingFreezeConfig, shape: tuple[str, str] | None, vocab_size: int) -> float:
-    """Seconds per token of a step of phase 2 of an arm (freezing, head), or for None of one evaluation of the contexts."""
-    key = (
-        shape, vocab_size, config.embed_dim, config.context_dim, config.n_layers, config.batch_tokens, config.device,
-        config.precision,
-    )  # fmt: skip
-    if key not in _speeds:
-        with torch.random.fork_rng():
-            _speeds[key] = _timed(config, shape, vocab_size)
-    return _speeds[key]
-
-
-def _timed(config: EmbeddingFreezeConfig, shape: tuple[str, str] | None, vocab_size: int) -> float:
-    accelerator = make_accelerator(config.device, config.precision)
-    device = accelerator.device
-    freezing, head = shape or ("frozen", "untied")
-    size = ContextTokenConfig(
-        vocab_size, config.embed_dim, config.context_dim, config.n_layers, tied=head == "tied"
-    )
-    model = ContextTokenLM(size).to(device)
-    model.freeze_context()
-    if freezing == "frozen":
-        model.freeze_embedding()
-    ids = torch.randint(vocab_size, (1, config.batch_tokens), device=device)
-    contexts = torch.randn(1, config.batch_tokens, config.n_layers, config.context_dim, device=device)
-
-    def evaluate_contexts() -> None:
-        with torch.no_grad():
-            model.context_block.final(contexts[:, :, 0], model.embed(ids)).sum().item()
-
+@functools.lru_cache(maxsize=64)
+def seconds_per_token(
+    size: ContextTokenConfig, batch_tokens: int, device: str, precision: str, freezing: str = "", head: str = ""
+) -> float:
+    """Seconds per token of a step of phase 2 of an arm, or without one of an evaluation of the contexts; measured once."""
+    accelerator = make_accelerator(device, precision)
+    with torch.random.fork_rng():
+        model = ContextTokenLM(dataclasses.replace(size, tied=head == "tied")).to(accelerator.device)
+        model.freeze_context()
+        if freezing == "frozen":
+            model.freeze_embedding()
+        ids = torch.randint(size.vocab_size, (1, batch_tokens), device=accelerator.device)
+        contexts = torch.randn(1, batch_tokens, size.n_layers, size.context_dim, device=accelerator.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
 
     def step() -> None:
@@ -107,4 +52,8 @@ def _timed(config: EmbeddingFreezeConfig, shape: tuple[str, str] | None, vocab_s
         optimizer.step()
         loss.item()
 
-    return best_of(step if shape else evaluate_contexts, times=3) / config.batch_tokens
+    def evaluate_contexts() -> None:
+        with torch.no_grad():
+            model.context_block.final(contexts[:, :, 0], model.embed(ids)).sum().item()
+
+    return best_of(step if freezing else evaluate_contexts, times=3) / batch_tokens

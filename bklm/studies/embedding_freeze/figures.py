@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bklm.harness.comparison import Trial
 from bklm.harness.figures import (
     GREY,
     MARKERS,
@@ -22,7 +23,7 @@ from bklm.harness.figures import (
 )
 from bklm.harness.statistics import Perplexity, interval95
 from bklm.studies.embedding_freeze.config import FACTORS
-from bklm.studies.embedding_freeze.tables import RULE, Trials, grouped
+from bklm.studies.embedding_freeze.tables import ARMS
 
 LINES = {"frozen": "-", "trained": "--"}
 
@@ -33,49 +34,42 @@ def draw_arms(
     """Validation PPL of every arm with its interval, one colour per sample size, the best count model of each beside."""
     names = list(dict.fromkeys(row["arm"] for row in table))
     sizes = sorted({row["samples"] for row in table})
+    found = [row for row in table if row["seeds"]]
+    values = [row["val_ppl"] for row in found]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for place, (size, colour) in enumerate(zip(sizes, colours(len(sizes)), strict=True)):
-            rows = [row for row in table if row["samples"] == size]
             shift = 0.14 * (place - (len(sizes) - 1) / 2)
-            errors = None
-            if all(row["val_ppl_low"] is not None for row in rows):
-                errors = [
-                    [row["val_ppl"] - row["val_ppl_low"] for row in rows],
-                    [row["val_ppl_high"] - row["val_ppl"] for row in rows],
-                ]
-            axes.errorbar(
-                [row["val_ppl"] for row in rows],
-                [names.index(row["arm"]) + shift for row in rows],
-                xerr=errors,
-                fmt=MARKERS[place % len(MARKERS)],
-                color=colour,
-                capsize=3,
-                label=f"{size} samples",
-            )
-            counted = min(
-                (b for b in baselines if b["samples"] == size), key=lambda b: b["val_ppl"], default=None
-            )
-            if counted is not None:
+            rows = [row for row in found if row["samples"] == size]
+            mean_with_error(
+                axes, [names.index(row["arm"]) + shift for row in rows], [row["val_ppl"] for row in rows],
+                [(row["val_ppl_low"], row["val_ppl_high"]) for row in rows], sideways=True,
+                fmt=MARKERS[place % len(MARKERS)], color=colour, capsize=3, label=f"{size} samples",
+            )  # fmt: skip
+            for row in (row for row in table if row["samples"] == size and not row["seeds"]):
+                where = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "center", "fontsize": 9}
+                axes.text(0.5, names.index(row["arm"]) + shift, "diverged", color=colour, **where)
+            own = [b for b in baselines if b["samples"] == size]
+            if own:
+                counted = min(own, key=lambda b: b["val_ppl"])
                 label = f"{counted['name']}, {size} samples ({counted['val_ppl']:.0f})"
                 axes.axvline(counted["val_ppl"], color=colour, linestyle=":", linewidth=1.5, label=label)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
-        values = [row["val_ppl"] for row in table]
         wide_range_axis(axes.xaxis, values, "validation PPL")
         axes.set_xlim(min(axes.get_xlim()[0], 0.95 * min(values)), min(axes.get_xlim()[1], 2 * max(values)))
         legend_below(axes, ncols=2, fontsize=9)
 
-    farthest = max(row["val_ppl_high"] or 0 for row in table)
-    if farthest > 2 * max(row["val_ppl"] for row in table):
+    farthest = max(row["val_ppl_high"] or 0 for row in found)
+    if farthest > 2 * max(values):
         note = f"Bars that reach the edge go on beyond it, to {farthest:,.0f} at most. {note}"
     return save_figure(path, draw, title=title, note=note, size=(8.0, 2.6 + 0.36 * len(names)))
 
 
-def draw_curves(path: Path, trials: Trials, note: str) -> Path:
-    """PPL per epoch of the controlled arms: validation thick, training thin; one panel per sample size and head."""
+def draw_curves(path: Path, trials: Sequence[Trial], note: str) -> Path:
+    """PPL per epoch of finished controlled arms: validation thick, training thin; one panel per sample size and head."""
     controlled = [t for t in trials if not t["original"]] or list(trials)
     sizes = sorted({t["samples"] for t in controlled})
     heads = [head for head in FACTORS["head"] if any(t["head"] == head for t in controlled)]
@@ -83,28 +77,26 @@ def draw_curves(path: Path, trials: Trials, note: str) -> Path:
 
     def draw(figure: Figure) -> None:
         grid = figure.subplots(len(heads), len(sizes), sharex=True, sharey=True, squeeze=False)
-        for line, head in zip(grid, heads, strict=True):
-            for axes, size in zip(line, sizes, strict=True):
+        for panels, head in zip(grid, heads, strict=True):
+            for axes, size in zip(panels, sizes, strict=True):
                 shown = [t for t in controlled if t["samples"] == size and t["head"] == head]
-                for (name, _), group in grouped(shown).items():
-                    style = {
-                        "color": palette[group[0]["initialisation"]],
-                        "linestyle": LINES[group[0]["freezing"]],
-                    }
+                for name, group in ARMS.groups(shown).items():
+                    colour, line = palette[group[0]["initialisation"]], LINES[group[0]["freezing"]]
+                    style = {"color": colour, "linestyle": line}
                     _curve(axes, group, "val_perplexity", label=name.rsplit(",", 1)[0], **style)
                     _curve(axes, group, "train_perplexity", linewidth=1, alpha=0.7, **style)
                 axes.set_title(f"{head} head, {size} samples")
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        values = [
-            e[key] for t in controlled for e in t["epochs"] for key in ("val_perplexity", "train_perplexity")
-        ]
+        keys = ("val_perplexity", "train_perplexity")
+        values = [e[key] for t in controlled for e in t["epochs"] for key in keys]
         for axes in grid.flat:
             wide_range_axis(axes.yaxis, [max(v, 1.0) for v in values], "perplexity")
         for axes in grid[:, 1:].flat:
             axes.set_ylabel("")
         for axes in grid[-1]:
             axes.set_xlabel("epoch of phase 2")
-        legend_below(grid[-1, 0], ncols=2, fontsize=9, handlelength=4)  # long enough to show a dashed line
+        # Long enough to show a dashed line.
+        legend_below(grid[-1, 0], ncols=2, fontsize=9, handlelength=4)
 
     best = min(controlled, key=lambda t: t["val_ppl"])
     where = f"{best['arm']}, {best['samples']} samples, epoch {best['best_epoch']}"
@@ -113,7 +105,7 @@ def draw_curves(path: Path, trials: Trials, note: str) -> Path:
     return save_figure(path, draw, title=title, note=note, size=(8.4, 2.4 + 2.7 * len(heads)))
 
 
-def _curve(axes: Axes, group: Trials, key: str, **style: object) -> None:
+def _curve(axes: Axes, group: Sequence[Trial], key: str, **style: object) -> None:
     longest = max(len(t["epochs"]) for t in group)
     means = []
     for epoch in range(longest):
@@ -123,24 +115,20 @@ def _curve(axes: Axes, group: Trials, key: str, **style: object) -> None:
     axes.plot(range(1, longest + 1), means, **marker, **style)
 
 
-def draw_effects(path: Path, effects: list[dict[str, Any]], note: str) -> Path:
+def draw_effects(path: Path, effects: list[dict[str, Any]], note: str) -> Path | None:
     """Ratio of perplexities of each factor's two values, over all cells and within each value of the others."""
-    verdicts = dict(
-        zip(("lower", "no difference", "higher", "no verdict"), ("#009E73", GREY, "#D55E00", GREY), strict=True)
-    )
+    if not effects:
+        return None
+    verdicts = {"lower": "#009E73", "no difference": GREY, "higher": "#D55E00", "no verdict": GREY}
     beyond = [e for e in effects if e["where"] == "all" and e["verdict"] in ("lower", "higher")]
     overall = [e for e in effects if e["where"] == "all"]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for place, row in enumerate(effects):
-            errors = None
-            if row["ratio_low"] is not None:
-                errors = [[row["ratio"] - row["ratio_low"]], [row["ratio_high"] - row["ratio"]]]
-            marker = "D" if row["where"] == "all" else "o"
-            axes.errorbar(
-                [row["ratio"]], [place], xerr=errors, fmt=marker, color=verdicts[row["verdict"]], capsize=3
-            )
+            style = {"fmt": "D" if row["where"] == "all" else "o", "color": verdicts[row["verdict"]]}
+            ends = [(row["ratio_low"], row["ratio_high"])]
+            mean_with_error(axes, [place], [row["ratio"]], ends, sideways=True, capsize=3, **style)
         axes.axvline(1, color="black", linewidth=1)
         labels = [row["change"] if row["where"] == "all" else row["where"] for row in effects]
         axes.set_yticks(range(len(effects)), labels, fontsize=10)
@@ -158,9 +146,8 @@ def draw_effects(path: Path, effects: list[dict[str, Any]], note: str) -> Path:
         title = "Effects on validation PPL; not every one has an interval"
     words = "Ratio over paired seeds; below 1 the change lowers PPL. Bold: over all cells; below it, within one value."
     words += " Bars that reach the edge go on beyond it."
-    return save_figure(
-        path, draw, title=title, note=f"{words} {note}", size=(8.0, 2.4 + 0.3 * max(3, len(effects)))
-    )
+    size = (8.0, 2.4 + 0.3 * max(3, len(effects)))
+    return save_figure(path, draw, title=title, note=f"{words} {note}", size=size)
 
 
 def draw_phase1(path: Path, phase1: Sequence[dict[str, Any]], note: str) -> Path:
@@ -195,8 +182,7 @@ def draw_phase1(path: Path, phase1: Sequence[dict[str, Any]], note: str) -> Path
     converged, ranks = [r["converged"] for r in last], [r["effective_rank"] for r in last]
     title = f"Phase 1 ends with {_range(converged)} of tokens converged and an effective rank of {_range(ranks)} of the width"
     words = "Lines: embedding, training documents; means over the seeds still running. Iteration 1 gives the first contexts."
-    note = f"{words} {note}"
-    return save_figure(path, draw, title=title, note=note, size=(8.8, 4.6))
+    return save_figure(path, draw, title=title, note=f"{words} {note}", size=(8.8, 4.6))
 
 
 def _range(shares: Sequence[float]) -> str:
@@ -204,9 +190,10 @@ def _range(shares: Sequence[float]) -> str:
     return f"{low}%" if low == high else f"{low} to {high}%"
 
 
-def draw_budget(path: Path, table: list[dict[str, Any]], note: str) -> Path:
-    """Validation PPL and train-validation gap against training tokens per trained parameter; the rule's 20 as a line."""
-    rows = [row for row in table if "original" not in row["arm"]] or table
+def draw_budget(path: Path, table: list[dict[str, Any]], rule: int, note: str) -> Path:
+    """Validation PPL and train-validation gap against training tokens per trained parameter; the rule's as a line."""
+    found = [row for row in table if row["seeds"]]
+    rows = [row for row in found if "original" not in row["arm"]] or found
     sizes = sorted({row["samples"] for row in rows})
 
     def draw(figure: Figure) -> None:
@@ -219,13 +206,13 @@ def draw_budget(path: Path, table: list[dict[str, Any]], note: str) -> Path:
             right.plot(x, [row["gap"] for row in own], **style)
         ratios = [row["tokens_per_parameter"] for row in rows]
         for axes in (left, right):
-            wide_range_axis(axes.xaxis, [*ratios, RULE], "tokens / parameter")
-            axes.axvline(RULE, color=GREY, linestyle="--", linewidth=1)
+            wide_range_axis(axes.xaxis, [*ratios, rule], "tokens / parameter")
+            axes.axvline(rule, color=GREY, linestyle="--", linewidth=1)
         wide_range_axis(left.yaxis, [row["val_ppl"] for row in rows], "validation PPL")
         right.set_ylabel("val - train loss, nats")
         legend_below(left, ncols=2, fontsize=10)
 
-    met = sum(row["tokens_per_parameter"] >= RULE for row in rows)
-    title = f"{met or 'None'} of {len(rows)} arms {'has' if met < 2 else 'have'} {RULE} tokens per trained parameter"
-    note = f"Dashed: the rule's {RULE} tokens per trained parameter. {note}"
+    met = sum(row["tokens_per_parameter"] >= rule for row in rows)
+    title = f"{met or 'None'} of {len(rows)} arms {'has' if met < 2 else 'have'} {rule} tokens per trained parameter"
+    note = f"Dashed: the rule's {rule} tokens per trained parameter. {note}"
     return save_figure(path, draw, title=title, note=note, size=(8.4, 5.0))

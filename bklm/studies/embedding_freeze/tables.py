@@ -1,17 +1,15 @@
-"""The embedding-freeze study's numbers: one row per arm and sample, factors judged over paired seeds, side claims measured."""
+"""The embedding-freeze study's numbers: one row per arm and sample, each factor's effect over paired seeds, phase 1."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from scipy import stats
-
-from bklm.harness.statistics import Perplexity, interval95, is_off_the_scale, with_interval
-from bklm.studies.embedding_freeze.config import FACTORS, ORIGINAL_ARMS
-
-Trials = Sequence[dict[str, Any]]
+from bklm.harness import text
+from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean, same
+from bklm.harness.statistics import Perplexity, is_off_the_scale, with_interval
+from bklm.studies.embedding_freeze.config import FACTORS, ORIGINAL_ARMS, Arm
 
 # Reported by the original: UltraChat, GPT-2 sizes, an L4, one seed. The second arm did not train the embedding.
 REPORTED = {
@@ -20,135 +18,142 @@ REPORTED = {
     ("trained", 500): {"val_ppl": 1189.15, "accuracy": 0.1158},
     ("trained", 1000): {"val_ppl": 840.46, "accuracy": 0.1303},
 }
-RULE = (
-    20  # training tokens per trained parameter; Hoffmann et al. 2022, for models trained once over their data
-)
+# The arms that they are about: its own comparison's, and the controlled one that its "frozen" is.
+ABOUT = {
+    "frozen": (ORIGINAL_ARMS[0].name, Arm("pretrained", "frozen", "tied").name),
+    "trained": (ORIGINAL_ARMS[1].name,),
+}
 
 ACTIONS = {
     "initialisation": "a pretrained instead of a random embedding",
     "freezing": "freezing the embedding instead of training it",
     "head": "a tied instead of an untied head",
 }
-NOUNS = {"initialisation": "pretraining", "freezing": "freezing", "head": "tying"}
 
 
-def grouped(trials: Trials) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """Trials by (arm, samples), seeds ascending; in the order of their first appearance."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for trial in trials:
-        groups.setdefault((trial["arm"], trial["samples"]), []).append(trial)
-    return {key: sorted(group, key=lambda t: t["seed"]) for key, group in groups.items()}
+def _mean(key: str, digits: int | None = 1, factor: float = 1) -> Callable[[dict[str, Any]], str]:
+    """ "20.1 ± 0.3": a mean with its interval; "-" where every seed diverged. Without digits, one below 10 and none above."""
+
+    def words(row: dict[str, Any]) -> str:
+        if not row["seeds"]:
+            return "-"
+        mean, half = factor * row[key], row[f"{key}_95"]
+        shown = int(mean < 10) if digits is None else digits
+        return with_interval(mean, None if half is None else factor * half, shown)
+
+    return words
 
 
-def arm_table(trials: Trials) -> list[dict[str, Any]]:
+# Each value of the factor is (arm, samples); `in_cells` makes trials fit.
+ARMS = Comparison(
+    by="arm",
+    title=lambda cell: f"{cell[0]}, {cell[1]} samples",
+    short=lambda cell: cell[0],
+    other="other arm",
+    columns=(
+        Column("train_tokens", same("train_tokens")),
+        Column(
+            "val_ppl_without_unk", geometric_mean("val_ppl_without_unk"), "without <unk>",
+            lambda row: str(Perplexity(row["val_ppl_without_unk"], None, None)) if row["seeds"] else "-",
+        ),
+        Column("accuracy", "val_accuracy", "accuracy %", _mean("accuracy", factor=100), spread=True),
+        Column("parameters", same("parameters")),
+        Column(
+            "trainable_parameters", same("trainable_parameters"), "trained / all parameters",
+            lambda row: f"{row['trainable_parameters']:,} / {row['parameters']:,}" if row["seeds"] else "-",
+        ),
+        Column("tokens_per_parameter", same("tokens_per_parameter"), "tokens per trained", ".3g"),
+        Column("gap", "gap", "val - train, nats", _mean("gap", 2), spread=True),
+        Column("best_epoch", "best_epoch", "best epoch", _mean("best_epoch"), spread=True),
+        Column("seconds", "seconds", "seconds", _mean("seconds", None), spread=True),
+        Column("learning_rate", same("learning_rate")),
+        Column(
+            "", "", "PPL reported by the original",
+            lambda row: "-" if row["original_val_ppl"] is None else f"{row['original_val_ppl']:.1f}",
+        ),
+    ),
+    reported={(arm, samples): row for (about, samples), row in REPORTED.items() for arm in ABOUT[about]},
+    reported_columns=("val_ppl", "accuracy"),
+)  # fmt: skip
+
+
+def in_cells(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Trials as `ARMS` compares them: an arm with two samples counts as two."""
+    return [{**trial, "arm": (trial["arm"], trial["samples"])} for trial in trials]
+
+
+def arm_table(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """One row per arm and sample size: means over seeds at each run's best epoch, with 95% intervals (None for one seed).
 
     ``gap`` is validation loss minus training loss, in nats per token; the training loss is the mean over the epoch while the
-    weights were moving.
+    weights were moving. Where every seed diverged, what was to be measured is None.
     """
     rows = []
-    for (arm, samples), group in grouped(trials).items():
-        perplexity = Perplexity.over_seeds([t["val_ppl"] for t in group])
-        row = {
-            "arm": arm, "samples": samples, "seeds": len(group), "train_tokens": group[0]["train_tokens"],
-            "val_ppl": perplexity.mean, "val_ppl_low": perplexity.low, "val_ppl_high": perplexity.high,
-            "val_ppl_without_unk": Perplexity.over_seeds([t["val_ppl_without_unk"] for t in group]).mean,
-        }  # fmt: skip
-        for name in ("accuracy", "gap", "best_epoch", "seconds"):
-            row[name], row[f"{name}_95"] = interval95([t[name] for t in group])
-        for name in ("parameters", "trainable_parameters", "tokens_per_parameter", "learning_rate"):
-            row[name] = group[0][name]
-        reported = reported_for(group[0])
-        row |= {f"original_{name}": reported.get(name) for name in ("val_ppl", "accuracy")}
-        rows.append(row)
+    for row in ARMS.rows(in_cells(trials)):
+        arm, samples = row.pop("arm")
+        rows.append({"arm": arm, "samples": samples, **row})
     return rows
 
 
-def reported_for(trial: dict[str, Any]) -> dict[str, Any]:
-    """What the original reported for an arm: for its own comparison's, and for the controlled one that its "frozen" is."""
-    theirs = trial["original"]
-    if not theirs and (trial["initialisation"], trial["freezing"], trial["head"]) == (
-        "pretrained",
-        "frozen",
-        "tied",
-    ):
-        theirs = "frozen"
-    return REPORTED.get((theirs, trial["samples"]), {})
-
-
-def describe_diverged(diverged: Trials) -> str:
-    """One sentence, "" when there is nothing to say."""
-    if not diverged:
-        return ""
-    listed = "; ".join(f"{t['arm']}, {t['samples']} samples, seed {t['seed']}" for t in diverged)
-    rates = ", ".join(f"{rate:g}" for rate in sorted({t["learning_rate"] for t in diverged}))
-    return f" Diverged, and in none of these numbers: {listed} (learning rate {rates})."
-
-
-def readable(rows: Sequence[dict[str, Any]], diverged: Trials = ()) -> list[dict[str, Any]]:
-    """The arm table rounded for people; what diverged below it."""
-    found = [
-        {
-            "arm": r["arm"],
-            "samples": r["samples"],
-            "val PPL (95%)": str(Perplexity(r["val_ppl"], r["val_ppl_low"], r["val_ppl_high"])),
-            "without <unk>": str(Perplexity(r["val_ppl_without_unk"], None, None)),
-            "accuracy %": with_interval(100 * r["accuracy"], _scaled(r["accuracy_95"], 100)),
-            "trained / all parameters": f"{r['trainable_parameters']:,} / {r['parameters']:,}",
-            "tokens per trained": f"{r['tokens_per_parameter']:.3g}",
-            "val - train, nats": with_interval(r["gap"], r["gap_95"], 2),
-            "best epoch": with_interval(r["best_epoch"], r["best_epoch_95"]),
-            "seconds": with_interval(r["seconds"], r["seconds_95"], 1 if r["seconds"] < 10 else 0),
-            "PPL reported by the original": "-"
-            if r["original_val_ppl"] is None
-            else f"{r['original_val_ppl']:.1f}",
-        }
-        for r in rows
-    ]
-    return found + [
-        dict.fromkeys(found[0], "-")
-        | {"arm": arm, "samples": samples, "val PPL (95%)": f"diverged: {_seeds(group)}"}
-        for (arm, samples), group in grouped(diverged).items()
+def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The arm table rounded for people."""
+    told = ARMS.readable(in_cells(rows))
+    return [
+        {"arm": words["arm"], "samples": row["samples"], **words} for row, words in zip(rows, told, strict=True)
     ]
 
 
-def _seeds(group: Trials) -> str:
-    return f"seed{'s' if len(group) > 1 else ''} {', '.join(str(t['seed']) for t in group)}"
+def best_trial(trials: Sequence[Trial]) -> Trial:
+    """The first finished seed of the best controlled arm and sample; of the original's arms where no other finished."""
+    candidates = in_cells([t for t in trials if not t["original"]])
+    if not ARMS.finished(candidates):
+        candidates = in_cells(trials)
+    cell = ARMS.best(candidates)
+    seed = ARMS.groups(candidates)[cell][0]["seed"]
+    return next(t for t in trials if (t["arm"], t["samples"], t["seed"]) == (*cell, seed))
 
 
-def _scaled(value: float | None, factor: float) -> float | None:
-    return None if value is None else factor * value
+def paired(
+    trials: Sequence[Trial], factor: str, where: Mapping[str, Any] | None = None
+) -> list[dict[int, tuple[float, float]]]:
+    """By seed, PPL with a factor's first value and with its second, for each cell: all else equal.
 
-
-def effect(trials: Trials, factor: str, where: dict[str, Any] | None = None) -> Perplexity | None:
-    """PPL with a factor's first value over PPL with its second, all else equal; geometric mean over what else varies.
-
-    Paired: one value per seed, over the cells (other factors, sample sizes) that hold both values for that seed; the
-    interval is over seeds, and there is none where a perplexity is off the scale. None where no cell holds both.
+    Judged are the seeds of the fullest cell; one that lacks any of them, because a trial diverged, is left out.
 
     Args:
         where: keeps to the cells with these values, such as {"head": "tied"}.
     """
-    first, second = FACTORS[factor]
     others = [name for name in (*FACTORS, "samples") if name != factor]
-    cells: dict[tuple, dict[str, float]] = {}
-    for trial in trials:
-        if trial["original"] or any(trial[name] != value for name, value in (where or {}).items()):
-            continue
-        key = (trial["seed"], *(trial[name] for name in others))
-        cells.setdefault(key, {})[trial[factor]] = trial["val_ppl"]
-    ratios: dict[int, list[float]] = {}
-    paired = [ppl for values in cells.values() if len(values) == 2 for ppl in values.values()]
-    for (seed, *_), values in cells.items():
-        if len(values) == 2:
-            ratios.setdefault(seed, []).append(math.log(values[first] / values[second]))
-    if not ratios:
+    found: dict[tuple, dict[str, dict[int, float]]] = {}
+    for trial in ARMS.finished(trials):
+        if not trial["original"] and all(trial[name] == value for name, value in (where or {}).items()):
+            values = found.setdefault(tuple(trial[name] for name in others), {})
+            values.setdefault(trial[factor], {})[trial["seed"]] = trial["val_ppl"]
+    first, second = FACTORS[factor]
+    cells = []
+    for values in found.values():
+        one, other = values.get(first, {}), values.get(second, {})
+        cells.append({seed: (one[seed], other[seed]) for seed in one if seed in other})
+    fullest = max(cells, key=len, default={})
+    return [cell for cell in cells if fullest and fullest.keys() <= cell.keys()]
+
+
+def effect(trials: Sequence[Trial], factor: str, where: Mapping[str, Any] | None = None) -> Perplexity | None:
+    """PPL with a factor's first value over PPL with its second; geometric mean over what else varies.
+
+    Paired: one value per seed, over the cells of `paired`; the interval is over seeds, and there is none where a
+    perplexity is off the scale. None where no cell holds both.
+    """
+    cells = paired(trials, factor, where)
+    if not cells:
         return None
-    ratio = Perplexity.over_seeds([math.exp(sum(logs) / len(logs)) for logs in ratios.values()])
-    return Perplexity(ratio.mean, None, None) if any(map(is_off_the_scale, paired)) else ratio
+    logs = [[math.log(cell[seed][0] / cell[seed][1]) for cell in cells] for seed in cells[0]]
+    ratio = Perplexity.over_seeds([math.exp(sum(own) / len(own)) for own in logs])
+    pairs = [ppl for cell in cells for pair in cell.values() for ppl in pair]
+    return Perplexity(ratio.mean, None, None) if any(map(is_off_the_scale, pairs)) else ratio
 
 
-def effect_table(trials: Trials) -> list[dict[str, Any]]:
+def effect_table(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """Every factor's effect: over all cells, and at each value of the other factors and each sample size."""
     rows = []
     sizes = sorted({t["samples"] for t in trials})
@@ -157,30 +162,14 @@ def effect_table(trials: Trials) -> list[dict[str, Any]]:
         scopes += [{other: value} for other in FACTORS if other != factor for value in FACTORS[other]]
         scopes += [{"samples": size} for size in sizes if len(sizes) > 1]
         for scope in scopes:
-            ratio = effect(trials, factor, scope)
+            ratio, where = effect(trials, factor, scope), "all"
+            for name, value in scope.items():
+                where = f"{value} {name if name in ('samples', 'head') else 'embedding'}"
             if ratio is not None:
-                rows.append(
-                    {
-                        "factor": factor, "change": ACTIONS[factor], "where": _in_words(scope), "ratio": ratio.mean,
-                        "ratio_low": ratio.low, "ratio_high": ratio.high, "verdict": verdict(ratio),
-                    }
-                )  # fmt: skip
+                row = {"factor": factor, "change": ACTIONS[factor], "where": where, "ratio": ratio.mean}
+                ends = {"ratio_low": ratio.low, "ratio_high": ratio.high}
+                rows.append(row | ends | {"verdict": verdict(ratio)})
     return rows
-
-
-def _in_words(scope: dict[str, Any]) -> str:
-    if not scope:
-        return "all"
-    ((name, value),) = scope.items()
-    return (
-        f"{value} samples"
-        if name == "samples"
-        else {
-            "initialisation": f"{value} embedding",
-            "freezing": f"{value} embedding",
-            "head": f"{value} head",
-        }[name]
-    )
 
 
 def verdict(ratio: Perplexity) -> str:
@@ -192,139 +181,56 @@ def verdict(ratio: Perplexity) -> str:
 
 def readable_effects(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The effects rounded for people."""
+    ratios = [f"x{Perplexity(r['ratio'], r['ratio_low'], r['ratio_high'])}" for r in rows]
     return [
-        {
-            "change": r["change"],
-            "where": r["where"],
-            "PPL ratio (95%)": f"x{Perplexity(r['ratio'], r['ratio_low'], r['ratio_high'])}",
-            "verdict": r["verdict"],
-        }
-        for r in rows
+        {"change": r["change"], "where": r["where"], "PPL ratio (95%)": ratio, "verdict": r["verdict"]}
+        for r, ratio in zip(rows, ratios, strict=True)
     ]
 
 
-def state_finding(trials: Trials) -> str:
-    """Whether freezing, pretraining or tying made the difference, from the paired effects and nothing else."""
-    ratios = {factor: ratio for factor in FACTORS if (ratio := effect(trials, factor)) is not None}
-    seeds = len({t["seed"] for t in trials})
-    if not ratios:
-        return "No factor was varied, so nothing can be said of freezing, pretraining or tying."
-    if seeds < 2:
-        listed = ", ".join(f"{ACTIONS[f]} x{r}" for f, r in ratios.items())
-        return f"Validation PPL changes by: {listed}; one seed, so no interval and no verdict."
-    made = [f for f in ratios if verdict(ratios[f]) in ("lower", "higher")]
-    made.sort(key=lambda f: -abs(math.log(ratios[f].mean)))
-    none = [f for f in ratios if verdict(ratios[f]) == "no difference"]
-    unjudged = [f for f in ratios if f not in (*made, *none)]
-    parts = []
-    if made:
-        listed = "; ".join(f"{ACTIONS[f]} gives a {verdict(ratios[f])} PPL, x{ratios[f]}" for f in made)
-        parts.append(
-            f"{_and(NOUNS[f] for f in made).capitalize()} made a difference over {seeds} paired seeds: {listed}"
-        )
-    if none:
-        parts.append(
-            "no difference beyond the 95% interval: " + "; ".join(f"{ACTIONS[f]}, x{ratios[f]}" for f in none)
-        )
-    if unjudged:
-        listed = ", ".join(ACTIONS[f] for f in unjudged)
-        parts.append(f"no verdict, because a perplexity is too large to be recorded: {listed}")
-    sentence = "; ".join(parts)
-    own = effect(trials, "freezing", {"initialisation": "pretrained", "head": "tied"})
-    if own is not None:
-        sentence += (
-            f". A pretrained tied embedding, the original's, frozen instead of trained: x{own}, {_judged(own)}"
-        )
-    sentence += state_interactions(trials)
-    return sentence[0].upper() + sentence[1:] + "."
+def phase1_table(phase1: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per run of phase 1, from its last iteration."""
+    rows = []
+    for run in phase1:
+        last = run["rows"][-1]
+        row = {name: run[name] for name in ("initialisation", "samples", "seed")}
+        row |= {"iterations": last["iteration"], "stopped_early": run["converged"], "seconds": run["seconds"]}
+        row |= {name: last[name] for name in ("converged", "effective_rank", "effective_rank_centred")}
+        rows.append(row | {"first_contexts": run["sweep"]})
+    return rows
 
 
-def state_interactions(trials: Trials) -> str:
-    """Effects that differ, beyond their intervals, with the value of another factor: where they do, a mean says little."""
-    parts = []
-    for factor, by in (("freezing", "head"), ("freezing", "initialisation"), ("head", "initialisation")):
-        ratios = {value: effect(trials, factor, {by: value}) for value in FACTORS[by]}
-        if any(ratio is None or ratio.low is None for ratio in ratios.values()):
-            continue
-        low, high = sorted(ratios.values(), key=lambda ratio: ratio.mean)
-        if low.high < high.low and high.mean > 1.01 * low.mean:
-            listed = " and ".join(
-                f"x{ratio} with {_a(_in_words({by: value}))}" for value, ratio in ratios.items()
-            )
-            why = " (frozen and tied, the output matrix is frozen too)" if by == "head" else ""
-            parts.append(f"{ACTIONS[factor]} gives {listed}{why}")
-    return f". These means hide that it depends: {'; '.join(parts)}" if parts else ""
+def readable_phase1(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The phase-1 table rounded for people."""
+    return [
+        {
+            "embedding": r["initialisation"], "samples": r["samples"], "seed": r["seed"], "iterations": r["iterations"],
+            "converged": f"{r['converged']:.1%}", "effective rank": f"{r['effective_rank']:.1%}",
+            "centred": f"{r['effective_rank_centred']:.1%}", "seconds": f"{r['seconds']:.1f}",
+        }
+        for r in rows
+    ]  # fmt: skip
 
 
-def _a(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+def readable_baselines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The baselines rounded for people."""
+    told = text.readable_baselines(rows)
+    return [{"samples": row["samples"], **words} for row, words in zip(rows, told, strict=True)]
 
 
-def _judged(ratio: Perplexity) -> str:
-    return {"lower": "freezing is better", "higher": "freezing is worse"}.get(verdict(ratio), verdict(ratio))
+def trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """One row per finished trial: its numbers without its curve, as trials.csv has always named them."""
+    return [
+        {"accuracy" if k == "val_accuracy" else k: v for k, v in t.items() if not isinstance(v, list | dict)}
+        for t in ARMS.finished(trials)
+    ]
 
 
-def _and(words: Any) -> str:
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def headline(trials: Trials) -> str:
-    """The finding in a figure's title."""
-    words = []
-    for factor in FACTORS:
-        ratio = effect(trials, factor)
-        if ratio is not None:
-            words.append(f"{NOUNS[factor]} x{Perplexity(ratio.mean, None, None)} ({verdict(ratio)})")
-    return "Effect on validation PPL: " + ", ".join(words) if words else "Validation PPL by arm"
-
-
-def state_original(trials: Trials) -> str:
-    """What the original's unequal comparison gives here, beside what it reported; "" where it was not run."""
-    by_name = {arm.original: [t for t in trials if t["original"] == arm.original] for arm in ORIGINAL_ARMS}
-    if not all(by_name.values()):
-        return ""
-    parts = []
-    sizes = [{t["samples"] for t in by_name[name]} for name in ("frozen", "trained")]
-    for samples in sorted(set.intersection(*sizes)):  # a trial that diverged is in none
-        means = [
-            Perplexity.over_seeds([t["val_ppl"] for t in by_name[name] if t["samples"] == samples]).mean
-            for name in ("frozen", "trained")
-        ]
-        change = means[0] / means[1] - 1
-        parts.append(f"{abs(change):.0%} {'lower' if change < 0 else 'higher'} with {samples} samples")
-    if not parts:
-        return ""
-    return (
-        f"The original's unequal comparison, repeated here: PPL of its frozen arm {_and(parts)} than of the other; "
-        "reported by the original: 72% lower with 500, 67% lower with 1000."
-    )
-
-
-def state_rule(trials: Trials) -> str:
-    """What the rule of 20 tokens per trained parameter says of these arms, and what they show."""
-    controlled = arm_table([t for t in trials if not t["original"]])
-    if not controlled:
-        return ""
-    ratios = [row["tokens_per_parameter"] for row in controlled]
-    meeting = (
-        f"{sum(r >= RULE for r in ratios)} of {len(ratios)} arms meet it"
-        if max(ratios) >= RULE
-        else "no arm meets it"
-    )
-    text = f"Tokens per trained parameter: {min(ratios):.2g} to {max(ratios):.2g}; the rule asks for {RULE}, so {meeting}"
-    largest = [row for row in controlled if row["samples"] == max(r["samples"] for r in controlled)]
-    if len({row["tokens_per_parameter"] for row in largest}) > 2:
-        with_ppl, with_gap = (
-            _rank_correlation(largest, "tokens_per_parameter", key) for key in ("val_ppl", "gap")
-        )
-        text += (
-            f". With {largest[0]['samples']} samples the rank correlation over {len(largest)} arms of tokens per trained "
-            f"parameter is {with_ppl:+.2f} with validation PPL and {with_gap:+.2f} with the train-validation gap "
-            "(the rule would have both negative)"
-        )
-    return text + "."
-
-
-def _rank_correlation(rows: Sequence[dict[str, Any]], one: str, other: str) -> float:
-    return float(stats.spearmanr([row[one] for row in rows], [row[other] for row in rows]).statistic)
+def epoch_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """The training curves of finished trials, one row per epoch."""
+    return [
+        {name: trial[name] for name in ("arm", "samples", "seed")}
+        | {k: v for k, v in epoch.items() if k != "expert_counts"}
+        for trial in ARMS.finished(trials)
+        for epoch in trial["epochs"]
+    ]

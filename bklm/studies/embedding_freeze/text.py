@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import torch
 
-from bklm.data import Corpus, KneserNey, Unigram, load_corpus
-from bklm.data.bpe import Bpe, gpt2_bpe, train_bpe
-from bklm.data.documents import DocumentSplit, split_documents
+from bklm.data import Corpus
+from bklm.data.bpe import Bpe
+from bklm.data.documents import DocumentSplit
 from bklm.data.embeddings import (
     GPT2_STD,
     embedding_file_shape,
@@ -24,26 +25,46 @@ from bklm.data.embeddings import (
     random_embedding,
     svd_embedding,
 )
-
-if TYPE_CHECKING:
-    from bklm.studies.embedding_freeze.config import EmbeddingFreezeConfig
+from bklm.harness.text import ngram_baselines
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """Which table counts as the pretrained one.
+
+    ``kind`` is "file", "gpt2", or "svd": factorised from documents that no model is trained or scored on. ``width`` counts its
+    columns; ``is_used`` says whether an arm starts from it.
+    """
+
+    kind: str
+    width: int
+    is_used: bool
+    file: str | None = None
+
+    @property
+    def is_factorised(self) -> bool:
+        """Whether spare documents are needed for it."""
+        return self.kind == "svd" and self.is_used
+
+
 @dataclass(frozen=True, eq=False)
 class FreezeText:
-    """Text ready to train on: every sample is the beginning of the largest one, all are scored on the same documents."""
+    """Text ready to train on: every sample is the beginning of the largest one, all are scored on the same documents.
 
-    config: EmbeddingFreezeConfig = field(repr=False)
+    ``samples`` are numbers of training documents; ``documents`` are the ids of each, cut to a length. ``valid`` is one stream
+    of ids, as the samples are; ``other_valid`` is of the test split, near-copies included, for the original's unequal arm.
+    """
+
+    embedding: Embedding
+    samples: tuple[int, ...]
     corpus: Corpus
     split: DocumentSplit
     bpe: Bpe
-    documents: list[np.ndarray] = field(repr=False)  # ids of each training document, cut to the config's length
-    valid: np.ndarray = field(repr=False)  # one stream of ids, as the training samples are
-    other_valid: np.ndarray = field(
-        repr=False
-    )  # of the test split, near-copies included; for the original's unequal arm
+    documents: list[np.ndarray] = field(repr=False)
+    valid: np.ndarray = field(repr=False)
+    other_valid: np.ndarray = field(repr=False)
 
     @property
     def vocab_size(self) -> int:
@@ -61,25 +82,25 @@ class FreezeText:
     @property
     def source(self) -> str:
         """Where the pretrained embedding comes from, in words."""
-        if self.config.embedding_file:
-            return f"the file {Path(self.config.embedding_file).name}"
-        if self.config.embedding == "gpt2":
+        if self.embedding.kind == "file":
+            return f"the file {Path(self.embedding.file).name}"
+        if self.embedding.kind == "gpt2":
             return "GPT-2"
         return f"PPMI and SVD of {len(self.split.spare)} other documents"
 
     @cached_property
     def pretraining_tokens(self) -> int | None:
         """Tokens that the pretrained embedding was factorised from; None where it comes from elsewhere."""
-        if not uses_svd(self.config):
+        if not self.embedding.is_factorised:
             return None
         return sum(map(len, self.bpe.encode_documents(self.split.spare)))
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of what the study's numbers depend on beside its config: text, tokeniser, embedding file."""
+        """SHA-256 (hex) of what the study's numbers depend on beside its settings: text, tokeniser, embedding file."""
         parts = [self.corpus.sha256, self.bpe.sha256]
-        if self.config.embedding_file:
-            path = Path(self.config.embedding_file).expanduser()
+        if self.embedding.file:
+            path = Path(self.embedding.file).expanduser()
             parts.append(hashlib.sha256(path.read_bytes()).hexdigest())
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -90,11 +111,11 @@ class FreezeText:
 
     @cached_property
     def pretrained(self) -> np.ndarray:
-        """The pretrained embedding, float32 (vocab_size, embed_dim)."""
-        config, size = self.config, (self.vocab_size, self.config.embed_dim)
-        if config.embedding_file:
-            return load_embedding(config.embedding_file, *size)
-        if config.embedding == "gpt2":
+        """The pretrained embedding, float32 (vocab_size, width)."""
+        size = (self.vocab_size, self.embedding.width)
+        if self.embedding.kind == "file":
+            return load_embedding(self.embedding.file, *size)
+        if self.embedding.kind == "gpt2":
             return gpt2_embedding()
         ids = self.bpe.encode_documents(self.split.spare)
         table, absent = svd_embedding(ids, *size)
@@ -108,86 +129,83 @@ class FreezeText:
         """The embedding that a model starts from. A random one has the pretrained one's scale: only its content differs."""
         if initialisation == "pretrained":
             return self.pretrained
-        std = GPT2_STD if self.config.initialisation == "random" else float(self.pretrained.std())
-        return random_embedding(self.vocab_size, self.config.embed_dim, std, seed)
+        std = float(self.pretrained.std()) if self.embedding.is_used else GPT2_STD
+        return random_embedding(self.vocab_size, self.embedding.width, std, seed)
 
     @cached_property
     def baselines(self) -> list[dict[str, Any]]:
         """Count models of each sample's tokens on the same validation targets."""
-        return [row for samples in self.config.samples for row in self._baselines(samples)]
-
-    def _baselines(self, samples: int) -> list[dict[str, Any]]:
-        train, rows = self.train(samples), []
-        for name, model in (
-            ("unigram", Unigram()), ("Kneser-Ney 2-gram", KneserNey(2)), ("Kneser-Ney 3-gram", KneserNey(3)),
-        ):  # fmt: skip
-            model.fit(train, self.vocab_size)
-            row = {"samples": samples, "name": name, "val_ppl": model.perplexity(self.valid)}
-            rows.append(row | {"val_ppl_without_unk": model.perplexity(self.valid, exclude=self.unk_id)})
+        rows = []
+        for samples in self.samples:
+            own = SimpleNamespace(
+                train=self.train(samples), valid=self.valid, vocab_size=self.vocab_size, unk_id=self.unk_id
+            )
+            # A law restarts at a window's beginning, and no text here has one.
+            rows += [{"samples": samples, **row} for row in ngram_baselines(self.corpus, own, 1)]
         return rows
 
+    def prompt(self, words: int = 12) -> str:
+        """The opening words of the first validation document, to let a model continue."""
+        return " ".join(self.split.valid[0].split()[:words])
 
-def prepare_text(config: EmbeddingFreezeConfig) -> FreezeText:
-    """Load, split and tokenise the text of a resolved config.
+    def generate(
+        self, model: Any, prompt: str, max_new_tokens: int, temperature: float = 0.8, seed: int = 0
+    ) -> str:
+        """Let ``model``, on the CPU, continue ``prompt``; the same seed gives the same text."""
+        ids = torch.from_numpy(self.bpe.encode(prompt).astype(np.int64))[None]
+        if ids.shape[1] == 0:
+            raise ValueError("prompt: got no text; write at least one word.")
+        generator = torch.Generator().manual_seed(seed)
+        return self.bpe.decode(model.generate(ids, max_new_tokens, temperature, generator)[0])
+
+
+def make_text(
+    corpus: Corpus,
+    split: DocumentSplit,
+    bpe: Bpe,
+    embedding: Embedding,
+    samples: tuple[int, ...],
+    document_tokens: int | None,
+    batch_tokens: int,
+) -> FreezeText:
+    """Tokenise documents and make the pretrained embedding, where an arm starts from it.
+
+    Args:
+        document_tokens: tokens kept of each document; None: all.
+        batch_tokens: tokens that every text must exceed.
 
     Raises:
-        ValueError, OSError: see `bklm.data.load_corpus`, `bklm.data.documents` and `bklm.data.bpe`; fewer tokens than a
-            batch; an embedding file that does not fit the tokeniser.
+        ValueError, OSError: fewer tokens than a batch, or an embedding that does not fit.
     """
-    most = max(config.samples)
-    # A BPE of the text's own is trained on them too, and so is the same whatever embedding is compared.
-    spare = config.pretraining_documents if uses_svd(config) or config.tokenizer == "corpus" else 0
-    # Room for near-duplicates that are left out; the dialogues' validation split is every other held-out dialogue.
-    fetched = max(most + spare + config.val_documents, 2 * config.val_documents)
-    corpus = load_corpus(config.dataset, config.data_dir, max_documents=fetched)
-    split = split_documents(
-        corpus, config.samples, config.val_documents, spare=spare, threshold=config.duplicate_threshold
-    )
-    if uses_svd(config) and not split.spare:
-        raise ValueError(
-            f"embedding: 'svd' needs documents that no model is trained or scored on, but all {most} training documents of "
-            f"{corpus.name!r} are in the samples; lower samples, or choose embedding 'gpt2'."
-        )
-    if config.tokenizer == "gpt2":
-        bpe = gpt2_bpe(config.gpt2_dir)
-    else:
-        bpe = train_bpe([*split.train, *split.spare], config.vocab_size)
-    if config.embedding_file and embedding_file_shape(config.embedding_file) != (len(bpe), config.embed_dim):
-        load_embedding(config.embedding_file, len(bpe), config.embed_dim)  # says what does not fit
-    cut = config.document_tokens or None
-    other = list(islice(corpus.documents("test"), config.val_documents))
+    if embedding.file and embedding_file_shape(embedding.file) != (len(bpe), embedding.width):
+        # Says what does not fit.
+        load_embedding(embedding.file, len(bpe), embedding.width)
+    other = list(islice(corpus.documents("test"), len(split.valid)))
     text = FreezeText(
-        config=config,
+        embedding=embedding,
+        samples=samples,
         corpus=corpus,
         split=split,
         bpe=bpe,
-        documents=bpe.encode_documents(split.train, cut),
-        valid=np.concatenate(bpe.encode_documents(split.valid, cut)).astype(np.int64),
-        other_valid=np.concatenate(bpe.encode_documents(other, cut)).astype(np.int64),
+        documents=bpe.encode_documents(split.train, document_tokens),
+        valid=np.concatenate(bpe.encode_documents(split.valid, document_tokens)).astype(np.int64),
+        other_valid=np.concatenate(bpe.encode_documents(other, document_tokens)).astype(np.int64),
     )
-    _refuse_short(text, config.batch_tokens)
-    log.info(
-        "Text: %s from %s; %s training tokens, %s validation tokens in %d documents, %d near-duplicates left out; %s",
-        corpus.name, corpus.source, " and ".join(f"{len(text.train(n)):,} ({n} documents)" for n in config.samples),
-        f"{len(text.valid):,}", config.val_documents, len(split.removed), bpe.source,
-    )  # fmt: skip
-    if config.initialisation != "random":
-        _ = text.pretrained  # fetched or factorised now: what is wrong with it is said before any training
-    return text
-
-
-def uses_svd(config: EmbeddingFreezeConfig) -> bool:
-    """Whether the pretrained embedding of a resolved config is factorised from spare documents."""
-    return config.embedding == "svd" and not config.embedding_file and config.initialisation != "random"
-
-
-def _refuse_short(text: FreezeText, batch_tokens: int) -> None:
-    for what, stream in (("smallest sample", text.train(min(text.config.samples))), ("validation", text.valid)):
+    for what, stream in (("smallest sample", text.train(min(samples))), ("validation", text.valid)):
         if len(stream) <= batch_tokens:
             raise ValueError(
-                f"batch_tokens: got {batch_tokens}, but the {what} of {text.corpus.name!r} has {len(stream)} tokens; ask for "
+                f"batch_tokens: got {batch_tokens}, but the {what} of {corpus.name!r} has {len(stream)} tokens; ask for "
                 "smaller batches or more documents."
             )
+    log.info(
+        "Text: %s from %s; %s training tokens, %s validation tokens in %d documents, %d near-duplicates left out; %s",
+        corpus.name, corpus.source, " and ".join(f"{len(text.train(n)):,} ({n} documents)" for n in samples),
+        f"{len(text.valid):,}", len(split.valid), len(split.removed), bpe.source,
+    )  # fmt: skip
+    if embedding.is_used:
+        # Fetched or factorised now: what is wrong with it is said before any training.
+        _ = text.pretrained
+    return text
 
 
 def describe_duplicates(split: DocumentSplit, shown: int = 5) -> str:
@@ -198,16 +216,3 @@ def describe_duplicates(split: DocumentSplit, shown: int = 5) -> str:
     ]
     lines += [f"  {r.similarity:.2f}  {r.opening!r} resembles {r.resembles!r}" for r in split.removed[:shown]]
     return "\n".join(lines)
-
-
-def readable_baselines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The baselines rounded for people."""
-    return [
-        {
-            "samples": r["samples"],
-            "baseline": r["name"],
-            "val PPL": f"{r['val_ppl']:.1f}",
-            "without <unk>": f"{r['val_ppl_without_unk']:.1f}",
-        }
-        for r in rows
-    ]
