@@ -28,10 +28,11 @@ log = logging.getLogger(__name__)
 
 
 POLL_SECONDS = 1.0  # how often a worker with nothing to do looks at the others' trials
+# User attributes: what other workers need of a trial; that it was queued again.
 RESULT, QUEUED = (
     "result",
     "queued",
-)  # user attributes: what other workers need of a trial; that it was queued again
+)
 
 
 class _OnceEach(GridSampler):

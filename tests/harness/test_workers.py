@@ -50,7 +50,7 @@ def trained_here(monkeypatch) -> list[str]:
 
 
 def helpers() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "bklm.harness.workers" in p.cmdline()]
+    return [p for p in psutil.Process().children() if "bklm.harness.helper" in p.cmdline()]
 
 
 def test_two_workers_give_the_numbers_of_one_and_each_trial_is_trained_once(config, monkeypatch, tmp_path):
