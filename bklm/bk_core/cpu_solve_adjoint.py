@@ -1,0 +1,130 @@
+"""Adjoint of the solve for several columns: the gradient of x and its sums with the result, one pass over gbar and y.
+
+Formulas: solve_formulas.py and solve_backends.py; layout: cpu_solve_columns.py. The sums over the columns of a position are
+the one place where the order of additions is left to the compiler (it fixes one for a machine), because in a fixed order
+they could not use vector registers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import uintp
+
+from bklm.bk_core.cpu_scratch import reals_at
+from bklm.bk_core.cpu_solve_columns import (
+    BLOCK,
+    OTHER,
+    OTHER_BEFORE,
+    STATE,
+    advance,
+    clear,
+    eliminate,
+    factor,
+    read,
+    write,
+)
+from bklm.bk_core.jit import jit
+
+_BLOCK = np.uintp(BLOCK)
+_0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
+
+
+def _dot(s, one, other, width):
+    """sum of one * conj(other) over the columns of a block."""
+    re, im = s.dtype.type(0), s.dtype.type(0)
+    for w in range(width):
+        a_re, a_im = s[one + w], s[one + _BLOCK + w]
+        b_re, b_im = s[other + w], s[other + _BLOCK + w]
+        re += a_re * b_re + a_im * b_im
+        im += a_im * b_re - a_re * b_im
+    return re, im
+
+
+_dot = jit(_dot, fastmath={"contract", "reassoc", "nsz"})
+
+
+@jit
+def _add(target, at, re, im, keep):
+    """Add to (``keep``), or set, one interleaved complex number."""
+    target[_2 * at] = target[_2 * at] + re if keep else re
+    target[_2 * at + _1] = target[_2 * at + _1] + im if keep else im
+
+
+@jit
+def _copy(s, field, target, width):
+    for w in range(width):
+        s[target + w] = s[field + w]
+        s[target + _BLOCK + w] = s[field + _BLOCK + w]
+
+
+@jit
+def _descend(
+    s, source, at_source, out, real, y, left, c, complex_c, S, B, C, at_row, at_left, at_c, at_between,
+    n, columns, block, width, reverse, sums, both,
+):  # fmt: skip
+    """g_i = conj(L_i) (source_i - conj(c) g_before), and what g_i adds to S, C and (``both``) B."""
+    sign = -s.dtype.type(1)
+    nil = s.dtype.type(0)
+    clear(s, STATE, width)
+    keep = block > _0
+    for step in range(n):
+        i = step if reverse else n - _1 - step
+        between = i - _1 if reverse else i
+        at = at_row + i * columns + block
+        if sums:
+            if both and step > _0:
+                _copy(s, OTHER, OTHER_BEFORE, width)
+            read(s, OTHER, y, at, width)
+            if step > _0:
+                re, im = _dot(s, STATE, OTHER, width)
+                _add(C, at_between + between, -re, -im, keep)
+        q_re, q_im = nil, nil
+        if step > _0:
+            q_re, q_im = factor(left, c, complex_c, at_left + i, at_c + between, sign)
+        l_re, l_im = left[_2 * (at_left + i)], sign * left[_2 * (at_left + i) + _1]
+        advance(s, source, False, at_source + i * columns + block, width, l_re, l_im, q_re, q_im)
+        write(s, STATE, out, at, width, real)
+        if sums:
+            re, im = _dot(s, STATE, OTHER, width)
+            _add(S, at_left + i, re, im, keep)
+            if both and step > _0:
+                re, im = _dot(s, STATE, OTHER_BEFORE, width)
+                _add(B, at_between + i, -re, -im, keep)
+
+
+@jit
+def adjoint_columns(
+    s, first, last, gbar, buffer, out, real, y, left, b, b_stride, complex_b, c, c_stride, complex_c,
+    S, B, C, rows, n, columns, reverse, sums, both,
+):  # fmt: skip
+    """g (M, N, D) for rows ``first <= row < last``, real parts if ``real``; S (M, N), C and (``both``) B (M, N - 1).
+
+    Addresses throughout. ``both``: the tridiagonal solve, whose elimination goes into ``buffer`` (N, D) complex, of this
+    call alone.
+    """
+    rows, n, columns = uintp(rows), uintp(n), uintp(columns)
+    b_stride, c_stride = uintp(b_stride), uintp(c_stride)
+    items = _2 * rows * n * columns
+    gbar_view, out_view, y_view = reals_at(gbar, items, s), reals_at(out, items, s), reals_at(y, items, s)
+    buffer_view, left_view = reals_at(buffer, _2 * n * columns, s), reals_at(left, _2 * rows * n, s)
+    b_view, c_view = reals_at(b, _2 * rows * n, s), reals_at(c, _2 * rows * n, s)
+    S_view, B_view, C_view = (
+        reals_at(S, _2 * rows * n, s),
+        reals_at(B, _2 * rows * n, s),
+        reals_at(C, _2 * rows * n, s),
+    )
+    sign = -s.dtype.type(1)
+    for row in range(uintp(first), uintp(last)):
+        at_row, at_left = row * n * columns, row * n
+        for block in range(_0, columns, _BLOCK):
+            width = min(_BLOCK, columns - block)
+            if both:
+                eliminate(
+                    s, gbar_view, False, buffer_view, left_view, b_view, complex_b,
+                    at_row, _0, at_left, row * b_stride, n, columns, block, width, sign,
+                )  # fmt: skip
+            _descend(
+                s, buffer_view if both else gbar_view, _0 if both else at_row, out_view, real, y_view,
+                left_view, c_view, complex_c, S_view, B_view, C_view, at_row, at_left, row * c_stride,
+                row * (n - _1), n, columns, block, width, reverse, sums, both,
+            )  # fmt: skip
