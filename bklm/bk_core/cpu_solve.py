@@ -1,4 +1,12 @@
-"""The numba solver: rows shared among threads, kernels for several columns. Contract: solve_backends.py."""
+"""The numba solver. Contract: solve_backends.py.
+
+Dispatch, measured on 2 cores (benchmarks/resolvent_solve.py):
+
+- fewer than COLUMNS columns: SIMD over lines, one column of one row each (cpu_solve_tiles.py). Lines are cut into tiles as
+  cpu.py cuts rows; how depends on M, N and D alone, so results are deterministic.
+- else SIMD over the columns of one row after the other (cpu_solve_columns.py, cpu_solve_adjoint.py).
+- more than one thread from THREADS_FROM elements of y on.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bklm.bk_core import cpu_solve_adjoint, cpu_solve_columns, threads
-from bklm.bk_core.cpu_scratch import SCRATCH_LENGTH
+from bklm.bk_core import cpu_solve_adjoint, cpu_solve_columns, cpu_solve_tiles, threads
+from bklm.bk_core.cpu import tiling
+from bklm.bk_core.cpu_scratch import LANES, SCRATCH_LENGTH
 
+COLUMNS = 8
 THREADS_FROM = 2**14
-"""Elements of y; below, waking another thread costs about what it saves."""
 
 _NUMPY = {torch.complex64: np.float32, torch.complex128: np.float64}
 
@@ -18,6 +27,8 @@ _NUMPY = {torch.complex64: np.float32, torch.complex128: np.float64}
 def causal_rows(x: Tensor, left: Tensor, c: Tensor, reverse: bool) -> Tensor:
     """y (M, N, D) for x (M, N, D), left (M, N), c (1 or M, N - 1)."""
     m, n, columns = x.shape
+    if columns < COLUMNS:
+        return _tiles(x, left, None, c, flip=not reverse, conjugate=False)
     y = torch.empty(x.shape, dtype=left.dtype)
     rest = (
         x.data_ptr(),
@@ -37,6 +48,8 @@ def causal_rows(x: Tensor, left: Tensor, c: Tensor, reverse: bool) -> Tensor:
 def tridiagonal_rows(x: Tensor, left: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """y (M, N, D) for x (M, N, D), left (M, N), b and c (1 or M, N - 1)."""
     m, n, columns = x.shape
+    if columns < COLUMNS:
+        return _tiles(x, left, c, b, flip=False, conjugate=False)
     y = torch.empty(x.shape, dtype=left.dtype)
     rest = (
         x.data_ptr(),
@@ -70,17 +83,23 @@ def tridiagonal_adjoint(
 
 def _adjoint(gbar, left, b, c, y, reverse, real, sums):
     m, n, columns = gbar.shape
-    g = torch.empty(gbar.shape, dtype=left.real.dtype if real else left.dtype)
-    S = torch.empty(m, n, dtype=left.dtype) if sums else None
-    B = torch.empty(m, n - 1, dtype=left.dtype) if sums and b is not None else None
-    C = torch.empty(m, n - 1, dtype=left.dtype) if sums else None
     both = b is not None
+    S = torch.empty(m, n, dtype=left.dtype) if sums else None
+    B = torch.empty(m, n - 1, dtype=left.dtype) if sums and both else None
+    C = torch.empty(m, n - 1, dtype=left.dtype) if sums else None
+    found = tuple(0 if t is None else t.data_ptr() for t in (S, B, C))
+    dtype = _NUMPY[left.dtype]
+    if columns < COLUMNS:
+        g = _tiles(gbar, left, b, c, flip=reverse, conjugate=True)
+        if sums:
+            rest = (g.data_ptr(), y.data_ptr(), *found, n, columns, reverse, both)
+            _run(cpu_solve_tiles.sum_columns, rest, m, g)
+        return g.real.contiguous() if real else g, S, B, C
+    g = torch.empty(gbar.shape, dtype=left.real.dtype if real else left.dtype)
     rest = (
-        *(g.data_ptr(), real, y.data_ptr(), left.data_ptr(), *_between(c if b is None else b), *_between(c)),
-        *(0 if t is None else t.data_ptr() for t in (S, B, C)),
+        *(g.data_ptr(), real, y.data_ptr(), left.data_ptr(), *_between(b if both else c), *_between(c), *found),
         *(m, n, columns, reverse, sums, both),
     )
-    dtype = _NUMPY[left.dtype]
 
     def part(first: int, last: int) -> None:
         buffer = np.empty(2 * n * columns if both else 0, dtype)
@@ -92,14 +111,46 @@ def _adjoint(gbar, left, b, c, y, reverse, real, sums):
     return g, S, B, C
 
 
-def _run(kernel, rest: tuple, m: int, y: Tensor) -> None:
-    """A forward kernel over all rows."""
+def _tiles(x: Tensor, left: Tensor, f: Tensor | None, e: Tensor, flip: bool, conjugate: bool) -> Tensor:
+    """y (M, N, D) with the couplings f of the elimination (None: there is none) and e of the substitution."""
+    m, n, columns = x.shape
+    lines = m * columns
+    tile, n_tiles = tiling(lines, n)
+    y = torch.empty(x.shape, dtype=left.dtype)
+    both = f is not None
+    joined = n_tiles > 1
+    summary = torch.empty(lines * n_tiles, cpu_solve_tiles.SUMMARY, dtype=left.real.dtype) if joined else None
+    entering = torch.empty(lines * n_tiles, 2, dtype=left.dtype) if joined else None
+    addresses = (summary.data_ptr(), entering.data_ptr()) if joined else (0, 0)
+    rest = (
+        *(
+            x.data_ptr(),
+            not x.is_complex(),
+            y.data_ptr(),
+            left.data_ptr(),
+            *_between(e),
+            *_between(f if both else e),
+        ),
+        *(*addresses, m, n, columns, tile, n_tiles, both, flip, conjugate),
+    )
+    groups = -(-lines * n_tiles // LANES)
+    if joined:
+        _run(cpu_solve_tiles.solve_tiles, (*rest, True), groups, y)
+        cpu_solve_tiles.join(
+            threads.scratch(SCRATCH_LENGTH, _NUMPY[left.dtype]), *addresses, lines, n_tiles, both
+        )
+    _run(cpu_solve_tiles.solve_tiles, (*rest, False), groups, y)
+    return y
+
+
+def _run(kernel, rest: tuple, count: int, y: Tensor) -> None:
+    """kernel(scratch, first, last, ...) over ``count`` rows or groups, shared among threads."""
     dtype = _NUMPY[y.dtype]
 
     def part(first: int, last: int) -> None:
         kernel(threads.scratch(SCRATCH_LENGTH, dtype), first, last, *rest)
 
-    threads.split(part, m, y.numel() >= THREADS_FROM)
+    threads.split(part, count, y.numel() >= THREADS_FROM)
 
 
 def _between(c: Tensor) -> tuple[int, int, bool]:

@@ -14,13 +14,12 @@ from bklm.bk_core.cpu_scratch import reals_at
 from bklm.bk_core.cpu_solve_columns import (
     BLOCK,
     OTHER,
-    OTHER_BEFORE,
     STATE,
     advance,
     clear,
     eliminate,
     factor,
-    read,
+    moved,
     write,
 )
 from bklm.bk_core.jit import jit
@@ -29,18 +28,32 @@ _BLOCK = np.uintp(BLOCK)
 _0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
 
 
-def _dot(s, one, other, width):
-    """sum of one * conj(other) over the columns of a block."""
-    re, im = s.dtype.type(0), s.dtype.type(0)
+def _advance(s, source, at_source, y, at_y, width, l_re, l_im, q_re, q_im):
+    """STATE = L source - q STATE for a block of columns; sums over it of STATE conj(y) after and before that.
+
+    Also of STATE after it with OTHER, y of the position before, in whose place y comes: (S, C, B), complex each.
+    """
+    nil = s.dtype.type(0)
+    S_re, S_im, C_re, C_im, B_re, B_im = nil, nil, nil, nil, nil, nil
     for w in range(width):
-        a_re, a_im = s[one + w], s[one + _BLOCK + w]
-        b_re, b_im = s[other + w], s[other + _BLOCK + w]
-        re += a_re * b_re + a_im * b_im
-        im += a_im * b_re - a_re * b_im
-    return re, im
+        y_re, y_im = y[_2 * (at_y + w)], y[_2 * (at_y + w) + _1]
+        re, im = s[STATE + w], s[STATE + _BLOCK + w]
+        C_re += re * y_re + im * y_im
+        C_im += im * y_re - re * y_im
+        re, im = moved(
+            source[_2 * (at_source + w)], source[_2 * (at_source + w) + _1], re, im, l_re, l_im, q_re, q_im
+        )
+        s[STATE + w], s[STATE + _BLOCK + w] = re, im
+        S_re += re * y_re + im * y_im
+        S_im += im * y_re - re * y_im
+        o_re, o_im = s[OTHER + w], s[OTHER + _BLOCK + w]
+        B_re += re * o_re + im * o_im
+        B_im += im * o_re - re * o_im
+        s[OTHER + w], s[OTHER + _BLOCK + w] = y_re, y_im
+    return S_re, S_im, C_re, C_im, B_re, B_im
 
 
-_dot = jit(_dot, fastmath={"contract", "reassoc", "nsz"})
+_advance = jit(_advance, fastmath={"contract", "reassoc", "nsz"})
 
 
 @jit
@@ -51,45 +64,35 @@ def _add(target, at, re, im, keep):
 
 
 @jit
-def _copy(s, field, target, width):
-    for w in range(width):
-        s[target + w] = s[field + w]
-        s[target + _BLOCK + w] = s[field + _BLOCK + w]
-
-
-@jit
 def _descend(
     s, source, at_source, out, real, y, left, c, complex_c, S, B, C, at_row, at_left, at_c, at_between,
     n, columns, block, width, reverse, sums, both,
 ):  # fmt: skip
     """g_i = conj(L_i) (source_i - conj(c) g_before), and what g_i adds to S, C and (``both``) B."""
     sign = -s.dtype.type(1)
-    nil = s.dtype.type(0)
     clear(s, STATE, width)
+    clear(s, OTHER, width)
     keep = block > _0
     for step in range(n):
         i = step if reverse else n - _1 - step
         between = i - _1 if reverse else i
-        at = at_row + i * columns + block
-        if sums:
-            if both and step > _0:
-                _copy(s, OTHER, OTHER_BEFORE, width)
-            read(s, OTHER, y, at, width)
-            if step > _0:
-                re, im = _dot(s, STATE, OTHER, width)
-                _add(C, at_between + between, -re, -im, keep)
-        q_re, q_im = nil, nil
+        at = i * columns + block
+        q_re, q_im = s.dtype.type(0), s.dtype.type(0)
         if step > _0:
             q_re, q_im = factor(left, c, complex_c, at_left + i, at_c + between, sign)
         l_re, l_im = left[_2 * (at_left + i)], sign * left[_2 * (at_left + i) + _1]
-        advance(s, source, False, at_source + i * columns + block, width, l_re, l_im, q_re, q_im)
-        write(s, STATE, out, at, width, real)
         if sums:
-            re, im = _dot(s, STATE, OTHER, width)
-            _add(S, at_left + i, re, im, keep)
-            if both and step > _0:
-                re, im = _dot(s, STATE, OTHER_BEFORE, width)
-                _add(B, at_between + i, -re, -im, keep)
+            S_re, S_im, C_re, C_im, B_re, B_im = _advance(
+                s, source, at_source + at, y, at_row + at, width, l_re, l_im, q_re, q_im
+            )
+            _add(S, at_left + i, S_re, S_im, keep)
+            if step > _0:
+                _add(C, at_between + between, -C_re, -C_im, keep)
+                if both:
+                    _add(B, at_between + i, -B_re, -B_im, keep)
+        else:
+            advance(s, source, False, at_source + at, width, l_re, l_im, q_re, q_im)
+        write(s, STATE, out, at_row + at, width, real)
 
 
 @jit

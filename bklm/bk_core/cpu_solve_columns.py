@@ -19,8 +19,7 @@ _BLOCK = np.uintp(BLOCK)
 _0, _1, _2, _3 = np.uintp(0), np.uintp(1), np.uintp(2), np.uintp(3)
 # Fields of BLOCK numbers each; a complex one takes two. STATE comes first, so that distances are constants.
 STATE = np.uintp(0)
-OTHER = np.uintp(2 * BLOCK)  # y of this position
-OTHER_BEFORE = np.uintp(4 * BLOCK)  # and of the position before
+OTHER = np.uintp(2 * BLOCK)  # y of the position before
 
 
 @jit
@@ -42,14 +41,6 @@ def clear(s, field, width):
 
 
 @jit
-def read(s, field, source, at, width):
-    """``width`` interleaved complex numbers into a field."""
-    for w in range(width):
-        s[field + w] = source[_2 * (at + w)]
-        s[field + _BLOCK + w] = source[_2 * (at + w) + _1]
-
-
-@jit
 def write(s, field, target, at, width, real):
     """A field as interleaved complex numbers, or its real parts."""
     if real:
@@ -62,8 +53,14 @@ def write(s, field, target, at, width, real):
 
 
 @jit
+def moved(x, y, re, im, l_re, l_im, q_re, q_im):
+    """L (x + i y) - q (re + i im)."""
+    return l_re * x - l_im * y - q_re * re + q_im * im, l_re * y + l_im * x - q_re * im - q_im * re
+
+
+@jit
 def advance(s, source, real, at, width, l_re, l_im, q_re, q_im):
-    """STATE = L source - q STATE for one block of columns."""
+    """STATE = L source - q STATE for a block of columns."""
     if real:
         for w in range(width):
             x = source[at + w]
@@ -73,9 +70,8 @@ def advance(s, source, real, at, width, l_re, l_im, q_re, q_im):
     else:
         for w in range(width):
             x, y = source[_2 * (at + w)], source[_2 * (at + w) + _1]
-            re, im = s[STATE + w], s[STATE + _BLOCK + w]
-            s[STATE + w] = l_re * x - l_im * y - q_re * re + q_im * im
-            s[STATE + _BLOCK + w] = l_re * y + l_im * x - q_re * im - q_im * re
+            re, im = moved(x, y, s[STATE + w], s[STATE + _BLOCK + w], l_re, l_im, q_re, q_im)
+            s[STATE + w], s[STATE + _BLOCK + w] = re, im
 
 
 @jit
