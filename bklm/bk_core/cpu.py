@@ -36,7 +36,7 @@ def forward(a: Tensor, k: Tensor, z: Tensor, causal: bool) -> tuple[Tensor, tupl
     if a.is_complex() or k.is_complex():
         return _forward_rows(a, k, z, causal), ()
     m, n = a.shape
-    tile, n_tiles = tiling(m, n)
+    tile, n_tiles = _tiling(m, n)
     states = _NO_STATES
     if n_tiles > 1:
         states = (_sweep(a, k, z, tile, n_tiles, False),)
@@ -68,7 +68,7 @@ def backward(
     if a.is_complex() or k.is_complex():
         return _backward_rows(gbar, a, k, z, G, causal, needs_k, needs_z)
     m, n = a.shape
-    tile, n_tiles = tiling(m, n)
+    tile, n_tiles = _tiling(m, n)
     states = saved
     if n_tiles > 1 and not causal and not states:
         states = _sweep(a, k, z, tile, n_tiles, False), _sweep(a, k, z, tile, n_tiles, True)
@@ -110,7 +110,7 @@ def backward(
     return grad_a, K, Dsum.sum(-1, dtype=torch.complex128).to(z.dtype) if n_tiles > 1 else Dsum[:, 0]
 
 
-def tiling(m: int, n: int) -> tuple[int, int]:
+def _tiling(m: int, n: int) -> tuple[int, int]:
     """(positions per tile, tiles per row)."""
     if n <= SHORT_ROW or (n <= LONGEST_TILE and 2 * m >= LANES):
         return n, 1

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from bklm.bk_core import cpu_solve_adjoint, cpu_solve_columns, cpu_solve_tiles, threads
-from bklm.bk_core.cpu import tiling
-from bklm.bk_core.cpu_scratch import LANES, SCRATCH_LENGTH
+from bklm.bk_core.cpu_scratch import SCRATCH_LENGTH
 
 COLUMNS = 8
 THREADS_FROM = 2**14
@@ -28,7 +27,7 @@ def causal_rows(x: Tensor, left: Tensor, c: Tensor, reverse: bool) -> Tensor:
     """y (M, N, D) for x (M, N, D), left (M, N), c (1 or M, N - 1)."""
     m, n, columns = x.shape
     if columns < COLUMNS:
-        return _tiles(x, left, None, c, flip=not reverse, conjugate=False)
+        return _tiles(x, left, None, c, from_left=not reverse, conjugate=False)
     y = torch.empty(x.shape, dtype=left.dtype)
     rest = (
         x.data_ptr(),
@@ -49,7 +48,7 @@ def tridiagonal_rows(x: Tensor, left: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """y (M, N, D) for x (M, N, D), left (M, N), b and c (1 or M, N - 1)."""
     m, n, columns = x.shape
     if columns < COLUMNS:
-        return _tiles(x, left, c, b, flip=False, conjugate=False)
+        return _tiles(x, left, c, b, from_left=False, conjugate=False)
     y = torch.empty(x.shape, dtype=left.dtype)
     rest = (
         x.data_ptr(),
@@ -90,7 +89,7 @@ def _adjoint(gbar, left, b, c, y, reverse, real, sums):
     found = tuple(0 if t is None else t.data_ptr() for t in (S, B, C))
     dtype = _NUMPY[left.dtype]
     if columns < COLUMNS:
-        g = _tiles(gbar, left, b, c, flip=reverse, conjugate=True)
+        g = _tiles(gbar, left, b, c, from_left=reverse, conjugate=True)
         if sums:
             rest = (g.data_ptr(), y.data_ptr(), *found, n, columns, reverse, both)
             _run(cpu_solve_tiles.sum_columns, rest, m, g)
@@ -111,11 +110,12 @@ def _adjoint(gbar, left, b, c, y, reverse, real, sums):
     return g, S, B, C
 
 
-def _tiles(x: Tensor, left: Tensor, f: Tensor | None, e: Tensor, flip: bool, conjugate: bool) -> Tensor:
+def _tiles(x: Tensor, left: Tensor, f: Tensor | None, e: Tensor, from_left: bool, conjugate: bool) -> Tensor:
     """y (M, N, D) with the couplings f of the elimination (None: there is none) and e of the substitution."""
     m, n, columns = x.shape
     lines = m * columns
-    tile, n_tiles = tiling(lines, n)
+    n_tiles = -(-n // cpu_solve_tiles.TILE)
+    tile = -(-n // n_tiles)
     y = torch.empty(x.shape, dtype=left.dtype)
     both = f is not None
     joined = n_tiles > 1
@@ -131,13 +131,13 @@ def _tiles(x: Tensor, left: Tensor, f: Tensor | None, e: Tensor, flip: bool, con
             *_between(e),
             *_between(f if both else e),
         ),
-        *(*addresses, m, n, columns, tile, n_tiles, both, flip, conjugate),
+        *(*addresses, m, n, columns, tile, n_tiles, both, from_left, conjugate),
     )
-    groups = -(-lines * n_tiles // LANES)
+    groups = -(-lines * n_tiles // cpu_solve_tiles.LANES)
     if joined:
         _run(cpu_solve_tiles.solve_tiles, (*rest, True), groups, y)
         cpu_solve_tiles.join(
-            threads.scratch(SCRATCH_LENGTH, _NUMPY[left.dtype]), *addresses, lines, n_tiles, both
+            threads.scratch(SCRATCH_LENGTH, _NUMPY[left.dtype]), *addresses, lines, n_tiles, both, from_left
         )
     _run(cpu_solve_tiles.solve_tiles, (*rest, False), groups, y)
     return y

@@ -19,6 +19,7 @@ from bklm.bk_core.cpu_solve_columns import (
     clear,
     eliminate,
     factor,
+    inlined,
     moved,
     write,
 )
@@ -28,10 +29,10 @@ _BLOCK = np.uintp(BLOCK)
 _0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
 
 
-def _advance(s, source, at_source, y, at_y, width, l_re, l_im, q_re, q_im):
+def _advance(s, source, at_source, y, at_y, width, l_re, l_im, q_re, q_im, both):
     """STATE = L source - q STATE for a block of columns; sums over it of STATE conj(y) after and before that.
 
-    Also of STATE after it with OTHER, y of the position before, in whose place y comes: (S, C, B), complex each.
+    With ``both`` also of STATE after it with OTHER, y of the position before, in whose place y comes. (S, C, B), complex.
     """
     nil = s.dtype.type(0)
     S_re, S_im, C_re, C_im, B_re, B_im = nil, nil, nil, nil, nil, nil
@@ -46,24 +47,25 @@ def _advance(s, source, at_source, y, at_y, width, l_re, l_im, q_re, q_im):
         s[STATE + w], s[STATE + _BLOCK + w] = re, im
         S_re += re * y_re + im * y_im
         S_im += im * y_re - re * y_im
-        o_re, o_im = s[OTHER + w], s[OTHER + _BLOCK + w]
-        B_re += re * o_re + im * o_im
-        B_im += im * o_re - re * o_im
-        s[OTHER + w], s[OTHER + _BLOCK + w] = y_re, y_im
+        if both:
+            o_re, o_im = s[OTHER + w], s[OTHER + _BLOCK + w]
+            B_re += re * o_re + im * o_im
+            B_im += im * o_re - re * o_im
+            s[OTHER + w], s[OTHER + _BLOCK + w] = y_re, y_im
     return S_re, S_im, C_re, C_im, B_re, B_im
 
 
-_advance = jit(_advance, fastmath={"contract", "reassoc", "nsz"})
+_advance = inlined(_advance, fastmath={"contract", "reassoc", "nsz"})
 
 
-@jit
+@inlined
 def _add(target, at, re, im, keep):
     """Add to (``keep``), or set, one interleaved complex number."""
     target[_2 * at] = target[_2 * at] + re if keep else re
     target[_2 * at + _1] = target[_2 * at + _1] + im if keep else im
 
 
-@jit
+@inlined
 def _descend(
     s, source, at_source, out, real, y, left, c, complex_c, S, B, C, at_row, at_left, at_c, at_between,
     n, columns, block, width, reverse, sums, both,
@@ -82,9 +84,14 @@ def _descend(
             q_re, q_im = factor(left, c, complex_c, at_left + i, at_c + between, sign)
         l_re, l_im = left[_2 * (at_left + i)], sign * left[_2 * (at_left + i) + _1]
         if sums:
-            S_re, S_im, C_re, C_im, B_re, B_im = _advance(
-                s, source, at_source + at, y, at_row + at, width, l_re, l_im, q_re, q_im
-            )
+            if both:
+                S_re, S_im, C_re, C_im, B_re, B_im = _advance(
+                    s, source, at_source + at, y, at_row + at, width, l_re, l_im, q_re, q_im, True
+                )
+            else:
+                S_re, S_im, C_re, C_im, B_re, B_im = _advance(
+                    s, source, at_source + at, y, at_row + at, width, l_re, l_im, q_re, q_im, False
+                )
             _add(S, at_left + i, S_re, S_im, keep)
             if step > _0:
                 _add(C, at_between + between, -C_re, -C_im, keep)

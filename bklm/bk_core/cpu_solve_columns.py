@@ -8,12 +8,15 @@ and fused multiply-add: cpu_scratch.py.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numba import uintp
 
 from bklm.bk_core.cpu_scratch import reals_at
 from bklm.bk_core.jit import jit
 
+inlined = functools.partial(jit, forceinline=True)  # a call that passes arrays costs as much as a short row
 BLOCK = 128
 _BLOCK = np.uintp(BLOCK)
 _0, _1, _2, _3 = np.uintp(0), np.uintp(1), np.uintp(2), np.uintp(3)
@@ -22,7 +25,7 @@ STATE = np.uintp(0)
 OTHER = np.uintp(2 * BLOCK)  # y of the position before
 
 
-@jit
+@inlined
 def factor(left, e, complex_e, at_left, at_e, sign):
     """q = L e and L: complex numbers from an interleaved L and a real or interleaved coupling, conjugated by ``sign``."""
     re, im = left[_2 * at_left], sign * left[_2 * at_left + _1]
@@ -33,14 +36,14 @@ def factor(left, e, complex_e, at_left, at_e, sign):
     return re * e_re, im * e_re
 
 
-@jit
+@inlined
 def clear(s, field, width):
     for w in range(width):
         s[field + w] = 0
         s[field + _BLOCK + w] = 0
 
 
-@jit
+@inlined
 def write(s, field, target, at, width, real):
     """A field as interleaved complex numbers, or its real parts."""
     if real:
@@ -52,13 +55,13 @@ def write(s, field, target, at, width, real):
             target[_2 * (at + w) + _1] = s[field + _BLOCK + w]
 
 
-@jit
+@inlined
 def moved(x, y, re, im, l_re, l_im, q_re, q_im):
     """L (x + i y) - q (re + i im)."""
     return l_re * x - l_im * y - q_re * re + q_im * im, l_re * y + l_im * x - q_re * im - q_im * re
 
 
-@jit
+@inlined
 def advance(s, source, real, at, width, l_re, l_im, q_re, q_im):
     """STATE = L source - q STATE for a block of columns."""
     if real:
@@ -74,7 +77,7 @@ def advance(s, source, real, at, width, l_re, l_im, q_re, q_im):
             s[STATE + w], s[STATE + _BLOCK + w] = re, im
 
 
-@jit
+@inlined
 def eliminate(
     s, x, real, out, left, e, complex_e, at_row, at_out, at_left, at_e, n, columns, block, width, sign
 ):
@@ -90,7 +93,7 @@ def eliminate(
             q_re, q_im = factor(left, e, complex_e, at_left + i, at_e + i, sign)
 
 
-@jit
+@inlined
 def substitute(s, x, real, out, left, e, complex_e, at_row, at_left, at_e, n, columns, block, width, reverse):
     """y_i = L_i (x_i - e y_before) of one block of columns; ``before`` is i - 1, with ``reverse`` i + 1."""
     one, nil = s.dtype.type(1), s.dtype.type(0)

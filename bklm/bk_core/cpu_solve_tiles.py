@@ -1,14 +1,14 @@
 """SIMD kernels of the solve for few columns: tiles of many lines side by side in the lanes, all independent of each other.
 
-A line is one column of one row, cut into tiles as in cpu_scratch.py, whose scratch buffer and conventions these kernels
-use. With L known (cpu_tiles.py) the solve is linear:
+A line is one column of one row, cut into tiles of at most TILE positions, of which LANES at a time are transposed into
+scratch; conventions as in cpu_scratch.py, with a layout of its own. With L known (cpu_tiles.py) the solve is linear:
 
     elimination   v_j = x_j - Q_{j-1} v_{j-1},       Q = L c  (left out by the causal solve: v = x)
     substitution  y_j = L_j v_j - P_j y_{j+1},       P = L b
 
 A tile is first run as if nothing entered it, together with its answers to a unit that enters from either side: five
 numbers that tell what leaves it. A join from tile to tile gives what really enters, in double precision, and a second run
-gives the results. A causal solve runs from the left: its lines are read and written the other way round (``flip``).
+gives the results. The causal solve is a substitution ``from_left``: ``y_j = L_j x_j - P_j y_{j-1}``, ``P_j = L_j c_{j-1}``.
 """
 
 from __future__ import annotations
@@ -16,85 +16,91 @@ from __future__ import annotations
 import numpy as np
 from numba import uintp
 
-from bklm.bk_core.cpu_scratch import LANES, at, put, reals_at, vectors
-from bklm.bk_core.cpu_solve_columns import factor
+from bklm.bk_core.cpu_scratch import reals_at, vectors
+from bklm.bk_core.cpu_solve_columns import factor, inlined
 from bklm.bk_core.jit import jit
 
-_LANES = np.uintp(LANES)
+LANES = 16
+TILE = 64
+"""Positions of a tile at most. Eight fields of so many steps stay in a first-level cache of 32 kB while they are packed."""
+SUMMARY = 10
+"""Reals of a tile: v at its end, its factor; y at its start, its factors from the right and from the left."""
+_LANES, _STEPS, _SUMMARY = np.uintp(LANES), np.uintp(TILE + 2), np.uintp(SUMMARY)
 _0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
-# Fields of cpu_scratch, two each.
+# Fields, two each. Step 0 is the position before the tile, steps 1 ... tile are the tile, tile + 1 is the one after it.
 _X = np.uintp(0)  # x, then v, then y
 _L = np.uintp(2)
 _Q = np.uintp(4)
 _P = np.uintp(6)
 _FROM_LEFT = np.uintp(8)  # the answer of v to a unit before the tile
-_OUT = np.uintp(10)  # a step alone: y, its answer to a unit after the tile, to a unit before it
-SUMMARY = 10
-"""Reals of a tile: v at its end, its factor; y at its start, its factors from the right and from the left."""
-_SUMMARY = np.uintp(SUMMARY)
+_OUT = np.uintp(
+    10
+)  # step 1: the factor of y over the tile; step 2: what y answers to a unit of v before the tile
 
 
-@jit
-def _pack_source(s, x, real, line, stride, begin, count, n, tile, lane, flip):
+@inlined
+def at(step, field):
+    """Index of lane 0 of a field at a step."""
+    return (field * _STEPS + step) * _LANES
+
+
+@inlined
+def put(s, step, field, lane, re, im):
+    """Store one complex number."""
+    s[at(step, field) + lane] = re
+    s[at(step, field + _1) + lane] = im
+
+
+@inlined
+def _pack_source(s, x, real, start, stride, count, tile, lane):
     """x of the tile into steps 1 ... tile, zeros after it."""
-    for j in range(count):
-        place = line + (n - _1 - begin - j if flip else begin + j) * stride
-        if real:
-            put(s, j + _1, _X, lane, x[place], 0)
-        else:
-            put(s, j + _1, _X, lane, x[_2 * place], x[_2 * place + _1])
+    if real:
+        for j in range(count):
+            put(s, j + _1, _X, lane, x[start + j * stride], 0)
+    else:
+        for j in range(count):
+            put(s, j + _1, _X, lane, x[_2 * (start + j * stride)], x[_2 * (start + j * stride) + _1])
     for j in range(count, tile):
         put(s, j + _1, _X, lane, 0, 0)
 
 
-@jit
-def _pack_left(s, left, at_left, begin, count, n, tile, lane, flip, sign):
+@inlined
+def _pack_left(s, left, start, count, tile, lane, sign):
     for j in range(count):
-        place = at_left + (n - _1 - begin - j if flip else begin + j)
-        put(s, j + _1, _L, lane, left[_2 * place], sign * left[_2 * place + _1])
+        put(s, j + _1, _L, lane, left[_2 * (start + j)], sign * left[_2 * (start + j) + _1])
     for j in range(count, tile):
         put(s, j + _1, _L, lane, 0, 0)
 
 
-@jit
-def _pack_elimination(s, left, e, complex_e, at_left, at_e, begin, count, n, tile, lane, sign):
-    """Q of the position before the tile and of the tile, which lead to the next position each."""
-    re, im = s.dtype.type(0), s.dtype.type(0)
-    if begin > _0:
-        re, im = factor(left, e, complex_e, at_left + begin - _1, at_e + begin - _1, sign)
-    put(s, _0, _Q, lane, re, im)
-    inside = min(count, n - _1 - begin)
-    for j in range(inside):
-        re, im = factor(left, e, complex_e, at_left + begin + j, at_e + begin + j, sign)
-        put(s, j + _1, _Q, lane, re, im)
+@inlined
+def _pack_products(s, field, left, e, complex_e, at_left, at_e, skip, inside, tile, lane, sign):
+    """L e of positions skip ... inside - 1 of the tile, zero elsewhere."""
+    for j in range(skip):
+        put(s, j + _1, field, lane, 0, 0)
+    if complex_e:
+        for j in range(skip, inside):
+            re, im = factor(left, e, True, at_left + j, at_e + j, sign)
+            put(s, j + _1, field, lane, re, im)
+    else:
+        for j in range(skip, inside):
+            re, im = factor(left, e, False, at_left + j, at_e + j, sign)
+            put(s, j + _1, field, lane, re, im)
     for j in range(inside, tile):
-        put(s, j + _1, _Q, lane, 0, 0)
+        put(s, j + _1, field, lane, 0, 0)
 
 
-@jit
-def _pack_substitution(s, left, e, complex_e, at_left, at_e, begin, count, n, tile, lane, flip, sign):
-    """P of the tile, zero at the end of the line."""
-    inside = min(count, n - _1 - begin)
-    for j in range(inside):
-        place = n - _1 - begin - j if flip else begin + j
-        re, im = factor(left, e, complex_e, at_left + place, at_e + (place - _1 if flip else place), sign)
-        put(s, j + _1, _P, lane, re, im)
-    for j in range(inside, tile):
-        put(s, j + _1, _P, lane, 0, 0)
-
-
-@jit
+@inlined
 def _eliminate(s, tile, lanes):
     """v in place of x, from what stands at step 0."""
     for j in range(_1, tile + _1):
         for w in range(lanes):
             q_re, q_im = s[at(j - _1, _Q) + w], s[at(j - _1, _Q + _1) + w]
             re, im = s[at(j - _1, _X) + w], s[at(j - _1, _X + _1) + w]
-            s[at(j, _X) + w] = s[at(j, _X) + w] - (q_re * re - q_im * im)
-            s[at(j, _X + _1) + w] = s[at(j, _X + _1) + w] - (q_re * im + q_im * re)
+            s[at(j, _X) + w] = s[at(j, _X) + w] - q_re * re + q_im * im
+            s[at(j, _X + _1) + w] = s[at(j, _X + _1) + w] - q_re * im - q_im * re
 
 
-@jit
+@inlined
 def _answer_from_left(s, tile, lanes):
     for w in range(lanes):
         s[at(_0, _FROM_LEFT) + w] = 1
@@ -107,7 +113,7 @@ def _answer_from_left(s, tile, lanes):
             s[at(j, _FROM_LEFT + _1) + w] = -(q_re * im) - q_im * re
 
 
-@jit
+@inlined
 def _substitute(s, tile, lanes):
     """y in place of v, from what stands at step tile + 1."""
     for c in range(tile):
@@ -117,13 +123,26 @@ def _substitute(s, tile, lanes):
             v_re, v_im = s[at(j, _X) + w], s[at(j, _X + _1) + w]
             p_re, p_im = s[at(j, _P) + w], s[at(j, _P + _1) + w]
             re, im = s[at(j + _1, _X) + w], s[at(j + _1, _X + _1) + w]
-            s[at(j, _X) + w] = (l_re * v_re - l_im * v_im) - (p_re * re - p_im * im)
-            s[at(j, _X + _1) + w] = (l_re * v_im + l_im * v_re) - (p_re * im + p_im * re)
+            s[at(j, _X) + w] = l_re * v_re - l_im * v_im - p_re * re + p_im * im
+            s[at(j, _X + _1) + w] = l_re * v_im + l_im * v_re - p_re * im - p_im * re
 
 
-@jit
-def _answer_from_right(s, tile, lanes):
-    """The product of -P over the tile, at step 1 of _OUT."""
+@inlined
+def _substitute_from_left(s, tile, lanes):
+    """y_j = L_j x_j - P_j y_{j-1} in place of x, from what stands at step 0."""
+    for j in range(_1, tile + _1):
+        for w in range(lanes):
+            l_re, l_im = s[at(j, _L) + w], s[at(j, _L + _1) + w]
+            v_re, v_im = s[at(j, _X) + w], s[at(j, _X + _1) + w]
+            p_re, p_im = s[at(j, _P) + w], s[at(j, _P + _1) + w]
+            re, im = s[at(j - _1, _X) + w], s[at(j - _1, _X + _1) + w]
+            s[at(j, _X) + w] = l_re * v_re - l_im * v_im - p_re * re + p_im * im
+            s[at(j, _X + _1) + w] = l_re * v_im + l_im * v_re - p_re * im - p_im * re
+
+
+@inlined
+def _answer_to_y(s, tile, lanes):
+    """The product of -P over the tile, at step 1 of _OUT; in either direction."""
     for w in range(lanes):
         s[at(_1, _OUT) + w] = 1
         s[at(_1, _OUT + _1) + w] = 0
@@ -135,7 +154,7 @@ def _answer_from_right(s, tile, lanes):
             s[at(_1, _OUT + _1) + w] = -(p_re * im) - p_im * re
 
 
-@jit
+@inlined
 def _answer_through(s, tile, lanes):
     """What y at the tile's start answers to a unit of v before the tile, at step 2 of _OUT."""
     for w in range(lanes):
@@ -148,18 +167,18 @@ def _answer_through(s, tile, lanes):
             v_re, v_im = s[at(j, _FROM_LEFT) + w], s[at(j, _FROM_LEFT + _1) + w]
             p_re, p_im = s[at(j, _P) + w], s[at(j, _P + _1) + w]
             re, im = s[at(_2, _OUT) + w], s[at(_2, _OUT + _1) + w]
-            s[at(_2, _OUT) + w] = (l_re * v_re - l_im * v_im) - (p_re * re - p_im * im)
-            s[at(_2, _OUT + _1) + w] = (l_re * v_im + l_im * v_re) - (p_re * im + p_im * re)
+            s[at(_2, _OUT) + w] = l_re * v_re - l_im * v_im - p_re * re + p_im * im
+            s[at(_2, _OUT + _1) + w] = l_re * v_im + l_im * v_re - p_re * im - p_im * re
 
 
-@jit
+@inlined
 def _take(s, step, field, lane, target, place):
     target[place] = s[at(step, field) + lane]
     target[place + _1] = s[at(step, field + _1) + lane]
 
 
-@jit
-def _summarise(s, tile, lanes, used, first_item, both, summary):
+@inlined
+def _summarise(s, tile, lanes, used, first_item, both, from_left, summary):
     if both:
         _eliminate(s, tile, lanes)
         _answer_from_left(s, tile, lanes)
@@ -169,24 +188,27 @@ def _summarise(s, tile, lanes, used, first_item, both, summary):
             _take(s, tile, _X, w, summary, place)
             _take(s, tile, _FROM_LEFT, w, summary, place + _2)
             _take(s, _2, _OUT, w, summary, place + _2 * _2 * _2)
-    _substitute(s, tile, lanes)
-    _answer_from_right(s, tile, lanes)
+    if from_left:
+        _substitute_from_left(s, tile, lanes)
+    else:
+        _substitute(s, tile, lanes)
+    _answer_to_y(s, tile, lanes)
     for w in range(used):
         place = _SUMMARY * (first_item + w) + _2 * _2
-        _take(s, _1, _X, w, summary, place)
+        _take(s, tile if from_left else _1, _X, w, summary, place)
         _take(s, _1, _OUT, w, summary, place + _2)
 
 
 @jit
 def solve_tiles(
     s, first, last, x, real, out, left, e, e_stride, complex_e, f, f_stride, complex_f, summary, entering,
-    rows, n, columns, tile, n_tiles, both, flip, conjugate, summarise,
+    rows, n, columns, tile, n_tiles, both, from_left, conjugate, summarise,
 ):  # fmt: skip
     """y (M, N, D) for groups ``first <= group < last`` of the M D n_tiles tiles; with ``summarise`` their summaries instead.
 
     Addresses: x and y, L (M, N), the couplings of the substitution e and of the elimination f (``both``; else not looked
-    at), summary (M D n_tiles, SUMMARY) and what enters each tile, (M D n_tiles, 2) complex: v from the left, y from the
-    right (not looked at where n_tiles = 1). ``conjugate``: L, e and f are to be conjugated.
+    at), summary (M D n_tiles, SUMMARY) and what enters each tile, (M D n_tiles, 2) complex: v (``from_left`` y) from the
+    left, y from the right (not looked at where n_tiles = 1). ``conjugate``: L, e and f are to be conjugated.
     """
     rows, n, columns, tile, n_tiles = uintp(rows), uintp(n), uintp(columns), uintp(tile), uintp(n_tiles)
     e_stride, f_stride = uintp(e_stride), uintp(f_stride)
@@ -206,42 +228,65 @@ def solve_tiles(
             begin = (item - line * n_tiles) * tile
             count = min(tile, n - begin)
             row = line // columns
-            start = row * n * columns + (line - row * columns)
-            _pack_source(s, x_view, real, start, columns, begin, count, n, tile, w, flip)
-            _pack_left(s, left_view, row * n, begin, count, n, tile, w, flip, sign)
-            _pack_substitution(
-                s, left_view, e_view, complex_e, row * n, row * e_stride, begin, count, n, tile, w, flip, sign
-            )
-            put(s, _0, _X, w, 0, 0)
-            put(s, tile + _1, _X, w, 0, 0)
+            position, between = row * n + begin, begin - (_1 if from_left else _0)
+            start = position * columns + (line - row * columns)
+            inside = min(count, n - _1 - begin)
+            skip = _1 if from_left and begin == _0 else _0
+            _pack_source(s, x_view, real, start, columns, count, tile, w)
+            _pack_left(s, left_view, position, count, tile, w, sign)
+            _pack_products(
+                s, _P, left_view, e_view, complex_e, position, row * e_stride + between,
+                skip, count if from_left else inside, tile, w, sign,
+            )  # fmt: skip
             if both:
-                _pack_elimination(
-                    s, left_view, f_view, complex_f, row * n, row * f_stride, begin, count, n, tile, w, sign
+                _pack_products(
+                    s,
+                    _Q,
+                    left_view,
+                    f_view,
+                    complex_f,
+                    position,
+                    row * f_stride + begin,
+                    _0,
+                    inside,
+                    tile,
+                    w,
+                    sign,
                 )
+                re, im = s.dtype.type(0), s.dtype.type(0)
+                if begin > _0:
+                    re, im = factor(
+                        left_view, f_view, complex_f, position - _1, row * f_stride + begin - _1, sign
+                    )
+                put(s, _0, _Q, w, re, im)
+            before, after = _2 * _2 * item, _2 * _2 * item + _2
             if n_tiles > _1 and not summarise:
-                place = _2 * _2 * item
-                put(s, _0, _X, w, enters[place], enters[place + _1])
-                put(s, tile + _1, _X, w, enters[place + _2], enters[place + _2 + _1])
+                put(s, _0, _X, w, enters[before], enters[before + _1])
+                put(s, tile + _1, _X, w, enters[after], enters[after + _1])
+            else:
+                put(s, _0, _X, w, 0, 0)
+                put(s, tile + _1, _X, w, 0, 0)
         if summarise:
-            _summarise(s, tile, lanes, used, first_item, both, summaries)
+            _summarise(s, tile, lanes, used, first_item, both, from_left, summaries)
             continue
         if both:
             _eliminate(s, tile, lanes)
-        _substitute(s, tile, lanes)
+        if from_left:
+            _substitute_from_left(s, tile, lanes)
+        else:
+            _substitute(s, tile, lanes)
         for w in range(used):
             item = first_item + w
             line = item // n_tiles
             begin = (item - line * n_tiles) * tile
-            count = min(tile, n - begin)
             row = line // columns
-            start = row * n * columns + (line - row * columns)
-            for j in range(count):
-                place = start + (n - _1 - begin - j if flip else begin + j) * columns
-                out_view[_2 * place] = s[at(j + _1, _X) + w]
-                out_view[_2 * place + _1] = s[at(j + _1, _X + _1) + w]
+            start = (row * n + begin) * columns + (line - row * columns)
+            for j in range(min(tile, n - begin)):
+                out_view[_2 * (start + j * columns)] = s[at(j + _1, _X) + w]
+                out_view[_2 * (start + j * columns) + _1] = s[at(j + _1, _X + _1) + w]
 
 
-@jit
+@inlined
 def _times(summaries, place, re, im):
     """A factor of a summary times (re, im); 0 for 0, whatever the factor."""
     if re == 0 and im == 0:
@@ -251,20 +296,23 @@ def _times(summaries, place, re, im):
 
 
 @jit
-def join(s, summary, entering, lines, n_tiles, both):
+def join(s, summary, entering, lines, n_tiles, both, from_left):
     """What enters each tile, from the tiles' summaries: v tile by tile from the left, then y from the right."""
     lines, n_tiles = uintp(lines), uintp(n_tiles)
     summaries = reals_at(summary, _SUMMARY * lines * n_tiles, s)
     enters = reals_at(entering, _2 * _2 * lines * n_tiles, s)
+    part = _2 * _2 if from_left else _0
     for line in range(lines):
         v_re, v_im = 0.0, 0.0
-        for c in range(n_tiles):
-            item = line * n_tiles + c
-            place = _SUMMARY * item
-            enters[_2 * _2 * item], enters[_2 * _2 * item + _1] = v_re, v_im
-            if both:
+        if both or from_left:
+            for c in range(n_tiles):
+                item = line * n_tiles + c
+                place = _SUMMARY * item + part
+                enters[_2 * _2 * item], enters[_2 * _2 * item + _1] = v_re, v_im
                 re, im = _times(summaries, place + _2, v_re, v_im)
                 v_re, v_im = re + summaries[place], im + summaries[place + _1]
+        if from_left:
+            continue
         y_re, y_im = 0.0, 0.0
         for c in range(n_tiles):
             item = line * n_tiles + n_tiles - _1 - c
@@ -287,21 +335,27 @@ def sum_columns(s, first, last, g, y, S, B, C, n, columns, reverse, both):
     g_view, y_view = reals_at(g, items * columns, s), reals_at(y, items * columns, s)
     S_view, B_view, C_view = reals_at(S, items, s), reals_at(B, items, s), reals_at(C, items, s)
     for row in range(first, last):
-        for i in range(n):
-            here = row * n + i
-            _sum(s, g_view, y_view, here * columns, here * columns, columns, S_view, here, False)
+        if columns == _1:  # known to the compiler: one long loop
+            _sums(s, g_view, y_view, S_view, B_view, C_view, row, n, _1, reverse, both)
+        else:
+            _sums(s, g_view, y_view, S_view, B_view, C_view, row, n, columns, reverse, both)
+
+
+@inlined
+def _sums(s, g, y, S, B, C, row, n, columns, reverse, both):
+    for i in range(n):
+        here = row * n + i
+        _sum(s, g, y, here * columns, here * columns, columns, S, here, False)
+    start, between = row * n * columns, row * (n - _1)
+    to_g, to_y = (_0, columns) if reverse else (columns, _0)
+    for i in range(n - _1):
+        _sum(s, g, y, start + i * columns + to_g, start + i * columns + to_y, columns, C, between + i, True)
+    if both:
         for i in range(n - _1):
-            here, between = (row * n + i) * columns, row * (n - _1) + i
-            after = here + columns
-            if reverse:
-                _sum(s, g_view, y_view, here, after, columns, C_view, between, True)
-            else:
-                _sum(s, g_view, y_view, after, here, columns, C_view, between, True)
-            if both:
-                _sum(s, g_view, y_view, here, after, columns, B_view, between, True)
+            _sum(s, g, y, start + i * columns, start + (i + _1) * columns, columns, B, between + i, True)
 
 
-@jit
+@inlined
 def _sum(s, g, y, at_g, at_y, columns, target, place, negative):
     """The sum over the columns of g conj(y), or its negative."""
     re, im = s.dtype.type(0), s.dtype.type(0)
