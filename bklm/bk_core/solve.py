@@ -94,8 +94,8 @@ def resolvent_solve(
         empty = a.expand(shape) + k.sum() + rows_z.reshape(*batch, 1)
         y = x + empty[..., None]
         return (y, empty) if return_left else y
-    rows_x = x.expand(*shape, columns).reshape(m, n, columns)
-    rows_a = materialised(a.expand(shape).reshape(m, n))
+    rows_x = (x if x.shape[:-1] == shape else x.expand(*shape, columns)).reshape(m, n, columns)
+    rows_a = materialised((a if a.shape == shape else a.expand(shape)).reshape(m, n))
     contracts = contracts and not a.is_complex()
     lower = between_rows(c, (*batch, n - 1), a)
     if causal:
@@ -128,6 +128,8 @@ def _shape(x: Tensor, a: Tensor) -> tuple[tuple[int, ...], int, int]:
 
 def _batch(of_x: torch.Size, of_a: torch.Size) -> tuple[int, ...]:
     """The batch dimensions of the result."""
+    if of_x == of_a:  # broadcast_shapes takes longer than a short solve
+        return tuple(of_x)
     try:
         return tuple(torch.broadcast_shapes(of_x, of_a))
     except RuntimeError:

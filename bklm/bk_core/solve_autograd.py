@@ -83,9 +83,9 @@ class _Causal(torch.autograd.Function):
         else:
             sums = any(ctx.needs_input_grad[1:3])
             g, S, C = solver.causal_adjoint(materialised(gbar), left, c, y, reverse, ctx.real, sums)
-            if not sums:
-                return g, None, None, None, None
-        return g, *solve_formulas.causal_gradients(S, C, left, c), None, None
+        needs_left, needs_c = ctx.needs_input_grad[1:3]
+        grad_left = solve_formulas.gradient_of_left(S, left) if needs_left else None
+        return g, grad_left, solve_formulas.like(C, c) if needs_c else None, None, None
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -114,9 +114,8 @@ class _Tridiagonal(torch.autograd.Function):
         else:
             sums = any(ctx.needs_input_grad[1:5])
             g, *found = solver.tridiagonal_adjoint(materialised(gbar), left, b, c, y, ctx.real, sums)
-            if not sums:
-                return g, *(None,) * 6
-        return g, *solve_formulas.tridiagonal_gradients(found, a, b, c), None, None
+        needs = ctx.needs_input_grad[1:5]
+        return g, *solve_formulas.tridiagonal_gradients(found, a, b, c, needs), None, None
 
     @staticmethod
     def jvp(ctx, *tangents):

@@ -49,10 +49,10 @@ def causal_vjp(
     return g, *causal_sums(g, y, reverse)
 
 
-def causal_gradients(S: Tensor, C: Tensor, left: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of left and c from the sums. Divided twice: the square of L may leave the range of the numbers."""
+def gradient_of_left(S: Tensor, left: Tensor) -> Tensor:
+    """From the sum S (M, N). Divided twice: the square of L may leave the range of the numbers."""
     bar = conjugate(left)
-    return S / bar / bar, like(C, c)
+    return S / bar / bar
 
 
 def causal_jvp(
@@ -86,11 +86,20 @@ def tridiagonal_vjp(
 
 
 def tridiagonal_gradients(
-    sums: tuple[Tensor, Tensor, Tensor], a: Tensor, b: Tensor, c: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of a, b, c and z from S, B and C."""
+    sums: tuple[Tensor | None, Tensor | None, Tensor | None],
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    needs: tuple[bool, ...] = (True,) * 4,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of a, b, c and z from S, B and C; None where not needed."""
     S, B, C = sums
-    return like(-S, a), like(B, b), like(C, c), S.sum(-1)
+    return (
+        -like(S, a) if needs[0] else None,
+        like(B, b) if needs[1] else None,
+        like(C, c) if needs[2] else None,
+        S.sum(-1) if needs[3] else None,
+    )
 
 
 def tridiagonal_jvp(

@@ -60,7 +60,8 @@ def _causal_setup(ctx, inputs, output):
 def _causal_backward(ctx, gbar, solve):
     left, c, y = ctx.saved_tensors
     g, S, C = solve_formulas.causal_vjp(solve, gbar, left, c, y, *ctx.settings)
-    return g.real if ctx.real else g, *solve_formulas.causal_gradients(S, C, left, c), None, None
+    grads = solve_formulas.gradient_of_left(S, left), solve_formulas.like(C, c)
+    return g.real if ctx.real else g, *grads, None, None
 
 
 def causal_jvp(ctx, tangents, solve):
