@@ -336,3 +336,22 @@ def test_growing_solutions_pass_through_many_tiles_unharmed(causal, columns):
     )
     assert expected.abs().max() > 1e50
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("columns", [1, 9])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_beside_a_large_entry_are_those_of_64_bits(causal, columns, backend):
+    x, a, b, c, z = (
+        t.detach().to(torch.complex64 if t.is_complex() else torch.float32) for t in leaves(70, columns)
+    )
+    a[0, 4], a[1, 35] = 1e25, -4e19  # their squares leave the range of 32 bits
+    weight = torch.randn(2, 70, columns, dtype=torch.complex64)
+    results = []
+    for wide in (False, True):
+        inputs = [t.to(torch.promote_types(t.dtype, F64)) if wide else t.clone() for t in (x, a, b, c, z)]
+        inputs = [t.requires_grad_() for t in inputs]
+        y = resolvent_solve(*inputs, causal=causal, backend="reference" if wide else backend)
+        results.append((y, *torch.autograd.grad((weight.to(y.dtype) * y).real.sum(), inputs)))
+    for ours, exact in zip(*results, strict=True):
+        assert (ours - exact).abs().max() < 2e-5 * exact.abs().max()
