@@ -46,7 +46,7 @@ def _composing(transformable, op):
 
 
 def _fused(gbar: Tensor, backend: str):
-    """(solver or None, whether gbar is plain): the solver where one fused pass gives all that is wanted."""
+    """The solver where its fused pass gives all that is wanted, else None."""
     if not is_plain(gbar) or torch.is_grad_enabled() or in_forward_mode():
         return None
     solver = solve_backends.select(backend, gbar.device)
