@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bklm.bk_core import cpu_solve_adjoint, cpu_solve_columns, cpu_solve_tiles, threads
+from bklm.bk_core import cpu_solve_adjoint, cpu_solve_columns, cpu_solve_join, cpu_solve_tiles, threads
 from bklm.bk_core.cpu_scratch import SCRATCH_LENGTH
 
 COLUMNS = 8
@@ -93,7 +93,7 @@ def _adjoint(gbar, left, b, c, y, reverse, real, sums):
         g = _tiles(gbar, left, b, c, from_left=reverse, conjugate=True)
         if sums:
             rest = (g.data_ptr(), y.data_ptr(), *found, n, columns, reverse, both)
-            _run(cpu_solve_tiles.sum_columns, rest, m, g)
+            _run(cpu_solve_join.sum_columns, rest, m, g)
         return g.real.contiguous() if real else g, S, B, C
     g = torch.empty(gbar.shape, dtype=left.real.dtype if real else left.dtype)
     rest = (
@@ -137,7 +137,7 @@ def _tiles(x: Tensor, left: Tensor, f: Tensor | None, e: Tensor, from_left: bool
     groups = -(-lines * n_tiles // cpu_solve_tiles.LANES)
     if joined:
         _run(cpu_solve_tiles.solve_tiles, (*rest, True), groups, y)
-        cpu_solve_tiles.join(
+        cpu_solve_join.join(
             threads.scratch(SCRATCH_LENGTH, _NUMPY[left.dtype]), *addresses, lines, n_tiles, both, from_left
         )
     _run(cpu_solve_tiles.solve_tiles, (*rest, False), groups, y)

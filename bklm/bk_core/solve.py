@@ -102,7 +102,7 @@ def resolvent_solve(
         left = autograd.apply(rows_a, k, rows_z, True, "exact", 0.0, backend, contracts)
         y = solve_autograd.causal(rows_x, left, lower, False, backend).reshape(*shape, columns)
         return (y, left.reshape(shape)) if return_left else y
-    fixed = materialised(rows_a.detach()), materialised(k.detach()), materialised(rows_z.detach())
+    fixed = (materialised(t.detach()) for t in (rows_a, k, rows_z))
     left = autograd.apply(*fixed, True, "exact", 0.0, backend, contracts)
     upper = between_rows(b, (*batch, n - 1), a)
     y = solve_autograd.tridiagonal(rows_x, rows_a, upper, lower, rows_z, left, backend)
