@@ -155,9 +155,8 @@ class GemmFloor:
 
     def step(self) -> dict[str, float]:
         start = self.now()
-        head = loss_module.LinearHead(
-            self.h, self.w, None, len(self.h)
-        )  # the library that serves these shapes best
+        # The library that serves these shapes best.
+        head = loss_module.LinearHead(self.h, self.w, None, len(self.h))
         for _ in range(self.repeats):
             head.logits(self.h)
             head.towards_rows(self.logits)

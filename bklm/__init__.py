@@ -1,3 +1,3 @@
 """bklm: O(N) language models around the BK-core, and the studies that measure them."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,79 +1,71 @@
-"""Write the table of modules into docs/architecture.md, layer by layer, from the modules' own first sentences.
+"""Write the tree of the package into docs/architecture.md, one caption a file, from the files' own first sentences.
 
-python scripts/architecture.py
+    python scripts/architecture.py
+
+tests/test_architecture.py holds the rules that the functions here measure.
 """
 
 from __future__ import annotations
 
 import ast
+import graphlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "bklm"
 PAGE = ROOT / "docs" / "architecture.md"
-BEGIN, END = "<!-- modules -->", "<!-- end of modules -->"
+BEGIN, END = "<!-- tree -->", "<!-- end of tree -->"
 
-# From the bottom to the top. A module may import from its own layer and from those below it.
-LAYERS = {
-    "Foundations: import nothing else of bklm": ("files", "bk_core", "moe", "data"),
-    "Models": ("models",),
-    "Training": ("training",),
-    "Compression": ("compression",),
-    "Harness: what every study does": ("harness",),
-    "Studies": ("studies",),
-    "Notebooks": ("notebook",),
-    "Batches": ("batch",),
-}
-ALONE = ("files", "bk_core", "moe", "data")
+# From the bottom to the top. A file may import from its own room and from rooms of lower floors; rooms of one floor share
+# nothing.
+FLOORS = (
+    ("files", "bk_core", "moe", "data"),
+    ("models",),
+    ("training",),
+    ("compression",),
+    ("harness",),
+    ("studies",),
+    ("notebook",),
+    ("batch",),
+)
+ALONE = FLOORS[0]
 
 
 def files(package: Path = PACKAGE) -> dict[str, Path]:
-    """Dotted name below bklm -> file, of every file but the package's own __init__, which every module imports."""
+    """Dotted name below the package -> file, of every file but the package's own ``__init__``, which every file imports."""
     found = sorted(package.rglob("*.py"))
     names = {".".join(p.relative_to(package).with_suffix("").parts): p for p in found}
-    return {name: p for name, p in names.items() if name != "__init__"}
+    return {name.removesuffix(".__init__"): p for name, p in names.items() if name != "__init__"}
 
 
-def modules() -> dict[str, Path]:
-    """Dotted name below bklm -> file, of every module that is not a package's __init__."""
-    return {name: p for name, p in files().items() if p.name not in ("__init__.py", "__main__.py")}
-
-
-def layer_of(module: str) -> int:
-    """Index of the layer that a dotted module name belongs to.
+def floor_of(name: str) -> int:
+    """Index of the floor that a dotted name's room is on.
 
     Raises:
-        KeyError: its first part stands in no layer.
+        KeyError: the room stands on no floor.
     """
-    first = module.split(".")[0]
-    for index, members in enumerate(LAYERS.values()):
-        if first in members:
+    room = name.split(".")[0]
+    for index, rooms in enumerate(FLOORS):
+        if room in rooms:
             return index
-    raise KeyError(f"bklm.{module}: in no layer; name {first} in LAYERS of scripts/architecture.py.")
+    raise KeyError(f"bklm.{name}: on no floor; name {room} in FLOORS of scripts/architecture.py.")
 
 
 def imports(path: Path, package: Path = PACKAGE) -> set[str]:
-    """Dotted names below bklm that a file imports when it runs (those for type checkers alone are left out)."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing_only = {
-        id(node)
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and ast.unparse(branch.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
-        for statement in branch.body
-        for node in ast.walk(statement)
-    }
-    found = set()
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
+    """Dotted names of the package's files that a file imports, those for type checkers and inside functions included."""
+    known, found = files(package), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom):
             source = _absolute(node, path, package)
-            # Of "from bklm import x" x is what is imported; of "from bklm.models import GPT" models is, as far as layers go.
-            found |= {f"bklm.{alias.name}" for alias in node.names} if source == "bklm" else {source}
+            # What is taken from a package may be a file of it, or a name that its __init__ has.
+            found |= {
+                f"{source}.{a.name}" if f"{source}.{a.name}".removeprefix("bklm.") in known else source
+                for a in node.names
+            }
     below = {name.removeprefix("bklm.") for name in found if name.startswith("bklm.")}
-    return {name for name in below if _is_module(name.split(".")[0], package)}  # not bklm's own __version__
+    return {name for name in below if name in known}
 
 
 def _absolute(node: ast.ImportFrom, path: Path, package: Path) -> str:
@@ -85,54 +77,92 @@ def _absolute(node: ast.ImportFrom, path: Path, package: Path) -> str:
     return ".".join([*above, *([node.module] if node.module else [])])
 
 
-def _is_module(name: str, package: Path) -> bool:
-    return (package / name).is_dir() or (package / f"{name}.py").is_file()
-
-
 def upward(package: Path = PACKAGE) -> list[str]:
-    """Imports from a layer above the importing file's own, such as "moe imports training"."""
+    """Imports from a floor above the importing file's own, or from another room of its floor."""
     return [
         f"{name} imports {other}"
         for name, path in files(package).items()
         for other in sorted(imports(path, package))
-        if layer_of(other) > layer_of(name)
+        if floor_of(other) > floor_of(name)
+        or (floor_of(other) == floor_of(name) and other.split(".")[0] != name.split(".")[0])
     ]
 
 
-def foreign(package: Path = PACKAGE) -> list[str]:
-    """Imports of anything else of bklm by a foundation."""
+def circle(package: Path = PACKAGE) -> list[str]:
+    """The files of one circle of imports, or []. A package's ``__init__`` is its face and left out."""
+    found = {n: p for n, p in files(package).items() if p.name != "__init__.py"}
+    try:
+        tuple(
+            graphlib.TopologicalSorter(
+                {n: imports(p, package) & found.keys() for n, p in found.items()}
+            ).static_order()
+        )
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def across_studies(package: Path = PACKAGE) -> list[str]:
+    """Imports of a study by another one, or by the harness."""
     return [
         f"{name} imports {other}"
         for name, path in files(package).items()
+        if name.startswith("studies.") or name.split(".")[0] in FLOORS[4]
         for other in sorted(imports(path, package))
-        if name.split(".")[0] in ALONE and other.split(".")[0] != name.split(".")[0]
+        if other.startswith("studies.") and other.split(".")[:2] != name.split(".")[:2]
     ]
+
+
+def lines(path: Path) -> int:
+    """Lines of a file, or of all Python files of a folder."""
+    found = path.rglob("*.py") if path.is_dir() else [path]
+    return sum(len(p.read_text(encoding="utf-8").splitlines()) for p in found)
+
+
+def functions(path: Path) -> list[tuple[str, int, list[ast.arg]]]:
+    """(name, lines, parameters without ``self`` and ``cls``) of every function of a file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            own = [a for a in taken if a.arg not in ("self", "cls")]
+            found.append((node.name, node.end_lineno - node.lineno + 1, own))
+    return found
 
 
 def first_sentence(path: Path) -> str:
-    text = " ".join(
-        (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0].split()
-    )
-    return text.replace("|", "\\|")
+    """A file's docstring up to its first full stop that ends a sentence."""
+    text = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+    return " ".join(text.split())
 
 
-def table() -> str:
-    """The layers as Markdown, top layer first."""
-    lines = []
-    for index, (title, _) in reversed(list(enumerate(LAYERS.items()))):
-        lines += [f"### {title}", "", "| module | what it holds |", "|---|---|"]
-        lines += [
-            f"| `{name}` | {first_sentence(path)} |"
-            for name, path in modules().items()
-            if layer_of(name) == index
-        ]
-        lines.append("")
-    return "\n".join(lines)
+def tree(folder: Path = PACKAGE) -> str:
+    """The package as a tree, floor by floor from the top, one caption a file."""
+    parts = ["```text", f"{folder.name}/{'':<22}{first_sentence(folder / '__init__.py')}"]
+    for rooms in reversed(FLOORS):
+        for room in rooms:
+            parts += _branch(folder / room, 1)
+    return "\n".join([*parts, "```"])
+
+
+def _branch(folder: Path, depth: int) -> list[str]:
+    indent = "  " * depth
+    found = [_leaf(f"{indent}{folder.name}/", folder / "__init__.py")]
+    for path in sorted(folder.iterdir(), key=lambda p: (p.is_dir(), p.name)):
+        if path.is_dir() and (path / "__init__.py").exists():
+            found += _branch(path, depth + 1)
+        elif path.suffix == ".py" and path.name not in ("__init__.py", "__main__.py"):
+            found.append(_leaf(f"{indent}  {path.name}", path))
+    return found
+
+
+def _leaf(name: str, path: Path) -> str:
+    return f"{name:<28}{first_sentence(path)}"
 
 
 def main() -> None:
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table()}{END}{rest.split(END)[1]}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{tree()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 # @title Set up { display-mode: "form" }
 # @markdown Opened from its badge in Colab, this fetches the repository and adds the missing packages (about a minute).
 # @markdown In a checkout it does nothing. Without access to the repository, upload its zip to the files on the left first.
-import os
 import runpy
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
-here, address = Path.cwd(), "..."
-root = next((p for p in [here, *here.parents] if (p / "colab_setup.sh").exists()), here / "bklm")
-if not (root / "colab_setup.sh").exists():
+here, address, script = Path.cwd(), "...", "colab_setup.sh"
+root = next((p for p in [here, *here.parents] if (p / script).exists()), here / "bklm")
+if not (root / script).exists():
     if root.exists() and (root.is_file() or any(root.iterdir())):
         raise SystemExit(f"{root} is not the repository: it has no colab_setup.sh. Rename it, run this again.")
     with tempfile.TemporaryDirectory(prefix="bklm-", dir=here) as folder:
@@ -18,8 +18,8 @@ if not (root / "colab_setup.sh").exists():
                 shutil.unpack_archive(path, Path(folder, path.stem))  # writes nothing outside that folder
             except Exception as error:  # damaged bytes trip it in many ways
                 raise SystemExit(f"{path}: not finished or damaged ({error}); upload it again.") from None
-        clone = f"GIT_TERMINAL_PROMPT=0 git clone -q --depth 1 {address} {Path(folder).name}/clone"
-        if not any(Path(folder).rglob("colab_setup.sh")) and os.system(clone):
+        git, clone = shutil.which("git"), ["git", "clone", "-q", "--depth", "1", address, f"{folder}/clone"]
+        if not any(Path(folder).rglob(script)) and (not git or subprocess.call(clone, start_new_session=True)):
             raise SystemExit(f"Could not fetch {address} by git. Upload its zip to {here} and run this again.")
-        min(Path(folder).rglob("colab_setup.sh"), key=lambda p: (len(p.parts), p)).parent.rename(root)
+        min(Path(folder).rglob(script), key=lambda p: (len(p.parts), p)).parent.rename(root)
 runpy.run_path(str(root / "scripts" / "set_up.py"))["set_up"](root)

@@ -184,9 +184,8 @@ class Study:
             if words[i].removeprefix("--") in given:
                 kept += words[i:j]
             i = j
-        glued = " ".join(
-            shlex.quote(word).replace(" ", "\0") for word in kept
-        )  # no line ends inside a quoted word
+        # No line ends inside a quoted word.
+        glued = " ".join(shlex.quote(word).replace(" ", "\0") for word in kept)
         lines = textwrap.wrap(glued, 110, break_long_words=False, break_on_hyphens=False)
         return " \\\n    ".join(lines).replace("\0", " ")
 

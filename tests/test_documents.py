@@ -172,9 +172,8 @@ def test_a_documents_cheap_command_runs(document, words, tmp_path):
     ]
     if words[0] == "bash" and "output_dir" not in words:
         words += ["-p", "output_dir", str(tmp_path)]
-    path = os.pathsep.join(
-        [str(Path(sys.executable).parent), os.environ["PATH"]]
-    )  # as an activated environment has it
+    # As an activated environment has it.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "BKLM_PYTHON": sys.executable, "PIP_QUIET": "1"}
     if "papermill" in words:
         words += ["-p", "output_dir", str(tmp_path), "--no-progress-bar"]

@@ -296,9 +296,8 @@ def test_a_loss_scaler_that_overflows_skips_the_step_and_the_run_goes_on(monkeyp
     assert all(math.isfinite(r.gradient_norm_mean) and r.gradient_norm_mean > 0 for r in records)
     assert records[1].train_loss < records[0].train_loss
     whole = run(make_model(), TrainingSettings(epochs=2, schedule="cosine"))
-    assert (
-        records[-1].learning_rate > whole[-1].learning_rate
-    )  # a step that was skipped is none of the schedule
+    # A step that was skipped is none of the schedule.
+    assert records[-1].learning_rate > whole[-1].learning_rate
 
 
 def test_a_gradient_that_no_loss_scale_makes_finite_ends_the_run(monkeypatch):

@@ -230,9 +230,8 @@ class _Workers:
             Exception
         ) as failure:  # nbformat and nbconvert raise what a half-written file happens to trip over
             error = error or f"its notebook could not be kept ({type(failure).__name__}: {failure})"
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # it has that name already where the run itself had failed
+            # It has that name already where the run itself had failed.
+            with contextlib.suppress(FileNotFoundError):
                 _executed(folder, run).replace(_executed(folder, run, ".failed"))
         self.bar.update(self.cells[run.name] + 1 - job_.cells_done)
         seconds = round(time.monotonic() - job_.started, 1)

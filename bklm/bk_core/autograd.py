@@ -91,9 +91,8 @@ class _Eager(torch.autograd.Function):
             return (*ops.vjp(op, gbar, a, k, z, G, ctx.settings, needs_k, needs_z), *(None,) * 5)
         gbar = materialised(gbar)
         settings = causal, gradient, grad_blend
-        if (
-            torch.is_grad_enabled() or in_forward_mode()
-        ):  # these gradients will be differentiated, or already are
+        # These gradients will be differentiated, or already are.
+        if torch.is_grad_enabled() or in_forward_mode():
             grads = differentiable_backward(gbar, a, k, z, *settings, needs_k, needs_z)
         else:
             grads = rows_backward(gbar, a, k, z, G, tuple(saved), *settings, backend, needs_k, needs_z)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bklm.bk_core.operator import check_options, real_number, resolvent_diagonal
+from bklm.bk_core.arguments import real_number
+from bklm.bk_core.operator import check_options, resolvent_diagonal
 
 LEAST_ETA, MOST_ETA = 1e-18, 1e18
 """The gradient of a feature, up to 1 / eta^2, is still a 32-bit number."""

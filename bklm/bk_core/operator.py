@@ -23,21 +23,16 @@ For real ``a`` and ``k >= 0`` everything is bounded by ``1 / |Im z|`` and errors
 
 from __future__ import annotations
 
-import functools
 import math
-import numbers
 
 import torch
 from torch import Tensor
 
 from bklm.bk_core import autograd, pivots
+from bklm.bk_core.arguments import as_number, as_precision, coupling, precision_of, real_number, shift, widened
 from bklm.bk_core.gradients import materialised
 
 GRADIENTS = ("exact", "local", "original")
-
-_SINGLE = (torch.float16, torch.bfloat16, torch.float32, torch.complex64)
-_DOUBLE = (torch.float64, torch.complex128)
-_SMALLEST_SINGLE = torch.finfo(torch.float32).tiny
 
 
 def resolvent_diagonal(
@@ -92,9 +87,9 @@ def resolvent_diagonal(
     """
     check_options(gradient, grad_blend)
     if not isinstance(b, Tensor):
-        b = _as_number("b", b)
+        b = as_number("b", b)
     if not isinstance(c, Tensor):
-        c = _as_number("c", c)
+        c = as_number("c", c)
     if not isinstance(a, Tensor):
         raise TypeError(f"a must be a torch tensor (..., N), got {type(a).__name__}.")
     if a.dim() == 0 or a.shape[-1] == 0:
@@ -102,28 +97,20 @@ def resolvent_diagonal(
             f"a has shape {tuple(a.shape)}: at least one position is needed, (..., N) with N >= 1."
         )
     batch, n = a.shape[:-1], a.shape[-1]
-    precision = _precision(a, b, c)
+    precision = precision_of({"a": a, "b": b, "c": c})
     m = math.prod(batch)
-
-    moderate = True
-    if isinstance(z, Tensor):
-        rows_z = _shift_rows(z, a, m, precision)
-        if autograd.is_plain(rows_z):
-            moderate = pivots.check_shift(rows_z.detach())
-    else:
-        z = _number_shift(z, precision)
-        moderate = pivots.is_moderate(z)
-        rows_z = _constant(z, (m,), _as_precision(torch.complex64, precision), a.device)
+    owner = f"a of shape {tuple(a.shape)}"
+    rows_z, moderate = shift(z, tuple(batch), a.device, precision, ("a", owner))
     if precision == torch.float32 and not moderate:
         options = {"causal": causal, "gradient": gradient, "grad_blend": grad_blend, "backend": backend}
         return _in_64_bits(a, b, c, z, return_min_pivot=return_min_pivot, **options)
-    k, contracts = _coupling(b, c, a, precision)
+    rows_a = a if a.dtype == precision else a.to(as_precision(a.dtype, precision))
+    k, contracts = coupling(b, c, tuple(a.shape), rows_a, owner)
     if gradient != "exact" and torch.is_grad_enabled() and (k.requires_grad or rows_z.requires_grad):
         raise ValueError(
             f"gradient={gradient!r} is defined for a alone, and b, c or z requires a gradient: detach them, or "
             f"use gradient='exact'."
         )
-    rows_a = a if a.dtype == precision else a.to(_as_precision(a.dtype, precision))
     if gradient == "original" and rows_a.is_complex():
         raise ValueError("gradient='original' is defined for a real a only: use 'exact' or 'local'.")
     contracts = contracts and not rows_a.is_complex()
@@ -149,8 +136,7 @@ def resolvent_diagonal(
 
 def _in_64_bits(a: Tensor, b: Tensor | complex, c: Tensor | complex, z: Tensor | complex, **options):
     """As :func:`resolvent_diagonal`, computed and differentiated in 64 bits, returned in 32."""
-    wide = [x.to(_as_precision(x.dtype, torch.float64)) if isinstance(x, Tensor) else x for x in (a, b, c, z)]
-    result = resolvent_diagonal(*wide, **options)
+    result = resolvent_diagonal(*widened((a, b, c, z)), **options)
     if not options["return_min_pivot"]:
         return result.to(torch.complex64)
     return result[0].to(torch.complex64), result[1].to(torch.float32)
@@ -164,124 +150,3 @@ def check_options(gradient: str, grad_blend: float) -> None:
         raise ValueError(
             f"grad_blend={grad_blend} is outside [0, 1]: 0 is the pure theory gradient, 1 pure hypothesis-7."
         )
-
-
-def real_number(name: str, value: object) -> float:
-    """The value as a float, numpy's scalars included; TypeError for anything else."""
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-        raise TypeError(f"{name}={value!r}: a real number is needed, got {type(value).__name__}.")
-    return float(value)
-
-
-def _as_number(name: str, value: object) -> float | complex:
-    """Python's own number for numpy's and others' scalars; TypeError for anything else."""
-    if type(value) in (float, complex):  # at once: asking the abstract classes below takes longer
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Complex):
-        raise TypeError(f"{name} must be a tensor or a number, got {type(value).__name__}.")
-    return float(value) if isinstance(value, numbers.Real) else complex(value)
-
-
-def _precision(*values: Tensor | complex) -> torch.dtype:
-    """float32 or float64: the widest of the tensors. Numbers follow."""
-    found = torch.float32
-    for name, x in zip("abc", values, strict=True):
-        if isinstance(x, Tensor):
-            if x.dtype in _DOUBLE:
-                found = torch.float64
-            elif x.dtype not in _SINGLE:
-                raise TypeError(
-                    f"{name} has dtype {x.dtype}: real or complex floating point is needed, for instance {name}.float()."
-                )
-            if x.device != values[0].device:
-                raise ValueError(
-                    f"{name} is on {x.device} and a on {values[0].device}: move all inputs to one device."
-                )
-    return found
-
-
-def _as_precision(dtype: torch.dtype, precision: torch.dtype) -> torch.dtype:
-    """The real or complex type of that precision, real or complex as ``dtype`` is."""
-    if not dtype.is_complex:
-        return precision
-    return torch.complex128 if precision == torch.float64 else torch.complex64
-
-
-def _coupling(
-    b: Tensor | complex, c: Tensor | complex, a: Tensor, precision: torch.dtype
-) -> tuple[Tensor, bool]:
-    """k = b c as (1 or M, N - 1), and whether k >= 0 is known without looking at the values."""
-    batch, n = a.shape[:-1], a.shape[-1]
-    for name, x in (("b", b), ("c", c)):
-        if isinstance(x, Tensor):
-            _check_broadcast(
-                name, x, (*batch, n - 1), f"(..., N - 1) = {(*batch, n - 1)} for a of shape {tuple(a.shape)}"
-            )
-    if not isinstance(b, Tensor) and not isinstance(c, Tensor):
-        product = b * c
-        known = not isinstance(product, complex) and product >= 0
-        return _constant_coupling(product, n - 1, precision, a.device), known
-    known = b is c and not b.is_complex()
-    if isinstance(b, Tensor):
-        b = b.to(_as_precision(b.dtype, precision))
-    if isinstance(c, Tensor):
-        c = c.to(_as_precision(c.dtype, precision))
-    k = b * c
-    if k.dim() <= 1 or math.prod(k.shape[:-1]) == 1:
-        return materialised(k.reshape(1, -1).expand(1, n - 1)), known
-    return materialised(k.expand(*batch, n - 1).reshape(math.prod(batch), n - 1)), known
-
-
-def _check_broadcast(name: str, x: Tensor, shape: tuple[int, ...], wanted: str) -> None:
-    fits = x.dim() <= len(shape) and all(
-        have in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}: it must broadcast to {wanted}.")
-
-
-def _shift_rows(z: Tensor, a: Tensor, m: int, precision: torch.dtype) -> Tensor:
-    """A tensor shift as (M,) complex."""
-    if z.dtype not in _SINGLE + _DOUBLE:
-        raise TypeError(f"z has dtype {z.dtype}: a complex tensor or number is needed, for instance 1j.")
-    if z.device != a.device:
-        raise ValueError(f"z is on {z.device} and a on {a.device}: move all inputs to one device.")
-    _check_broadcast(
-        "z", z, tuple(a.shape[:-1]), f"(...) = {tuple(a.shape[:-1])} for a of shape {tuple(a.shape)}"
-    )
-    z = z.to(_as_precision(torch.complex64, precision))
-    return materialised(z.expand(a.shape[:-1]).reshape(m))
-
-
-def _number_shift(z: complex, precision: torch.dtype) -> complex:
-    """A number as a shift, refused where it is none."""
-    z = complex(_as_number("z", z))
-    if not (math.isfinite(z.real) and math.isfinite(z.imag)) or z.imag == 0:
-        raise ValueError(
-            f"z = {z}: it must be finite with Im z != 0, because the resolvent has its poles on the real axis; "
-            f"add an imaginary part, for instance z + 1j."
-        )
-    if abs(z.imag) < _SMALLEST_SINGLE and precision == torch.float32:
-        raise ValueError(f"z = {z}: Im z vanishes in 32 bits; use 64-bit inputs or a larger |Im z|.")
-    if abs(z) > 1 / _SMALLEST_SINGLE and precision == torch.float32:
-        raise ValueError(f"z = {z}: 1 / |z| vanishes in 32 bits; use 64-bit inputs or a smaller |z|.")
-    return z
-
-
-def _constant_coupling(product: complex, length: int, precision: torch.dtype, device: torch.device) -> Tensor:
-    dtype = _as_precision(torch.complex64 if isinstance(product, complex) else torch.float32, precision)
-    return _constant(product, (1, length), dtype, device)
-
-
-def _constant(value: complex, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if autograd.is_plain():
-        return _cached_constant(value, shape, dtype, device)
-    return torch.full(shape, value, dtype=dtype, device=device)
-
-
-@functools.lru_cache(maxsize=32)
-def _cached_constant(
-    value: complex, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    with torch.inference_mode(False):  # an inference tensor could not be saved for a later training step
-        return torch.full(shape, value, dtype=dtype, device=device)

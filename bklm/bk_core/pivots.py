@@ -74,6 +74,11 @@ def smallest_pivot(a: Tensor, k: Tensor, z: Tensor, G: Tensor, causal: bool, swe
     return torch.where(torch.isnan(pivot) & _finite_rows(a, k, z), torch.zeros_like(pivot), pivot)
 
 
+def _none_negative(k: Tensor) -> bool:
+    """NaN counts as neither. The smallest first: it takes no memory, and is NaN where anything is."""
+    return k.numel() == 0 or bool(k.amin() >= 0) or not bool((k < 0).any())
+
+
 @torch.no_grad()
 def check(a: Tensor, k: Tensor, z: Tensor, G: Tensor, causal: bool, sweep: Sweep) -> None:
     """Raise :class:`SmallPivotError` where k is negative or complex, or a complex, and a pivot is too small.
@@ -81,7 +86,7 @@ def check(a: Tensor, k: Tensor, z: Tensor, G: Tensor, causal: bool, sweep: Sweep
     Too small: ``|pivot_i| < 1000 u (|d_i| + |k_{i-1} L_{i-1}| + |k_i R_{i+1}|)``, of those terms that the pivot is the sum
     of, u the rounding unit. Large entries elsewhere in the row do not count: their rounding stays with them.
     """
-    if not (a.is_complex() or k.is_complex()) and not bool((k < 0).any()):
+    if not (a.is_complex() or k.is_complex()) and _none_negative(k):
         return
     pad = torch.nn.functional.pad
     L = G if causal else sweep(a, k, z)

@@ -53,15 +53,15 @@ def backward(
     left = saved[0] if saved else _sweep(d, k128, z.dtype)
     if causal:
         ratio = (k128 * left[:, 1:]) * left[:, 1:]  # left**2 alone may leave the range of the numbers; so below
-        m = _linear_scan(_shift_left(ratio).flip(-1), cotangent.flip(-1)).flip(-1)
+        m = linear_scan(shift_left(ratio).flip(-1), cotangent.flip(-1)).flip(-1)
         D = -left * (left * m)
         K = -left[:, :-1] * D[:, 1:] if needs_k else None
     else:
         right = saved[1] if saved else _sweep(d.flip(-1), k128.flip(-1), z.dtype).flip(-1)
         diagonal = _join(d, k128, left, right)
         P = (cotangent * diagonal) * diagonal
-        s = _linear_scan(_shift_left((k128 * left[:, :-1]) * left[:, :-1]).flip(-1), P.flip(-1)).flip(-1)
-        t = _linear_scan(_shift_right((k128 * right[:, 1:]) * right[:, 1:]), P)
+        s = linear_scan(shift_left((k128 * left[:, :-1]) * left[:, :-1]).flip(-1), P.flip(-1)).flip(-1)
+        t = linear_scan(shift_right((k128 * right[:, 1:]) * right[:, 1:]), P)
         D = P - s - t
         K = left[:, :-1] * s[:, 1:] + right[:, 1:] * t[:, :-1] if needs_k else None
     grad_a = D.to(z.dtype) if a.is_complex() else D.real.to(a.dtype)
@@ -85,15 +85,15 @@ def tangent(
     right = _sweep(d.flip(-1), k128.flip(-1), z.dtype)
     right_dot = _sweep_tangent(right, k128.flip(-1), d_dot.flip(-1), k128_dot.flip(-1)).flip(-1)
     right = right.flip(-1)
-    from_left = _shift_right(k128_dot * left[:, :-1] + k128 * left_dot[:, :-1])
-    from_right = _shift_left(k128_dot * right[:, 1:] + k128 * right_dot[:, 1:])
+    from_left = shift_right(k128_dot * left[:, :-1] + k128 * left_dot[:, :-1])
+    from_right = shift_left(k128_dot * right[:, 1:] + k128 * right_dot[:, 1:])
     return (_join(d, k128, left, right) ** 2 * (from_left + from_right - d_dot)).to(z.dtype)
 
 
 def _sweep_tangent(L: Tensor, k: Tensor, d_dot: Tensor, k_dot: Tensor) -> Tensor:
     """dL (M, N) of :func:`_sweep`."""
     square = L**2
-    return _linear_scan(_shift_right(k) * square, (_shift_right(k_dot * L[:, :-1]) - d_dot) * square)
+    return linear_scan(shift_right(k) * square, (shift_right(k_dot * L[:, :-1]) - d_dot) * square)
 
 
 def _diagonal(a: Tensor, k: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,24 +102,24 @@ def _diagonal(a: Tensor, k: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return d, k.to(torch.complex128).expand(a.shape[0], -1)
 
 
-def _shift_right(x: Tensor) -> Tensor:
+def shift_right(x: Tensor) -> Tensor:
     """(M, N - 1) -> (M, N) with a zero in front."""
     return torch.nn.functional.pad(x, (1, 0))
 
 
-def _shift_left(x: Tensor) -> Tensor:
+def shift_left(x: Tensor) -> Tensor:
     """(M, N - 1) -> (M, N) with a zero at the end."""
     return torch.nn.functional.pad(x, (0, 1))
 
 
 def _join(d: Tensor, k: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """G from both sweeps."""
-    return 1 / (d - _shift_right(k * left[:, :-1]) - _shift_left(k * right[:, 1:]))
+    return 1 / (d - shift_right(k * left[:, :-1]) - shift_left(k * right[:, 1:]))
 
 
 def _sweep(d: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
     """L (M, N) complex128 from d (M, N) and k (M, N - 1): scan; one Newton step where ``dtype`` asks for 64 bits."""
-    coupling = -_shift_right(k)
+    coupling = -shift_right(k)
     scale = 1 / torch.maximum(d.detach().abs(), coupling.detach().abs().clamp(min=1.0))
     _, top, _, bottom = _matrix_scan(
         (torch.zeros_like(d), torch.ones_like(d) * scale, coupling * scale, d * scale)
@@ -128,8 +128,8 @@ def _sweep(d: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != torch.complex128:
         return L
     # Newton on F_i(L) = L_i - f_i(L_{i-1}): the error e solves e_i = f_i'(L_{i-1}) e_{i-1} + residual_i, f' = k f^2.
-    image = 1 / (d + coupling * _shift_right(L[:, :-1]))
-    return L + _linear_scan((coupling * image) * -image, image - L)
+    image = 1 / (d + coupling * shift_right(L[:, :-1]))
+    return L + linear_scan((coupling * image) * -image, image - L)
 
 
 def _matrix_scan(x: Matrix) -> Matrix:
@@ -163,8 +163,8 @@ def _multiply(x, y) -> Matrix:
     )
 
 
-def _linear_scan(q: Tensor, p: Tensor) -> Tensor:
-    """x_i = q_i x_{i-1} + p_i along the last dimension of (M, N), x_{-1} = 0.
+def linear_scan(q: Tensor, p: Tensor) -> Tensor:
+    """x_i = q_i x_{i-1} + p_i along dimension 1, x_{-1} = 0: (M, N) both, or q (M, N, 1) and p (M, N, D).
 
     narrow, because a slice that turns out to keep everything is an operation that torch.autograd's own vmap lacks.
     """
@@ -173,14 +173,15 @@ def _linear_scan(q: Tensor, p: Tensor) -> Tensor:
         return p
     even_q, odd_q, even_p, odd_p = q[:, 0::2], q[:, 1::2], p[:, 0::2], p[:, 1::2]
     half = n // 2
-    odd = _linear_scan(odd_q * even_q.narrow(1, 0, half), odd_q * even_p.narrow(1, 0, half) + odd_p)
+    odd = linear_scan(odd_q * even_q.narrow(1, 0, half), odd_q * even_p.narrow(1, 0, half) + odd_p)
     rest = even_q[:, 1:] * odd.narrow(1, 0, (n - 1) // 2) + even_p[:, 1:]
     return _interleave(torch.cat([even_p.narrow(1, 0, 1), rest], dim=1), odd)
 
 
 def _interleave(even: Tensor, odd: Tensor) -> Tensor:
-    """even_0, odd_0, even_1, odd_1, ... along the last dimension; ``even`` has as many entries as ``odd`` or one more."""
+    """even_0, odd_0, even_1, odd_1, ... along dimension 1; ``even`` has as many entries as ``odd`` or one more."""
     n = even.shape[1] + odd.shape[1]
     if even.shape[1] > odd.shape[1]:
         odd = torch.cat([odd, even[:, -1:]], dim=1)
-    return torch.stack([even, odd], dim=2).reshape(even.shape[0], -1).narrow(1, 0, n)
+    pairs = torch.stack([even, odd], dim=2)
+    return pairs.reshape(even.shape[0], -1, *even.shape[2:]).narrow(1, 0, n)

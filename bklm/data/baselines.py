@@ -120,9 +120,8 @@ class KneserNey(_CountModel):
         self.vocab_size = vocab_size
         # Per level: sorted keys of its nodes; (c - D) / c(h .) of its nodes; backoff(h) of the nodes above.
         self.levels: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        above = np.zeros(
-            len(ids), np.int64
-        )  # for each start, the node of the n-gram one word shorter; the root at first
+        # For each start, the node of the n-gram one word shorter; the root at first.
+        above = np.zeros(len(ids), np.int64)
         parents = 1
         pending: tuple[np.ndarray, np.ndarray, int] | None = None
         for level in range(self.order):

@@ -29,9 +29,8 @@ def parse(config_class: type[StudyConfig], words: list[str] | None = None) -> St
         ],
     )
     given = tyro.cli(
-        tyro.conf.FlagConversionOff[
-            flags
-        ],  # --lowercase False, as the other fields, and as manifests record it
+        # --lowercase False, as the other fields, and as manifests record it.
+        tyro.conf.FlagConversionOff[flags],
         args=words,
         prog=f"python -m {config_class.package()}",
         description=config_class.__doc__,

@@ -94,6 +94,18 @@ class Comparison:
         """The trials that did not diverge."""
         return [t for t in trials if t[self.score] is not None]
 
+    def require_any(self, trials: Sequence[Trial]) -> None:
+        """Refuse trials none of which finished.
+
+        Raises:
+            RuntimeError: with the reason of the first.
+        """
+        if not self.finished(trials):
+            raise RuntimeError(
+                f"every trial diverged, the first so: {trials[0]['reason']} Take other settings, such as a lower "
+                "learning_rate, and another output_dir."
+            )
+
     def groups(self, trials: Sequence[Trial]) -> dict[Any, list[Trial]]:
         """Finished trials by factor; a value whose seeds all diverged has no group."""
         return self._grouped(self.finished(trials))

@@ -20,7 +20,8 @@ from bklm.harness.config import StudyConfig
 
 log = logging.getLogger("bklm")
 
-VERSION_UNTOLD = "0.1.0"  # the only version whose config.json did not say by which it was written
+# The only version whose config.json did not say by which it was written.
+VERSION_UNTOLD = "0.1.0"
 NEEDED_BYTES = 200_000_000  # checkpoints of the largest default run, twice, and the zip
 
 

@@ -1,9 +1,9 @@
-"""A grid of trials kept in an Optuna study: a sweep that was stopped goes on with what is missing, and may be shared.
+"""A grid of trials that several machines share, kept in an Optuna study in a PostgreSQL database.
 
-Shared (PostgreSQL), any number of workers take points of one grid; each point is evaluated once. What makes that sure:
-Optuna numbers trials under a lock, and the grid sampler gives the first trials one point each by their numbers. A worker
-that dies is found by its silence (heartbeat); its point is queued again, perhaps by two workers at once, and of trials
-of one point that are alive the one with the lowest number stays.
+Any number of workers take points of one grid; each point is evaluated once. What makes that sure: Optuna numbers trials
+under a lock, and the grid sampler gives the first trials one point each by their numbers. A worker that dies is found by
+its silence (heartbeat); its point is queued again, perhaps by two workers at once, and of trials of one point that are
+alive the one with the lowest number stays. On one machine nothing of this is needed: a trial's file says that it is done.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -22,57 +21,43 @@ from optuna.samplers import GridSampler
 from optuna.storages import BaseStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
-from bklm.harness import grid_storage as sweep_storage
+from bklm.harness import grid_storage
 
 log = logging.getLogger(__name__)
 
 
 POLL_SECONDS = 1.0  # how often a worker with nothing to do looks at the others' trials
+# User attributes: what other workers need of a trial; that it was queued again.
 RESULT, QUEUED = (
     "result",
     "queued",
-)  # user attributes: what other workers need of a trial; that it was queued again
+)
 
 
 class _OnceEach(GridSampler):
-    """Gives the first trials one point each, by their numbers; when a sweep ends is for `Sweep.run` to say."""
+    """Gives the first trials one point each, by their numbers; `Sweep.run` decides when the sweep ends."""
 
     def after_trial(self, *_: Any) -> None:
         """Optuna's would stop the loop, and takes every trial, those queued again too, for one of its own."""
 
 
 class Sweep:
-    """Every point of a grid, each to be evaluated once.
+    """Every point of a grid, each to be evaluated once by one of those who share it."""
 
-    ``Sweep(journal, grid)`` works alone: the caller must hold the study folder's lock, trials that the journal calls
-    running are then the leftovers of a killed process. `Sweep.shared` works with others.
-    """
-
-    def __init__(self, journal: Path, grid: Mapping[str, Sequence[Any]]) -> None:
-        self._open(sweep_storage.journal(journal), journal.stem, grid, is_shared=False)
-        for trial in self._trials(TrialState.RUNNING):
-            self._study.tell(trial.number, state=TrialState.FAIL)
-
-    @classmethod
-    def shared(cls, address: str, name: str, grid: Mapping[str, Sequence[Any]]) -> Sweep:
+    def __init__(self, address: str, name: str, grid: Mapping[str, Sequence[Any]]) -> None:
         """The sweep that all workers with this ``name`` share in the PostgreSQL database at ``address``.
 
         Raises:
             ValueError, ConnectionError: see `bklm.harness.grid_storage.postgresql`.
         """
-        sweep = cls.__new__(cls)
-        with sweep_storage.postgresql(address) as storage:
-            sweep._open(storage, name, grid, is_shared=True)
-        return sweep
+        with grid_storage.postgresql(address) as storage:
+            self._open(storage, name, grid)
 
-    def _open(
-        self, storage: BaseStorage, name: str, grid: Mapping[str, Sequence[Any]], is_shared: bool
-    ) -> None:
+    def _open(self, storage: BaseStorage, name: str, grid: Mapping[str, Sequence[Any]]) -> None:
         self.grid = {key: list(values) for key, values in grid.items()}
         self.points = [
             dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())
         ]
-        self.is_shared = is_shared
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._study = optuna.create_study(
             study_name=name, storage=storage, sampler=_OnceEach(self.grid, seed=0), load_if_exists=True
@@ -84,7 +69,7 @@ class Sweep:
         return [p for p in self.points if p not in completed]
 
     def results(self) -> list[tuple[dict[str, Any], Any]]:
-        """(point, result) of every completed trial of a shared sweep, whichever worker did it."""
+        """(point, result) of every completed trial, whichever worker did it."""
         return [(t.params, t.user_attrs[RESULT]) for t in self._trials(TrialState.COMPLETE)]
 
     def run(
@@ -92,9 +77,9 @@ class Sweep:
         evaluate: Callable[[dict[str, Any]], float],
         result_of: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
-        """Call ``evaluate(point) -> value`` for every missing point; an exception ends the sweep, and is resumable.
+        """Call ``evaluate(point) -> value`` for every missing point that no other worker has, until all are done by someone.
 
-        Shared, the points are those that no other worker has, and this returns when all points are done by someone.
+        An exception ends the sweep here; its point goes to the next who asks.
 
         Args:
             result_of: what other workers are to know of a point that was just evaluated, as JSON has it.
@@ -107,12 +92,11 @@ class Sweep:
             if self._is_taken(point, trial.number):
                 raise optuna.TrialPruned
             value = evaluate(point)
-            if self.is_shared:
-                try:
-                    trial.set_user_attr(RESULT, result_of and result_of(point))
-                except UpdateFinishedTrialError:
-                    was_taken_over.append(point)
-                    raise
+            try:
+                trial.set_user_attr(RESULT, result_of and result_of(point))
+            except UpdateFinishedTrialError:
+                was_taken_over.append(point)
+                raise
             return value
 
         was_taken_over: list[dict[str, Any]] = []
@@ -152,7 +136,7 @@ class Sweep:
 
     def _is_taken(self, point: dict[str, Any], number: int) -> bool:
         """Whether another trial has this point: done, or under way with a lower number."""
-        deadline = time.monotonic() + sweep_storage.GRACE_SECONDS
+        deadline = time.monotonic() + grid_storage.GRACE_SECONDS
         while True:
             earlier = [t for t in self._trials(TrialState.RUNNING) if t.number < number]
             same = [t for t in earlier if t.params == point]
@@ -164,7 +148,6 @@ class Sweep:
 
     def _fail_silent_trials(self) -> None:
         """Mark what workers left running that have not been heard of for the grace period."""
-        if self.is_shared:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)
-                fail_stale_trials(self._study)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            fail_stale_trials(self._study)

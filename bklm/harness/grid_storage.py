@@ -1,22 +1,17 @@
-"""Where a sweep's trials are written down: a journal file of one machine, or a PostgreSQL database that many share."""
+"""The PostgreSQL database in which several machines share a grid: its address checked, its tables opened."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import sqlalchemy
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
-
-from bklm.files.atomic import set_aside
+from optuna.storages import BaseStorage, RDBStorage
 
 log = logging.getLogger(__name__)
 
@@ -61,37 +56,6 @@ def check_address(address: str) -> None:
             )
 
 
-class _FolderIsLocked:
-    """The journal's lock, which does nothing: the study folder's keeps every other process out.
-
-    Optuna's default is a symbolic link beside the journal, which a mounted Google Drive refuses (EOPNOTSUPP), and which
-    a killed process leaves behind.
-    """
-
-    def acquire(self) -> bool:
-        return True
-
-    def release(self) -> None:
-        pass
-
-
-def journal(path: Path) -> BaseStorage:
-    """The journal file of a study whose folder is locked by the caller; a damaged one is set aside."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Of versions that locked the journal, too; nothing waits for it any more, but it would go into the zip.
-    for leftover in path.parent.glob(f"{path.name}.lock*"):
-        leftover.unlink()
-    damage = _damage(path)
-    if damage:
-        set_aside(path, damage)
-        log.warning("The sweep goes on with a new journal; finished trials are read from their folders.")
-    return _open_journal(path)
-
-
-def _open_journal(path: Path) -> BaseStorage:
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=_FolderIsLocked()))
-
-
 @contextmanager
 def postgresql(address: str) -> Iterator[BaseStorage]:
     """The tables of a PostgreSQL database, made if they are missing; inside the block no other worker sets up its own.
@@ -131,23 +95,3 @@ def postgresql(address: str) -> Iterator[BaseStorage]:
                 grace_period=GRACE_SECONDS,
             )
         yield storage
-
-
-def _damage(path: Path) -> str | None:
-    """Why a journal cannot be gone on with: its last write was cut short, or it holds something else."""
-    if not path.exists():
-        return None
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        return "its last line is cut short"
-    try:
-        for line in content.splitlines():
-            json.loads(line)
-        storage = _open_journal(path)
-        for study in storage.get_all_studies():
-            storage.get_all_trials(study._study_id)
-    except (MemoryError, OSError):  # the machine's trouble, not the journal's
-        raise
-    except Exception as error:  # replaying lines that are not Optuna's raises whatever it trips over
-        return f"not a journal of trials: {type(error).__name__}"
-    return None

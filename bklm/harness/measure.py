@@ -223,9 +223,8 @@ def _answer(part: str, settings: dict[str, Any], arm: str) -> None:
     try:
         call = build(part, settings)[arm]
         call()  # brings in the pages of the libraries it runs through
-        trim = getattr(
-            ctypes.CDLL(None), "malloc_trim", None
-        )  # glibc's; returns the free pages between blocks, too
+        # Glibc's; returns the free pages between blocks, too.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
         Path("/proc/self/clear_refs").write_text("5")

@@ -270,7 +270,7 @@ class Session:
 
         # Two grids may share a folder: a search finds the trials of the grid that follows it.
         told_apart = "-".join([experiment_name(self.config, fingerprint(self.text)), name, *factors])
-        shared = Sweep.shared(storage, told_apart, factors)
+        shared = Sweep(storage, told_apart, factors)
 
         def adopt() -> None:
             for point, record in shared.results():

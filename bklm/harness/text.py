@@ -116,7 +116,7 @@ def prepare_text(config: Any) -> StudyText:
     """
     corpus = load_corpus(config.dataset, config.data_dir)
     tokens = tokenize_corpus(corpus, config.vocab_size, config.max_train_tokens or None)
-    layout = "disjoint" if config.protocol == "original" else "every-target-once"
+    layout = "disjoint" if getattr(config, "protocol", "") == "original" else "every-target-once"
     baselines = ngram_baselines(corpus, tokens, config.seq_len)
     text = StudyText(corpus, tokens, config.seq_len, config.batch_size, layout, baselines)
     check_and_log(text, (text.train_loader(0), text.val_loader(), text.test_loader()))
@@ -160,10 +160,11 @@ def ngram_baselines(corpus: Corpus, tokens: TokenizedCorpus, seq_len: int) -> li
         )  # fmt: skip
         return rows
     name, perplexity = f"true law, {seq_len} tokens of context", math.exp(floor)
+    # No <unk>: one number.
     return [
         *rows,
         {"name": name, "val_ppl": perplexity, "val_ppl_without_unk": perplexity},
-    ]  # no <unk>: one number
+    ]
 
 
 def describe_text(text: StudyText) -> list[str]:

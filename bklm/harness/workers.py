@@ -4,14 +4,11 @@ The study's own process gives out the points and takes some itself. A helper run
 study comes to a grid, and leaves its results in the study's folder like anybody else; it writes no report. A helper that
 dies gives its point back. Each trial is computed as it would be alone, from its own seed; with several workers on a CPU
 the threads are divided among them, which can change a last digit against one worker with all of them.
-
-    python -m bklm.harness.workers      a helper; it talks over its standard input and output, one line of JSON a message
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -162,7 +159,7 @@ def _counted(threads: int) -> tuple[int, str]:
 
 def _start(config: StudyConfig, threads: int) -> subprocess.Popen[str]:
     helper = subprocess.Popen(
-        [sys.executable, "-m", "bklm.harness.workers"],
+        [sys.executable, "-m", "bklm.harness.helper"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -216,25 +213,3 @@ class Link:
 
 link: Link | None = None
 """In a helper, its connection to the study's process; None everywhere else."""
-
-
-def main() -> None:
-    """Run a study as a helper."""
-    given = json.loads(sys.stdin.readline())
-    messages = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    # What a library prints must not reach the messages.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    torch.set_num_threads(given["threads"])
-    # The module that the study imports, which is another one than __main__.
-    from bklm.harness import workers
-
-    workers.link = Link(messages)
-    config = getattr(importlib.import_module(given["module"]), given["class"])(**given["config"])
-    run = importlib.import_module(f"{config.package()}.run")
-    getattr(run, f"run_{config.study}")(config)
-    # The study ends its helpers; one that ended by itself would look like one that died.
-    threading.Event().wait()
-
-
-if __name__ == "__main__":
-    main()

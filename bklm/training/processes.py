@@ -40,9 +40,8 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
         raise ValueError(
             f"precision: got 'bf16', which {torch.cuda.get_device_name()} only emulates; choose 'fp16' or 'fp32'."
         )
-    AcceleratorState._reset_state(
-        True
-    )  # a notebook may ask for another device or precision than the run before
+    # A notebook may ask for another device or precision than the run before.
+    AcceleratorState._reset_state(True)
     return Accelerator(cpu=not on_gpu, mixed_precision={"fp32": "no"}.get(precision, precision))
 
 

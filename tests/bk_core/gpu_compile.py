@@ -9,8 +9,9 @@ from triton.compiler import ASTSource
 from bklm.bk_core.gpu import backward as gpu_backward
 from bklm.bk_core.gpu import forward as gpu_forward
 from bklm.bk_core.gpu import scan as gpu_scan
+from bklm.bk_core.gpu import solve_sweep as gpu_solve_sweep
 
-SIZES = {"N", "T", "C", "S", "NB", "blocks", "k_row"}
+SIZES = {"N", "T", "C", "D", "S", "NB", "blocks", "k_row", "e_row"}
 ALIGNED = {"N", "T", "k_row"}  # Triton specialises a kernel on sizes divisible by 16
 
 
@@ -47,6 +48,10 @@ def main(capability):
     build(gpu_backward.adjoint_maps, capability, CAUSAL=False, MANY=True, **real, **block)
     build(gpu_backward.adjoint_sweep, capability, CHUNKED=True, **wanted, **real, **lane)
     build(gpu_backward.adjoint_sweep_causal, capability, CHUNKED=True, **wanted, **real, **lane)
+    solve = gpu_solve_sweep.linear_sweep
+    whole, maps = {"CHUNKED": False, "MAPS": False}, {"CHUNKED": True, "MAPS": True}
+    build(solve, capability, REVERSE=False, SCALED=True, X_COMPLEX=False, E_COMPLEX=False, **whole, **lane)
+    build(solve, capability, REVERSE=True, SCALED=False, X_COMPLEX=True, E_COMPLEX=True, **maps, **lane)
     if capability >= 80:  # the rarer kinds, once: the same source, other branches
         everything = {"A_COMPLEX": True, "K_COMPLEX": True}
         double = {"real": "fp64", "maps": "fp64"}

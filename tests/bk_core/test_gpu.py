@@ -33,6 +33,7 @@ def run_cases(selection, interpret):
         "-m",
         "pytest",
         str(HERE / "gpu_cases.py"),
+        str(HERE / "gpu_solve_cases.py"),
         "--noconftest",
         "-p",
         "no:cacheprovider",
@@ -76,12 +77,13 @@ def test_everything_imports_without_triton():
             "-c",
             "import sys; sys.modules['triton'] = None\n"
             "import torch\n"
-            "from bklm.bk_core import BackendUnavailableError, available_backends, resolvent_diagonal\n"
+            "from bklm.bk_core import BackendUnavailableError, available_backends, resolvent_diagonal, resolvent_solve\n"
             "from bklm.bk_core.gpu import backend as gpu\n"
             "assert not gpu.is_available()\n"
             "assert 'triton' not in available_backends()\n"
             "a = torch.zeros(2, 3)\n"
             "assert resolvent_diagonal(a, 1.0, 1.0, 1j).shape == (2, 3)\n"
+            "assert resolvent_solve(a[..., None], a, 1.0, 1.0, 1j).shape == (2, 3, 1)\n"
             "try: resolvent_diagonal(a, 1.0, 1.0, 1j, backend='triton')\n"
             "except BackendUnavailableError: pass\n"
             "else: raise SystemExit('backend=triton was accepted')\n"

@@ -120,11 +120,12 @@ def test_local_gradient_is_the_diagonal_term_of_the_exact_one(a_and_gbar, causal
     a, gbar = a_and_gbar
     local, G = direction(a, gbar, causal=causal, gradient="local")
     torch.testing.assert_close(local, reference.local_gradient(gbar, G))
+    # With a gradient at one output only, the exact gradient of the same entry is the local one.
     for i in (
         0,
         17,
         39,
-    ):  # with a gradient at one output only, the exact gradient of the same entry is the local one
+    ):
         single = torch.zeros_like(gbar)
         single[:, i] = gbar[:, i]
         exact, _ = direction(a, single, causal=causal)

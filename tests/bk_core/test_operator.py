@@ -263,9 +263,8 @@ def test_a_large_entry_elsewhere_in_the_row_does_not_make_pivots_small(place):
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_pivot_lost_in_cancellation_is_an_error_that_names_its_position(causal):
     a = torch.full((2, 9), 3.0, dtype=torch.float64)
-    a[1, 4] = 1 / (
-        3 + 1 / 3.0
-    )  # about; what the sweep has reached there, from the left, for k = -1 and a small shift
+    # About; what the sweep has reached there, from the left, for k = -1 and a small shift.
+    a[1, 4] = 1 / (3 + 1 / 3.0)
     left = resolvent_diagonal(a[1:, :4], 1.0, -1.0, 1e-9j, causal=True)[0, 3].real
     a[1, 4] = -left + 1e-14
     with pytest.raises(SmallPivotError, match=r"row 1 .* at position 4 ") as caught:

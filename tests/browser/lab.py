@@ -29,9 +29,8 @@ class LabPage:
         prompts = self.page.locator(".jp-CodeCell .jp-InputPrompt")
         pending = prompts.filter(has_text="[ ]").or_(prompts.filter(has_text="[*]"))
         failed = self.page.locator(ERROR).first
-        choose = self.page.get_by_role(
-            "button", name="Select Kernel"
-        )  # asked for when the kernel is slow to come
+        # Asked for when the kernel is slow to come.
+        choose = self.page.get_by_role("button", name="Select Kernel")
         expect(prompts.filter(has_text="[2]").or_(failed).or_(choose).first).to_be_visible(
             timeout=seconds * SECOND
         )

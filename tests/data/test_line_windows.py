@@ -18,6 +18,7 @@ LINES = ["A b a c A", "too few words here", "b a b a zebra", ""]
 
 def test_ids_are_those_of_the_original_pad_unk_bos_eos_then_words_by_frequency():
     vocabulary = LineVocabulary.train(LINES, limit=6)
+    # A 5 times, b 3 times, c and zebra once.
     assert vocabulary.words == [
         "<PAD>",
         "<UNK>",
@@ -25,7 +26,7 @@ def test_ids_are_those_of_the_original_pad_unk_bos_eos_then_words_by_frequency()
         "<EOS>",
         "a",
         "b",
-    ]  # a 5 times, b 3 times, c and zebra once
+    ]
     assert (PAD_ID, UNK_ID, BOS_ID, EOS_ID) == (0, 1, 2, 3)
     assert vocabulary.encode("A zebra b").tolist() == [4, 1, 5]
     assert vocabulary.decode([4, 1, 5]) == "a <UNK> b"

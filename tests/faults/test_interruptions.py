@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 
 from bklm.files.atomic import WriteError, replacing, write_json
-from bklm.harness import grid_storage as sweep_storage
 from bklm.harness.folder import study_folder
 from bklm.models import ResNetBK
 from bklm.studies.grad_blend import figures as grad_blend_figures
@@ -94,9 +93,8 @@ def safetensors_on_a_full_disk() -> None:
         (checkpoints, "save_model", 4, safetensors_on_a_full_disk, "cannot write .*epoch_000.*No space left"),
         (torch, "save", 3, torch_on_a_full_disk, "cannot write .*epoch_000.*free some space"),
         (checkpoints, "sync", 20, full_disk, "cannot write .*No space left on device.*free some space"),
-        (sweep_storage.JournalFileBackend, "append_logs", 9, full_disk, "No space left on device"),
     ],
-    ids=["weights", "optimiser state", "any file", "journal"],
+    ids=["weights", "optimiser state", "any file"],
 )
 def test_a_disk_that_fills_up_is_one_sentence_and_costs_nothing_that_was_finished(
     config, monkeypatch, undisturbed, place, name, number, fault, sentence

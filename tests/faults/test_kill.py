@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import zipfile
 
 import pytest
 import torch
 from killing import every_kill
-from optuna.storages.journal import _file, _storage
 
 from bklm.files import atomic
 from bklm.files.atomic import remove_leftovers, write_json
-from bklm.harness import grid as sweep
 from bklm.harness import report as reporting
-from bklm.harness.grid import Sweep
 from bklm.training import checkpoints
 from bklm.training.checkpoints import CheckpointFolder
 
@@ -92,66 +88,6 @@ def test_the_zip_is_the_old_one_or_the_new_whenever_its_writer_is_killed(tmp_pat
     remove_leftovers(folder)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["study", "study.zip"]
     assert (folder / "a.csv").read_text().startswith("new")
-
-
-@pytest.mark.slow
-def test_a_sweep_killed_at_any_line_of_its_journal_ends_with_every_point_and_loses_no_finished_one(tmp_path):
-    grid = {"alpha": [0.0, 0.5], "seed": [0, 1]}
-    journal, results = tmp_path / "j.journal", tmp_path / "results"
-
-    def evaluate(point: dict) -> float:
-        """As a study does: a finished trial is read back from its file."""
-        place = results / f"{point['alpha']}_{point['seed']}"
-        with (tmp_path / "trained").open("a") as file:
-            file.write("" if place.exists() else f"{place.name}\n")
-        write_json(place, point["alpha"] + point["seed"])
-        return json.loads(place.read_text())
-
-    for _ in every_kill(lambda: Sweep(journal, grid).run(evaluate), sweep, _file, _storage, step=37):
-        finished = {p.name for p in results.glob("[!.]*")}
-        resumed = Sweep(journal, grid)
-        resumed.run(evaluate)
-        assert resumed.missing() == []
-        trained = (tmp_path / "trained").read_text().split()
-        assert all(trained.count(name) == 1 for name in finished), "a finished trial was trained again"
-        for path in [journal, tmp_path / "trained", *results.iterdir()]:
-            path.unlink()
-
-
-JOURNAL_CONTENTS = {
-    "nothing": b"",
-    "zeros": bytes(500),
-    "another program's lines": b'{"event": "start"}\n[1, 2]\n',
-    "no mapping": b"17\n",
-    "an operation that does not exist": b'{"op_code": 99, "worker_id": "a"}\n',
-    "an operation without its fields": b'{"op_code": 4, "worker_id": "a"}\n',
-    "no text": b"\xff\xfe\n",
-}
-
-
-@pytest.mark.parametrize("content", JOURNAL_CONTENTS.values(), ids=JOURNAL_CONTENTS)
-def test_a_journal_that_holds_something_else_is_set_aside_with_a_sentence(tmp_path, caplog, content):
-    journal = tmp_path / "j.journal"
-    journal.write_bytes(content)
-    with caplog.at_level(logging.WARNING):
-        new = Sweep(journal, {"alpha": [0.0], "seed": [0]})
-    new.run(lambda point: 1.0)
-    assert new.missing() == []
-    assert ("set aside" in caplog.text) == bool(content)
-    assert [p.read_bytes() for p in tmp_path.glob("*.damaged-1")] == ([content] if content else [])
-
-
-def test_lines_lost_from_the_middle_of_a_journal_cost_trials_and_not_the_sweep(tmp_path):
-    journal, grid = tmp_path / "j.journal", {"alpha": [0.0, 0.5], "seed": [0, 1]}
-    Sweep(journal, grid).run(lambda point: 1.0)
-    lines = journal.read_bytes().splitlines(keepends=True)
-    for gone in range(len(lines)):
-        for damaged in tmp_path.glob("*.damaged-*"):
-            damaged.unlink()
-        journal.write_bytes(b"".join(lines[:gone] + lines[gone + 1 :]))
-        again = Sweep(journal, grid)
-        again.run(lambda point: 1.0)
-        assert again.missing() == []
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path):

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from bklm.harness import workers
+from bklm.harness.progress import Progress
 from bklm.studies.grad_blend import figures
 from bklm.studies.grad_blend import run as grad_blend
 from bklm.studies.grad_blend.run import run_grad_blend
@@ -49,7 +50,7 @@ def trained_here(monkeypatch) -> list[str]:
 
 
 def helpers() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "bklm.harness.workers" in p.cmdline()]
+    return [p for p in psutil.Process().children() if "bklm.harness.helper" in p.cmdline()]
 
 
 def test_two_workers_give_the_numbers_of_one_and_each_trial_is_trained_once(config, monkeypatch, tmp_path):
@@ -115,3 +116,22 @@ def test_two_ways_to_share_at_once_are_refused_in_one_sentence(tiny_config):
     both = dataclasses.replace(tiny_config, workers=2, processes=2)
     with pytest.raises(ValueError, match="processes, workers: each is a way of its own"):
         both.resolved()
+
+
+def test_a_helper_at_a_grids_end_waits_for_the_point_that_the_studys_own_process_has(tiny_config):
+    pool, answers, askers = workers.Pool(tiny_config.resolved(), 1, Progress(0, shown=False)), [], []
+
+    def ask():
+        with pool._lock:
+            answers.append(pool._point_for(1, 1))
+
+    def run(point):
+        askers.append(threading.Thread(target=ask, daemon=True))
+        askers[0].start()
+        askers[0].join(0.3)
+        assert answers == [], "it would go on, and train this point a second time"
+
+    pool.work_off(1, [{"alpha": 0.5}], run)
+    askers[0].join(10)
+    pool.close()
+    assert answers == [None]

@@ -618,9 +618,8 @@ def test_costs_are_measured_anew_on_another_machine_and_read_back_on_this_one(tm
     with caplog.at_level(logging.INFO, logger=baseline_measure.__name__):
         assert [measure(), measure()] == [2.0, 2.0]
     assert "processor 'this one' then, 'another' now" in caplog.text
-    (tmp_path / "measured.json").write_text(
-        json.dumps({"gpt": {"tokens_per_second": 7.0}})
-    )  # an earlier version's
+    # An earlier version's.
+    (tmp_path / "measured.json").write_text(json.dumps({"gpt": {"tokens_per_second": 7.0}}))
     assert measure() == 3.0
     runs.append({"model": "newllm"})
     assert [measure(), measure()] == [4.0, 4.0]

@@ -101,7 +101,7 @@ def worker(address: str, journal: Path, evaluate: Callable[[dict], float]) -> No
             file.write(json.dumps(["end", os.getpid(), *point.values()]) + "\n")
         return value
 
-    sweep = Sweep.shared(address, "test", GRID)
+    sweep = Sweep(address, "test", GRID)
     sweep.run(recorded, lambda point: {"found": sum(point.values()), "by": os.getpid()})
 
 
@@ -127,7 +127,7 @@ def test_workers_that_start_together_evaluate_each_point_once_and_each_sees_all_
         process.join(60)
         assert process.exitcode == 0
     assert ended(journal) == Counter(POINTS)
-    results = {tuple(p.values()): r["found"] for p, r in Sweep.shared(database, "test", GRID).results()}
+    results = {tuple(p.values()): r["found"] for p, r in Sweep(database, "test", GRID).results()}
     assert results == {(a, s): a + s for a, s in POINTS}
 
 
@@ -166,7 +166,7 @@ def test_a_worker_that_was_only_asleep_gives_way_and_finishes_without_an_error(
     os.kill(sleeper.pid, signal.SIGCONT)
     sleeper.join(60)
     assert sleeper.exitcode == 0
-    results = Sweep.shared(database, "test", GRID).results()
+    results = Sweep(database, "test", GRID).results()
     assert Counter(tuple(p.values()) for p, _ in results) == Counter(POINTS)
 
 
@@ -177,7 +177,7 @@ def test_a_point_whose_trial_failed_and_was_queued_twice_is_still_evaluated_once
 
     with pytest.raises(RuntimeError, match="stop"):
         worker(database, tmp_path / "first", fail)
-    sweep = Sweep.shared(database, "test", GRID)
+    sweep = Sweep(database, "test", GRID)
     ((_, _, *values),) = lines(tmp_path / "first")
     for _ in range(2):  # as two workers do that find it lost at the same moment
         sweep._study.enqueue_trial(dict(zip(GRID, values, strict=True)), user_attrs={"queued": True})
@@ -334,7 +334,7 @@ def test_a_database_that_does_not_answer_is_one_sentence_without_a_traceback(tmp
         with pytest.raises(
             ConnectionError, match=r"storage: .* does not answer \(.*\); start the database"
         ) as caught:
-            Sweep.shared(f"postgresql://me@/sweeps?{settings}", "test", GRID)
+            Sweep(f"postgresql://me@/sweeps?{settings}", "test", GRID)
         assert "\n" not in str(caught.value)
 
 
@@ -349,14 +349,14 @@ def test_the_time_to_connect_is_the_addresss_own_where_it_has_one(monkeypatch, s
 
     monkeypatch.setattr("psycopg.connect", lambda *words, **options: connect(**options))
     with pytest.raises(ConnectionError):
-        Sweep.shared(f"postgresql://me@host/sweeps{settings}", "test", GRID)
+        Sweep(f"postgresql://me@host/sweeps{settings}", "test", GRID)
     assert given["connect_timeout"] == seconds
 
 
 def test_without_a_driver_the_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setattr(sweep_storage, "DRIVERS", ("no_such_driver",))
     with pytest.raises(ConnectionError, match="pip install 'psycopg"):
-        Sweep.shared("postgresql://me@host/sweeps", "test", GRID)
+        Sweep("postgresql://me@host/sweeps", "test", GRID)
 
 
 def test_runs_share_a_sweep_when_and_only_when_they_compute_the_same(tiny_config):

@@ -142,11 +142,7 @@ def _train_all(study: Session) -> tuple[list[Trial], Trial]:
     trials = study.grid(
         {"alpha": config.alphas, "seed": config.seeds}, trial, draw=lambda done: _draw(study, done)
     )
-    if not ALPHAS.finished(trials):
-        raise RuntimeError(
-            f"every trial diverged, the first so: {trials[0]['reason']} Take other settings, such as a lower "
-            "learning_rate, and another output_dir."
-        )
+    ALPHAS.require_any(trials)
     best = {"alpha": [ALPHAS.best(trials)], "seed": config.seeds[:1]}
     final = study.grid(
         best, partial(trial, final=True), name="final", place=lambda point: "", across_machines=False

@@ -204,9 +204,8 @@ class _Iteration:
         seed: int,
     ) -> None:
         self.model, self.ids, self.former, self.settings, self.seed = model, ids, former, settings, seed
-        self.alone = torch.zeros(
-            len(ids), 1, dtype=torch.bool, device=ids.device
-        )  # tokens without left neighbour
+        # Tokens without left neighbour.
+        self.alone = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         self.alone[0] = True
         self.alone[restarts] = True
         size = settings.group or CHUNK

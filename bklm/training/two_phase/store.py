@@ -47,9 +47,8 @@ class Plan:
 def choose_plan(model: ContextTokenLM, tokens: int, memory_bytes: int | None = None) -> Plan:
     """The first way to keep the contexts of so many tokens that fits into ``memory_bytes`` (None: half of what is free)."""
     device, exact = model.embedding.weight.device, model.embedding.weight.dtype
-    half = (
-        torch.float16
-    )  # contexts come out of a LayerNorm: no range is needed, and bfloat16 has 8 times the error
+    # Contexts come out of a LayerNorm: no range is needed, and bfloat16 has 8 times the error.
+    half = torch.float16
     here = torch.device("cpu")
     for place in dict.fromkeys((device, here)):
         room = SHARE * free_bytes(place) if memory_bytes is None else memory_bytes
@@ -76,7 +75,6 @@ def empty_store(plan: Plan, tokens: int, model: ContextTokenLM) -> Tensor:
         )
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  gone with the tensor that maps it
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(
-            file.fileno(), 0, needed
-        )  # a mapped file that runs out of disk would kill the process
+        # A mapped file that runs out of disk would kill the process.
+        os.posix_fallocate(file.fileno(), 0, needed)
     return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=shape))

@@ -1,0 +1,213 @@
+"""What does resolvent_solve cost, and what do jax's and scipy's tridiagonal solves cost in the same run?
+
+    python benchmarks/resolvent_solve.py                              # all tables
+    python benchmarks/resolvent_solve.py --jax /path/to/jax/python    # also against jax.lax.linalg.tridiagonal_solve
+    python benchmarks/resolvent_solve.py --quick                      # small sizes, short rounds, for CI
+    python benchmarks/resolvent_solve.py --size 8 65536 1             # B N D instead of the sizes of the first table
+
+peers       bidirectional, complex64 x (B, N, D), real a, b, c, complex z: forward, and forward + gradients of all five inputs
+models      causal, real x (rows, N, columns a head), number b and c: forward, and forward + gradients of x and a, against
+            copying the bytes that must be moved at least (12 and 32 a number of y) from one existing buffer to another
+
+jax needs a Python of its own, where ``python -m pip install "jax[cpu]"`` put it; it runs there in a second process and
+takes turns with ours. Times are medians of samples taken in turns (quartiles in brackets). Ratios are theirs / ours: larger
+is better for us. Threads: torch.get_num_threads(), jax's and scipy's own choice for theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import llvmlite.binding
+import numpy as np
+import torch
+from _timing import Timing, print_table, take_turns
+from scipy.linalg import solve_banded
+from torch import Tensor
+
+from bklm.bk_core import resolvent_solve
+
+PEERS = ((32, 128, 32), (8, 65536, 1), (1, 1_000_000, 1))
+MODELS = ((64, 256, 32), (64, 1024, 48), (16, 4096, 64), (256, 128, 24))
+CALLS = 4
+"""Calls of jax for each request to its process."""
+Call = Callable[[], object]
+
+
+def processor() -> str:
+    """Model, vector width in bits, cores."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
+        model = names[0] if names else model
+    features = llvmlite.binding.get_host_cpu_features()
+    width = 512 if features.get("avx512f") else 256 if features.get("avx2") else 128
+    return f"{model}, vectors of {width} bits, {os.cpu_count()} cores"
+
+
+def inputs(m: int, n: int, columns: int) -> tuple[Tensor, ...]:
+    """x, a, b, c, z and gbar of the peers' table."""
+    g = torch.Generator().manual_seed(0)
+    x, gbar = (torch.randn(m, n, columns, dtype=torch.complex64, generator=g) for _ in range(2))
+    b, c = (torch.rand(m, n - 1, generator=g) * 0.8 + 0.6 for _ in range(2))
+    return x, torch.randn(m, n, generator=g), b, c, torch.full((m,), 0.2 + 1j), gbar
+
+
+def ours(given: tuple[Tensor, ...], gbar: Tensor, causal: bool) -> tuple[Call, Call]:
+    """Forward, and forward + backward of every tensor in ``given``."""
+    leaves = [t.clone().requires_grad_() if isinstance(t, Tensor) else t for t in given]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return resolvent_solve(*leaves, causal=causal)
+
+    def both() -> None:
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                leaf.grad = None
+        resolvent_solve(*leaves, causal=causal).backward(gbar)
+
+    return forward, both
+
+
+def banded(x: Tensor, a: Tensor, b: Tensor, c: Tensor, z: Tensor) -> Call:
+    """scipy's solve of every row."""
+    m, n, _ = x.shape
+    bands = np.zeros((m, 3, n), np.complex64)
+    bands[:, 0, 1:], bands[:, 1], bands[:, 2, :-1] = b.numpy(), (a - z[:, None]).numpy(), c.numpy()
+    columns = x.numpy()
+    return lambda: np.stack([solve_banded((1, 1), bands[i], columns[i], check_finite=False) for i in range(m)])
+
+
+class Jax:
+    """The second process for one size; ``arm(name)`` makes CALLS calls there."""
+
+    def __init__(self, python: str, folder: str, given: tuple[Tensor, ...]):
+        self.folder = Path(folder)
+        names = ("x", "a", "b", "c", "z", "gbar")
+        np.savez(self.folder / "inputs.npz", **{k: t.numpy() for k, t in zip(names, given, strict=True)})
+        command = [python, str(Path(__file__).with_name("_jax_solve.py")), folder, str(CALLS)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, name: str) -> str:
+        self.process.stdin.write(name + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline().strip()
+        if not answer:
+            raise SystemExit("jax's process stopped: see its message above.")
+        return answer
+
+    def values(self) -> np.ndarray:
+        self.ask("values")
+        return np.load(self.folder / "jax.npy")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def ratio(other: Timing | None, mine: Timing) -> str:
+    return "not installed" if other is None else f"{other.median / mine.median:.3g}"
+
+
+def peers_case(m: int, n: int, columns: int, jax: str | None, seconds: float) -> dict[str, object]:
+    *given, gbar = inputs(m, n, columns)
+    forward, both = ours(given, gbar, causal=False)
+    scipy = banded(*given)
+    arms = {"forward": forward, "both": both, "scipy": scipy}
+    expected = torch.from_numpy(scipy())
+    difference = float((forward() - expected).abs().max() / expected.abs().max())
+    with tempfile.TemporaryDirectory() as folder:
+        second = Jax(jax, folder, (*given, gbar)) if jax else None
+        if second:
+            arms |= {f"jax {name}": lambda name=name: second.ask(name) for name in ("forward", "both")}
+            theirs = second.values()
+            difference = max(difference, float(np.abs(theirs - forward().numpy()).max() / np.abs(theirs).max()))
+        found = take_turns(arms, seconds)
+        if second:
+            second.close()
+    for name in ("jax forward", "jax both"):
+        if name in found:
+            found[name] = Timing(*(t / CALLS for t in found[name]))
+    missing = "not installed"
+    return {
+        "B, N, D": f"{m}, {n}, {columns}",
+        "ours, forward": found["forward"],
+        "scipy": found["scipy"],
+        "scipy / ours": ratio(found["scipy"], found["forward"]),
+        "jax, forward": found.get("jax forward", missing),
+        "jax / ours": ratio(found.get("jax forward"), found["forward"]),
+        "ours, with gradients": found["both"],
+        "jax, with gradients": found.get("jax both", missing),
+        "jax / ours ": ratio(found.get("jax both"), found["both"]),
+        "largest difference": f"{difference:.1e}",
+    }
+
+
+def copy(count: int) -> Call:
+    """Copy half of ``count`` bytes: as many are read and written together."""
+    source = torch.ones(count // 8)
+    target = torch.empty_like(source).fill_(0.0)
+    return lambda: target.copy_(source)
+
+
+def models_case(m: int, n: int, columns: int, seconds: float) -> dict[str, object]:
+    g = torch.Generator().manual_seed(1)
+    x, a = torch.randn(m, n, columns, generator=g), torch.randn(m, n, generator=g)
+    gbar = torch.randn(m, n, columns, dtype=torch.complex64, generator=g)
+    forward, both = ours((x, a, 1.0, 1.0, 1j), gbar, causal=True)
+    size = m * n * columns
+    arms = {"forward": forward, "both": both, "copy 12": copy(12 * size), "copy 32": copy(32 * size)}
+    found = take_turns(arms, seconds)
+    return {
+        "rows, N, D": f"{m}, {n}, {columns}",
+        "forward": found["forward"],
+        "ns / number": f"{found['forward'].median / size * 1e9:.2f}",
+        "forward / copy": f"{found['forward'].median / found['copy 12'].median:.2f}",
+        "with gradients": found["both"],
+        "ns / number ": f"{found['both'].median / size * 1e9:.2f}",
+        "with gradients / copy": f"{found['both'].median / found['copy 32'].median:.2f}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, short rounds")
+    parser.add_argument("--only", nargs="+", choices=("peers", "models"), help="tables to print")
+    parser.add_argument(
+        "--size", type=int, nargs=3, metavar=("B", "N", "D"), help="instead of the sizes of the tables"
+    )
+    parser.add_argument("--jax", metavar="PYTHON", help="a Python interpreter that has jax")
+    parser.add_argument("--seconds", type=float, default=None, help="time for each case (default 6, quick 0.5)")
+    options = parser.parse_args()
+    if options.size and min(options.size) < 1:
+        parser.error("--size: at least 1 row of 1 position and 1 column is needed.")
+    seconds = options.seconds or (0.5 if options.quick else 6.0)
+    peers, models = (((4, 64, 8), (1, 2000, 1)), ((8, 64, 24),)) if options.quick else (PEERS, MODELS)
+    if options.size:
+        peers = models = (tuple(options.size),)
+    print(processor())
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the start"
+    )
+    if not options.jax:
+        print("jax: not installed here; name an interpreter that has it with --jax", file=sys.stderr)
+    wanted = options.only or ("peers", "models")
+    if "peers" in wanted:
+        print_table("Bidirectional, complex64", [peers_case(*s, options.jax, seconds) for s in peers])
+    if "models" in wanted:
+        print_table("Causal, as models use it", [models_case(*s, seconds) for s in models])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The numba solver. Contract: solve_backends.py.
+
+Dispatch, measured on 2 cores (benchmarks/resolvent_solve.py):
+
+- fewer than COLUMNS columns: SIMD over lines, one column of one row each (solve_tiles.py). Lines are cut into tiles as
+  cpu.py cuts rows; how depends on M, N and D alone, so results are deterministic.
+- else SIMD over the columns of one row after the other (solve_columns.py, solve_adjoint.py).
+- more than one thread from THREADS_FROM elements of y on.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bklm.bk_core.cpu import solve_adjoint, solve_columns, solve_join, solve_tiles, threads
+from bklm.bk_core.cpu.scratch import SCRATCH_LENGTH
+
+COLUMNS = 8
+THREADS_FROM = 2**16
+"""Below, waking another thread costs about what it saves."""
+
+_NUMPY = {torch.complex64: np.float32, torch.complex128: np.float64}
+
+
+def causal_rows(x: Tensor, left: Tensor, c: Tensor, reverse: bool) -> Tensor:
+    """y (M, N, D) for x (M, N, D), left (M, N), c (1 or M, N - 1)."""
+    m, n, columns = x.shape
+    if columns < COLUMNS:
+        return _tiles(x, left, None, c, from_left=not reverse, conjugate=False)
+    y = torch.empty(x.shape, dtype=left.dtype)
+    rest = (
+        x.data_ptr(),
+        not x.is_complex(),
+        y.data_ptr(),
+        left.data_ptr(),
+        *_between(c),
+        m,
+        n,
+        columns,
+        reverse,
+    )
+    _run(solve_columns.causal_columns, rest, m, y)
+    return y
+
+
+def tridiagonal_rows(x: Tensor, left: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """y (M, N, D) for x (M, N, D), left (M, N), b and c (1 or M, N - 1)."""
+    m, n, columns = x.shape
+    if columns < COLUMNS:
+        return _tiles(x, left, c, b, from_left=False, conjugate=False)
+    y = torch.empty(x.shape, dtype=left.dtype)
+    rest = (
+        x.data_ptr(),
+        not x.is_complex(),
+        y.data_ptr(),
+        left.data_ptr(),
+        *_between(b),
+        *_between(c),
+        m,
+        n,
+        columns,
+    )
+    _run(solve_columns.tridiagonal_columns, rest, m, y)
+    return y
+
+
+def causal_adjoint(
+    gbar: Tensor, left: Tensor, c: Tensor, y: Tensor, reverse: bool, real: bool, sums: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(g, S, C) of solve_backends.py."""
+    g, S, _, C = _adjoint(gbar, left, None, c, y, reverse, real, sums)
+    return g, S, C
+
+
+def tridiagonal_adjoint(
+    gbar: Tensor, left: Tensor, b: Tensor, c: Tensor, y: Tensor, real: bool, sums: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(g, S, B, C) of solve_backends.py."""
+    return _adjoint(gbar, left, b, c, y, False, real, sums)
+
+
+def _adjoint(gbar, left, b, c, y, reverse, real, sums):
+    m, n, columns = gbar.shape
+    both = b is not None
+    S = torch.empty(m, n, dtype=left.dtype) if sums else None
+    B = torch.empty(m, n - 1, dtype=left.dtype) if sums and both else None
+    C = torch.empty(m, n - 1, dtype=left.dtype) if sums else None
+    found = tuple(0 if t is None else t.data_ptr() for t in (S, B, C))
+    dtype = _NUMPY[left.dtype]
+    if columns < COLUMNS:
+        g = _tiles(gbar, left, b, c, from_left=reverse, conjugate=True)
+        if sums:
+            rest = (g.data_ptr(), y.data_ptr(), *found, n, columns, reverse, both)
+            _run(solve_join.sum_columns, rest, m, g)
+        return g.real.contiguous() if real else g, S, B, C
+    g = torch.empty(gbar.shape, dtype=left.real.dtype if real else left.dtype)
+    rest = (
+        *(g.data_ptr(), real, y.data_ptr(), left.data_ptr(), *_between(b if both else c), *_between(c), *found),
+        *(m, n, columns, reverse, sums, both),
+    )
+
+    def part(first: int, last: int) -> None:
+        buffer = np.empty(2 * n * columns if both else 0, dtype)
+        solve_adjoint.adjoint_columns(
+            threads.scratch(SCRATCH_LENGTH, dtype), first, last, gbar.data_ptr(), buffer.ctypes.data, *rest
+        )
+
+    threads.split(part, m, g.numel() >= THREADS_FROM)
+    return g, S, B, C
+
+
+def _tiles(x: Tensor, left: Tensor, f: Tensor | None, e: Tensor, from_left: bool, conjugate: bool) -> Tensor:
+    """y (M, N, D) with the couplings f of the elimination (None: there is none) and e of the substitution."""
+    m, n, columns = x.shape
+    lines = m * columns
+    n_tiles = -(-n // solve_tiles.TILE)
+    tile = -(-n // n_tiles)
+    y = torch.empty(x.shape, dtype=left.dtype)
+    both = f is not None
+    joined = n_tiles > 1
+    summary = torch.empty(lines * n_tiles, solve_tiles.SUMMARY, dtype=left.real.dtype) if joined else None
+    entering = torch.empty(lines * n_tiles, 2, dtype=left.dtype) if joined else None
+    addresses = (summary.data_ptr(), entering.data_ptr()) if joined else (0, 0)
+    rest = (
+        *(
+            x.data_ptr(),
+            not x.is_complex(),
+            y.data_ptr(),
+            left.data_ptr(),
+            *_between(e),
+            *_between(f if both else e),
+        ),
+        *(*addresses, m, n, columns, tile, n_tiles, both, from_left, conjugate),
+    )
+    groups = -(-lines * n_tiles // solve_tiles.LANES)
+    if joined:
+        _run(solve_tiles.solve_tiles, (*rest, True), groups, y)
+        solve_join.join(
+            threads.scratch(SCRATCH_LENGTH, _NUMPY[left.dtype]), *addresses, lines, n_tiles, both, from_left
+        )
+    _run(solve_tiles.solve_tiles, (*rest, False), groups, y)
+    return y
+
+
+def _run(kernel, rest: tuple, count: int, y: Tensor) -> None:
+    """kernel(scratch, first, last, ...) over ``count`` rows or groups, shared among threads."""
+    dtype = _NUMPY[y.dtype]
+
+    def part(first: int, last: int) -> None:
+        kernel(threads.scratch(SCRATCH_LENGTH, dtype), first, last, *rest)
+
+    threads.split(part, count, y.numel() >= THREADS_FROM)
+
+
+def _between(c: Tensor) -> tuple[int, int, bool]:
+    """Address of b or c, its row stride in elements, whether it is complex."""
+    return c.data_ptr(), c.shape[1] if c.shape[0] > 1 else 0, c.is_complex()

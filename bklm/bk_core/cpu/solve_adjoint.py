@@ -1,0 +1,140 @@
+"""Adjoint of the solve for several columns: the gradient of x and its sums with the result, one pass over gbar and y.
+
+Formulas: solve_formulas.py and solve_backends.py; layout: solve_columns.py. The sums over the columns of a position are
+the one place where the order of additions is left to the compiler (it fixes one for a machine), because in a fixed order
+they could not use vector registers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import uintp
+
+from bklm.bk_core.cpu.jit import jit
+from bklm.bk_core.cpu.scratch import reals_at
+from bklm.bk_core.cpu.solve_columns import (
+    BLOCK,
+    OTHER,
+    STATE,
+    advance,
+    clear,
+    eliminate,
+    factor,
+    inlined,
+    moved,
+    write,
+)
+
+_BLOCK = np.uintp(BLOCK)
+_0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
+
+
+def _advance(s, source, at_source, y, at_y, width, l_re, l_im, q_re, q_im, both):
+    """STATE = L source - q STATE for a block of columns; sums over it of STATE conj(y) after and before that.
+
+    With ``both`` also of STATE after it with OTHER, y of the position before, in whose place y comes. (S, C, B), complex.
+    """
+    nil = s.dtype.type(0)
+    S_re, S_im, C_re, C_im, B_re, B_im = nil, nil, nil, nil, nil, nil
+    for w in range(width):
+        y_re, y_im = y[_2 * (at_y + w)], y[_2 * (at_y + w) + _1]
+        re, im = s[STATE + w], s[STATE + _BLOCK + w]
+        C_re += re * y_re + im * y_im
+        C_im += im * y_re - re * y_im
+        re, im = moved(
+            source[_2 * (at_source + w)], source[_2 * (at_source + w) + _1], re, im, l_re, l_im, q_re, q_im
+        )
+        s[STATE + w], s[STATE + _BLOCK + w] = re, im
+        S_re += re * y_re + im * y_im
+        S_im += im * y_re - re * y_im
+        if both:
+            o_re, o_im = s[OTHER + w], s[OTHER + _BLOCK + w]
+            B_re += re * o_re + im * o_im
+            B_im += im * o_re - re * o_im
+            s[OTHER + w], s[OTHER + _BLOCK + w] = y_re, y_im
+    return S_re, S_im, C_re, C_im, B_re, B_im
+
+
+_advance = inlined(_advance, fastmath={"contract", "reassoc", "nsz"})
+
+
+@inlined
+def _add(target, at, re, im, keep):
+    """Add to (``keep``), or set, one interleaved complex number."""
+    target[_2 * at] = target[_2 * at] + re if keep else re
+    target[_2 * at + _1] = target[_2 * at + _1] + im if keep else im
+
+
+@inlined
+def _descend(
+    s, source, at_source, out, real, y, left, c, complex_c, S, B, C, at_row, at_left, at_c, at_between,
+    n, columns, block, width, reverse, sums, both,
+):  # fmt: skip
+    """g_i = conj(L_i) (source_i - conj(c) g_before), and what g_i adds to S, C and (``both``) B."""
+    sign = -s.dtype.type(1)
+    clear(s, STATE, width)
+    clear(s, OTHER, width)
+    keep = block > _0
+    for step in range(n):
+        i = step if reverse else n - _1 - step
+        between = i - _1 if reverse else i
+        at = i * columns + block
+        q_re, q_im = s.dtype.type(0), s.dtype.type(0)
+        if step > _0:
+            q_re, q_im = factor(left, c, complex_c, at_left + i, at_c + between, sign)
+        l_re, l_im = left[_2 * (at_left + i)], sign * left[_2 * (at_left + i) + _1]
+        if sums:
+            if both:
+                S_re, S_im, C_re, C_im, B_re, B_im = _advance(
+                    s, source, at_source + at, y, at_row + at, width, l_re, l_im, q_re, q_im, True
+                )
+            else:
+                S_re, S_im, C_re, C_im, B_re, B_im = _advance(
+                    s, source, at_source + at, y, at_row + at, width, l_re, l_im, q_re, q_im, False
+                )
+            _add(S, at_left + i, S_re, S_im, keep)
+            if step > _0:
+                _add(C, at_between + between, -C_re, -C_im, keep)
+                if both:
+                    _add(B, at_between + i, -B_re, -B_im, keep)
+        else:
+            advance(s, source, False, at_source + at, width, l_re, l_im, q_re, q_im)
+        write(s, STATE, out, at_row + at, width, real)
+
+
+@jit
+def adjoint_columns(
+    s, first, last, gbar, buffer, out, real, y, left, b, b_stride, complex_b, c, c_stride, complex_c,
+    S, B, C, rows, n, columns, reverse, sums, both,
+):  # fmt: skip
+    """g (M, N, D) for rows ``first <= row < last``, real parts if ``real``; S (M, N), C and (``both``) B (M, N - 1).
+
+    Addresses throughout. ``both``: the tridiagonal solve, whose elimination goes into ``buffer`` (N, D) complex, of this
+    call alone.
+    """
+    rows, n, columns = uintp(rows), uintp(n), uintp(columns)
+    b_stride, c_stride = uintp(b_stride), uintp(c_stride)
+    items = _2 * rows * n * columns
+    gbar_view, out_view, y_view = reals_at(gbar, items, s), reals_at(out, items, s), reals_at(y, items, s)
+    buffer_view, left_view = reals_at(buffer, _2 * n * columns, s), reals_at(left, _2 * rows * n, s)
+    b_view, c_view = reals_at(b, _2 * rows * n, s), reals_at(c, _2 * rows * n, s)
+    S_view, B_view, C_view = (
+        reals_at(S, _2 * rows * n, s),
+        reals_at(B, _2 * rows * n, s),
+        reals_at(C, _2 * rows * n, s),
+    )
+    sign = -s.dtype.type(1)
+    for row in range(uintp(first), uintp(last)):
+        at_row, at_left = row * n * columns, row * n
+        for block in range(_0, columns, _BLOCK):
+            width = min(_BLOCK, columns - block)
+            if both:
+                eliminate(
+                    s, gbar_view, False, buffer_view, left_view, b_view, complex_b,
+                    at_row, _0, at_left, row * b_stride, n, columns, block, width, sign,
+                )  # fmt: skip
+            _descend(
+                s, buffer_view if both else gbar_view, _0 if both else at_row, out_view, real, y_view,
+                left_view, c_view, complex_c, S_view, B_view, C_view, at_row, at_left, row * c_stride,
+                row * (n - _1), n, columns, block, width, reverse, sums, both,
+            )  # fmt: skip

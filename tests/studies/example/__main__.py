@@ -1,0 +1,5 @@
+from bklm.harness import cli
+
+from . import ExampleConfig
+
+cli.main(ExampleConfig)
