@@ -39,8 +39,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .moe_core import Settings, mixture_of_few
+from .moe_core import Settings, autocast_dtype, mixture_of_few
 from .moe_ops import draw, mixture
+from .moe_plain import is_ordinary, is_transformed
 
 __all__ = ["AnalyticMoE", "total_balance_loss", "unused_experts", "usage_entropy"]
 
@@ -56,7 +57,8 @@ class AnalyticMoE(nn.Module):
     of the output; routing always runs in float32 (float64 for float64 input). One dropout mask per token serves all its
     experts, so that the exact router gradient compares experts under equal conditions; with top_k = 1 this is ordinary
     dropout. Noise and mask come from torch's global generator of the device. torch.compile sees the mixture as opaque
-    operators (fullgraph works, and gives the eager numbers). A second derivative is refused by autograd.
+    operators (fullgraph works, and gives the eager numbers). Second derivatives, torch.func's transforms and forward mode are
+    right too, at the price of every expert on every token (`bklm.moe_plain`).
 
     router_gradient: "exact": straight-through over all experts. "selected": cheaper and biased, the outputs of experts
         that were not selected count as zero. "none": the router of the original experiment, the largest logits without
@@ -120,7 +122,7 @@ class AnalyticMoE(nn.Module):
             self.balance_loss = None
             settings = Settings(self.top_k, self.tau, self.router_gradient, 1.0, dtype)
             few = len(tokens) <= _FEW_TOKENS and self.top_k < self.num_experts
-            if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if few and not torch.is_grad_enabled() and is_ordinary(tokens) and not is_transformed(tokens):
                 return mixture_of_few(tokens, *parameters, settings).view(x.shape)
             return mixture(tokens, *parameters, None, None, settings)[0].view(x.shape)
         noisy = self.top_k < self.num_experts and self.router_gradient != "none"
@@ -142,8 +144,8 @@ class AnalyticMoE(nn.Module):
         if x.numel() == 0:
             raise ValueError(f"the input is empty (shape {tuple(x.shape)}); at least one token is needed")
         dtype = self.up_weight.dtype
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            return torch.get_autocast_dtype(x.device.type)
+        if (product := autocast_dtype(x)) is not None:
+            return product
         if x.dtype != dtype:
             raise TypeError(
                 f"the input is {x.dtype} and the parameters are {dtype}; convert one, or use autocast"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bklm.models.checks import values_at_hand
 from bklm.models.loss import IGNORE_INDEX, TokenLosses, linear_cross_entropy, linear_token_losses
 
 __all__ = ["LanguageModel"]
@@ -29,8 +30,8 @@ class LanguageModel(nn.Module):
     ``hidden`` and ``head``. If it streams, it sets ``streams`` and defines ``init_state``, ``prefill`` and
     ``step``.
 
-    Ids are checked for range on a CPU only: on an accelerator the check would wait for the device at every
-    step, and an id out of range stops in the embedding's own device assertion.
+    Ids are checked for range on a CPU only, and not where torch.func or a compiler is at work: on an accelerator the check
+    would wait for the device at every step, and an id out of range stops in the embedding's own device assertion.
     """
 
     vocab_size: int
@@ -212,7 +213,7 @@ class LanguageModel(nn.Module):
             )
 
     def _check_range(self, name: str, ids: Tensor, allowed: int | None = None) -> None:
-        if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+        if ids.numel() == 0 or not values_at_hand(ids):
             return
         bad = (ids < 0) | (ids >= self.vocab_size)
         if allowed is not None:

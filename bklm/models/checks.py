@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["check_choice", "check_dropout", "check_int"]
+from torch import Tensor
+
+from bklm.moe_plain import is_ordinary, is_transformed
+
+__all__ = ["check_choice", "check_dropout", "check_int", "values_at_hand"]
+
+
+def values_at_hand(tensor: Tensor) -> bool:
+    """Whether a value may be asked for at no cost: on a CPU, and nothing compiles, traces or maps over the tensor."""
+    return tensor.device.type == "cpu" and is_ordinary(tensor) and not is_transformed(tensor)
 
 
 def check_int(name: str, value: Any, least: int, also: str = "") -> None:
