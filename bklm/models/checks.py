@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bklm.moe_plain import is_ordinary, is_transformed
 
-__all__ = ["check_choice", "check_dropout", "check_int", "values_at_hand"]
+__all__ = ["check_choice", "check_dropout", "check_int", "is_plain_wanted", "values_at_hand"]
+
+# Of torch 2.7 and later.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def is_plain_wanted(*tensors: Tensor | None) -> bool:
+    """Whether a function with a backward of its own must be computed in ordinary operations: torch.func, forward mode,
+    torch.jit.trace or torch.export look inside."""
+    return is_transformed(*tensors) or _is_exporting()
 
 
 def values_at_hand(tensor: Tensor) -> bool:

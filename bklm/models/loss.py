@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bklm.models.checks import values_at_hand
+from bklm.models.checks import is_plain_wanted, values_at_hand
 from bklm.models.products import onednn_linear, onednn_serves, weight_gradient
 from bklm.moe_core import autocast_dtype, autocast_off
-from bklm.moe_plain import is_transformed
 
 __all__ = ["IGNORE_INDEX", "TokenLosses", "linear_cross_entropy", "linear_token_losses"]
 
@@ -90,7 +89,7 @@ def linear_cross_entropy(
             "leave such a batch out."
         )
     chunk_rows = chunk_rows or _rows_per_chunk(weight)
-    if is_transformed(rows, weight, bias):
+    if is_plain_wanted(rows, weight, bias):
         product = autocast_dtype(rows) or rows.dtype
         total = _plain_losses(rows, weight, bias, targets.masked_fill(~valid, 0), valid, product).nll.sum()
     elif torch.is_grad_enabled():
@@ -122,7 +121,7 @@ def linear_token_losses(
     rows, targets = _flatten(hidden, weight, bias, targets)
     valid = targets != ignore_index
     targets = targets.masked_fill(~valid, 0)
-    if is_transformed(rows, weight, bias):
+    if is_plain_wanted(rows, weight, bias):
         nll, correct = _plain_losses(rows, weight, bias, targets, valid, autocast_dtype(rows) or rows.dtype)
         return TokenLosses(nll.view(shape), correct.view(shape))
     head = LinearHead(rows, weight, bias, chunk_rows or _rows_per_chunk(weight))
@@ -230,7 +229,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_total):
         rows, weight, bias, targets, valid, *gradients = ctx.saved_tensors
         # The gradients are constants by now: a second derivative through them would be missing terms, not be zero.
-        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_transformed(grad_total)):
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_plain_wanted(grad_total)):
             inputs = (rows, weight, bias)
             return (*_plain_gradients(grad_total, inputs, targets, valid, ctx.product), None, None, None)
         # Not in place: a graph kept for a second backward must find the gradients as they were.

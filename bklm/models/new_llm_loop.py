@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bklm.models.checks import is_plain_wanted
 from bklm.models.products import PreparedLinear, linear, weight_gradient
 from bklm.moe_core import autocast_dtype, autocast_off
-from bklm.moe_plain import is_transformed
 
 __all__ = ["CONTEXT_LIMIT", "recurrence"]
 
@@ -57,7 +57,7 @@ def recurrence(
     if len(embedded) == 0:
         return embedded.new_empty(0, len(context), len(gate_weight[0])), context
     flat = [tensor for pair in layers for tensor in pair]
-    if is_transformed(embedded, context, gate_weight, gate_bias, *flat):
+    if is_plain_wanted(embedded, context, gate_weight, gate_bias, *flat):
         return _plain(
             embedded, context, gate_weight, gate_bias, norm.weight, norm.bias, *flat,
             eps=norm.eps, product=_product_dtype(context),
@@ -159,7 +159,7 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_hidden, d_context):
         a, gates, updates, mixed, contexts, means, rstds, *inputs = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_transformed(d_hidden, d_context):
+        if torch.is_grad_enabled() or is_plain_wanted(d_hidden, d_context):
             return _plain_gradients(d_hidden, d_context, a, inputs, ctx.scale, ctx.eps)
         embedded, _, gate_weight, _, gain, shift, first_weight, *layers = inputs
         layer_weights = layers[1::2]
