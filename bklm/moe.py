@@ -173,7 +173,7 @@ def total_balance_loss(model: nn.Module) -> Tensor | float:
 
 def usage_entropy(counts: Tensor | Sequence[int], normalised: bool = False) -> float:
     """Entropy of the tokens' distribution over experts, in nats (0 ... log E), or in units of log E if `normalised`."""
-    counts = torch.as_tensor(counts, dtype=torch.float64)
+    counts = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
     if counts.ndim != 1 or counts.sum() <= 0 or counts.min() < 0:
         raise ValueError(
             f"counts must be one non-negative number per expert, not all zero; got {counts.tolist()}"
@@ -184,7 +184,7 @@ def usage_entropy(counts: Tensor | Sequence[int], normalised: bool = False) -> f
 
 def unused_experts(counts: Tensor | Sequence[int], share: float = 0.01) -> int:
     """Number of experts that received less than `share` of a uniform expert's tokens (dropped out of the mixture)."""
-    counts = torch.as_tensor(counts, dtype=torch.float64)
+    counts = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
     return int((counts * len(counts) < share * counts.sum()).sum())
 
 

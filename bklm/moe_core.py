@@ -170,7 +170,7 @@ def forward(
     with autocast_off(x):
         if router_weight is None:
             p, tokens = x.new_ones((1, num_tokens), dtype=routing_dtype(x)), x.new_empty(0, dtype=torch.int64)
-            bounds = torch.tensor([[*range(0, num_tokens, block), num_tokens]])
+            bounds = torch.tensor([[*range(0, num_tokens, block), num_tokens]], device="cpu")
         else:
             p, tokens, bounds = _route(x, router_weight, router_bias, noise, settings, block)
             if k == num_experts and settings.router_gradient == "none":

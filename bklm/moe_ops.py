@@ -206,7 +206,9 @@ def _forward_flops(x, router_weight, router_bias, up_weight, *args, out_shape=No
 
 
 @register_flop_formula(torch.ops.bklm.moe_backward)
-def _backward_flops(grad_y, grad_balance, x, router_weight, router_bias, up_weight, *args, out_shape=None, **_) -> int:
+def _backward_flops(
+    grad_y, grad_balance, x, router_weight, router_bias, up_weight, *args, out_shape=None, **_
+) -> int:
     top_k, router_gradient = args[7], args[9]
     return _flops(x, router_weight, up_weight, top_k, router_gradient)[1]
 

@@ -98,9 +98,7 @@ def plain_gradients(
     return [grads.get(i) for i in range(7)]
 
 
-def plain_draw(
-    x: Tensor, num_experts: int, hidden: int, dropped: int
-) -> tuple[Tensor, Tensor]:
+def plain_draw(x: Tensor, num_experts: int, hidden: int, dropped: int) -> tuple[Tensor, Tensor]:
     """`bklm.moe_ops.draw`'s noise and mask in operations that vmap knows, each sample's own with randomness="different"."""
     dtype = routing_dtype(x)
     uniform = torch.rand((num_experts, len(x)), device=x.device, dtype=dtype).clamp_min(2.0**-26)

@@ -226,7 +226,7 @@ def _train_epoch(
             check.require_finite(losses[-window:], norms[-window:], before + step, good)
     weights = torch.stack(tokens).double()
     loss_sum = (add_up(accelerator, torch.stack(losses).double()).cpu() * weights).sum()
-    norm_values = torch.stack(taken or [torch.zeros(())]).double()  # no step taken: nothing moved
+    norm_values = torch.stack(taken or [torch.zeros((), device="cpu")]).double()  # no step taken: nothing moved
     return _EpochSums(
         loss=float(loss_sum / weights.sum()),
         tokens=float(weights.sum()),

@@ -141,7 +141,7 @@ def make_loader(
             f"give a batch_size of at most {len(dataset)}, a smaller seq_len, or more text"
         )
     order = EpochOrder(len(dataset), shuffle, seed, epoch)
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=BatchSampler(order, batch_size, drop_last),
         collate_fn=_as_is,
@@ -149,6 +149,13 @@ def make_loader(
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # else each pass draws from torch's global generator, which dropout reads
     )
+
+
+class _Loader(DataLoader):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        # Each pass draws a number for its workers on the default device, which may not be that of the CPU's generator.
+        with torch.device("cpu"):
+            return super().__iter__()
 
 
 def set_epoch(loader: DataLoader, epoch: int) -> None:

@@ -148,7 +148,7 @@ class ResNetBKBlock(nn.Module):
     def _add(self, x: Tensor, f: Tensor, features: Tensor) -> Tensor:
         if self.clamps:
             features = features.clamp(-FEATURE_LIMIT, FEATURE_LIMIT)
-        return x + f + self.scale * self.mix(features.to(self.mix.weight.dtype))
+        return x + f + self.scale * self.mix(features.to(x.dtype))
 
 
 class ResNetBK(LanguageModel):
@@ -247,7 +247,7 @@ class ResNetBK(LanguageModel):
         return total_balance_loss(self) if self.config.balance > 0 else None
 
     def reset_expert_counts(self, counts: Sequence[Sequence[int]] = ()) -> None:
-        self._expert_counts = [torch.tensor(layer) for layer in counts] or None
+        self._expert_counts = [torch.tensor(layer, device="cpu") for layer in counts] or None
 
     def expert_counts(self) -> list[list[int]]:
         return [] if self._expert_counts is None else [c.tolist() for c in self._expert_counts]
