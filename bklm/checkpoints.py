@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_model
+from safetensors.torch import load_file
+
+from bklm.weights import load_weights, save_weights
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +215,7 @@ class CheckpointFolder:
             temporary.mkdir()  # not mkdtemp, whose folders nobody else may read whatever the umask says
         try:
             with _saying_why(target):
-                save_model(model, str(temporary / "model.safetensors"))
+                save_weights(model, temporary / "model.safetensors")
                 torch.save(state, temporary / "state.pt")
                 sums = {file.name: _crc32(file) for file in sorted(temporary.iterdir())}
                 (temporary / SUMS).write_text(json.dumps(sums), encoding="utf-8")
@@ -254,12 +256,12 @@ class CheckpointFolder:
         """Load the newest whole checkpoint into ``model`` and return (folder, state); None when there is none.
 
         Raises:
-            RuntimeError: the checkpoint is whole but holds another model's weights.
+            OtherModelError (a ValueError): the checkpoint is whole but holds another model's weights.
         """
         folder = self.newest()
         if folder is None:
             return None
-        load_model(model, str(folder / "model.safetensors"))
+        load_weights(model, folder / "model.safetensors")
         return folder, read_state(folder)
 
     def all(self) -> list[Path]:

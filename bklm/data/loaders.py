@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -158,12 +158,16 @@ class _Loader(DataLoader):
             return super().__iter__()
 
 
-def set_epoch(loader: DataLoader, epoch: int) -> None:
-    """Say which epoch the next pass of a `make_loader` loader is, before or after Accelerate's `prepare`."""
-    if hasattr(loader, "set_epoch"):
-        loader.set_epoch(epoch)
-    else:
-        loader.batch_sampler.sampler.set_epoch(epoch)
+def set_epoch(loader: Iterable, epoch: int) -> None:
+    """Say which epoch the next pass of a `make_loader` loader is, before or after Accelerate's `prepare`.
+
+    Of other batches (a list, an ordinary DataLoader) nothing depends on the epoch, unless a sampler of theirs asks for it.
+    """
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for part in (loader, batch_sampler, getattr(batch_sampler, "sampler", None)):
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+            return
 
 
 def get_wikitext2_dataloaders(
