@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from .moe_core import Settings, autocast_dtype, mixture_of_few
-from .moe_ops import draw, mixture
+from .moe_ops import draw, in_backward, mixture
 from .moe_plain import is_ordinary, is_transformed
 
 __all__ = ["AnalyticMoE", "total_balance_loss", "unused_experts", "usage_entropy"]
@@ -128,8 +128,11 @@ class AnalyticMoE(nn.Module):
         noisy = self.top_k < self.num_experts and self.router_gradient != "none"
         noise, keep, keep_p = draw(tokens, self.num_experts if noisy else 0, 2 * self.d_model, self.dropout_p)
         settings = Settings(self.top_k, self.tau, self.router_gradient, keep_p, dtype)
-        y, balance, self.expert_counts = mixture(tokens, *parameters, noise, keep, settings)
-        self.balance_loss = self.balance * balance if self.balance > 0 else None
+        y, balance, counts = mixture(tokens, *parameters, noise, keep, settings)
+        balance = self.balance * balance if self.balance > 0 else None
+        # What activation checkpointing computes again belongs to a forward whose numbers are here already.
+        if torch.compiler.is_compiling() or not in_backward():
+            self.expert_counts, self.balance_loss = counts, balance
         return y.view(x.shape)
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
@@ -164,11 +167,21 @@ class AnalyticMoE(nn.Module):
 
 
 def total_balance_loss(model: nn.Module) -> Tensor | float:
-    """Sum of the load-balancing losses that the last training forward left in the model's mixtures; 0.0 without any."""
-    losses = [
-        m.balance_loss for m in model.modules() if isinstance(m, AnalyticMoE) and m.balance_loss is not None
-    ]
-    return sum(losses) if losses else 0.0
+    """Sum of the load-balancing losses that the last training forward left in the model's mixtures; 0.0 without any.
+
+    Raises RuntimeError where a gradient could be asked of it that it does not have, because that forward ran without grad
+    mode: reentrant activation checkpointing does so.
+    """
+    mixtures = [m for m in model.modules() if isinstance(m, AnalyticMoE) and m.balance_loss is not None]
+    if torch.is_grad_enabled() and not is_transformed():
+        for m in mixtures:
+            if m.router.weight.requires_grad and not m.balance_loss.requires_grad:
+                raise RuntimeError(
+                    "the load-balancing loss has no gradient, because the forward that left it ran without grad mode, as "
+                    "reentrant activation checkpointing does: use checkpoint(..., use_reentrant=False), or, for the number "
+                    "alone, call total_balance_loss under torch.no_grad()"
+                )
+    return sum(m.balance_loss for m in mixtures) if mixtures else 0.0
 
 
 def usage_entropy(counts: Tensor | Sequence[int], normalised: bool = False) -> float:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .moe_core import Settings, backward, block_tokens, forward, routing_dtype
 from .moe_plain import is_ordinary, is_transformed, plain_draw, plain_gradients, plain_mixture
 
-__all__ = ["draw", "mixture"]
+__all__ = ["counted_once", "draw", "in_backward", "mixture"]
 
 # In CUDA graphs of torch.compile the operators stay outside: group sizes travel to the host.
 _TAGS = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
@@ -50,7 +50,24 @@ def mixture(
         y, balance, bounds = _Mixture.apply(*inputs, settings)
     else:
         y, balance, _, _, bounds = torch.ops.bklm.moe_forward(*inputs, *settings)
-    return y, balance, None if x.is_meta else bounds[:, -1] - bounds[:, 0]
+    has_values = type(bounds) is Tensor and not bounds.is_meta and not x.is_meta
+    return y, balance, bounds[:, -1] - bounds[:, 0] if has_values else None
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: a forward inside one is a recomputation, as activation checkpointing does it."""
+    return torch._C._current_graph_task_id() >= 0
+
+
+@torch.library.custom_op("bklm::moe_counted_once", mutates_args=())
+def counted_once(counts: Tensor) -> Tensor:
+    """``counts``, or zeros within a recomputation; an operator, so that compiled code asks at every call."""
+    return torch.zeros_like(counts) if in_backward() else counts.clone()
+
+
+@counted_once.register_fake
+def _(counts: Tensor) -> Tensor:
+    return torch.empty_like(counts)
 
 
 def draw(

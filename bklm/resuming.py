@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+
 from bklm.checkpoints import CheckpointFolder, DamagedError, is_checkpoint, read_state
 from bklm.models import LanguageModel
 from bklm.processes import broadcast
@@ -153,7 +154,7 @@ def _require_same_trainable(
         difference = f"{changed[0][0]} is trained only {changed[0][1]}" if changed else None
     if difference:
         raise ValueError(
-            f"the checkpoint {place} was written by a run of which other parts were frozen, or of another model: {difference}; "
+            f"the checkpoint {place} is of another model, or of a run of which other parts were frozen: {difference}; "
             "freeze the same parts, or take an empty folder and start from its weights."
         )
 

@@ -25,6 +25,7 @@ from bklm.bk_core import BKCore
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_choice, check_dropout, check_int
 from bklm.moe import AnalyticMoE, total_balance_loss
+from bklm.moe_ops import counted_once, in_backward
 
 __all__ = ["ResNetBK", "ResNetBKConfig", "ResNetBKState"]
 
@@ -270,6 +271,10 @@ class ResNetBK(LanguageModel):
     def _count_experts(self) -> None:
         counts = [block.moe.expert_counts for block in self.blocks]
         if any(c is None for c in counts):
+            return
+        if torch.compiler.is_compiling():
+            counts = [counted_once(c) for c in counts]
+        elif in_backward():  # activation checkpointing computes again what was counted already
             return
         if self._expert_counts is None:
             self._expert_counts = [c.clone() for c in counts]
