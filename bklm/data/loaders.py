@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from .checks import require_whole
+from .checks import index_or_none, require_whole
 from .corpora import load_corpus
 from .tokens import tokenize_corpus
 
@@ -61,8 +61,8 @@ class Windows(Dataset):
         return self.count
 
     def __getitem__(self, index: int | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        if isinstance(index, (int, np.integer)):
-            x, y = self.__getitems__([range(self.count)[index]])
+        if (place := index_or_none(index)) is not None:
+            x, y = self.__getitems__([range(self.count)[place]])
             return x[0], y[0]
         return self.__getitems__(index)
 

@@ -165,7 +165,7 @@ class ResNetBK(LanguageModel):
         self.config = config
         self.vocab_size = config.vocab_size
         self.n_seq = config.n_seq
-        self.streams = config.causal
+        self.streams, self.sees_future = config.causal, not config.causal
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = None if config.n_seq is None else nn.Embedding(config.n_seq, config.d_model)
         self.blocks = nn.ModuleList(ResNetBKBlock(config) for _ in range(config.n_layers))
@@ -229,7 +229,7 @@ class ResNetBK(LanguageModel):
     def step(self, token: Tensor, state: ResNetBKState) -> tuple[Tensor, ResNetBKState]:
         if not self.streams:
             raise TypeError(self._cannot_stream())
-        self.check_ids(token.unsqueeze(1))
+        self.check_token(token)
         self.check_positions(state.position + 1)
         x = self._embed(token.unsqueeze(1), state.position)
         resolvents = []
