@@ -311,7 +311,7 @@ def test_a_models_hessian_is_that_of_differences_or_refused(name, road):
     ps = [p for p in model.parameters() if p.requires_grad]
     direction = [torch.randn_like(p) for p in ps]
     if name == "GPT":  # torch's fused attention has no second derivative, and says so
-        with pytest.raises(RuntimeError, match="derivative for .* is not implemented"):
+        with pytest.raises(RuntimeError, match=r"derivative for .* is not implemented"):
             products(lambda *_: loss(), ps, direction)
     kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with kernel if name == "GPT" else contextlib.nullcontext():

@@ -57,11 +57,13 @@ def recurrence(
     if len(embedded) == 0:
         return embedded.new_empty(0, len(context), len(gate_weight[0])), context
     flat = [tensor for pair in layers for tensor in pair]
-    if is_plain_wanted(embedded, context, gate_weight, gate_bias, *flat):
+    # torch.compile cannot draw masks inside a Function.
+    compiled_draw = dropout_p > 0 and torch.compiler.is_compiling()
+    if compiled_draw or is_plain_wanted(embedded, context, gate_weight, gate_bias, *flat):
         return _plain(
             embedded, context, gate_weight, gate_bias, norm.weight, norm.bias, *flat,
             eps=norm.eps, product=_product_dtype(context),
-            activate=lambda t, layer, x: F.dropout(F.relu(x), dropout_p, dropout_p > 0),
+            activate=lambda t, layer, x: F.dropout(F.relu(x), dropout_p) if dropout_p > 0 else F.relu(x),
         )  # fmt: skip
     if torch.is_grad_enabled() or dropout_p > 0:
         return _Recurrence.apply(
