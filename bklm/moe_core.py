@@ -126,7 +126,7 @@ def _route(x: Tensor, weight: Tensor, bias: Tensor, noise: Tensor | None, settin
             tokens = tokens.index_select(0, order)
         bounds = torch.searchsorted(experts * num_tokens + tokens, edges)
     # A sum is finite only if all its terms are, and costs a tenth of isfinite().all().
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(x.device):
         raise RuntimeError(
             "the mixture of experts cannot be captured in a CUDA graph: it copies the number of tokens of each expert to the "
             "host; capture what is around it, or use torch.compile, which leaves it outside its graphs"
@@ -135,6 +135,11 @@ def _route(x: Tensor, weight: Tensor, bias: Tensor, noise: Tensor | None, settin
     host = torch.cat((bounds.flatten(), finite.view(1))).cpu()
     _check_finite(logits.t(), host[-1])
     return p, tokens, host[:-1].view(bounds.shape)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on ``device``."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class NonFiniteRouterError(ValueError):

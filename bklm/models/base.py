@@ -145,6 +145,7 @@ class LanguageModel(nn.Module):
                 f"generate: {length} prompt tokens and {max_new_tokens} new ones make {length + max_new_tokens} positions, "
                 f"but this model has n_seq = {self.n_seq}; ask for fewer, or build it with a larger n_seq or with None."
             )
+        temperature = float(temperature)
         tokens = input_ids.new_empty(batch, length + max_new_tokens)
         tokens[:, :length] = input_ids
         was_training = self.training
