@@ -17,19 +17,20 @@ BEGIN, END = "<!-- modules -->", "<!-- end of modules -->"
 LAYERS = {
     "Foundations: import nothing else of bklm": (
         "bk_core", "data", "config", "checkpoints", "memory", "processes", "schedules",
-        "locks",
+        "locks", "weights",
     ),
-    "Mixture of experts": ("moe", "moe_core", "moe_ops", "moe_reference"),
+    "Mixture of experts": ("moe", "moe_core", "moe_ops", "moe_plain", "moe_reference"),
     "Models": ("models",),
     "Training": (
         "training", "evaluation", "records", "resuming", "out_of_memory", "non_finite", "quantise", "fixed_point",
+        "int8_linear", "int8_model",
         "corpus_contexts", "context_store", "context_cache",
     ),
     "Reports": ("reporting", "figures"),
     "Studies": ("studies",),
     "Users' side": ("notebook", "notebook_controls", "notebook_form", "notebook_run", "selftest", "batch"),
 }  # fmt: skip
-ALONE = ("bk_core", "data", "config", "checkpoints", "memory", "processes", "schedules", "locks")
+ALONE = ("bk_core", "data", "config", "weights", "memory", "processes", "schedules", "locks")
 
 
 def files(package: Path = PACKAGE) -> dict[str, Path]:

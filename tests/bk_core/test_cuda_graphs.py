@@ -1,4 +1,4 @@
-"""While a CUDA graph is captured no value may be asked for: the guards, which a CPU can test, and where there is a GPU a capture."""
+"""While a CUDA graph is captured no value may be asked for: the guards, which a CPU can test, and the capture on a GPU."""
 
 import pytest
 import torch
