@@ -90,7 +90,7 @@ def safetensors_on_a_full_disk() -> None:
 @pytest.mark.parametrize(
     ("place", "name", "number", "fault", "sentence"),
     [
-        (checkpoints, "save_model", 4, safetensors_on_a_full_disk, "cannot write .*epoch_000.*No space left"),
+        (checkpoints, "save_weights", 4, safetensors_on_a_full_disk, "cannot write .*epoch_000.*No space left"),
         (torch, "save", 3, torch_on_a_full_disk, "cannot write .*epoch_000.*free some space"),
         (checkpoints, "sync", 20, full_disk, "cannot write .*No space left on device.*free some space"),
     ],
