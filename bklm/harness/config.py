@@ -182,8 +182,6 @@ class StudyConfig:
     basic: ClassVar[tuple[str, ...]] = ("profile", "output_dir", "device")
     # Fields that the notebook's controls show; where there are none here, the basic ones.
     controls: ClassVar[tuple[str, ...]] = ()
-    # The study's picture that is shown while it runs; the newest of those that match.
-    picture: ClassVar[str] = "*.png"
     # Where and how a run happens may change between a run and its continuation; what is computed may not.
     circumstances: ClassVar[frozenset[str]] = frozenset(
         {"profile", "data_dir", "output_dir", "device", "storage", "workers", "processes"}

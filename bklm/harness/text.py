@@ -167,14 +167,6 @@ def ngram_baselines(corpus: Corpus, tokens: TokenizedCorpus, seq_len: int) -> li
     ]
 
 
-def describe_text(text: StudyText) -> list[str]:
-    """Where a text comes from, and its sizes, in sentences for a notebook."""
-    return [
-        f"{text.corpus.name}, from {text.corpus.source}",
-        f"{text.train_tokens:,} training tokens, {len(text.tokens.valid):,} validation tokens, vocabulary {text.vocab_size:,}",
-    ]
-
-
 def as_ids(text: StudyText, length: int) -> Tensor:
     """``length`` validation ids, int64 (1, length), the text repeated where it is shorter: something to measure speed on."""
     ids = text.tokens.valid.reshape(-1).astype(np.int64)

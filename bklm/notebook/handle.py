@@ -26,9 +26,19 @@ from bklm import studies
 from bklm.harness.bundle import Bundle
 from bklm.harness.config import StudyConfig
 from bklm.harness.report import StudyResult
-from bklm.harness.text import describe_text, readable_baselines
+from bklm.harness.text import readable_baselines
 from bklm.notebook import cells
 from bklm.notebook.controls import Controls
+
+
+def describe_text(text: Any) -> list[str]:
+    """Where a text comes from, and its sizes."""
+    train, valid = f"{text.train_tokens:,} training tokens", f"{len(text.tokens.valid):,} validation tokens"
+    return [
+        f"{text.corpus.name}, from {text.corpus.source}",
+        f"{train}, {valid}, vocabulary {text.vocab_size:,}",
+    ]
+
 
 DEFAULTS = {"describe_text": describe_text, "readable_baselines": readable_baselines}
 
@@ -68,7 +78,6 @@ class Study:
             config_class.controls or config_class.basic,
             self.headless,
             estimate=self._module.estimated_minutes,
-            picture=config_class.picture,
         )
         self.result: StudyResult | None = None
         self._prepared: tuple[StudyConfig, Any] | None = None

@@ -68,9 +68,8 @@ def test_in_an_empty_runtime_it_clones_sets_this_python_up_and_goes_there(addres
     Path("set-up-for").unlink()
     execute(address, "nowhere")  # a second time it is a checkout already
     assert not Path("set-up-for").exists()
-    os.chdir(
-        runtime
-    )  # in a kernel that was started anew, another Python perhaps: nothing is fetched, all is set up
+    # In a kernel that was started anew, of another Python perhaps: nothing is fetched, but all is set up.
+    os.chdir(runtime)
     execute(address, "nowhere")
     assert Path("set-up-for").exists()
 

@@ -19,7 +19,6 @@ class BaselineConfig(WindowStudyConfig):
 
     study: ClassVar[str] = "baseline"
     notebook: ClassVar[str] = "03_baseline_training"
-    picture: ClassVar[str] = "training_curves.png"
     basic: ClassVar[tuple[str, ...]] = (
         "profile", "dataset", "data_dir", "output_dir", "device", "model", "batch_size", "learning_rates", "seeds",
         "epochs",

@@ -81,7 +81,6 @@ class EmbeddingFreezeConfig(TextStudyConfig):
 
     study: ClassVar[str] = "embedding_freeze"
     notebook: ClassVar[str] = "04_embedding_freeze_study"
-    picture: ClassVar[str] = "arms.png"
     controls: ClassVar[tuple[str, ...]] = (
         "profile", "dataset", "batch_tokens", "freezing", "initialisation", "head", "samples", "seeds", "device",
     )  # fmt: skip

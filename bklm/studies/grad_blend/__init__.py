@@ -5,8 +5,7 @@ from bklm.files.lazy import lazy
 __getattr__, __all__ = lazy(
     __name__,
     {
-        "config": ("GradBlendConfig",),
-        "future": ("future_table",),
+        "config": ("GradBlendConfig",), "future": ("future_table",),
         "run": ("GradBlendResult", "run_grad_blend", "write_sample"),
     },
-)
+)  # fmt: skip

@@ -20,7 +20,6 @@ class GradBlendConfig(WindowStudyConfig):
 
     study: ClassVar[str] = "grad_blend"
     notebook: ClassVar[str] = "01_grad_blend_sweep"
-    picture: ClassVar[str] = "grad_blend_analysis.png"
     basic: ClassVar[tuple[str, ...]] = (
         "profile", "dataset", "data_dir", "output_dir", "device", "protocol", "batch_size", "alphas", "seeds",
         "epochs_per_trial",

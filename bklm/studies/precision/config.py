@@ -15,7 +15,6 @@ class PrecisionConfig(StudyConfig):
 
     study: ClassVar[str] = "precision"
     notebook: ClassVar[str] = "02_precision_benchmark"
-    picture: ClassVar[str] = "precision_errors.png"
     basic: ClassVar[tuple[str, ...]] = (
         "profile", "output_dir", "device", "sizes", "shifts", "batch_sizes", "repeats",
     )  # fmt: skip
