@@ -43,9 +43,8 @@ def apply(
             return _forward(a, k, z, causal, backend, contracts)[0]
         return _Eager.apply(a, k, z, causal, gradient, grad_blend, backend, contracts)
     if a.is_meta:
-        backends.select(
-            backend, a.device
-        )  # a named one that needs another device is refused here, as with values
+        # A named one that needs another device is refused here, as with values.
+        backends.select(backend, a.device)
     composes = torch._C._are_functorch_transforms_active() or in_forward_mode()
     op = ops.Transformable.apply if composes and not torch.compiler.is_compiling() else ops.resolvent_diagonal
     return op(a, k, z, causal, gradient, grad_blend, backend, not contracts)
