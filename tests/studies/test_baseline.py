@@ -135,13 +135,6 @@ def test_all_three_models_are_searched_trained_measured_and_reported_in_one_zip(
         assert len(write_sample(result, prepare_text(config.resolved()), model, "The cat", 0).split()) > 2
 
 
-def test_a_finished_study_is_read_back_and_trains_nothing(tiny, monkeypatch):
-    first = run_baseline(tiny)
-    monkeypatch.setattr(baseline_runner, "train", lambda *a, **k: pytest.fail("trained again"))
-    second = run_baseline(tiny)
-    assert second.table == first.table
-
-
 def test_a_result_that_lacks_what_is_needed_is_set_aside_and_made_again(tiny):
     first = run_baseline(tiny)
     path = first.folder / "runs" / "newllm_seed_0" / "result.json"

@@ -232,14 +232,6 @@ def test_the_original_comparison_is_as_unequal_as_the_original_was(config, monke
     assert any("unequal" in sentence for sentence in result.findings)
 
 
-def test_a_finished_study_is_read_back_and_trains_nothing(config, monkeypatch):
-    first = run_embedding_freeze(config)
-    for name in ("train_phase2", "train_context"):
-        monkeypatch.setattr(embedding_freeze_runner, name, lambda *a, **k: pytest.fail("trained again"))
-    second = run_embedding_freeze(config)
-    assert (second.table, second.effects, second.findings) == (first.table, first.effects, first.findings)
-
-
 def test_a_damaged_result_is_set_aside_and_only_that_trial_is_trained_again(config, monkeypatch):
     first = run_embedding_freeze(config)
     damaged = next(first.folder.glob("trials/pretrained_trained_tied_samples_5_seed_1*")) / "result.json"

@@ -324,12 +324,6 @@ def test_a_gpu_that_is_not_there_is_refused(config, monkeypatch):
         run_precision(dataclasses.replace(config, device="cuda"))
 
 
-def test_another_config_is_refused_in_the_same_folder(config):
-    run_precision(config)
-    with pytest.raises(ValueError, match=r"made with other settings: seed \(0 there, 5 now\)"):
-        run_precision(dataclasses.replace(config, seed=5))
-
-
 @pytest.mark.parametrize("profile", ["smoke", "quick", "full"])
 def test_every_profile_fills_every_field_and_full_ends_at_a_million(profile):
     resolved = PrecisionConfig(profile=profile).resolved()

@@ -119,16 +119,21 @@ def draw_costs(path: Path, table: Rows, note: str) -> Path:
                 _plot_times(time, "n", [r for r in mine if r["ms"] is not None], **style)
                 weighed = [r for r in mine if (r["peak_mb"] or 0) >= RESOLVED_MB]
                 x, label = [r["n"] for r in weighed], f"{recursion}, {precision}"
-                memory.plot(x, [r["peak_mb"] for r in weighed], label=label, **style)
+                if weighed:
+                    memory.plot(x, [r["peak_mb"] for r in weighed], label=label, **style)
         for axes in (time, memory):
             axes.set(xscale="log", yscale="log", xlabel="N, positions (log scale)")
         memory.set_xlim(time.get_xlim())
-        for axes in (time, memory):
-            _log(axes.xaxis)
-            _log(axes.yaxis)
+        if not memory.get_lines():
+            # At short lengths every arm's memory is below what the system's counter tells apart.
+            memory.set(xscale="linear", yscale="linear", xticks=[], yticks=[])
+            memory.text(0.5, 0.5, "too little to be told apart", transform=memory.transAxes, ha="center")
+        told = [axes for axes in (time, memory) if axes.get_lines()]
+        for axis in (axis for axes in told for axis in (axes.xaxis, axes.yaxis)):
+            _log(axis)
         time.set(title="Value and gradient", ylabel="ms, median and quartiles (log scale)")
         memory.set(title="Peak memory", ylabel="MB above the inputs (log scale)")
-        handles, labels = memory.get_legend_handles_labels()
+        handles, labels = (memory if memory.get_lines() else time).get_legend_handles_labels()
         for axes, some in ((time, slice(4)), (memory, slice(4, None))):
             place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": 10}
             axes.legend(handles[some], labels[some], **place)

@@ -1,0 +1,43 @@
+"""The smallest config of every study: about a second each. A new study needs a line here, and gets its tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bklm import studies
+
+SMALL: dict[str, dict[str, Any]] = {
+    "grad_blend": {
+        "alphas": (0.5,), "seeds": (0, 1), "epochs_per_trial": 2, "final_epochs": 1, "batch_size": 8, "seq_len": 8,
+        "d_model": 8, "n_layers": 1, "max_train_tokens": 400,
+    },
+    "precision": {
+        "sizes": (4, 96), "shifts": (1.0,), "batch_sizes": (2,), "batch_length": 8, "reference_n": 4, "repeats": 3,
+        "seconds": 0.01, "model_batch": 1, "model_vocab": 40,
+    },
+    "baseline": {
+        "model": "newllm", "seeds": (0, 1), "epochs": 2, "learning_rates": (1e-2,), "search_tokens": 200, "batch_size": 8,
+        "seq_len": 8, "vocab_size": 100, "embed_dim": 8, "hidden_dim": 16, "context_dim": 8, "n_layers": 1,
+        "max_train_tokens": 300, "generate_tokens": 3, "context_tokens": 0,
+    },
+    "embedding_freeze": {
+        "dataset": "embedded", "initialisation": "random", "head": "tied", "original_comparison": False, "samples": (5,),
+        "seeds": (0, 1), "val_documents": 3, "document_tokens": 100, "pretraining_documents": 4, "vocab_size": 300,
+        "embed_dim": 8, "context_dim": 8, "n_layers": 1, "epochs": 2, "batch_tokens": 128, "iterations": 2,
+    },
+}  # fmt: skip
+
+
+def small(study: str, folder: Path, text: Path, **changes: Any) -> Any:
+    """The config of a study on the small text, where it reads one; results go to ``folder``."""
+    config_class = getattr(studies, f"{studies.STUDIES[study]}Config")
+    settings = {"profile": "smoke", "device": "cpu", "output_dir": str(folder), **SMALL[study]}
+    if "data_dir" in config_class.names() and "dataset" not in settings:
+        settings["data_dir"] = str(text)
+    return config_class(**{**settings, **changes})
+
+
+def run_of(study: str) -> Any:
+    """The study's run function."""
+    return getattr(studies, f"run_{study}")
