@@ -103,8 +103,9 @@ def without_timings(value):
 
 
 def summary(config) -> dict:
-    path = Path(config.output_dir) / config.study / "summary.json"
-    return without_timings(json.loads(path.read_text()))
+    """What the study found: its tables and sentences."""
+    found = json.loads((Path(config.output_dir) / config.study / "summary.json").read_text())
+    return {k: without_timings(v) for k, v in found.items() if k in ("table", "effects", "finding", "findings")}
 
 
 def command(config) -> subprocess.Popen:
