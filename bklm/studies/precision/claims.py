@@ -111,7 +111,7 @@ def verdict(measured: float, low: float, high: float, claimed_low: float, claime
     return "not reached" if measured > 1 else "slower"
 
 
-def claims_readable(rows: Rows) -> list[dict[str, Any]]:
+def readable_claims(rows: Rows) -> list[dict[str, Any]]:
     """The claims for people."""
 
     def claimed(r: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from bklm.harness.session import Session
 from bklm.harness.study import run_study
 from bklm.studies.precision import cells as bench
 from bklm.studies.precision import figures, grid, tables
-from bklm.studies.precision.claims import adaptive_finding, claims_readable, claims_table, recommend
+from bklm.studies.precision.claims import adaptive_finding, claims_table, readable_claims, recommend
 from bklm.studies.precision.config import PrecisionConfig
 from bklm.studies.precision.tables import (
     Cells,
@@ -67,13 +67,13 @@ class PrecisionResult(StudyResult):
 
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         return {
-            "summary": lambda: tables.summary_readable(self.table),
-            "claims": lambda: claims_readable(self.claims),
-            "costs": lambda: tables.costs_readable(self.table),
-            "batched": lambda: tables.compared_readable(self.batched),
-            "backward": lambda: tables.compared_readable(self.backward),
-            "moe": lambda: tables.compared_readable(self.moe),
-            "model": lambda: tables.model_readable(self.model),
+            "summary": lambda: tables.readable_summary(self.table),
+            "claims": lambda: readable_claims(self.claims),
+            "costs": lambda: tables.readable_costs(self.table),
+            "batched": lambda: tables.readable_compared(self.batched),
+            "backward": lambda: tables.readable_compared(self.backward),
+            "moe": lambda: tables.readable_compared(self.moe),
+            "model": lambda: tables.readable_model(self.model),
         }
 
     def show(self, *names: str) -> None:

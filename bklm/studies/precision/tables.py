@@ -124,7 +124,7 @@ def at_longest(table: Rows, recursion: str, precision: str, key: str) -> tuple[i
     return max(((r["n"], r[key]) for r in rows if r[key] is not None), default=None)
 
 
-def summary_readable(table: Rows) -> list[dict[str, Any]]:
+def readable_summary(table: Rows) -> list[dict[str, Any]]:
     """The grid in one line per recursion and precision, for people."""
     rows = []
     for recursion, precision in itertools.product(grid.RECURSIONS, grid.PRECISIONS):
@@ -149,7 +149,7 @@ def megabytes(value: float) -> str:
     return f"under {RESOLVED_MB} MB" if value < RESOLVED_MB else f"{value:.3g} MB"
 
 
-def costs_readable(table: Rows) -> list[dict[str, Any]]:
+def readable_costs(table: Rows) -> list[dict[str, Any]]:
     """Time at the first Im z, one line per recursion and precision, one column per N; what would take too long says so."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     for r in table:
@@ -177,7 +177,7 @@ def compared_table(cells: Cells, part: str) -> list[dict[str, Any]]:
     return table
 
 
-def compared_readable(table: Rows) -> list[dict[str, Any]]:
+def readable_compared(table: Rows) -> list[dict[str, Any]]:
     """The rows of `compared_table` for people."""
     size = next(k for k in ("batch", "tokens") if k in table[0])
     return [
@@ -211,7 +211,7 @@ def model_table(cells: Cells) -> list[dict[str, Any]]:
     return table
 
 
-def model_readable(table: Rows) -> list[dict[str, Any]]:
+def readable_model(table: Rows) -> list[dict[str, Any]]:
     """The rows of `model_table` for people."""
     return [
         {
