@@ -30,7 +30,7 @@ def both(x, a, b, c, z, gbar):
 
 def main() -> None:
     folder, calls = Path(sys.argv[1]), int(sys.argv[2])
-    given = np.load(folder / "inputs.npz")
+    given = np.load(folder / "inputs.npz", allow_pickle=False)
     inputs = [jnp.asarray(given[name]) for name in ("x", "a", "b", "c", "z")]
     gbar = jnp.asarray(given["gbar"])
     forward, with_gradients = jax.jit(solve), jax.jit(both)

@@ -109,7 +109,7 @@ class Jax:
 
     def values(self) -> np.ndarray:
         self.ask("values")
-        return np.load(self.folder / "jax.npy")
+        return np.load(self.folder / "jax.npy", allow_pickle=False)
 
     def close(self) -> None:
         self.process.stdin.close()

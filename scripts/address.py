@@ -1,6 +1,6 @@
 """Write the repository's address, which stands in pyproject.toml alone, into badges and first cells.
 
-The code of first cells and controls is folded away, in Colab and in JupyterLab: people want what it shows.
+The code of first cells, further settings and controls is folded away, in Colab and in JupyterLab: people want what it shows.
 
     python scripts/address.py            write it into notebooks/*.ipynb and into the badges of the documents
     python scripts/address.py --check    change nothing; exit code 1 names what would change
@@ -18,7 +18,9 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
-FOLDED = {"set-up", "controls"}
+FOLDED = {"set-up", "parameters", "controls"}
+# The heading of a section that Colab folds away, whose cells' forms would otherwise be seen; it ends at the next heading.
+SECTION = "more-settings"
 OPENED = re.compile(r"https://colab\.research\.google\.com/github/[\w.-]+/[\w.-]+/blob/[\w.-]+/")
 CLONED = re.compile(r"(?<=git clone )https://\S+?(?=\s|`|$)")
 
@@ -45,7 +47,7 @@ def badge_cell(name: str) -> str:
 def first_cell() -> str:
     """Source of the cell that sets a notebook up."""
     source = (ROOT / "scripts" / "first_cell.py").read_text(encoding="utf-8").strip()
-    return re.sub(r'(?m)^ADDRESS = ".*"$', f'ADDRESS = "{address()}"', source)
+    return source.replace('"..."', f'"{address()}"')
 
 
 def notebook_with_address(path: Path) -> str:
@@ -56,6 +58,9 @@ def notebook_with_address(path: Path) -> str:
     cells["set-up"].source = first_cell()
     for name in FOLDED & cells.keys():
         cells[name].metadata |= {"cellView": "form", "jupyter": {"source_hidden": True}}
+    if SECTION in cells:
+        cells[SECTION].metadata["id"] = SECTION
+        notebook.metadata.colab["collapsed_sections"] = [SECTION]
     return nbformat.writes(notebook) + "\n"
 
 

@@ -8,7 +8,7 @@
     python scripts/readme.py grad_blend corrected=FOLDER original=FOLDER potential_initialisation=TABLE.csv \\
         moe_perplexity=TABLE.csv
     python scripts/readme.py precision FOLDER
-    python scripts/readme.py baseline wikitext=FOLDER peps=FOLDER original=FOLDER    (wikitext's holds int8.csv, too)
+    python scripts/readme.py baseline wikitext=FOLDER peps=FOLDER original=FOLDER    (wikitext's holds int8.csv, of int8_table)
     python scripts/readme.py embedding_freeze peps=FOLDER wikitext=FOLDER freeze_lm_embedding=TABLE.csv
 
 A page.md is prose with places: ``{finding}`` is a number or a table of `readme_places.py`, of the study's first run where it

@@ -48,12 +48,27 @@ def test_every_schedule_that_can_be_written_is_read_back(steps):
     [
         ({"patience": 0}, r"patience: got 0; allowed is 1 or more"),
         ({"accumulate": 0}, r"accumulate: got 0"),
+        ({"epochs": 0}, r"epochs: got 0; a run has 1 or more epochs"),
+        ({"epochs": 2.0}, r"epochs: got 2\.0; a run has 1 or more epochs"),
+        ({"epochs": True}, r"epochs: got True"),
+        ({"schedule": "linear"}, r"schedule: got 'linear'; allowed are 'constant' and 'cosine'"),
+        ({"schedule": "Constant"}, r"schedule: got 'Constant'"),
+        ({"schedule": None}, r"schedule: got None"),
+        ({"learning_rate": float("nan")}, r"learning_rate: got nan"),
+        ({"learning_rate": -1e-3}, r"learning_rate: got -0\.001"),
+        ({"learning_rate": "1e-3"}, r"learning_rate: got '1e-3'"),
+        ({"weight_decay": float("inf")}, r"weight_decay: got inf"),
+        ({"warmup": 1.5}, r"warmup: got 1\.5; a fraction of all steps"),
+        ({"min_delta": None}, r"min_delta: got None"),
+        ({"seed": 0.5}, r"seed: got 0\.5; a whole number"),
+        ({"clip": 0.0}, r"clip: got 0\.0; gradient norms must be positive"),
+        ({"clip": "0.5@1"}, r"clip: got '0\.5@1'"),
         ({"clip": parse_clip("0.5@1, 1@6")}, r"last stage begins at epoch 6, but the run has 5 epochs"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_in_one_sentence(bad, message):
-    with pytest.raises(ValueError, match=message):
-        TrainingSettings(5, **bad)
+    with pytest.raises((TypeError, ValueError), match=message):
+        TrainingSettings(**{"epochs": 5, **bad})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -48,6 +49,8 @@ def execute(
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ.setdefault(name, str(threads))
     papermill_engines.register(ENGINE, _ReportingEngine)
+    # It would warn of every name of a form's first cell; all names were checked before.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     error = None
     try:
         execute_notebook(

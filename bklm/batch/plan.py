@@ -50,7 +50,7 @@ class Run:
 
     def all_parameters(self, folder: Path) -> dict[str, Any]:
         """What papermill is given: the set, a folder of the run's own, and that nobody looks at widgets."""
-        known = papermill.inspect_notebook(self.notebook)
+        known = known_parameters(self.notebook)
         values = dict(self.parameters)
         if "headless" in known:
             values.setdefault("headless", True)
@@ -161,6 +161,13 @@ def _form(notebook: Path) -> type[StudyConfig] | None:
     return {Path(path).name: config for path, config in FORMS.items()}.get(notebook.name)
 
 
+def known_parameters(notebook: Path) -> list[str]:
+    """Names of a notebook's parameters: those of a form's first cell, too, which papermill does not look at."""
+    inferred = papermill.inspect_notebook(notebook)
+    form = _form(notebook)
+    return list(dict.fromkeys([*(form.names() if form else ()), *inferred]))
+
+
 def check_parameters(notebook: Path, values: dict[str, Any], place: str) -> None:
     """Refuse a parameter that the notebook does not have, and a value that is no JSON or that its study does not allow.
 
@@ -170,7 +177,7 @@ def check_parameters(notebook: Path, values: dict[str, Any], place: str) -> None
         ValueError: one sentence.
     """
     try:
-        known = papermill.inspect_notebook(notebook)
+        known = known_parameters(notebook)
     except (
         Exception
     ) as error:  # papermill raises what the JSON, nbformat or its own parser happens to trip over

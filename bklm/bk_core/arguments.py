@@ -12,7 +12,7 @@ from torch import Tensor
 from bklm.bk_core import autograd, pivots
 from bklm.bk_core.gradients import materialised
 
-_SINGLE = (torch.float16, torch.bfloat16, torch.float32, torch.complex64)
+_SINGLE = (torch.float16, torch.bfloat16, torch.float32, torch.complex32, torch.complex64)
 _DOUBLE = (torch.float64, torch.complex128)
 _SMALLEST_SINGLE = torch.finfo(torch.float32).tiny
 
@@ -157,7 +157,8 @@ def _number_shift(z: complex, precision: torch.dtype) -> complex:
 
 def constant(value: complex, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of one value; the same one again in plain eager calls, so nobody may write to it."""
-    if autograd.is_plain():
+    # What is made while a CUDA graph is captured lives in that graph's memory.
+    if autograd.is_plain() and not pivots.is_capturing(device):
         return _cached_constant(value, shape, dtype, device)
     return torch.full(shape, value, dtype=dtype, device=device)
 

@@ -42,18 +42,24 @@ def apply(
         if not (needs_grad or in_forward_mode()):
             return _forward(a, k, z, causal, backend, contracts)[0]
         return _Eager.apply(a, k, z, causal, gradient, grad_blend, backend, contracts)
+    if a.is_meta:
+        # A named one that needs another device is refused here, as with values.
+        backends.select(backend, a.device)
     composes = torch._C._are_functorch_transforms_active() or in_forward_mode()
     op = ops.Transformable.apply if composes and not torch.compiler.is_compiling() else ops.resolvent_diagonal
     return op(a, k, z, causal, gradient, grad_blend, backend, not contracts)
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Eager, and no vmap or other transform, no dispatch mode, no tensor subclass: values may be looked at."""
-    if torch.compiler.is_compiling():
+    """Eager, and no vmap or other transform, no trace, no dispatch mode, no tensor subclass, no meta tensor: values may be
+    looked at."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) and not _is_legacy_batched(t) for t in tensors)
+    return all(
+        type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta and not _is_legacy_batched(t) for t in tensors
+    )
 
 
 def in_forward_mode() -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from bklm.bk_core.arguments import real_number
 from bklm.bk_core.operator import check_options, resolvent_diagonal
+from bklm.bk_core.pivots import MOST_MODERATE
 
 LEAST_ETA, MOST_ETA = 1e-18, 1e18
 """The gradient of a feature, up to 1 / eta^2, is still a 32-bit number."""
@@ -64,13 +65,20 @@ class BKCore(nn.Module):
             (potential - 2).transpose(1, 2),
             1.0,
             1.0,
-            complex(0, self.eta),
+            self._shift(potential),
             causal=self.causal,
             gradient=self.gradient,
             grad_blend=self.grad_blend,
         )
         # (B, heads, N) complex -> (B, N, Re/Im, heads)
         return torch.view_as_real(G).permute(0, 2, 3, 1).flatten(2)
+
+    def _shift(self, like: Tensor) -> complex | Tensor:
+        """z = i eta; for a compiler a tensor, so that one graph serves every eta that needs no 64 bits."""
+        if torch.compiler.is_compiling() and 1 / MOST_MODERATE <= self.eta <= MOST_MODERATE:
+            eta = torch.full((), self.eta, dtype=torch.float64, device=like.device)
+            return torch.complex(torch.zeros_like(eta), eta)
+        return complex(0, self.eta)
 
     @torch.no_grad()
     def step(self, potential: Tensor, left: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,9 @@ def resolvent_diagonal(
 
     NaN and infinite entries of a, b or c are not refused and not hidden: every output that depends on a NaN is NaN, one
     that depends on an infinity is NaN or its limit (which of them depends on the backend).
-    16-bit inputs are computed in 32 bits, also under autocast.
+    16-bit inputs are computed in 32 bits, also under autocast. Where values cannot be asked for (under torch.func,
+    on device "meta", while a CUDA graph is captured) they are not checked. A compiled function that builds z from a
+    number that changes should build a tensor: torch.compile cannot trace ``complex`` of such a number.
 
     Range. With 32-bit inputs, a shift beyond 2^40 (about 1e12), or nearer to the real axis than 2^-40, is computed and
     differentiated in 64 bits (a tensor z that is traced or mapped over is not: its values cannot be asked for). Apart

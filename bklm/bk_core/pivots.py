@@ -31,6 +31,11 @@ class SmallPivotError(ValueError):
         return type(self), (str(self), self.row, self.pivot)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on ``device``: values cannot be asked for then, and checks of them are off."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 MOST_MODERATE = 2.0**40
 """Of |z| and 1 / |Im z|: beyond it the derivative by b c, up to the third power of the result, leaves 32 bits."""
 
@@ -41,7 +46,9 @@ def is_moderate(z: complex) -> bool:
 
 
 def check_shift(z: Tensor) -> bool:
-    """Refuse a shift that is not finite or lies on the real axis; return whether all are moderate."""
+    """Refuse a shift that is not finite or lies on the real axis; return whether all are moderate, True where unknown."""
+    if is_capturing(z.device):
+        return True
     if bool(((z.imag.abs() >= 1 / MOST_MODERATE) & (z.abs() <= MOST_MODERATE)).all()):
         return True
     bad = ~(torch.isfinite(z) & (z.imag != 0))
@@ -86,7 +93,7 @@ def check(a: Tensor, k: Tensor, z: Tensor, G: Tensor, causal: bool, sweep: Sweep
     Too small: ``|pivot_i| < 1000 u (|d_i| + |k_{i-1} L_{i-1}| + |k_i R_{i+1}|)``, of those terms that the pivot is the sum
     of, u the rounding unit. Large entries elsewhere in the row do not count: their rounding stays with them.
     """
-    if not (a.is_complex() or k.is_complex()) and _none_negative(k):
+    if is_capturing(a.device) or (not (a.is_complex() or k.is_complex()) and _none_negative(k)):
         return
     pad = torch.nn.functional.pad
     L = G if causal else sweep(a, k, z)

@@ -53,8 +53,8 @@ def dense(a: Tensor, b: Tensor, c: Tensor, z: Tensor | complex) -> Tensor:
 def dense_causal(a: Tensor, b: Tensor, c: Tensor, z: Tensor | complex) -> Tensor:
     """Last diagonal entry of the resolvent of each leading block ``T[0..i, 0..i]``. O(N^4) time; returns (..., N)."""
     n = a.shape[-1]
-    b = torch.as_tensor(b).expand(*a.shape[:-1], n - 1)
-    c = torch.as_tensor(c).expand(*a.shape[:-1], n - 1)
+    b = torch.as_tensor(b, device=a.device).expand(*a.shape[:-1], n - 1)
+    c = torch.as_tensor(c, device=a.device).expand(*a.shape[:-1], n - 1)
     blocks = [dense(a[..., : i + 1], b[..., :i], c[..., :i], z)[..., -1] for i in range(n)]
     return torch.stack(blocks, dim=-1)
 

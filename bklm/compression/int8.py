@@ -2,7 +2,8 @@
 
 Dynamic quantisation by torch.ao: weights int8 with one scale per output unit, activations to 8 bits at each call with one
 scale per tensor, products and sums in integers, results float32. Embeddings, LayerNorms, biases and linear maps too
-small to gain stay float32. The kernels are the CPU's, so a copy lives there.
+small to gain stay float32. The kernels are the CPU's, so a copy lives there. `bklm.int8_linear` makes them as exact for
+small numbers as for large ones, so that no rescaling that leaves the model's function as it is changes a copy's.
 
 Where a few activations are far larger than the rest, one scale for all of them is coarse; `with_float_products` keeps the
 small file and multiplies in float32, which tells the cost of the weights' rounding from that of the activations'.
@@ -25,57 +26,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bklm.models import GPT, LanguageModel, NewLLM, ResNetBK, TokenLosses
-from bklm.models.loss import IGNORE_INDEX
+from bklm.compression.int8_linear import Int8Linear, row_exponents
+from bklm.compression.int8_model import HEAD, Quantised, class_of
+from bklm.models import GPT, LanguageModel, NewLLM, ResNetBK
 from bklm.training.evaluation import evaluate
 
 SMALLEST = 16  # a linear map with fewer inputs or outputs stays float32
-_HEAD = "int8_head"
-
-
-class _Quantised:
-    """What an int8 copy does differently from the model whose class it also has: its head, and that it does not train."""
-
-    _counted: int
-
-    def num_parameters(self, trainable_only: bool = False) -> int:
-        """Of the model that was quantised; none is trainable."""
-        return 0 if trainable_only else self._counted
-
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        raise TypeError("an int8 model has no float head; use its logits() or token_losses().")
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return getattr(self, _HEAD)(hidden)
-
-    @torch.no_grad()
-    def token_losses(self, input_ids: Tensor, targets: Tensor) -> TokenLosses:
-        self.check_ids(input_ids)
-        self.check_targets(input_ids, targets)
-        logits = self.logits(self.hidden(input_ids))
-        nll = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX
-        )
-        return TokenLosses(nll.view(targets.shape), logits.argmax(-1) == targets)
-
-    @torch.no_grad()
-    def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean' and 'sum'.")
-        count = (targets != IGNORE_INDEX).sum()
-        if reduction == "mean" and count == 0:
-            raise ValueError(
-                f"targets: all {targets.numel()} are {IGNORE_INDEX} (ignored): no loss to average."
-            )
-        total = self.token_losses(input_ids, targets).nll.sum()
-        return total / count if reduction == "mean" else total
-
-    def train(self, mode: bool = True) -> LanguageModel:
-        if mode:
-            raise TypeError("an int8 model is not trained: its weights have no gradient; train the float one.")
-        return super().train(False)
 
 
 def quantised(model: LanguageModel) -> LanguageModel:
@@ -86,30 +43,45 @@ def quantised(model: LanguageModel) -> LanguageModel:
     row's logits depend, within quantisation error, on what else is in the batch.
 
     Raises:
-        TypeError: a model whose linear maps are not used as modules. RuntimeError: this torch has no int8 kernels.
+        TypeError: a model whose linear maps are not used as modules. ValueError: weights that are not finite.
+        RuntimeError: this torch has no int8 kernels.
     """
     kinds = (NewLLM, GPT, ResNetBK)
-    if not isinstance(model, kinds) or isinstance(model, _Quantised):
+    if not isinstance(model, kinds) or isinstance(model, Quantised):
         names = ", ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"quantised: got {type(model).__name__}; it takes a float {names}.")
+    for name, p in model.named_parameters():
+        if not bool(p.detach().isfinite().all()):
+            raise ValueError(
+                f"quantised: {name} holds NaN or infinity, so the model has diverged; take an earlier checkpoint."
+            )
     result = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     weight, bias = result.head()
-    head = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     head.weight, head.bias = nn.Parameter(weight, False), None if bias is None else nn.Parameter(bias, False)
     for name, child in list(result.named_children()):
         if isinstance(child, nn.Linear) and child.weight is weight:
             delattr(result, name)  # an untied head
-    result.add_module(_HEAD, head)
+    result.add_module(HEAD, head)
     large = [
         name
         for name, m in result.named_modules()
         if isinstance(m, nn.Linear) and min(m.in_features, m.out_features) >= SMALLEST
     ]
+    exponents = {}
+    for name in dict.fromkeys([*large, HEAD]):
+        linear = result.get_submodule(name)
+        weight = linear.weight.double()
+        exponents[name] = row_exponents(weight.abs().amax(1) / 127.5)
+        scaled = weight * torch.pow(2.0, exponents[name].double()).unsqueeze(1)
+        linear.weight = nn.Parameter(scaled.float(), False)
     with _torch_ao() as ao:
         result = ao.quantize_dynamic(
-            result, dict.fromkeys([*large, _HEAD], ao.per_channel_dynamic_qconfig), inplace=True
+            result, dict.fromkeys(exponents, ao.per_channel_dynamic_qconfig), inplace=True
         )
-    result.__class__ = type(f"Quantised{type(model).__name__}", (_Quantised, type(model)), {})
+    for name, rows in exponents.items():
+        _replace(result, name, Int8Linear(result.get_submodule(name), rows))
+    result.__class__ = class_of(type(model))
     result._counted = model.num_parameters()
     return result
 
@@ -118,12 +90,11 @@ def with_float_products(int8: LanguageModel) -> LanguageModel:
     """An int8 copy whose maps hold the same rounded weights in float32 and multiply in float32: no activation is rounded."""
     result = copy.deepcopy(int8)
     for name, linear in list(_int8_linears(result)):
-        weight, bias = linear._weight_bias()
-        plain = nn.Linear(linear.in_features, linear.out_features, bias is not None)
-        plain.weight = nn.Parameter(weight.dequantize(), False)
-        plain.bias = None if bias is None else nn.Parameter(bias.detach(), False)
-        parent, _, last = name.rpartition(".")
-        setattr(result.get_submodule(parent), last, plain)
+        integers, scales, bias = linear.weight_and_bias()
+        plain = nn.Linear(linear.in_features, linear.out_features, bias is not None, device="meta")
+        plain.weight = nn.Parameter(integers.float() * scales.unsqueeze(1), False)
+        plain.bias = None if bias is None else nn.Parameter(bias, False)
+        _replace(result, name, plain)
     return result
 
 
@@ -131,11 +102,10 @@ def save_quantised(model: LanguageModel, path: Path | str) -> None:
     """Write an int8 copy to a safetensors file: per int8 map its integers, scales and bias; the rest in float32."""
     state = {}
     for name, linear in _int8_linears(model):
-        weight, bias = linear._weight_bias()
-        state[f"{name}.int8"] = weight.int_repr()
-        state[f"{name}.scale"] = weight.q_per_channel_scales().float()
+        integers, scales, bias = linear.weight_and_bias()
+        state |= {f"{name}.int8": integers, f"{name}.scale": scales}
         if bias is not None:
-            state[f"{name}.bias"] = bias.detach()
+            state[f"{name}.bias"] = bias
     state |= {name: p.detach().contiguous() for name, p in model.named_parameters()}
     save_file(state, str(path))
 
@@ -150,8 +120,8 @@ def load_quantised(model: LanguageModel, path: Path | str) -> LanguageModel:
     expected = {name: p.shape for name, p in result.named_parameters()}
     linears = dict(_int8_linears(result))
     for name, linear in linears.items():
-        weight, bias = linear._weight_bias()
-        expected |= {f"{name}.int8": weight.shape, f"{name}.scale": weight.shape[:1]}
+        integers, scales, bias = linear.weight_and_bias()
+        expected |= {f"{name}.int8": integers.shape, f"{name}.scale": scales.shape}
         if bias is not None:
             expected[f"{name}.bias"] = bias.shape
     for name in sorted(expected.keys() | state.keys()):
@@ -168,10 +138,7 @@ def load_quantised(model: LanguageModel, path: Path | str) -> LanguageModel:
         for name, p in result.named_parameters():
             p.copy_(state[name])
         for name, linear in linears.items():
-            scale = state[f"{name}.scale"]
-            zeros = torch.zeros_like(scale, dtype=torch.int64)
-            weight = torch._make_per_channel_quantized_tensor(state[f"{name}.int8"], scale, zeros, 0)
-            linear.set_weight_bias(weight, state.get(f"{name}.bias"))
+            linear.set_weight_and_bias(state[f"{name}.int8"], state[f"{name}.scale"], state.get(f"{name}.bias"))
     return result
 
 
@@ -226,7 +193,7 @@ def quantisation_report(
     scored: dict[str, list[float]] = {name: [] for name in arms}
     generated: dict[str, list[float]] = {name: [] for name in arms}
     scores = {}
-    prompt = torch.zeros(1, 1, dtype=torch.int64)
+    prompt = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
     if model.n_seq is not None:
         new_tokens = min(new_tokens, model.n_seq - 1)
     for _ in range(rounds):
@@ -257,14 +224,19 @@ def quantisation_report(
     return [rows[0], with_adam, *rows[1:], *ORIGINAL_PLAN]
 
 
-def _int8_linears(model: LanguageModel) -> Iterator[tuple[str, Any]]:
-    if not isinstance(model, _Quantised):
+def _int8_linears(model: LanguageModel) -> Iterator[tuple[str, Int8Linear]]:
+    if not isinstance(model, Quantised):
         raise TypeError(
             f"got a {type(model).__name__} that is not an int8 copy; make one with quantised(model)."
         )
     for name, module in model.named_modules():
-        if hasattr(module, "set_weight_bias") and hasattr(module, "in_features"):
+        if isinstance(module, Int8Linear):
             yield name, module
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -293,4 +265,6 @@ def _torch_ao() -> Iterator[Any]:
             raise RuntimeError(
                 "quantised: this build of torch has no int8 kernels for this CPU; use another machine."
             )
-        yield quantization
+        # Kernels are the CPU's, whatever the default device of new tensors is.
+        with torch.device("cpu"):
+            yield quantization

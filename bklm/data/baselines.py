@@ -18,11 +18,13 @@ Training is one sort a level, scoring one binary search a level; both run over t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from bklm.data.checks import require_whole
+from bklm.data.checks import index_or_none, require_whole
+
+LARGEST_VOCABULARY = 2**31  # ids of tokenised text are int32
 
 
 def perplexity(log_probs: np.ndarray) -> float:
@@ -43,11 +45,12 @@ class _CountModel:
     def log_probs(self, ids: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
-    def perplexity(self, ids: np.ndarray, exclude: int | Sequence[int] | None = None) -> float:
-        """Token-weighted perplexity of `ids` after the first; targets in `exclude` (ids, say unk) are left out."""
+    def perplexity(self, ids: np.ndarray, exclude: int | Iterable[int] | None = None) -> float:
+        """Token-weighted perplexity of `ids` after the first; targets in `exclude` (one id or any set of them, say unk) are
+        left out. TypeError for what is no id."""
         log_probs = self.log_probs(ids)
         if exclude is not None:
-            log_probs = log_probs[~np.isin(np.asarray(ids)[1:], exclude)]
+            log_probs = log_probs[~np.isin(np.asarray(ids)[1:], _as_excluded(exclude))]
         return perplexity(log_probs)
 
     def _checked(self, ids: np.ndarray, least: int) -> np.ndarray:
@@ -56,6 +59,32 @@ class _CountModel:
                 f"this {type(self).__name__} has not been fitted; call fit(train_ids, vocab_size) first"
             )
         return _as_ids(ids, self.vocab_size, least)
+
+
+def _as_excluded(exclude: int | Iterable[int]) -> np.ndarray:
+    one = index_or_none(exclude)
+    if one is not None:
+        return np.array([one])
+    try:
+        given = [index_or_none(i) for i in exclude]
+    except TypeError:
+        given = [None]
+    if None in given or isinstance(exclude, (str, bytes)):
+        raise TypeError(
+            f"exclude is {exclude!r}; give one token id, or several as a list, a set or an array of integers"
+        )
+    return np.array(given, np.int64)
+
+
+def _as_vocab_size(vocab_size: int, tokens: int = 1) -> int:
+    """Refuse what is no number of words, or one for which an n-gram's key would not fit in 64 bits."""
+    vocab_size = require_whole("vocab_size", vocab_size, 1)
+    if vocab_size > LARGEST_VOCABULARY or vocab_size * (tokens + 1) >= 2**63:
+        raise ValueError(
+            f"vocab_size is {vocab_size}; with {tokens} tokens give at most "
+            f"{min(LARGEST_VOCABULARY, 2**63 // (tokens + 1) - 1)}, the number of words that ids stand for"
+        )
+    return vocab_size
 
 
 def _as_ids(ids: np.ndarray, vocab_size: int, least: int) -> np.ndarray:
@@ -82,6 +111,7 @@ class Unigram(_CountModel):
         self.alpha = alpha
 
     def fit(self, ids: np.ndarray, vocab_size: int) -> Unigram:
+        vocab_size = _as_vocab_size(vocab_size)
         ids = _as_ids(ids, vocab_size, 1)
         self.vocab_size = vocab_size
         self.probabilities = (np.bincount(ids, minlength=vocab_size) + self.alpha) / (
@@ -116,6 +146,7 @@ class KneserNey(_CountModel):
 
     def fit(self, ids: np.ndarray, vocab_size: int) -> KneserNey:
         """Count the n-grams of `ids` (tokens,), integers in [0, vocab_size)."""
+        vocab_size = _as_vocab_size(vocab_size, np.size(ids))
         ids = _as_ids(ids, vocab_size, self.order)
         self.vocab_size = vocab_size
         # Per level: sorted keys of its nodes; (c - D) / c(h .) of its nodes; backoff(h) of the nodes above.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from numbers import Integral
+from typing import Any
 
 
 def require_whole(name: str, value: int, least: int, why: str = "") -> int:
@@ -10,3 +12,13 @@ def require_whole(name: str, value: int, least: int, why: str = "") -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} is {value!r}; give a whole number from {least}{why}")
     return int(value)
+
+
+def index_or_none(value: Any) -> int | None:
+    """`value` as an index where it is one number (numpy's and torch's without dimensions included), else None."""
+    if getattr(value, "ndim", 0):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

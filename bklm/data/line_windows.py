@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from bklm.data.checks import require_whole
+from bklm.data.checks import index_or_none, require_whole
 from bklm.data.loaders import IGNORED
 
 SPECIAL = ("<PAD>", "<UNK>", "<BOS>", "<EOS>")
@@ -81,8 +81,8 @@ class LineWindows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        if isinstance(index, (int, np.integer)):
-            x, y = self.__getitems__([range(len(self))[index]])
+        if (place := index_or_none(index)) is not None:
+            x, y = self.__getitems__([range(len(self))[place]])
             return x[0], y[0]
         return self.__getitems__(index)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from bklm.data.checks import require_whole
+from bklm.data.checks import index_or_none, require_whole
 from bklm.data.corpora import load_corpus
 from bklm.data.tokens import tokenize_corpus
 
@@ -51,8 +51,8 @@ class Windows(Dataset):
         return self.count
 
     def __getitem__(self, index: int | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        if isinstance(index, (int, np.integer)):
-            x, y = self.__getitems__([range(self.count)[index]])
+        if (place := index_or_none(index)) is not None:
+            x, y = self.__getitems__([range(self.count)[place]])
             return x[0], y[0]
         return self.__getitems__(index)
 
@@ -131,7 +131,7 @@ def make_loader(
             f"give a batch_size of at most {len(dataset)}, a smaller seq_len, or more text"
         )
     order = EpochOrder(len(dataset), shuffle, seed, epoch)
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=BatchSampler(order, batch_size, drop_last),
         collate_fn=_as_is,
@@ -141,12 +141,23 @@ def make_loader(
     )
 
 
-def set_epoch(loader: DataLoader, epoch: int) -> None:
-    """Say which epoch the next pass of a `make_loader` loader is, before or after Accelerate's `prepare`."""
-    if hasattr(loader, "set_epoch"):
-        loader.set_epoch(epoch)
-    else:
-        loader.batch_sampler.sampler.set_epoch(epoch)
+class _Loader(DataLoader):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        # Each pass draws a number for its workers on the default device, which may not be that of the CPU's generator.
+        with torch.device("cpu"):
+            return super().__iter__()
+
+
+def set_epoch(loader: Iterable, epoch: int) -> None:
+    """Say which epoch the next pass of a `make_loader` loader is, before or after Accelerate's `prepare`.
+
+    Of other batches (a list, an ordinary DataLoader) nothing depends on the epoch, unless a sampler of theirs asks for it.
+    """
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for part in (loader, batch_sampler, getattr(batch_sampler, "sampler", None)):
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+            return
 
 
 def get_wikitext2_dataloaders(

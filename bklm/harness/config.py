@@ -180,6 +180,8 @@ class StudyConfig:
     protocols: ClassVar[dict[str, dict[str, Any]]] = {}
     # Fields of the form's first cell, at most ten, in its order; the others stand in a second one.
     basic: ClassVar[tuple[str, ...]] = ("profile", "output_dir", "device")
+    # Fields that the notebook's controls show; where there are none here, the basic ones.
+    controls: ClassVar[tuple[str, ...]] = ()
     # Where and how a run happens may change between a run and its continuation; what is computed may not.
     circumstances: ClassVar[frozenset[str]] = frozenset(
         {"profile", "data_dir", "output_dir", "device", "storage", "workers", "processes"}

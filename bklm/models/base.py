@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bklm.models.checks import values_at_hand
 from bklm.models.loss import IGNORE_INDEX, TokenLosses, linear_cross_entropy, linear_token_losses
 
 
@@ -25,15 +26,16 @@ class LanguageModel(nn.Module):
 
     A subclass sets ``vocab_size`` and ``n_seq`` (the most positions it has, None for any number), and defines
     ``hidden`` and ``head``. If it streams, it sets ``streams`` and defines ``init_state``, ``prefill`` and
-    ``step``.
+    ``step``. If hidden states depend on later tokens, it sets ``sees_future``: padding is then cut off before scoring.
 
-    Ids are checked for range on a CPU only: on an accelerator the check would wait for the device at every
-    step, and an id out of range stops in the embedding's own device assertion.
+    Ids are checked for range on a CPU only, and not where torch.func or a compiler is at work: on an accelerator the check
+    would wait for the device at every step, and an id out of range stops in the embedding's own device assertion.
     """
 
     vocab_size: int
     n_seq: int | None = None
     streams: bool = False
+    sees_future: bool = False
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Final hidden states (B, N, D), what the head reads."""
@@ -141,6 +143,7 @@ class LanguageModel(nn.Module):
                 f"generate: {length} prompt tokens and {max_new_tokens} new ones make {length + max_new_tokens} positions, "
                 f"but this model has n_seq = {self.n_seq}; ask for fewer, or build it with a larger n_seq or with None."
             )
+        temperature = float(temperature)
         tokens = input_ids.new_empty(batch, length + max_new_tokens)
         tokens[:, :length] = input_ids
         was_training = self.training
@@ -189,6 +192,12 @@ class LanguageModel(nn.Module):
                 f"input_ids: got shape {tuple(input_ids.shape)}; a prompt needs at least one token."
             )
 
+    def check_token(self, token: Tensor) -> None:
+        """Refuse a step's token that is not (B,), or as `check_ids` does."""
+        if token.ndim != 1:
+            raise ValueError(f"token: got shape {tuple(token.shape)}; it must be (batch,), one id a sequence.")
+        self.check_ids(token.unsqueeze(1))
+
     def check_targets(self, input_ids: Tensor, targets: Tensor) -> None:
         """Refuse targets that do not fit the ids; -100 marks one that is left out."""
         if targets.dtype != torch.int64:
@@ -210,7 +219,7 @@ class LanguageModel(nn.Module):
             )
 
     def _check_range(self, name: str, ids: Tensor, allowed: int | None = None) -> None:
-        if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+        if ids.numel() == 0 or not values_at_hand(ids):
             return
         bad = (ids < 0) | (ids >= self.vocab_size)
         if allowed is not None:
@@ -235,5 +244,8 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None)
         return logits.argmax(-1)
     logits = logits.float()
     # The maximum is taken off first: a small temperature would divide the logits beyond the range of float32.
-    p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)
+    logits = logits - logits.amax(-1, keepdim=True)
+    if temperature < torch.finfo(torch.float32).tiny:  # in float32 it would be 0, or nearly
+        logits, temperature = logits.double(), max(temperature, torch.finfo(torch.float64).tiny)
+    p = torch.softmax(logits / temperature, -1)
     return torch.multinomial(p, 1, generator=generator).squeeze(1)

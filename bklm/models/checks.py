@@ -4,6 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from bklm.moe.plain import is_ordinary, is_transformed
+
+# Of torch 2.7 and later.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def is_plain_wanted(*tensors: Tensor | None) -> bool:
+    """Whether a function with a backward of its own must be computed in ordinary operations: torch.func, forward mode,
+    torch.jit.trace or torch.export look inside."""
+    return is_transformed(*tensors) or _is_exporting()
+
+
+def values_at_hand(tensor: Tensor) -> bool:
+    """Whether a value may be asked for at no cost: on a CPU, and nothing compiles, traces or maps over the tensor."""
+    return tensor.device.type == "cpu" and is_ordinary(tensor) and not is_transformed(tensor)
+
 
 def check_int(name: str, value: Any, least: int, also: str = "") -> None:
     """Refuse what is not a whole number (TypeError) or is below ``least`` (ValueError)."""

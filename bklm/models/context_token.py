@@ -209,7 +209,7 @@ class ContextTokenLM(LanguageModel):
 
     @torch.no_grad()
     def step(self, token: Tensor, state: ContextTokenState) -> tuple[Tensor, ContextTokenState]:
-        self.check_ids(token.unsqueeze(1))
+        self.check_token(token)
         return self._continue(token.unsqueeze(1), state)
 
     def state_bytes(self, position: int) -> int:

@@ -172,7 +172,7 @@ class GPT(LanguageModel):
 
     @torch.no_grad()
     def step(self, token: Tensor, state: GPTState) -> tuple[Tensor, GPTState]:
-        self.check_ids(token.unsqueeze(1))
+        self.check_token(token)
         self.check_positions(state.position + 1)
         x = self._embed(token.unsqueeze(1), state.position)
         caches = []

@@ -10,6 +10,8 @@ while it is in the cache, and written over by the next. The backward only multip
 Peak memory is two chunks and the gradients, against three (M, V) arrays for ``F.cross_entropy(F.linear(...))``;
 the matrix products are the same three. torch's own ``F.linear_cross_entropy`` with chunking does the same since
 2.13; it is not used, because it was slower where it exists and Colab's torch lacks it.
+
+Ignored rows are left out by what they hold, not by a factor of 0, which would let NaN and infinity through.
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from bklm.models.checks import is_plain_wanted, values_at_hand
 from bklm.models.products import onednn_linear, onednn_serves, weight_gradient
+from bklm.moe.analytic import autocast_dtype, autocast_off
 
 IGNORE_INDEX = -100
 
@@ -67,21 +72,28 @@ def linear_cross_entropy(
         ValueError: shapes that do not fit, an unknown reduction; on a CPU also when every target is ignored.
             (Elsewhere that would wait for the device at every step; the mean is NaN there.)
         TypeError: targets that are not int64.
-        RuntimeError: a second derivative is asked for; it is not offered.
+
+    A second derivative, and what torch.func asks for (vmap, grad), is right too; there the logits exist as a whole.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean' and 'sum'.")
     rows, targets = _flatten(hidden, weight, bias, targets)
     valid = targets != ignore_index
     count = valid.sum()
-    readable = targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    readable = values_at_hand(targets)
     if reduction == "mean" and readable and count == 0:
         raise ValueError(
             f"targets: all {targets.numel()} are {ignore_index} (ignored), so there is no loss to average; "
             "leave such a batch out."
         )
     chunk_rows = chunk_rows or _rows_per_chunk(weight)
-    if torch.is_grad_enabled():
+    if is_plain_wanted(rows, weight, bias):
+        product = autocast_dtype(rows) or rows.dtype
+        total = _plain_losses(rows, weight, bias, targets.masked_fill(~valid, 0), valid, product).nll.sum()
+    elif torch.is_grad_enabled():
+        # On a CPU counting is cheap, and copying rows of which all are scored is not.
+        if not (readable and count == len(targets)):
+            rows = rows.masked_fill(~valid.unsqueeze(1), 0.0)
         total = _ChunkedCrossEntropy.apply(
             rows, weight, bias, targets.masked_fill(~valid, 0), valid, chunk_rows
         )
@@ -107,6 +119,9 @@ def linear_token_losses(
     rows, targets = _flatten(hidden, weight, bias, targets)
     valid = targets != ignore_index
     targets = targets.masked_fill(~valid, 0)
+    if is_plain_wanted(rows, weight, bias):
+        nll, correct = _plain_losses(rows, weight, bias, targets, valid, autocast_dtype(rows) or rows.dtype)
+        return TokenLosses(nll.view(shape), correct.view(shape))
     head = LinearHead(rows, weight, bias, chunk_rows or _rows_per_chunk(weight))
     nll = rows.new_empty(len(rows), dtype=head.exact)
     correct = torch.empty_like(valid)
@@ -121,13 +136,9 @@ class LinearHead:
     """The linear head at one call: dtypes, and one pair of buffers that every chunk reuses."""
 
     def __init__(self, rows: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int) -> None:
-        device = rows.device.type
         # An autograd.Function runs outside autocast's reach: choose the dtype of the products as F.linear
         # would.
-        product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
-        if rows.dtype == torch.float64:
-            product = torch.float64  # autocast leaves double alone
-        self.product = product
+        self.product = product = autocast_dtype(rows) or rows.dtype
         self.exact = torch.float32 if product.itemsize < 4 else product
         self.rows, self.weight = rows.to(product), weight.to(product)
         self.bias = None if bias is None else bias.to(product)
@@ -193,7 +204,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for chunk in head.chunks():
             target, w = targets[chunk], scale[chunk]
             _, p, losses = head.softmax(chunk, target)
-            total += losses.dot(w)
+            # An ignored row is zero by now, but the bias of the target that stands in for its own may be infinite.
+            total += losses.masked_fill_(w == 0, 0.0).dot(w)
             p.scatter_add_(1, target.unsqueeze(1), p.new_full((len(target), 1), -1.0))
             if needs_bias:
                 d_bias.addmv_(p.t(), w)
@@ -206,24 +218,55 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     d_weight += p.t() @ (head.rows[chunk] * w.unsqueeze(1).to(head.product))
             if needs_rows:
                 d_rows[chunk] = head.towards_rows(p) * w.unsqueeze(1)
-        ctx.save_for_backward(d_rows, d_weight, d_bias)
+        ctx.save_for_backward(rows, weight, bias, targets, valid, d_rows, d_weight, d_bias)
+        ctx.product = head.product
         ctx.dtypes = (rows.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
+        rows, weight, bias, targets, valid, *gradients = ctx.saved_tensors
         # The gradients are constants by now: a second derivative through them would be missing terms, not be zero.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "linear_cross_entropy: its gradient was asked for with create_graph=True, but second derivatives are "
-                "not offered; use F.cross_entropy on whole logits for them."
-            )
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_plain_wanted(grad_total)):
+            inputs = (rows, weight, bias)
+            return (*_plain_gradients(grad_total, inputs, targets, valid, ctx.product), None, None, None)
         # Not in place: a graph kept for a second backward must find the gradients as they were.
         grads = (
             None if g is None else (g * grad_total).to(dtype)
-            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            for g, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
         return (*grads, None, None, None)
+
+
+def _plain_losses(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, valid: Tensor, product: torch.dtype
+) -> TokenLosses:
+    """The terms of the sum in ordinary operations, which autograd and torch.func see through."""
+    with autocast_off(rows):
+        rows = rows.masked_fill(~valid.unsqueeze(-1), 0.0)
+        logits = F.linear(rows.to(product), weight.to(product), None if bias is None else bias.to(product))
+        exact = torch.float32 if product.itemsize < 4 else product
+        logp = torch.log_softmax(logits, -1, dtype=exact)
+        nll = -logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        return TokenLosses(nll.masked_fill(~valid, 0.0), (logits.detach().argmax(-1) == targets) & valid)
+
+
+def _plain_gradients(
+    grad_total: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    targets: Tensor,
+    valid: Tensor,
+    product: torch.dtype,
+) -> list[Tensor | None]:
+    """What the backward returns, as functions that may be differentiated again."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Each input as a node of its own: rows were made from a tied weight, and that way must not be gone twice.
+        nodes = [None if t is None else t.view_as(t) for t in inputs]
+        wanted = [t for t in nodes if t is not None and t.requires_grad]
+        total = _plain_losses(*nodes, targets, valid, product).nll.sum()
+        found = iter(torch.autograd.grad(total, wanted, grad_total, create_graph=again))
+    return [next(found) if t is not None and t.requires_grad else None for t in nodes]
 
 
 def _rows_per_chunk(weight: Tensor) -> int:

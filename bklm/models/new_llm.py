@@ -111,7 +111,7 @@ class NewLLM(LanguageModel):
 
     @torch.no_grad()
     def step(self, token: Tensor, state: NewLLMState) -> tuple[Tensor, NewLLMState]:
-        self.check_ids(token.unsqueeze(1))
+        self.check_token(token)
         first = self.layers[0](torch.cat((self.embedding(token), state.context), -1))
         hidden, context = self._cell(first, state.context)
         return self.logits(hidden), NewLLMState(context)

@@ -9,15 +9,21 @@ With e the tokens' embeddings, c the context, a_1 .. a_L the layers' outputs and
 Outside the loops, for all positions at once: W_e e before the forward's; the gates' slopes and the clamp before the
 backward's; after it one product per weight for its gradient, which autograd would compute as N thin products added
 up. A unit's output is zero exactly where no gradient passes, so a is all that the backward needs of a layer.
+
+A gradient that will be differentiated again, and all that torch.func asks for, is left to autograd (`_plain`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from bklm.models.checks import is_plain_wanted
 from bklm.models.products import PreparedLinear, linear, weight_gradient
+from bklm.moe.analytic import autocast_dtype, autocast_off
 
 CONTEXT_LIMIT = 10.0  # the original's clamp of the context
 _STEPS = 2**16  # of the dropout probability
@@ -44,12 +50,20 @@ def recurrence(
 
     Returns:
         Hidden states (N, B, H), in the dtype of the products (autocast's, where it is on), and the context (B, C) after
-        the last position. Both are differentiable once, in all tensors given.
+        the last position. Both are differentiable any number of times, in all tensors given.
     """
     if len(embedded) == 0:
         return embedded.new_empty(0, len(context), len(gate_weight[0])), context
+    flat = [tensor for pair in layers for tensor in pair]
+    # torch.compile cannot draw masks inside a Function.
+    compiled_draw = dropout_p > 0 and torch.compiler.is_compiling()
+    if compiled_draw or is_plain_wanted(embedded, context, gate_weight, gate_bias, *flat):
+        return _plain(
+            embedded, context, gate_weight, gate_bias, norm.weight, norm.bias, *flat,
+            eps=norm.eps, product=_product_dtype(context),
+            activate=lambda t, layer, x: F.dropout(F.relu(x), dropout_p) if dropout_p > 0 else F.relu(x),
+        )  # fmt: skip
     if torch.is_grad_enabled() or dropout_p > 0:
-        flat = [tensor for pair in layers for tensor in pair]
         return _Recurrence.apply(
             embedded, context, gate_weight, gate_bias, norm.weight, norm.bias, norm.eps, dropout_p, *flat
         )
@@ -136,18 +150,19 @@ class _Recurrence(torch.autograd.Function):
             torch.clamp(normed, -CONTEXT_LIMIT, CONTEXT_LIMIT, out=contexts[t + 1])
             statistics.append((mean, rstd))
         means, rstds = (torch.stack(x) for x in zip(*statistics, strict=True))
-        ctx.save_for_backward(
-            a, gates, updates, mixed, contexts, means, rstds, embedded, gate_weight, gain, shift, *weights
-        )
-        ctx.scale = _scale(dropout_p)
+        inputs = (embedded, context, gate_weight, gate_bias, gain, shift, *layers)
+        ctx.save_for_backward(a, gates, updates, mixed, contexts, means, rstds, *inputs)
+        ctx.scale, ctx.eps = _scale(dropout_p), eps
         # Copies: what is saved must not be what the caller may change.
         return a[-1].clone(), contexts[-1].clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_hidden, d_context):
-        a, gates, updates, mixed, contexts, means, rstds, embedded, *parameters = ctx.saved_tensors
-        gate_weight, gain, shift, first_weight, *layer_weights = parameters
+        a, gates, updates, mixed, contexts, means, rstds, *inputs = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_plain_wanted(d_hidden, d_context):
+            return _plain_gradients(d_hidden, d_context, a, inputs, ctx.scale, ctx.eps)
+        embedded, _, gate_weight, _, gain, shift, first_weight, *layers = inputs
+        layer_weights = layers[1::2]
         (length, batch, size), width = mixed.shape, embedded.shape[-1]
 
         def backwards(weight: Tensor, scale: float) -> PreparedLinear:
@@ -206,7 +221,49 @@ def _keep(h: Tensor, mask: Tensor | None, out: Tensor) -> Tensor:
 
 def _product_dtype(like: Tensor) -> torch.dtype:
     """What F.linear would compute in: autocast's dtype where it is on, except for double."""
-    device = like.device.type
-    if torch.is_autocast_enabled(device) and like.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return like.dtype
+    return autocast_dtype(like) or like.dtype
+
+
+def _plain(
+    embedded: Tensor, context: Tensor, gate_weight: Tensor, gate_bias: Tensor, gain: Tensor, shift: Tensor,
+    *layers: Tensor, eps: float, product: torch.dtype, activate: Callable[[int, int, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The formulas in ordinary operations; ``activate(t, layer, x)`` is ReLU and dropout of one layer at one position."""
+    size = context.shape[1]
+    maps = [(w.to(product), b.to(product)) for w, b in zip(layers[::2], layers[1::2], strict=True)]
+    gates, hidden = (gate_weight.to(product), gate_bias.to(product)), []
+    with autocast_off(context):
+        for t, e in enumerate(embedded):
+            h = torch.cat((e.to(product), context.to(product)), 1)
+            for layer, (weight, bias) in enumerate(maps):
+                h = activate(t, layer, F.linear(h, weight, bias))
+            hidden.append(h)
+            forget, write, update = F.linear(h, *gates).to(context.dtype).chunk(3, 1)
+            mixed = torch.sigmoid(forget) * context + torch.sigmoid(write) * update
+            context = F.layer_norm(mixed, (size,), gain, shift, eps).clamp(-CONTEXT_LIMIT, CONTEXT_LIMIT)
+    return torch.stack(hidden), context
+
+
+def _plain_gradients(
+    d_hidden: Tensor, d_context: Tensor, a: Tensor, inputs: Sequence[Tensor], scale: float, eps: float
+) -> tuple[Tensor | None, ...]:
+    """What the backward returns, as functions that may be differentiated again; ``a`` says where gradients pass."""
+    again, silent = torch.is_grad_enabled(), a == 0
+    with torch.enable_grad():
+        # Each input as a node of its own: where one was made from another, that way must not be gone twice.
+        inputs = [t.view_as(t) for t in inputs]
+        outputs = _plain(
+            *inputs, eps=eps, product=a.dtype,
+            activate=lambda t, layer, x: x.masked_fill(silent[layer, t], 0.0) * scale,
+        )  # fmt: skip
+        wanted = [i for i, t in enumerate(inputs) if t.requires_grad]
+        found = torch.autograd.grad(
+            outputs,
+            [inputs[i] for i in wanted],
+            (d_hidden, d_context),
+            create_graph=again,
+            allow_unused=True,
+        )
+    grads = dict(zip(wanted, found, strict=True))
+    first, last = (tuple(grads.get(i) for i in range(*span)) for span in ((0, 6), (6, len(inputs))))
+    return (*first, None, None, *last)

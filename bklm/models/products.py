@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bklm.moe.plain import is_ordinary
+
 
 def onednn_serves(x: Tensor) -> bool:
-    """Whether oneDNN takes the products of x: float32 on a CPU, where torch.mm calls MKL."""
+    """Whether oneDNN takes the products of x: float32 on a CPU, where torch.mm calls MKL; never for what has no values."""
     # Compiling is asked first: torch.compile cannot trace the question for oneDNN, and need not.
     return (
-        not torch.compiler.is_compiling()
+        is_ordinary(x)
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()

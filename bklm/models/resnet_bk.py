@@ -25,6 +25,7 @@ from bklm.bk_core import BKCore
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_choice, check_dropout, check_int
 from bklm.moe.layer import AnalyticMoE, total_balance_loss
+from bklm.moe.ops import counted_once, in_backward
 
 POTENTIAL_LIMIT = 3.0  # the original's clamps, used with ``clamps=True``
 FEATURE_LIMIT = 10.0
@@ -146,7 +147,7 @@ class ResNetBKBlock(nn.Module):
     def _add(self, x: Tensor, f: Tensor, features: Tensor) -> Tensor:
         if self.clamps:
             features = features.clamp(-FEATURE_LIMIT, FEATURE_LIMIT)
-        return x + f + self.scale * self.mix(features.to(self.mix.weight.dtype))
+        return x + f + self.scale * self.mix(features.to(x.dtype))
 
 
 class ResNetBK(LanguageModel):
@@ -162,7 +163,7 @@ class ResNetBK(LanguageModel):
         self.config = config
         self.vocab_size = config.vocab_size
         self.n_seq = config.n_seq
-        self.streams = config.causal
+        self.streams, self.sees_future = config.causal, not config.causal
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = None if config.n_seq is None else nn.Embedding(config.n_seq, config.d_model)
         self.blocks = nn.ModuleList(ResNetBKBlock(config) for _ in range(config.n_layers))
@@ -226,7 +227,7 @@ class ResNetBK(LanguageModel):
     def step(self, token: Tensor, state: ResNetBKState) -> tuple[Tensor, ResNetBKState]:
         if not self.streams:
             raise TypeError(self._cannot_stream())
-        self.check_ids(token.unsqueeze(1))
+        self.check_token(token)
         self.check_positions(state.position + 1)
         x = self._embed(token.unsqueeze(1), state.position)
         resolvents = []
@@ -245,7 +246,7 @@ class ResNetBK(LanguageModel):
         return total_balance_loss(self) if self.config.balance > 0 else None
 
     def reset_expert_counts(self, counts: Sequence[Sequence[int]] = ()) -> None:
-        self._expert_counts = [torch.tensor(layer) for layer in counts] or None
+        self._expert_counts = [torch.tensor(layer, device="cpu") for layer in counts] or None
 
     def expert_counts(self) -> list[list[int]]:
         return [] if self._expert_counts is None else [c.tolist() for c in self._expert_counts]
@@ -268,6 +269,10 @@ class ResNetBK(LanguageModel):
     def _count_experts(self) -> None:
         counts = [block.moe.expert_counts for block in self.blocks]
         if any(c is None for c in counts):
+            return
+        if torch.compiler.is_compiling():
+            counts = [counted_once(c) for c in counts]
+        elif in_backward():  # activation checkpointing computes again what was counted already
             return
         if self._expert_counts is None:
             self._expert_counts = [c.clone() for c in counts]

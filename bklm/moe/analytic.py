@@ -50,7 +50,7 @@ def mixture_of_few(
 ) -> Tensor:
     """`mixture` without noise, dropout or gradient for the few tokens of a generation step, where grouping costs most."""
     dtype, routing, k = settings.compute_dtype, routing_dtype(x), settings.top_k
-    with _autocast_off(x):
+    with autocast_off(x):
         logits = F.linear(x.to(routing), router_weight.to(routing), router_bias.to(routing))
         _check_finite(logits, logits.sum().isfinite())
         rows = []
@@ -82,9 +82,18 @@ def block_tokens(x: Tensor) -> int:
     return _BLOCK_TOKENS.get(x.device.type, _BLOCK_TOKENS["cuda"])
 
 
-def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives products of x; None where it is off, for double, and on devices without it ("meta")."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
+    """A block in which products keep the dtype of what they are given."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
@@ -117,10 +126,20 @@ def _route(x: Tensor, weight: Tensor, bias: Tensor, noise: Tensor | None, settin
             tokens = tokens.index_select(0, order)
         bounds = torch.searchsorted(experts * num_tokens + tokens, edges)
     # A sum is finite only if all its terms are, and costs a tenth of isfinite().all().
+    if is_capturing(x.device):
+        raise RuntimeError(
+            "the mixture of experts cannot be captured in a CUDA graph: it copies the number of tokens of each expert to the "
+            "host; capture what is around it, or use torch.compile, which leaves it outside its graphs"
+        )
     finite = logits.sum().isfinite().to(torch.int64)
     host = torch.cat((bounds.flatten(), finite.view(1))).cpu()
     _check_finite(logits.t(), host[-1])
     return p, tokens, host[:-1].view(bounds.shape)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on ``device``."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class NonFiniteRouterError(ValueError):
@@ -153,10 +172,10 @@ def forward(
     """
     num_tokens, num_experts = len(x), len(up_weight)
     k, dtype, block = settings.top_k, settings.compute_dtype, block_tokens(x)
-    with _autocast_off(x):
+    with autocast_off(x):
         if router_weight is None:
             p, tokens = x.new_ones((1, num_tokens), dtype=routing_dtype(x)), x.new_empty(0, dtype=torch.int64)
-            bounds = torch.tensor([[*range(0, num_tokens, block), num_tokens]])
+            bounds = torch.tensor([[*range(0, num_tokens, block), num_tokens]], device="cpu")
         else:
             p, tokens, bounds = _route(x, router_weight, router_bias, noise, settings, block)
             if k == num_experts and settings.router_gradient == "none":
@@ -199,7 +218,7 @@ def backward(
     everywhere = learns and settings.router_gradient == "exact"
     gate = 1.0 / k if routed else 1.0
     slope = gate / settings.keep_p
-    with _autocast_off(x):
+    with autocast_off(x):
         xs, gy, up_w, up_b, down_w, down_b = (
             a.to(dtype).contiguous() for a in (x, grad_y, up_weight, up_bias, down_weight, down_bias)
         )

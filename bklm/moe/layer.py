@@ -39,8 +39,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bklm.moe.analytic import Settings, mixture_of_few
-from bklm.moe.ops import draw, mixture
+from bklm.moe.analytic import Settings, autocast_dtype, mixture_of_few
+from bklm.moe.ops import draw, in_backward, mixture
+from bklm.moe.plain import is_ordinary, is_transformed
 
 ROUTER_GRADIENTS = ("exact", "selected", "none")
 _FEW_TOKENS = 8
@@ -54,7 +55,8 @@ class AnalyticMoE(nn.Module):
     of the output; routing always runs in float32 (float64 for float64 input). One dropout mask per token serves all its
     experts, so that the exact router gradient compares experts under equal conditions; with top_k = 1 this is ordinary
     dropout. Noise and mask come from torch's global generator of the device. torch.compile sees the mixture as opaque
-    operators (fullgraph works, and gives the eager numbers). A second derivative is refused by autograd.
+    operators (fullgraph works, and gives the eager numbers). Second derivatives, torch.func's transforms and forward mode are
+    right too, at the price of every expert on every token (`bklm.moe_plain`).
 
     router_gradient: "exact": straight-through over all experts. "selected": cheaper and biased, the outputs of experts
         that were not selected count as zero. "none": the router of the original experiment, the largest logits without
@@ -118,14 +120,17 @@ class AnalyticMoE(nn.Module):
             self.balance_loss = None
             settings = Settings(self.top_k, self.tau, self.router_gradient, 1.0, dtype)
             few = len(tokens) <= _FEW_TOKENS and self.top_k < self.num_experts
-            if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if few and not torch.is_grad_enabled() and is_ordinary(tokens) and not is_transformed(tokens):
                 return mixture_of_few(tokens, *parameters, settings).view(x.shape)
             return mixture(tokens, *parameters, None, None, settings)[0].view(x.shape)
         noisy = self.top_k < self.num_experts and self.router_gradient != "none"
         noise, keep, keep_p = draw(tokens, self.num_experts if noisy else 0, 2 * self.d_model, self.dropout_p)
         settings = Settings(self.top_k, self.tau, self.router_gradient, keep_p, dtype)
-        y, balance, self.expert_counts = mixture(tokens, *parameters, noise, keep, settings)
-        self.balance_loss = self.balance * balance if self.balance > 0 else None
+        y, balance, counts = mixture(tokens, *parameters, noise, keep, settings)
+        balance = self.balance * balance if self.balance > 0 else None
+        # What activation checkpointing computes again belongs to a forward whose numbers are here already.
+        if torch.compiler.is_compiling() or not in_backward():
+            self.expert_counts, self.balance_loss = counts, balance
         return y.view(x.shape)
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
@@ -140,8 +145,8 @@ class AnalyticMoE(nn.Module):
         if x.numel() == 0:
             raise ValueError(f"the input is empty (shape {tuple(x.shape)}); at least one token is needed")
         dtype = self.up_weight.dtype
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            return torch.get_autocast_dtype(x.device.type)
+        if (product := autocast_dtype(x)) is not None:
+            return product
         if x.dtype != dtype:
             raise TypeError(
                 f"the input is {x.dtype} and the parameters are {dtype}; convert one, or use autocast"
@@ -160,16 +165,26 @@ class AnalyticMoE(nn.Module):
 
 
 def total_balance_loss(model: nn.Module) -> Tensor | float:
-    """Sum of the load-balancing losses that the last training forward left in the model's mixtures; 0.0 without any."""
-    losses = [
-        m.balance_loss for m in model.modules() if isinstance(m, AnalyticMoE) and m.balance_loss is not None
-    ]
-    return sum(losses) if losses else 0.0
+    """Sum of the load-balancing losses that the last training forward left in the model's mixtures; 0.0 without any.
+
+    Raises RuntimeError where a gradient could be asked of it that it does not have, because that forward ran without grad
+    mode: reentrant activation checkpointing does so.
+    """
+    mixtures = [m for m in model.modules() if isinstance(m, AnalyticMoE) and m.balance_loss is not None]
+    if torch.is_grad_enabled() and not is_transformed():
+        for m in mixtures:
+            if m.router.weight.requires_grad and not m.balance_loss.requires_grad:
+                raise RuntimeError(
+                    "the load-balancing loss has no gradient, because the forward that left it ran without grad mode, as "
+                    "reentrant activation checkpointing does: use checkpoint(..., use_reentrant=False), or, for the number "
+                    "alone, call total_balance_loss under torch.no_grad()"
+                )
+    return sum(m.balance_loss for m in mixtures) if mixtures else 0.0
 
 
 def usage_entropy(counts: Tensor | Sequence[int], normalised: bool = False) -> float:
     """Entropy of the tokens' distribution over experts, in nats (0 ... log E), or in units of log E if `normalised`."""
-    counts = torch.as_tensor(counts, dtype=torch.float64)
+    counts = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
     if counts.ndim != 1 or counts.sum() <= 0 or counts.min() < 0:
         raise ValueError(
             f"counts must be one non-negative number per expert, not all zero; got {counts.tolist()}"
@@ -180,7 +195,7 @@ def usage_entropy(counts: Tensor | Sequence[int], normalised: bool = False) -> f
 
 def unused_experts(counts: Tensor | Sequence[int], share: float = 0.01) -> int:
     """Number of experts that received less than `share` of a uniform expert's tokens (dropped out of the mixture)."""
-    counts = torch.as_tensor(counts, dtype=torch.float64)
+    counts = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
     return int((counts * len(counts) < share * counts.sum()).sum())
 
 

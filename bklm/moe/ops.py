@@ -1,17 +1,24 @@
-"""The mixture of experts as one differentiable function, in eager mode and under torch.compile.
+"""The mixture of experts as one differentiable function, by one of three roads to the same numbers:
 
-Under torch.compile `draw` and `mixture` call the registered operators bklm::moe_*, which the compiler treats as opaque:
-sizes that depend on the data stay inside, and a seeded run draws what it draws in eager mode. In eager mode an
-autograd.Function calls the same code directly, since the bookkeeping of a registered operator costs more than routing.
+- torch.compile, tracing, fake and meta tensors, dispatch modes: the registered operators bklm::moe_*, which a compiler
+  treats as opaque. Sizes that depend on the data stay inside, and a seeded run draws what it draws in eager mode.
+- torch.func, forward mode, gradients in batches and gradients that are differentiated again: `bklm.moe_plain`.
+- plain eager calls: an autograd.Function that calls the operators' code directly, since the bookkeeping of a registered
+  operator costs more than routing.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
+from torch.utils.flop_counter import register_flop_formula
 
 from bklm.moe.analytic import Settings, backward, block_tokens, forward, routing_dtype
+from bklm.moe.plain import is_ordinary, is_transformed, plain_draw, plain_gradients, plain_mixture
+
+# In CUDA graphs of torch.compile the operators stay outside: group sizes travel to the host.
+_TAGS = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
 
 
 def mixture(
@@ -25,20 +32,40 @@ def mixture(
     noise: Tensor | None,
     keep: Tensor | None,
     settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the selected experts on their tokens; differentiable once in x, the router and the experts.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run the selected experts on their tokens; differentiable any number of times in x, the router and the experts.
 
     x (T, D); router (E, D) and (E,), or None when there is one expert; up (E, H, D), (E, H); down (E, D, H), (E, D);
     noise (E, T) added to the logits, or None; keep (T, H) uint8, 1 where a hidden unit survives dropout, or None.
     Returns y (T, D) in the compute dtype; the Switch balance, a scalar that is 1 for uniform usage; counts (E,) int64
-    on the CPU, the tokens of each expert. Raises ValueError for non-finite logits.
+    on the CPU, the tokens of each expert, or None where a transform or a meta tensor leaves no numbers to count. Raises
+    ValueError for non-finite logits, RuntimeError while a CUDA graph is captured.
     """
     inputs = (x, router_weight, router_bias, up_weight, up_bias, down_weight, down_bias, noise, keep)
-    if torch.compiler.is_compiling():
-        y, balance, _, _, bounds = torch.ops.bklm.moe_forward(*inputs, *settings)
-    else:
+    if is_transformed(*inputs):
+        return *plain_mixture(*inputs, settings), None
+    if is_ordinary(x):
         y, balance, bounds = _Mixture.apply(*inputs, settings)
-    return y, balance, bounds[:, -1] - bounds[:, 0]
+    else:
+        y, balance, _, _, bounds = torch.ops.bklm.moe_forward(*inputs, *settings)
+    has_values = type(bounds) is Tensor and not bounds.is_meta and not x.is_meta
+    return y, balance, bounds[:, -1] - bounds[:, 0] if has_values else None
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: a forward inside one is a recomputation, as activation checkpointing does it."""
+    return torch._C._current_graph_task_id() >= 0
+
+
+@torch.library.custom_op("bklm::moe_counted_once", mutates_args=())
+def counted_once(counts: Tensor) -> Tensor:
+    """``counts``, or zeros within a recomputation; an operator, so that compiled code asks at every call."""
+    return torch.zeros_like(counts) if in_backward() else counts.clone()
+
+
+@counted_once.register_fake
+def _(counts: Tensor) -> Tensor:
+    return torch.empty_like(counts)
 
 
 def draw(
@@ -51,10 +78,12 @@ def draw(
     dropout_p is rounded to a multiple of 2^-16 and the returned probability is that of the rounded value.
     """
     dropped = min(round(dropout_p * 2**16), 2**16 - 1)
-    if torch.compiler.is_compiling():
-        noise, keep = torch.ops.bklm.moe_draw(x.detach(), num_experts, hidden, dropped)
-    else:
+    if is_transformed(x):
+        noise, keep = plain_draw(x, num_experts, hidden, dropped)
+    elif is_ordinary(x):
         noise, keep = _draw(x, num_experts, hidden, dropped)
+    else:
+        noise, keep = torch.ops.bklm.moe_draw(x.detach(), num_experts, hidden, dropped)
     return noise if num_experts else None, keep if dropped else None, 1.0 - dropped / 2**16
 
 
@@ -79,9 +108,17 @@ class _Mixture(torch.autograd.Function):
         return y, balance, bounds
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad_y: Tensor, grad_balance: Tensor, _) -> tuple[Tensor | None, ...]:
-        return *backward(grad_y, grad_balance, *ctx.saved_tensors, ctx.settings), None, None, None
+        # once_differentiable is no way to refuse a second derivative: autograd.grad drops what it marks without a word.
+        again = torch.is_grad_enabled() or is_transformed(grad_y, grad_balance)
+        gradients = plain_gradients if again else _gradients
+        return *gradients(grad_y, grad_balance, ctx.saved_tensors, ctx.settings), None, None, None
+
+
+def _gradients(
+    grad_y: Tensor, grad_balance: Tensor, saved: tuple[Tensor | None, ...], settings: Settings
+) -> tuple[Tensor | None, ...]:
+    return backward(grad_y, grad_balance, *saved, settings)
 
 
 torch.library.define(
@@ -109,6 +146,7 @@ _SETTINGS = "int top_k, float tau, str router_gradient, float keep_p, ScalarType
     "bklm::moe_forward",
     mutates_args=(),
     schema=f"({_PARAMETERS}, Tensor? noise, Tensor? keep, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 def _forward_op(*args):
     return forward(*args[:9], Settings(*args[9:]))
@@ -133,6 +171,7 @@ def _(x, router_weight, router_bias, up_weight, up_bias, down_weight, down_bias,
     mutates_args=(),
     schema=f"(Tensor grad_y, Tensor grad_balance, {_PARAMETERS}, Tensor? keep, Tensor p, Tensor tokens, Tensor bounds, "
     f"{_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 def _backward_op(*args):
     # An operator cannot return None: a router that learns nothing gets an empty tensor.
@@ -160,10 +199,41 @@ def _save(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _differentiate(ctx: FunctionCtx, grad_y: Tensor, grad_balance: Tensor, *_) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.bklm.moe_backward(grad_y, grad_balance, *ctx.saved_tensors, *ctx.settings)
-    learns = ctx.saved_tensors[1] is not None and ctx.settings.router_gradient != "none"
+    saved = ctx.saved_tensors  # read once: activation checkpointing computes it anew at every reading
+    # A compiler traces first derivatives only, and has grad mode on where it likes.
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_transformed(grad_y, grad_balance)):
+        grads = plain_gradients(grad_y, grad_balance, saved, ctx.settings)
+    else:
+        grads = torch.ops.bklm.moe_backward(grad_y, grad_balance, *saved, *ctx.settings)
+    learns = saved[1] is not None and ctx.settings.router_gradient != "none"
     grads = [g if learns or i not in (1, 2) else None for i, g in enumerate(grads)]
     return *grads, None, None, *(None for _ in ctx.settings)
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.bklm.moe_forward)
+def _forward_flops(x, router_weight, router_bias, up_weight, *args, out_shape=None, **_) -> int:
+    """Twice the multiplications of the router, on all experts, and of the experts that each token visits."""
+    top_k, router_gradient = args[5], args[7]
+    return _flops(x, router_weight, up_weight, top_k, router_gradient)[0]
+
+
+@register_flop_formula(torch.ops.bklm.moe_backward)
+def _backward_flops(
+    grad_y, grad_balance, x, router_weight, router_bias, up_weight, *args, out_shape=None, **_
+) -> int:
+    top_k, router_gradient = args[7], args[9]
+    return _flops(x, router_weight, up_weight, top_k, router_gradient)[1]
+
+
+def _flops(x, router_weight, up_weight, top_k: int, router_gradient: str) -> tuple[int, int]:
+    """Of forward and backward, from shapes. The backward computes hidden activations again, and with the exact router
+    gradient so do the experts that a token did not visit."""
+    (tokens, width), (experts, hidden, _) = x, up_weight
+    product = 2 * tokens * width * hidden
+    router = 0 if router_weight is None else 2 * tokens * width * experts
+    visited = experts if router_gradient == "exact" and router_weight is not None else top_k
+    learns = router_gradient != "none"
+    return router + 2 * top_k * product, (2 * router if learns else 0) + (2 * visited + 3 * top_k) * product

@@ -1,31 +1,17 @@
-"""What only a notebook needs: where it runs, its form cell and controls, live figures, and the download at the end."""
+"""What only a notebook needs: one handle on its study, form cells and controls, live figures, and the download at the end."""
 
-from bklm.notebook.cells import (
-    LiveFigure,
-    download,
-    finish,
-    mount_drive,
-    run,
-    say,
-    show_picture,
-    show_table,
-    where,
-)
-from bklm.notebook.controls import Controls
-from bklm.notebook.form import FORMS, config_from, form_cell
+from bklm.files.lazy import lazy
 
-__all__ = [
-    "FORMS",
-    "Controls",
-    "LiveFigure",
-    "config_from",
-    "download",
-    "finish",
-    "form_cell",
-    "mount_drive",
-    "run",
-    "say",
-    "show_picture",
-    "show_table",
-    "where",
-]
+__getattr__, __all__ = lazy(
+    __name__,
+    {
+        "cells": (
+            "LiveFigure", "config_from", "download", "finish", "mount_drive", "run", "say", "show_picture", "show_table",
+            "where",
+        ),
+        "controls": ("Controls",),
+        "form": ("FORMS", "form_cells"),
+        "handle": ("Study", "study"),
+        "selftest": ("SelfTest",),
+    },
+)  # fmt: skip

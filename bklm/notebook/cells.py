@@ -1,4 +1,4 @@
-"""What only a notebook needs: where it runs, its form cell and controls, live figures, and the download at the end.
+"""What only a notebook needs: where it runs, tables, sentences, live figures, and the download at the end.
 
 Everything here also works headless (papermill, CI): nothing waits for a front end that is not there.
 """
@@ -58,7 +58,7 @@ def where() -> str:
 
 
 def config_from(config_class: type[Config], namespace: dict[str, Any]) -> Config:
-    """The config that the parameters cell (or papermill's injected cell) describes; ``namespace`` is ``globals()``.
+    """The config that the form cells (and papermill's injected cell) describe; ``namespace`` is ``globals()``.
 
     A folder on Google Drive is mounted first, in Colab.
 

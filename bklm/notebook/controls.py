@@ -36,17 +36,17 @@ class Controls:
         names: Sequence[str],
         headless: bool = False,
         estimate: Callable[[Any], float] | None = None,
-        picture: str = "*.png",
     ) -> None:
-        """Args:
-        names: the fields that get a widget, in this order.
-        estimate: minutes that a resolved config's study takes on this machine.
-        picture: which of the study's pictures to show while it runs; the newest of those that match.
+        """Make the widgets; `show` displays them.
+
+        Args:
+            names: the fields that get a widget, in this order.
+            estimate: minutes that a resolved config's study takes on this machine.
 
         Raises:
             ValueError: the config itself is refused.
         """
-        self._config, self._headless, self._estimate, self._pattern = config, headless, estimate, picture
+        self._config, self._headless, self._estimate = config, headless, estimate
         self._specs = {spec.name: spec for spec in config.specs()}
         self._moved: set[str] = set()
         self._is_filling = False
@@ -67,6 +67,7 @@ class Controls:
         self._progress = widgets.VBox([self._bar, self._status, self._log, self._picture])
         self._progress.layout.display = "none"
         self._drawn: tuple[Path, float] | None = None
+        self._noted = ""
 
     def show(self) -> None:
         """Display the controls. The cells below take their values when they run; the Run button runs the study at once."""
@@ -89,8 +90,9 @@ class Controls:
         if self._headless:
             return self._config
         config, note = _in_free_folder(self._chosen())
-        if note:
+        if note and note != self._noted:
             print(note)
+        self._noted = note
         return config
 
     def _chosen(self) -> StudyConfig:
@@ -163,7 +165,7 @@ class Controls:
             self._status.value = _ending(study)
             self.run_button.disabled, self.stop_button.disabled = False, True
         self._log.value = as_pre(list(study.lines)[-SHOWN_LINES:])
-        picture = study.newest_picture(self._pattern)
+        picture = study.picture()
         drawn = picture and (picture, picture.stat().st_mtime)
         if drawn and drawn != self._drawn:
             self._drawn, self._picture.value = drawn, picture.read_bytes()

@@ -1,4 +1,8 @@
-"""The form cell of a notebook, written from its study's config, and the config read back from the cell's variables."""
+"""The form cells of a notebook, written from its study's config, and the config read back from the cells' variables.
+
+The first holds the basic fields, the second, folded away, the others. The second is papermill's parameters cell: the values
+that papermill is given come behind it, and so behind both.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,18 @@ FORMS: dict[str, type[StudyConfig]] = {f"notebooks/{c.notebook}.ipynb": c for c 
 Config = TypeVar("Config", bound=StudyConfig)
 
 
-def form_cell(config_class: type[StudyConfig]) -> str:
-    """Source of the notebook's parameters cell: one Colab form line per field of the config, `headless` last."""
-    lines = ['# @title Settings { display-mode: "form" }']
-    lines += [_form_line(spec) for spec in config_class.specs()]
-    lines.append('headless = False  # @param {type:"boolean"}')
-    return "\n".join(lines)
+FORM_IDS = ("settings", "parameters")
+"""Ids of a notebook's two form cells; the second is tagged "parameters", too."""
+
+
+def form_cells(config_class: type[StudyConfig]) -> tuple[str, str]:
+    """Sources of the notebook's two form cells: the basic fields; the others, `headless` last. One Colab form line a field."""
+    specs = config_class.specs()
+    basic = [_form_line(spec) for spec in specs if spec.name in config_class.basic]
+    others = [_form_line(spec) for spec in specs if spec.name not in config_class.basic]
+    others.append('headless = False  # @param {type:"boolean"}')
+    titled = (("Settings", basic), ("More settings", others))
+    return tuple("\n".join([f'# @title {title} {{ display-mode: "form" }}', *lines]) for title, lines in titled)
 
 
 def _form_line(spec: FieldSpec) -> str:
@@ -57,7 +67,7 @@ def as_words(value: Any) -> str:
 
 
 def config_from(config_class: type[Config], namespace: dict[str, Any]) -> Config:
-    """The config that the parameters cell (or papermill's injected cell) describes; ``namespace`` is ``globals()``.
+    """The config that the form cells (and papermill's injected cell) describe; ``namespace`` is ``globals()``.
 
     Raises:
         ValueError: a value that the config does not allow.
@@ -66,11 +76,12 @@ def config_from(config_class: type[Config], namespace: dict[str, Any]) -> Config
 
 
 def write_forms(root: Path = Path()) -> None:
-    """Write every form cell into its notebook from the config that it belongs to."""
-    for name, config_class in FORMS.items():
-        path = root / name
+    """Write both form cells into every notebook from the config that it belongs to."""
+    for file, config_class in FORMS.items():
+        path = root / file
         notebook = nbformat.read(path, as_version=4)
-        cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-        cell.source = form_cell(config_class)
+        cells = {cell.id: cell for cell in notebook.cells}
+        for name, source in zip(FORM_IDS, form_cells(config_class), strict=True):
+            cells[name].source = source
         write_text(path, nbformat.writes(notebook) + "\n")
         print("wrote", path)

@@ -43,6 +43,7 @@ class StudyRun:
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.returncode: int | None = None
         self.started, self.seconds = time.time(), 0.0
+        self._picture: Path | None = None
         self._on_change, self._is_stopping = on_change or (lambda: None), False
         root = str(Path(bklm.__file__).resolve().parent.parent)
         known = [p for p in (os.environ.get("PYTHONPATH"),) if p]
@@ -92,11 +93,12 @@ class StudyRun:
         self._reader.join(seconds)
         return self.returncode
 
-    def newest_picture(self, pattern: str = "*.png") -> Path | None:
-        """The picture in the study's folder that this run drew last."""
-        found = [(p.stat().st_mtime, p) for p in self.folder.glob(pattern)]
-        drawn = [pair for pair in found if pair[0] >= self.started]
-        return max(drawn)[1] if drawn else None
+    def picture(self) -> Path | None:
+        """The picture in the study's folder that this run drew first: the one that it draws anew as it goes on."""
+        if self._picture is None:
+            found = [(p.stat().st_mtime, p) for p in self.folder.glob("*.png")]
+            self._picture = min((pair for pair in found if pair[0] >= self.started), default=(0, None))[1]
+        return self._picture
 
     def _follow(self) -> None:
         decoder, rest = codecs.getincrementaldecoder("utf-8")("replace"), ""

@@ -14,11 +14,41 @@ from bklm.bk_core import BKCore, available_backends, reference, resolvent_diagon
 from bklm.harness.estimate import in_words
 from bklm.harness.figures import colours, legend_below, save_figure
 from bklm.harness.machine import environment, git_revision
-from bklm.notebook.cells import where
+from bklm.notebook.cells import show_picture, show_table, where
 from bklm.studies.grad_blend.config import GradBlendConfig
-from bklm.studies.grad_blend.estimate import estimated_minutes
+from bklm.studies.grad_blend.run import estimated_minutes
 
 TOLERANCE = 1e-6  # relative, complex64 against the dense inverse in complex128
+
+
+class SelfTest:
+    """The parts of notebook 00, each shown in its cell; ``namespace`` is the notebook's ``globals()``."""
+
+    def __init__(self, namespace: dict[str, Any]) -> None:
+        self._folder, self._headless = Path(namespace["output_dir"]), namespace["headless"]
+
+    def machine(self) -> None:
+        """Show what this machine is."""
+        show_table(machine(), self._headless)
+
+    def operator(self) -> None:
+        """Compare every backend with dense inversion.
+
+        Raises:
+            AssertionError: the operator is wrong here.
+        """
+        checks = check_operator()
+        show_table(readable(checks), self._headless)
+        if not all(check["ok"] for check in checks):
+            raise AssertionError("The operator is wrong on this machine; please report the table above.")
+
+    def directions(self) -> None:
+        """Draw G, and where each gradient rule points."""
+        show_picture(draw_operator(self._folder / "operator.png"))
+
+    def times(self) -> None:
+        """Show how long each profile of notebook 01 takes here."""
+        show_table(study_times(), self._headless)
 
 
 def machine() -> list[dict[str, Any]]:

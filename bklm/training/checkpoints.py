@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, load_model, save_model
+from safetensors.torch import load_file
 
 from bklm.files.atomic import DamagedError, saying_why, set_aside, set_mode, sync, telling_damage
+from bklm.training.weights import load_weights, save_weights
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class CheckpointFolder:
             temporary.mkdir()  # not mkdtemp, whose folders nobody else may read whatever the umask says
         try:
             with saying_why(target):
-                save_model(model, str(temporary / "model.safetensors"))
+                save_weights(model, temporary / "model.safetensors")
                 torch.save(state, temporary / "state.pt")
                 sums = {file.name: _crc32(file) for file in sorted(temporary.iterdir())}
                 (temporary / SUMS).write_text(json.dumps(sums), encoding="utf-8")
@@ -120,12 +121,12 @@ class CheckpointFolder:
         """Load the newest whole checkpoint into ``model`` and return (folder, state); None when there is none.
 
         Raises:
-            RuntimeError: the checkpoint is whole but holds another model's weights.
+            OtherModelError (a ValueError): the checkpoint is whole but holds another model's weights.
         """
         folder = self.newest()
         if folder is None:
             return None
-        load_model(model, str(folder / "model.safetensors"))
+        load_weights(model, folder / "model.safetensors")
         return folder, read_state(folder)
 
     def all(self) -> list[Path]:

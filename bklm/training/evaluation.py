@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from bklm.data import IGNORED
 from bklm.models import LanguageModel
 from bklm.training.processes import add_up, own_rows
 
@@ -47,6 +48,34 @@ def _exp(loss: float) -> float:
     return LARGEST_PERPLEXITY if loss > 700.0 else math.exp(loss)
 
 
+def _scores(model: LanguageModel, x: Tensor, y: Tensor, unk_id: int | None) -> Tensor:
+    """The fields of `Evaluation` for these rows, (5,) float64."""
+    nll, correct = model.token_losses(x, y)
+    valid = y != IGNORED
+    known = valid if unk_id is None else valid & (y != unk_id)
+    nll = nll.double()
+    return torch.stack(
+        [
+            nll[valid].sum(),
+            valid.sum().double(),
+            (correct & valid).sum().double(),
+            nll[known].sum(),
+            known.sum().double(),
+        ]
+    )
+
+
+def _without_padding(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows up to their last target, those of one length together: a model that sees the future would read the padding
+    behind it, which no text has."""
+    places = torch.arange(1, y.shape[1] + 1, device=y.device)
+    lengths = torch.where(y != IGNORED, places, 0).amax(1)
+    for length in lengths.unique().tolist():
+        if length:
+            rows = lengths == length
+            yield x[rows, :length], y[rows, :length]
+
+
 @torch.no_grad()
 def evaluate(
     model: LanguageModel,
@@ -55,6 +84,8 @@ def evaluate(
     accelerator: Accelerator | None = None,
 ) -> Evaluation:
     """Score every target of ``batches`` (x, y of shape (B, N), y = -100 where masked) once, in evaluation mode.
+
+    A model that sees the future is shown each row up to its last target only.
 
     Args:
         accelerator: when its processes evaluate together: each scores its rows of every batch, and all get the sums.
@@ -72,19 +103,8 @@ def evaluate(
         if len(x) == 0:
             continue
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        nll, correct = model.token_losses(x, y)
-        valid = y != -100
-        known = valid if unk_id is None else valid & (y != unk_id)
-        nll = nll.double()
-        sums += torch.stack(
-            [
-                nll[valid].sum(),
-                valid.sum().double(),
-                (correct & valid).sum().double(),
-                nll[known].sum(),
-                known.sum().double(),
-            ]
-        )
+        for part_x, part_y in _without_padding(x, y) if model.sees_future else [(x, y)]:
+            sums += _scores(model, part_x, part_y, unk_id)
     model.train(was_training)
     if accelerator is not None:
         add_up(accelerator, sums)

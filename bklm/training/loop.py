@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from bklm.training.memory import BatchParts, one_sentence
 from bklm.training.non_finite import FiniteCheck
 from bklm.training.processes import add_up, add_up_gradients, own_rows
 from bklm.training.records import EpochRecord, describe_experts
-from bklm.training.resuming import find_checkpoint, restore, warn_of_rise
+from bklm.training.resuming import find_checkpoint, restore, trainable_names
 from bklm.training.schedules import TrainingSettings, epochs_without_improvement, learning_rate_factor
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,10 @@ def train(
     writes the checkpoints.
 
     Args:
-        train_batches: a loader of (x, y) batches from `bklm.data.make_loader`; the epoch decides the order.
+        train_batches: a loader of (x, y) batches from `bklm.data.make_loader`; the epoch decides the order. Another
+            DataLoader, or a list of batches, will do; a DataLoader that shuffles with a generator of its own then goes on
+            after a kill with other batches than without.
+        val_batches: the same; it is gone through once an epoch.
         folder: where checkpoints go; an earlier run found there is continued. None: no checkpoints. A `CheckpointFolder`
             says which are kept, and gets the validation perplexity into their names.
         label: what to call this run in messages.
@@ -74,10 +77,15 @@ def train(
     Raises:
         NonFiniteError: the loss or the gradient norm became infinite or NaN; see `bklm.training.non_finite` for fp16.
         OutOfMemoryError: one sequence at a time does not fit; before that, batches are worked through in more parts.
-        ValueError: a checkpoint of another run or of more epochs, a batch without any target.
+        ValueError: a checkpoint of another run, model or frozen part, or of more epochs; a batch without any target.
     """
+    _require_batches(train_batches, val_batches)
     steps = len(train_batches)
     trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"model: no parameter of this {type(model).__name__} is trained; call requires_grad_(True) on what should be."
+        )
     optimizer = torch.optim.AdamW(
         trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
@@ -86,7 +94,7 @@ def train(
     checkpoints = CheckpointFolder(folder) if isinstance(folder, str | Path) else folder
     model.to(accelerator.device)
     place = find_checkpoint(checkpoints, identity, resume_from, accelerator)
-    records = restore(place, model, optimizer, scheduler, accelerator)
+    records = restore(place, model, optimizer, scheduler, accelerator, steps=steps, label=label)
     if records:
         if len(records) > settings.epochs:
             raise ValueError(
@@ -94,7 +102,6 @@ def train(
                 "take an earlier checkpoint."
             )
         log.info("%s: goes on after epoch %d, from %s", label, len(records), place)
-        warn_of_rise(optimizer, scheduler, label)
         if on_skip is not None:
             on_skip(len(records) * steps)
     # A run that was continued goes on with the parts that fitted.
@@ -144,6 +151,7 @@ def train(
             on_epoch(record)
         if checkpoints is not None:
             state = _state(records, optimizer, scheduler, accelerator, identity)
+            state |= {"trainable": trainable_names(model), "steps": steps}
             if accelerator.is_main_process:
                 named = None if isinstance(folder, str | Path) else record.val_perplexity
                 place = checkpoints.save(epoch, model, state, named)
@@ -155,6 +163,19 @@ def train(
         )  # fmt: skip
     accelerator.free_memory()
     return records
+
+
+def _require_batches(train_batches: Any, val_batches: Any) -> None:
+    """Refuse what cannot be gone through again and again, or is empty."""
+    for name, batches in (("train_batches", train_batches), ("val_batches", val_batches)):
+        again = isinstance(batches, Iterable) and not isinstance(batches, Iterator)
+        if not again or (name == "train_batches" and not isinstance(batches, Sized)):
+            raise TypeError(
+                f"{name}: got a {type(batches).__name__}; give a loader from bklm.data.make_loader, a DataLoader or a list of "
+                "(x, y) batches, which can be gone through once an epoch."
+            )
+    if len(train_batches) == 0:
+        raise ValueError("train_batches: got no batch; give more text, or a smaller batch_size or seq_len.")
 
 
 @dataclass(frozen=True)
@@ -213,7 +234,7 @@ def _train_epoch(
             check.require_finite(losses[-window:], norms[-window:], before + step, good)
     weights = torch.stack(tokens).double()
     loss_sum = (add_up(accelerator, torch.stack(losses).double()).cpu() * weights).sum()
-    norm_values = torch.stack(taken or [torch.zeros(())]).double()  # no step taken: nothing moved
+    norm_values = torch.stack(taken or [torch.zeros((), device="cpu")]).double()  # no step taken: nothing moved
     return _EpochSums(
         loss=float(loss_sum / weights.sum()),
         tokens=float(weights.sum()),

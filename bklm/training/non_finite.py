@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -118,7 +119,7 @@ class FiniteCheck:
         Raises:
             NonFiniteError: it is.
         """
-        if not torch.isfinite(torch.tensor(loss, dtype=torch.float64)):
+        if not math.isfinite(loss):
             raise NonFiniteError(
                 f"{self.label}: the validation loss after epoch {epoch} was {loss:g}",
                 f"; {_where(good)}. {_REMEDIES}",

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_model
 
 from bklm.files.atomic import DamagedError
 from bklm.models import LanguageModel
 from bklm.training.checkpoints import CheckpointFolder, is_checkpoint, read_state
 from bklm.training.processes import broadcast
 from bklm.training.records import EpochRecord
+from bklm.training.weights import load_weights, plain_name
 
 log = logging.getLogger(__name__)
 
@@ -86,27 +86,88 @@ def restore(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     accelerator: Accelerator,
+    *,
+    steps: int,
+    label: str = "training",
 ) -> list[EpochRecord]:
-    """Load weights, optimiser, schedule and scaler from the checkpoint at ``place``; returns the epochs done so far."""
+    """Load weights, moments, the place in the schedule and the scaler from the checkpoint at ``place``; returns the epochs
+    done so far.
+
+    Learning rate, weight decay and the like are the optimiser's own: they come from the settings and the schedule of the
+    call, not from the checkpoint.
+
+    Args:
+        steps: per epoch. Where that many were not taken before, the schedule goes on after as many whole epochs.
+
+    Raises:
+        ValueError: the checkpoint holds another model (`bklm.weights.OtherModelError`), or one of which other parts were
+            frozen. The model is then left as it is.
+    """
     if place is None:
         return []
-    load_model(model, str(place / "model.safetensors"))
     state = read_state(place)
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": state["scheduler_step"]})
+    saved = state["optimizer"]
+    _require_same_trainable(place, state, model, optimizer)
+    load_weights(model, place / "model.safetensors")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    records = [EpochRecord(**record) for record in state["records"]]
+    done = state["scheduler_step"]
+    if state.get("steps", steps) != steps:
+        done = len(records) * steps
+        log.warning("%s: an epoch has %d steps now and had %d; the schedule goes on after %d epochs.",
+                    label, steps, state["steps"], len(records))  # fmt: skip
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": done})
+    for group, base, factor in zip(
+        optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(done)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    _warn_of_rise(saved["param_groups"][0]["lr"], optimizer, scheduler, label)
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
-    return [EpochRecord(**record) for record in state["records"]]
+    return records
 
 
-def warn_of_rise(
-    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR, label: str
+def trainable_names(model: torch.nn.Module) -> list[str]:
+    """Names of the parameters that are trained, in the optimiser's order."""
+    return [plain_name(name) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _require_same_trainable(
+    place: Path, state: dict[str, Any], model: LanguageModel, optimizer: torch.optim.Optimizer
+) -> None:
+    """Refuse moments of other parameters than those that are trained now."""
+    names, moments = trainable_names(model), state["optimizer"]["state"]
+    before = state.get("trainable")
+    if before is None:  # written before names were kept: only numbers and shapes can tell
+        count = sum(len(group["params"]) for group in state["optimizer"]["param_groups"])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        fits = count == len(names) and all(
+            moments[i]["exp_avg"].shape == p.shape for i, p in enumerate(parameters) if i in moments
+        )
+        difference = None if fits else f"{count} parameters were trained there and {len(names)} are now"
+    else:
+        changed = [(n, "now") for n in names if n not in before] + [
+            (n, "there") for n in before if n not in names
+        ]
+        difference = f"{changed[0][0]} is trained only {changed[0][1]}" if changed else None
+    if difference:
+        raise ValueError(
+            f"the checkpoint {place} is of another model, or of a run of which other parts were frozen: {difference}; "
+            "freeze the same parts, or take an empty folder and start from its weights."
+        )
+
+
+def _warn_of_rise(
+    stopped_at: float,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    label: str,
 ) -> None:
     """Say so where a decayed learning rate goes up again, because the schedule now ends later: a warm restart."""
-    stopped_at = optimizer.param_groups[0]["lr"]
-    planned = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch)
-    if planned > 1.001 * stopped_at:
+    planned = optimizer.param_groups[0]["lr"]
+    # A larger rate that was asked for is no stretched schedule.
+    if planned > 1.001 * stopped_at and stopped_at < 0.999 * scheduler.base_lrs[0] and scheduler.last_epoch:
         log.warning(
             "%s: the schedule is stretched over more steps, so the learning rate rises again from %.3g to %.3g; a run of this "
             "length from the start would end elsewhere.", label, stopped_at, planned,

@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral, Real
 
+SCHEDULES = ("constant", "cosine")
 ClipSchedule = tuple[tuple[int, float], ...]  # (first epoch, largest global gradient norm from there on)
 
 _STAGE = re.compile(r"\s*([0-9.eE+-]+)\s*@\s*(\d+)\s*")
@@ -50,7 +52,7 @@ class TrainingSettings:
     a load-balancing loss, that loss: it is a product of averages over tokens, taken over each part for itself.
 
     Raises:
-        ValueError: patience < 1, accumulate < 1, or a stage of the clip schedule that begins after the last epoch.
+        TypeError, ValueError: a field outside what is allowed, named with its value.
     """
 
     epochs: int
@@ -65,14 +67,20 @@ class TrainingSettings:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(
-                f"patience: got {self.patience}; allowed is 1 or more epochs, or None to never stop early."
-            )
-        if self.accumulate < 1:
-            raise ValueError(
-                f"accumulate: got {self.accumulate}; a batch is worked through in 1 or more parts."
-            )
+        _require(self, "epochs", 1, "a run has 1 or more epochs")
+        if self.patience is not None:
+            _require(self, "patience", 1, "allowed is 1 or more epochs, or None to never stop early")
+        _require(self, "accumulate", 1, "a batch is worked through in 1 or more parts")
+        _require(self, "seed", -math.inf, "a whole number is needed")
+        _require(self, "learning_rate", 0.0, "a finite number of 0 or more is needed", kind=Real)
+        _require(self, "weight_decay", 0.0, "a finite number of 0 or more is needed", kind=Real)
+        _require(self, "min_delta", -math.inf, "a finite number is needed", kind=Real)
+        _require(self, "warmup", 0.0, "a fraction of all steps, 0 to 1, is needed", kind=Real, most=1.0)
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: got {self.schedule!r}; allowed are 'constant' and 'cosine'.")
+        for stage in self.clip if isinstance(self.clip, tuple) else ((1, self.clip),):
+            if not isinstance(stage[1], Real) or not stage[1] > 0:
+                raise ValueError(f"clip: got {self.clip!r}; gradient norms must be positive numbers.")
         last = self.clip[-1][0] if isinstance(self.clip, tuple) else 1
         if last > self.epochs:
             raise ValueError(
@@ -85,6 +93,22 @@ class TrainingSettings:
         if not isinstance(self.clip, tuple):
             return self.clip
         return next(norm for first, norm in reversed(self.clip) if epoch >= first)
+
+
+def _require(
+    settings: TrainingSettings,
+    name: str,
+    least: float,
+    what: str,
+    *,
+    kind: type = Integral,
+    most: float = math.inf,
+) -> None:
+    value = getattr(settings, name)
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name}: got {value!r}; {what}.")
+    if not (least <= value <= most and abs(value) < math.inf):
+        raise ValueError(f"{name}: got {value}; {what}.")
 
 
 def learning_rate_factor(settings: TrainingSettings, total: int) -> Callable[[int], float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+
+from bklm.notebook.form import FORM_IDS
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -126,12 +129,10 @@ def open_notebook(lab, browser, checkout, screenshots):
 
     def open_it(name: str, width: int = 1280, **values) -> LabPage:
         notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
-        form = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-        lines = form.source.splitlines()
+        forms = [c for c in notebook.cells if c.id in FORM_IDS]
         for field, value in values.items():
-            (number,) = [i for i, line in enumerate(lines) if line.startswith(f"{field} = ")]
-            lines[number] = f"{field} = {value!r}"
-        form.source = "\n".join(lines)
+            (form,) = [c for c in forms if f"\n{field} = " in c.source]
+            form.source = re.sub(rf"(?m)^{field} = .*$", f"{field} = {value!r}", form.source)
         nbformat.write(notebook, checkout / "notebooks" / name)
         page = browser.new_page(viewport={"width": width, "height": 1000})
         pages.append((name, page))

@@ -100,6 +100,19 @@ def test_perplexity_is_token_weighted_and_leaves_excluded_targets_out():
     assert model.perplexity(text, exclude=1) == pytest.approx(np.exp(-log_probs[kept].mean()))
     kept = [i for i, target in enumerate(text[1:]) if target not in (0, 1)]
     assert model.perplexity(text, exclude=[0, 1]) == pytest.approx(np.exp(-log_probs[kept].mean()))
+    for several in (
+        {0, 1},
+        (0, 1),
+        range(2),
+        np.array([0, 1]),
+        frozenset([1, 0]),
+        iter([0, 1]),
+        {0: "a", 1: "b"}.keys(),
+    ):
+        assert model.perplexity(text, exclude=several) == model.perplexity(text, exclude=[0, 1])
+    for one in (np.int64(1), np.array(1), [1], {1}):
+        assert model.perplexity(text, exclude=one) == model.perplexity(text, exclude=1)
+    assert model.perplexity(text, exclude=[]) == model.perplexity(text)
     with pytest.raises(ValueError, match="needs at least one target"):
         model.perplexity([0, 1, 1], exclude=1)
     assert perplexity(np.log([0.5, 0.5])) == pytest.approx(2)
@@ -118,6 +131,30 @@ def test_perplexity_is_token_weighted_and_leaves_excluded_targets_out():
         (lambda: KneserNey(1).fit([0, V], V), ValueError, "outside the vocabulary of 5"),
         (lambda: KneserNey(1).fit([0.5, 1.0], V), TypeError, "one-dimensional array of integers"),
         (lambda: KneserNey(1).fit([[0, 1]], V), TypeError, "one-dimensional array of integers"),
+        (lambda: KneserNey(1).fit([0, 1], 4.0), ValueError, "vocab_size is 4.0; give a whole number from 1"),
+        (
+            lambda: KneserNey(1).fit([0, 1], 2**62),
+            ValueError,
+            "vocab_size is 4611686018427387904; with 2 tokens give at most",
+        ),
+        (lambda: Unigram().fit([0, 1], 4.0), ValueError, "vocab_size is 4.0; give a whole number from 1"),
+        (lambda: Unigram().fit([0, 1], 2**62), ValueError, "give at most 2147483648"),
+        (lambda: Unigram().fit([0, 1], True), ValueError, "vocab_size is True; give a whole number"),
+        (
+            lambda: Unigram().fit([0, 1], V).perplexity([0, 1], exclude="1"),
+            TypeError,
+            "exclude is '1'; give one token id",
+        ),
+        (
+            lambda: Unigram().fit([0, 1], V).perplexity([0, 1], exclude=0.5),
+            TypeError,
+            "exclude is 0.5; give one token id",
+        ),
+        (
+            lambda: Unigram().fit([0, 1], V).perplexity([0, 1], exclude=[0.0]),
+            TypeError,
+            "exclude is [0.0]; give one",
+        ),
         (lambda: KneserNey(2).log_probs([0, 1]), ValueError, "has not been fitted; call fit"),
         (lambda: Unigram().perplexity([0, 1]), ValueError, "has not been fitted; call fit"),
         (

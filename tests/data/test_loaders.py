@@ -86,6 +86,30 @@ def test_a_pass_leaves_torchs_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_pass_does_not_mind_another_default_device(shuffle, num_workers):
+    """As under torch.set_default_device("cuda"): a CPU's generator cannot draw there; on "meta" nothing can be drawn."""
+    data = windows(np.arange(50), 4)
+    want = list(make_loader(data, 3, shuffle=shuffle, seed=1))
+    torch.set_default_device("meta")
+    try:
+        loader = make_loader(data, 3, shuffle=shuffle, seed=1, num_workers=num_workers)
+        found = list(loader)
+    finally:
+        torch.set_default_device("cpu")
+    assert all(torch.equal(a, b) for x, y in zip(found, want, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize(
+    "index", [np.int64(2), np.array(2), torch.tensor(2), torch.tensor(2, dtype=torch.uint8), -11]
+)
+def test_every_kind_of_number_is_an_index(index):
+    data = windows(np.arange(50), 4)
+    assert all(torch.equal(a, b) for a, b in zip(data[index], data[2], strict=True))
+    assert [x.tolist() for x in data[[int(index) % 13]]] == [x[None].tolist() for x in data[index]]
+
+
 def test_accelerate_gives_the_same_batches():
     accelerate = pytest.importorskip("accelerate")
     plain = make_loader(windows(IDS, 9), 8, shuffle=True, seed=1)

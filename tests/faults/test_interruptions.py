@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from bklm.files import atomic
 from bklm.files.atomic import WriteError, replacing, write_json
 from bklm.harness.folder import study_folder
 from bklm.models import ResNetBK
@@ -90,9 +91,9 @@ def safetensors_on_a_full_disk() -> None:
 @pytest.mark.parametrize(
     ("place", "name", "number", "fault", "sentence"),
     [
-        (checkpoints, "save_model", 4, safetensors_on_a_full_disk, "cannot write .*epoch_000.*No space left"),
+        (checkpoints, "save_weights", 4, safetensors_on_a_full_disk, "cannot write .*epoch_000.*No space left"),
         (torch, "save", 3, torch_on_a_full_disk, "cannot write .*epoch_000.*free some space"),
-        (checkpoints, "sync", 20, full_disk, "cannot write .*No space left on device.*free some space"),
+        (atomic, "sync", 20, full_disk, "cannot write .*No space left on device.*free some space"),
     ],
     ids=["weights", "optimiser state", "any file"],
 )
@@ -233,7 +234,8 @@ def test_a_write_that_fails_names_file_and_reason_and_leaves_the_old_content(tmp
     def fail(path):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(checkpoints, "sync", fail)
+    for module in (atomic, checkpoints):
+        monkeypatch.setattr(module, "sync", fail)
     with pytest.raises(WriteError, match=rf"cannot write .*a\.json \({os.strerror(code)}\); free some space"):
         write_json(tmp_path / "a.json", {"new": 1})
     with pytest.raises(WriteError, match=os.strerror(code)):

@@ -1,5 +1,7 @@
 """The shared interface, seen from a model that supplies only hidden states and a tied head."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from bklm.models import (
     ResNetBK,
     ResNetBKConfig,
 )
+from bklm.models.base import _draw
 
 VOCABULARY = 11
 
@@ -149,3 +152,36 @@ def test_an_empty_prompt_is_refused_by_every_model_that_streams(shape):
     for streaming in models:
         with pytest.raises(ValueError, match="a prompt needs at least one token"):
             streaming.prefill(torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["GPT", "NewLLM", "ResNetBK", "ContextTokenLM"])
+@pytest.mark.parametrize("temperature", [1e-5, 1e-37, 1e-40, 1e-46, 1e-300, 5e-324, Fraction(1, 10**60)])
+def test_any_positive_temperature_down_to_the_smallest_takes_the_likeliest_token(name, temperature):
+    torch.manual_seed(0)
+    made = {
+        "GPT": lambda: GPT(GPTConfig(50, 16, 1, 2, 32)),
+        "NewLLM": lambda: NewLLM(NewLLMConfig(50, 16, 16, 16, 1)),
+        "ResNetBK": lambda: ResNetBK(ResNetBKConfig(50, 16, 1, 32)),
+        "ContextTokenLM": lambda: ContextTokenLM(ContextTokenConfig(50, 16, 16, 1)),
+    }[name]()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    prompt = torch.randint(0, 50, (3, 5))
+    assert torch.equal(made.generate(prompt, 5, temperature), made.generate(prompt, 5, 0.0))
+
+
+def test_a_tiny_temperature_still_draws_between_equals():
+    logits = torch.tensor([[1.0, 3.0, 3.0, -float("inf")]]).expand(400, -1)
+    torch.manual_seed(0)
+    for temperature in (1e-320, 1e-3):
+        drawn = _draw(logits, temperature, None)
+        assert sorted(drawn.unique().tolist()) == [1, 2]
+        assert 120 < int((drawn == 1).sum()) < 280
+
+
+@pytest.mark.parametrize("shape", [(), (2, 1)])
+def test_a_step_takes_one_id_a_sequence(shape):
+    for model in (GPT(GPTConfig(50, 16, 1, 2, 32)), ResNetBK(ResNetBKConfig(50, 16, 1, 32))):
+        with pytest.raises(ValueError, match=r"token: got shape .*; it must be \(batch,\), one id a sequence"):
+            model.step(torch.zeros(shape, dtype=torch.int64), model.init_state(1))

@@ -128,7 +128,7 @@ def test_numbers_are_shown_as_one_types_them():
 @pytest.fixture
 def script(monkeypatch):
     def set_script(code: str) -> None:
-        monkeypatch.setattr(notebook_run, "command_words", lambda module, config: ["python", "-c", code])
+        monkeypatch.setattr(notebook_run, "command_words", lambda config: ["python", "-c", code])
 
     return set_script
 
@@ -149,7 +149,7 @@ def test_run_shows_progress_picture_log_and_end(tiny_config, script):
         "(folder / 'a.png').write_bytes(b'picture')\n"
         "print('<log>', flush=True); sys.stderr.write('\\rx: 40%|##  | 2/5 [00:01<00:01, 2.0it/s]')\n"
     )
-    controls = Controls(tiny_config, ["batch_size"], picture="a.png")
+    controls = Controls(tiny_config, ["batch_size"])
     controls.run_button.click()
     finished(controls)
     assert "Done in" in controls._status.value

@@ -36,12 +36,21 @@ def runtime(tmp_path, monkeypatch):
 
 def execute(address, repository: str) -> None:
     source = address.first_cell().replace(f'"{address.address()}"', repr(repository))
+    assert repr(repository) in source
     exec(compile(source, "first cell", "exec"), {})
 
 
+def files_of_the_repository(setup: str = SETUP) -> dict[str, str]:
+    """What the first cell looks for there, and a file of the package."""
+    script = (ROOT / "scripts" / "set_up.py").read_text()
+    package = "a line of the repository\n" * 50
+    return {"colab_setup.sh": setup, "scripts/set_up.py": script, "bklm/text.py": package}
+
+
 def git_repository(folder: Path, setup: str = SETUP) -> str:
-    folder.mkdir()
-    (folder / "colab_setup.sh").write_text(setup)
+    for name, text in files_of_the_repository(setup).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
     for words in (
         ["init", "-q"],
         ["add", "."],
@@ -59,11 +68,15 @@ def test_in_an_empty_runtime_it_clones_sets_this_python_up_and_goes_there(addres
     Path("set-up-for").unlink()
     execute(address, "nowhere")  # a second time it is a checkout already
     assert not Path("set-up-for").exists()
+    # In a kernel that was started anew, of another Python perhaps: nothing is fetched, but all is set up.
+    os.chdir(runtime)
+    execute(address, "nowhere")
+    assert Path("set-up-for").exists()
 
 
 def test_an_uploaded_zip_takes_the_place_of_the_network_and_cannot_leave_its_folder(address, runtime, tmp_path):
-    with zipfile.ZipFile(runtime / "bklm-main.zip", "w") as archive:
-        archive.writestr("bklm-main/colab_setup.sh", SETUP)
+    zip_of_the_repository(runtime / "bklm-main.zip")
+    with zipfile.ZipFile(runtime / "bklm-main.zip", "a") as archive:
         archive.writestr("../../escaped/colab_setup.sh", "exit 1\n")
         archive.writestr("/bklm-escaped", "x")
     execute(address, "nowhere")
@@ -82,8 +95,8 @@ def test_a_dead_address_asks_for_the_zip_also_where_another_zip_lies(address, ru
 
 def zip_of_the_repository(path: Path) -> bytes:
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("bklm-main/colab_setup.sh", SETUP)
-        archive.writestr("bklm-main/bklm/text.py", "a line of the repository\n" * 50)
+        for name, text in files_of_the_repository().items():
+            archive.writestr(f"bklm-main/{name}", text)
     return path.read_bytes()
 
 
@@ -99,7 +112,9 @@ def zip_of_the_repository(path: Path) -> bytes:
 def test_an_upload_that_is_not_finished_or_damaged_is_one_sentence_and_leaves_nothing(address, runtime, damage):
     path = runtime / "bklm-main.zip"
     path.write_bytes(damage(zip_of_the_repository(path)))
-    with pytest.raises(SystemExit, match=r"bklm-main\.zip: upload not finished or damaged: ") as caught:
+    with pytest.raises(
+        SystemExit, match=r"bklm-main\.zip: not finished or damaged \(.+\); upload it"
+    ) as caught:
         execute(address, "nowhere")
     assert "\n" not in str(caught.value)
     assert list(runtime.iterdir()) == [path]
@@ -115,11 +130,13 @@ def test_the_zip_that_holds_the_repository_is_taken_whatever_others_and_leftover
         with zipfile.ZipFile(runtime / name, "w") as archive:
             archive.writestr("grad_blend/summary.json", "{}")
     zip_of_the_repository(runtime / "bklm-main.zip")
-    (runtime / "bklm-unpacked" / "a").mkdir(parents=True)
-    (runtime / "bklm-unpacked" / "a" / "colab_setup.sh").write_text("exit 1\n")
+    leftover = runtime / "bklm-leftover" / "a"
+    leftover.mkdir(parents=True)
+    (leftover / "colab_setup.sh").write_text("exit 1\n")
+    before = set(runtime.iterdir())
     execute(address, "nowhere")
     assert Path("bklm/text.py").exists()
-    assert not (runtime / "bklm-unpacked").exists()
+    assert set(runtime.iterdir()) - before == {runtime / "bklm"}
 
 
 def test_an_empty_folder_of_the_name_is_no_repository_and_another_one_is_named(address, runtime, tmp_path):
@@ -148,7 +165,7 @@ def test_a_set_up_that_fails_stops_the_cell(address, runtime, tmp_path):
 def test_in_a_checkout_it_runs_nothing(address, monkeypatch):
     monkeypatch.chdir(ROOT / "notebooks")
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("ran a command in a checkout"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("ran a command in a checkout"))
     execute(address, "nowhere")
     assert Path.cwd() == ROOT
 
@@ -166,7 +183,8 @@ def test_a_new_address_reaches_every_file_that_names_the_old_one(address, monkey
     for path, text in address.wanted().items():
         assert f"colab.research.google.com/github/{old.removeprefix('https://github.com/')}" not in text, path
         assert path.suffix != ".ipynb" or "github/someone/else/blob/main/notebooks/" in text
-        assert f'ADDRESS = \\"{old}' not in text
+        assert f'Path.cwd(), \\"{old}' not in text
+        assert path.suffix != ".ipynb" or 'Path.cwd(), \\"https://github.com/someone/else\\"' in text
 
 
 def test_the_first_cell_is_told_the_python_of_its_kernel_and_not_a_virtual_environment(tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
 
-from bklm.notebook.form import FORMS, form_cell
+from bklm.batch.plan import known_parameters
+from bklm.notebook.form import FORMS, config_from, form_cells, write_forms
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -35,7 +37,8 @@ def test_a_notebook_in_the_repository_is_clean_valid_and_has_what_colab_needs(pa
     metadata = notebook.metadata
     assert "widgets" not in metadata
     assert metadata.accelerator == "GPU"
-    assert metadata.colab == {"provenance": [], "gpuType": "T4", "include_colab_link": True}
+    folded = {"collapsed_sections": ["more-settings"]} if has_study(notebook) else {}
+    assert metadata.colab == {"provenance": [], "gpuType": "T4", "include_colab_link": True} | folded
     assert metadata.kernelspec == {"name": "python3", "display_name": "Python 3"}
     assert metadata.language_info == {"name": "python"}
     (form,) = parameters(notebook)
@@ -43,22 +46,96 @@ def test_a_notebook_in_the_repository_is_clean_valid_and_has_what_colab_needs(pa
     assert f"/notebooks/{path.name}" in notebook.cells[0].source
 
 
+def has_study(notebook: nbformat.NotebookNode) -> bool:
+    return any(c.id == "settings" for c in notebook.cells)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_hold_the_story_and_not_the_logic(path):
     for cell in read(path).cells:
-        assert cell.cell_type == "markdown" or len(cell.source.splitlines()) <= 50
+        if cell.cell_type != "code" or cell.id in ("settings", "parameters"):
+            continue
+        assert len(cell.source.splitlines()) <= (25 if cell.id == "set-up" else 10), cell.id
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_import_the_handle_and_nothing_from_inside_and_hand_no_headless_on(path):
+    imported = []
+    for cell in read(path).cells:
+        if cell.cell_type != "code" or cell.id in ("set-up", "settings", "parameters"):
+            continue
+        for node in ast.walk(ast.parse(cell.source)):
+            assert not (isinstance(node, ast.Name) and node.id == "headless"), cell.id
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                imported.append(ast.unparse(node))
+    assert imported == ["from bklm import notebook"]
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_the_form_cell_is_the_one_that_the_schema_gives(name):
-    (form,) = parameters(read(ROOT / name))
-    assert form.source == form_cell(FORMS[name])
+def test_the_form_cells_are_the_ones_that_the_schema_gives(name):
+    notebook = read(ROOT / name)
+    basic, more = (c for c in notebook.cells if c.id in ("settings", "parameters"))
+    assert (basic.source, more.source) == form_cells(FORMS[name])
+    assert [more] == parameters(notebook)
+    titles = [cell.source.splitlines()[0] for cell in (basic, more)]
+    assert titles == [f'# @title {title} {{ display-mode: "form" }}' for title in ("Settings", "More settings")]
+    assert len(basic.source.splitlines()) <= 1 + 10
+    assert more.metadata["jupyter"] == {"source_hidden": True}
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_papermill_reads_every_field_of_the_form_as_a_parameter(name):
-    inferred = papermill.inspect_notebook(ROOT / name)
-    assert list(inferred) == [*FORMS[name].names(), "headless"]
+def test_the_forms_values_are_the_configs_own(name):
+    config_class, values = FORMS[name], {}
+    for source in form_cells(config_class):
+        exec(source, values)
+    assert list(values)[1:] == [*config_class.names(), "headless"]
+    assert config_from(config_class, values) == config_class()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_section_that_colab_folds_away_holds_the_second_form_and_nothing_else(name):
+    cells = read(ROOT / name).cells
+    (heading,) = (i for i, cell in enumerate(cells) if cell.id == "more-settings")
+    assert cells[heading].metadata["id"] == "more-settings"
+    assert [cell.id for cell in cells[heading : heading + 2]] == ["more-settings", "parameters"]
+    levels = [len(cells[i].source.split()[0]) for i in (heading, heading + 2)]
+    assert all(cells[i].source.startswith("#") for i in (heading, heading + 2))
+    assert levels[0] >= levels[1]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_field_of_both_forms_is_a_parameter_of_a_batch(name):
+    assert known_parameters(ROOT / name) == [*FORMS[name].names(), "headless"]
+
+
+def test_both_form_cells_are_written_anew_and_nothing_else(tmp_path, capsys):
+    for name in FORMS:
+        notebook = read(ROOT / name)
+        for cell in notebook.cells:
+            if cell.id in ("settings", "parameters"):
+                cell.source = "x = 1"
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        nbformat.write(notebook, tmp_path / name)
+    write_forms(tmp_path)
+    for name in FORMS:
+        assert read(tmp_path / name) == read(ROOT / name)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_papermill_injects_wins_over_both_form_cells(name):
+    """A basic field too, although papermill looks for parameters in the second cell alone."""
+    values = {"profile": "smoke", "headless": True}
+    notebook = papermill.parameterize.parameterize_notebook(
+        papermill.iorw.load_notebook_node(str(ROOT / name)), values
+    )
+    namespace = {}
+    for cell in notebook.cells:
+        is_form = cell.id in ("settings", "parameters")
+        if is_form or "injected-parameters" in cell.metadata.get("tags", []):
+            exec(cell.source, namespace)
+    config = config_from(FORMS[name], namespace)
+    assert (config.profile, namespace["headless"]) == ("smoke", True)
+    assert FORMS[name]().profile != "smoke"
 
 
 def test_the_first_cells_of_all_notebooks_are_the_same():

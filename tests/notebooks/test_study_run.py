@@ -84,17 +84,23 @@ def test_a_stop_during_the_imports_ends_it_too(script, tiny_config):
     assert run.was_stopped
 
 
-def test_only_pictures_of_this_run_are_shown(script, tiny_config):
+def test_the_picture_shown_is_the_one_that_this_run_drew_first_however_often_it_is_drawn(script, tiny_config):
     script("import time\ntime.sleep(60)")
     run = StudyRun(tiny_config)
     run.folder.mkdir(parents=True)
-    old, new, newer = (run.folder / name for name in ("old.png", "new.png", "other.png"))
-    for path, age in ((old, -100), (new, 1), (newer, 2)):
+    old, first, other = (run.folder / name for name in ("old.png", "first.png", "a.png"))
+
+    def drawn(path, seconds):
         path.touch()
-        os.utime(path, (run.started + age,) * 2)
-    assert run.newest_picture() == newer
-    assert run.newest_picture("new*") == new
-    assert run.newest_picture("old*") is None
+        os.utime(path, (run.started + seconds,) * 2)
+
+    drawn(old, -100)
+    assert run.picture() is None
+    drawn(first, 1)
+    drawn(other, 2)
+    assert run.picture() == first
+    drawn(first, 3)
+    assert run.picture() == first
     run.kill()
     run.wait(10)
 
@@ -102,7 +108,7 @@ def test_only_pictures_of_this_run_are_shown(script, tiny_config):
 @pytest.mark.parametrize("config_class", FORMS.values(), ids=lambda c: c.study)
 def test_the_command_line_says_what_the_config_says(config_class):
     config = config_class()
-    words = notebook_run.command_words(config_class.__module__, config.resolved())
+    words = notebook_run.command_words(config.resolved())
     assert parse(config_class, words[3:]) == config.resolved()
 
 

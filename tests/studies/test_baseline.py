@@ -23,7 +23,13 @@ from bklm.studies.baseline import train as baseline_runner
 from bklm.studies.baseline.config import BaselineConfig
 from bklm.studies.baseline.models import COMPETITORS, CONTEXT_LENGTHS, active_parameters, build_model
 from bklm.studies.baseline.run import estimated_minutes, fields_of_models, prepare_text, run_baseline
-from bklm.studies.baseline.samples import choose_checkpoint, list_checkpoints, load_checkpoint, write_sample
+from bklm.studies.baseline.samples import (
+    checkpoints_table,
+    choose_checkpoint,
+    continue_text,
+    load_checkpoint,
+    write_sample,
+)
 from bklm.studies.baseline.tables import (
     MODELS,
     claims_table,
@@ -170,7 +176,7 @@ def test_checkpoints_go_where_they_are_wanted_and_tell_which_model_they_hold(tin
         tiny, checkpoint_dir=str(tmp_path / "drive"), epochs=5, keep_checkpoints=1
     ).resolved()
     result = run_baseline(config)
-    rows = list_checkpoints(config.checkpoint_folder())
+    rows = checkpoints_table(result)
     assert {r["epoch"] for r in rows} == {4, 5, result.runs[0]["best_epoch"]}
     assert all(Path(r["path"]).is_relative_to(tmp_path / "drive") for r in rows)
     text = prepare_text(config)
@@ -185,6 +191,9 @@ def test_checkpoints_go_where_they_are_wanted_and_tell_which_model_they_hold(tin
     with pytest.raises(ValueError, match="is no checkpoint"):
         load_checkpoint(tmp_path)
     assert choose_checkpoint(rows, 0, text).num_parameters() == result.table[0]["parameters"]
+    first = continue_text(load_checkpoint(rows[0]["path"]), text, "the", 0)
+    assert write_sample(result, text, prompt="the", temperature=0, checkpoint=0) == first
+    assert write_sample(result, text, prompt="the", temperature=0.8) != first
     for number in (-1, len(rows)):
         with pytest.raises(ValueError, match=rf"number: got {number}; the list has 0 to {len(rows) - 1}"):
             choose_checkpoint(rows, number, text)
@@ -199,8 +208,7 @@ def test_checkpoints_go_where_they_are_wanted_and_tell_which_model_they_hold(tin
 
 def test_a_longer_run_goes_on_from_a_checkpoint_of_a_shorter_one(tiny, tmp_path):
     short = dataclasses.replace(tiny, epochs=2)
-    run_baseline(short)
-    (place,) = [r["path"] for r in list_checkpoints(short.checkpoint_folder()) if r["epoch"] == 2]
+    (place,) = [r["path"] for r in checkpoints_table(run_baseline(short)) if r["epoch"] == 2]
     longer = run_baseline(dataclasses.replace(tiny, output_dir=str(tmp_path / "longer"), resume_from=place))
     whole = run_baseline(dataclasses.replace(tiny, output_dir=str(tmp_path / "whole")))
     assert curve(longer) == curve(whole)

@@ -108,7 +108,7 @@ def test_every_arm_is_trained_and_the_zip_holds_tables_curves_figures_and_what_t
     ]
     assert summary["findings"] == result.findings
     assert "made a difference" in result.findings[0] or "no difference" in result.findings[0].lower()
-    assert summary["inequality"] == INEQUALITY
+    assert summary["inequality"] == result.inequality == INEQUALITY
     assert {b["samples"] for b in summary["baselines"]} == {5, 8}
     assert {e["where"] for e in result.effects if e["factor"] == "freezing"} >= {
         "all",
@@ -293,6 +293,8 @@ def test_phase_1_alone_and_phase_2_later_give_the_numbers_of_both_at_once(config
 def test_phase_1_is_the_same_whether_the_embedding_is_frozen_or_not(config):
     result = run_embedding_freeze(dataclasses.replace(config, phase="1"))
     assert any("bit for bit in 1 of 1" in sentence for sentence in result.findings)
+    assert result.inequality is None
+    assert write_sample(result, None) == "Phase 1 alone trains no model that writes."
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from bklm.harness.cli import parse
 from bklm.harness.report import command_words
 from bklm.notebook.controls import Controls
 from bklm.notebook.form import config_from, form_cells
+from bklm.notebook.handle import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = Path(__file__).parent / "example"
@@ -79,6 +80,15 @@ def test_it_has_form_cells_widgets_and_papermills_parameters(study):
     assert fields["headless"] is False
     controls = Controls(study.ExampleConfig(), study.ExampleConfig.names())
     assert controls.widgets["batch_size"].max == 512
+
+
+def test_it_has_a_notebooks_handle_from_the_text_to_the_zip(study, config, capsys):
+    handle = Study(study.ExampleConfig, {**vars(config), "headless": True})
+    for part in (handle.text, handle.run, handle.table, handle.finding, handle.zip):
+        part()
+    printed = capsys.readouterr().out
+    for words in ("Kneser-Ney 3-gram", "Lowest validation PPL at dropout", "SHA-256: "):
+        assert words in printed
 
 
 def test_it_has_a_command_line_that_refuses_before_torch_is_imported(study, config):

@@ -46,7 +46,7 @@ def forward(a: Tensor, k: Tensor, z: Tensor, causal: bool) -> tuple[Tensor, tupl
         states = (_sweep(a, k, z, tile, n_tiles, False),)
         if not causal:
             states += (_sweep(a, k, z, tile, n_tiles, True),)
-    G = torch.empty(m, n, dtype=z.dtype)
+    G = torch.empty(m, n, dtype=z.dtype, device="cpu")
     kernel, dtype = cpu_tiles.forward_tiles, _NUMPY[a.dtype]
     rest = (*_inputs(a, k, z), G.data_ptr(), *_addresses(states), m, n, tile, n_tiles, causal)
 
@@ -77,10 +77,10 @@ def backward(
     if n_tiles > 1 and not causal and not states:
         states = _sweep(a, k, z, tile, n_tiles, False), _sweep(a, k, z, tile, n_tiles, True)
     grad_a = torch.empty_like(a)
-    K = torch.empty(m, n - 1, dtype=z.dtype) if needs_k else None
-    Dsum = torch.empty(m, n_tiles, dtype=z.dtype)
-    adjoint = torch.empty(2, m, n_tiles, dtype=z.dtype) if n_tiles > 1 else None
-    summary = torch.empty(m, n_tiles, cpu_adjoint.SUMMARY, dtype=a.dtype) if n_tiles > 1 else None
+    K = torch.empty(m, n - 1, dtype=z.dtype, device="cpu") if needs_k else None
+    Dsum = torch.empty(m, n_tiles, dtype=z.dtype, device="cpu")
+    adjoint = torch.empty(2, m, n_tiles, dtype=z.dtype, device="cpu") if n_tiles > 1 else None
+    summary = torch.empty(m, n_tiles, cpu_adjoint.SUMMARY, dtype=a.dtype, device="cpu") if n_tiles > 1 else None
     kernel, dtype = cpu_adjoint.backward_tiles, _NUMPY[a.dtype]
     joined = (adjoint[0].data_ptr(), adjoint[1].data_ptr(), summary.data_ptr()) if n_tiles > 1 else (0, 0, 0)
     rest = (
@@ -144,8 +144,8 @@ def _sweep(a: Tensor, k: Tensor, z: Tensor, tile: int, n_tiles: int, reverse: bo
     n_chunks = max(1, min(-(-SWEEP_LANES // m), swept // SHORTEST_CHUNK))
     chunk_tiles = -(-swept // n_chunks)
     n_chunks = -(-swept // chunk_tiles)
-    states = torch.zeros(m, n_tiles, dtype=z.dtype)
-    ends = torch.empty(m, n_chunks, dtype=z.dtype)
+    states = torch.zeros(m, n_tiles, dtype=z.dtype, device="cpu")
+    ends = torch.empty(m, n_chunks, dtype=z.dtype, device="cpu")
     moved = np.zeros(m * n_chunks, np.uint8)
     active = np.arange(m * n_chunks)
     dtype = _NUMPY[a.dtype]
@@ -169,7 +169,7 @@ def _sweep(a: Tensor, k: Tensor, z: Tensor, tile: int, n_tiles: int, reverse: bo
 
 def _forward_rows(a: Tensor, k: Tensor, z: Tensor, causal: bool) -> Tensor:
     m, n = a.shape
-    G = torch.empty(m, n, dtype=z.dtype)
+    G = torch.empty(m, n, dtype=z.dtype, device="cpu")
     arrays = _array(a), _array(k), _array(z), causal, _array(G)
 
     def part(first: int, last: int) -> None:
@@ -181,9 +181,9 @@ def _forward_rows(a: Tensor, k: Tensor, z: Tensor, causal: bool) -> Tensor:
 
 def _backward_rows(gbar, a, k, z, G, causal, needs_k, needs_z):
     m, n = a.shape
-    D = torch.empty(m, n, dtype=z.dtype)
-    K = torch.empty((m, n - 1) if needs_k else (1, 1), dtype=z.dtype)
-    Dsum = torch.empty(m, dtype=z.dtype)
+    D = torch.empty(m, n, dtype=z.dtype, device="cpu")
+    K = torch.empty((m, n - 1) if needs_k else (1, 1), dtype=z.dtype, device="cpu")
+    Dsum = torch.empty(m, dtype=z.dtype, device="cpu")
     outputs = _array(D), _array(K), needs_k, _array(Dsum)
     inputs = [_array(x) for x in (gbar, a, k, z, G)]
 

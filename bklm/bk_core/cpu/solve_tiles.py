@@ -33,9 +33,8 @@ _L = np.uintp(2)
 _Q = np.uintp(4)
 _P = np.uintp(6)
 _FROM_LEFT = np.uintp(8)  # the answer of v to a unit before the tile
-_OUT = np.uintp(
-    10
-)  # step 1: the factor of y over the tile; step 2: what y answers to a unit of v before the tile
+# Step 1: the factor of y over the tile; step 2: what y answers to a unit of v before the tile.
+_OUT = np.uintp(10)
 
 
 @inlined

@@ -11,14 +11,10 @@ from bklm.studies.baseline.run import BaselineResult
 from bklm.studies.baseline.text import BaselineText
 
 
-def int8_rows(result: BaselineResult, text: BaselineText, model: str = "") -> list[dict[str, Any]]:
+def int8_table(result: BaselineResult, text: BaselineText, model: str = "") -> list[dict[str, Any]]:
     """Quantise one trained model (the best one when ``model`` is empty), write it and the table into the study's folder.
 
-    Scored on as many validation tokens as the context lengths are (``context_tokens``).
-
-    Returns:
-        rows for people: weights, file, perplexity and its change, tokens per second scored and generated; "-" where there
-        is nothing to say.
+    Scored on as many validation tokens as the context lengths are (``context_tokens``). The rows are for people.
     """
     name = model or result.best_model
     found = result.load(name)

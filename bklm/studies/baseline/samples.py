@@ -16,16 +16,18 @@ SAMPLE_WORDS = 60
 
 
 def write_sample(
-    result: BaselineResult, text: BaselineText, model: str = "", prompt: str = "", temperature: float = 0.8
-) -> str:
+    result: BaselineResult, text: BaselineText, model: str = "", prompt: str = "", temperature: float = 0.8,
+    checkpoint: int | None = None,
+) -> str:  # fmt: skip
     """Up to 60 words that one of the trained models writes after ``prompt``, or after the opening of a validation line.
 
-    Args:
-        model: "newllm", "gpt" ...; the best one when empty.
-        prompt: words outside the vocabulary become <unk>.
-        temperature: 0 takes the likeliest word each time.
+    ``model`` is "newllm", "gpt" ...; the best one when empty. ``checkpoint``, a number in `checkpoints_table`, stands for it.
+    Words outside the vocabulary become <unk>; a ``temperature`` of 0 takes the likeliest word each time.
     """
-    return continue_text(result.load(model or None), text, prompt, temperature)
+    if checkpoint is None:
+        return continue_text(result.load(model or None), text, prompt, temperature)
+    writer = choose_checkpoint(checkpoints_table(result), checkpoint, text)
+    return continue_text(writer, text, prompt, temperature)
 
 
 def continue_text(model: LanguageModel, text: BaselineText, prompt: str = "", temperature: float = 0.8) -> str:
@@ -35,11 +37,10 @@ def continue_text(model: LanguageModel, text: BaselineText, prompt: str = "", te
     return text.generate(model, " ".join(words), min(SAMPLE_WORDS, longest - len(words)), temperature)
 
 
-def list_checkpoints(base: Path) -> list[dict[str, Any]]:
-    """Every checkpoint in a study's ``checkpoint_folder()``, one row each, numbered: model, seed, epoch, validation PPL, best
-    or not, size and path."""
+def checkpoints_table(result: BaselineResult, text: BaselineText | None = None) -> list[dict[str, Any]]:
+    """Every checkpoint of a study, one row each, numbered: model, seed, epoch, validation PPL, best or not, size, path."""
     rows = []
-    for run in sorted(p for p in base.glob("*_seed_*") if p.is_dir()):
+    for run in sorted(p for p in result.config.checkpoint_folder().glob("*_seed_*") if p.is_dir()):
         folder = CheckpointFolder(run)
         name, _, seed = run.name.rpartition("_seed_")
         for place in folder.all():
@@ -52,14 +53,14 @@ def list_checkpoints(base: Path) -> list[dict[str, Any]]:
 
 
 def choose_checkpoint(rows: Sequence[dict[str, Any]], number: int, text: BaselineText) -> LanguageModel:
-    """The model of row ``number`` of `list_checkpoints`, to write with the words of ``text``.
+    """The model of row ``number`` of `checkpoints_table`, to write with the words of ``text``.
 
     Raises:
         ValueError: there is no such row, or that model was trained with another vocabulary.
     """
     if not rows:
         raise ValueError(
-            "number: there are no checkpoints yet; run the study first, or set checkpoint_dir to where they are."
+            "number: there are no checkpoints yet; run the study, or set checkpoint_dir to theirs."
         )
     if not 0 <= number < len(rows):
         raise ValueError(f"number: got {number}; the list has 0 to {len(rows) - 1}.")
@@ -86,9 +87,7 @@ def load_checkpoint(place: Path) -> LanguageModel:
     identity = read_state(place)["identity"] or {}
     name = identity.get("model")
     if name not in TITLES:
-        raise ValueError(
-            f"checkpoint: {place} does not say which model it holds; take one that this study wrote."
-        )
+        raise ValueError(f"checkpoint: {place} does not say which model it holds; take one of this study.")
     prefix = f"{name}."
     settings = {k.removeprefix(prefix): v for k, v in identity.items() if k.startswith(prefix)}
     return read_model(name, settings, place / "model.safetensors")

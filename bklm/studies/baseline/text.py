@@ -37,12 +37,6 @@ class BaselineText(StudyText):
         return self.val_loader().dataset.num_targets
 
     @property
-    def unknown_share(self) -> float:
-        """Share of the validation targets that are the unknown word."""
-        targets = [y for _, y in self.val_loader()]
-        return sum(int((y == self.unk_id).sum()) for y in targets) / self.val_targets
-
-    @property
     def has_test_split(self) -> bool:
         """Whether a split is left that no choice has looked at."""
         return self.validation == "valid"
@@ -82,6 +76,14 @@ class BaselineText(StudyText):
 
     def _first(self, ids: np.ndarray, tokens: int) -> np.ndarray:
         return ids[: tokens or None]
+
+
+def describe_text(text: BaselineText) -> list[str]:
+    """Where a text comes from, its sizes, and how much of it is the unknown word, in sentences for a notebook."""
+    unknown = sum(int((y == text.unk_id).sum()) for _, y in text.val_loader()) / text.val_targets
+    sizes = f"{text.train_targets:,} training and {text.val_targets:,} validation targets, vocabulary {text.vocab_size:,}"
+    share = f"{unknown:.0%} of the validation targets are the unknown word"
+    return [f"{text.corpus.name}, from {text.corpus.source}", f"{sizes}; {share}"]
 
 
 class LineText(BaselineText):

@@ -4,5 +4,10 @@ from bklm.files.lazy import lazy
 
 __getattr__, __all__ = lazy(
     __name__,
-    {"config": ("EmbeddingFreezeConfig",), "run": ("EmbeddingFreezeResult", "run_embedding_freeze")},
+    {
+        "config": ("EmbeddingFreezeConfig",),
+        "run": ("EmbeddingFreezeResult", "run_embedding_freeze", "write_sample"),
+        "tables": ("readable_baselines",),
+        "text": ("describe_text",),
+    },
 )

@@ -81,6 +81,9 @@ class EmbeddingFreezeConfig(TextStudyConfig):
 
     study: ClassVar[str] = "embedding_freeze"
     notebook: ClassVar[str] = "04_embedding_freeze_study"
+    controls: ClassVar[tuple[str, ...]] = (
+        "profile", "dataset", "batch_tokens", "freezing", "initialisation", "head", "samples", "seeds", "device",
+    )  # fmt: skip
     basic: ClassVar[tuple[str, ...]] = (
         "profile", "dataset", "data_dir", "output_dir", "device", "samples", "seeds", "embedding", "epochs", "phase",
     )  # fmt: skip

@@ -50,6 +50,11 @@ class EmbeddingFreezeResult(StudyResult):
     phase1: list[dict[str, Any]]
     findings: list[str]
 
+    @property
+    def inequality(self) -> str | None:
+        """Why the original's two arms cannot be compared; None where they are not among the arms."""
+        return INEQUALITY if self.config.original_comparison and self.table else None
+
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         made = (
             ("arms", tables.readable, self.table),
@@ -146,7 +151,12 @@ def load_best_model(folder: Path) -> ContextTokenLM:
 def write_sample(
     result: EmbeddingFreezeResult, text: FreezeText, prompt: str = "", temperature: float = 0.8
 ) -> str:
-    """60 tokens that the best arm's model writes after ``prompt``, or after the opening of a validation document."""
+    """60 tokens that the best arm's model writes after ``prompt``, or after the opening of a validation document.
+
+    After phase 1 alone there is no such model, and a sentence says so.
+    """
+    if result.best is None:
+        return "Phase 1 alone trains no model that writes."
     return text.generate(result.load(), prompt or text.prompt(), 60, temperature)
 
 

@@ -208,6 +208,16 @@ def make_text(
     return text
 
 
+def describe_text(text: FreezeText) -> list[str]:
+    """Where a text comes from, its sizes, and which near-duplicates were left out, in sentences for a notebook."""
+    return [
+        f"{text.corpus.name}, from {text.corpus.source}; {text.bpe.source}",
+        *(f"{n:,} training documents: {len(text.train(n)):,} tokens" for n in text.samples),
+        f"{len(text.split.valid):,} validation documents: {len(text.valid):,} tokens",
+        *describe_duplicates(text.split).splitlines(),
+    ]
+
+
 def describe_duplicates(split: DocumentSplit, shown: int = 5) -> str:
     """How many training documents were left out because they nearly equal a validation document, and which."""
     lines = [

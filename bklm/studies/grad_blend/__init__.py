@@ -3,5 +3,9 @@
 from bklm.files.lazy import lazy
 
 __getattr__, __all__ = lazy(
-    __name__, {"config": ("GradBlendConfig",), "run": ("GradBlendResult", "run_grad_blend")}
-)
+    __name__,
+    {
+        "config": ("GradBlendConfig",), "future": ("future_table",),
+        "run": ("GradBlendResult", "run_grad_blend", "write_sample"),
+    },
+)  # fmt: skip

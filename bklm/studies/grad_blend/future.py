@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from bklm.harness.figures import MARKERS, colours, save_figure
 from bklm.harness.text import StudyText
 from bklm.models import ResNetBK, future_leak
+from bklm.studies.grad_blend.run import GradBlendResult
 
 
 def measure_future(model: ResNetBK, text: StudyText) -> list[dict[str, Any]]:
@@ -46,15 +47,24 @@ def measure_future(model: ResNetBK, text: StudyText) -> list[dict[str, Any]]:
     return rows
 
 
+def future_table(result: GradBlendResult, text: StudyText) -> list[dict[str, Any]]:
+    """Rows for people on the model with the best alpha and its untrained twins; draws the study's future_leak.png."""
+    rows = measure_future(result.load(), text)
+    draw_future(result.folder / "future_leak.png", rows)
+    return readable(rows)
+
+
 def readable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows for people."""
+
+    def size(change: float) -> str:
+        return f"{change:.1e}" if change else "0"
+
     return [
         {
             "model": r["model"],
-            "largest change of any earlier logit": f"{r['leak']:.1e}" if r["leak"] else "0",
-            "at the position that predicts the changed token": f"{r['leak_before']:.1e}"
-            if r["leak_before"]
-            else "0",
+            "largest change of any earlier logit": size(r["leak"]),
+            "at the position that predicts the changed token": size(r["leak_before"]),
             "verdict": "never sees the future" if r["leak"] <= 1e-12 else "SEES THE FUTURE",
         }
         for r in rows
@@ -77,14 +87,12 @@ def draw_future(path: Path, rows: list[dict[str, Any]]) -> Path:
         axes.legend(loc="center right")
 
     seeing = [r["model"] for r in rows if r["leak"] > 1e-12]
-    title = (
-        f"Changing the last token moves earlier predictions: {', '.join(seeing)}"
-        if seeing
-        else ("Changing the last token moves no earlier prediction")
+    moved = f"earlier predictions: {', '.join(seeing)}" if seeing else "no earlier prediction"
+    title, note = (
+        f"Changing the last token moves {moved}",
+        "Logits in double precision; changes below 1e-16 are drawn as 0.",
     )
-    return save_figure(
-        path, draw, title=title, note="Logits in double precision; changes below 1e-16 are drawn as 0."
-    )
+    return save_figure(path, draw, title=title, note=note)
 
 
 def _kind(causal: bool) -> str:

@@ -53,6 +53,11 @@ class GradBlendResult(StudyResult):
     def best_alpha(self) -> float:
         return self.best
 
+    @property
+    def test_finding(self) -> str:
+        """How the training with the best alpha scores on the test split."""
+        return f"Test perplexity with alpha {self.best_alpha:g}: {self.final['test_ppl']:.1f}"
+
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         return {"alphas": lambda: ALPHAS.readable(self.table)}
 

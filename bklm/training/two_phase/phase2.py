@@ -112,7 +112,7 @@ class CachedContextLM(LanguageModel):
         for name, (ids, _) in texts.items():
             self._spans[name] = range(stop, stop := stop + len(ids))
         self._ids = torch.cat([ids for ids, _ in texts.values()]).to(plan.device)
-        firsts = [torch.tensor([span.start]) for span in self._spans.values()]
+        firsts = [torch.tensor([span.start], device="cpu") for span in self._spans.values()]
         restarts = [starts.cpu() + self._spans[name].start for name, (_, starts) in texts.items()]
         self._alone = torch.zeros(stop, dtype=torch.bool, device=plan.device)  # tokens without left neighbour
         self._alone[torch.cat(firsts + restarts).to(plan.device)] = True

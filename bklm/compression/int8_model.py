@@ -1,0 +1,76 @@
+"""What an int8 copy of a model does differently: its head, its losses, pickling; and that it does not train."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bklm.models import LanguageModel, TokenLosses
+from bklm.models.loss import IGNORE_INDEX
+
+HEAD = "int8_head"  # the head's name among a copy's modules
+
+
+class Quantised:
+    """What an int8 copy does differently from the model whose class it also has: its head, and that it does not train."""
+
+    _counted: int
+
+    def num_parameters(self, trainable_only: bool = False) -> int:
+        """Of the model that was quantised; none is trainable."""
+        return 0 if trainable_only else self._counted
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        raise TypeError("an int8 model has no float head; use its logits() or token_losses().")
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return getattr(self, HEAD)(hidden)
+
+    @torch.no_grad()
+    def token_losses(self, input_ids: Tensor, targets: Tensor) -> TokenLosses:
+        self.check_ids(input_ids)
+        self.check_targets(input_ids, targets)
+        # Rows that are not scored would make the scale coarser for the others.
+        hidden = self.hidden(input_ids).masked_fill((targets == IGNORE_INDEX).unsqueeze(-1), 0.0)
+        logits = self.logits(hidden)
+        nll = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX
+        )
+        return TokenLosses(nll.view(targets.shape), logits.argmax(-1) == targets)
+
+    @torch.no_grad()
+    def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean' and 'sum'.")
+        count = (targets != IGNORE_INDEX).sum()
+        if reduction == "mean" and count == 0:
+            raise ValueError(
+                f"targets: all {targets.numel()} are {IGNORE_INDEX} (ignored): no loss to average."
+            )
+        total = self.token_losses(input_ids, targets).nll.sum()
+        return total / count if reduction == "mean" else total
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        if mode:
+            raise TypeError("an int8 model is not trained: its weights have no gradient; train the float one.")
+        return super().train(False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Its class is made on the spot, for models of other people's classes too, so pickle cannot find it by name.
+        return _empty_copy, (type(self).__mro__[2],), self.__dict__
+
+
+@functools.cache
+def class_of(model: type[LanguageModel]) -> type[LanguageModel]:
+    """The class of the int8 copies of models of a class."""
+    return type(f"Quantised{model.__name__}", (Quantised, model), {})
+
+
+def _empty_copy(model: type[LanguageModel]) -> LanguageModel:
+    """An int8 copy before pickle or copy gives it its attributes."""
+    kind = class_of(model)
+    return kind.__new__(kind)

@@ -1,0 +1,69 @@
+"""A model's weights in a safetensors file: the same whether or not torch.compile wraps it, and refused by another model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_model, save_model
+
+
+class OtherModelError(ValueError):
+    """A file holds the weights of another model; the message is one sentence that names the first difference."""
+
+
+def save_weights(model: torch.nn.Module, path: Path) -> None:
+    """Write the weights by the names of the plain model, a shared one once."""
+    save_model(_Uncompiled(model), str(path))
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Read what `save_weights` wrote, into a model that torch.compile may have wrapped.
+
+    Raises:
+        OtherModelError: names or shapes differ; the model is then left as it is.
+    """
+    with safe_open(str(path), "pt") as file:
+        held = {plain_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    own = _Uncompiled(model).state_dict()
+    written = {own[name].data_ptr() for name in held.keys() & own.keys()}
+    # Of tensors that share memory the file has one.
+    wanted = {n: tuple(t.shape) for n, t in own.items() if n in held or t.data_ptr() not in written}
+    for name in sorted(held.keys() | wanted.keys()):
+        there, here = (str(shapes[name]) if name in shapes else "nothing" for shapes in (held, wanted))
+        if there != here:
+            raise OtherModelError(
+                f"{path} holds the weights of another model: {name} is {there} there and {here} in this "
+                f"{_class_name(model)}; build the model with the vocabulary and sizes of the one that was saved, or take "
+                "another folder."
+            )
+    load_model(_Uncompiled(model), str(path))
+
+
+def plain_name(name: str) -> str:
+    """The name of a weight without what torch.compile puts into it, of the model or of a part of it."""
+    return name.replace("_orig_mod.", "")
+
+
+class _Uncompiled:
+    """A model under its plain names, as far as safetensors' functions ask."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {plain_name(name): value for name, value in self.model.state_dict().items()}
+
+    def load_state_dict(
+        self, state: dict[str, torch.Tensor], strict: bool = True
+    ) -> tuple[list[str], list[str]]:
+        """As the model's own; a file that was written with torch.compile's names is read all the same."""
+        own = {plain_name(name): name for name in self.model.state_dict()}
+        given = {own.get(plain_name(name), name): value for name, value in state.items()}
+        missing, unexpected = self.model.load_state_dict(given, strict=strict)
+        return [plain_name(name) for name in missing], list(unexpected)
+
+
+def _class_name(model: torch.nn.Module) -> str:
+    return type(getattr(model, "_orig_mod", model)).__name__

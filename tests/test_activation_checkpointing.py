@@ -1,0 +1,125 @@
+"""Activation checkpointing: the same gradients, tokens of experts counted once, no loss of a gradient in silence."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from bklm.models import (
+    GPT,
+    ContextTokenConfig,
+    ContextTokenLM,
+    GPTConfig,
+    NewLLM,
+    NewLLMConfig,
+    ResNetBK,
+    ResNetBKConfig,
+    linear_cross_entropy,
+)
+from bklm.moe.layer import AnalyticMoE, total_balance_loss
+
+V = 30
+MODELS = {
+    "GPT": lambda: GPT(GPTConfig(V, 16, 1, 2, 16, 0.2)),
+    "NewLLM": lambda: NewLLM(NewLLMConfig(V, 8, 12, 6, 2, 0.2)),
+    "ResNetBK": lambda: ResNetBK(ResNetBKConfig(V, 16, 2)),
+    "ResNetBK, two of three": lambda: ResNetBK(ResNetBKConfig(V, 16, 2, num_experts=3, top_k=2, balance=0.1)),
+    "ResNetBK, dense": lambda: ResNetBK(ResNetBKConfig(V, 16, 1, num_experts=1)),
+    "ContextTokenLM": lambda: ContextTokenLM(ContextTokenConfig(V, 8, 8, 2)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+def step(model, road, ids, targets, reentrant):
+    torch.manual_seed(1)
+    if road == "loss":
+        loss = (
+            checkpoint(model.loss, ids, targets, use_reentrant=reentrant)
+            if reentrant is not None
+            else model.loss(ids, targets)
+        )
+    else:
+        # A reentrant checkpoint wants an input with a gradient.
+        dummy = torch.ones((), requires_grad=True)
+        body = model.hidden
+
+        def hidden(x, one):
+            return body(x) * one
+
+        h = hidden(ids, dummy) if reentrant is None else checkpoint(hidden, ids, dummy, use_reentrant=reentrant)
+        loss = linear_cross_entropy(h, *model.head(), targets)
+        extra = model.auxiliary_loss()
+        loss = loss if extra is None else loss + extra
+    loss.backward()
+    return loss
+
+
+def gradients(model):
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("road", ["hidden", "loss"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_and_counts_are_those_without_it(name, road, compiled):
+    model = MODELS[name]().train()
+    twin, (ids, targets) = copy.deepcopy(model), torch.randint(0, V, (2, 3, 9))
+    if compiled:
+        if name == "NewLLM":
+            model.config = twin.config = NewLLMConfig(V, 8, 12, 6, 2, 0.0)  # compiled, it draws otherwise
+        for method in ("hidden", "loss"):
+            setattr(model, method, torch.compile(getattr(model, method), backend="eager"))
+    for reentrant in (False, False):  # twice: counts add up over steps
+        model.zero_grad()
+        twin.zero_grad()
+        loss, want = step(model, road, ids, targets, reentrant), step(twin, road, ids, targets, None)
+        torch.testing.assert_close(loss, want)
+        for a, b in zip(gradients(model), gradients(twin), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert model.expert_counts() == twin.expert_counts()
+    for a, b in zip(model.modules(), twin.modules(), strict=True):
+        if isinstance(a, AnalyticMoE):
+            assert a.expert_counts.tolist() == b.expert_counts.tolist()
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "two" not in name])
+def test_the_reentrant_kind_counts_once_too(name):
+    model = MODELS[name]().train()
+    twin, (ids, targets) = copy.deepcopy(model), torch.randint(0, V, (2, 3, 9))
+    step(model, "hidden", ids, targets, True)
+    step(twin, "hidden", ids, targets, None)
+    for a, b in zip(gradients(model), gradients(twin), strict=True):
+        torch.testing.assert_close(a, b)
+    assert model.expert_counts() == twin.expert_counts()
+
+
+def test_a_balance_loss_that_the_reentrant_kind_leaves_without_a_gradient_says_so():
+    model, (ids, targets) = MODELS["ResNetBK, two of three"]().train(), torch.randint(0, V, (2, 3, 9))
+    with pytest.raises(RuntimeError, match=r"use checkpoint\(\.\.\., use_reentrant=False\)"):
+        step(model, "hidden", ids, targets, True)
+    with torch.no_grad():
+        assert float(total_balance_loss(model)) > 0
+        model.loss(ids, targets)
+    model.loss(ids, targets).backward()
+    model.blocks[0].moe.router.requires_grad_(False)
+    model.requires_grad_(False)
+    assert total_balance_loss(model) > 0
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(("experts", "k"), [(2, 1), (4, 2), (3, 3), (1, 1)])
+def test_a_compiled_mixture_is_checkpointed(experts, k, backend):
+    moe, x = AnalyticMoE(8, experts, k, dropout_p=0.0).eval(), torch.randn(5, 8, requires_grad=True)
+    want = torch.autograd.grad(moe(x).square().sum(), [x, *moe.parameters()], allow_unused=True)
+    compiled = torch.compile(moe, backend=backend)
+    checkpoint(compiled, x, use_reentrant=False).square().sum().backward()
+    torch.testing.assert_close(x.grad, want[0])
+    for p, g in zip(moe.parameters(), want[1:], strict=True):
+        assert (p.grad is None) == (g is None)
+        assert g is None or torch.allclose(p.grad, g, atol=1e-6)

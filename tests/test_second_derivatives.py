@@ -1,0 +1,271 @@
+"""Second derivatives of every backward written by hand, on every road by which they can be asked for.
+
+Right means: as autograd finds them through an independent form of the same function, or by differences of first gradients.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bklm.bk_core import resolvent_diagonal
+from bklm.bk_core.reference import left_right
+from bklm.models.loss import linear_cross_entropy
+from bklm.models.new_llm_loop import keep_masks, recurrence
+from bklm.moe.analytic import Settings
+from bklm.moe.ops import draw, mixture
+from bklm.moe.reference import balance_loss, dense_moe, gates
+
+D, H, V = 3, 5, 11
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def leaf(*shape, scale=1.0):
+    return (scale * torch.randn(*shape, dtype=torch.float64)).requires_grad_()
+
+
+def mixtures(k, experts, router_gradient, dropout_p=0.3):
+    """(function, reference, inputs) of one setting of the mixture, the balance counted in where the router learns."""
+    inputs = (
+        leaf(6, D), leaf(experts, D), leaf(experts), leaf(experts, H, D), leaf(experts, H), leaf(experts, D, H),
+        leaf(experts, D),
+    )  # fmt: skip
+    noisy = k < experts and router_gradient != "none"
+    noise, keep, keep_p = draw(inputs[0].detach(), experts if noisy else 0, H, dropout_p)
+    settings = Settings(k, 0.7, router_gradient, keep_p, torch.float64)
+    weight = torch.randn(6, D, dtype=torch.float64)
+    share = 0.0 if router_gradient == "none" else 0.4
+
+    def complete(tensors):
+        return tensors if experts > 1 else (tensors[0], None, None, *tensors[1:])
+
+    def function(*tensors):
+        y, balance, _ = mixture(*complete(tensors), noise, keep, settings)
+        return (y * weight).sin().sum() + share * balance
+
+    def reference(*tensors):
+        tensors = complete(tensors)
+        _, selected, p = gates(*tensors[:3], noise, settings)
+        return (dense_moe(*tensors, noise, keep, settings) * weight).sin().sum() + share * balance_loss(
+            selected, p
+        )
+
+    return function, reference, inputs if experts > 1 else (inputs[0], *inputs[3:])
+
+
+def head(bias, reduction):
+    targets = torch.randint(0, V, (7,))
+    targets[2] = targets[5] = -100
+    inputs = (leaf(7, D), leaf(V, D), *((leaf(V),) if bias else ()))
+
+    def function(h, w, b=None):
+        return linear_cross_entropy(h.tanh(), w, b, targets, reduction=reduction, chunk_rows=2) ** 2
+
+    def reference(h, w, b=None):
+        return F.cross_entropy(F.linear(h.tanh(), w, b), targets, reduction=reduction) ** 2
+
+    return function, reference, inputs
+
+
+def loop(dropout_p):
+    """The recurrence against its formulas, written out; where units are dropped they are read off the fused forward."""
+    length, batch, width, size, depth = 4, 2, 6, 3, 2
+    inputs = (
+        leaf(length, batch, D), leaf(batch, size), leaf(3 * size, width), leaf(3 * size), leaf(size), leaf(size),
+        leaf(width, D + size), leaf(width), leaf(width, width), leaf(width),
+    )  # fmt: skip
+    weight = torch.randn(length, batch, width, dtype=torch.float64)
+
+    def function(e, c, gw, gb, gain, shift, *layers):
+        norm = torch.nn.LayerNorm(size)
+        del norm.weight, norm.bias
+        norm.weight, norm.bias = gain, shift
+        torch.manual_seed(7)
+        pairs = list(zip(layers[::2], layers[1::2], strict=True))
+        hidden, context = recurrence(e, c, pairs, gw, gb, norm, dropout_p)
+        return (hidden * weight).sin().sum() + context.exp().sum()
+
+    def reference(e, c, gw, gb, gain, shift, *layers):
+        torch.manual_seed(7)
+        total = 0.0
+        for t in range(length):
+            keep = (
+                keep_masks((depth, batch, width), dropout_p, weight) if dropout_p else torch.ones(depth, 1, 1)
+            )
+            h = torch.cat((e[t], c), 1)
+            for i in range(depth):
+                h = torch.relu(h @ layers[2 * i].t() + layers[2 * i + 1]) * keep[i]
+            total = total + (h * weight[t]).sin().sum()
+            f, i, u = (h @ gw.t() + gb).chunk(3, 1)
+            c = F.layer_norm(torch.sigmoid(f) * c + torch.sigmoid(i) * u, (size,), gain, shift)
+        return total + c.exp().sum()
+
+    return function, reference, inputs
+
+
+def core(causal):
+    inputs = (leaf(2, 6), leaf(2, 5), leaf(2, 5))
+
+    def value(G):
+        return (G.real.sin() + G.imag * G.real).sum()
+
+    def function(a, b, c):
+        return value(resolvent_diagonal(a, b, c, 0.3 + 1.2j, causal=causal))
+
+    def reference(a, b, c):
+        return value(left_right(a, b, c, torch.tensor(0.3 + 1.2j, dtype=torch.complex128), causal))
+
+    return function, reference, inputs
+
+
+KINDS = {
+    **{
+        f"mixture, {k} of {e}, {r}": (lambda k=k, e=e, r=r: mixtures(k, e, r))
+        for k, e in ((1, 4), (2, 4), (4, 4), (1, 1))
+        for r in ("exact", "selected", "none")
+    },
+    "loss": lambda: head(True, "mean"),
+    "loss, sum, no bias": lambda: head(False, "sum"),
+    "recurrence": lambda: loop(0.0),
+    "recurrence with dropout": lambda: loop(0.3),
+    "core, causal": lambda: core(True),
+    "core, both directions": lambda: core(False),
+}
+
+
+def products(function, inputs, direction):
+    """Hessian-vector product by autograd.grad with inputs named."""
+    g = torch.autograd.grad(function(*inputs), inputs, create_graph=True, materialize_grads=True)
+    inner = sum((a * v).sum() for a, v in zip(g, direction, strict=True))
+    return torch.autograd.grad(inner, inputs, materialize_grads=True)
+
+
+def by_backward(function, inputs, direction):
+    for p in inputs:
+        p.grad = None
+    function(*inputs).backward(create_graph=True)
+    first = [p.grad for p in inputs]
+    for p in inputs:
+        p.grad = None
+    sum((a * v).sum() for a, v in zip(first, direction, strict=True) if a is not None).backward()
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in inputs]
+    for p in inputs:
+        p.grad = None
+    return found
+
+
+def by_reverse_over_reverse(function, inputs, direction):
+    names = tuple(range(len(inputs)))
+    _, pull = torch.func.vjp(torch.func.grad(function, argnums=names), *(p.detach() for p in inputs))
+    return pull(direction)
+
+
+def by_forward_over_reverse(function, inputs, direction):
+    names = tuple(range(len(inputs)))
+    inputs = tuple(p.detach() for p in inputs)
+    return torch.func.jvp(torch.func.grad(function, argnums=names), inputs, direction)[1]
+
+
+def by_batched_gradients(function, inputs, direction):
+    """The second derivative of a batch of directions at once, of which the second is the one asked for."""
+    g = torch.autograd.grad(function(*inputs), inputs, create_graph=True, materialize_grads=True)
+    cotangents = [torch.stack((torch.zeros_like(v), v)) for v in direction]
+    kept = [(a, c) for a, c in zip(g, cotangents, strict=True) if a.requires_grad]
+    found = torch.autograd.grad(
+        [a for a, _ in kept], inputs, [c for _, c in kept], is_grads_batched=True, allow_unused=True
+    )
+    return [torch.zeros_like(p) if x is None else x[1] for p, x in zip(inputs, found, strict=True)]
+
+
+ROADS = {
+    "grad": products,
+    "backward": by_backward,
+    "torch.func": by_reverse_over_reverse,
+    "forward over reverse": by_forward_over_reverse,
+    "batched": by_batched_gradients,
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Using backward\\(\\) with create_graph", "ignore:There is a performance drop"
+)
+@pytest.mark.parametrize(
+    ("kind", "road"),
+    # Within torch.func's transforms the recurrence draws masks of its own.
+    [
+        (k, r)
+        for k in KINDS
+        for r in ROADS
+        if k != "recurrence with dropout" or r not in ("torch.func", "forward over reverse")
+    ],
+)
+def test_a_second_derivative_is_that_of_the_reference_on_every_road(kind, road):
+    function, reference, inputs = KINDS[kind]()
+    direction = tuple(torch.randn_like(p) for p in inputs)
+    assert torch.allclose(function(*inputs), reference(*inputs), rtol=1e-10)
+    want = products(reference, inputs, direction)
+    found = ROADS[road](function, inputs, direction)
+    assert any(w.abs().max() > 0.01 for w in want)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_may_be_differentiated_again_is_the_ordinary_one(kind):
+    function, _, inputs = KINDS[kind]()
+    once = torch.autograd.grad(function(*inputs), inputs, materialize_grads=True)
+    again = torch.autograd.grad(function(*inputs), inputs, create_graph=True, materialize_grads=True)
+    for a, b in zip(once, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["mixture, 4 of 4, exact", "loss", "recurrence", "core, causal"])
+def test_differences_of_first_gradients_agree(kind):
+    function, _, inputs = KINDS[kind]()
+    assert torch.autograd.gradgradcheck(lambda *x: function(*x), inputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_inputs_stay_out_of_it(kind):
+    function, reference, inputs = KINDS[kind]()
+    for frozen in range(len(inputs)):
+        for i, p in enumerate(inputs):
+            p.requires_grad_(i != frozen)
+        kept = [p for p in inputs if p.requires_grad]
+        direction = [torch.randn_like(p) for p in kept]
+
+        def by(f, kept=kept, direction=direction):
+            g = torch.autograd.grad(f(*inputs), kept, create_graph=True, materialize_grads=True)
+            inner = sum((a * v).sum() for a, v in zip(g, direction, strict=True))
+            return torch.autograd.grad(inner, kept, materialize_grads=True)
+
+        for a, b in zip(by(function), by(reference), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_an_input_made_of_another_is_not_counted_twice():
+    """Hidden states made with the weight of the head, as a tied model's are, and tokens made with an expert's weight."""
+    weight, targets = leaf(V, D), torch.randint(0, V, (6,))
+    results = []
+    for tied in (
+        lambda w: linear_cross_entropy(w[:6].sin(), w, None, targets),
+        lambda w: F.cross_entropy(w[:6].sin() @ w.t(), targets),
+    ):
+        g = torch.autograd.grad(tied(weight), weight, create_graph=True)[0]
+        results.append(torch.autograd.grad(g.square().sum(), weight)[0])
+    torch.testing.assert_close(*results)
+    function, reference, inputs = KINDS["mixture, 2 of 4, exact"]()
+    results = []
+    for f in (function, reference):
+
+        def tied(up, f=f):
+            return f(up.flatten()[: 6 * D].view(6, D).sin(), *inputs[1:3], up, *inputs[4:])
+
+        g = torch.autograd.grad(tied(inputs[3]), inputs[3], create_graph=True)[0]
+        results.append(torch.autograd.grad(g.square().sum(), inputs[3])[0])
+    torch.testing.assert_close(*results)
