@@ -32,7 +32,7 @@ BENCHMARKS = {
 HEAD = """# Benchmarks
 
 What each script printed, on two cores of a shared virtual machine without a GPU. Compare within a table, not between
-tables: the arms of one table took turns in one run. No GPU could be had; `benchmarks/bk_core_gpu.py` is ready for one, and
+tables: the arms of one table took turns in one run. There was no GPU; `benchmarks/bk_core_gpu.py` is ready for one, and
 its column is empty.
 
 Write this page again with `python scripts/benchmarks.py`.

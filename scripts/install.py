@@ -82,7 +82,7 @@ def main() -> None:
         return
     constraints: list[str] = []
     if arguments.like_colab:
-        # Colab's torch cannot be had elsewhere: the tested one stands in for it.
+        # No index outside Colab has its torch: the tested one stands in for it.
         constraints = ["-c", str(ROOT / "constraints" / "colab.txt"), tested("torch")]
     elif TESTED_PYTHONS[0] <= sys.version_info[:2] < TESTED_PYTHONS[1]:
         constraints = ["-c", str(ROOT / "constraints" / "tested.txt")]

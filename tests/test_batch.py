@@ -199,7 +199,7 @@ def test_a_failed_notebook_leaves_the_others_alone_and_only_it_runs_again(sets, 
     bad = notebook("bad", "print('so far')", "raise ValueError('no such text')")
     path = sets({"runs": [{"notebook": good, "name": "good", "parameters": {"x": 5}}, {"notebook": bad}]})
     out, lines = tmp_path / "out", []
-    result = run_batch(read_runs(path), out, workers=2, say=lines.append)
+    result = run_batch(read_runs(path), out, workers=2, tell=lines.append)
     assert [(o.name, o.status) for o in result.outcomes] == [
         ("good", "done"),
         ("bad", "failed"),
@@ -229,7 +229,7 @@ def test_a_failed_notebook_leaves_the_others_alone_and_only_it_runs_again(sets, 
     notebook("bad", "print('mended')")
     before = (out / "good" / "good.ipynb").stat().st_mtime_ns
     lines.clear()
-    again = run_batch(read_runs(path), out, say=lines.append)
+    again = run_batch(read_runs(path), out, tell=lines.append)
     assert [(o.name, o.status) for o in again.outcomes] == [("good", "kept"), ("bad", "done")]
     assert (out / "good" / "good.ipynb").stat().st_mtime_ns == before
     assert not (out / "bad" / "bad.failed.ipynb").exists()
@@ -241,7 +241,7 @@ def test_a_process_killed_while_its_notebook_is_half_written_is_one_failed_run(s
     half = "from pathlib import Path\nPath(output_dir, 'dead.running.ipynb').write_text('{\"cells\": [')"
     dead = notebook("dead", half + "\nimport os\nos.kill(os.getppid(), 9)")
     path = sets({"runs": [{"notebook": dead}, {"notebook": notebook("good")}]})
-    result = run_batch(read_runs(path), tmp_path / "out", say=lambda line: None)
+    result = run_batch(read_runs(path), tmp_path / "out", tell=lambda line: None)
     assert [(o.name, o.status) for o in result.outcomes] == [("dead", "failed"), ("good", "done")]
     assert (tmp_path / "out" / "dead" / "dead.failed.ipynb").read_text() == '{"cells": ['
     assert "1 of 2 runs done, 1 failed" in result.summary.read_text()
@@ -250,7 +250,7 @@ def test_a_process_killed_while_its_notebook_is_half_written_is_one_failed_run(s
 def test_a_process_that_is_killed_is_reported_with_its_signal_and_what_to_do(sets, notebook, tmp_path):
     words = "import os, signal\nos.kill(os.getppid(), signal."
     killed = [{"notebook": notebook(name, f"{words}{name})")} for name in ("SIGKILL", "SIGSEGV")]
-    result = run_batch(read_runs(sets({"runs": killed})), tmp_path / "out", workers=2, say=lambda line: None)
+    result = run_batch(read_runs(sets({"runs": killed})), tmp_path / "out", workers=2, tell=lambda line: None)
     by_memory, by_crash = (outcome.error for outcome in result.outcomes)
     assert by_memory.startswith(
         "the notebook's process was killed by SIGKILL, most often because memory was short; "
@@ -265,7 +265,7 @@ def test_a_notebook_that_is_gone_by_its_turn_is_one_failed_run(sets, notebook, t
         "remover", f"from pathlib import Path\nfor name in ({gone!r}, 'remover.ipynb'): Path(name).unlink()"
     )
     path = sets({"runs": [{"notebook": remover}, {"notebook": gone}]})
-    result = run_batch(read_runs(path), tmp_path / "out", say=lambda line: None)
+    result = run_batch(read_runs(path), tmp_path / "out", tell=lambda line: None)
     assert [(o.name, o.status) for o in result.outcomes] == [("remover", "done"), ("gone", "failed")]
     assert "FileNotFoundError" in result.outcomes[1].error
 
@@ -283,7 +283,9 @@ def test_a_notebook_that_ends_well_but_cannot_be_kept_is_one_failed_run(sets, no
 @pytest.mark.slow
 def test_a_kernel_killed_with_signal_9_is_one_failed_run(sets, notebook, tmp_path):
     dead = notebook("dead", "import os\nos.kill(os.getpid(), 9)")
-    result = run_batch(read_runs(sets({"runs": [{"notebook": dead}]})), tmp_path / "out", say=lambda line: None)
+    result = run_batch(
+        read_runs(sets({"runs": [{"notebook": dead}]})), tmp_path / "out", tell=lambda line: None
+    )
     assert "DeadKernelError" in result.outcomes[0].error
 
 
@@ -297,7 +299,7 @@ def test_a_notebook_that_never_ends_is_stopped_with_its_kernel(sets, notebook, t
         read_runs(sets({"runs": [{"notebook": endless}]})),
         tmp_path / "out",
         minutes=0.1,
-        say=lambda line: None,
+        tell=lambda line: None,
     )
     assert result.outcomes[0].error == "stopped after 0.1 minutes"
     deadline = time.monotonic() + 20

@@ -16,7 +16,7 @@ import pytest
 
 from bklm.batch.plan import check_parameters, read_runs
 from bklm.harness.cli import parse
-from bklm.studies import configs
+from bklm.studies import STUDIES, configs
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*.md")])
@@ -205,11 +205,43 @@ def test_every_link_of_a_document_leads_somewhere(path):
             assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], target
 
 
-def test_the_readmes_table_of_claims_is_what_the_kept_results_give(monkeypatch):
+@pytest.fixture
+def readme(monkeypatch):
+    """scripts/readme.py as a module."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    table = importlib.import_module("readme_claims").table()
+    return importlib.import_module("readme")
+
+
+def test_the_readmes_table_of_claims_is_what_the_kept_results_give(readme):
+    table = readme.claims()
     assert table.count("\n") > 10
     assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def is_what_the_page_gives(readme, study: str, page: str, section: str) -> bool:
+    """Whether a section is the study's page.md, with any words at places whose files are not kept."""
+    text = readme.Study(study, strict=False).sections()[page]
+    pattern = ".+?".join(map(re.escape, text.split(readme.UNKNOWN)))
+    return re.fullmatch(pattern, section, re.DOTALL) is not None
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_studys_section_is_its_page_with_the_numbers_of_the_kept_results(readme, study, page):
+    _, section, _ = readme.split_page(page, study)
+    assert is_what_the_page_gives(readme, study, page, section)
+    # In a table of every section, whose cells come from kept files.
+    number = re.search(r"(?m)^\| .*\d\.(\d+)", section)
+    changed = f"{section[: number.start(1)]}{int(number[1]) + 1}{section[number.end(1) :]}"
+    assert not is_what_the_page_gives(readme, study, page, changed)
+
+
+def test_a_studys_page_is_not_written_from_numbers_that_are_missing(readme, monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "DOCS", tmp_path)
+    with pytest.raises(SystemExit, match=r"precision_summary\.json is missing, so no page was written"):
+        readme.main(["precision"])
+    with pytest.raises(SystemExit, match="got nothing for x; allowed is corrected, original"):
+        readme.main(["grad_blend", "nothing=x"])
 
 
 @pytest.mark.parametrize("page", ["COLAB_QUICK_START.md", "COLAB_QUICK_START.ja.md"])

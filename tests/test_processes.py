@@ -19,12 +19,12 @@ from bklm.training.checkpoints import CheckpointFolder
 from bklm.training.evaluation import evaluate
 from bklm.training.loop import train
 from bklm.training.processes import (
-    add_up_gradients,
     broadcast,
     main_first,
     make_accelerator,
-    own_rows,
     require_launch,
+    rows_of_this_process,
+    sum_gradients_over_processes,
 )
 from bklm.training.schedules import TrainingSettings
 
@@ -129,8 +129,8 @@ def add_and_tell(accelerator, folder: Path) -> dict:
     used.grad = torch.full((2,), 1.0 + rank)
     if rank == 0:
         sometimes.grad = torch.tensor([5.0, 6.0])
-    add_up_gradients(accelerator, [used, sometimes, never])
-    (rows,) = own_rows(accelerator, torch.arange(5))
+    sum_gradients_over_processes(accelerator, [used, sometimes, never])
+    (rows,) = rows_of_this_process(accelerator, torch.arange(5))
     with main_first(accelerator):
         order = (folder / "main_was_here").exists()
         (folder / "main_was_here").touch()

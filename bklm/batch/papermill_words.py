@@ -19,7 +19,7 @@ import papermill.cli
 from bklm.batch.plan import check_parameters
 
 OWN = "colab_setup.sh run"
-ALLOWED = "allowed are -p NAME VALUE and what else python -m papermill --help lists"
+ALLOWED = "allowed are -p NAME VALUE and the other options of python -m papermill --help"
 
 
 def output_folder(notebook: Path, words: Sequence[str]) -> str:
@@ -35,7 +35,7 @@ def output_folder(notebook: Path, words: Sequence[str]) -> str:
 
 
 def _parameters(notebook: Path, words: Sequence[str]) -> dict[str, Any]:
-    """What papermill would make of its words, by its own parser."""
+    """Papermill's words as its own parser reads them."""
     command = papermill.cli.papermill
     try:
         context = command.make_context("papermill", [str(notebook), "executed.ipynb", *words])

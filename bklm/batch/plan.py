@@ -1,4 +1,4 @@
-"""What a batch is to run: a YAML file of notebooks and parameter sets, checked whole before anything starts.
+"""The plan of a batch: a YAML file of notebooks and parameter sets, checked whole before anything starts.
 
     parameters: {profile: smoke, dataset: embedded}   # for every run; optional
     runs:
@@ -49,7 +49,7 @@ class Run:
     parameters: dict[str, Any]
 
     def all_parameters(self, folder: Path) -> dict[str, Any]:
-        """What papermill is given: the set, a folder of the run's own, and that nobody looks at widgets."""
+        """The parameters that papermill gets: the run's set, its own folder as output_dir, and headless."""
         known = known_parameters(self.notebook)
         values = dict(self.parameters)
         if "headless" in known:

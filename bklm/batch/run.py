@@ -63,17 +63,17 @@ def run_batch(
     *,
     workers: int = 1,
     minutes: float | None = None,
-    say: Callable[[str], None] = tqdm.write,
+    tell: Callable[[str], None] = tqdm.write,
 ) -> BatchResult:
     """Execute every run that is not done yet into ``output_dir/<name>``; a failed one does not stop the rest.
 
     Args:
         workers: notebooks at a time; the processor's cores are divided among them.
         minutes: a run is stopped and counts as failed after so long; None: never.
-        say: called with one line as each run ends.
+        tell: called with one line as each run ends.
 
     Raises:
-        ValueError: a run's folder holds one of the same name with another notebook or other parameters; or see `check_limits`.
+        ValueError: a run's folder holds one of that name with another notebook or other parameters; or see ``check_limits``.
         OSError: ``output_dir`` cannot be written.
         RuntimeError: another batch is working in ``output_dir``.
     """
@@ -92,14 +92,14 @@ def run_batch(
     try:
         outcomes = {run.name: kept for run in runs if (kept := _kept(run, output_dir / run.name))}
         for name in outcomes:
-            say(f"{name}: done before, kept")
+            tell(f"{name}: done before, kept")
         waiting = [run for run in runs if run.name not in outcomes]
         with _Workers(waiting, output_dir, workers, minutes) as pool:
             for outcome in pool.outcomes():
                 outcomes[outcome.name] = outcome
                 write_json(output_dir / outcome.name / "run.json", asdict(outcome))
                 end = f"failed, {outcome.error}" if outcome.error else "done"
-                say(f"{outcome.name}: {end} ({outcome.seconds:.0f} s; {len(outcomes)} of {len(runs)})")
+                tell(f"{outcome.name}: {end} ({outcome.seconds:.0f} s; {len(outcomes)} of {len(runs)})")
         ordered = [outcomes[run.name] for run in runs]
         summary = write_summary(output_dir, ordered)
         return BatchResult(ordered, summary, _zip(output_dir, ordered))

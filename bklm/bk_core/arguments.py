@@ -1,4 +1,4 @@
-"""What the operators ask of a, b, c and z, and how they turn them into rows: one precision, one device, flat batches."""
+"""Checks of a, b, c and z, and their form as rows: one precision, one device, flat batches."""
 
 from __future__ import annotations
 
@@ -122,14 +122,14 @@ def shift(
     precision: torch.dtype,
     owner: tuple[str, str],
 ) -> tuple[Tensor, bool]:
-    """z as (M,) complex, and whether 32 bits suffice for it (pivots.is_moderate; a traced tensor is not asked).
+    """z as (M,) complex, and whether 32 bits suffice for it (pivots.fits_32_bits; a traced tensor is not asked).
 
     ``owner``: a name and a phrase for messages, whose batch it is: ("a", "a of shape (2, 4)").
     """
     m = math.prod(batch)
     if not isinstance(z, Tensor):
         z = _number_shift(z, precision)
-        return constant(z, (m,), as_precision(torch.complex64, precision), device), pivots.is_moderate(z)
+        return constant(z, (m,), as_precision(torch.complex64, precision), device), pivots.fits_32_bits(z)
     if z.dtype not in _SINGLE + _DOUBLE:
         raise TypeError(f"z has dtype {z.dtype}: a complex tensor or number is needed, for instance 1j.")
     if z.device != device:

@@ -1,8 +1,8 @@
-"""The operator on rows, with its gradients: registered in torch.library, and the shorter road of eager mode.
+"""The operator on rows, with its gradients: registered in torch.library, with a shorter way for plain eager calls.
 
     torch.ops.bklm.resolvent_diagonal(a, k, z, causal, gradient, grad_blend, backend) -> G
 
-Shapes as in backends.py. Three roads to the same numbers, chosen in :func:`apply`:
+Shapes as in backends.py. Three ways to the same numbers, chosen in :func:`apply`:
 
 - tracing, torch.compile, tensor subclasses: the registered op (torch.library), see ops.py;
 - torch.func transforms: the same op inside an autograd.Function that composes with them, see ops.py;
@@ -34,20 +34,20 @@ def apply(
     gradient: str,
     grad_blend: float,
     backend: str,
-    contracts: bool,
+    bounded: bool,
 ) -> Tensor:
-    """G (M, N). ``contracts``: the caller knows that k >= 0, a is real and Im z != 0, so pivots need no check."""
+    """G (M, N). ``bounded``: the caller knows that k >= 0, a is real and Im z != 0, so pivots need no check."""
     if is_plain(a, k, z):
         needs_grad = torch.is_grad_enabled() and (a.requires_grad or k.requires_grad or z.requires_grad)
         if not (needs_grad or in_forward_mode()):
-            return _forward(a, k, z, causal, backend, contracts)[0]
-        return _Eager.apply(a, k, z, causal, gradient, grad_blend, backend, contracts)
+            return _forward(a, k, z, causal, backend, bounded)[0]
+        return _Eager.apply(a, k, z, causal, gradient, grad_blend, backend, bounded)
     if a.is_meta:
         # A named one that needs another device is refused here, as with values.
         backends.select(backend, a.device)
     composes = torch._C._are_functorch_transforms_active() or in_forward_mode()
     op = ops.Transformable.apply if composes and not torch.compiler.is_compiling() else ops.resolvent_diagonal
-    return op(a, k, z, causal, gradient, grad_blend, backend, not contracts)
+    return op(a, k, z, causal, gradient, grad_blend, backend, not bounded)
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -67,19 +67,19 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _forward(a, k, z, causal, backend, contracts):
-    """(G, what the backend wants to keep), checked."""
+def _forward(a, k, z, causal, backend, bounded):
+    """G, checked, and the tensors that the backend keeps for the backward."""
     chosen = backends.select(backend, a.device)
     G, saved = chosen.forward(a, k, z, causal)
-    if not contracts:
+    if not bounded:
         pivots.check(a, k, z, G, causal, lambda *rows: chosen.forward(*rows, True)[0])
     return G, saved
 
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, k, z, causal, gradient, grad_blend, backend, contracts):
-        G, saved = _forward(a, k, z, causal, backend, contracts)
+    def forward(ctx, a, k, z, causal, gradient, grad_blend, backend, bounded):
+        G, saved = _forward(a, k, z, causal, backend, bounded)
         ctx.save_for_backward(a, k, z, G, *saved)
         if in_forward_mode():
             ctx.save_for_forward(a, k, z)

@@ -68,7 +68,7 @@ class _Reference:
 
 
 def select(name: str, device: torch.device) -> ModuleType | type[_Reference]:
-    """The backend for a call: what has the `forward` and `backward` of this module's docstring.
+    """The backend for a call: what has the ``forward`` and ``backward`` of this module's docstring.
 
     The rule behind "auto": numba on the CPU, Triton on CUDA where usable, else torch.
 

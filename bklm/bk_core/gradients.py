@@ -10,7 +10,7 @@ from bklm.bk_core.reference import conjugate, hypothesis7_gradient, local_gradie
 
 
 def materialised(x: Tensor) -> Tensor:
-    """Contiguous memory that means what it says: no pending conjugation or negation (views such as x.conj().imag)."""
+    """Contiguous memory with its values as they are: no pending conjugation or negation (views such as x.conj().imag)."""
     if not torch.compiler.is_compiling() and x.is_contiguous() and not (x.is_conj() or x.is_neg()):
         return x
     return x.resolve_conj().resolve_neg().contiguous()

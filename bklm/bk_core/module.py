@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bklm.bk_core.arguments import real_number
 from bklm.bk_core.operator import check_options, resolvent_diagonal
-from bklm.bk_core.pivots import MOST_MODERATE
+from bklm.bk_core.pivots import LARGEST_32_BIT_SHIFT
 
 LEAST_ETA, MOST_ETA = 1e-18, 1e18
 """The gradient of a feature, up to 1 / eta^2, is still a 32-bit number."""
@@ -75,7 +75,7 @@ class BKCore(nn.Module):
 
     def _shift(self, like: Tensor) -> complex | Tensor:
         """z = i eta; for a compiler a tensor, so that one graph serves every eta that needs no 64 bits."""
-        if torch.compiler.is_compiling() and 1 / MOST_MODERATE <= self.eta <= MOST_MODERATE:
+        if torch.compiler.is_compiling() and 1 / LARGEST_32_BIT_SHIFT <= self.eta <= LARGEST_32_BIT_SHIFT:
             eta = torch.full((), self.eta, dtype=torch.float64, device=like.device)
             return torch.complex(torch.zeros_like(eta), eta)
         return complex(0, self.eta)

@@ -102,12 +102,12 @@ def resolvent_diagonal(
     precision = precision_of({"a": a, "b": b, "c": c})
     m = math.prod(batch)
     owner = f"a of shape {tuple(a.shape)}"
-    rows_z, moderate = shift(z, tuple(batch), a.device, precision, ("a", owner))
-    if precision == torch.float32 and not moderate:
+    rows_z, fits_32_bits = shift(z, tuple(batch), a.device, precision, ("a", owner))
+    if precision == torch.float32 and not fits_32_bits:
         options = {"causal": causal, "gradient": gradient, "grad_blend": grad_blend, "backend": backend}
         return _in_64_bits(a, b, c, z, return_min_pivot=return_min_pivot, **options)
     rows_a = a if a.dtype == precision else a.to(as_precision(a.dtype, precision))
-    k, contracts = coupling(b, c, tuple(a.shape), rows_a, owner)
+    k, bounded = coupling(b, c, tuple(a.shape), rows_a, owner)
     if gradient != "exact" and torch.is_grad_enabled() and (k.requires_grad or rows_z.requires_grad):
         raise ValueError(
             f"gradient={gradient!r} is defined for a alone, and b, c or z requires a gradient: detach them, or "
@@ -115,7 +115,7 @@ def resolvent_diagonal(
         )
     if gradient == "original" and rows_a.is_complex():
         raise ValueError("gradient='original' is defined for a real a only: use 'exact' or 'local'.")
-    contracts = contracts and not rows_a.is_complex()
+    bounded = bounded and not rows_a.is_complex()
     if m == 0:
         # nothing to compute, but gradients of the right shape for everything that wants one
         empty = (rows_a.reshape(m, n) + k.sum(-1, keepdim=True) + rows_z[:, None]).reshape(a.shape)
@@ -123,8 +123,8 @@ def resolvent_diagonal(
     rows_a = materialised(rows_a if rows_a.dim() == 2 else rows_a.reshape(m, n))
 
     if return_min_pivot:
-        contracts = True  # nothing to raise: the caller judges
-    G = autograd.apply(rows_a, k, rows_z, causal, gradient, float(grad_blend), backend, contracts)
+        bounded = True  # nothing to raise: the caller judges
+    G = autograd.apply(rows_a, k, rows_z, causal, gradient, float(grad_blend), backend, bounded)
     if not return_min_pivot:
         return G if a.dim() == 2 else G.reshape(a.shape)
 

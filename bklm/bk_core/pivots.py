@@ -36,20 +36,20 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-MOST_MODERATE = 2.0**40
+LARGEST_32_BIT_SHIFT = 2.0**40
 """Of |z| and 1 / |Im z|: beyond it the derivative by b c, up to the third power of the result, leaves 32 bits."""
 
 
-def is_moderate(z: complex) -> bool:
+def fits_32_bits(z: complex) -> bool:
     """Whether 32 bits suffice for the derivatives at this shift."""
-    return abs(z.imag) >= 1 / MOST_MODERATE and abs(z) <= MOST_MODERATE
+    return abs(z.imag) >= 1 / LARGEST_32_BIT_SHIFT and abs(z) <= LARGEST_32_BIT_SHIFT
 
 
 def check_shift(z: Tensor) -> bool:
-    """Refuse a shift that is not finite or lies on the real axis; return whether all are moderate, True where unknown."""
+    """Refuse a shift that is not finite or lies on the real axis; return whether 32 bits suffice (True: unknown)."""
     if is_capturing(z.device):
         return True
-    if bool(((z.imag.abs() >= 1 / MOST_MODERATE) & (z.abs() <= MOST_MODERATE)).all()):
+    if bool(((z.imag.abs() >= 1 / LARGEST_32_BIT_SHIFT) & (z.abs() <= LARGEST_32_BIT_SHIFT)).all()):
         return True
     bad = ~(torch.isfinite(z) & (z.imag != 0))
     if bool(bad.any()):

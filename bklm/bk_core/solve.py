@@ -73,14 +73,14 @@ def resolvent_solve(
     precision = precision_of({"x": x, "a": a, "b": b, "c": c})
     m, shape = math.prod(batch), (*batch, n)
     owner = f"x of shape {tuple(x.shape)} and a of shape {tuple(a.shape)}"
-    rows_z, moderate = shift(z, batch, x.device, precision, ("x", owner))
-    if precision == torch.float32 and not moderate:
+    rows_z, fits_32_bits = shift(z, batch, x.device, precision, ("x", owner))
+    if precision == torch.float32 and not fits_32_bits:
         options = {"causal": causal, "backend": backend, "return_left": return_left}
         result = resolvent_solve(*widened((x, a, b, c, z)), **options)
         return tuple(t.to(torch.complex64) for t in result) if return_left else result.to(torch.complex64)
     a = a.to(as_precision(a.dtype, precision))
     x = x.to(as_precision(x.dtype, precision))
-    k, contracts = coupling(b, c, shape, a, owner)
+    k, bounded = coupling(b, c, shape, a, owner)
     if m == 0:
         # nothing to compute, but gradients of the right shape for everything that wants one
         empty = a.expand(shape) + k.sum() + rows_z.reshape(*batch, 1)
@@ -88,14 +88,14 @@ def resolvent_solve(
         return (y, empty) if return_left else y
     rows_x = (x if x.shape[:-1] == shape else x.expand(*shape, columns)).reshape(m, n, columns)
     rows_a = materialised((a if a.shape == shape else a.expand(shape)).reshape(m, n))
-    contracts = contracts and not a.is_complex()
+    bounded = bounded and not a.is_complex()
     lower = between_rows(c, (*batch, n - 1), a)
     if causal:
-        left = autograd.apply(rows_a, k, rows_z, True, "exact", 0.0, backend, contracts)
+        left = autograd.apply(rows_a, k, rows_z, True, "exact", 0.0, backend, bounded)
         y = solve_autograd.causal(rows_x, left, lower, False, backend).reshape(*shape, columns)
         return (y, left.reshape(shape)) if return_left else y
     fixed = (materialised(t.detach()) for t in (rows_a, k, rows_z))
-    left = autograd.apply(*fixed, True, "exact", 0.0, backend, contracts)
+    left = autograd.apply(*fixed, True, "exact", 0.0, backend, bounded)
     upper = between_rows(b, (*batch, n - 1), a)
     y = solve_autograd.tridiagonal(rows_x, rows_a, upper, lower, rows_z, left, backend)
     return y.reshape(*shape, columns)
@@ -172,8 +172,8 @@ def solve_step(
     precision = precision_of({"x": x, "a": a, "b": b, "c": c})
     owner = f"x of shape {tuple(x.shape)} and a of shape {tuple(a.shape)}"
     batch = _batch(x.shape[:-1], a.shape)
-    rows_z, moderate = shift(z, batch, x.device, precision, ("x", owner))
-    dtype, wide = as_precision(torch.complex64, precision), precision if moderate else torch.float64
+    rows_z, fits_32_bits = shift(z, batch, x.device, precision, ("x", owner))
+    dtype, wide = as_precision(torch.complex64, precision), precision if fits_32_bits else torch.float64
     pivot = a.to(as_precision(a.dtype, wide)) - rows_z.to(as_precision(torch.complex64, wide)).reshape(batch)
     source = x.to(as_precision(torch.complex64, wide))
     if state is not None:

@@ -54,7 +54,7 @@ def _fused(gbar: Tensor, backend: str):
 
 
 def _solve_for(gbar: Tensor, plain, transformable, op):
-    """What the formulas of a backward are to call."""
+    """The functions that the formulas of a backward call."""
     if is_plain(gbar):
         return plain
     return transformable if torch._C._are_functorch_transforms_active() else op

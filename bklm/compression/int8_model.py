@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bklm.data.loaders import IGNORED
 from bklm.models import LanguageModel, TokenLosses
-from bklm.models.loss import IGNORE_INDEX
 
 HEAD = "int8_head"  # the head's name among a copy's modules
 
@@ -35,22 +35,18 @@ class Quantised:
         self.check_ids(input_ids)
         self.check_targets(input_ids, targets)
         # Rows that are not scored would make the scale coarser for the others.
-        hidden = self.hidden(input_ids).masked_fill((targets == IGNORE_INDEX).unsqueeze(-1), 0.0)
+        hidden = self.hidden(input_ids).masked_fill((targets == IGNORED).unsqueeze(-1), 0.0)
         logits = self.logits(hidden)
-        nll = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX
-        )
+        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
         return TokenLosses(nll.view(targets.shape), logits.argmax(-1) == targets)
 
     @torch.no_grad()
     def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean' and 'sum'.")
-        count = (targets != IGNORE_INDEX).sum()
+        count = (targets != IGNORED).sum()
         if reduction == "mean" and count == 0:
-            raise ValueError(
-                f"targets: all {targets.numel()} are {IGNORE_INDEX} (ignored): no loss to average."
-            )
+            raise ValueError(f"targets: all {targets.numel()} are {IGNORED} (ignored): no loss to average.")
         total = self.token_losses(input_ids, targets).nll.sum()
         return total / count if reduction == "mean" else total
 

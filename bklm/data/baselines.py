@@ -1,4 +1,4 @@
-"""What a count model reaches on the same tokens: unigram and interpolated Kneser-Ney, with exact probabilities.
+"""Count models of the same tokens as a yardstick: unigram and interpolated Kneser-Ney, with exact probabilities.
 
 Source: Kneser and Ney 1995; the interpolated form and the modified discounts are those of Chen and Goodman
 1999, "An empirical study of smoothing techniques for language modeling", sections 2.7 and 3. With h a
@@ -12,7 +12,7 @@ in how many different left contexts an n-gram occurs. Below the lowest level lie
 over the vocabulary, so that every id has a probability and each distribution sums to 1.
 
 The counts form a trie that is stored level by level: a node is an n-gram that occurs in training, its key is
-`parent * V + word` with the parent among the nodes of the level above, and the keys of a level are sorted.
+``parent * V + word`` with the parent among the nodes of the level above, and the keys of a level are sorted.
 Training is one sort a level, scoring one binary search a level; both run over the whole text at once.
 """
 
@@ -46,8 +46,8 @@ class _CountModel:
         raise NotImplementedError
 
     def perplexity(self, ids: np.ndarray, exclude: int | Iterable[int] | None = None) -> float:
-        """Token-weighted perplexity of `ids` after the first; targets in `exclude` (one id or any set of them, say unk) are
-        left out. TypeError for what is no id."""
+        """Token-weighted perplexity of ``ids`` after the first; targets in ``exclude`` (one id or any set of them, say
+        unk) are left out. TypeError for what is no id."""
         log_probs = self.log_probs(ids)
         if exclude is not None:
             log_probs = log_probs[~np.isin(np.asarray(ids)[1:], _as_excluded(exclude))]
@@ -145,7 +145,7 @@ class KneserNey(_CountModel):
         self.order, self.discount = require_whole("order", order, 1), discount
 
     def fit(self, ids: np.ndarray, vocab_size: int) -> KneserNey:
-        """Count the n-grams of `ids` (tokens,), integers in [0, vocab_size)."""
+        """Count the n-grams of ``ids`` (tokens,), integers in [0, vocab_size)."""
         vocab_size = _as_vocab_size(vocab_size, np.size(ids))
         ids = _as_ids(ids, vocab_size, self.order)
         self.vocab_size = vocab_size
@@ -218,7 +218,7 @@ class KneserNey(_CountModel):
 
 
 def _discounts(counts: np.ndarray, discount: float | str) -> np.ndarray:
-    """What each count gives up, float64; counts of 0 give nothing."""
+    """The discount of each count, float64; counts of 0 have none."""
     if discount != "modified":
         return np.minimum(counts, discount)
     n1, n2, n3, n4 = np.bincount(np.minimum(counts, 5), minlength=6)[1:5].tolist()

@@ -1,6 +1,6 @@
 """Byte-level BPE: GPT-2's own, from the hub or a folder, or one trained on a text.
 
-Byte-level means that every text can be written: there is no word outside the vocabulary. A literal `<unk>`, which
+Byte-level means that every text can be written: there is no word outside the vocabulary. A literal ``<unk>``, which
 WikiText's v1 text has for rare words, is one token in a trained BPE; in GPT-2's it falls into pieces.
 """
 
@@ -24,7 +24,7 @@ SMALLEST = 258  # the 256 bytes, <unk>, and one merge
 
 
 class Bpe:
-    """A byte-level BPE. `unk_id` is the token of a literal `<unk>`, None where it is not one token."""
+    """A byte-level BPE. ``unk_id`` is the token of a literal ``<unk>``, None where it is not one token."""
 
     def __init__(self, tokenizer: Tokenizer, source: str):
         self.tokenizer, self.source = tokenizer, source
@@ -52,7 +52,7 @@ class Bpe:
         return self.encode_documents([text])[0]
 
     def encode_documents(self, texts: Sequence[str], max_tokens: int | None = None) -> list[np.ndarray]:
-        """The ids of each text, (tokens,), cut after `max_tokens`; no token is added between or around them."""
+        """The ids of each text, (tokens,), cut after ``max_tokens``; no token is added between or around them."""
         if max_tokens is not None:
             max_tokens = require_whole("max_tokens", max_tokens, 1, ", or None for whole texts")
         encoded: list[np.ndarray] = []
@@ -62,7 +62,7 @@ class Bpe:
         return encoded
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that make no character become U+FFFD."""
+        """The text of ``ids``; bytes that make no character become U+FFFD."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
@@ -102,12 +102,12 @@ def gpt2_bpe(folder: str | os.PathLike[str] | None = None) -> Bpe:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Bpe:
-    """A byte-level BPE of at most `vocab_size` tokens from `texts`; the same texts give the same BPE.
+    """A byte-level BPE of at most ``vocab_size`` tokens from ``texts``; the same texts give the same BPE.
 
     Pairs that occur once are not merged, so that a small text gives a smaller vocabulary.
 
     Raises:
-        ValueError: `vocab_size` below 258, or texts without a character.
+        ValueError: ``vocab_size`` below 258, or texts without a character.
     """
     vocab_size = require_whole("vocab_size", vocab_size, SMALLEST, f": 256 bytes, {UNK} and one merge")
     tokenizer = _byte_level(models.BPE())
@@ -132,7 +132,7 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Lines, without `<unk>` and cut to a bounded length: the trainer keeps many times a line's length in memory."""
+    """Lines, without ``<unk>`` and cut to a bounded length: the trainer keeps many times a line's length in memory."""
     for text in texts:
         for line in text.split("\n"):
             words = line.replace(UNK, " ").split(" ")

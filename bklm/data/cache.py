@@ -1,8 +1,8 @@
 """Arrays kept on disk between runs: one folder an entry, written whole or not at all, checked when read.
 
 The cache lies in the folder named by BKLM_CACHE_DIR, else in the user's cache folder (XDG_CACHE_HOME or
-~/.cache, `bklm` in it). It only ever saves time: where it cannot be written the arrays stay in memory, and a
-damaged entry is set aside (renamed, not deleted) and built anew; both are reported through `logging`. So is an entry that
+~/.cache, ``bklm`` in it). It only ever saves time: where it cannot be written the arrays stay in memory, and a
+damaged entry is set aside (renamed, not deleted) and built anew; both are reported through ``logging``. So is an entry that
 cannot be read although nothing shows damage (another user's, a failing disk): it is left as it is.
 """
 
@@ -33,9 +33,9 @@ def cache_folder() -> Path:
 
 
 def load_or_build(kind: str, key: str, names: Sequence[str], build: Callable[[], Arrays]) -> Arrays:
-    """The one-dimensional arrays `names` of entry `key`, memory-mapped from disk; built and stored where it is missing.
+    """The one-dimensional arrays ``names`` of entry ``key``, memory-mapped from disk; built and stored where it is missing.
 
-    `key` must name all that the arrays depend on. Two processes may build the same entry at once: one of them
+    ``key`` must name all that the arrays depend on. Two processes may build the same entry at once: one of them
     wins, both get the same arrays.
     """
     entry = cache_folder() / kind / key

@@ -8,14 +8,14 @@ from typing import Any
 
 
 def require_whole(name: str, value: int, least: int, why: str = "") -> int:
-    """`value` as an int; ValueError naming it unless it is a whole number from `least`."""
+    """``value`` as an int; ValueError naming it unless it is a whole number from ``least``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} is {value!r}; give a whole number from {least}{why}")
     return int(value)
 
 
 def index_or_none(value: Any) -> int | None:
-    """`value` as an index where it is one number (numpy's and torch's without dimensions included), else None."""
+    """``value`` as an index where it is one number (numpy's and torch's without dimensions included), else None."""
     if getattr(value, "ndim", 0):
         return None
     try:

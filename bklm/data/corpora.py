@@ -1,4 +1,4 @@
-"""Where text comes from: one `Corpus` with three splits, whatever lies behind it."""
+"""Where text comes from: one ``Corpus`` with three splits, whatever lies behind it."""
 
 from __future__ import annotations
 

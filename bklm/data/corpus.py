@@ -11,7 +11,7 @@ from functools import cached_property
 SPLITS = ("train", "valid", "test")
 
 
-# WikiText writes a title as ` = Title = ` and a section as ` = = Section = = `: one `=` only on either side.
+# WikiText writes a title as `` = Title = `` and a section as `` = = Section = = ``: one ``=`` only on either side.
 _TITLE = re.compile(r"\s*= (?!=)(?:.*\S )?= *")
 
 
@@ -19,7 +19,7 @@ _SECTION_END = re.compile(r"= = *$")
 
 
 def is_title(line: str) -> bool:
-    """Whether `line` is a level-1 heading, ` = Title = `, where a document begins."""
+    """Whether ``line`` is a level-1 heading, `` = Title = ``, where a document begins."""
     return bool(_TITLE.fullmatch(line)) and not _SECTION_END.search(line)
 
 
@@ -27,8 +27,8 @@ def is_title(line: str) -> bool:
 class Corpus:
     """Text in three splits.
 
-    `train`, `valid` and `test` are sequences of lines (str, without line end). For dialogues a line is a whole
-    dialogue, `line_is_document` is true, and the sequence may read from disk as it is indexed. `source` says in
+    ``train``, ``valid`` and ``test`` are sequences of lines (str, without line end). For dialogues a line is a whole
+    dialogue, ``line_is_document`` is true, and the sequence may read from disk as it is indexed. ``source`` says in
     words where the text came from; it goes into a study's manifest.
     """
 

@@ -30,8 +30,8 @@ class RemovedDocument:
 
 @dataclass(frozen=True)
 class DocumentSplit:
-    """`train`: as many documents as the largest sample has, so that a sample of n is the first n of them. `valid`: the
-    documents that every model is scored on. `spare`: documents that no model trains or is scored on, for embeddings."""
+    """``train``: as many documents as the largest sample has, so that a sample of n is the first n of them. ``valid``: the
+    documents that every model is scored on. ``spare``: documents that no model trains or is scored on, for embeddings."""
 
     train: list[str] = field(repr=False)
     valid: list[str] = field(repr=False)
@@ -46,7 +46,7 @@ def split_documents(
 ) -> DocumentSplit:
     """Take documents in the corpus's order: validation from its validation split, the rest from its training split.
 
-    Training documents whose 5-word shingles overlap a validation document's by `threshold` (Jaccard) are removed, and
+    Training documents whose 5-word shingles overlap a validation document's by ``threshold`` (Jaccard) are removed, and
     the next ones take their place.
 
     Args:

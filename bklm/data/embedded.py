@@ -1,8 +1,8 @@
-"""The embedded corpus: the language reference that every CPython carries for `help()`, as WikiText-style lines.
+"""The embedded corpus: the language reference that every CPython carries for ``help()``, as WikiText-style lines.
 
 It needs no network and no file of ours, and it is real English; it is small (about 60,000 training words) and
-differs a little from one Python version to the next, so results on it are demonstrations. `source` names the
-version, `sha256` the exact text.
+differs a little from one Python version to the next, so results on it are demonstrations. ``source`` names the
+version, ``sha256`` the exact text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _EMPHASIS = re.compile(r"\*\*?(?=\S)([^*\n]*[^*\s])\*\*?")
 
 
 def embedded_corpus() -> Corpus:
-    """`pydoc_data.topics` as a corpus: a level-1 heading a topic, a line a paragraph, words and punctuation apart."""
+    """``pydoc_data.topics`` as a corpus: a level-1 heading a topic, a line a paragraph, words and punctuation apart."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -75,7 +75,7 @@ def split_topics(bodies: Mapping[str, list[str]]) -> dict[str, dict[str, list[st
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs of a reStructuredText page as lines of tokens; underlined titles become ` = = Title = = `."""
+    """The paragraphs of a reStructuredText page as lines of tokens; underlined titles become `` = = Title = = ``."""
     for block in re.split(r"\n\s*\n", textwrap.dedent(text)):
         rows = block.split("\n")
         underlined = len(rows) > 1 and len(set(rows[-1].strip())) == 1 and _RULE.fullmatch(rows[-1])

@@ -49,12 +49,12 @@ def gpt2_embedding() -> np.ndarray:
 
 
 def embedding_file_shape(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(rows, columns) of the table in a .safetensors or .npy file, from its header alone; errors as `load_embedding`."""
+    """(rows, columns) of the table in a .safetensors or .npy file, from its header alone; errors as ``load_embedding``."""
     return _open(Path(path).expanduser())[0]
 
 
 def load_embedding(path: str | os.PathLike[str], vocab_size: int, dim: int) -> np.ndarray:
-    """The table of a .safetensors file (under one of `TABLE_NAMES`, or its only tensor) or of a .npy file.
+    """The table of a .safetensors file (under one of ``TABLE_NAMES``, or its only tensor) or of a .npy file.
 
     Raises:
         FileNotFoundError, OSError: there is no such file, or it cannot be read.
@@ -109,7 +109,7 @@ def _open(path: Path) -> tuple[tuple[int, int], str | None]:
 
 
 def random_embedding(vocab_size: int, dim: int, std: float, seed: int) -> np.ndarray:
-    """Independent normal entries of standard deviation `std`."""
+    """Independent normal entries of standard deviation ``std``."""
     return np.random.default_rng(seed).normal(0.0, std, (vocab_size, dim)).astype(np.float32)
 
 
@@ -119,7 +119,7 @@ def svd_embedding(
     """Rows of a truncated SVD of the positive pointwise mutual information of tokens that occur near each other.
 
     Levy, Goldberg and Dagan 2015, "Improving distributional similarity with lessons learned from word embeddings":
-    a neighbour at distance d in `window` counts 1/d, contexts are smoothed by the power 0.75, and the singular values
+    a neighbour at distance d in ``window`` counts 1/d, contexts are smoothed by the power 0.75, and the singular values
     enter by their square root. The table is centred and scaled to GPT-2's standard deviation, and kept in bklm's cache.
 
     Args:
@@ -129,7 +129,7 @@ def svd_embedding(
         The table, and the number of tokens that the documents do not hold: their rows are random, of the same scale.
 
     Raises:
-        ValueError: no pair of tokens, or `dim` not below the number of distinct tokens.
+        ValueError: no pair of tokens, or ``dim`` not below the number of distinct tokens.
     """
     dim, window = require_whole("dim", dim, 1), require_whole("window", window, 1)
     ids = [np.asarray(document, np.int64) for document in documents]

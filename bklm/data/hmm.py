@@ -6,12 +6,12 @@ Five hold content words: each topic gives all words of the class Zipf weights, i
 next word depends on the class before it (a bigram helps), on the grammar (a longer history helps) and on the
 topic, which only many words together betray (a long memory helps).
 
-What `entropy_floor` says is the per-token cross-entropy of the true model on the very tokens drawn, by the
+What ``entropy_floor`` says is the per-token cross-entropy of the true model on the very tokens drawn, by the
 forward algorithm (Rabiner 1989, scaled as in his section V.A): no model that does not know the tokens
 beforehand does better, up to the chance of a finite sample. The tokens of a split are one continuous stream,
 begun from the stationary law; line ends carry no meaning. A model that reads windows of n tokens forgets what
-came before each window: its floor is `entropy_floor(split, context=n)`, a little higher, computed on the
-windows that `bklm.data.windows` cuts ("every-target-once").
+came before each window: its floor is ``entropy_floor(split, context=n)``, a little higher, computed on the
+windows that ``bklm.data.windows`` cuts ("every-target-once").
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WORDS_A_LINE = 25
 
 
 class Uniform:
-    """Uniform numbers in [0, 1) from raw Philox words: the same on every platform and numpy version, unlike `Generator`'s."""
+    """Uniform numbers in [0, 1) from raw Philox words: the same on every platform and numpy, unlike ``Generator``'s."""
 
     def __init__(self, *seed: int):
         self.bits = np.random.Philox(np.random.SeedSequence(seed))
@@ -67,7 +67,7 @@ class HiddenMarkovModel:
     emission: np.ndarray
 
     def sample(self, n: int, uniform: Uniform) -> np.ndarray:
-        """`n` words, int64 (n,), by inversion: two uniform numbers a word, the first for its state."""
+        """``n`` words, int64 (n,), by inversion: two uniform numbers a word, the first for its state."""
         states = np.empty(n, np.int64)
         rows = np.cumsum(self.transition, axis=1)
         rows[:, -1] = 1.0  # a sum of rounded numbers may end just below
@@ -105,7 +105,7 @@ class HiddenMarkovModel:
 
 @dataclass(frozen=True, eq=False)
 class HmmCorpus(Corpus):
-    """A corpus drawn from `model`; `ids` holds each split's word indices, int64."""
+    """A corpus drawn from ``model``; ``ids`` holds each split's word indices, int64."""
 
     model: HiddenMarkovModel = field(kw_only=True, repr=False)
     ids: dict[str, np.ndarray] = field(kw_only=True, repr=False)
@@ -117,7 +117,7 @@ class HmmCorpus(Corpus):
     def entropy_floor(self, split: str, context: int | None = None) -> float:
         """The true model's cross-entropy on every token after the first of a split, in nats per token.
 
-        With `context`, that of the true model restarted at each window of so many inputs, as a language model
+        With ``context``, that of the true model restarted at each window of so many inputs, as a language model
         is that is evaluated on windows.
         """
         self.split(split)
@@ -128,7 +128,7 @@ class HmmCorpus(Corpus):
         return self._floors[split, context]
 
     def perplexity_floor(self, split: str, context: int | None = None) -> float:
-        """exp of `entropy_floor`."""
+        """exp of ``entropy_floor``."""
         return math.exp(self.entropy_floor(split, context))
 
     def _floor(self, ids: np.ndarray, context: int | None) -> float:
@@ -184,7 +184,7 @@ def _stationary(transition: np.ndarray) -> np.ndarray:
 
 
 def _names(n: int) -> list[str]:
-    """`n` pronounceable words, all different."""
+    """``n`` pronounceable words, all different."""
     syllables = ["".join(pair) for pair in product("bdfgklmnprstvz", "aeiou")]
     return ["".join(word) for word, _ in zip(product(syllables, repeat=2), range(n), strict=False)]
 

@@ -35,7 +35,7 @@ DATASETS = {
 
 
 def corpus_from_hub(name: str, max_documents: int | None = None) -> Corpus:
-    """The corpus `name` through `datasets.load_dataset`, from the hub or, where that cannot be reached, its local cache.
+    """The corpus ``name`` through ``datasets.load_dataset``, from the hub or, where that cannot be reached, its local cache.
 
     Raises:
         ConnectionError: the hub cannot be reached and the cache does not hold the data set.
@@ -94,7 +94,7 @@ def _download(dataset: HubDataset) -> dict[str, Any]:
 
 
 def _first_dialogues(dataset: HubDataset, number: int) -> list[list[str]]:
-    """The first `number` dialogues of each split, streamed: only the files' beginnings are fetched."""
+    """The first ``number`` dialogues of each split, streamed: only the files' beginnings are fetched."""
     import datasets
 
     streams = (

@@ -16,10 +16,10 @@ _WIDTH = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 def fetch_file(repository: str, name: str, way_on: str) -> Path:
-    """The path of a file of `repository` in the hub's cache on this machine, downloaded where it is not there yet.
+    """The path of a file of ``repository`` in the hub's cache on this machine, downloaded where it is not there yet.
 
     Raises:
-        ConnectionError: the hub cannot be reached; the sentence ends with `way_on`, what to do without it.
+        ConnectionError: the hub cannot be reached; the sentence ends with ``way_on``, what to do without it.
     """
     import huggingface_hub
 
@@ -33,7 +33,7 @@ def fetch_tensor(repository: str, file: str, tensor: str, way_on: str) -> np.nda
     """One tensor of a safetensors file, float32: from the hub's cache, else by ranged requests for it alone.
 
     Raises:
-        ConnectionError: as for `fetch_file`. ValueError: the file has no such tensor.
+        ConnectionError: as for ``fetch_file``. ValueError: the file has no such tensor.
     """
     import huggingface_hub
 
@@ -63,7 +63,7 @@ def fetch_tensor(repository: str, file: str, tensor: str, way_on: str) -> np.nda
 
 
 def tensor_entry(header: dict[str, Any], tensor: str, where: str) -> dict[str, Any]:
-    """What a safetensors header says of `tensor`: dtype, shape, data_offsets.
+    """What a safetensors header says of ``tensor``: dtype, shape, data_offsets.
 
     Raises:
         ValueError: there is none of this name, or its numbers are not floating point.
@@ -78,7 +78,7 @@ def tensor_entry(header: dict[str, Any], tensor: str, where: str) -> dict[str, A
 
 
 def _range(url: str, begin: int, end: int, retry: bool = True) -> bytes:
-    """Bytes [begin, end) of `url`; without `retry` a hub that does not answer is given up at once."""
+    """Bytes [begin, end) of ``url``; without ``retry`` a hub that does not answer is given up at once."""
     from huggingface_hub.utils import build_hf_headers, get_session, http_backoff
 
     headers = build_hf_headers() | {"Range": f"bytes={begin}-{end - 1}"}

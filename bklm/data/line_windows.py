@@ -37,7 +37,7 @@ class LineVocabulary:
 
     @classmethod
     def train(cls, lines: Iterable[str], limit: int = 1_000) -> LineVocabulary:
-        """The most frequent words of the lines that are long enough, `limit` entries at most; ValueError below 5."""
+        """The most frequent words of the lines that are long enough, ``limit`` entries at most; ValueError below 5."""
         limit = require_whole("limit", limit, 5, f": {', '.join(SPECIAL)} and one word")
         counts = Counter(word for words in _long_enough(lines) for word in words)
         del counts["<unk>"]
@@ -56,7 +56,7 @@ class LineVocabulary:
         return np.array([self._id(word) for line in lines for word in line.lower().split()], np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The words of `ids`, joined by a space."""
+        """The words of ``ids``, joined by a space."""
         return " ".join(self.words[index] for index in ids)
 
     def _id(self, word: str) -> int:
@@ -96,7 +96,7 @@ class LineWindows(Dataset):
 def line_windows(
     lines: Iterable[str], vocabulary: LineVocabulary, window: int = WINDOW, stride: int = STRIDE
 ) -> LineWindows:
-    """Every window of `lines`.
+    """Every window of ``lines``.
 
     Raises:
         ValueError: no line is long enough, or window or stride is below 2 or 1.

@@ -21,7 +21,7 @@ class Windows(Dataset):
     """Windows (x, y) over token ids (tokens,): x and y int64 (seq_len,), y the token after each of x.
 
     "every-target-once": windows start at 0, S, 2S ... and overlap by one token, so that every token after the
-    first is a target exactly once; the last, shorter window is filled up with `pad_id` in x and -100 in y.
+    first is a target exactly once; the last, shorter window is filled up with ``pad_id`` in x and -100 in y.
     "disjoint": blocks of S + 1 tokens, as the original cut them; the tail is dropped, and one token in S + 1 is
     never a target.
 
@@ -72,7 +72,7 @@ class Windows(Dataset):
 
 
 def windows(ids: np.ndarray, seq_len: int, layout: str = "every-target-once", pad_id: int = 0) -> Windows:
-    """`Windows` over `ids`, the form that reads well in a study: `make_loader(windows(tokens.train, 128), 32)`."""
+    """``Windows`` over ``ids``, the form that reads well in a study: ``make_loader(windows(tokens.train, 128), 32)``."""
     return Windows(ids, seq_len, layout, pad_id)
 
 
@@ -80,7 +80,7 @@ class EpochOrder(Sampler[int]):
     """Indices 0 ... n - 1, in an order that is a function of (seed, epoch) alone, or in their own where not shuffled.
 
     The order comes from raw words of a Philox bit generator, which numpy keeps the same across its versions.
-    Each pass goes one epoch on by itself; `set_epoch` says which one comes next, so that a resumed run sees
+    Each pass goes one epoch on by itself; ``set_epoch`` says which one comes next, so that a resumed run sees
     what the undisturbed one saw.
     """
 
@@ -110,10 +110,10 @@ def make_loader(
     num_workers: int = 0,
     drop_last: bool = False,
 ) -> DataLoader:
-    """Batches (x, y), int64 (B, seq_len), of `dataset`; the last one may be smaller.
+    """Batches (x, y), int64 (B, seq_len), of ``dataset``; the last one may be smaller.
 
-    Shuffled, the order is a function of (seed, epoch): see `EpochOrder` and `set_epoch`. It is an ordinary
-    DataLoader with a BatchSampler, so that Accelerate's `prepare` can share it out.
+    Shuffled, the order is a function of (seed, epoch): see ``EpochOrder`` and ``set_epoch``. It is an ordinary
+    DataLoader with a BatchSampler, so that Accelerate's ``prepare`` can share it out.
 
     Raises:
         ValueError: batch_size < 1 or larger than the data set, num_workers < 0, seed or epoch < 0.
@@ -149,7 +149,7 @@ class _Loader(DataLoader):
 
 
 def set_epoch(loader: Iterable, epoch: int) -> None:
-    """Say which epoch the next pass of a `make_loader` loader is, before or after Accelerate's `prepare`.
+    """Say which epoch the next pass of a ``make_loader`` loader is, before or after Accelerate's ``prepare``.
 
     Of other batches (a list, an ordinary DataLoader) nothing depends on the epoch, unless a sampler of theirs asks for it.
     """
@@ -173,13 +173,13 @@ def get_wikitext2_dataloaders(
 ) -> tuple[DataLoader, DataLoader, int]:
     """WikiText-2 as (train_loader, val_loader, vocab_size); batches are (x, y), int64 (B, seq_len), y shifted by one.
 
-    Training windows are shuffled anew each epoch by `seed`, validation windows come in order. See
-    `load_corpus` for where the text comes from, `Windows` for the two layouts ("disjoint" is the original's),
-    `tokenize_corpus` for the vocabulary.
+    Training windows are shuffled anew each epoch by ``seed``, validation windows come in order. See
+    ``load_corpus`` for where the text comes from, ``Windows`` for the two layouts ("disjoint" is the original's),
+    ``tokenize_corpus`` for the vocabulary.
 
     Raises:
         ValueError: a bad number, a batch larger than the training windows, a window longer than the text.
-        OSError: the text cannot be had (ConnectionError, FileNotFoundError ...).
+        OSError: the text cannot be read (ConnectionError, FileNotFoundError ...).
     """
     for name, value, least in (
         ("batch_size", batch_size, 1),

@@ -1,4 +1,4 @@
-"""Corpora in a folder: plain text files, or a data set that Hugging Face `datasets` saved."""
+"""Corpora in a folder: plain text files, or a data set that Hugging Face ``datasets`` saved."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPLIT_ALIASES = {
 
 
 def corpus_from_folder(folder: Path, max_documents: int | None = None, called: str = "data_dir") -> Corpus:
-    """The corpus in `folder`, which errors call `called`; see `load_corpus` for the layouts and the errors."""
+    """The corpus in ``folder``, which errors call ``called``; see ``load_corpus`` for the layouts and the errors."""
     where = f"{called} {str(folder)!r}"
     try:
         present = {path.name for path in folder.iterdir()}
@@ -85,7 +85,7 @@ def _refuse_empty(texts: dict[str, Sequence[str]]) -> None:
 def _saved_dataset(folder: Path, where: str) -> dict[str, Dataset] | None:
     """The splits of a saved data set, None where there is none.
 
-    It was written by `DatasetDict.save_to_disk`, or is laid out as on the hub: Parquet files named after their split, in
+    It was written by ``DatasetDict.save_to_disk``, or is laid out as on the hub: Parquet files named after their split, in
     the folder itself, in data/ or in wikitext-2-raw-v1/.
     """
     if (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
@@ -171,7 +171,7 @@ def corpus_from_splits(
 
 
 def corpus_from_dialogues(name: str, source: str, train: Sequence[str], *held_out: Sequence[str]) -> Corpus:
-    """A corpus of dialogues; `held_out` is validation and test, or one split that is shared between them.
+    """A corpus of dialogues; ``held_out`` is validation and test, or one split that is shared between them.
 
     Its even rows become the validation split and its odd rows the test split, so that a limit on the number of rows
     moves no dialogue from one to the other.

@@ -1,7 +1,7 @@
 """Texts that are nearly the same: MinHash over 5-word shingles finds candidates, their exact overlap decides.
 
 Two texts are near-duplicates when the Jaccard similarity of their sets of shingles (runs of five words, lower case)
-reaches a threshold. A MinHash signature keeps, for each of `HASHES` random orders of all shingles, the first one of a
+reaches a threshold. A MinHash signature keeps, for each of ``HASHES`` random orders of all shingles, the first one of a
 text; the share of equal entries of two signatures estimates the similarity with a standard error below 0.045.
 Source: Broder 1997, "On the resemblance and containment of documents".
 """
@@ -22,7 +22,7 @@ MARGIN = 0.15  # more than three standard errors: candidates whose estimate is t
 
 @dataclass(frozen=True)
 class NearDuplicate:
-    """Text `index` of the one list and text `of` of the other, and the exact similarity of their shingles."""
+    """Text ``index`` of the one list and text ``of`` of the other, and the exact similarity of their shingles."""
 
     index: int
     of: int
@@ -69,7 +69,7 @@ def jaccard(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def near_duplicates(texts: Sequence[str], others: Sequence[str], threshold: float = 0.5) -> list[NearDuplicate]:
-    """Every text of `texts` that nearly equals one of `others`, with the most similar of them, in order of `texts`.
+    """Every text of ``texts`` that nearly equals one of ``others``, with the most similar of them, in order of ``texts``.
 
     Raises:
         ValueError: a threshold outside (0, 1].

@@ -22,10 +22,10 @@ SMALLEST = f": {PAD}, {UNK} and one word"  # why a vocabulary has at least 3 ent
 
 
 class Vocabulary:
-    """Words and their ids: `<pad>` 0, `<unk>` 1, then the training words from the most to the least frequent.
+    """Words and their ids: ``<pad>`` 0, ``<unk>`` 1, then the training words from the most to the least frequent.
 
-    Words are what white space separates (as `str.split` has it), cased; ties in frequency are broken by code point
-    order. A literal `<unk>` in the text is the unknown token itself, and a literal `<pad>` counts as unknown, so that
+    Words are what white space separates (as ``str.split`` has it), cased; ties in frequency are broken by code point
+    order. A literal ``<unk>`` in the text is the unknown token itself, and a literal ``<pad>`` counts as unknown, so that
     padding never occurs as text.
     """
 
@@ -39,7 +39,7 @@ class Vocabulary:
 
     @classmethod
     def train(cls, lines: Iterable[str], limit: int) -> Vocabulary:
-        """The most frequent words of `lines`, at most `limit` entries with `<pad>` and `<unk>`; ValueError below 3."""
+        """The most frequent words of ``lines``, at most ``limit`` entries with ``<pad>`` and ``<unk>``; ValueError below 3."""
         limit = require_whole("limit", limit, 3, SMALLEST)
         # Counted without special tokens: the trainer would give a literal <unk> of the text a second place.
         trainer = trainers.WordLevelTrainer(vocab_size=limit, special_tokens=[], show_progress=False)
@@ -70,13 +70,13 @@ class Vocabulary:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The same vocabulary as a Hugging Face `tokenizers.Tokenizer`, to save and to use elsewhere."""
+        """The same vocabulary as a Hugging Face ``tokenizers.Tokenizer``, to save and to use elsewhere."""
         return _word_level(self.ids)
 
     def encode(self, text: str | Iterable[str]) -> np.ndarray:
         """The ids of a text or of lines as one array (tokens,), uint16 or int32; line ends are only white space.
 
-        Looked up word by word: three times as fast as `tokenizer.encode_batch_fast`, which keeps a record of each token.
+        Looked up word by word: three times as fast as ``tokenizer.encode_batch_fast``, which keeps a record of each token.
         """
         ids = self.ids.copy()
         del ids[PAD]
@@ -84,7 +84,7 @@ class Vocabulary:
         return np.fromiter(map(ids.get, words, repeat(self.unk_id)), self.dtype)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The words of `ids`, joined by a space."""
+        """The words of ``ids``, joined by a space."""
         return " ".join(self.words[index] for index in ids)
 
 
@@ -97,7 +97,7 @@ def _word_level(ids: dict[str, int]) -> Tokenizer:
 
 
 def _pieces(lines: Iterable[str]) -> Iterator[str]:
-    """`lines` cut into pieces of bounded length: the trainer takes 70 times a line's length in memory."""
+    """``lines`` cut into pieces of bounded length: the trainer takes 70 times a line's length in memory."""
     for line in lines:
         words = line.split()
         for begin in range(0, len(words), WORDS_AT_ONCE):
@@ -106,7 +106,7 @@ def _pieces(lines: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True, eq=False)
 class TokenizedCorpus:
-    """A corpus as token ids: `train`, `valid`, `test` are arrays (tokens,), uint16 or int32, mapped from the cache."""
+    """A corpus as token ids: ``train``, ``valid``, ``test`` are arrays (tokens,), uint16 or int32, mapped from the cache."""
 
     train: np.ndarray = field(repr=False)
     valid: np.ndarray = field(repr=False)
@@ -137,10 +137,10 @@ class TokenizedCorpus:
 def tokenize_corpus(
     corpus: Corpus, vocab_size_limit: int = 30_000, max_train_tokens: int | None = None
 ) -> TokenizedCorpus:
-    """Every split of `corpus` as one stream of ids, with a vocabulary from the whole training split.
+    """Every split of ``corpus`` as one stream of ids, with a vocabulary from the whole training split.
 
-    Ids are cached on disk under the text's hash and the settings (see `bklm.data.cache`) and memory-mapped.
-    No end-of-sentence token is added. `max_train_tokens` keeps the first so many training tokens; vocabulary
+    Ids are cached on disk under the text's hash and the settings (see ``bklm.data.cache``) and memory-mapped.
+    No end-of-sentence token is added. ``max_train_tokens`` keeps the first so many training tokens; vocabulary
     and cache stay the same.
 
     Raises:

@@ -105,7 +105,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on success it takes the place of ``path`` in one step.
 
     After a crash ``path`` holds either its old content or the new one, whole. On an error the temporary file is removed; of
-    a killed process it stays, for `remove_leftovers`.
+    a killed process it stays, for ``remove_leftovers``.
 
     Raises:
         WriteError: the disk is full, or the folder may not be written.

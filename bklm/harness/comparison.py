@@ -9,7 +9,7 @@ from typing import Any
 
 from bklm.harness.statistics import Perplexity, interval95
 
-# One trained model: its factors, its seed, its score (None: it diverged) and what was measured. Keys: `bklm.harness.session`.
+# One trained model: its factors, its seed, its score (None: diverged) and what was measured. Keys: ``bklm.harness.session``.
 Trial = Mapping[str, Any]
 
 
@@ -174,7 +174,7 @@ class Comparison:
         return rows
 
     def readable(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """`rows` with words and rounded numbers."""
+        """``rows`` with words and rounded numbers."""
         return [
             {self.by: self.short(row[self.by]), "val PPL (95%)": score_in_words(row)}
             | {column.title: column.words(row) for column in self.columns if column.title}
@@ -256,7 +256,7 @@ def state_finding(best: str, ratios: Mapping[str, Perplexity], seeds: int) -> st
 
 
 def headline(best: str, ratios: Mapping[str, Perplexity], other: str) -> str:
-    """As `state_finding`, but only how many others are worse; ``other`` names one of them, such as "other alpha"."""
+    """As ``state_finding``, but only how many others are worse; ``other`` names one of them, such as "other alpha"."""
     if not ratios:
         return best
     judged = [ratio for ratio in ratios.values() if ratio.low is not None]

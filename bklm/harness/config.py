@@ -2,7 +2,7 @@
 
 The notebook's form cell, the widgets, the command line, papermill's parameters and the manifest are all derived from it.
 
-A field whose value is ``None`` (or an empty string, as a form cell gives it) is *empty*: `StudyConfig.resolved` fills it
+A field whose value is ``None`` (or an empty string, as a form cell gives it) is *empty*: ``StudyConfig.resolved`` fills it
 from the chosen profile. A value that was given always wins.
 """
 
@@ -162,7 +162,7 @@ def _spec(owner: type, item: dataclasses.Field) -> FieldSpec:
 
 
 def with_ambient_folder(values: dict[str, Any]) -> dict[str, Any]:
-    """A config's values, ``data_dir`` taken from the environment where `bklm.data.load_corpus` would take it from there."""
+    """A config's values, ``data_dir`` taken from the environment where ``bklm.data.load_corpus`` would take it from there."""
     if "dataset" not in values or values["dataset"] in WITHOUT_FOLDER or values.get("data_dir"):
         return values
     return {**values, "data_dir": os.environ.get("BKLM_DATA_DIR") or None}
@@ -170,7 +170,7 @@ def with_ambient_folder(values: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """Fields that every study has. Subclasses add theirs and set `study` and `profiles`."""
+    """Fields that every study has. Subclasses add theirs and set ``study`` and ``profiles``."""
 
     study: ClassVar[str]
     # Its notebook's name, without folder and ending.
@@ -217,7 +217,7 @@ class StudyConfig:
 
     @classmethod
     def _fields(cls) -> list[dataclasses.Field]:
-        """The fields in the order of the form: `basic` first, the rest as declared, the base class's before."""
+        """The fields in the order of the form: ``basic`` first, the rest as declared, the base class's before."""
         place = {name: i for i, name in enumerate(cls.basic)}
         return sorted(dataclasses.fields(cls), key=lambda item: place.get(item.name, len(place)))
 

@@ -23,7 +23,7 @@ def text_size(dataset: str, data_dir: str | None, vocab_limit: int) -> tuple[int
     """(vocabulary, training tokens, validation tokens) of a study's text.
 
     Raises:
-        ValueError, OSError: see `bklm.data.load_corpus`.
+        ValueError, OSError: see ``bklm.data.load_corpus``.
     """
     if dataset == "wikitext-2" and not data_dir:
         vocabulary, train_tokens, val_tokens = WIKITEXT2
@@ -112,6 +112,6 @@ def best_of(work: Callable[[], None], times: int = 2) -> float:
     return min(seconds)
 
 
-def in_words(minutes: float) -> str:
+def round_minutes(minutes: float) -> str:
     """ "12", "about 1" or "under 1"."""
     return f"{minutes:.0f}" if minutes >= 1.5 else "about 1" if minutes > 0.5 else "under 1"

@@ -149,7 +149,7 @@ class _LogFile(logging.FileHandler):
     def close(self) -> None:
         try:
             super().close()
-        except OSError:  # what could not be written before; `handleError` has said so
+        except OSError:  # what could not be written before; ``handleError`` has said so
             self.has_failed = True
 
 

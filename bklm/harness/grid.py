@@ -35,7 +35,7 @@ RESULT, QUEUED = (
 
 
 class _OnceEach(GridSampler):
-    """Gives the first trials one point each, by their numbers; `Sweep.run` decides when the sweep ends."""
+    """Gives the first trials one point each, by their numbers; ``Sweep.run`` decides when the sweep ends."""
 
     def after_trial(self, *_: Any) -> None:
         """Optuna's would stop the loop, and takes every trial, those queued again too, for one of its own."""
@@ -48,7 +48,7 @@ class Sweep:
         """The sweep that all workers with this ``name`` share in the PostgreSQL database at ``address``.
 
         Raises:
-            ValueError, ConnectionError: see `bklm.harness.grid_storage.postgresql`.
+            ValueError, ConnectionError: see ``bklm.harness.grid_storage.postgresql``.
         """
         with grid_storage.postgresql(address) as storage:
             self._open(storage, name, grid)

@@ -61,7 +61,7 @@ def postgresql(address: str) -> Iterator[BaseStorage]:
     """The tables of a PostgreSQL database, made if they are missing; inside the block no other worker sets up its own.
 
     Raises:
-        ValueError: see `check_address`.
+        ValueError: see ``check_address``.
         ConnectionError: the database does not answer, or no driver for it is installed.
     """
     check_address(address)

@@ -1,4 +1,4 @@
-"""A worker of a study, started by `bklm.harness.workers`: ``python -m bklm.harness.helper``.
+"""A worker of a study, started by ``bklm.harness.workers``: ``python -m bklm.harness.helper``.
 
 It talks over its standard input and output, one line of JSON a message; the first line it reads names the study's config.
 """

@@ -52,7 +52,7 @@ def environment() -> dict[str, Any]:
 
 
 def machine_fingerprint(device: str) -> dict[str, Any]:
-    """What a measured time or memory on ``device`` depends on besides a study's config."""
+    """The parts of this machine that a measured time or memory on ``device`` depends on."""
     found = environment()
     return {
         "device": device,

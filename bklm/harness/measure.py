@@ -2,7 +2,7 @@
 
 Peak memory on a CPU is a property of a process, and malloc keeps what was freed: each arm is run in a forked process of its
 own, where the kernel's peak counter is set back after the inputs exist (/proc/self/clear_refs) and read after one call.
-The processes are forked by one helper, ``python -m bklm.harness.measure``, which has everything imported and
+The processes are forked by one helper, ``python -m bklm.harness.measure``, in which everything is imported and
 compiled. On a GPU torch counts for us.
 """
 

@@ -1,4 +1,4 @@
-"""What a study leaves behind: the same files for every study, and one result class. `bundle.py` makes the zip."""
+"""What a study leaves behind: the same files for every study, and one result class. ``bundle.py`` makes the zip."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class StudyResult:
 
 
 class Report:
-    """The files of one study. They are written as they are added; `finish` adds those that every study has."""
+    """The files of one study. They are written as they are added; ``finish`` adds those that every study has."""
 
     def __init__(self, study: Session) -> None:
         self.study, self.folder = study, study.folder
@@ -146,7 +146,7 @@ class Report:
         """Write table, epochs, summary, vocabulary, manifest and zip; return the study's result.
 
         Args:
-            result: a `StudyResult` class; what only it has comes with ``more``.
+            result: a ``StudyResult`` class; what only it has comes with ``more``.
             trials: the compared ones, at least one of them finished.
             also: other trainings by name, for the epochs and the computing time.
             finding: instead of the comparison's own sentence.
@@ -186,7 +186,7 @@ class Report:
     def close(
         self, result: type[Result], seconds: float, manifest: Mapping[str, Any] = {}, **found: Any
     ) -> Result:
-        """Write manifest and zip; return the study's result. `finish` ends so, and a study that compares no trials.
+        """Write manifest and zip; return the study's result. ``finish`` ends so, and a study that compares no trials.
 
         Args:
             seconds: computing time in all.

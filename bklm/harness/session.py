@@ -2,7 +2,7 @@
 
 A trial's record is plain JSON with the same keys in every study: its factors, ``seed``, ``val_ppl`` (None: it diverged, then
 ``reason`` says how), ``val_ppl_without_unk``, ``val_accuracy``, ``learning_rate``, ``parameters``, ``epochs`` (rows of
-`bklm.training.EpochRecord`), ``seconds``.
+``bklm.training.EpochRecord``), ``seconds``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bklm.harness.comparison import Trial
 from bklm.harness.folder import experiment_name, fingerprint
 from bklm.harness.progress import Progress
 from bklm.training.checkpoints import CheckpointFolder, read_weights
-from bklm.training.non_finite import NonFiniteError, twice
+from bklm.training.non_finite import NonFiniteError, repeated_once
 from bklm.training.processes import broadcast
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Session:
             self._counted.add(place)
             return recorded
         self._counted.add(place)
-        self.progress.describe(_in_words(point))
+        self.progress.describe(_name_point(point))
         before, started = self.progress.done, time.perf_counter()
 
         def attempt() -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Session:
             return train(folder)
 
         try:
-            record = {**point, **twice(attempt)}
+            record = {**point, **repeated_once(attempt)}
         except NonFiniteError as error:
             # An answer, too: the others are worth reporting without it.
             log.warning("%s; it is recorded as diverged; delete %s to train it again.", error.what, folder)
@@ -235,7 +235,7 @@ class Session:
 
     @property
     def is_watched(self) -> bool:
-        """Whether `show` has anybody to tell."""
+        """Whether anybody watches the figures that ``show`` draws."""
         return self._on_figure is not None
 
     def show(self, picture: Path | None) -> None:
@@ -254,7 +254,7 @@ class Session:
         if record.get("val_ppl") is not None:
             log.info(
                 "Trial %d of %d, %s: validation PPL %.1f%s",
-                len(records), len(points), _in_words(point), record["val_ppl"], self.progress.time_left(),
+                len(records), len(points), _name_point(point), record["val_ppl"], self.progress.time_left(),
             )  # fmt: skip
         if draw is None or workers.link is not None or time.monotonic() - self._drawn < SECONDS_BETWEEN_FIGURES:
             return
@@ -305,6 +305,6 @@ def _in_name(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _in_words(point: Mapping[str, Any]) -> str:
+def _name_point(point: Mapping[str, Any]) -> str:
     """ "alpha 0.5, seed 1"."""
     return ", ".join(f"{key.replace('_', ' ')} {_in_name(value)}" for key, value in point.items())

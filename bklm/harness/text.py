@@ -112,7 +112,7 @@ def prepare_text(config: Any) -> StudyText:
     """Load and tokenise the text of a resolved config, check that it is large enough, and score the baselines.
 
     Raises:
-        ValueError, OSError: see `bklm.data.load_corpus` and `bklm.data.make_loader`.
+        ValueError, OSError: see ``bklm.data.load_corpus`` and ``bklm.data.make_loader``.
     """
     corpus = load_corpus(config.dataset, config.data_dir)
     tokens = tokenize_corpus(corpus, config.vocab_size, config.max_train_tokens or None)
@@ -127,7 +127,7 @@ def check_and_log(text: StudyText, loaders: Iterable[DataLoader]) -> None:
     """Refuse sequences and batches that the text cannot fill, and say what it is.
 
     Raises:
-        ValueError: see `bklm.data.make_loader`.
+        ValueError: see ``bklm.data.make_loader``.
     """
     for loader in loaders:
         len(loader)
@@ -138,7 +138,7 @@ def check_and_log(text: StudyText, loaders: Iterable[DataLoader]) -> None:
 
 
 def ngram_baselines(corpus: Corpus, tokens: TokenizedCorpus, seq_len: int) -> list[dict[str, Any]]:
-    """Unigram, Kneser-Ney and, where it is known, the text's true law: rows as in `StudyText.baselines`.
+    """Unigram, Kneser-Ney and, where it is known, the text's true law: rows as in ``StudyText.baselines``.
 
     The law is restarted at each window of ``seq_len`` inputs, as a model is. It has no row where <unk> is a target.
     """
@@ -175,7 +175,7 @@ def as_ids(text: StudyText, length: int) -> Tensor:
 
 
 def readable_baselines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The baselines rounded for people."""
+    """One row per n-gram model: its name and its perplexities as words."""
     return [
         {
             "baseline": r["name"],

@@ -55,7 +55,7 @@ def cores() -> int:
 
 
 class Pool:
-    """The helpers of one study, and the points of the grid that it is at. Give the points out with `work_off`."""
+    """The helpers of one study, and the points of the grid that it is at. Give the points out with ``work_off``."""
 
     def __init__(self, config: StudyConfig, count: int, progress: Progress) -> None:
         self._progress, self._lock = progress, threading.Condition()

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bklm.data.loaders import IGNORED
 from bklm.models.checks import values_at_hand
-from bklm.models.loss import IGNORE_INDEX, TokenLosses, linear_cross_entropy, linear_token_losses
+from bklm.models.loss import TokenLosses, linear_cross_entropy, linear_token_losses
 
 
 class LanguageModel(nn.Module):
@@ -69,7 +70,7 @@ class LanguageModel(nn.Module):
         extra = self.auxiliary_loss() if self.training else None
         if extra is None:
             return value
-        return value + (extra if reduction == "mean" else extra * (targets != IGNORE_INDEX).sum())
+        return value + (extra if reduction == "mean" else extra * (targets != IGNORED).sum())
 
     def auxiliary_loss(self) -> Tensor | None:
         """What the last training forward adds to the mean loss per token, such as a load-balancing term; or None."""
@@ -208,7 +209,7 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"targets: got shape {tuple(targets.shape)}; it must be that of the ids, {tuple(input_ids.shape)}."
             )
-        self._check_range("targets", targets, allowed=IGNORE_INDEX)
+        self._check_range("targets", targets, allowed=IGNORED)
 
     def check_positions(self, length: int) -> None:
         """Refuse more positions than the model has."""

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bklm.data.loaders import IGNORED
 from bklm.models.checks import is_plain_wanted, values_at_hand
 from bklm.models.products import onednn_linear, onednn_serves, weight_gradient
 from bklm.moe.analytic import autocast_dtype, autocast_off
-
-IGNORE_INDEX = -100
 
 # Size of one chunk of logits. On a CPU it should stay near the last-level cache; a GPU wants matrix products
 # large enough to fill it. The time is flat around both values (benchmarks/train_step.py --chunks).
@@ -52,7 +51,7 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     reduction: str = "mean",
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int = IGNORED,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """``F.cross_entropy(F.linear(hidden, weight, bias), targets)`` in nats, a chunk of logits at a time.
@@ -111,7 +110,7 @@ def linear_token_losses(
     bias: Tensor | None,
     targets: Tensor,
     *,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int = IGNORED,
     chunk_rows: int | None = None,
 ) -> TokenLosses:
     """The loss of every target and whether it was the likeliest token, without gradients; arguments as above."""

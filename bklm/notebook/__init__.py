@@ -1,4 +1,4 @@
-"""What only a notebook needs: one handle on its study, form cells and controls, live figures, and the download at the end."""
+"""Parts for notebooks alone: one handle on its study, form cells and controls, live figures, and the download at the end."""
 
 from bklm.files.lazy import lazy
 

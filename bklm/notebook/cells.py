@@ -1,4 +1,4 @@
-"""What only a notebook needs: where it runs, tables, sentences, live figures, and the download at the end.
+"""The parts that only a notebook needs: where it runs, tables, sentences, live figures, and the download at the end.
 
 Everything here also works headless (papermill, CI): nothing waits for a front end that is not there.
 """
@@ -63,7 +63,7 @@ def config_from(config_class: type[Config], namespace: dict[str, Any]) -> Config
     A folder on Google Drive is mounted first, in Colab.
 
     Raises:
-        ValueError: a value that the config does not allow, or a Drive that cannot be had.
+        ValueError: a value that the config does not allow, or a Drive that cannot be mounted.
     """
     config = notebook_form.config_from(config_class, namespace)
     mount_drive(config, headless=namespace.get("headless", False))

@@ -14,7 +14,7 @@ from IPython.display import clear_output, display
 
 from bklm.harness.config import FieldSpec, StudyConfig
 from bklm.harness.folder import other_experiment
-from bklm.notebook.form import as_words
+from bklm.notebook.form import as_typed
 from bklm.notebook.process import StudyRun
 
 Config = TypeVar("Config", bound=StudyConfig)
@@ -24,7 +24,7 @@ SHOWN_LINES = 10
 
 
 class Controls:
-    """Widgets for some fields of a config. Headless they are not shown, and `config` returns what was given.
+    """Widgets for some fields of a config. Headless they are not shown, and ``config`` returns what was given.
 
     A field that nobody moved follows the profile; one that was moved keeps its value. Only what the ipywidgets of Colab
     (7.7.1) and 8 both have is used.
@@ -37,7 +37,7 @@ class Controls:
         headless: bool = False,
         estimate: Callable[[Any], float] | None = None,
     ) -> None:
-        """Make the widgets; `show` displays them.
+        """Make the widgets; ``show`` displays them.
 
         Args:
             names: the fields that get a widget, in this order.
@@ -119,7 +119,7 @@ class Controls:
                 _show_value(self.widgets[name], getattr(resolved, name))
         if self._estimate is not None and not self._is_running:
             self._guess.value = "Estimating the time ..."
-            self._guess.value = _in_words(self._estimate, resolved)
+            self._guess.value = _state_minutes(self._estimate, resolved)
 
     @contextlib.contextmanager
     def _filling(self) -> Iterator[None]:
@@ -189,7 +189,7 @@ def as_pre(lines: Iterable[str]) -> str:
     return f'<pre style="{style}">{html.escape(chr(10).join(lines))}</pre>'
 
 
-def _in_words(estimate: Callable[[Any], float], resolved: StudyConfig) -> str:
+def _state_minutes(estimate: Callable[[Any], float], resolved: StudyConfig) -> str:
     try:
         minutes = estimate(resolved)
     except (ValueError, OSError, RuntimeError) as error:
@@ -225,11 +225,11 @@ def _widget(spec: FieldSpec, value: Any) -> widgets.Widget:
     if spec.base is bool:
         return widgets.Checkbox(value=bool(value), indent=True, **common)
     # Text for everything else: a number box would silently move a value into its bounds instead of naming them.
-    return widgets.Text(value=as_words(value), placeholder=spec.help, **common)
+    return widgets.Text(value=as_typed(value), placeholder=spec.help, **common)
 
 
 def _show_value(widget: widgets.Widget, value: Any) -> None:
-    widget.value = as_words(value) if isinstance(widget, widgets.Text) else value
+    widget.value = as_typed(value) if isinstance(widget, widgets.Text) else value
 
 
 def _in_free_folder(config: Config) -> tuple[Config, str]:

@@ -26,7 +26,7 @@ FORM_IDS = ("settings", "parameters")
 
 
 def form_cells(config_class: type[StudyConfig]) -> tuple[str, str]:
-    """Sources of the notebook's two form cells: the basic fields; the others, `headless` last. One Colab form line a field."""
+    """Sources of the two form cells: the basic fields; the others, ``headless`` last. One Colab form line a field."""
     specs = config_class.specs()
     basic = [_form_line(spec) for spec in specs if spec.name in config_class.basic]
     others = [_form_line(spec) for spec in specs if spec.name not in config_class.basic]
@@ -38,7 +38,7 @@ def form_cells(config_class: type[StudyConfig]) -> tuple[str, str]:
 def _form_line(spec: FieldSpec) -> str:
     default: Any = spec.default
     if isinstance(default, tuple):
-        default = as_words(default)
+        default = as_typed(default)
     words = [*spec.choices] if not spec.is_tuple else []
     if words:
         options = ", ".join(f'"{w}"' for w in ([""] if default is None else []) + words)
@@ -55,12 +55,12 @@ def _form_line(spec: FieldSpec) -> str:
     return f'{spec.name} = {default!r}  # @param {{type:"{kind}"}}'
 
 
-def as_words(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """A field's value as one types it: "0, 0.5" for a tuple, "" for nothing."""
     if value is None:
         return ""
     if isinstance(value, tuple):
-        return ", ".join(as_words(v) for v in value)
+        return ", ".join(as_typed(v) for v in value)
     return (
         str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
     )

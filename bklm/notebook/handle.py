@@ -47,7 +47,7 @@ def study(name: str, namespace: dict[str, Any]) -> Study:
     """The study of that name with the settings of the notebook's form cells; its controls are shown.
 
     Args:
-        name: one of `bklm.studies.STUDIES`.
+        name: one of ``bklm.studies.STUDIES``.
         namespace: the notebook's ``globals()``.
 
     Raises:
@@ -61,14 +61,14 @@ def study(name: str, namespace: dict[str, Any]) -> Study:
 class Study:
     """A study in a notebook. Headless, everything is plain text, and nobody is waited for.
 
-    `text` and `run` take the values that the controls have at that moment; everything else shows what was run.
+    ``text`` and ``run`` take the values that the controls have at that moment; everything else shows what was run.
     """
 
     def __init__(self, config_class: type[StudyConfig], namespace: dict[str, Any]) -> None:
         """Read the form cells' variables, mount a Google Drive that they name, and show the controls.
 
         Raises:
-            ValueError: a value that the config does not allow, or a Drive that cannot be had.
+            ValueError: a value that the config does not allow, or a Drive that cannot be mounted.
         """
         self.headless = bool(namespace.get("headless", False))
         self._package = importlib.import_module(config_class.package())

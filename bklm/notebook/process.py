@@ -65,7 +65,7 @@ class StudyRun:
 
     @property
     def was_stopped(self) -> bool:
-        """Whether it ended because `stop` asked for it."""
+        """Whether it ended because ``stop`` asked for it."""
         return self._is_stopping and self.returncode not in (None, 0)
 
     def stop(self) -> None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from bklm.bk_core import BKCore, available_backends, reference, resolvent_diagonal
-from bklm.harness.estimate import in_words
+from bklm.harness.estimate import round_minutes
 from bklm.harness.figures import colours, legend_below, save_figure
 from bklm.harness.machine import environment, git_revision
 from bklm.notebook.cells import show_picture, show_table, where
@@ -38,7 +38,7 @@ class SelfTest:
             AssertionError: the operator is wrong here.
         """
         checks = check_operator()
-        show_table(readable(checks), self._headless)
+        show_table(readable_checks(checks), self._headless)
         if not all(check["ok"] for check in checks):
             raise AssertionError("The operator is wrong on this machine; please report the table above.")
 
@@ -122,8 +122,8 @@ def _dense(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, target: torch.Tens
     return value.detach(), grad
 
 
-def readable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows for people."""
+def readable_checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per backend and mode: errors and times as words, and whether the results are right."""
     return [
         {
             "backend": r["backend"],
@@ -197,6 +197,6 @@ def study_times() -> list[dict[str, Any]]:
     ]
     for profile, corpus in tqdm(profiles, desc="timing", unit="profile", leave=False):
         config = GradBlendConfig(profile=profile, dataset=corpus).resolved()
-        minutes = in_words(estimated_minutes(config))
+        minutes = round_minutes(estimated_minutes(config))
         rows.append({"notebook": "01 GRAD_BLEND sweep", "profile": profile, "text": corpus, "minutes": minutes})
     return rows

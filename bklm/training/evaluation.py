@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bklm.data import IGNORED
 from bklm.models import LanguageModel
-from bklm.training.processes import add_up, own_rows
+from bklm.training.processes import rows_of_this_process, sum_over_processes
 
 LARGEST_PERPLEXITY = math.exp(700.0)  # 1e304; it stands for anything larger, which a double could not hold
 
@@ -99,7 +99,7 @@ def evaluate(
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     for x, y in batches:
         if accelerator is not None:
-            x, y = own_rows(accelerator, x, y)
+            x, y = rows_of_this_process(accelerator, x, y)
         if len(x) == 0:
             continue
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
@@ -107,7 +107,7 @@ def evaluate(
             sums += _scores(model, part_x, part_y, unk_id)
     model.train(was_training)
     if accelerator is not None:
-        add_up(accelerator, sums)
+        sum_over_processes(accelerator, sums)
     nll_sum, tokens, right, known_nll, known_tokens = sums.tolist()
     if tokens == 0:
         raise ValueError("evaluation: no target to score; every one is masked or the split is empty.")

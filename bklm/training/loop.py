@@ -24,9 +24,9 @@ from bklm.data import IGNORED, set_epoch
 from bklm.models import LanguageModel
 from bklm.training.checkpoints import CheckpointFolder
 from bklm.training.evaluation import evaluate
-from bklm.training.memory import BatchParts, one_sentence
+from bklm.training.memory import BatchParts, memory_shortage_explained
 from bklm.training.non_finite import FiniteCheck
-from bklm.training.processes import add_up, add_up_gradients, own_rows
+from bklm.training.processes import rows_of_this_process, sum_gradients_over_processes, sum_over_processes
 from bklm.training.records import EpochRecord, describe_experts
 from bklm.training.resuming import find_checkpoint, restore, trainable_names
 from bklm.training.schedules import TrainingSettings, epochs_without_improvement, learning_rate_factor
@@ -122,7 +122,7 @@ def train(
         model.train()
         model.reset_expert_counts()
         started = time.perf_counter()
-        with one_sentence(label), check.in_experts(epoch, place):
+        with memory_shortage_explained(label), check.in_experts(epoch, place):
             sums = _train_epoch(
                 model, trainable, train_batches, optimizer, scheduler, settings, epoch,
                 accelerator=accelerator, check=check, good=place, batch_parts=batch_parts, on_step=on_step,
@@ -213,11 +213,11 @@ def _train_epoch(
                 f"{check.label}: batch {step} of epoch {epoch} has no target left after masking; leave such a batch out, or "
                 "take longer lines or a smaller seq_len."
             )
-        own = own_rows(accelerator, x, y)
+        own = rows_of_this_process(accelerator, x, y)
         loss = batch_parts.backward(
             model, len(own[0]), functools.partial(_backward, model, *own, count, accelerator)
         )
-        add_up_gradients(accelerator, trainable)
+        sum_gradients_over_processes(accelerator, trainable)
         norm = accelerator.clip_grad_norm_(trainable, settings.clip_at(epoch)).detach()
         optimizer.step()
         if not check.is_skipped(norm, before + step, good):
@@ -233,7 +233,7 @@ def _train_epoch(
             window = 1 if on_cpu else STEPS_BETWEEN_CHECKS
             check.require_finite(losses[-window:], norms[-window:], before + step, good)
     weights = torch.stack(tokens).double()
-    loss_sum = (add_up(accelerator, torch.stack(losses).double()).cpu() * weights).sum()
+    loss_sum = (sum_over_processes(accelerator, torch.stack(losses).double()).cpu() * weights).sum()
     norm_values = torch.stack(taken or [torch.zeros((), device="cpu")]).double()  # no step taken: nothing moved
     return _EpochSums(
         loss=float(loss_sum / weights.sum()),
@@ -271,7 +271,9 @@ def _all_expert_counts(model: LanguageModel, accelerator: Accelerator) -> list[l
     counts = model.expert_counts()
     if not counts or accelerator.num_processes == 1:
         return counts
-    return [add_up(accelerator, torch.tensor(c, device=accelerator.device)).tolist() for c in counts]
+    return [
+        sum_over_processes(accelerator, torch.tensor(c, device=accelerator.device)).tolist() for c in counts
+    ]
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

@@ -36,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def one_sentence(label: str) -> Iterator[None]:
+def memory_shortage_explained(label: str) -> Iterator[None]:
     """Turn a shortage of memory that nothing in the block could mend into one sentence."""
     try:
         yield

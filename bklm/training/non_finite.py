@@ -1,4 +1,4 @@
-"""What becomes of steps with an infinite or NaN number: the run ends, or a loss scaler skips the step."""
+"""Steps with an infinite or NaN number: they end the run, or a loss scaler skips them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from bklm.moe.analytic import NonFiniteRouterError
-from bklm.training.processes import add_up
+from bklm.training.processes import sum_over_processes
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class NonFiniteError(RuntimeError):
         self.what = what
 
 
-def twice(attempt: Callable[[], T]) -> T:
+def repeated_once(attempt: Callable[[], T]) -> T:
     """What ``attempt`` returns; where it meets a non-finite number, it is called once more.
 
     Trainings repeat bit for bit from a checkpoint: a divergence comes back, a fault of the moment does not, and leaves no
@@ -91,7 +91,7 @@ class FiniteCheck:
             NonFiniteError: naming the first bad step.
         """
         # A loss may be bad in one process only; all of them must stop, or the others would wait for it.
-        shown = add_up(self.accelerator, torch.stack(losses).float())
+        shown = sum_over_processes(self.accelerator, torch.stack(losses).float())
         values = torch.stack([shown, torch.stack(norms).float()])
         bad = (~torch.isfinite(values[:1] if self.has_scaler else values)).any(dim=0)
         if not bool(bad.any()):

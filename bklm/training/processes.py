@@ -25,7 +25,7 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
     """An Accelerator for ``device`` ("auto", "cpu", "cuda") and ``precision`` ("fp32", "bf16", "fp16").
 
     Raises:
-        ValueError: the device or the arithmetic is not to be had here.
+        ValueError: this machine has no such device, or does not compute in that precision.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -66,21 +66,21 @@ def require_launch(processes: int, device: str) -> None:
         )
 
 
-def own_rows(accelerator: Accelerator, *tensors: Tensor) -> tuple[Tensor, ...]:
+def rows_of_this_process(accelerator: Accelerator, *tensors: Tensor) -> tuple[Tensor, ...]:
     """This process's rows of a batch: every ``num_processes``-th one. A small batch may leave a process none."""
     if accelerator.num_processes == 1:
         return tensors
     return tuple(t[accelerator.process_index :: accelerator.num_processes] for t in tensors)
 
 
-def add_up(accelerator: Accelerator, values: Tensor) -> Tensor:
+def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
     """The sum of ``values`` over all processes, in place, the same bits in each."""
     if accelerator.num_processes > 1:
         dist.all_reduce(values)
     return values
 
 
-def add_up_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+def sum_gradients_over_processes(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
     """Replace each gradient by its sum over all processes, in one all-reduce.
 
     A parameter without a gradient in any process keeps none: an optimiser treats that otherwise than a gradient of zeros.

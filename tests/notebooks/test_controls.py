@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from bklm.harness.estimate import in_words
+from bklm.harness.estimate import round_minutes
 from bklm.harness.folder import claim, study_folder
 from bklm.notebook import process as notebook_run
 from bklm.notebook.controls import Controls
-from bklm.notebook.form import FORMS, as_words
+from bklm.notebook.form import FORMS, as_typed
 from bklm.studies import GradBlendConfig
 from bklm.studies.grad_blend.run import estimated_minutes
 
@@ -114,15 +114,15 @@ def test_the_sweeps_estimate_grows_with_its_trials_and_leaves_the_random_state_a
     doubled = GradBlendConfig(**{**tiny_config.to_dict(), "seeds": (0, 1, 2, 3)}).resolved()
     epochs = [2 * 2 * 2 + 2, 2 * 4 * 2 + 2]
     assert estimated_minutes(doubled) / one == pytest.approx(epochs[1] / epochs[0])
-    assert [in_words(m) for m in (0.1, 0.9, 12.4)] == ["under 1", "about 1", "12"]
+    assert [round_minutes(m) for m in (0.1, 0.9, 12.4)] == ["under 1", "about 1", "12"]
 
 
 def test_numbers_are_shown_as_one_types_them():
-    assert as_words((0.0, 0.5, 1.0)) == "0, 0.5, 1"
-    assert as_words((1234567, 3)) == "1234567, 3"
-    assert as_words(0.1234567891) == "0.1234567891"
-    assert as_words(None) == ""
-    assert as_words("grid") == "grid"
+    assert as_typed((0.0, 0.5, 1.0)) == "0, 0.5, 1"
+    assert as_typed((1234567, 3)) == "1234567, 3"
+    assert as_typed(0.1234567891) == "0.1234567891"
+    assert as_typed(None) == ""
+    assert as_typed("grid") == "grid"
 
 
 @pytest.fixture

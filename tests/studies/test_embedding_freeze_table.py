@@ -17,7 +17,14 @@ from bklm.studies.embedding_freeze.findings import (
     state_phase1,
     state_rule,
 )
-from bklm.studies.embedding_freeze.tables import arm_table, best_trial, effect, effect_table, readable, verdict
+from bklm.studies.embedding_freeze.tables import (
+    arm_table,
+    best_trial,
+    effect,
+    effect_table,
+    readable_arms,
+    verdict,
+)
 from bklm.training.evaluation import LARGEST_PERPLEXITY
 
 NOISE = {0: 1.00, 1: 1.10, 2: 0.95}  # a seed's own scatter, the same in all arms
@@ -120,7 +127,9 @@ def test_what_the_original_reported_stands_beside_the_arms_that_it_is_about():
     assert reported["original comparison: trained", 500] == 1189.15
     assert reported["pretrained, trained, tied", 500] is None  # the original never trained the embedding
     shown = {
-        r["arm"]: r["PPL reported by the original"] for r in readable(arm_table(trials)) if r["samples"] == 500
+        r["arm"]: r["PPL reported by the original"]
+        for r in readable_arms(arm_table(trials))
+        if r["samples"] == 500
     }
     assert shown["original comparison: frozen"] == "334.3"
     assert shown["random, frozen, tied"] == "-"
@@ -155,7 +164,7 @@ def test_the_rule_of_20_tokens_is_counted_and_its_two_predictions_are_measured()
 def test_intervals_of_one_seed_are_unknown_and_not_zero():
     row = arm_table(study(seeds=(0,), samples=(500,)))[0]
     assert (row["val_ppl_low"], row["accuracy_95"], row["gap_95"]) == (None, None, None)
-    assert "±" not in readable([row])[0]["accuracy %"]
+    assert "±" not in readable_arms([row])[0]["accuracy %"]
 
 
 def test_a_phase_1_that_freezing_had_changed_would_be_counted():

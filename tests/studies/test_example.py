@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from bklm.notebook.controls import Controls
 from bklm.notebook.form import config_from, form_cells
 from bklm.notebook.handle import Study
 
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = Path(__file__).parent / "example"
 MOST_LINES = 250
 
@@ -123,6 +125,23 @@ def test_it_leaves_table_curves_figure_manifest_and_zip_and_is_read_back(study, 
     run = importlib.import_module(f"{study.__name__}.run")
     monkeypatch.setattr(run, "train", lambda *a, **k: pytest.fail("trained again"))
     assert study.run_example(config).table == result.table
+
+
+def test_its_page_becomes_a_section_of_the_readme(study, config, monkeypatch, tmp_path):
+    result = study.run_example(config)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    readme = importlib.import_module("readme")
+    monkeypatch.setattr(readme, "DOCS", tmp_path)
+    page = readme.Study("example", study.__name__)
+    with pytest.raises(FileNotFoundError, match="example_summary"):
+        page.sections()
+    page.keep("", config.output_dir)
+    section = page.sections()["README.md"]
+    assert result.finding in section
+    assert len(re.findall(r"(?m)^\| 0\.?\d* \|", section)) == len(result.table)
+    assert "](docs/results/example_dropouts.png)" in section
+    assert (tmp_path / "example_dropouts.png").exists()
+    assert str(tmp_path) not in (tmp_path / "example_manifest.json").read_text()
 
 
 def test_it_says_how_long_it_will_take(study, config):

@@ -154,7 +154,7 @@ def test_the_original_protocol_is_the_originals_model_and_says_on_everything_tha
     )  # fmt: skip
     assert json.loads(result.paths["summary.json"].read_text())["sees_the_future"] is True
     rows = future.measure_future(model, prepare_text(result.config))
-    verdicts = {r["model"]: v["verdict"] for r, v in zip(rows, future.readable(rows), strict=True)}
+    verdicts = {r["model"]: v["verdict"] for r, v in zip(rows, future.readable_probes(rows), strict=True)}
     assert verdicts["trained, bidirectional"] == verdicts["untrained, bidirectional"] == "SEES THE FUTURE"
     assert verdicts["untrained, causal"] == "never sees the future"
 

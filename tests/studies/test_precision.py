@@ -23,7 +23,7 @@ from bklm.studies.precision.claims import adaptive_finding, recommend, verdict
 from bklm.studies.precision.config import PrecisionConfig
 from bklm.studies.precision.grid import LEFT_RIGHT, PRECISIONS, THETA_PHI, THETA_PHI_LOOP
 from bklm.studies.precision.run import estimated_minutes, run_precision
-from bklm.studies.precision.tables import compared_readable, duration, errors_note, first_overflow
+from bklm.studies.precision.tables import duration, errors_note, first_overflow, readable_compared
 
 
 class NoMemory:
@@ -446,6 +446,6 @@ def test_the_command_line_has_the_configs_fields():
 def test_quartiles_repeat_the_unit_only_where_it_changes_and_no_difference_is_0():
     row = {"tokens": 4096, "arm": "fused", "times_faster": 1.0, "peak_mb": 2.0, "difference": 0.0}
     rows = [{**row, "ms": 2.0, "ms_low": 1.5, "ms_high": high} for high in (3.0, 3000.0)]
-    first, second = compared_readable(rows)
+    first, second = readable_compared(rows)
     assert (first["tokens"], first["time"], first["differs by"]) == ("4,096", "2 ms (1.5 to 3)", "0")
     assert second["time"] == "2 ms (1.5 ms to 3 s)"

@@ -1,4 +1,4 @@
-"""What is left around the tiles of solve_tiles.py: what enters each of them, and sums over the columns afterwards."""
+"""The work around the tiles of solve_tiles.py: the values that enter each tile, and sums over the columns afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What enters each tile: L and R by a sweep over chunks that is polished until it is sequential, s and t by a join.
+"""The values that enter each tile: L and R by a sweep over chunks that is polished until it is sequential, s and t by a join.
 
 A row of many tiles is cut into chunks of consecutive tiles, one chunk a lane. Each chunk is first swept as if the row
 began with it. Then every chunk whose true entering state, the computed end of its predecessor, is not what it assumed is
@@ -134,7 +134,7 @@ def sweep(
                     )
             if not any_running:
                 break
-            # L_i = 1 / (d_i - k_{i-1} L_{i-1}); with `reverse` the tile lies mirrored, and this is R.
+            # L_i = 1 / (d_i - k_{i-1} L_{i-1}); with ``reverse`` the tile lies mirrored, and this is R.
             left(s, tile, lanes, used)
             # The tile's end is the state that enters the next one, and step 0 of the next round.
             for w in range(used):
@@ -146,7 +146,7 @@ def sweep(
                 target = row * n_tiles + c * chunk_tiles + q + _1
                 re, im = s[at(tile, LEFT) + w], s[at(tile, LEFT + _1) + w]
                 put(s, _0, LEFT, w, re, im)
-                # An end of the chunk that is new must go on to the next chunk (`hand_over`).
+                # An end of the chunk that is new must go on to the next chunk (``hand_over``).
                 if q + _1 == chunk_tiles or c * chunk_tiles + q + _1 == swept:
                     if not (polish and _same(re, im, ends[_2 * chunk], ends[_2 * chunk + _1], tolerance)):
                         ends[_2 * chunk], ends[_2 * chunk + _1] = re, im

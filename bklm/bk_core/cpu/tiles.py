@@ -131,7 +131,7 @@ def _left_of_any_modulus(s, tile, lanes):
             k = s[at(j - _1, COUPLING) + w]
             re = s[at(j, REAL) + w] - k * s[at(j - _1, LEFT) + w]
             im = s[at(_0, EXTRA + _1) + w] - k * s[at(j - _1, LEFT + _1) + w]
-            # As `_left`, with a pivot whose modulus can be squared: 1 / p = factor / (factor p), exact for powers of two.
+            # As ``_left``, with a pivot whose modulus can be squared: 1 / p = factor / (factor p), exact for powers of two.
             factor = _factor(s, max(abs(re), abs(im)))
             re, im = re * factor, im * factor
             scale = one / (re * re + im * im)
@@ -145,7 +145,7 @@ def _right_and_diagonal_of_any_modulus(s, tile, lanes, target):
     for c in range(tile):
         j = tile - c
         for w in range(lanes):
-            # As `_right_and_diagonal`, the pivots of R and of G scaled each for itself.
+            # As ``_right_and_diagonal``, the pivots of R and of G scaled each for itself.
             k = s[at(j, COUPLING) + w]
             re = s[at(j, REAL) + w] - k * s[at(j + _1, RIGHT) + w]
             im = s[at(_0, EXTRA + _1) + w] - k * s[at(j + _1, RIGHT + _1) + w]

@@ -1,9 +1,9 @@
 """The BK-core on a GPU: Triton kernels, forward and exact backward, causal and bidirectional.
 
-Formulas: operator.py. The contract of `forward` and `backward`: backends.py. The kernels: gpu/forward.py and
+Formulas: operator.py. The contract of ``forward`` and ``backward``: backends.py. The kernels: gpu/forward.py and
 gpu/backward.py, over gpu/lanes.py (one lane's work) and gpu/scan.py (the joining of chunks).
 
-How a call is cut up (`plan`). Short rows, or very many rows: one lane a row, one launch forward and one backward.
+How a call is cut up (``plan``). Short rows, or very many rows: one lane a row, one launch forward and one backward.
 Otherwise rows are cut into chunks, one lane a chunk, in three launches each way:
 
     1. maps     what each chunk does to the numbers that cross it
@@ -70,7 +70,7 @@ FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
 class Plan(NamedTuple):
-    """How (rows, n) is cut up: `chunks` of `chunk` elements a row, in `blocks` of `block` lanes; maps in `wide`."""
+    """How (rows, n) is cut up: ``chunks`` of ``chunk`` elements a row, in ``blocks`` of ``block`` lanes; maps in ``wide``."""
 
     chunk: int
     chunks: int
@@ -112,7 +112,7 @@ def cut(n: int, chunk: int, wide: torch.dtype, polish: bool) -> Plan:
 
 
 def is_available() -> bool:
-    """Whether `forward` and `backward` run here: Triton with a CUDA device of compute capability 7.0 or newer, or
+    """Whether ``forward`` and ``backward`` run here: Triton with a CUDA device of compute capability 7.0 or newer, or
     Triton's interpreter (TRITON_INTERPRET=1 when this module was first imported), which takes CPU tensors."""
     if triton is None:
         return False
@@ -164,7 +164,7 @@ def backward(
     """(grad_a, K or None, sum of D or None), for gbar = dL/dRe G + i dL/dIm G (M, N).
 
     grad_a (M, N) is Re D for real a, D for complex a; K (M, N - 1) and the sum (M,) are complex. With saved = () the
-    carries are computed again, to the same numbers. Deterministic. Raises as `forward` does.
+    carries are computed again, to the same numbers. Deterministic. Raises as ``forward`` does.
     """
     _check(a, k, z)
     gbar, a, k, z, G = (x.resolve_conj().contiguous() for x in (gbar, a, k, z, G))
@@ -250,7 +250,7 @@ def _adjoint_carries(
 
 
 def _launch(device: torch.device, kernel, grid: tuple[int, ...], *args, **constants) -> None:
-    """Start one kernel on `device`, which need not be the current one."""
+    """Start one kernel on ``device``, which need not be the current one."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **constants)

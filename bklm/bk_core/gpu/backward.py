@@ -152,7 +152,7 @@ def adjoint_sweep(
     A_COMPLEX: tl.constexpr, K_COMPLEX: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Bidirectional D and K, and the sum of D over each chunk, in three sweeps. With u_i = L_i s_{i+1} and
-    e_i = s_i - P_i = k_i L_i u_i: D_i = -e_i - t_i, K_i = u_i + R_{i+1} t_i. From sweep to sweep, `scratch` (rows, N)
+    e_i = s_i - P_i = k_i L_i u_i: D_i = -e_i - t_i, K_i = u_i + R_{i+1} t_i. From sweep to sweep, ``scratch`` (rows, N)
     complex holds L_i, then R_{i+1}; grad_a holds -e; K holds u."""
     first, chunk, row, start, left, zr, zi = lanes(z, N, T, C, S, 1, False, LANES)
     a = at_row(a, first, N, A_COMPLEX)

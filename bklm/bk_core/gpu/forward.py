@@ -29,7 +29,7 @@ def moebius_maps(
     PERIOD: tl.constexpr, MANY: tl.constexpr,
     A_COMPLEX: tl.constexpr, K_COMPLEX: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The product over each chunk of [[0, k], [-1, d]], in the precision of `maps`, rescaled every PERIOD elements."""
+    """The product over each chunk of [[0, k], [-1, d]], in the precision of ``maps``, rescaled every PERIOD elements."""
     wide = maps.dtype.element_ty
     # Which chunk is this lane's, and where it lies.
     first, chunk, row, start, left, zr, zi = lanes(z, N, T, C, S, NB, True, LANES)
@@ -68,7 +68,7 @@ def resolvent_sweep(
     A_COMPLEX: tl.constexpr, K_COMPLEX: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """G from the carries of each chunk. POLISH first walks the neighbouring chunk from the scanned carry, which undoes
-    the rounding of the scan: sequential accuracy. The carries really used go to `polished`, for the backward."""
+    the rounding of the scan: sequential accuracy. The carries really used go to ``polished``, for the backward."""
     # Which chunk is this lane's, and where it lies.
     first, chunk, row, start, left, zr, zi = lanes(z, N, T, C, S, 1, False, LANES)
     a = at_row(a, first, N, A_COMPLEX)

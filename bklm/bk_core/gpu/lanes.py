@@ -7,10 +7,10 @@ it must know of the chunks beside it is one complex number a recurrence, its car
     x = k_{i-1} L_{i-1}  from the left,  y = R_{j+1}  from the right;
     adjoint scans: tau = k_{i-1} t_{i-1} from the left, s_{j+1} from the right; causal: w_{j+1} = L_{j+1}^2 m_{j+1}.
 
-Memory. Triton has no complex type: complex operands arrive as interleaved reals (`torch.view_as_real`) and are parted
+Memory. Triton has no complex type: complex operands arrive as interleaved reals (``torch.view_as_real``) and are parted
 after loading. A lane reads STRIP consecutive elements at once, so that memory sees whole 32-byte sectors. Elements past
 the end of a row get k = 0, which cuts them off from the row, and a diagonal of modulus >= 1, which keeps them finite.
-Offsets are 32-bit and count from the first row of a program, see `lanes`.
+Offsets are 32-bit and count from the first row of a program, see ``lanes``.
 
 Names in all kernels: a, k, z, G, gbar, ... pointers to real storage; N, T, C as above; S chunks in all rows together;
 k_row the row stride of k, 0 where all rows share it; left the number of elements from the start of a chunk to the end
@@ -71,7 +71,7 @@ def columns(tile, LANES: tl.constexpr):
 
 @triton.jit
 def tile(c, LANES: tl.constexpr):
-    """Inverse of `columns`."""
+    """Inverse of ``columns``."""
     even = tl.reshape(tl.join(tl.join(c[0], c[4]), tl.join(c[2], c[6])), (LANES, 4))
     odd = tl.reshape(tl.join(tl.join(c[1], c[5]), tl.join(c[3], c[7])), (LANES, 4))
     return tl.reshape(tl.join(even, odd), (LANES, 8))
@@ -79,8 +79,8 @@ def tile(c, LANES: tl.constexpr):
 
 @triton.jit
 def load(ptr, first, count, other, COMPLEX: tl.constexpr, LANES: tl.constexpr):
-    """Columns (real parts, imaginary parts) of the strips that begin at element `first` (LANES,) and hold `count`
-    (LANES,) elements; `other` (LANES,) is the real part of the rest. A real operand comes twice: ignore the second."""
+    """Columns (real parts, imaginary parts) of the strips that begin at element ``first`` (LANES,) and hold ``count``
+    (LANES,) elements; ``other`` (LANES,) is the real part of the rest. A real operand comes twice: ignore the second."""
     if COMPLEX:
         i = tl.arange(0, 16)[None, :]
         fill = tl.where(i % 2 == 0, other[:, None], 0.0)
@@ -97,7 +97,7 @@ def load(ptr, first, count, other, COMPLEX: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def store(ptr, first, count, re, im, COMPLEX: tl.constexpr, LANES: tl.constexpr):
-    """Inverse of `load`."""
+    """Inverse of ``load``."""
     if COMPLEX:
         i = tl.arange(0, 16)[None, :]
         pairs = tl.reshape(tl.join(tile(re, LANES), tile(im, LANES)), (LANES, 16))
@@ -121,7 +121,7 @@ def load_diagonal(a, first, count, zr, zi, A_COMPLEX: tl.constexpr, LANES: tl.co
 
 @triton.jit
 def at_row(ptr, first, length, COMPLEX: tl.constexpr):
-    """Pointer to row `first` (64-bit) of an operand whose rows hold `length` elements."""
+    """Pointer to row ``first`` (64-bit) of an operand whose rows hold ``length`` elements."""
     return ptr + first * length * (1 + COMPLEX)
 
 
@@ -157,7 +157,7 @@ def sweep_left(
     a, at, k, at_k, left, T, zr, zi, xr, xi, out, at_out, n_out,
     WRITE: tl.constexpr, A_COMPLEX: tl.constexpr, K_COMPLEX: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Carry x = k L from the chunk's left end to its right end; on the way write L ("L") or 1 / L ("pivot") to `out`."""
+    """Carry x = k L from the chunk's left end to its right end; on the way write L ("L") or 1 / L ("pivot") to ``out``."""
     for j in range(0, T, STRIP):
         dr, di = load_diagonal(a, at + j, left - j, zr, zi, A_COMPLEX, LANES)
         kr, ki = load(k, at_k + j, left - 1 - j, zr * 0.0, K_COMPLEX, LANES)

@@ -7,7 +7,7 @@ directions. Only ratios count, so that maps may be rescaled. Held as eight reals
 
 Adjoint. A carry changes to A u + B. Held as four reals, one set of maps a direction.
 
-Both scans: a program multiplies up the products of the blocks between the end of the row and its own (`totals`, at most
+Both scans: a program multiplies up the products of the blocks between the end of the row and its own (``totals``, at most
 ORDER of them), then scans the maps of its own chunks. Direction 0 runs from the left, 1 from the right with flipped
 indices. What the ends of a row have in common with a masked lane is the identity; what enters a row is 0.
 """
@@ -56,7 +56,7 @@ def compose_affine(aAr, aAi, aBr, aBi, bAr, bAi, bBr, bBi):
 
 @triton.jit
 def compose_affine_right(aAr, aAi, aBr, aBi, bAr, bAi, bBr, bBi):
-    """As `compose_affine` for maps that run from the right: first b, then a."""
+    """As ``compose_affine`` for maps that run from the right: first b, then a."""
     return compose_affine(bAr, bAi, bBr, bBi, aAr, aAi, aBr, aBi)
 
 
@@ -85,7 +85,7 @@ def _positions(C, NB, right, ORDER: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def _load_map(maps, at, stride, mask, right):
-    """The maps at `at`, the identity where masked; transposed (q and r exchanged) for the scan from the right."""
+    """The maps at ``at``, the identity where masked; transposed (q and r exchanged) for the scan from the right."""
     q = 2 + 2 * right
     r = 4 - 2 * right
     return (
@@ -165,7 +165,7 @@ def scan_carries(
 
 @triton.jit
 def _load_affine(maps, at, stride, mask):
-    """The maps at `at`, the identity where masked."""
+    """The maps at ``at``, the identity where masked."""
     return (
         tl.load(maps + at, mask=mask, other=1.0),
         tl.load(maps + at + stride, mask=mask, other=0.0),
@@ -187,7 +187,7 @@ def store_affine(
     maps, totals, chunk, S, blocks, live, Ar, Ai, Br, Bi,
     RIGHT: tl.constexpr, MANY: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """As `store_maps`; maps (2, 4, S) and totals (2, 4, blocks), of which the part of one direction is written."""
+    """As ``store_maps``; maps (2, 4, S) and totals (2, 4, blocks), of which the part of one direction is written."""
     maps += 4 * S * RIGHT
     totals += 4 * blocks * RIGHT
     _write_affine(maps, chunk, S, live, Ar, Ai, Br, Bi)

@@ -36,7 +36,7 @@ _NOT_OF_A_RUN = {
 
 @dataclass(frozen=True)
 class BaselineResult(StudyResult):
-    """What `run_baseline` found: ``table`` holds one row per model, ``runs`` the records of the trainings that finished."""
+    """What ``run_baseline`` found: ``table`` holds one row per model, ``runs`` the records of the trainings that finished."""
 
     search: list[dict[str, Any]]
     measured: dict[str, dict[str, Any]]
@@ -88,16 +88,16 @@ def run_baseline(
     """Run the comparison and write everything to ``<output_dir>/baseline`` and its zip.
 
     Under torchrun or accelerate launch all processes call this together; with ``config.processes`` above 1 it launches them
-    itself. Arguments, result and errors as in `bklm.harness.study.run_study`.
+    itself. Arguments, result and errors as in ``bklm.harness.study.run_study``.
     """
     return run_study(config, _train_all, _report, prepare=prepare_text, on_figure=on_figure, text=text)
 
 
 def prepare_text(config: BaselineConfig) -> BaselineText:
-    """The text of a resolved config; see `bklm.studies.baseline.text.make_text`.
+    """The text of a resolved config; see ``bklm.studies.baseline.text.make_text``.
 
     Raises:
-        ValueError, OSError: see `bklm.data.load_corpus` and `bklm.data.make_loader`.
+        ValueError, OSError: see ``bklm.data.load_corpus`` and ``bklm.data.make_loader``.
     """
     same = ("lowercase", "validation", "vocab_size", "max_train_tokens", "seq_len", "batch_size")
     return make_text(
@@ -111,7 +111,7 @@ def prepare_text(config: BaselineConfig) -> BaselineText:
 def estimated_minutes(config: BaselineConfig) -> float:
     """Minutes that the trainings of a resolved config take here, none of which is assumed to end early.
 
-    See `bklm.harness.estimate.minutes`.
+    See ``bklm.harness.estimate.minutes``.
     """
     vocabulary, train_tokens, val_tokens = text_size(config.dataset, config.data_dir, config.vocab_size)
     train_tokens = min(train_tokens, config.max_train_tokens or train_tokens)

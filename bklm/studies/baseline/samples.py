@@ -21,7 +21,7 @@ def write_sample(
 ) -> str:  # fmt: skip
     """Up to 60 words that one of the trained models writes after ``prompt``, or after the opening of a validation line.
 
-    ``model`` is "newllm", "gpt" ...; the best one when empty. ``checkpoint``, a number in `checkpoints_table`, stands for it.
+    ``model`` is "newllm", "gpt" ...; the best one when empty. ``checkpoint``: a number in ``checkpoints_table``, instead.
     Words outside the vocabulary become <unk>; a ``temperature`` of 0 takes the likeliest word each time.
     """
     if checkpoint is None:
@@ -53,7 +53,7 @@ def checkpoints_table(result: BaselineResult, text: BaselineText | None = None) 
 
 
 def choose_checkpoint(rows: Sequence[dict[str, Any]], number: int, text: BaselineText) -> LanguageModel:
-    """The model of row ``number`` of `checkpoints_table`, to write with the words of ``text``.
+    """The model of row ``number`` of ``checkpoints_table``, to write with the words of ``text``.
 
     Raises:
         ValueError: there is no such row, or that model was trained with another vocabulary.
@@ -76,7 +76,7 @@ def choose_checkpoint(rows: Sequence[dict[str, Any]], number: int, text: Baselin
 
 
 def load_checkpoint(place: Path) -> LanguageModel:
-    """The model of a checkpoint, rebuilt from what the checkpoint says of itself; on the CPU, in evaluation mode.
+    """The model of a checkpoint, rebuilt from the configuration in the checkpoint; on the CPU, in evaluation mode.
 
     Raises:
         ValueError: no checkpoint, or not one of this study.

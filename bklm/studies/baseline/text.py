@@ -115,7 +115,7 @@ def make_text(
         search_tokens: of each trial of the learning-rate search (0: all); None where there is no search.
 
     Raises:
-        ValueError: see `bklm.data.make_loader`.
+        ValueError: see ``bklm.data.make_loader``.
     """
     splits = {name: list(corpus.split(name)) for name in ("train", "valid", "test")}
     if lowercase:

@@ -39,7 +39,7 @@ from bklm.training.two_phase.phase1 import FixedPointSettings
 
 @dataclass(frozen=True)
 class EmbeddingFreezeResult(StudyResult):
-    """What `run_embedding_freeze` found.
+    """What ``run_embedding_freeze`` found.
 
     ``table`` holds one row per arm and sample, ``best`` the row of the lowest perplexity, ``effects`` one per factor and
     scope, ``phase1`` one per initialisation, sample and seed. ``findings`` begins with the sentence on freezing, pretraining
@@ -57,7 +57,7 @@ class EmbeddingFreezeResult(StudyResult):
 
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         made = (
-            ("arms", tables.readable, self.table),
+            ("arms", tables.readable_arms, self.table),
             ("effects", tables.readable_effects, self.effects),
             ("phase 1", tables.readable_phase1, self.phase1),
             ("baselines", tables.readable_baselines, self.baselines),
@@ -76,13 +76,13 @@ def run_embedding_freeze(
 ) -> EmbeddingFreezeResult | None:
     """Run both phases of every arm and write everything to ``<output_dir>/embedding_freeze`` and its zip.
 
-    Arguments, result and errors as in `bklm.harness.study.run_study`.
+    Arguments, result and errors as in ``bklm.harness.study.run_study``.
     """
     return run_study(config, _train_all, _report, prepare=prepare_text, on_figure=on_figure, text=text)
 
 
 def prepare_text(config: EmbeddingFreezeConfig) -> FreezeText:
-    """Load, split and tokenise the text of a resolved config; errors as in `bklm.data` and `make_text`."""
+    """Load, split and tokenise the text of a resolved config; errors as in ``bklm.data`` and ``make_text``."""
     kind = "file" if config.embedding_file else config.embedding
     is_used = config.initialisation != "random"
     embedding = Embedding(kind, config.embed_dim, is_used, config.embedding_file)

@@ -44,7 +44,7 @@ def _mean(key: str, digits: int | None = 1, factor: float = 1) -> Callable[[dict
     return words
 
 
-# Each value of the factor is (arm, samples); `in_cells` makes trials fit.
+# Each value of the factor is (arm, samples); ``in_cells`` makes trials fit.
 ARMS = Comparison(
     by="arm",
     title=lambda cell: f"{cell[0]}, {cell[1]} samples",
@@ -78,7 +78,7 @@ ARMS = Comparison(
 
 
 def in_cells(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Trials as `ARMS` compares them: an arm with two samples counts as two."""
+    """Trials as ``ARMS`` compares them: an arm with two samples counts as two."""
     return [{**trial, "arm": (trial["arm"], trial["samples"])} for trial in trials]
 
 
@@ -95,8 +95,8 @@ def arm_table(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     return rows
 
 
-def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The arm table rounded for people."""
+def readable_arms(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per arm and sample size, its means with intervals as words."""
     told = ARMS.readable(in_cells(rows))
     return [
         {"arm": words["arm"], "samples": row["samples"], **words} for row, words in zip(rows, told, strict=True)
@@ -141,7 +141,7 @@ def paired(
 def effect(trials: Sequence[Trial], factor: str, where: Mapping[str, Any] | None = None) -> Perplexity | None:
     """PPL with a factor's first value over PPL with its second; geometric mean over what else varies.
 
-    Paired: one value per seed, over the cells of `paired`; the interval is over seeds, and there is none where a
+    Paired: one value per seed, over the cells of ``paired``; the interval is over seeds, and there is none where a
     perplexity is off the scale. None where no cell holds both.
     """
     cells = paired(trials, factor, where)
@@ -180,7 +180,7 @@ def verdict(ratio: Perplexity) -> str:
 
 
 def readable_effects(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The effects rounded for people."""
+    """One row per effect: what was changed, where, the ratio with its interval as words, and the verdict."""
     ratios = [f"x{Perplexity(r['ratio'], r['ratio_low'], r['ratio_high'])}" for r in rows]
     return [
         {"change": r["change"], "where": r["where"], "PPL ratio (95%)": ratio, "verdict": r["verdict"]}
@@ -201,7 +201,7 @@ def phase1_table(phase1: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def readable_phase1(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The phase-1 table rounded for people."""
+    """One row per run of phase 1, its shares in percent."""
     return [
         {
             "embedding": r["initialisation"], "samples": r["samples"], "seed": r["seed"], "iterations": r["iterations"],
@@ -213,7 +213,7 @@ def readable_phase1(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def readable_baselines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The baselines rounded for people."""
+    """One row per sample size and n-gram model: its perplexities as words."""
     told = text.readable_baselines(rows)
     return [{"samples": row["samples"], **words} for row, words in zip(rows, told, strict=True)]
 

@@ -278,7 +278,7 @@ def train_phase2(
     """Train what ``model`` leaves trainable until the validation loss stops falling.
 
     Args:
-        options: those of `bklm.training.loop.train`, the accelerator among them.
+        options: those of ``bklm.training.loop.train``, the accelerator among them.
 
     Returns:
         Scores at the best epoch (perplexity, accuracy, ``gap`` in nats), parameter counts, tokens per trained parameter,

@@ -51,11 +51,11 @@ def future_table(result: GradBlendResult, text: StudyText) -> list[dict[str, Any
     """Rows for people on the model with the best alpha and its untrained twins; draws the study's future_leak.png."""
     rows = measure_future(result.load(), text)
     draw_future(result.folder / "future_leak.png", rows)
-    return readable(rows)
+    return readable_probes(rows)
 
 
-def readable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows for people."""
+def readable_probes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per model: how far its logits moved, as words, and whether it sees the future."""
 
     def size(change: float) -> str:
         return f"{change:.1e}" if change else "0"

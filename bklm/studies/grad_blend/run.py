@@ -44,7 +44,7 @@ WEIGHTS = "best_model.safetensors"
 
 @dataclass(frozen=True)
 class GradBlendResult(StudyResult):
-    """What `run_grad_blend` found: ``table`` holds one row per alpha, ``final`` is the training with the best one."""
+    """What ``run_grad_blend`` found: ``table`` holds one row per alpha, ``final`` is the training with the best one."""
 
     directions: list[dict[str, Any]]
     final: dict[str, Any]
@@ -71,13 +71,13 @@ def run_grad_blend(
 ) -> GradBlendResult | None:
     """Run the sweep, train with the best alpha, and write everything to ``<output_dir>/grad_blend`` and its zip.
 
-    Arguments, result and errors as in `bklm.harness.study.run_study`.
+    Arguments, result and errors as in ``bklm.harness.study.run_study``.
     """
     return run_study(config, _train_all, _report, prepare=prepare_text, on_figure=on_figure, text=text)
 
 
 def estimated_minutes(config: GradBlendConfig) -> float:
-    """Minutes that the whole study of a resolved config takes here; see `bklm.harness.estimate.minutes`."""
+    """Minutes that the whole study of a resolved config takes here; see ``bklm.harness.estimate.minutes``."""
     vocabulary, train_tokens, val_tokens = text_size(config.dataset, config.data_dir, config.vocab_size)
     settings = model_config(config, vocabulary, 0.5)
     epochs = len(config.alphas) * len(config.seeds) * config.epochs_per_trial + config.final_epochs

@@ -183,7 +183,7 @@ def accuracy_rows(n: int) -> int:
     return max(ROWS, min(MOST_ACCURACY_ROWS, ACCURACY_ELEMENTS // n // 2 * 2))
 
 
-def in_words(cell: str) -> str:
+def name_cell(cell: str) -> str:
     """A cell's name as the progress bar says it: "accuracy, N = 1024, Im z = 0.1"."""
     for short, words in (("_N", ", N = "), ("_z", ", Im z = "), ("_B", ", batch "), ("_E", ", experts ")):
         cell = cell.replace(short, words)

@@ -101,7 +101,7 @@ def _where(cell: dict[str, Any]) -> str:
 def verdict(measured: float, low: float, high: float, claimed_low: float, claimed_high: float) -> str:
     """A word for a measured speed-up (median, quartiles) beside a claimed range."""
     if low <= 1 <= high and high > NOISE * low:
-        return UNDECIDED  # whatever the median says
+        return UNDECIDED  # at any median
     if low > claimed_high:
         return "exceeded"
     if measured >= claimed_low:
@@ -111,8 +111,8 @@ def verdict(measured: float, low: float, high: float, claimed_low: float, claime
     return "not reached" if measured > 1 else "slower"
 
 
-def claims_readable(rows: Rows) -> list[dict[str, Any]]:
-    """The claims for people."""
+def readable_claims(rows: Rows) -> list[dict[str, Any]]:
+    """One row per claim: the claimed and the measured ratio as words, and what was compared."""
 
     def claimed(r: dict[str, Any]) -> str:
         if r["low"] is None:

@@ -1,6 +1,6 @@
 """The precision grid: two recursions, four ways to mix precisions, any length and Im z.
 
-An `Arm` is one way to compute a value and a gradient; its two halves are timed apart. All arms of a problem get the
+An ``Arm`` is one way to compute a value and a gradient; its two halves are timed apart. All arms of a problem get the
 same inputs: numbers that single precision holds exactly, so that an arm's error is that of its arithmetic.
 
     complex64   value and gradient in single precision

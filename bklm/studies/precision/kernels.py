@@ -1,9 +1,9 @@
 """theta/phi in compiled form, and what both recursions share: the yardsticks of the precision study.
 
-The published recursion is a Python loop of torch operations (`bklm.bk_core.reference.theta_phi`): too slow to be measured
+The published recursion is a Python loop of torch operations (``bklm.bk_core.reference.theta_phi``): too slow to be measured
 at every length, and its slowness would be mistaken for the recursion's. Here is the same arithmetic compiled, so that
 the two recursions are compared on equal terms, together with a plain sequential left/right for lengths where 50 digits
-would take too long. Notation as in `bklm.bk_core.operator`: d = a - z, k = b c, all on rows (M, N), k (N - 1,).
+would take too long. Notation as in ``bklm.bk_core.operator``: d = a - z, k = b c, all on rows (M, N), k (N - 1,).
 
 None of this is offered to compute with: unscaled products overflow.
 """

@@ -1,4 +1,4 @@
-"""What the precision study measures besides the grid: each part a function from settings to named arms.
+"""The measurements of the precision study besides the grid: each part is a function from settings to named arms.
 
 batched       the original's three ways to take a batch's gradients, beside the fused operator
 backward      autograd through the recursions, beside the analytic backward

@@ -23,7 +23,7 @@ from bklm.harness.session import Session
 from bklm.harness.study import run_study
 from bklm.studies.precision import cells as bench
 from bklm.studies.precision import figures, grid, tables
-from bklm.studies.precision.claims import adaptive_finding, claims_readable, claims_table, recommend
+from bklm.studies.precision.claims import adaptive_finding, claims_table, readable_claims, recommend
 from bklm.studies.precision.config import PrecisionConfig
 from bklm.studies.precision.tables import (
     Cells,
@@ -45,7 +45,7 @@ ARMS = 4
 
 @dataclass(frozen=True)
 class PrecisionResult(StudyResult):
-    """What `run_precision` found: ``table`` is the grid, one row per recursion, precision, N and Im z."""
+    """What ``run_precision`` found: ``table`` is the grid, one row per recursion, precision, N and Im z."""
 
     batched: list[dict[str, Any]]
     backward: list[dict[str, Any]]
@@ -67,13 +67,13 @@ class PrecisionResult(StudyResult):
 
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         return {
-            "summary": lambda: tables.summary_readable(self.table),
-            "claims": lambda: claims_readable(self.claims),
-            "costs": lambda: tables.costs_readable(self.table),
-            "batched": lambda: tables.compared_readable(self.batched),
-            "backward": lambda: tables.compared_readable(self.backward),
-            "moe": lambda: tables.compared_readable(self.moe),
-            "model": lambda: tables.model_readable(self.model),
+            "summary": lambda: tables.readable_summary(self.table),
+            "claims": lambda: readable_claims(self.claims),
+            "costs": lambda: tables.readable_costs(self.table),
+            "batched": lambda: tables.readable_compared(self.batched),
+            "backward": lambda: tables.readable_compared(self.backward),
+            "moe": lambda: tables.readable_compared(self.moe),
+            "model": lambda: tables.readable_model(self.model),
         }
 
     def show(self, *names: str) -> None:
@@ -86,7 +86,7 @@ def run_precision(
 ) -> PrecisionResult | None:
     """Measure what is not measured yet, and write everything to ``<output_dir>/precision`` and its zip.
 
-    Arguments, result and errors as in `bklm.harness.study.run_study`; the figure is precision_errors.png, drawn anew after
+    Arguments, result and errors as in ``bklm.harness.study.run_study``; the figure is precision_errors.png, drawn anew after
     each length.
     """
     config = config.resolved()
@@ -178,7 +178,7 @@ def _plan(config: PrecisionConfig, device: str) -> Iterator[tuple[str, str, dict
 
 
 def _measure(study: Session) -> Cells:
-    """Every cell by name; see `bklm.studies.precision.cells`. None in a process beside the main one, which alone measures."""
+    """Every cell by name; see ``bklm.studies.precision.cells``. None in a process beside the main one, which measures."""
     config, device = study.config, study.accelerator.device.type
     plan = list(_plan(config, device)) if study.is_main else []
     study.expect(len(plan), unit="cell")
@@ -187,7 +187,7 @@ def _measure(study: Session) -> Cells:
         limits = config.repeats, config.seconds, config.reference_n, config.shifts[0]
         measured = bench.Bench(study.folder / "cells", device, memory, *limits)
         for name, part, settings in plan:
-            study.progress.describe(bench.in_words(name))
+            study.progress.describe(bench.name_cell(name))
             cells[name], is_new = measured.cell(name, part, settings)
             (study.progress.step if is_new else study.progress.skip)(1)
             is_length_done = part == "accuracy" and settings["im_z"] == config.shifts[-1]

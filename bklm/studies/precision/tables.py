@@ -76,7 +76,7 @@ def _place(cell: dict[str, Any]) -> tuple[int, float]:
 
 def _note(cost: dict[str, Any] | None) -> str:
     if cost is None:
-        return "not measured: this recursion has no form for this device"
+        return "not measured: no form of this recursion runs on this device"
     if cost["would_take"] is not None:
         return f"not measured: one call would take about {duration(cost['would_take'])}"
     return ""
@@ -124,7 +124,7 @@ def at_longest(table: Rows, recursion: str, precision: str, key: str) -> tuple[i
     return max(((r["n"], r[key]) for r in rows if r[key] is not None), default=None)
 
 
-def summary_readable(table: Rows) -> list[dict[str, Any]]:
+def readable_summary(table: Rows) -> list[dict[str, Any]]:
     """The grid in one line per recursion and precision, for people."""
     rows = []
     for recursion, precision in itertools.product(grid.RECURSIONS, grid.PRECISIONS):
@@ -149,8 +149,8 @@ def megabytes(value: float) -> str:
     return f"under {RESOLVED_MB} MB" if value < RESOLVED_MB else f"{value:.3g} MB"
 
 
-def costs_readable(table: Rows) -> list[dict[str, Any]]:
-    """Time at the first Im z, one line per recursion and precision, one column per N; what would take too long says so."""
+def readable_costs(table: Rows) -> list[dict[str, Any]]:
+    """Time at the first Im z, one line per recursion and precision, one column per N, or why there is none."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     for r in table:
         if r["im_z"] == table[0]["im_z"]:
@@ -177,8 +177,8 @@ def compared_table(cells: Cells, part: str) -> list[dict[str, Any]]:
     return table
 
 
-def compared_readable(table: Rows) -> list[dict[str, Any]]:
-    """The rows of `compared_table` for people."""
+def readable_compared(table: Rows) -> list[dict[str, Any]]:
+    """The rows of ``compared_table`` for people."""
     size = next(k for k in ("batch", "tokens") if k in table[0])
     return [
         {
@@ -211,8 +211,8 @@ def model_table(cells: Cells) -> list[dict[str, Any]]:
     return table
 
 
-def model_readable(table: Rows) -> list[dict[str, Any]]:
-    """The rows of `model_table` for people."""
+def readable_model(table: Rows) -> list[dict[str, Any]]:
+    """The rows of ``model_table`` for people."""
     return [
         {
             "format": r["format"],
@@ -248,7 +248,7 @@ def errors_note(cells: Cells, reference_n: int, device: str) -> str:
 
 
 def machine_note(cells: Cells, device: str, repeats: int) -> str:
-    """What the times were measured on, and whether it was busy."""
+    """The machine that the times were measured on, and whether it was busy."""
     machine = next(iter(cells.values()))["machine"]
     if device == "cuda":
         said = [f"Measured on {machine['gpu']}"]

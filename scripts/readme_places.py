@@ -1,0 +1,299 @@
+"""What the places of a study's page.md can name: each a function of a run, or of a study with its runs (`readme.py`)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bklm.harness.statistics import Perplexity, interval95, with_interval
+from bklm.studies.baseline import tables
+from bklm.studies.baseline.models import TITLES
+from bklm.studies.embedding_freeze.config import INEQUALITY
+from bklm.studies.embedding_freeze.tables import REPORTED
+from bklm.studies.precision.claims import readable_claims
+from bklm.studies.precision.tables import readable_summary
+
+# Of GRAD_BLEND's original code on the same text, 3 epochs, batch 32, learning rate 1e-3, while it saw the future: from a
+# run of it outside this repository, of which nothing but these three numbers is kept.
+ORIGINAL_CODE = {0.0: 361.8, 0.5: 374.9, 1.0: 378.5}
+# Training windows an epoch, reported by NewLLM's original.
+ORIGINAL_WINDOWS = 51_026
+# Findings of the embedding-freeze study on the original's side claims hold one of these.
+SIDE = (
+    "Phase 1:", "Tokens per", "beat Kneser-Ney", "trials ended at", "profit from", "A trained embedding",
+    "The original's unequal",
+)  # fmt: skip
+NUMBERS = ("no", "one", "two", "three", "four", "five")
+
+Row = dict[str, Any]
+
+
+def ppl(row: Row, key: str = "val_ppl") -> str:
+    """A row's perplexity with its interval."""
+    return str(Perplexity(row[key], row.get(f"{key}_low"), row.get(f"{key}_high")))
+
+
+def list_scores(rows: list[Row]) -> str:
+    """ "NewLLM 38.4, GPT 27.5": perplexities of models or, by their names, of n-gram models."""
+    return ", ".join(f"{row.get('name') or TITLES[row['model']]} {row['val_ppl']:.1f}" for row in rows)
+
+
+def keep_directions(run: Any, folder: Path) -> None:
+    """Keep the gradient directions at the end of each model that GRAD_BLEND trained with the exact gradient."""
+    paths = sorted(folder.glob("trials/alpha_0_seed_*/result.json"))
+    results = [json.loads(path.read_text())["directions"]["at the end"] for path in paths]
+    table = pd.DataFrame([row for rows in results for row in rows if row["layer"] == "all"])
+    table[["direction", "cosine", "norm_ratio"]].to_csv(run.kept("exact_directions.csv"), index=False)
+
+
+def exact_directions(run: Any) -> dict[str, dict[str, str]]:
+    """Cosine and length of each direction against the exact gradient, over the seeds (mean, 95% interval)."""
+    found = {}
+    for name, group in pd.DataFrame(run.rows("exact_directions.csv")).groupby("direction"):
+        cosine, ratio = (interval95(list(group[key])) for key in ("cosine", "norm_ratio"))
+        found[name] = {"cosine": "{:+.2f} ± {:.2f}".format(*cosine), "ratio": "{:.0f} ± {:.0f}".format(*ratio)}
+    return found
+
+
+def versus_counting(run: Any) -> str:
+    """Whether the best corrected model beats the best count model of the same tokens, in one sentence."""
+    best, count = min(run.by_alpha.values(), key=lambda row: row["val_ppl"]), run.count_model
+    words = "cannot be told from"
+    if best["val_ppl_high"] < count["val_ppl"]:
+        words = "beats"
+    elif best["val_ppl_low"] > count["val_ppl"]:
+        words = "does not beat"
+    return f"The best corrected model, {ppl(best)}, {words} {count['name']} ({count['val_ppl']:.1f})."
+
+
+def alpha_lines(study: Any) -> str:
+    """Each alpha: corrected, as published, the original code, what was reported."""
+    lines, theirs = [], study.runs["original"].by_alpha
+    for alpha, row in study.first.by_alpha.items():
+        ours = [ppl(row), ppl(theirs[alpha]) if alpha in theirs else "-"]
+        reported = "-" if row["original_val_ppl"] is None else f"{row['original_val_ppl']:.2f}"
+        lines.append(" | ".join([f"{alpha:g}", *ours, f"{ORIGINAL_CODE.get(alpha, '-')}", reported]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def small_weights(study: Any) -> dict[str, str | int]:
+    """What the corrected training ends at with torch's default weights, and over how many seeds."""
+    by_alpha: dict[float, list[float]] = {}
+    for row in study.benchmark("potential_initialisation"):
+        by_alpha.setdefault(row["alpha"], []).append(row["val_ppl"])
+    seeds = {alpha: f"{len(v)} seed{'s' if len(v) > 1 else ''}" for alpha, v in by_alpha.items()}
+    parts = [f"{Perplexity.over_seeds(v)} at alpha {a:g} ({seeds[a]})" for a, v in by_alpha.items()]
+    most = max(map(len, by_alpha.values()))
+    return {"results": ", ".join(parts), "seeds": NUMBERS[most] if most < len(NUMBERS) else most}
+
+
+def revision(run: Any) -> str:
+    commit, _, changes = run.manifest["git_revision"].partition("+")
+    return f"{commit[:12]}{' with changes that were committed later' if changes else ''}"
+
+
+def speeds(run: Any) -> dict[str, Row]:
+    """Every claimed speed-up in the words of the README's first table."""
+    found = {}
+    for name, group in groupby((r for r in run.rows("claims.csv") if r["short"]), key=lambda row: row["claim"]):
+        rows = list(group)
+        ends = dict.fromkeys(f"{rows[0][key]:g}" for key in ("claimed_low", "claimed_high"))
+        measured = ", ".join(f"{row['measured']:.3g}x ({row['short']})" for row in rows)
+        verdict = " or ".join(dict.fromkeys(row["verdict"] for row in rows))
+        found[name] = {"claimed": f"{' to '.join(ends)}x", "measured": measured, "verdict": verdict}
+    return found
+
+
+def quality(run: Any) -> list[Row]:
+    titles = (
+        "model", "parameters (active)", "learning rate", "val PPL (95%)", "without <unk>", "test PPL", "accuracy",
+    )  # fmt: skip
+    rows = tables.readable_quality(run.summary["table"], run.summary["baselines"])[:-1]
+    return [{title.replace("<unk>", "`<unk>`"): row[title] for title in titles} for row in rows]
+
+
+def below_counting(run: Any) -> str:
+    """Which models beat the best count model of the same tokens."""
+    best = run.count_model
+    below = [TITLES[r["model"]] for r in run.summary["table"] if r["val_ppl"] < best["val_ppl"]]
+    who, verb = ", ".join(below) or "No model", "are" if len(below) > 1 else "is"
+    return f"{who} {verb} below the {best['name']} of the same tokens, {best['val_ppl']:.1f}."
+
+
+def gain_of_context(run: Any) -> str:
+    """What the longest windows bring over the shortest, at best."""
+    found = {}
+    for row in run.summary["table"]:
+        values = [v for k, v in row.items() if k.startswith("val_ppl_context_") and v is not None]
+        found[TITLES[row["model"]]] = 1 - min(values) / values[0]
+    name = max(found, key=found.get)
+    return f"The most that more than 16 words of context bring is {found[name]:.1%}, to {name}."
+
+
+def in_their_epochs(study: Any) -> dict[str, Any]:
+    """The steps as published in epochs of the original's text, and what it reported before and after them."""
+    run, reported = study.runs["original"], tables.REPORTED_EPOCHS
+    count = run.row["steps"] / math.ceil(ORIGINAL_WINDOWS / run.config["batch_size"])
+    before = [epoch for epoch in reported if epoch["epoch"] <= count][-1]
+    return {"count": count, "before": before, "after": reported[reported.index(before) + 1]}
+
+
+def sizes_in_words(run: Any) -> str:
+    tokens = run.summary["tokens"]
+    return " and ".join(f"{n} documents, {tokens[f'{n} samples']:,} tokens" for n in run.config["samples"])
+
+
+def arms_table(study: Any) -> list[Row]:
+    """One row per arm: PPL on every text and size, and what the first text's larger sample gives beside it."""
+    largest = max(study.first.sizes)
+    beside, rows = f"(PEPs, {largest})", []
+    for own in (row for (_, samples), row in study.first.arms.items() if samples == largest):
+        row = {"arm": own["arm"]}
+        for run in study.runs.values():
+            row |= {f"{run.name}, {n}": ppl(run.arms[own["arm"], n]) for n in run.sizes}
+            last = run.arms[own["arm"], max(run.sizes)]
+            if last["val_ppl_without_unk"] != last["val_ppl"]:
+                unk = str(Perplexity(last["val_ppl_without_unk"], None, None))
+                row[f"{run.name}, {max(run.sizes)}, without `<unk>`"] = unk
+        accuracy = with_interval(100 * own["accuracy"], own["accuracy_95"] and 100 * own["accuracy_95"])
+        row |= {
+            f"accuracy % {beside}": accuracy,
+            f"val - train, nats {beside}": with_interval(own["gap"], own["gap_95"], 2),
+            f"best epoch {beside}": with_interval(own["best_epoch"], own["best_epoch_95"]),
+            f"seconds {beside}": with_interval(own["seconds"], own["seconds_95"], 0),
+            "trained / all parameters": f"{own['trainable_parameters']:,} / {own['parameters']:,}",
+            f"tokens per trained {beside}": f"{own['tokens_per_parameter']:.2g}",
+        }
+        rows.append(row)
+    return rows
+
+
+def effects(study: Any) -> list[Row]:
+    """Every effect over all cells and within the other factors' values, one column a text."""
+    rows: dict[tuple[str, str], Row] = {}
+    for run in study.runs.values():
+        for row in (r for r in run.rows("effects.csv") if "samples" not in r["where"]):
+            place = {"change": row["change"], "where": row["where"]}
+            rows.setdefault(tuple(place.values()), place)[run.name] = f"x{ppl(row, 'ratio')}: {row['verdict']}"
+    return list(rows.values())
+
+
+def count_models_by_size(study: Any) -> str:
+    parts = []
+    for run in study.runs.values():
+        for size in run.sizes:
+            own = [row for row in run.summary["baselines"] if row["samples"] == size]
+            parts.append(f"{run.name}, {size}: {list_scores(own)}")
+    return "; ".join(parts)
+
+
+def by_pretrained_table(study: Any) -> dict[str, str]:
+    """What freezing does with each pretrained table: "+217% with an SVD's table" and the like, and the verdict on it."""
+    found = {}
+    for row in study.benchmark("freeze_lm_embedding"):
+        if measured := row["frozen instead of trained, paired"]:  # "x0.959 (0.933 to 0.986): lower"
+            change = float(measured.split()[0].lstrip("x")) - 1
+            found[f"{change:+.0%} with {row['pretrained embedding']} table"] = measured.rsplit(": ", 1)[1]
+    same = len(set(found.values())) == 1
+    return {
+        "changes": ", ".join(found),
+        "verdict": next(iter(found.values())) if same else "it depends",
+        "depends": "does not depend" if same else "depends",
+        "with_verdicts": " and ".join(f"{change} ({verdict})" for change, verdict in found.items()),
+    }
+
+
+def side_claims(run: Any) -> str:
+    said = run.summary["findings"]
+    return "\n\n".join(next(s for s in said if words in s) for words in SIDE if any(words in s for s in said))
+
+
+Places = dict[str, dict[str, Callable[[Any], Any]]]
+
+# Places of a run, by study, beside those that every run has (`readme.Run`).
+OF_RUNS: Places = {
+    "grad_blend": {
+        "by_alpha": lambda run: {row["alpha"]: row for row in run.summary["table"]},
+        # By names that a place can have: 0, "0.5", 1.
+        "ppl": lambda run: {int(a) if a == int(a) else f"{a:g}": ppl(row) for a, row in run.by_alpha.items()},
+        "best": lambda run: run.by_alpha[run.summary["best_alpha"]],
+        "best_ppl": lambda run: ppl(run.best),
+        "reported": lambda run: run.by_alpha[0.0]["original_val_ppl"],
+        "above": lambda run: "above" if run.best["val_ppl"] > run.count_model["val_ppl"] else "below",
+        "holds": lambda run: "holds" if 0.3 <= run.summary["best_alpha"] <= 0.7 else "does not hold",
+        "versus": versus_counting,
+        "exact": exact_directions,
+        "rate": lambda run: f"{run.config['learning_rate']:.0e}".replace("e-0", "e-"),
+        "revision": revision,
+    },
+    "precision": {
+        "machine": lambda run: run.hardware("{processor}, {cores} cores, torch {packages[torch]}, no GPU"),
+        "speed": speeds,
+        "claims_table": lambda run: readable_claims(run.rows("claims.csv")),
+        "grid": lambda run: readable_summary(run.rows("grid.csv")),
+    },
+    "baseline": {
+        "row": lambda run: run.summary["table"][0],
+        "epochs": lambda run: f"{run.config['epochs']} epoch{'s' if run.config['epochs'] > 1 else ''}",
+        "last_epoch": lambda run: int(max(row["epoch"] for row in run.rows("epochs.csv"))),
+        "quality": quality,
+        "counting": below_counting,
+        "gain": gain_of_context,
+        "contexts": lambda run: tables.readable_contexts(run.summary["table"]),
+        "searched": lambda run: run.summary["learning_rate_search"],
+        "search": lambda run: tables.readable_search(run.searched, run.summary["table"]),
+        "cost": lambda run: tables.readable_cost(run.summary["table"], run.summary["measured"]),
+        "threads": lambda run: run.hardware("{torch_threads} thread{s} of an {processor}"),
+        "worst_first": lambda run: list_scores(sorted(run.summary["table"], key=lambda row: -row["val_ppl"])),
+        "rank": lambda run: "last of the three" if run.worst_first[:6] == "NewLLM" else "beats a competitor",
+        "int8": lambda run: {row["weights"]: row for row in run.rows("int8.csv") if row["perplexity"]},
+        # Changes of perplexity, the smallest first.
+        "int8_changes": lambda run: sorted(
+            row["perplexity_change"] for n, row in run.int8.items() if n != "float32"
+        ),
+        "int8_verdict": lambda run: ("does not hold", "only with float products", "holds")[
+            sum(change <= 0.03 for change in run.int8_changes)
+        ],
+    },
+    "embedding_freeze": {
+        "name": lambda run: "PEPs" if run is run.study.first else "WikiText-2",
+        "arms": lambda run: {(row["arm"], row["samples"]): row for row in run.rows("table.csv")},
+        "sizes": lambda run: list(dict.fromkeys(samples for _, samples in run.arms)),
+        "samples": sizes_in_words,
+        "removed": lambda run: len(run.summary["near_duplicates"]["removed"]),
+        "finding": lambda run: run.summary["findings"][0],
+        "rates": lambda run: ", ".join(f"{rate:g}" for rate in run.config["learning_rates"]),
+        "side_claims": side_claims,
+    },
+}
+# Places of a study, which need several runs or none.
+OF_STUDIES: Places = {
+    "grad_blend": {
+        "alphas": alpha_lines,
+        "small_weights": small_weights,
+        "router": lambda study: study.benchmark("moe_perplexity"),
+    },
+    "baseline": {"their": in_their_epochs, "reported_ppl": lambda study: tables.REPORTED_PPL},
+    "embedding_freeze": {
+        "arms_table": arms_table,
+        "effects": effects,
+        "main_effects": lambda study: [
+            {k: v for k, v in row.items() if k != "where"} for row in effects(study) if row["where"] == "all"
+        ],
+        "count_models": count_models_by_size,
+        "freezing": by_pretrained_table,
+        "pretrained_tables": lambda study: study.benchmark("freeze_lm_embedding"),
+        "reported": lambda study: "; ".join(
+            f'"{arm}", {samples} samples: {row["val_ppl"]}' for (arm, samples), row in REPORTED.items()
+        ),
+        "inequality": lambda study: INEQUALITY,
+    },
+}
+# What else of a finished run's folder is kept.
+KEEP_MORE: dict[str, Callable[[Any, Path], None]] = {"grad_blend": keep_directions}
