@@ -5,12 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from bklm.harness.statistics import Perplexity, interval95
 
-# One trained model: its factors, its seed, its score (None: diverged) and what was measured. Keys: ``bklm.harness.session``.
-Trial = Mapping[str, Any]
+
+class Trial(TypedDict, total=False):
+    """The record of one trained model, as `bklm.harness.session` leaves it: these keys mean the same in every study.
+
+    The factors of the study's grid stand beside them, and what else it measures. Of a trial that diverged ``val_ppl`` is
+    None, ``reason`` says how, and what was to be measured is missing.
+    """
+
+    seed: int
+    val_ppl: float | None
+    val_ppl_without_unk: float
+    val_accuracy: float
+    seconds: float
+    epochs: list[dict[str, Any]]
+    learning_rate: float
+    parameters: int
+    reason: str
 
 
 @dataclass(frozen=True)
