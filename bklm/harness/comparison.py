@@ -11,7 +11,7 @@ from bklm.harness.statistics import Perplexity, interval95
 
 
 class Trial(TypedDict, total=False):
-    """The record of one trained model, as `bklm.harness.session` leaves it: these keys mean the same in every study.
+    """The record of one trained model, as ``bklm.harness.session`` leaves it: these keys mean the same in every study.
 
     The factors of the study's grid stand beside them, and what else it measures. Of a trial that diverged ``val_ppl`` is
     None, ``reason`` says how, and what was to be measured is missing.

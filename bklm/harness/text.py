@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 import torch
@@ -27,6 +27,14 @@ from bklm.data import (
 log = logging.getLogger(__name__)
 
 
+class Baseline(TypedDict):
+    """What a count model reaches on the validation targets."""
+
+    name: str
+    val_ppl: float
+    val_ppl_without_unk: float
+
+
 @dataclass(frozen=True, eq=False)
 class StudyText:
     """Text ready to train on. ``baselines`` are rows with name, val_ppl and val_ppl_without_unk of the same targets."""
@@ -36,7 +44,7 @@ class StudyText:
     seq_len: int
     batch_size: int
     layout: str  # "every-target-once", or the original's "disjoint" blocks
-    baselines: list[dict[str, Any]]
+    baselines: list[Baseline]
     # Training batches in one of evaluation.
     scored_at_once: ClassVar[int] = 1
 
@@ -174,7 +182,7 @@ def as_ids(text: StudyText, length: int) -> Tensor:
     return torch.from_numpy(np.resize(ids, length))[None]
 
 
-def readable_baselines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def readable_baselines(rows: Sequence[Baseline]) -> list[dict[str, Any]]:
     """One row per n-gram model: its name and its perplexities as words."""
     return [
         {
