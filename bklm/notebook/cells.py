@@ -24,9 +24,10 @@ from IPython.display import HTML, Image, display
 from bklm.harness.bundle import Bundle, add_notebook, zip_study
 from bklm.harness.config import StudyConfig
 from bklm.harness.report import as_text
+from bklm.harness.values import DRIVE, drive_path, is_mounted
 from bklm.notebook import form as notebook_form
 from bklm.notebook.controls import SHOWN_LINES, as_pre
-from bklm.notebook.form import Config
+from bklm.notebook.form import Config, is_headless
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,6 @@ TABLE_STYLE = (
 LONG_CELL = 30  # characters
 PICTURE_WIDTH = 760  # pixels: readable on a desktop, and scaled down by phones
 Result = TypeVar("Result")
-DRIVE = Path("/content/drive")  # where Colab mounts a Google Drive
 
 
 def where() -> str:
@@ -71,17 +71,21 @@ def config_from(config_class: type[Config], namespace: dict[str, Any]) -> Config
 
 
 def mount_drive(config: StudyConfig, headless: bool = False) -> None:
-    """Mount the Google Drive when a folder of ``config`` lies on it; only Colab has one.
+    """Mount the Google Drive when a folder of ``config`` lies on it, however its path is written; only Colab has one.
 
     Raises:
-        ValueError: it is not mounted, and nobody is there to allow it, or it was not allowed.
+        ValueError: it is not mounted, and nobody is there to allow it, or it was not allowed; or a path that names a Drive and
+            no folder of it.
     """
-    values = {name: value for name, value in config.to_dict().items() if isinstance(value, str)}
-    wanted = [f"{n}: {v}" for n, v in values.items() if Path(v).is_relative_to(DRIVE)]
-    if not wanted or where() != "colab" or (DRIVE / "MyDrive").exists():
+    if where() != "colab":
+        return
+    paths = {s.name: v for s in config.specs() if s.is_path and (v := getattr(config, s.name)) is not None}
+    found = {f"{name}: {text}": drive_path(name, text, DRIVE) for name, text in paths.items()}
+    wanted = [words for words, path in found.items() if path is not None and not is_mounted(path)]
+    if not wanted:
         return
     problem = f"{wanted[0]} is on Google Drive, which is not mounted"
-    if headless:
+    if is_headless(headless):
         raise ValueError(
             f"{problem}, and nobody is there to allow it; mount it before, or choose another folder."
         )
@@ -91,7 +95,8 @@ def mount_drive(config: StudyConfig, headless: bool = False) -> None:
         drive.mount(str(DRIVE))
     except Exception as error:  # Colab raises whatever its front end said
         raise ValueError(
-            f"{problem} ({error}); allow it and run the cell again, or choose another folder."
+            f"{problem} ({error}); allow it and run the cell again, or choose another folder. Where it says that the folder "
+            f"must be empty, move away what was written to {DRIVE} before."
         ) from error
 
 
@@ -101,7 +106,7 @@ def run(study: Callable[..., Result], config: StudyConfig, headless: bool = Fals
     Headless the log is printed line by line. Either way all of it is in the study's run.log.
     """
     figure = LiveFigure()
-    log_shown = contextlib.nullcontext() if headless else contextlib.redirect_stdout(_Tail())
+    log_shown = contextlib.nullcontext() if is_headless(headless) else contextlib.redirect_stdout(_Tail())
     with log_shown:
         result = study(config, on_figure=figure)
     figure.refresh()
@@ -150,7 +155,7 @@ class LiveFigure:
 
 def show_table(rows: Sequence[dict[str, Any]], headless: bool = False) -> None:
     """A table of rows: as text where only text is streamed, as HTML otherwise, which a narrow screen can scroll."""
-    if headless:
+    if is_headless(headless):
         print(as_text(list(rows)))
         return
     found = pd.DataFrame(rows).fillna("")
@@ -170,7 +175,7 @@ def _is_words(column: pd.Series) -> bool:
 
 def say(text: str, headless: bool = False) -> None:
     """A sentence or more, wrapped between words; as plain text where only text is streamed."""
-    if headless:
+    if is_headless(headless):
         print(text)
     else:
         display(HTML(f'<p style="max-width:60em; line-height:1.5">{html.escape(text)}</p>'))
@@ -186,7 +191,7 @@ def finish(folder: Path, headless: bool = False) -> Bundle:
 
     Headless, the runner adds the executed notebook after its last cell (see colab_setup.sh).
     """
-    if not headless:
+    if not is_headless(headless):
         _add_this_notebook(folder)
     bundle = zip_study(folder)
     print(f"Results: {bundle.path.resolve()}\nSize:    {bundle.size / 1e6:.2f} MB ({bundle.size} bytes)")
@@ -196,7 +201,7 @@ def finish(folder: Path, headless: bool = False) -> Bundle:
 
 def download(bundle: Bundle, headless: bool = False) -> None:
     """Offer the zip to the browser in Colab; elsewhere it already lies on disk. A blocked download loses nothing."""
-    if headless or where() != "colab":
+    if is_headless(headless) or where() != "colab":
         return
     from google.colab import files
 

@@ -29,6 +29,7 @@ from bklm.harness.report import StudyResult
 from bklm.harness.text import readable_baselines
 from bklm.notebook import cells
 from bklm.notebook.controls import Controls
+from bklm.notebook.form import is_headless
 
 
 def describe_text(text: Any) -> list[str]:
@@ -70,7 +71,7 @@ class Study:
         Raises:
             ValueError: a value that the config does not allow, or a Drive that cannot be had.
         """
-        self.headless = bool(namespace.get("headless", False))
+        self.headless = is_headless(namespace.get("headless"))
         self._package = importlib.import_module(config_class.package())
         self._module = importlib.import_module(f"{config_class.package()}.run")
         self.controls = Controls(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
+from bklm.harness import values
 from bklm.harness.bundle import Bundle
+from bklm.notebook import SelfTest
 from bklm.notebook import cells as notebook
 from bklm.studies import GradBlendConfig
 
@@ -91,11 +95,12 @@ def form(**values) -> dict:
     return dict.fromkeys(GradBlendConfig.names(), "") | {"headless": False} | values
 
 
-def test_a_folder_on_the_drive_is_mounted_once_and_only_when_it_is_asked_for(colab):
+def test_a_folder_on_the_drive_is_mounted_once_and_only_when_it_is_asked_for(colab, monkeypatch):
     notebook.config_from(GradBlendConfig, form(output_dir="results"))
     assert colab.drive.mounted == []
     on_drive = form(output_dir=str(notebook.DRIVE / "MyDrive" / "bklm"))
     assert notebook.config_from(GradBlendConfig, on_drive).output_dir.endswith("bklm")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == notebook.DRIVE)
     notebook.config_from(GradBlendConfig, on_drive)
     assert colab.drive.mounted == [str(notebook.DRIVE)]
 
@@ -111,6 +116,75 @@ def test_a_drive_that_nobody_can_allow_or_that_is_refused_is_one_sentence(colab)
     colab.drive.mount = refuse
     with pytest.raises(ValueError, match=r"not mounted \(credential propagation .*\); allow it"):
         notebook.config_from(GradBlendConfig, on_drive)
+
+
+def test_a_folder_where_the_drive_would_be_is_no_mounted_drive(colab):
+    (notebook.DRIVE / "MyDrive" / "x").mkdir(parents=True)
+
+    def mount(point):
+        raise ValueError("Mountpoint must not already contain files")
+
+    colab.drive.mount = mount
+    with pytest.raises(
+        ValueError, match=r"output_dir: .* not mounted \(Mountpoint must .* move away what was written"
+    ):
+        notebook.config_from(GradBlendConfig, form(output_dir=str(notebook.DRIVE / "MyDrive" / "bklm")))
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "drive/MyDrive/x",
+        "gdrive/My Drive/x",
+        "My Drive/x",
+        "/gdrive/MyDrive/x",
+        "/MyDrive/x",
+        "content/drive/mydrive/x",
+    ],
+)
+def test_a_drive_path_as_people_write_it_is_mounted_and_lies_on_the_drive(colab, written):
+    assert values.drive_path("output_dir", written, notebook.DRIVE) == notebook.DRIVE / "MyDrive" / "x"
+    notebook.config_from(GradBlendConfig, form(output_dir=written))
+    assert colab.drive.mounted == [str(notebook.DRIVE)]
+    # Where nothing is mounted, as below a ``!`` line of this machine, no folder of the runtime takes its place.
+    with pytest.raises(ValueError, match=r"^output_dir: .* is on Google Drive, which is not mounted"):
+        GradBlendConfig(profile="smoke", output_dir=written).resolved()
+
+
+def test_a_drive_mounted_elsewhere_is_used_as_it_is(colab, monkeypatch, tmp_path):
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "gdrive")
+    there = str(tmp_path / "gdrive" / "MyDrive" / "x")
+    notebook.config_from(GradBlendConfig, form(output_dir=there))
+    assert colab.drive.mounted == []
+    assert GradBlendConfig(profile="smoke", output_dir=there).resolved().output_dir == there
+
+
+@pytest.mark.parametrize("written", ["drive", "gdrive/x", "/content/drive/x"])
+def test_a_path_that_names_a_drive_and_no_folder_of_it_is_one_sentence(colab, written):
+    with pytest.raises(
+        ValueError, match=r"^output_dir: got .* names a Google Drive .*; write /content/drive/MyDrive"
+    ):
+        GradBlendConfig(profile="smoke", output_dir=written).resolved()
+
+
+def test_notebook_00_mounts_the_drive_that_its_folder_lies_on(colab):
+    def refuse(point):
+        raise RuntimeError("no")
+
+    colab.drive.mount = refuse
+    with pytest.raises(ValueError, match="not mounted"):
+        SelfTest({"output_dir": "drive/MyDrive/x", "headless": False})
+
+
+@pytest.mark.parametrize("text", ["False", "false", " False ", "", "None"])
+def test_headless_as_text_is_read_as_its_word(text, monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(notebook, "display", lambda html: shown.append(html.data))
+    notebook.say("a sentence", text)
+    notebook.show_table([{"a": 1}], text)
+    assert (len(shown), capsys.readouterr().out) == (2, "")
+    with pytest.raises(ValueError, match="headless: got 'perhaps'; allowed is True or False"):
+        notebook.say("a sentence", "perhaps")
 
 
 def test_elsewhere_a_folder_of_that_name_is_just_a_folder(monkeypatch, tmp_path):
