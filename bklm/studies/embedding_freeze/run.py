@@ -64,6 +64,9 @@ class EmbeddingFreezeResult(StudyResult):
         )
         return {name: partial(make, rows) for name, make, rows in made if rows}
 
+    def sentences(self) -> list[str]:
+        return [self.finding, *filter(None, [self.inequality])]
+
     def load(self) -> ContextTokenLM:
         """The model of the best arm's first seed; on the CPU, in evaluation mode."""
         return load_best_model(self.folder)

@@ -76,6 +76,9 @@ class PrecisionResult(StudyResult):
             "model": lambda: tables.model_readable(self.model),
         }
 
+    def sentences(self) -> list[str]:
+        return [self.finding, self.adaptive_finding, self.machine_note]
+
     def show(self, *names: str) -> None:
         """Print what a command line shows: of the tables, those two that fit a screen."""
         super().show(*(names or ("summary", "claims")))
