@@ -195,7 +195,9 @@ class Report:
     def close(
         self, result: type[Result], seconds: float, manifest: Mapping[str, Any] = {}, **found: Any
     ) -> Result:
-        """Write manifest, report.html and zip; return the study's result. `finish` ends so, and a study that compares no trials.
+        """Write manifest, report.html and zip; return the study's result.
+
+        `finish` ends so, and a study that compares no trials.
 
         Args:
             seconds: computing time in all.

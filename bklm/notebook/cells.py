@@ -10,7 +10,6 @@ import html
 import io
 import json
 import logging
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,13 +20,14 @@ import pandas as pd
 from IPython import get_ipython
 from IPython.display import HTML, Image, display
 
-from bklm.harness.bundle import Bundle, add_notebook, zip_study
+from bklm.harness.bundle import PAGE, Bundle, add_notebook, zip_study
 from bklm.harness.config import StudyConfig
 from bklm.harness.report import as_text
 from bklm.harness.values import DRIVE, drive_path, is_mounted
 from bklm.notebook import form as notebook_form
 from bklm.notebook.controls import SHOWN_LINES, as_pre
 from bklm.notebook.form import Config, is_headless
+from bklm.notebook.saved import saved_notebook
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,8 @@ def run(study: Callable[..., Result], config: StudyConfig, headless: bool = Fals
     Headless the log is printed line by line. Either way all of it is in the study's run.log.
     """
     figure = LiveFigure()
-    log_shown = contextlib.nullcontext() if is_headless(headless) else contextlib.redirect_stdout(_Tail())
+    is_plain = is_headless(headless) or where() == "shell"
+    log_shown = contextlib.nullcontext() if is_plain else contextlib.redirect_stdout(_Tail())
     with log_shown:
         result = study(config, on_figure=figure)
     figure.refresh()
@@ -141,6 +142,8 @@ class LiveFigure:
 
     def __call__(self, path: Path) -> None:
         self._path = path
+        if where() == "shell":
+            return
         image = Image(data=path.read_bytes(), width=PICTURE_WIDTH)
         if self._handle is None:
             self._handle = display(image, display_id=True)
@@ -149,13 +152,15 @@ class LiveFigure:
 
     def refresh(self) -> None:
         """Show the file as it is now: a study draws it once more at its end."""
-        if self._path is not None:
+        if self._path is not None and where() == "shell":
+            show_picture(self._path)
+        elif self._path is not None:
             self(self._path)
 
 
 def show_table(rows: Sequence[dict[str, Any]], headless: bool = False) -> None:
     """A table of rows: as text where only text is streamed, as HTML otherwise, which a narrow screen can scroll."""
-    if is_headless(headless):
+    if is_headless(headless) or where() == "shell":
         print(as_text(list(rows)))
         return
     found = pd.DataFrame(rows).fillna("")
@@ -177,12 +182,18 @@ def say(text: str, headless: bool = False) -> None:
     """A sentence or more, wrapped between words; as plain text where only text is streamed."""
     if is_headless(headless):
         print(text)
+    elif where() == "shell":
+        # No front end renders anything; the mark sets it off from what a script prints itself.
+        print(f"- {text}")
     else:
         display(HTML(f'<p style="max-width:60em; line-height:1.5">{html.escape(text)}</p>'))
 
 
 def show_picture(path: Path) -> None:
-    """A PNG at a width that phones and desktops both read."""
+    """A PNG at a width that phones and desktops both read; its path where no front end can show it."""
+    if where() == "shell":
+        print(f"Picture: {path.resolve()}")
+        return
     display(Image(filename=str(path), width=PICTURE_WIDTH))
 
 
@@ -191,9 +202,10 @@ def finish(folder: Path, headless: bool = False) -> Bundle:
 
     Headless, the runner adds the executed notebook after its last cell (see colab_setup.sh).
     """
-    if not is_headless(headless):
-        _add_this_notebook(folder)
-    bundle = zip_study(folder)
+    notebook = None
+    if not is_headless(headless) and where() != "shell":
+        notebook = _add_this_notebook(folder)
+    bundle = zip_study(folder, notebook)
     print(f"Results: {bundle.path.resolve()}\nSize:    {bundle.size / 1e6:.2f} MB ({bundle.size} bytes)")
     print(f"SHA-256: {bundle.sha256}")
     return bundle
@@ -214,21 +226,25 @@ def download(bundle: Bundle, headless: bool = False) -> None:
         )
 
 
-def _add_this_notebook(folder: Path) -> None:
-    if where() == "colab":
+def _add_this_notebook(folder: Path) -> Path | None:
+    """Put this notebook, as executed so far, into a study's folder; where it cannot be had, say so and what to do."""
+    try:
+        if where() != "colab":
+            path = saved_notebook(get_ipython())
+            return add_notebook(folder, path.read_text(encoding="utf-8"), path.name)
         from google.colab import _message
 
-        try:
-            reply = _message.blocking_request("get_ipynb", timeout_sec=20)
-            add_notebook(folder, json.dumps(reply["ipynb"]), "notebook.ipynb")
-        except Exception as error:
-            print(f"The notebook itself could not be added to the zip ({type(error).__name__}: {error}).")
-        return
-    # Jupyter's server tells the kernel the notebook's path; what is on disk is its last saved state.
-    path = Path(os.environ.get("JPY_SESSION_NAME", ""))
-    if path.suffix == ".ipynb" and path.exists():
-        add_notebook(folder, path.read_text(encoding="utf-8"), path.name)
-    else:
-        print(
-            "The notebook's own path is unknown here; save it and add it to the zip by hand if you want it in."
+        reply = _message.blocking_request("get_ipynb", timeout_sec=20)
+        return add_notebook(folder, json.dumps(reply["ipynb"]), "notebook.ipynb")
+    except Exception as error:  # Colab's front end answers with whatever it said
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        page = (
+            f"{PAGE} in the zip shows what was found"
+            if (folder / PAGE).exists()
+            else "the zip holds the results"
         )
+        print(
+            f"The notebook itself could not be added to the zip ({reason}): {page}; to have the notebook in it, too, save it "
+            "and run this cell again."
+        )
+        return None

@@ -71,7 +71,7 @@ class Study:
         Raises:
             ValueError: a value that the config does not allow, or a Drive that cannot be had.
         """
-        self.headless = is_headless(namespace.get("headless"))
+        self.headless = is_headless(namespace.get("headless")) or cells.where() == "shell"
         self._package = importlib.import_module(config_class.package())
         self._module = importlib.import_module(f"{config_class.package()}.run")
         self.controls = Controls(

@@ -43,6 +43,7 @@ def shown(monkeypatch):
 
     for module in (cells, controls):
         monkeypatch.setattr(module, "display", display)
+    monkeypatch.setattr(cells, "where", lambda: "jupyter")
     return given
 
 
