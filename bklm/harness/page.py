@@ -109,7 +109,7 @@ def write_page(path: Path, result: Any, facts: Mapping[str, Any], files: Iterabl
         _table([{"setting": k, "value": _words(v)} for k, v in facts["config"].items() if v is not None]),
         f"<h2>The command that repeats it</h2><pre><code>{escape(facts['command'])}</code></pre>",
         f"<h2>Text and machine</h2>{_table(_about(facts))}",
-        f"<h2>Files</h2><ul>{''.join(_file(file) for file in files)}</ul>",
+        f"<h2>Files</h2><ul>{''.join(_file(file, path.parent) for file in files)}</ul>",
     ]
     head = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -135,8 +135,11 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return f'<div class="wide">{found.to_html(index=False, border=0, float_format="{:.6g}".format)}</div>'
 
 
-def _file(file: Path) -> str:
-    link = f'<li><a href="{escape(quote(file.name))}">{escape(file.name)}</a>'
+def _file(file: Path, folder: Path) -> str:
+    if not file.is_relative_to(folder):  # such as a checkpoint that lies elsewhere
+        return f"<li>{escape(str(file))}</li>"
+    inside = file.relative_to(folder).as_posix()
+    link = f'<li><a href="{escape(quote(inside))}">{escape(inside)}</a>'
     if file.suffix != ".csv":
         return f"{link}</li>"
     columns = pd.read_csv(file, nrows=0).columns

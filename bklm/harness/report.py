@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
 
@@ -81,6 +81,9 @@ class StudyResult:
         bundle: the zip.
     """
 
+    # Attributes that say in words what was found.
+    spoken: ClassVar[tuple[str, ...]] = ("finding",)
+
     config: Any
     table: list[dict[str, Any]]
     best: Any
@@ -97,8 +100,8 @@ class StudyResult:
         raise NotImplementedError
 
     def sentences(self) -> list[str]:
-        """What was found, in words, as it stands at the head of report.html."""
-        return [self.finding]
+        """What was found, in words, as it stands at the head of report.html: what `spoken` names, where it is not empty."""
+        return [words for name in self.spoken if (words := getattr(self, name))]
 
     def show(self, *names: str) -> None:
         """Print what a command line shows: the tables of these names, all where none is given, finding and zip."""

@@ -50,6 +50,8 @@ class EmbeddingFreezeResult(StudyResult):
     phase1: list[dict[str, Any]]
     findings: list[str]
 
+    spoken = ("finding", "inequality")
+
     @property
     def inequality(self) -> str | None:
         """Why the original's two arms cannot be compared; None where they are not among the arms."""
@@ -63,9 +65,6 @@ class EmbeddingFreezeResult(StudyResult):
             ("baselines", tables.readable_baselines, self.baselines),
         )
         return {name: partial(make, rows) for name, make, rows in made if rows}
-
-    def sentences(self) -> list[str]:
-        return [self.finding, *filter(None, [self.inequality])]
 
     def load(self) -> ContextTokenLM:
         """The model of the best arm's first seed; on the CPU, in evaluation mode."""

@@ -54,6 +54,7 @@ class PrecisionResult(StudyResult):
     claims: list[dict[str, Any]]
     adaptive_finding: str
     machine_note: str
+    spoken = ("finding", "adaptive_finding", "machine_note")
 
     @property
     def best_precision(self) -> str:
@@ -75,9 +76,6 @@ class PrecisionResult(StudyResult):
             "moe": lambda: tables.compared_readable(self.moe),
             "model": lambda: tables.model_readable(self.model),
         }
-
-    def sentences(self) -> list[str]:
-        return [self.finding, self.adaptive_finding, self.machine_note]
 
     def show(self, *names: str) -> None:
         """Print what a command line shows: of the tables, those two that fit a screen."""
