@@ -111,6 +111,10 @@ def run(study: Callable[..., Result], config: StudyConfig, headless: bool = Fals
     with log_shown:
         result = study(config, on_figure=figure)
     figure.refresh()
+    # A finished run that is read back draws nothing as it goes on.
+    drawn = [p for p in getattr(result, "paths", {}).values() if p.suffix == ".png" and p.exists()]
+    if drawn and not figure.was_shown:
+        show_picture(drawn[0])
     return result
 
 
@@ -139,6 +143,10 @@ class LiveFigure:
     def __init__(self) -> None:
         self._handle: Any = None
         self._path: Path | None = None
+
+    @property
+    def was_shown(self) -> bool:
+        return self._path is not None
 
     def __call__(self, path: Path) -> None:
         self._path = path
@@ -212,8 +220,9 @@ def finish(folder: Path, headless: bool = False) -> Bundle:
 
 
 def download(bundle: Bundle, headless: bool = False) -> None:
-    """Offer the zip to the browser in Colab; elsewhere it already lies on disk. A blocked download loses nothing."""
+    """Offer the zip to the browser in Colab; elsewhere say where it lies. A blocked download loses nothing."""
     if is_headless(headless) or where() != "colab":
+        print(f"The zip is on this machine's disk: {bundle.path.resolve()}")
         return
     from google.colab import files
 

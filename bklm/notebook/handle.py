@@ -84,6 +84,9 @@ class Study:
         self._prepared: tuple[StudyConfig, Any] | None = None
         self._bundle: Bundle | None = None
         self.controls.show()
+        before = [v for v in namespace.values() if isinstance(v, Study) and v._module is self._module]
+        if before and not self.headless:
+            self.controls.keep(before[-1].controls)
 
     def text(self) -> None:
         """Prepare the text, and show its source, its sizes and what counting alone achieves on it."""
