@@ -96,13 +96,12 @@ def write_page(path: Path, result: Any, facts: Mapping[str, Any], files: Iterabl
         files: the study's own, in the order in which they were written.
     """
     files = [file for file in files if file.exists()]
-    written = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     tables = {name: rows for name, make in result.tables().items() if (rows := make())}
     title = f"{result.config.study.replace('_', ' ')}: what was found"
     parts = [
         f"<h1>{escape(title)}</h1>",
         *(f"<p><strong>{escape(words)}</strong></p>" for words in result.sentences()),
-        f"<p>Written {escape(written)}.</p>",
+        f"<p>{_when(path.parent)}</p>",
         *(_picture(file) for file in files if file.suffix == ".png"),
         *(f"<h2>Table: {escape(name)}</h2>{_table(rows)}" for name, rows in tables.items()),
         "<h2>Settings</h2>",
@@ -120,9 +119,24 @@ def write_page(path: Path, result: Any, facts: Mapping[str, Any], files: Iterabl
 
 def alternative_text(picture: Path) -> str:
     """What a PNG shows, in the words that `bklm.harness.figures.save_figure` has written into it; else its name."""
-    with Image.open(picture) as image:
-        words = [image.info[key] for key in ("Title", "Description") if image.info.get(key)]
+    try:
+        with Image.open(picture) as image:
+            words = [image.info[key] for key in ("Title", "Description") if image.info.get(key)]
+    except OSError:  # no PNG: the page says which file it is, and a browser that it cannot show it
+        words = []
     return ". ".join(words) or picture.stem.replace("_", " ")
+
+
+def _when(folder: Path) -> str:
+    """When a study was begun and when its last part was finished, which a run that only reads it back does not change."""
+    moments = [p.stat().st_mtime for p in (*folder.glob("config.json"), *folder.glob("*/**/*.json"))]
+    if not moments:
+        return ""
+    first, last = (
+        datetime.datetime.fromtimestamp(moment).astimezone().isoformat(sep=" ", timespec="seconds")
+        for moment in (min(moments), max(moments))
+    )
+    return f"Begun {first}, last part finished {last}."
 
 
 def _picture(file: Path) -> str:

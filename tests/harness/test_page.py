@@ -71,6 +71,15 @@ def test_numbers_have_six_digits_and_a_table_without_rows_is_no_file(result, tmp
 def test_a_picture_says_what_it_shows(tmp_path):
     path = save_figure(tmp_path / "a.png", lambda figure: figure.subplots(), title="A < B", note="one seed")
     assert alternative_text(path) == "A < B. one seed"
+    (tmp_path / "no_picture.png").write_bytes(b"half a file")
+    assert alternative_text(tmp_path / "no_picture.png") == "no picture"
+
+
+def test_the_page_of_a_run_that_is_read_back_is_the_same_and_says_when_it_was_computed(result):
+    page = (result.folder / "report.html").read_text()
+    assert re.search(r"Begun \d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d, last part finished \d{4}", page)
+    run_grad_blend(result.config)
+    assert (result.folder / "report.html").read_text() == page
 
 
 def test_of_an_earlier_runs_traceback_the_log_keeps_the_last_line(tmp_path):
