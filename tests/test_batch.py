@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,27 @@ def test_paths_among_the_parameters_are_relative_to_the_folder_the_batch_is_star
     assert {name: frozen[name] for name in table} == expected
 
 
+@pytest.mark.parametrize("name", ["Copy of 01_grad_blend_sweep", "01_grad_blend_sweep-Copy1", "mine (2)"])
+def test_a_renamed_notebook_of_the_suite_is_known_by_what_it_holds(sets, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(SWEEP, f"{name}.ipynb")
+    values = {"profile": "smoke", "data_dir": "text"}
+    (run,) = read_runs(sets({"runs": [{"notebook": f"{name}.ipynb", "parameters": values}]}))
+    assert run.all_parameters(tmp_path / "out")["data_dir"] == str(tmp_path / "text")
+    with pytest.raises(ValueError, match="batch_size: got 3; allowed is"):
+        read_runs(sets({"runs": [{"notebook": f"{name}.ipynb", "parameters": {"batch_size": 3}}]}))
+
+
+def test_the_home_folder_is_written_as_a_tilde_in_a_batch_too(sets, notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = sets({"runs": [{"notebook": notebook("n")}]})
+    assert main([str(path), "--output_dir", "~/out"]) == 0
+    assert (tmp_path / "out.zip").exists()
+    assert list(Path().iterdir()) == []
+
+
 def test_a_failed_notebook_leaves_the_others_alone_and_only_it_runs_again(sets, notebook, tmp_path):
     good = notebook("good", PICTURE, "print('x is', x)")
     bad = notebook("bad", "print('so far')", "raise ValueError('no such text')")
@@ -274,10 +296,20 @@ def test_a_notebook_that_ends_well_but_cannot_be_kept_is_one_failed_run(sets, no
     def fail(*_: object) -> None:
         raise RuntimeError("no template")
 
-    monkeypatch.setattr("bklm.batch.run.HTMLExporter.from_notebook_node", fail)
+    monkeypatch.setattr("bklm.batch.run.read_notebook", fail)
     result = run_batch(read_runs(sets({"runs": [{"notebook": notebook("n")}]})), tmp_path / "out")
     assert result.outcomes[0].error == "its notebook could not be kept (RuntimeError: no template)"
     assert [p.name for p in (tmp_path / "out" / "n").glob("*.ipynb")] == ["n.failed.ipynb"]
+
+
+def test_a_page_that_cannot_be_rendered_costs_the_page_and_not_the_run(sets, notebook, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("no template")
+
+    monkeypatch.setattr("nbconvert.HTMLExporter.from_notebook_node", fail)
+    result = run_batch(read_runs(sets({"runs": [{"notebook": notebook("n")}]})), tmp_path / "out")
+    assert [o.status for o in result.outcomes] == ["done"]
+    assert [p.name for p in (tmp_path / "out" / "n").glob("n.*")] == ["n.ipynb"]
 
 
 @pytest.mark.slow

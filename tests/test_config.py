@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,10 +94,11 @@ def test_resolving_twice_changes_nothing():
     assert config.resolved() == config
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8, unique=True))
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8, unique_by="{:g}".format))
 def test_a_list_typed_into_the_form_reads_as_the_same_numbers(alphas):
     typed = ", ".join(repr(a) for a in alphas)
-    assert GradBlendConfig(alphas=typed).alphas == GradBlendConfig(alphas=tuple(alphas)).alphas == tuple(alphas)
+    assert GradBlendConfig(alphas=typed).alphas == GradBlendConfig(alphas=tuple(alphas)).alphas
+    assert GradBlendConfig(alphas=typed).alphas == pytest.approx(tuple(alphas), rel=1e-14, abs=0)
 
 
 @given(st.text(), st.sampled_from(GradBlendConfig.names()))
@@ -169,3 +173,59 @@ def test_the_estimate_is_of_the_text_that_the_environment_names(small_text, monk
     vocabulary, train_tokens, _ = text_size(config.dataset, config.data_dir, config.vocab_size)
     assert vocabulary < 100
     assert train_tokens < 2000
+
+
+def test_a_path_is_expanded_stripped_and_anchored_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = BaselineConfig(
+        profile="smoke", output_dir=" ~/out ", data_dir=Path("text"), checkpoint_dir="../c", resume_from="None"
+    )
+    assert config.output_dir == str(tmp_path / "home" / "out")
+    resolved = config.resolved()
+    assert (resolved.data_dir, resolved.checkpoint_dir) == (str(tmp_path / "text"), str(tmp_path.parent / "c"))
+    assert resolved.resume_from is None
+    assert resolved.resolved() == resolved
+
+
+@pytest.mark.parametrize("empty", ["", "  ", "None", None])
+def test_an_empty_path_is_the_default_to_every_reader(empty):
+    assert GradBlendConfig(output_dir=empty).output_dir == "results"
+    assert GradBlendConfig(data_dir=empty, precision=empty).to_dict() == GradBlendConfig().to_dict()
+
+
+def test_a_folder_that_is_called_like_a_home_can_be_named():
+    assert GradBlendConfig(output_dir="./~").output_dir == "./~"
+    with pytest.raises(
+        ValueError, match=r"output_dir: got '~nobody-here/x'; this machine has no home folder .*"
+    ):
+        GradBlendConfig(output_dir="~nobody-here/x")
+    with pytest.raises(ValueError, match=r"output_dir: got 5; allowed is the path"):
+        GradBlendConfig(output_dir=5)
+
+
+def test_numbers_of_array_libraries_are_numbers():
+    config = GradBlendConfig(
+        alphas=np.linspace(0, 1, 11), seeds=np.arange(3), batch_size=np.int64(8), learning_rate=np.float32(0.1),
+        dropout=np.array(0.2), top_k=torch.tensor(1), causal=np.True_,
+    )  # fmt: skip
+    assert config.alphas == FULL_GRID
+    assert (config.seeds, config.batch_size, config.learning_rate) == ((0, 1, 2), 8, 0.1)
+    assert (config.dropout, config.top_k, config.causal) == (0.2, 1, True)
+    assert GradBlendConfig(alphas=np.float64(0.5), seeds=torch.tensor(4)) == GradBlendConfig(
+        alphas=(0.5,), seeds=(4,)
+    )
+    assert all(type(v) in (int, float, bool, str, tuple, type(None)) for v in vars(config).values())
+    for field, value in (
+        ("batch_size", np.True_),
+        ("batch_size", np.array([8])),
+        ("batch_size", np.float64(8.5)),
+    ):
+        with pytest.raises(ValueError, match="batch_size: got"):
+            GradBlendConfig(**{field: value})
+
+
+def test_rates_that_would_share_a_file_are_refused():
+    with pytest.raises(ValueError, match=r"learning_rates: got .* within six digits"):
+        BaselineConfig(learning_rates=(1e-3, 1.0000001e-3))

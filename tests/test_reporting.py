@@ -95,6 +95,22 @@ def test_the_zip_holds_every_file_but_hidden_ones_and_its_hash_is_that_of_the_fi
     assert bundle.size == bundle.path.stat().st_size
 
 
+def test_the_zip_begins_with_the_page_and_holds_no_hidden_folder_and_no_older_notebook(tmp_path):
+    folder = tmp_path / "study"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in ("a.csv", "report.html", ".ipynb_checkpoints/x.ipynb", "old.ipynb", "old.html", "kept.html"):
+        (folder / name).write_text("{}")
+    new = nbformat.v4.new_notebook()
+    nbformat.write(new, tmp_path / "new.ipynb")
+    held = zipfile.ZipFile(zip_study(folder, tmp_path / "new.ipynb").path).namelist()
+    assert held == [f"study/{n}" for n in ("report.html", "a.csv", "kept.html", "new.html", "new.ipynb")]
+    assert (folder / "old.ipynb").exists()
+    # A run after it packs no notebook that is not of that run.
+    assert zipfile.ZipFile(zip_study(folder).path).namelist() == [
+        f"study/{n}" for n in ("report.html", "a.csv", "kept.html")
+    ]
+
+
 def test_an_executed_notebook_goes_in_with_its_html(tmp_path):
     folder = tmp_path / "study"
     folder.mkdir()

@@ -73,6 +73,11 @@ def test_help_prints_the_head_of_the_script_and_does_nothing(word, tmp_path):
         (["--fly"], "No such option.* '?--fly'?; allowed are"),
         (["smoke"], r"unexpected extra argument \(smoke\); allowed are"),
         (["-f", "sets.yaml"], "got --parameters_file; give parameters one by one"),
+        (["--prepare-only"], "got --prepare-only, which runs nothing"),
+        (
+            ["-p", "output_dir", "~nobody-here"],
+            "output_dir: got '~nobody-here'; this machine has no home folder",
+        ),
         (["--version"], "got --help or --version, which run nothing"),
     ],
 )
@@ -88,6 +93,27 @@ def test_words_that_run_can_use_give_the_folder_of_the_results(capsys):
     assert check_words([notebook, "-p", "profile", "smoke", "-p", "output_dir", "a b", "-k", "python3"]) == 0
     assert check_words([notebook, "-p", "data_dir", "output_dir", "-p", "alphas", "0, 0.5"]) == 0
     assert capsys.readouterr().out == "a b\nresults\n"
+
+
+@pytest.mark.parametrize("empty", ["", " ", "None"])
+def test_an_empty_output_dir_means_to_the_script_what_it_means_to_the_notebook(empty, capsys):
+    for flag in ("-p", "-r"):
+        assert (
+            check_words([str(ROOT / "notebooks" / "01_grad_blend_sweep.ipynb"), flag, "output_dir", empty]) == 0
+        )
+    assert capsys.readouterr().out == "results\nresults\n"
+
+
+def test_the_script_and_every_text_have_the_same_line_ends_in_every_checkout(tmp_path):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    origin, copy = tmp_path / "origin", tmp_path / "copy"
+    origin.mkdir()
+    for name in (".gitattributes", "colab_setup.sh"):
+        shutil.copy(ROOT / name, origin)
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], cwd=origin, check=True)
+    subprocess.run([*git, "clone", "-q", "-c", "core.autocrlf=true", origin, copy], check=True)
+    assert (copy / "colab_setup.sh").read_bytes() == (ROOT / "colab_setup.sh").read_bytes()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import tyro
 
 from bklm.batch.plan import read_runs
 from bklm.batch.run import check_limits, run_batch
+from bklm.harness.values import anchored, as_path
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,13 @@ def main(words: list[str] | None = None) -> int:
     given = tyro.cli(Arguments, args=words, prog="python -m bklm.batch", use_underscores=True)
     try:
         check_limits(given.workers, given.minutes)
-        runs = read_runs(given.sets)
+        runs = read_runs(Path(as_path("sets", given.sets)))
         for run in runs:
             print(f"{run.name}: {run.notebook.name}, {run.parameters}")
         if given.check:
             return 0
-        result = run_batch(runs, given.output_dir, workers=given.workers, minutes=given.minutes)
+        folder = Path(anchored("output_dir", as_path("output_dir", given.output_dir)))
+        result = run_batch(runs, folder, workers=given.workers, minutes=given.minutes)
     except KeyboardInterrupt:
         print("Stopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
         return 130

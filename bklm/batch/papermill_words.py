@@ -17,21 +17,27 @@ import click
 import papermill.cli
 
 from bklm.batch.plan import check_parameters
+from bklm.harness.config import StudyConfig
+from bklm.notebook.form import form_of
 
 OWN = "colab_setup.sh run"
 ALLOWED = "allowed are -p NAME VALUE and the other options of python -m papermill --help"
 
 
 def output_folder(notebook: Path, words: Sequence[str]) -> str:
-    """Check papermill's ``words`` for ``notebook``; return the parameter output_dir among them, or "results".
+    """Check papermill's ``words`` for ``notebook``; return the folder that the notebook will take for output_dir.
 
     Raises:
         ValueError: one sentence.
     """
     values = _parameters(notebook, words)
-    output_dir = values.pop("output_dir", "results")
+    given = {"output_dir": values.pop("output_dir", None)}
     check_parameters(notebook, values, OWN)
-    return str(output_dir)
+    try:
+        # The notebook's own config reads the value the same way.
+        return (form_of(notebook) or StudyConfig)(**given).output_dir
+    except ValueError as error:
+        raise ValueError(f"{OWN}: {error}") from None
 
 
 def _parameters(notebook: Path, words: Sequence[str]) -> dict[str, Any]:
@@ -45,6 +51,10 @@ def _parameters(notebook: Path, words: Sequence[str]) -> dict[str, Any]:
     except click.exceptions.Exit:
         raise ValueError(f"{OWN}: got --help or --version, which run nothing; {ALLOWED}.") from None
     given = context.params
+    if given["prepare_only"]:
+        raise ValueError(
+            f"{OWN}: got --prepare-only, which runs nothing and leaves no results to zip; {ALLOWED}."
+        )
     for source in ("parameters_file", "parameters_yaml", "parameters_base64"):
         if given[source]:
             raise ValueError(f"{OWN}: got --{source}; give parameters one by one: -p NAME VALUE.")

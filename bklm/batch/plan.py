@@ -29,8 +29,8 @@ from typing import Any, Literal
 import papermill
 import yaml
 
-from bklm.harness.config import StudyConfig
-from bklm.notebook.form import FORMS
+from bklm.harness.values import anchored, as_path, is_empty
+from bklm.notebook.form import form_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,99}")
 TAKEN_NAMES = {
@@ -56,11 +56,11 @@ class Run:
             values.setdefault("headless", True)
         if "output_dir" in known:
             values["output_dir"] = str(folder.resolve())
-        form = _form(self.notebook)
+        form = form_of(self.notebook)
         for spec in form.specs() if form else ():
             # The notebook itself works in the repository's root.
-            if spec.is_path and (given := str(values.get(spec.name) or "").strip()):
-                values[spec.name] = str(Path(given).expanduser().absolute())
+            if spec.is_path and not is_empty(values.get(spec.name)):
+                values[spec.name] = anchored(spec.name, as_path(spec.name, values[spec.name]))
         return values
 
     def fingerprint(self) -> str:
@@ -144,7 +144,8 @@ def _runs_of(entry: Any, common: dict[str, Any], place: str) -> Iterator[Run]:
 def _notebooks(given: Any, place: str) -> Iterator[Path]:
     for pattern in given if isinstance(given, list) else [given]:
         # Path.glob takes no absolute pattern.
-        found = sorted(glob.glob(pattern)) if isinstance(pattern, str) else []  # noqa: PTH207
+        given_path = as_path(f"{place}: notebook", pattern) if isinstance(pattern, str) else ""
+        found = sorted(glob.glob(given_path)) or [given_path] * Path(given_path).is_file()  # noqa: PTH207
         if not found:
             raise ValueError(
                 f"{place}: notebook: got {pattern!r}, which is no file here; allowed is the path of a notebook, "
@@ -156,15 +157,10 @@ def _notebooks(given: Any, place: str) -> Iterator[Path]:
             yield Path(path)
 
 
-def _form(notebook: Path) -> type[StudyConfig] | None:
-    """The config behind a notebook's form; None for a notebook that is not of the suite."""
-    return {Path(path).name: config for path, config in FORMS.items()}.get(notebook.name)
-
-
 def known_parameters(notebook: Path) -> list[str]:
     """Names of a notebook's parameters: those of a form's first cell, too, which papermill does not look at."""
     inferred = papermill.inspect_notebook(notebook)
-    form = _form(notebook)
+    form = form_of(notebook)
     return list(dict.fromkeys([*(form.names() if form else ()), *inferred]))
 
 
@@ -198,7 +194,7 @@ def check_parameters(notebook: Path, values: dict[str, Any], place: str) -> None
                 f"{place}: {name}: got {values[name]!r}; allowed are text, finite numbers, true, false, null, and lists and "
                 "mappings of them; put a date into quotes."
             ) from None
-    form = _form(notebook)
+    form = form_of(notebook)
     if form is not None:
         fields = {n: v for n, v in values.items() if n in form.names()}
         try:

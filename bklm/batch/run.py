@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from nbconvert import HTMLExporter
 from tqdm.auto import tqdm
 
 from bklm.batch import job
 from bklm.batch.plan import OUTCOME_KEYS, Outcome, Run
 from bklm.batch.summary import write_summary
-from bklm.files.atomic import read_result, replacing, write_json, write_text
+from bklm.files.atomic import read_result, replacing, write_json
 from bklm.files.locks import lock
-from bklm.harness.bundle import zip_study
+from bklm.harness.bundle import read_notebook, write_html, zip_study
 
 GRACE_SECONDS = 15.0  # for a process that was asked to end, its kernel with it
 
@@ -281,8 +280,7 @@ def _keep_notebook(folder: Path, run: Run, error: str | None) -> None:
         for suffix in (".ipynb", ".html"):
             _executed(folder, run, mark).with_suffix(suffix).unlink(missing_ok=True)
     kept = running.replace(_executed(folder, run, ".failed" if error else ""))
-    html, _ = HTMLExporter().from_notebook_node(nbformat.read(kept, as_version=4))
-    write_text(kept.with_suffix(".html"), html)
+    write_html(read_notebook(kept.read_text(encoding="utf-8")), kept.with_suffix(".html"))
     for manifest in folder.glob("*/manifest.json"):
         zip_study(manifest.parent, kept)
 

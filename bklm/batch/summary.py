@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from bklm.files.atomic import write_text
+from bklm.harness.page import STYLE
 
 if TYPE_CHECKING:
     from bklm.batch.plan import Outcome
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
-section { margin-top: 2.5rem; } code { overflow-wrap: anywhere; }
-.failed { color: #b00020; font-weight: 600; } img { max-width: 100%; height: auto; margin-top: .8rem; }
+OWN_STYLE = """
+table { width: 100%; } section { margin-top: 2.5rem; } .failed { color: #b00020; font-weight: 600; }
 """
 
 
@@ -36,7 +33,7 @@ def write_summary(output_dir: Path, outcomes: Sequence[Outcome]) -> Path:
         + escape(output_dir.name)
         + "</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><h1>{escape(output_dir.name)}</h1><p>{head}.</p>"
+        f"<style>{STYLE}{OWN_STYLE}</style></head><body><h1>{escape(output_dir.name)}</h1><p>{head}.</p>"
         f"<table><tr><th>run</th><th>end</th><th>time</th></tr>{rows}</table>"
         + "".join(_section(output_dir, o) for o in outcomes)
         + "</body></html>\n"

@@ -48,13 +48,17 @@ def load_corpus(
         from bklm.data.hmm import hmm_corpus
 
         return hmm_corpus()
-    ambient = os.environ.get("BKLM_DATA_DIR", "")
-    if folder := str(data_dir or "") or ambient:
+    ambient = os.environ.get("BKLM_DATA_DIR", "").strip()
+    if folder := str(data_dir or "").strip() or ambient:
         from bklm.data.local import corpus_from_folder
 
         # A study's config has taken the variable into its data_dir; who set it looks for its name in an error.
-        called = "BKLM_DATA_DIR" if folder == ambient else "data_dir"
+        called = "BKLM_DATA_DIR" if ambient and _place(folder) == _place(ambient) else "data_dir"
         return corpus_from_folder(Path(folder).expanduser(), max_documents, called)
     from bklm.data.hub import corpus_from_hub
 
     return corpus_from_hub(name, max_documents)
+
+
+def _place(folder: str) -> str:
+    return os.path.abspath(os.path.expanduser(folder))  # noqa: PTH100, PTH111

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bklm.data.corpus import Corpus
-from bklm.data.local import corpus_from_dialogues, corpus_from_splits, join_messages
+from bklm.data.local import corpus_from_dialogues, corpus_from_splits
+from bklm.data.rows import join_messages
 
 PROBE_SECONDS = 8.0  # how long the hub may take to answer before it counts as unreachable
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -97,10 +98,17 @@ def _first_dialogues(dataset: HubDataset, number: int) -> list[list[str]]:
     """The first ``number`` dialogues of each split, streamed: only the files' beginnings are fetched."""
     import datasets
 
-    streams = (
-        datasets.load_dataset(dataset.repository, split=split, streaming=True) for split in dataset.splits
-    )
-    return [[join_messages(row["messages"]) for row in stream.take(number)] for stream in streams]
+    streams = {
+        split: datasets.load_dataset(dataset.repository, split=split, streaming=True)
+        for split in dataset.splits
+    }
+    return [
+        [
+            join_messages(row["messages"], f"{split} split of {dataset}, row {n}: messages")
+            for n, row in enumerate(stream.take(number))
+        ]
+        for split, stream in streams.items()
+    ]
 
 
 @contextmanager

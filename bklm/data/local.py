@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bklm.data.corpus import SPLITS, Corpus
+from bklm.data.rows import check_parts, join_messages, text_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -94,7 +95,7 @@ def _saved_dataset(folder: Path, where: str) -> dict[str, Dataset] | None:
         )
     saved = (folder / "dataset_dict.json").exists()
     places = (folder / "wikitext-2-raw-v1", folder / "data", folder)
-    files = next(filter(None, map(_parquet_files, places)), None)
+    files = None if saved else next(filter(None, (_parquet_files(p, where) for p in places)), None)
     if not saved and not files:
         return None
     import datasets
@@ -108,38 +109,50 @@ def _saved_dataset(folder: Path, where: str) -> dict[str, Dataset] | None:
         raise OSError(f"the data set saved in {where} cannot be read ({reason}); save it again") from error
 
 
-def _parquet_files(place: Path) -> dict[str, list[str]]:
+def _parquet_files(place: Path, where: str) -> dict[str, list[str]]:
     names = sorted(path.name for path in place.glob("*.parquet"))
     found: dict[str, list[str]] = {}
     for alias in (alias for aliases in SPLIT_ALIASES.values() for alias in aliases):
-        files = [str(place / name) for name in names if name[: len(alias) + 1] in (f"{alias}-", f"{alias}.")]
+        files = [
+            n for n in names if n[: len(alias) + 1] in (f"{alias}-", f"{alias}.", f"{alias} ", f"{alias}(")
+        ]
         if files:
-            found[alias] = files
+            check_parts(files, f"the split {alias} of {where}")
+            found[alias] = [str(place / name) for name in files]
     return found
 
 
 class Dialogues(Sequence[str]):
-    """The dialogues of rows with a "messages" column, one text each, read as they are indexed: 200,000 cost no memory."""
+    """The dialogues of rows with a "messages" column, one text each, read as they are indexed: 200,000 cost no memory.
 
-    def __init__(self, rows: Dataset):
-        self.rows = rows
+    ``where`` names them in errors; of the rows that it means, these are every ``step``-th from ``first``.
+    """
+
+    def __init__(self, rows: Dataset, where: str = "a data set", first: int = 0, step: int = 1):
+        self.rows, self.where, self.first, self.step = rows, where, first, step
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
-            return [join_messages(messages) for messages in self.rows[index]["messages"]]
-        return join_messages(self.rows[range(len(self))[index]]["messages"])
+            numbers = range(len(self))[index]
+            found = self.rows[index]["messages"]
+            return [self._text(n, messages) for n, messages in zip(numbers, found, strict=True)]
+        number = range(len(self))[index]
+        return self._text(number, self.rows[number]["messages"])
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), 1000):
             yield from self[start : start + 1000]
 
+    def every_second(self, first: int) -> Dialogues:
+        """Those with even numbers (``first`` 0) or odd ones (1)."""
+        rows = self.rows.select(range(first, len(self), 2))
+        return Dialogues(rows, self.where, self.first + first * self.step, 2 * self.step)
 
-def join_messages(messages: Sequence[dict[str, str]]) -> str:
-    """The text of a dialogue: its messages in order, joined by a space."""
-    return " ".join(message["content"] for message in messages)
+    def _text(self, number: int, messages: Any) -> str:
+        return join_messages(messages, f"{self.where}, row {self.first + self.step * number}: messages")
 
 
 def corpus_from_splits(
@@ -162,12 +175,23 @@ def corpus_from_splits(
             f"train_sft and test_sft with a column messages"
         )
     if kind == "text":
-        texts = [_lines(rows[:]["text"]) for rows in present]
+        texts = [
+            _lines(
+                [text_of(t, f"{split} split of {source}, row {n}: text") for n, t in enumerate(rows[:]["text"])]
+            )
+            for split, rows in zip(SPLITS, present, strict=True)
+        ]
         _refuse_empty({f"{split} split of {source}": lines for split, lines in zip(SPLITS, texts, strict=True)})
         return Corpus(name, source, *texts)
     if max_documents is not None:
         present = [rows.select(range(min(max_documents, len(rows)))) for rows in present]
-    return corpus_from_dialogues(name, source, *map(Dialogues, present))
+    called = [
+        next(a for a in aliases if a in splits)
+        for aliases in SPLIT_ALIASES.values()
+        if set(aliases) & set(splits)
+    ]
+    dialogues = (Dialogues(r, f"{n} split of {source}") for n, r in zip(called, present, strict=True))
+    return corpus_from_dialogues(name, source, *dialogues)
 
 
 def corpus_from_dialogues(name: str, source: str, train: Sequence[str], *held_out: Sequence[str]) -> Corpus:
@@ -178,10 +202,8 @@ def corpus_from_dialogues(name: str, source: str, train: Sequence[str], *held_ou
     """
     if len(held_out) == 1:
         (both,) = held_out
-        if isinstance(both, Dialogues):
-            held_out = tuple(Dialogues(both.rows.select(range(first, len(both), 2))) for first in (0, 1))
-        else:
-            held_out = both[::2], both[1::2]
+        is_lazy = isinstance(both, Dialogues)
+        held_out = [both.every_second(first) if is_lazy else both[first::2] for first in (0, 1)]
     splits = dict(zip(SPLITS, (train, *held_out), strict=True))
     for split, texts in splits.items():
         if not len(texts):

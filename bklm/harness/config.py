@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from bklm.harness.values import anchored, as_path, is_empty, plain
+
 WITHOUT_FOLDER = ("embedded", "hmm")  # texts made on the spot: they read no folder
 
 Profile = Literal["smoke", "quick", "full"]
@@ -92,8 +94,9 @@ class FieldSpec:
         Raises:
             ValueError: one sentence naming the field, the value and what is allowed.
         """
-        if value is None or (isinstance(value, str) and not value.strip()):
+        if is_empty(value):
             return None
+        value = value.strip() if isinstance(value, str) else plain(value)
         problem = ValueError(f"{self.name}: got {value!r}; allowed is {self.allowed()}.")
         if isinstance(value, str) and value in self.choices:
             return value
@@ -105,9 +108,13 @@ class FieldSpec:
             value = [value]
         if isinstance(value, bytes | dict) or not isinstance(value, Iterable):
             raise problem
-        entries = tuple(self._one(v, problem) for v in value)
+        entries = tuple(self._one(plain(v), problem) for v in value)
         if not entries or len(set(entries)) != len(entries):
             raise problem
+        if self.base is float and len({f"{v:g}" for v in entries}) < len(entries):
+            raise ValueError(
+                f"{self.name}: got {value!r}; they must differ within six digits, which name their files."
+            )
         return entries
 
     def _one(self, value: Any, problem: ValueError) -> Any:
@@ -118,14 +125,18 @@ class FieldSpec:
                 raise problem
             return value
         if self.base is str:
+            if self.is_path:
+                return as_path(self.name, value)
+            if isinstance(value, bool | bytes) or not isinstance(value, str | int | float):
+                raise problem
             value = str(value)
             if self.choices and value not in self.choices:
                 raise problem
             return value
-        if isinstance(value, bool):
+        if isinstance(value, bool) or getattr(value, "ndim", 0):
             raise problem
         try:
-            number = float(value)
+            number = plain(float(value))
         except (TypeError, ValueError):
             raise problem from None
         if not math.isfinite(number) or (self.base is int and number != int(number)):
@@ -165,7 +176,8 @@ def with_ambient_folder(values: dict[str, Any]) -> dict[str, Any]:
     """A config's values, ``data_dir`` taken from the environment where ``bklm.data.load_corpus`` would take it from there."""
     if "dataset" not in values or values["dataset"] in WITHOUT_FOLDER or values.get("data_dir"):
         return values
-    return {**values, "data_dir": os.environ.get("BKLM_DATA_DIR") or None}
+    ambient = os.environ.get("BKLM_DATA_DIR")
+    return {**values, "data_dir": None if is_empty(ambient) else as_path("BKLM_DATA_DIR", ambient)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +241,12 @@ class StudyConfig:
         """
         given = {n: v for n in self.names() if (v := getattr(self, n)) is not None}
         of_protocol = self.protocols.get(given.get("protocol"), {})
-        return type(self)(**with_ambient_folder({**self.profiles[self.profile], **of_protocol, **given}))
+        values = with_ambient_folder({**self.profiles[self.profile], **of_protocol, **given})
+        # A path that is no circumstance is part of what is computed, which other machines name alike.
+        places = {s.name: v for s in self.specs() if s.is_path and not is_empty(v := values.get(s.name))}
+        for name in places.keys() & self.circumstances:
+            values[name] = anchored(name, as_path(name, places[name]))
+        return type(self)(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they go into JSON."""

@@ -77,7 +77,8 @@ def save_figure(
                 "\n".join(textwrap.wrap(note, int(size[0] * 12.5))), x=0.02, ha="left", fontsize=9, color=GREY
             )
         with replacing(path) as temporary:
-            figure.savefig(temporary)
+            # Whoever shows the picture can say what it shows (page.py).
+            figure.savefig(temporary, metadata={"Title": title, "Description": note})
     return path
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bklm import __version__
-from bklm.files.atomic import read_result, remove_leftovers, write_json
+from bklm.files.atomic import read_result, remove_leftovers, write_json, write_text
 from bklm.files.locks import lock
 from bklm.harness.config import StudyConfig
 
@@ -57,10 +58,29 @@ def study_folder(config: StudyConfig) -> Iterator[Path]:
     try:
         refuse_other_experiment(folder, config)
         remove_leftovers(folder)
+        shorten_tracebacks(folder / "run.log")
         with logging_to(folder / "run.log", quiet=config.quiet):
             yield folder
     finally:
         held.release()
+
+
+def shorten_tracebacks(path: Path) -> None:
+    """Leave of each traceback in an earlier run's log its last line, so that a traceback in it is of the latest run."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return
+    # A line of the log begins with its time; what stands between two of them belongs to the first.
+    lines = re.split(r"(?m)^(?=\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} )", text)
+    short = [_without_traceback(line) for line in lines]
+    if short != lines:
+        write_text(path, "".join(short))
+
+
+def _without_traceback(line: str) -> str:
+    head, begins, trace = line.partition("\nTraceback (most recent call last):\n")
+    return f"{head}: {trace.rstrip().splitlines()[-1]}\n" if begins and trace.strip() else line
 
 
 def other_experiment(config: StudyConfig, text_sha256: str | None = None) -> list[str]:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
 
 from bklm.files.atomic import replacing, write_json, write_text
-from bklm.harness.bundle import Bundle, zip_study
+from bklm.harness.bundle import PAGE, Bundle, zip_study
 from bklm.harness.comparison import Comparison, Trial
 from bklm.harness.machine import environment, git_revision
+from bklm.harness.page import write_page
 from bklm.harness.session import Session
 
 Result = TypeVar("Result", bound="StudyResult")
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as CSV, atomically."""
+    """Write rows as CSV, atomically; numbers with a fraction have six digits."""
     with replacing(path) as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False)
+        pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.6g")
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:
@@ -45,24 +47,23 @@ def command_words(config: Any) -> list[str]:
     return words
 
 
-def write_manifest(path: Path, *, config: Any, corpus: Any, seconds: float, **extra: Any) -> None:
-    """Write manifest.json: everything needed to repeat and to judge the run.
+def write_manifest(path: Path, *, config: Any, corpus: Any, seconds: float, **extra: Any) -> dict[str, Any]:
+    """Write manifest.json, everything needed to repeat and to judge the run, and return what it holds.
 
     ``seconds`` is computing time in all; ``corpus`` is None for a study that reads no text.
     """
-    write_json(
-        path,
-        {
-            "study": config.study,
-            "config": config.to_dict(),
-            "corpus": corpus and {"name": corpus.name, "source": corpus.source, "sha256": corpus.sha256},
-            "git_revision": git_revision(),
-            "environment": environment(),
-            "seconds": round(seconds, 1),
-            "command": command_for(config),
-            **extra,
-        },
-    )
+    facts = {
+        "study": config.study,
+        "config": config.to_dict(),
+        "corpus": corpus and {"name": corpus.name, "source": corpus.source, "sha256": corpus.sha256},
+        "git_revision": git_revision(),
+        "environment": environment(),
+        "seconds": round(seconds, 1),
+        "command": command_for(config),
+        **extra,
+    }
+    write_json(path, facts)
+    return facts
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ class StudyResult:
         bundle: the zip.
     """
 
+    # Attributes that say in words what was found.
+    spoken: ClassVar[tuple[str, ...]] = ("finding",)
+
     config: Any
     table: list[dict[str, Any]]
     best: Any
@@ -94,6 +98,10 @@ class StudyResult:
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         """The tables for people by name, the main one first; each is made when it is called."""
         raise NotImplementedError
+
+    def sentences(self) -> list[str]:
+        """What was found, in words, as it stands at the head of report.html: what `spoken` names, where it is not empty."""
+        return [words for name in self.spoken if (words := getattr(self, name))]
 
     def show(self, *names: str) -> None:
         """Print what a command line shows: the tables of these names, all where none is given, finding and zip."""
@@ -112,7 +120,11 @@ class Report:
         self.paths: dict[str, Path] = {}
 
     def csv(self, name: str, rows: list[dict[str, Any]]) -> None:
-        write_csv(self.path(name), rows)
+        """Write a table; one without rows is no file, and none of an earlier run stays."""
+        if rows:
+            write_csv(self.path(name), rows)
+        else:
+            (self.folder / name).unlink(missing_ok=True)
 
     def json(self, name: str, value: Any) -> None:
         write_json(self.path(name), value)
@@ -186,7 +198,9 @@ class Report:
     def close(
         self, result: type[Result], seconds: float, manifest: Mapping[str, Any] = {}, **found: Any
     ) -> Result:
-        """Write manifest and zip; return the study's result. ``finish`` ends so, and a study that compares no trials.
+        """Write manifest, report.html and zip; return the study's result.
+
+        ``finish`` ends so, and a study that compares no trials.
 
         Args:
             seconds: computing time in all.
@@ -195,9 +209,13 @@ class Report:
         """
         text, config = self.study.text, self.study.config
         corpus = text and text.corpus
-        write_manifest(self.path("manifest.json"), config=config, corpus=corpus, seconds=seconds, **manifest)
-        bundle = zip_study(self.folder)
-        return result(config=config, folder=self.folder, paths=self.paths, bundle=bundle, **found)
+        path = self.path("manifest.json")
+        facts = write_manifest(path, config=config, corpus=corpus, seconds=seconds, **manifest)
+        # It describes itself before it is packed: the page is in the zip, and made from the result.
+        half = result(config=config, folder=self.folder, paths=self.paths, bundle=None, **found)
+        write_page(self.folder / PAGE, half, facts, list(self.paths.values()))
+        self.path(PAGE)
+        return dataclasses.replace(half, bundle=zip_study(self.folder))
 
 
 def epoch_rows(runs: Mapping[str, Sequence[Trial]], by: str) -> list[dict[str, Any]]:

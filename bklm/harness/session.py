@@ -302,6 +302,7 @@ def _place(point: Mapping[str, Any]) -> str:
 
 
 def _in_name(value: Any) -> str:
+    # A config's values differ within these six digits.
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -10,7 +10,6 @@ import html
 import io
 import json
 import logging
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,12 +20,14 @@ import pandas as pd
 from IPython import get_ipython
 from IPython.display import HTML, Image, display
 
-from bklm.harness.bundle import Bundle, add_notebook, zip_study
+from bklm.harness.bundle import PAGE, Bundle, add_notebook, zip_study
 from bklm.harness.config import StudyConfig
 from bklm.harness.report import as_text
+from bklm.harness.values import DRIVE, drive_path, is_mounted
 from bklm.notebook import form as notebook_form
 from bklm.notebook.controls import SHOWN_LINES, as_pre
-from bklm.notebook.form import Config
+from bklm.notebook.form import Config, is_headless
+from bklm.notebook.saved import saved_notebook
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,6 @@ TABLE_STYLE = (
 LONG_CELL = 30  # characters
 PICTURE_WIDTH = 760  # pixels: readable on a desktop, and scaled down by phones
 Result = TypeVar("Result")
-DRIVE = Path("/content/drive")  # where Colab mounts a Google Drive
 
 
 def where() -> str:
@@ -71,17 +71,21 @@ def config_from(config_class: type[Config], namespace: dict[str, Any]) -> Config
 
 
 def mount_drive(config: StudyConfig, headless: bool = False) -> None:
-    """Mount the Google Drive when a folder of ``config`` lies on it; only Colab has one.
+    """Mount the Google Drive when a folder of ``config`` lies on it, however its path is written; only Colab has one.
 
     Raises:
-        ValueError: it is not mounted, and nobody is there to allow it, or it was not allowed.
+        ValueError: it is not mounted, and nobody is there to allow it, or it was not allowed; or a path that names a Drive and
+            no folder of it.
     """
-    values = {name: value for name, value in config.to_dict().items() if isinstance(value, str)}
-    wanted = [f"{n}: {v}" for n, v in values.items() if Path(v).is_relative_to(DRIVE)]
-    if not wanted or where() != "colab" or (DRIVE / "MyDrive").exists():
+    if where() != "colab":
+        return
+    paths = {s.name: v for s in config.specs() if s.is_path and (v := getattr(config, s.name)) is not None}
+    found = {f"{name}: {text}": drive_path(name, text, DRIVE) for name, text in paths.items()}
+    wanted = [words for words, path in found.items() if path is not None and not is_mounted(path)]
+    if not wanted:
         return
     problem = f"{wanted[0]} is on Google Drive, which is not mounted"
-    if headless:
+    if is_headless(headless):
         raise ValueError(
             f"{problem}, and nobody is there to allow it; mount it before, or choose another folder."
         )
@@ -91,7 +95,8 @@ def mount_drive(config: StudyConfig, headless: bool = False) -> None:
         drive.mount(str(DRIVE))
     except Exception as error:  # Colab raises whatever its front end said
         raise ValueError(
-            f"{problem} ({error}); allow it and run the cell again, or choose another folder."
+            f"{problem} ({error}); allow it and run the cell again, or choose another folder. Where it says that the folder "
+            f"must be empty, move away what was written to {DRIVE} before."
         ) from error
 
 
@@ -101,10 +106,15 @@ def run(study: Callable[..., Result], config: StudyConfig, headless: bool = Fals
     Headless the log is printed line by line. Either way all of it is in the study's run.log.
     """
     figure = LiveFigure()
-    log_shown = contextlib.nullcontext() if headless else contextlib.redirect_stdout(_Tail())
+    is_plain = is_headless(headless) or where() == "shell"
+    log_shown = contextlib.nullcontext() if is_plain else contextlib.redirect_stdout(_Tail())
     with log_shown:
         result = study(config, on_figure=figure)
     figure.refresh()
+    # A finished run that is read back draws nothing as it goes on.
+    drawn = [p for p in getattr(result, "paths", {}).values() if p.suffix == ".png" and p.exists()]
+    if drawn and not figure.was_shown:
+        show_picture(drawn[0])
     return result
 
 
@@ -134,8 +144,14 @@ class LiveFigure:
         self._handle: Any = None
         self._path: Path | None = None
 
+    @property
+    def was_shown(self) -> bool:
+        return self._path is not None
+
     def __call__(self, path: Path) -> None:
         self._path = path
+        if where() == "shell":
+            return
         image = Image(data=path.read_bytes(), width=PICTURE_WIDTH)
         if self._handle is None:
             self._handle = display(image, display_id=True)
@@ -144,13 +160,15 @@ class LiveFigure:
 
     def refresh(self) -> None:
         """Show the file as it is now: a study draws it once more at its end."""
-        if self._path is not None:
+        if self._path is not None and where() == "shell":
+            show_picture(self._path)
+        elif self._path is not None:
             self(self._path)
 
 
 def show_table(rows: Sequence[dict[str, Any]], headless: bool = False) -> None:
     """A table of rows: as text where only text is streamed, as HTML otherwise, which a narrow screen can scroll."""
-    if headless:
+    if is_headless(headless) or where() == "shell":
         print(as_text(list(rows)))
         return
     found = pd.DataFrame(rows).fillna("")
@@ -170,14 +188,20 @@ def _is_words(column: pd.Series) -> bool:
 
 def say(text: str, headless: bool = False) -> None:
     """A sentence or more, wrapped between words; as plain text where only text is streamed."""
-    if headless:
+    if is_headless(headless):
         print(text)
+    elif where() == "shell":
+        # No front end renders anything; the mark sets it off from what a script prints itself.
+        print(f"- {text}")
     else:
         display(HTML(f'<p style="max-width:60em; line-height:1.5">{html.escape(text)}</p>'))
 
 
 def show_picture(path: Path) -> None:
-    """A PNG at a width that phones and desktops both read."""
+    """A PNG at a width that phones and desktops both read; its path where no front end can show it."""
+    if where() == "shell":
+        print(f"Picture: {path.resolve()}")
+        return
     display(Image(filename=str(path), width=PICTURE_WIDTH))
 
 
@@ -186,17 +210,19 @@ def finish(folder: Path, headless: bool = False) -> Bundle:
 
     Headless, the runner adds the executed notebook after its last cell (see colab_setup.sh).
     """
-    if not headless:
-        _add_this_notebook(folder)
-    bundle = zip_study(folder)
+    notebook = None
+    if not is_headless(headless) and where() != "shell":
+        notebook = _add_this_notebook(folder)
+    bundle = zip_study(folder, notebook)
     print(f"Results: {bundle.path.resolve()}\nSize:    {bundle.size / 1e6:.2f} MB ({bundle.size} bytes)")
     print(f"SHA-256: {bundle.sha256}")
     return bundle
 
 
 def download(bundle: Bundle, headless: bool = False) -> None:
-    """Offer the zip to the browser in Colab; elsewhere it already lies on disk. A blocked download loses nothing."""
-    if headless or where() != "colab":
+    """Offer the zip to the browser in Colab; elsewhere say where it lies. A blocked download loses nothing."""
+    if is_headless(headless) or where() != "colab":
+        print(f"The zip is on this machine's disk: {bundle.path.resolve()}")
         return
     from google.colab import files
 
@@ -209,21 +235,25 @@ def download(bundle: Bundle, headless: bool = False) -> None:
         )
 
 
-def _add_this_notebook(folder: Path) -> None:
-    if where() == "colab":
+def _add_this_notebook(folder: Path) -> Path | None:
+    """Put this notebook, as executed so far, into a study's folder; where it cannot be had, say so and what to do."""
+    try:
+        if where() != "colab":
+            path = saved_notebook(get_ipython())
+            return add_notebook(folder, path.read_text(encoding="utf-8"), path.name)
         from google.colab import _message
 
-        try:
-            reply = _message.blocking_request("get_ipynb", timeout_sec=20)
-            add_notebook(folder, json.dumps(reply["ipynb"]), "notebook.ipynb")
-        except Exception as error:
-            print(f"The notebook itself could not be added to the zip ({type(error).__name__}: {error}).")
-        return
-    # Jupyter's server tells the kernel the notebook's path; what is on disk is its last saved state.
-    path = Path(os.environ.get("JPY_SESSION_NAME", ""))
-    if path.suffix == ".ipynb" and path.exists():
-        add_notebook(folder, path.read_text(encoding="utf-8"), path.name)
-    else:
-        print(
-            "The notebook's own path is unknown here; save it and add it to the zip by hand if you want it in."
+        reply = _message.blocking_request("get_ipynb", timeout_sec=20)
+        return add_notebook(folder, json.dumps(reply["ipynb"]), "notebook.ipynb")
+    except Exception as error:  # Colab's front end answers with whatever it said
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        page = (
+            f"{PAGE} in the zip shows what was found"
+            if (folder / PAGE).exists()
+            else "the zip holds the results"
         )
+        print(
+            f"The notebook itself could not be added to the zip ({reason}): {page}; to have the notebook in it, too, save it "
+            "and run this cell again."
+        )
+        return None

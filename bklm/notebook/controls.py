@@ -78,6 +78,23 @@ class Controls:
         display(widgets.VBox([*self.widgets.values(), self._message, self._guess, buttons, self._progress]))
         self._validate()
 
+    def keep(self, before: Controls) -> None:
+        """Take the values that controls made before from the same form were moved to, and say so: *Run all* makes them anew.
+
+        A field whose value in the form was changed since follows the form.
+        """
+        moved = [n for n in before.widgets if n in before._moved and n in self.widgets]
+        kept = [n for n in moved if getattr(self._config, n) == getattr(before._config, n)]
+        for name in kept:
+            self.widgets[name].value = before.widgets[name].value
+        for words, names in (
+            ("keep what they were moved to", kept),
+            ("follow the form again", set(moved) - set(kept)),
+        ):
+            values = ", ".join(f"{n} = {self.widgets[n].value}" for n in moved if n in names)
+            if values:
+                print(f"The controls {words}: {values}.")
+
     def config(self) -> StudyConfig:
         """The config with the controls' values.
 

@@ -6,12 +6,14 @@ that papermill is given come behind it, and so behind both.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
 import nbformat
 
 from bklm.files.atomic import write_text
+from bklm.harness.bundle import read_notebook
 from bklm.harness.config import FieldSpec, StudyConfig
 from bklm.studies import configs
 
@@ -19,6 +21,9 @@ FORMS: dict[str, type[StudyConfig]] = {f"notebooks/{c.notebook}.ipynb": c for c 
 """Which notebook's form belongs to which config."""
 
 Config = TypeVar("Config", bound=StudyConfig)
+
+# The line with which a notebook opens its study.
+HANDLE = re.compile(r"^\s*(?:\w+\s*=\s*)?(?:notebook\.)?study\(\s*[\"'](\w+)[\"']", re.MULTILINE)
 
 
 FORM_IDS = ("settings", "parameters")
@@ -75,11 +80,32 @@ def config_from(config_class: type[Config], namespace: dict[str, Any]) -> Config
     return config_class(**{name: namespace[name] for name in config_class.names()})
 
 
+def form_of(notebook: Path) -> type[StudyConfig] | None:
+    """The config of the study that a notebook opens a handle on; None where it opens none.
+
+    It is told by what the notebook holds: Colab names a copy "Copy of 01_...", Jupyter "01_...-Copy1".
+    """
+    for cell in read_notebook(notebook.read_text(encoding="utf-8")).cells:
+        if cell.cell_type == "code" and (found := HANDLE.search(cell.source)):
+            return {c.study: c for c in configs()}.get(found[1])
+    return None
+
+
+def is_headless(value: Any) -> bool:
+    """Whether nobody looks, as form cells, papermill and callers say it: the text "False" is False, and nothing is False.
+
+    Raises:
+        ValueError: neither true nor false.
+    """
+    spec = FieldSpec("headless", bool, False, (), False, "", None, None, None, None, False)
+    return bool(spec.coerce(value))
+
+
 def write_forms(root: Path = Path()) -> None:
     """Write both form cells into every notebook from the config that it belongs to."""
     for file, config_class in FORMS.items():
         path = root / file
-        notebook = nbformat.read(path, as_version=4)
+        notebook = read_notebook(path.read_text(encoding="utf-8"))
         cells = {cell.id: cell for cell in notebook.cells}
         for name, source in zip(FORM_IDS, form_cells(config_class), strict=True):
             cells[name].source = source

@@ -29,6 +29,7 @@ from bklm.harness.report import StudyResult
 from bklm.harness.text import readable_baselines
 from bklm.notebook import cells
 from bklm.notebook.controls import Controls
+from bklm.notebook.form import is_headless
 
 
 def describe_text(text: Any) -> list[str]:
@@ -70,7 +71,7 @@ class Study:
         Raises:
             ValueError: a value that the config does not allow, or a Drive that cannot be mounted.
         """
-        self.headless = bool(namespace.get("headless", False))
+        self.headless = is_headless(namespace.get("headless")) or cells.where() == "shell"
         self._package = importlib.import_module(config_class.package())
         self._module = importlib.import_module(f"{config_class.package()}.run")
         self.controls = Controls(
@@ -83,6 +84,9 @@ class Study:
         self._prepared: tuple[StudyConfig, Any] | None = None
         self._bundle: Bundle | None = None
         self.controls.show()
+        before = [v for v in namespace.values() if isinstance(v, Study) and v._module is self._module]
+        if before and not self.headless:
+            self.controls.keep(before[-1].controls)
 
     def text(self) -> None:
         """Prepare the text, and show its source, its sizes and what counting alone achieves on it."""

@@ -14,7 +14,8 @@ from bklm.bk_core import BKCore, available_backends, reference, resolvent_diagon
 from bklm.harness.estimate import round_minutes
 from bklm.harness.figures import colours, legend_below, save_figure
 from bklm.harness.machine import environment, git_revision
-from bklm.notebook.cells import show_picture, show_table, where
+from bklm.notebook.cells import mount_drive, show_picture, show_table, where
+from bklm.notebook.form import is_headless
 from bklm.studies.grad_blend.config import GradBlendConfig
 from bklm.studies.grad_blend.run import estimated_minutes
 
@@ -25,7 +26,10 @@ class SelfTest:
     """The parts of notebook 00, each shown in its cell; ``namespace`` is the notebook's ``globals()``."""
 
     def __init__(self, namespace: dict[str, Any]) -> None:
-        self._folder, self._headless = Path(namespace["output_dir"]), namespace["headless"]
+        self._headless = is_headless(namespace.get("headless"))
+        config = GradBlendConfig(output_dir=namespace["output_dir"])
+        mount_drive(config, self._headless)
+        self._folder = Path(config.resolved().output_dir)
 
     def machine(self) -> None:
         """Show what this machine is."""

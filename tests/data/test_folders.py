@@ -226,3 +226,107 @@ def test_a_damaged_saved_data_set_is_one_sentence(hf, tmp_path):
         (tmp_path / "hub" / f"{name}-0.parquet").write_bytes(b"PAR1 nothing like it")
     with pytest.raises(OSError, match=r"^the data set saved in data_dir .* cannot be read"):
         load_corpus("wikitext-2", tmp_path / "hub")
+
+
+WRITTEN = {
+    "a missing text is blank": ([{"text": "the cat"}, {"text": None}], ["the cat", ""]),
+    "bytes are UTF-8": ([{"text": "über".encode()}], ["über"]),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_a_text_column_is_read_as_its_writer_meant_it(hf, case, tmp_path):
+    written, read = WRITTEN[case]
+    rows = hf.Dataset.from_list(written)
+    hf.DatasetDict(train=rows, validation=rows, test=rows).save_to_disk(tmp_path / "saved")
+    assert load_corpus("wikitext-2", tmp_path / "saved").valid == read
+
+
+NO_TEXT = [
+    ([{"text": 1}], r"^train split of .*, row 0: text is a number \(1\), not text"),
+    ([{"text": ["a", "b"]}], r"row 0: text is a list \(\['a', 'b'\]\), not text"),
+    ([{"text": b"ok"}, {"text": b"\xff"}], r"row 1: text holds bytes that are not UTF-8"),
+    ([{"text": {"a": 1}}], r"row 0: text is of the type dict"),
+    ([{"text": None}], r"train split of .* holds no text"),
+]
+
+
+@pytest.mark.parametrize(("written", "sentence"), NO_TEXT)
+def test_a_text_column_that_holds_no_text_is_one_sentence_with_split_row_and_type(
+    hf, written, sentence, tmp_path
+):
+    rows = hf.Dataset.from_list(written)
+    hf.DatasetDict(train=rows, validation=rows, test=rows).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=sentence):
+        load_corpus("wikitext-2", tmp_path / "saved")
+
+
+def dialogues(hf, folder, messages):
+    saved = hf.DatasetDict(
+        {n: hf.Dataset.from_list([{"messages": m} for m in messages]) for n in ("train_sft", "test_sft")}
+    )
+    saved.save_to_disk(folder)
+    return load_corpus("ultrachat", folder)
+
+
+def test_messages_without_content_or_in_parts_are_read_as_their_writer_meant_them(hf, tmp_path):
+    none = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]
+    assert list(dialogues(hf, tmp_path / "none", [none] * 3).train) == ["hi"] * 3
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "text", "text": "there"}]}]
+    assert list(dialogues(hf, tmp_path / "parts", [parts] * 3).valid) == ["hi there"] * 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        (None, r"row 3: messages is null, not a list of messages"),
+        (
+            [{"role": "user", "content": [{"type": "image", "text": None}]}],
+            r"row 3: .* part 0 is of the type 'image'",
+        ),
+    ],
+)
+def test_a_dialogue_that_cannot_be_read_is_one_sentence_with_the_row_of_the_file(hf, bad, sentence, tmp_path):
+    good = bad and [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    good = good or [{"role": "user", "content": "hi"}]
+    corpus = dialogues(hf, tmp_path / "saved", [good, good, good, bad])
+    with pytest.raises(ValueError, match=rf"^train_sft split of .*{sentence}"):
+        list(corpus.train)
+    # The odd rows of the held-out split are the test split; the number is still the row's in the file.
+    with pytest.raises(ValueError, match=rf"^test_sft split of .*{sentence}"):
+        corpus.test[1]
+    assert list(corpus.valid) == ["hi", "hi"]
+
+
+PARTS = [
+    (["train-00000-of-00002"], r"holds 1 of 2 parts and lacks train-00001-of-00002; download"),
+    (["train-00001-of-00002", "train-00000-of-00001"], "more than one copy"),
+    (["train-00000-of-00001-0a1b", "train-00000-of-00001-2c3d"], "more than one copy"),
+    (["train-00000-of-00001", "train"], "more than one copy"),
+    (
+        ["train-00000-of-00001", "train-00000-of-00001 (1)"],
+        r"'train-00000-of-00001 \(1\).parquet', as a second download",
+    ),
+    (["train", "train (1)"], r"second download"),
+    (["train", "train(1)"], r"second download"),
+    (["train copy"], r"second download"),
+]
+
+
+@pytest.mark.parametrize(("names", "sentence"), PARTS)
+def test_a_part_that_is_missing_or_there_twice_is_one_sentence(hf, names, sentence, tmp_path):
+    data = hf.Dataset.from_dict({"text": ["a"]})
+    for name in (*names, "validation-00000-of-00001", "test-00000-of-00001"):
+        data.to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(OSError, match=rf"^the split train of data_dir .*{sentence}"):
+        load_corpus("wikitext-2", tmp_path)
+
+
+def test_all_parts_of_a_text_are_read_in_order(hf, tmp_path):
+    for number in range(3):
+        hf.Dataset.from_dict({"text": [str(number)]}).to_parquet(
+            tmp_path / f"train-{number:05d}-of-00003-0a1b.parquet"
+        )
+    for name in ("validation", "test"):
+        hf.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / f"{name}.parquet")
+    assert load_corpus("wikitext-2", tmp_path).train == ["0", "1", "2"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,7 +33,32 @@ def runtime(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    # The package of this test cannot be imported there.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     return folder
+
+
+def test_a_package_that_can_be_imported_is_used_where_the_notebook_lies(
+    address, runtime, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "x.py"))
+    )
+    monkeypatch.setattr(subprocess, "call", lambda *_, **__: pytest.fail("git was called"))
+    execute(address, "nowhere")
+    assert Path.cwd() == runtime
+    assert list(runtime.iterdir()) == []
+    # A copy of the repository that lies beside is not asked either.
+    shutil.copytree(git_folder(tmp_path / "origin"), runtime / "bklm")
+    execute(address, "nowhere")
+    assert Path.cwd() == runtime
+    assert not (runtime / "bklm" / "set-up-for").exists()
+
+
+def test_a_mere_folder_of_the_name_is_no_package(address, runtime, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=None))
+    execute(address, git_repository(tmp_path / "origin"))
+    assert Path.cwd() == runtime / "bklm"
 
 
 def execute(address, repository: str) -> None:
@@ -45,6 +72,11 @@ def files_of_the_repository(setup: str = SETUP) -> dict[str, str]:
     script = (ROOT / "scripts" / "set_up.py").read_text()
     package = "a line of the repository\n" * 50
     return {"colab_setup.sh": setup, "scripts/set_up.py": script, "bklm/text.py": package}
+
+
+def git_folder(folder: Path) -> Path:
+    git_repository(folder)
+    return folder
 
 
 def git_repository(folder: Path, setup: str = SETUP) -> str:

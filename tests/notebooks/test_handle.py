@@ -43,6 +43,7 @@ def shown(monkeypatch):
 
     for module in (cells, controls):
         monkeypatch.setattr(module, "display", display)
+    monkeypatch.setattr(cells, "where", lambda: "jupyter")
     return given
 
 
@@ -203,3 +204,26 @@ def test_every_study_has_a_handle_whose_controls_are_its_basic_settings(name, sh
     assert isinstance(study, Study)
     assert tuple(study.controls.widgets) == (config_class.controls or config_class.basic)
     assert study.controls.config().study == name
+
+
+def test_run_all_keeps_what_the_controls_were_moved_to_and_says_so(finished, shown, capsys):
+    names = variables(finished, headless=False)
+    names["study"] = notebook.study("grad_blend", names)
+    names["study"].controls.widgets["batch_size"].value = 16
+    names["study"].controls.widgets["device"].value = "auto"
+    names["device"] = "auto"
+    names["study"] = notebook.study("grad_blend", names)
+    assert names["study"].controls.config().batch_size == 16
+    said = capsys.readouterr().out
+    assert "The controls keep what they were moved to: batch_size = 16." in said
+    assert "The controls follow the form again: device = auto." in said
+    # A second time as well.
+    assert notebook.study("grad_blend", names).controls.config().batch_size == 16
+    assert notebook.study("grad_blend", names | {"headless": True}).controls.config().batch_size == 8
+
+
+def test_a_finished_run_that_is_read_back_shows_its_main_picture(shown, tmp_path):
+    (tmp_path / "main.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(16))
+    paths = {n: tmp_path / n for n in ("table.csv", "main.png", "other.png")}
+    cells.run(lambda config, on_figure: SimpleNamespace(paths=paths), None, headless=True)
+    assert [type(thing).__name__ for thing in shown] == ["Image"]

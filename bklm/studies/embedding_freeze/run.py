@@ -50,6 +50,8 @@ class EmbeddingFreezeResult(StudyResult):
     phase1: list[dict[str, Any]]
     findings: list[str]
 
+    spoken = ("finding", "inequality")
+
     @property
     def inequality(self) -> str | None:
         """Why the original's two arms cannot be compared; None where they are not among the arms."""

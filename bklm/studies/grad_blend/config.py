@@ -72,10 +72,6 @@ class GradBlendConfig(WindowStudyConfig):
         config = super().resolved()
         if config.alphas == "grid":
             config = dataclasses.replace(config, alphas=FULL_GRID)
-        if len({f"{a:g}" for a in config.alphas}) < len(config.alphas):
-            raise ValueError(
-                f"alphas: got {config.alphas}; they must differ within six digits, which name their files."
-            )
         if config.balance and config.router_gradient == "none":
             raise ValueError(
                 f"balance: got {config.balance:g} with a router that never learns (router_gradient 'none', protocol "

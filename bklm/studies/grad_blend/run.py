@@ -61,6 +61,9 @@ class GradBlendResult(StudyResult):
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         return {"alphas": lambda: ALPHAS.readable(self.table)}
 
+    def sentences(self) -> list[str]:
+        return [self.finding, *([self.test_finding] if self.final["val_ppl"] is not None else [])]
+
     def load(self) -> ResNetBK:
         """The model that was trained with the best alpha; on the CPU, in evaluation mode."""
         return load_final_model(self.folder)

@@ -54,6 +54,7 @@ class PrecisionResult(StudyResult):
     claims: list[dict[str, Any]]
     adaptive_finding: str
     machine_note: str
+    spoken = ("finding", "adaptive_finding", "machine_note")
 
     @property
     def best_precision(self) -> str:
