@@ -8,9 +8,10 @@ it generates by running its whole window again for each token: correct, but slow
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bklm.models.loss import IGNORE_INDEX, TokenLosses, linear_cross_entropy, linear_token_losses
+from bklm.models.mixing import MixingMeans, MixingPoint, recording, replacing
 
 
 class LanguageModel(nn.Module):
@@ -158,6 +160,42 @@ class LanguageModel(nn.Module):
         finally:
             self.train(was_training)
         return tokens
+
+    def mixing_points(self) -> list[MixingPoint]:
+        """Where the model's features of other positions pass; none where it has no such place, or does not say."""
+        return [module for module in self.modules() if isinstance(module, MixingPoint)]
+
+    @contextlib.contextmanager
+    def recording_mixing(self) -> Iterator[MixingMeans]:
+        """Within the block, add up every mixer's features over all positions that the model runs over.
+
+        The value's ``means()``, after the block, are what `without_mixing` takes. Raises TypeError as that does.
+        """
+        with recording(self._require_mixing()) as found:
+            yield found
+
+    @contextlib.contextmanager
+    def without_mixing(self, means: Sequence[Tensor]) -> Iterator[None]:
+        """Within the block, every mixer's features are ``means`` at every position: no position hears of another.
+
+        Args:
+            means: one vector per mixer, as `recording_mixing` found them.
+
+        Raises:
+            TypeError: this model has no features to replace; measure it with windows of one token.
+            ValueError: another number of means than mixers.
+        """
+        with replacing(self._require_mixing(), means):
+            yield
+
+    def _require_mixing(self) -> list[MixingPoint]:
+        points = self.mixing_points()
+        if not points:
+            raise TypeError(
+                f"without_mixing: {type(self).__name__} has no mixer whose features a mean could replace; its gain from "
+                "context is measured with windows of one token."
+            )
+        return points
 
     def reset_expert_counts(self, counts: Sequence[Sequence[int]] = ()) -> None:
         """Count tokens per expert anew, from ``counts`` (as `expert_counts` gave them); nothing to do without experts."""

@@ -11,6 +11,8 @@ import torch
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_int
 from bklm.models.gpt import GPT, GPTConfig
+from bklm.models.linear_context import LinearContext, LinearContextConfig
+from bklm.models.lstm import LSTM, LSTMConfig
 from bklm.models.resnet_bk import ResNetBK, ResNetBKConfig
 
 Config = TypeVar("Config")
@@ -51,16 +53,48 @@ def resnet_bk_of_size(
     """The ResNetBK of this depth whose parameter count is nearest to ``parameters``.
 
     Args:
-        settings: further fields of ResNetBKConfig (num_experts, dropout_p, ...).
+        settings: further fields of ResNetBKConfig (num_experts, dropout_p, mixer, n_heads, ...).
+
+    Raises:
+        ValueError: even the narrowest such model is more than half as large again.
+    """
+    # The mixer "solve" shares the channels among its heads.
+    step = settings.get("n_heads", 1) if settings.get("mixer") == "solve" else 1
+
+    def build(width: int) -> ResNetBKConfig:
+        return ResNetBKConfig(vocab_size, width * step, n_layers, n_seq, **settings)
+
+    return _nearest(parameters, ResNetBK, build)
+
+
+def lstm_of_size(
+    parameters: int, vocab_size: int, *, n_layers: int = 2, dropout_p: float = 0.1, tied: bool = True
+) -> Sized[LSTMConfig]:
+    """The LSTM of this depth whose parameter count is nearest to ``parameters``.
 
     Raises:
         ValueError: even the narrowest such model is more than half as large again.
     """
 
-    def build(width: int) -> ResNetBKConfig:
-        return ResNetBKConfig(vocab_size, width, n_layers, n_seq, **settings)
+    def build(width: int) -> LSTMConfig:
+        return LSTMConfig(vocab_size, width, n_layers, dropout_p, tied)
 
-    return _nearest(parameters, ResNetBK, build)
+    return _nearest(parameters, LSTM, build)
+
+
+def linear_context_of_size(
+    parameters: int, vocab_size: int, *, n_layers: int = 4, dropout_p: float = 0.1, tied: bool = True
+) -> Sized[LinearContextConfig]:
+    """The LinearContext of this depth whose parameter count is nearest to ``parameters``.
+
+    Raises:
+        ValueError: even the narrowest such model is more than half as large again.
+    """
+
+    def build(width: int) -> LinearContextConfig:
+        return LinearContextConfig(vocab_size, width, n_layers, dropout_p, tied)
+
+    return _nearest(parameters, LinearContext, build)
 
 
 def _nearest(

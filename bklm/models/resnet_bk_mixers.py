@@ -1,0 +1,210 @@
+"""The block of a ResNet-BK that reads: values of all positions before, weighted by the last rows of a resolvent.
+
+Per head, with u = LN(x), a potential v_i = w_v . u_i + E, bonds b_i = sigmoid(w_b . u_i + beta) and values V_i of d / H
+channels,
+
+    y_i = the last entry of (T_i - i eta)^-1 V_0..i,   T_i = tridiag(b, v, b) on positions 0 ... i
+    x_i <- x_i + W_o [silu(g_i) Re y'_i, silu(g_i) Im y'_i],   y' = y / rms(y),   g = W_g u
+    x_i <- x_i + W_2 gelu(W_1 LN(x_i)), or a mixture of experts
+
+b_i couples position i to i - 1 and is a function of u_i: a position whose bond closes forgets all that lies before. The
+weights of the values are the last row of the resolvent of a Hermitian matrix, at most 1 / eta long: no length overflows.
+Its phase turns with the energy E inside the band |v| < 2 b, and its length falls by about eta / sqrt(4 - v^2) a position;
+E and eta, learned, start spread over the heads, for memories of one position to hundreds. The rms divides out the size,
+which eta sets.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bklm.bk_core import SolveState, resolvent_solve, solve_step
+from bklm.models.mixing import MixingPoint
+from bklm.models.resnet_bk_config import ResNetBKConfig
+from bklm.moe.layer import AnalyticMoE
+
+INITIAL_STD = 0.02
+_EPS = 1e-5
+
+
+class MixerState(NamedTuple):
+    """What a `SolveMixer` carries from one position to the next."""
+
+    solve: SolveState  # left (B, H) and y (B, H, d / H), complex
+    recent: Tensor  # (B, convolution - 1, d): inputs of the short convolution; (B, 0, d) without one
+
+
+class SolveMixer(nn.Module):
+    """(B, N, d) -> (B, N, d), `y_i` above; with ``causal=False`` the whole resolvent, and every position sees the future."""
+
+    def __init__(self, config: ResNetBKConfig) -> None:
+        super().__init__()
+        self.config, d, heads = config, config.d_model, config.n_heads
+        width = config.convolution
+        self.convolution = nn.Conv1d(d, d, width, groups=d) if width else None
+        self.values = nn.Linear(d, d, bias=False)
+        self.gates = nn.Linear(d, d)
+        # Potential, then bond, of each head; the biases are the energies E and beta.
+        self.hamiltonian = nn.Linear(d, 2 * heads)
+        self.log_eta = nn.Parameter(torch.empty(heads))
+        self.mixed = MixingPoint()
+        self.output = nn.Linear(2 * d, d)
+
+    @torch.no_grad()
+    def reset_parameters(self, branches: int) -> None:
+        """Fresh weights N(0, 0.02), the output's smaller by the square root of the number of residual branches."""
+        config, heads = self.config, self.config.n_heads
+        for linear in (self.values, self.gates, self.hamiltonian, self.output):
+            nn.init.normal_(linear.weight, std=INITIAL_STD)
+        self.output.weight.div_(math.sqrt(branches))
+        for bias in (self.gates.bias, self.output.bias):
+            nn.init.zeros_(bias)
+        self.hamiltonian.bias[:heads] = torch.linspace(-config.energy_span, config.energy_span, heads)
+        self.hamiltonian.bias[heads:] = math.log(config.hopping / (1 - config.hopping))
+        self.log_eta.copy_(torch.linspace(math.log(config.least_eta), math.log(config.eta), heads))
+        if self.convolution is not None:
+            # The identity: a convolution that has learned nothing changes nothing.
+            nn.init.zeros_(self.convolution.weight)
+            nn.init.zeros_(self.convolution.bias)
+            self.convolution.weight[..., -1] = 1.0
+
+    def forward(self, u: Tensor) -> tuple[Tensor, MixerState | None]:
+        """u (B, N, d) -> output (B, N, d), and the state after the last position (None where it sees the future)."""
+        batch, length, _ = u.shape
+        heads, causal = self.config.n_heads, self.config.causal
+        w = self._convolved(u)
+        values = self.values(w).view(batch, length, heads, -1).transpose(1, 2)
+        potential, bond = self._hamiltonian(w)
+        potential, bond = potential.transpose(1, 2), bond.transpose(1, 2)[..., 1:]
+        # Under autocast the products are half precision; the recurrence is not.
+        values = values.float() if values.dtype.itemsize < 4 else values
+        z = torch.complex(torch.zeros_like(self.log_eta), self.log_eta.exp())
+        found = resolvent_solve(
+            values, potential, bond, bond, z.expand(batch, heads), causal=causal, return_left=causal
+        )
+        y, left = found if causal else (found, None)
+        state = MixerState(SolveState(left[..., -1], y[..., -1, :]), self._recent(u)) if causal else None
+        return self._output(y.transpose(1, 2), w), state
+
+    def step(self, u: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
+        """One position u (B, 1, d) after the one whose state is given, or the first."""
+        past = u.new_zeros(len(u), self._reach, u.shape[-1]) if state is None else state.recent
+        window = torch.cat((past, u), 1)
+        w = self._convolved(window, padded=False) if self.convolution is not None else u
+        values = self.values(w).unflatten(-1, (self.config.n_heads, -1)).squeeze(1)
+        potential, bond = (t.squeeze(1) for t in self._hamiltonian(w))
+        z = torch.complex(torch.zeros_like(self.log_eta), self.log_eta.exp())
+        y, solve = solve_step(
+            values, potential, bond, bond, z.expand_as(potential), None if state is None else state.solve
+        )
+        return self._output(y.unsqueeze(1), w), MixerState(solve, window[:, 1:])
+
+    @property
+    def _reach(self) -> int:
+        return max(0, self.config.convolution - 1)
+
+    def _convolved(self, u: Tensor, padded: bool = True) -> Tensor:
+        if self.convolution is None:
+            return u
+        rows = u.transpose(1, 2)
+        if padded:
+            before = self._reach
+            after = 0
+            if not self.config.causal:
+                after = before // 2
+            rows = F.pad(rows, (before - after, after))
+        return self.convolution(rows).transpose(1, 2)
+
+    def _recent(self, u: Tensor) -> Tensor:
+        """The last inputs that the convolution of the next position reads, zeros before the first."""
+        short = self._reach - u.shape[1]
+        return F.pad(u, (0, 0, short, 0)) if short > 0 else u[:, u.shape[1] - self._reach :]
+
+    def _hamiltonian(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Potential and bond (B, N, heads)."""
+        h = self.hamiltonian(w)
+        potential, bond = (h.float() if h.dtype.itemsize < 4 else h).chunk(2, -1)
+        return potential, torch.sigmoid(bond)
+
+    def _output(self, y: Tensor, w: Tensor) -> Tensor:
+        """From y (B, N, heads, d / heads) complex and the mixer's input (B, N, d)."""
+        parts = torch.view_as_real(y)
+        parts = parts * torch.rsqrt(parts.square().mean((-2, -1), keepdim=True) + _EPS)
+        # (B, N, 2, d): Re before Im.
+        parts = self.mixed(parts.permute(0, 1, 4, 2, 3).flatten(3))
+        gated = parts * F.silu(self.gates(w)).unsqueeze(2)
+        return self.output(gated.flatten(2).to(self.log_eta.dtype))
+
+
+class DenseLayer(nn.Module):
+    """Linear(d, 4d), GELU, Linear(4d, d)."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, 4 * d_model)
+        self.down = nn.Linear(4 * d_model, d_model)
+
+    @torch.no_grad()
+    def reset_parameters(self, branches: int) -> None:
+        for linear in (self.up, self.down):
+            nn.init.normal_(linear.weight, std=INITIAL_STD)
+            nn.init.zeros_(linear.bias)
+        self.down.weight.div_(math.sqrt(branches))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class SolveBlock(nn.Module):
+    """One residual block, (B, N, d) -> (B, N, d)."""
+
+    def __init__(self, config: ResNetBKConfig) -> None:
+        super().__init__()
+        self.dropout_p = config.dropout_p
+        self.branches = 2 * config.n_layers
+        self.mixer_norm = nn.LayerNorm(config.d_model)
+        self.mixer = SolveMixer(config)
+        self.norm = nn.LayerNorm(config.d_model)
+        if config.num_experts == 1:
+            self.moe = None
+            self.dense = DenseLayer(config.d_model)
+        else:
+            self.moe = AnalyticMoE(
+                config.d_model,
+                config.num_experts,
+                config.top_k,
+                config.dropout_p,
+                router_gradient=config.router_gradient,
+                balance=config.balance,
+            )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for norm in (self.mixer_norm, self.norm):
+            norm.reset_parameters()
+        self.mixer.reset_parameters(self.branches)
+        if self.moe is None:
+            self.dense.reset_parameters(self.branches)
+        else:
+            self.moe.reset_parameters()
+            self.moe.down_weight.mul_(0.1)
+            self.moe.down_bias.zero_()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, MixerState | None]:
+        mixed, state = self.mixer(self.mixer_norm(x))
+        return self._add(x, mixed), state
+
+    def step(self, x: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
+        mixed, state = self.mixer.step(self.mixer_norm(x), state)
+        return self._add(x, mixed), state
+
+    def _add(self, x: Tensor, mixed: Tensor) -> Tensor:
+        p, training = self.dropout_p, self.training
+        x = x + F.dropout(mixed, p, training)
+        h = self.norm(x)
+        return x + F.dropout(self.dense(h) if self.moe is None else self.moe(h), p, training)
