@@ -23,7 +23,7 @@ class ResNetBKConfig:
     n_layers: int = 4
     # Positions with a learned embedding; None: no position embedding, any length. The mixer "solve" has none: always None.
     n_seq: int | None = 128
-    num_experts: int = 4  # with the mixer "solve", 1 is a dense layer (4 d_model units) in place of the mixture
+    num_experts: int = 4  # with the mixer "solve", 1 is a dense layer in place of the mixture
     top_k: int = 1
     dropout_p: float = 0.1
     causal: bool = True  # False: every position sees the future, so no language model; it cannot stream
@@ -43,6 +43,7 @@ class ResNetBKConfig:
     energy_span: float = 1.6  # first energies, from -energy_span to energy_span; the band is -2 to 2
     hopping: float = 0.95  # first value of every bond, between 0 and 1
     convolution: int = 0  # positions of a short causal convolution per channel before the mixer; 0: none
+    dense_width: int | None = None  # units of the dense layer; None: 4 d_model
 
     def __post_init__(self) -> None:
         check_int("vocab_size", self.vocab_size, 3)
@@ -97,6 +98,8 @@ class ResNetBKConfig:
         if not 0.0 < self.hopping < 1.0:
             raise ValueError(f"hopping: got {self.hopping}; a bond lies between 0 and 1, ends excluded.")
         check_int("convolution", self.convolution, 0)
+        if self.dense_width is not None:
+            check_int("dense_width", self.dense_width, 1, " or None for 4 d_model")
 
     @classmethod
     def original(cls, vocab_size: int, **changes: Any) -> ResNetBKConfig:

@@ -142,12 +142,12 @@ class SolveMixer(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """Linear(d, 4d), GELU, Linear(4d, d)."""
+    """Linear(d, width), GELU, Linear(width, d)."""
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(d_model, 4 * d_model)
-        self.down = nn.Linear(4 * d_model, d_model)
+        self.up = nn.Linear(d_model, width)
+        self.down = nn.Linear(width, d_model)
 
     @torch.no_grad()
     def reset_parameters(self, branches: int) -> None:
@@ -172,7 +172,7 @@ class SolveBlock(nn.Module):
         self.norm = nn.LayerNorm(config.d_model)
         if config.num_experts == 1:
             self.moe = None
-            self.dense = DenseLayer(config.d_model)
+            self.dense = DenseLayer(config.d_model, config.dense_width or 4 * config.d_model)
         else:
             self.moe = AnalyticMoE(
                 config.d_model,

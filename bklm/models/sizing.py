@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from bklm.models.lstm import LSTM, LSTMConfig
 from bklm.models.resnet_bk import ResNetBK, ResNetBKConfig
 
 Config = TypeVar("Config")
+UNITS = 16  # a dense layer's width is a multiple: what vector units like
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,21 @@ def resnet_bk_of_size(
         ValueError: even the narrowest such model is more than half as large again.
     """
     # The mixer "solve" shares the channels among its heads.
-    step = settings.get("n_heads", 1) if settings.get("mixer") == "solve" else 1
+    solves = settings.get("mixer") == "solve"
+    step = settings.get("n_heads", 1) if solves else 1
 
     def build(width: int) -> ResNetBKConfig:
         return ResNetBKConfig(vocab_size, width * step, n_layers, n_seq, **settings)
 
-    return _nearest(parameters, ResNetBK, build)
+    found = _nearest(parameters, ResNetBK, build)
+    if not solves or found.config.num_experts > 1 or found.config.dense_width is not None:
+        return found
+    # Its widths lie far apart, so the dense layer takes up the difference: 2 d + 1 parameters a unit and layer.
+    missing = (found.wanted - found.parameters) / (n_layers * (2 * found.config.d_model + 1))
+    width = max(UNITS, round((4 * found.config.d_model + missing) / UNITS) * UNITS)
+    config = replace(found.config, dense_width=width)
+    fitted = Sized(config, _count(ResNetBK, config), found.wanted)
+    return min((found, fitted), key=lambda sized: abs(sized.difference))
 
 
 def lstm_of_size(
@@ -97,6 +107,11 @@ def linear_context_of_size(
     return _nearest(parameters, LinearContext, build)
 
 
+def _count(model: Callable[[Config], LanguageModel], config: Config) -> int:
+    with torch.device("meta"):
+        return model(config).num_parameters()
+
+
 def _nearest(
     wanted: int, model: Callable[[Config], LanguageModel], build: Callable[[int], Config]
 ) -> Sized[Config]:
@@ -104,8 +119,7 @@ def _nearest(
     check_int("parameters", wanted, 1)
 
     def count(width: int) -> int:
-        with torch.device("meta"):
-            return model(build(width)).num_parameters()
+        return _count(model, build(width))
 
     low, high = 1, 2
     while count(high) < wanted:

@@ -284,6 +284,7 @@ def test_the_head_is_tied_unless_it_is_not_wanted():
         ({"energy_span": -1.0}, "energy_span: got -1.0"),
         ({"hopping": 1.0}, "hopping: got 1.0"),
         ({"convolution": -1}, "convolution: got -1"),
+        ({"dense_width": 0}, "dense_width: got 0; it must be at least 1 or None for 4 d_model"),
         ({"mixer": "attention"}, "mixer: got 'attention'; allowed are 'diagonal', 'solve'"),
         ({"tied": "yes"}, "tied: got 'yes'"),
     ],
