@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bklm.models import GPT, LanguageModel, NewLLM, ResNetBK, TokenLosses
+from bklm.models import GPT, LanguageModel, LinearContext, NewLLM, ResNetBK, TokenLosses
 from bklm.models.loss import IGNORE_INDEX
 from bklm.training.evaluation import evaluate
 
@@ -88,7 +88,7 @@ def quantised(model: LanguageModel) -> LanguageModel:
     Raises:
         TypeError: a model whose linear maps are not used as modules. RuntimeError: this torch has no int8 kernels.
     """
-    kinds = (NewLLM, GPT, ResNetBK)
+    kinds = (NewLLM, GPT, ResNetBK, LinearContext)
     if not isinstance(model, kinds) or isinstance(model, _Quantised):
         names = ", ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"quantised: got {type(model).__name__}; it takes a float {names}.")

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_dropout, check_int
+from bklm.models.dropout import add_dropout, dropout
 from bklm.models.mixing import MixingPoint
 
 INITIAL_STD = 0.02
@@ -120,9 +121,9 @@ class GPTBlock(nn.Module):
     def _add(self, x: Tensor, mixed: Tensor) -> Tensor:
         p, training = self.dropout_p, self.training
         mixed = self.mixed(mixed.transpose(1, 2).flatten(2))
-        x = x + F.dropout(self.attention_output(mixed), p, training)
+        x = add_dropout(x, self.attention_output(mixed), p, training)
         h = F.gelu(self.up(self.mlp_norm(x)), approximate="tanh")
-        return x + F.dropout(self.down(h), p, training)
+        return add_dropout(x, self.down(h), p, training)
 
 
 class GPT(LanguageModel):
@@ -192,7 +193,7 @@ class GPT(LanguageModel):
 
     def _embed(self, input_ids: Tensor, first_position: int = 0) -> Tensor:
         positions = self.positions.weight[first_position : first_position + input_ids.shape[1]]
-        return F.dropout(self.embedding(input_ids) + positions, self.config.dropout_p, self.training)
+        return dropout(self.embedding(input_ids) + positions, self.config.dropout_p, self.training)
 
     def _run(self, input_ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         x, pairs = self._embed(input_ids), []

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_choice, check_dropout, check_int
+from bklm.models.dropout import add_dropout, dropout
 from bklm.models.mixing import MixingPoint
 
 INITIAL_STD = 0.02
@@ -114,9 +115,9 @@ class LinearContextBlock(nn.Module):
         h = linear_scan(decay, given)
         gated = F.silu(gates) * self.mixed(h)
         p, training = self.dropout_p, self.training
-        x = x + F.dropout(self.mixer_output(gated.to(x.dtype)), p, training)
+        x = add_dropout(x, self.mixer_output(gated.to(x.dtype)), p, training)
         wide = F.gelu(self.up(self.mlp_norm(x)), approximate="tanh")
-        return x + F.dropout(self.down(wide), p, training), h[:, -1]
+        return add_dropout(x, self.down(wide), p, training), h[:, -1]
 
 
 class LinearContext(LanguageModel):
@@ -175,7 +176,7 @@ class LinearContext(LanguageModel):
         return self.logits(hidden[:, -1]), state
 
     def _run(self, input_ids: Tensor, state: LinearContextState | None) -> tuple[Tensor, LinearContextState]:
-        x = F.dropout(self.embedding(input_ids), self.config.dropout_p, self.training)
+        x = dropout(self.embedding(input_ids), self.config.dropout_p, self.training)
         contexts = []
         for layer, block in enumerate(self.blocks):
             x, h = block(x, None if state is None else state.contexts[layer])

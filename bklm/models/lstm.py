@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_choice, check_dropout, check_int
+from bklm.models.dropout import dropout
 
 INITIAL_STD = 0.02
 
@@ -111,6 +111,6 @@ class LSTM(LanguageModel):
 
     def _run(self, input_ids: Tensor, state: LSTMState | None) -> tuple[Tensor, LSTMState]:
         p, training = self.config.dropout_p, self.training
-        x = F.dropout(self.embedding(input_ids), p, training)
+        x = dropout(self.embedding(input_ids), p, training)
         hidden, (output, cell) = self.lstm(x, None if state is None else (state.output, state.cell))
-        return F.dropout(hidden, p, training), LSTMState(output, cell)
+        return dropout(hidden, p, training), LSTMState(output, cell)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from bklm.models.dropout import keep_masks, keep_scale
 from bklm.models.products import PreparedLinear, linear, weight_gradient
 
 CONTEXT_LIMIT = 10.0  # the original's clamp of the context
-_STEPS = 2**16  # of the dropout probability
 
 
 def recurrence(
@@ -54,26 +54,6 @@ def recurrence(
             embedded, context, gate_weight, gate_bias, norm.weight, norm.bias, norm.eps, dropout_p, *flat
         )
     return _infer(embedded, context, layers, gate_weight, gate_bias, norm)
-
-
-def keep_masks(shape: tuple[int, ...], dropout_p: float, like: Tensor) -> Tensor:
-    """Masks of ``like``'s dtype: 0 with probability p, else 1 / (1 - p), for p rounded to a multiple of 1/65536.
-
-    Four 16-bit draws come from each of the generator's 64-bit numbers: on a CPU a third of the time of bernoulli_.
-    """
-    dropped = _dropped_steps(dropout_p)
-    count = torch.Size(shape).numel()
-    noise = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
-    kept = noise.view(torch.int16)[:count].view(shape) >= dropped - _STEPS // 2
-    return kept.to(like.dtype).mul_(_scale(dropout_p))
-
-
-def _dropped_steps(dropout_p: float) -> int:
-    return min(round(dropout_p * _STEPS), _STEPS - 1)
-
-
-def _scale(dropout_p: float) -> float:
-    return _STEPS / (_STEPS - _dropped_steps(dropout_p))
 
 
 class _Maps:
@@ -139,7 +119,7 @@ class _Recurrence(torch.autograd.Function):
         ctx.save_for_backward(
             a, gates, updates, mixed, contexts, means, rstds, embedded, gate_weight, gain, shift, *weights
         )
-        ctx.scale = _scale(dropout_p)
+        ctx.scale = keep_scale(dropout_p)
         # Copies: what is saved must not be what the caller may change.
         return a[-1].clone(), contexts[-1].clone()
 

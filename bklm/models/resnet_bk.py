@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bklm.bk_core import BKCore
 from bklm.models.base import LanguageModel
+from bklm.models.dropout import dropout
 from bklm.models.mixing import MixingPoint
 from bklm.models.resnet_bk_config import ResNetBKConfig
 from bklm.models.resnet_bk_mixers import MixerState, SolveBlock
@@ -213,7 +213,7 @@ class ResNetBK(LanguageModel):
         if self.positions is not None:
             x = x + self.positions.weight[first_position : first_position + input_ids.shape[1]]
         if self.config.mixer == "solve":
-            x = F.dropout(x, self.config.dropout_p, self.training)
+            x = dropout(x, self.config.dropout_p, self.training)
         return x
 
     def _run(self, input_ids: Tensor) -> tuple[Tensor, list[Any]]:

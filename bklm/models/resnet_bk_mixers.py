@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bklm.bk_core import SolveState, resolvent_solve, solve_step
+from bklm.models.dropout import add_dropout
 from bklm.models.mixing import MixingPoint
+from bklm.models.normalised_gate import gated, normalised, normalised_gate
 from bklm.models.resnet_bk_config import ResNetBKConfig
 from bklm.moe.layer import AnalyticMoE
 
 INITIAL_STD = 0.02
-_EPS = 1e-5
 
 
 class MixerState(NamedTuple):
@@ -47,10 +48,8 @@ class SolveMixer(nn.Module):
         self.config, d, heads = config, config.d_model, config.n_heads
         width = config.convolution
         self.convolution = nn.Conv1d(d, d, width, groups=d) if width else None
-        self.values = nn.Linear(d, d, bias=False)
-        self.gates = nn.Linear(d, d)
-        # Potential, then bond, of each head; the biases are the energies E and beta.
-        self.hamiltonian = nn.Linear(d, 2 * heads)
+        # One product: values and gates (d each), potential and bond of each head, whose biases are the energies E and beta.
+        self.inputs = nn.Linear(d, 2 * d + 2 * heads)
         self.log_eta = nn.Parameter(torch.empty(heads))
         self.mixed = MixingPoint()
         self.output = nn.Linear(2 * d, d)
@@ -58,14 +57,14 @@ class SolveMixer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, branches: int) -> None:
         """Fresh weights N(0, 0.02), the output's smaller by the square root of the number of residual branches."""
-        config, heads = self.config, self.config.n_heads
-        for linear in (self.values, self.gates, self.hamiltonian, self.output):
+        config, heads, d = self.config, self.config.n_heads, self.config.d_model
+        for linear in (self.inputs, self.output):
             nn.init.normal_(linear.weight, std=INITIAL_STD)
+            nn.init.zeros_(linear.bias)
         self.output.weight.div_(math.sqrt(branches))
-        for bias in (self.gates.bias, self.output.bias):
-            nn.init.zeros_(bias)
-        self.hamiltonian.bias[:heads] = torch.linspace(-config.energy_span, config.energy_span, heads)
-        self.hamiltonian.bias[heads:] = math.log(config.hopping / (1 - config.hopping))
+        energies = torch.linspace(-config.energy_span, config.energy_span, heads)
+        self.inputs.bias[2 * d : 2 * d + heads] = energies
+        self.inputs.bias[2 * d + heads :] = math.log(config.hopping / (1 - config.hopping))
         self.log_eta.copy_(torch.linspace(math.log(config.least_eta), math.log(config.eta), heads))
         if self.convolution is not None:
             # The identity: a convolution that has learned nothing changes nothing.
@@ -75,34 +74,25 @@ class SolveMixer(nn.Module):
 
     def forward(self, u: Tensor) -> tuple[Tensor, MixerState | None]:
         """u (B, N, d) -> output (B, N, d), and the state after the last position (None where it sees the future)."""
-        batch, length, _ = u.shape
         heads, causal = self.config.n_heads, self.config.causal
-        w = self._convolved(u)
-        values = self.values(w).view(batch, length, heads, -1).transpose(1, 2)
-        potential, bond = self._hamiltonian(w)
-        potential, bond = potential.transpose(1, 2), bond.transpose(1, 2)[..., 1:]
-        # Under autocast the products are half precision; the recurrence is not.
-        values = values.float() if values.dtype.itemsize < 4 else values
-        z = torch.complex(torch.zeros_like(self.log_eta), self.log_eta.exp())
-        found = resolvent_solve(
-            values, potential, bond, bond, z.expand(batch, heads), causal=causal, return_left=causal
-        )
+        values, gates, potential, bond = self._read(self._convolved(u))
+        values, potential = values.transpose(1, 2), potential.transpose(1, 2)
+        bond = bond.transpose(1, 2)[..., 1:]
+        z = self._shift().expand(len(u), heads)
+        found = resolvent_solve(values, potential, bond, bond, z, causal=causal, return_left=causal)
         y, left = found if causal else (found, None)
         state = MixerState(SolveState(left[..., -1], y[..., -1, :]), self._recent(u)) if causal else None
-        return self._output(y.transpose(1, 2), w), state
+        return self._write(y, gates), state
 
     def step(self, u: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
         """One position u (B, 1, d) after the one whose state is given, or the first."""
         past = u.new_zeros(len(u), self._reach, u.shape[-1]) if state is None else state.recent
         window = torch.cat((past, u), 1)
-        w = self._convolved(window, padded=False) if self.convolution is not None else u
-        values = self.values(w).unflatten(-1, (self.config.n_heads, -1)).squeeze(1)
-        potential, bond = (t.squeeze(1) for t in self._hamiltonian(w))
-        z = torch.complex(torch.zeros_like(self.log_eta), self.log_eta.exp())
-        y, solve = solve_step(
-            values, potential, bond, bond, z.expand_as(potential), None if state is None else state.solve
-        )
-        return self._output(y.unsqueeze(1), w), MixerState(solve, window[:, 1:])
+        read = self._read(self._convolved(window, padded=False))
+        values, potential, bond = (read[k].squeeze(1) for k in (0, 2, 3))
+        z = self._shift().expand_as(potential)
+        y, solve = solve_step(values, potential, bond, bond, z, None if state is None else state.solve)
+        return self._write(y.unsqueeze(2), read[1]), MixerState(solve, window[:, 1:])
 
     @property
     def _reach(self) -> int:
@@ -125,20 +115,26 @@ class SolveMixer(nn.Module):
         short = self._reach - u.shape[1]
         return F.pad(u, (0, 0, short, 0)) if short > 0 else u[:, u.shape[1] - self._reach :]
 
-    def _hamiltonian(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Potential and bond (B, N, heads)."""
-        h = self.hamiltonian(w)
-        potential, bond = (h.float() if h.dtype.itemsize < 4 else h).chunk(2, -1)
-        return potential, torch.sigmoid(bond)
+    def _read(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Values (B, N, H, d / H), gates (B, N, d), potentials and bonds (B, N, H) of the mixer's inputs."""
+        d, heads = self.config.d_model, self.config.n_heads
+        read = self.inputs(w)
+        # Under autocast the products are half precision; the recurrence is not.
+        read = read.float() if read.dtype.itemsize < 4 else read
+        values, gates, potential, bond = read.split((d, d, heads, heads), -1)
+        return values.unflatten(-1, (heads, -1)), gates, potential, torch.sigmoid(bond)
 
-    def _output(self, y: Tensor, w: Tensor) -> Tensor:
-        """From y (B, N, heads, d / heads) complex and the mixer's input (B, N, d)."""
-        parts = torch.view_as_real(y)
-        parts = parts * torch.rsqrt(parts.square().mean((-2, -1), keepdim=True) + _EPS)
-        # (B, N, 2, d): Re before Im.
-        parts = self.mixed(parts.permute(0, 1, 4, 2, 3).flatten(3))
-        gated = parts * F.silu(self.gates(w)).unsqueeze(2)
-        return self.output(gated.flatten(2).to(self.log_eta.dtype))
+    def _shift(self) -> Tensor:
+        """z = i eta (H,)."""
+        return torch.complex(torch.zeros_like(self.log_eta), self.log_eta.exp())
+
+    def _write(self, y: Tensor, gates: Tensor) -> Tensor:
+        """The output (B, N, d) from y (B, H, N, d / H)."""
+        if self.mixed.idle and not torch.compiler.is_compiling():
+            features = normalised_gate(y, gates)
+        else:
+            features = gated(self.mixed(normalised(y)), gates)
+        return self.output(features.flatten(2))
 
 
 class DenseLayer(nn.Module):
@@ -205,6 +201,6 @@ class SolveBlock(nn.Module):
 
     def _add(self, x: Tensor, mixed: Tensor) -> Tensor:
         p, training = self.dropout_p, self.training
-        x = x + F.dropout(mixed, p, training)
+        x = add_dropout(x, mixed, p, training)
         h = self.norm(x)
-        return x + F.dropout(self.dense(h) if self.moe is None else self.moe(h), p, training)
+        return add_dropout(x, self.dense(h) if self.moe is None else self.moe(h), p, training)

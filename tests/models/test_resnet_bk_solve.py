@@ -9,6 +9,7 @@ from causality import require_no_gradient_to_the_future
 from torch.nn import functional as F
 
 from bklm.models import ResNetBK, ResNetBKConfig, future_leak
+from bklm.models.normalised_gate import gated, normalised, normalised_gate
 from bklm.models.resnet_bk_mixers import SolveMixer
 
 VOCABULARY = 23
@@ -36,9 +37,9 @@ def literal_mixer(mixer, u):
     """Output of one mixer by dense inverses of the leading blocks."""
     heads, d = mixer.config.n_heads, mixer.config.d_model
     batch, length, _ = u.shape
-    h = u @ mixer.hamiltonian.weight.t() + mixer.hamiltonian.bias
-    v, b = h[..., :heads], torch.sigmoid(h[..., heads:])
-    values = (u @ mixer.values.weight.t()).view(batch, length, heads, -1)
+    read = u @ mixer.inputs.weight.t() + mixer.inputs.bias
+    v, b = read[..., 2 * d : 2 * d + heads], torch.sigmoid(read[..., 2 * d + heads :])
+    values = read[..., :d].reshape(batch, length, heads, -1)
     eta = mixer.log_eta.exp()
     y = torch.zeros(batch, length, heads, d // heads, dtype=torch.complex128)
     for s in range(batch):
@@ -52,7 +53,7 @@ def literal_mixer(mixer, u):
                 y[s, i, head] = inverse[-1] @ values[s, : i + 1, head].to(inverse.dtype)
     size = (y.real.square() + y.imag.square()).mean(-1, keepdim=True) / 2
     y = y / torch.sqrt(size + 1e-5)
-    gate = F.silu(u @ mixer.gates.weight.t() + mixer.gates.bias)
+    gate = F.silu(read[..., d : 2 * d])
     features = torch.cat((y.real.flatten(2) * gate, y.imag.flatten(2) * gate), -1)
     return features @ mixer.output.weight.t() + mixer.output.bias
 
@@ -72,6 +73,22 @@ def test_the_mixer_has_the_exact_gradient():
         return torch.func.functional_call(mixer, dict(zip(names, weights, strict=True)), (u,))[0]
 
     assert torch.autograd.gradcheck(output, (u, *weights), fast_mode=False)
+
+
+@pytest.mark.parametrize(("heads", "width", "length"), [(1, 1, 1), (3, 5, 7), (8, 28, 64)])
+def test_normalising_and_gating_in_few_passes_is_the_formula_and_its_gradient(heads, width, length):
+    torch.manual_seed(length)
+    # As from a solve whose rows of y lie apart, and gates that are a slice.
+    y = torch.randn(2, heads, length, width, dtype=torch.complex128).mul_(torch.rand(2, heads, length, 1) * 50)
+    g = torch.randn(2, length, 3 * heads * width, dtype=torch.float64)
+    results = []
+    for function in (normalised_gate, lambda y, gates: gated(normalised(y), gates)):
+        given = [y.clone().requires_grad_(), g.clone().requires_grad_()]
+        out = function(given[0], given[1][..., : heads * width])
+        weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
+        results.append([out, *torch.autograd.grad((out * weights).sum(), given)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 # --- the future ------------------------------------------------------------------------------------------------------
@@ -107,9 +124,9 @@ def test_a_closed_bond_forgets_all_that_lies_before():
     u = torch.randn(1, 10, 12, dtype=torch.float64)
     with torch.no_grad():
         # The bond reads one channel, which is open everywhere and closed at position 6.
-        mixer.hamiltonian.weight[3:] = 0
-        mixer.hamiltonian.bias[3:] = 0
-        mixer.hamiltonian.weight[3:, 0] = 1.0
+        mixer.inputs.weight[27:] = 0
+        mixer.inputs.bias[27:] = 0
+        mixer.inputs.weight[27:, 0] = 1.0
     u[..., 0] = 3.0
     u[:, 6, 0] = -800.0
     changed = u.clone()
@@ -205,12 +222,12 @@ def test_it_learns_what_stood_three_positions_before():
 
 def test_untrained_heads_are_spread_over_the_band_and_remember_one_position_to_hundreds():
     mixer = ResNetBK(ResNetBKConfig(50, 64, 1, mixer="solve", n_heads=8)).blocks[0].mixer
-    energies, eta = mixer.hamiltonian.bias[:8], mixer.log_eta.exp()
+    energies, eta = mixer.inputs.bias[128:136], mixer.log_eta.exp()
     assert energies[0] < -1.5
     assert energies[-1] > 1.5
     assert eta.min() < 0.05
     assert eta.max() > 0.5
-    assert torch.sigmoid(mixer.hamiltonian.bias[8:]).min() > 0.8
+    assert torch.sigmoid(mixer.inputs.bias[136:]).min() > 0.8
 
 
 def test_dropout_acts_in_training_only():

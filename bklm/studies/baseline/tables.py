@@ -152,7 +152,7 @@ def readable_contexts(rows: Rows) -> list[dict[str, Any]]:
     return [
         {
             "model": TITLES[r["model"]],
-            "mixer off": _perplexity({"off": r.get("val_ppl_mixer_off")}, "off", "no mixer"),
+            "mixer off": _perplexity({"off": r.get("val_ppl_mixer_off")}, "off", "not measured"),
         }
         | {str(n): _perplexity(r, name(n), _why_missing(r, n)) for n in CONTEXT_LENGTHS if name(n) in r}
         for r in rows
