@@ -18,11 +18,14 @@ def keep_masks(shape: tuple[int, ...], dropout_p: float, like: Tensor) -> Tensor
 
     Four 16-bit draws come from each of the generator's 64-bit numbers: on a CPU a third of the time of bernoulli_.
     """
-    dropped = dropped_steps(dropout_p)
+    return keep(shape, dropout_p, like.device).to(like.dtype).mul_(keep_scale(dropout_p))
+
+
+def keep(shape: tuple[int, ...], dropout_p: float, device: torch.device) -> Tensor:
+    """Which units stay: a mask of booleans."""
     count = torch.Size(shape).numel()
-    noise = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
-    kept = noise.view(torch.int16)[:count].view(shape) >= dropped - _STEPS // 2
-    return kept.to(like.dtype).mul_(keep_scale(dropout_p))
+    noise = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
+    return noise.view(torch.int16)[:count].view(shape) >= dropped_steps(dropout_p) - _STEPS // 2
 
 
 def dropped_steps(dropout_p: float) -> int:
@@ -46,7 +49,8 @@ def add_dropout(x: Tensor, branch: Tensor, p: float, training: bool) -> Tensor:
     """x + F.dropout(branch, p, training), for a residual branch of x's shape."""
     if not _draws_here(branch, p, training) or branch.dtype != x.dtype:
         return x + F.dropout(branch, p, training)
-    return torch.addcmul(x, branch, keep_masks(tuple(branch.shape), p, branch))
+    kept = keep(tuple(branch.shape), p, branch.device).to(branch.dtype)
+    return torch.addcmul(x, branch, kept, value=keep_scale(p))
 
 
 def _draws_here(x: Tensor, p: float, training: bool) -> bool:

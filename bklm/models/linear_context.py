@@ -116,7 +116,7 @@ class LinearContextBlock(nn.Module):
         gated = F.silu(gates) * self.mixed(h)
         p, training = self.dropout_p, self.training
         x = add_dropout(x, self.mixer_output(gated.to(x.dtype)), p, training)
-        wide = F.gelu(self.up(self.mlp_norm(x)), approximate="tanh")
+        wide = F.gelu(self.up(self.mlp_norm(x)))
         return add_dropout(x, self.down(wide), p, training), h[:, -1]
 
 

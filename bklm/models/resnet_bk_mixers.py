@@ -153,7 +153,7 @@ class DenseLayer(nn.Module):
         self.down.weight.div_(math.sqrt(branches))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(F.gelu(self.up(x)))
 
 
 class SolveBlock(nn.Module):
