@@ -28,7 +28,8 @@ class ResNetBKConfig:
     dropout_p: float = 0.1
     causal: bool = True  # False: every position sees the future, so no language model; it cannot stream
     gradient: str = "exact"  # of the potential: "exact", "local" or "original", see bklm.bk_core
-    grad_blend: float = 0.0  # share of hypothesis-7 in that gradient, 0 to 1
+    # Share of hypothesis-7 in that gradient, 0 to 1; with "solve" in the derivative of the diagonal L.
+    grad_blend: float = 0.0
     router_gradient: str = "exact"  # "exact", "selected" or "none", see bklm.moe
     clamps: bool = False  # the original's +-3 on the potential and +-10 on the features
     # Imaginary part of z; memory reaches at most about 1 / eta positions back, see docs/theory.md. "solve" learns it, and
@@ -82,12 +83,14 @@ class ResNetBKConfig:
             raise ValueError(
                 f"d_model: got {self.d_model}; the mixer 'solve' shares it among n_heads = {self.n_heads}; take a multiple."
             )
-        unfit = {"gradient": "exact", "grad_blend": 0.0, "clamps": False}
+        unfit = {"gradient": "exact", "clamps": False}
+        if not self.causal:
+            unfit["grad_blend"] = 0.0
         for name, only in unfit.items():
             if getattr(self, name) != only:
                 raise ValueError(
-                    f"{name}: got {getattr(self, name)!r}; the mixer 'solve' has {name}={only!r} only, because the published "
-                    "gradient theories and clamps are of the diagonal: take mixer='diagonal' for others."
+                    f"{name}: got {getattr(self, name)!r}; the mixer 'solve' with causal={self.causal} has {name}={only!r} "
+                    "only: take mixer='diagonal' for others."
                 )
         if not 0.0 < self.least_eta <= self.eta:
             raise ValueError(

@@ -79,7 +79,8 @@ class SolveMixer(nn.Module):
         values, potential = values.transpose(1, 2), potential.transpose(1, 2)
         bond = bond.transpose(1, 2)[..., 1:]
         z = self._shift().expand(len(u), heads)
-        found = resolvent_solve(values, potential, bond, bond, z, causal=causal, return_left=causal)
+        options = {"causal": causal, "return_left": causal, "grad_blend": self.config.grad_blend}
+        found = resolvent_solve(values, potential, bond, bond, z, **options)
         y, left = found if causal else (found, None)
         state = MixerState(SolveState(left[..., -1], y[..., -1, :]), self._recent(u)) if causal else None
         return self._write(y, gates), state

@@ -196,6 +196,24 @@ def test_generation_is_greedy_decoding_of_the_full_forward_without_an_end():
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
+def test_the_blend_changes_the_gradient_and_nothing_else():
+    ids, found = ids_of(2, 12), {}
+    for alpha in (0.0, 0.5, 1.0):
+        model = model_of(grad_blend=alpha)
+        loss = model.loss(ids, ids.roll(-1, 1))
+        found[alpha] = loss.item(), torch.autograd.grad(loss, model.blocks[1].mixer.inputs.weight)[0]
+    assert found[0.0][0] == found[0.5][0] == found[1.0][0]
+    assert (found[0.0][1] - found[1.0][1]).abs().max() > 1e-6
+    # Values, gates and bonds of the last block keep their exact gradient; the potential's is the blend of the ends.
+    potential = slice(24, 27)
+    for alpha in (0.5, 1.0):
+        difference = found[alpha][1] - found[0.0][1]
+        torch.testing.assert_close(difference[:24], torch.zeros_like(difference[:24]), rtol=0, atol=1e-12)
+        torch.testing.assert_close(difference[27:], torch.zeros_like(difference[27:]), rtol=0, atol=1e-12)
+    half = (found[0.0][1] + found[1.0][1]) / 2
+    torch.testing.assert_close(found[0.5][1][potential], half[potential], rtol=1e-10, atol=1e-12)
+
+
 def test_every_parameter_learns():
     for changes in KINDS:
         model, ids = model_of(double=False, **changes).train(), ids_of(8, 24)
@@ -293,8 +311,8 @@ def test_the_head_is_tied_unless_it_is_not_wanted():
     ("changes", "message"),
     [
         ({"n_heads": 5}, "d_model: got 64; the mixer 'solve' shares it among n_heads = 5"),
-        ({"gradient": "original"}, "gradient: got 'original'; the mixer 'solve' has gradient='exact' only"),
-        ({"grad_blend": 0.5}, "grad_blend: got 0.5; the mixer 'solve'"),
+        ({"gradient": "original"}, "gradient: got 'original'; the mixer 'solve' .* has gradient='exact' only"),
+        ({"grad_blend": 0.5, "causal": False}, "grad_blend: got 0.5; the mixer 'solve' with causal=False"),
         ({"clamps": True}, "clamps: got True; the mixer 'solve'"),
         ({"least_eta": 2.0}, "least_eta: got 2.0; it must be positive and at most eta"),
         ({"least_eta": 0.0}, "least_eta: got 0.0"),
