@@ -41,7 +41,8 @@ class ResNetBKConfig:
     tied: bool | None = None  # the head is the embedding; None: with "solve" only
     # Of the mixer "solve" alone:
     least_eta: float = 0.02
-    energy_span: float = 1.6  # first energies, from -energy_span to energy_span; the band is -2 to 2
+    # First energies, evenly from -energy_span to energy_span; the band is -2 to 2. Learned from there.
+    energy_span: float = 0.0
     hopping: float = 0.95  # first value of every bond, between 0 and 1
     convolution: int = 0  # positions of a short causal convolution per channel before the mixer; 0: none
     dense_width: int | None = None  # units of the dense layer; None: 4 d_model

@@ -8,6 +8,7 @@ import torch
 from causality import require_no_gradient_to_the_future
 from torch.nn import functional as F
 
+from bklm.bk_core import resolvent_solve
 from bklm.models import ResNetBK, ResNetBKConfig, future_leak
 from bklm.models.normalised_gate import gated, normalised, normalised_gate
 from bklm.models.resnet_bk_mixers import SolveMixer
@@ -238,14 +239,33 @@ def test_it_learns_what_stood_three_positions_before():
     assert loss.item() < 0.6 * math.log(8)
 
 
-def test_untrained_heads_are_spread_over_the_band_and_remember_one_position_to_hundreds():
-    mixer = ResNetBK(ResNetBKConfig(50, 64, 1, mixer="solve", n_heads=8)).blocks[0].mixer
-    energies, eta = mixer.inputs.bias[128:136], mixer.log_eta.exp()
-    assert energies[0] < -1.5
-    assert energies[-1] > 1.5
-    assert eta.min() < 0.05
-    assert eta.max() > 0.5
-    assert torch.sigmoid(mixer.inputs.bias[136:]).min() > 0.8
+def test_untrained_heads_remember_one_position_to_hundreds():
+    torch.manual_seed(0)
+    config = ResNetBKConfig(50, 64, 1, mixer="solve", n_heads=8, num_experts=1)
+    mixer = ResNetBK(config).double().blocks[0].mixer
+    u = torch.randn(1, 400, 64, dtype=torch.float64, requires_grad=True)
+    reach = []
+    for head in range(8):
+        values, _, potential, bond = mixer._read(u)
+        z = mixer._shift()
+        y = resolvent_solve(
+            values.detach().requires_grad_().transpose(1, 2), potential.transpose(1, 2),
+            bond.transpose(1, 2)[..., 1:], bond.transpose(1, 2)[..., 1:], z, causal=True,
+        )  # fmt: skip
+        (weights,) = torch.autograd.grad(y[0, head, -1, 0].real + y[0, head, -1, 0].imag, u)
+        share = weights[0].norm(dim=-1).flip(0).cumsum(0)
+        reach.append(int((share < 0.9 * share[-1]).sum()))
+    assert min(reach) <= 5
+    assert max(reach) >= 100
+
+
+def test_first_energies_and_bonds_are_the_configs():
+    config = ResNetBKConfig(50, 64, 1, mixer="solve", n_heads=4, energy_span=1.5, hopping=0.9, least_eta=0.1)
+    mixer = ResNetBK(config).blocks[0].mixer
+    torch.testing.assert_close(mixer.inputs.bias[128:132], torch.tensor([-1.5, -0.5, 0.5, 1.5]))
+    torch.testing.assert_close(torch.sigmoid(mixer.inputs.bias[132:]), torch.full((4,), 0.9))
+    eta = mixer.log_eta.exp()
+    torch.testing.assert_close(eta, torch.tensor([0.1, 0.1 ** (2 / 3), 0.1 ** (1 / 3), 1.0]))
 
 
 def test_dropout_acts_in_training_only():

@@ -23,16 +23,11 @@ from bklm.models import (
     ResNetBK,
     ResNetBKConfig,
 )
-from bklm.models.sizing import gpt_of_size, linear_context_of_size, lstm_of_size, resnet_bk_of_size
+from bklm.models.sizing import Sized, gpt_of_size, linear_context_of_size, lstm_of_size, resnet_bk_of_size
 from bklm.training.context_gain import WINDOW_LENGTHS
 
-COMPETITORS = (
-    "newllm",
-    "gpt",
-    "lstm",
-    "resnet_bk",
-    "resnet_bk_diagonal",
-)  # what "all" compares, at equal parameters
+# What "all" compares, at equal parameters.
+COMPETITORS = ("newllm", "gpt", "lstm", "resnet_bk", "resnet_bk_diagonal")
 TITLES = {
     "newllm": "NewLLM",
     "gpt": "GPT",
@@ -43,7 +38,8 @@ TITLES = {
     "linear_context": "LinearContext",
 }
 CONTEXT_LENGTHS = WINDOW_LENGTHS  # windows that trained models are scored with
-HEADS = 8  # of the ResNetBK that reads
+HEADS = (8, 4, 2, 1)  # of the ResNetBK that reads: the most that have
+LEAST_WIDTH = 8  # so many channels each
 BYTES_PER_PARAMETER = 12  # weight and Adam's two moments, in float32
 CLASSES: dict[str, tuple[type[LanguageModel], type]] = {
     "newllm": (NewLLM, NewLLMConfig),
@@ -77,15 +73,21 @@ def model_settings(name: str, vocab_size: int, seq_len: int, sizes: Mapping[str,
     else:
         size = (count_parameters("newllm", dataclasses.asdict(newllm)), vocab_size)
         more: dict[str, Any] = {"dropout_p": newllm.dropout_p}
-        solve = {"mixer": "solve", "n_heads": HEADS, "num_experts": 1}
         found = {
             "gpt": lambda: gpt_of_size(*size, seq_len, **more),
             "lstm": lambda: lstm_of_size(*size, **more),
-            "resnet_bk": lambda: resnet_bk_of_size(*size, None, **solve, **more),
+            "resnet_bk": lambda: _reading_resnet_bk(*size, **more),
             "resnet_bk_diagonal": lambda: resnet_bk_of_size(*size, None, **more),
             "linear_context": lambda: linear_context_of_size(*size, **more),
         }[name]().config
     return dataclasses.asdict(found)
+
+
+def _reading_resnet_bk(parameters: int, vocab_size: int, **more: Any) -> Sized[ResNetBKConfig]:
+    solve = {"mixer": "solve", "num_experts": 1, **more}
+    width = resnet_bk_of_size(parameters, vocab_size, None, **solve).config.d_model
+    heads = next(h for h in HEADS if h == 1 or width >= h * LEAST_WIDTH)
+    return resnet_bk_of_size(parameters, vocab_size, None, n_heads=heads, **solve)
 
 
 def count_parameters(name: str, settings: Mapping[str, Any]) -> int:
