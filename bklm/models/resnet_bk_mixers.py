@@ -41,6 +41,22 @@ class MixerState(NamedTuple):
     recent: Tensor  # (B, convolution - 1, d): inputs of the short convolution; (B, 0, d) without one
 
 
+class SolveCore(nn.Module):
+    """The operator as a module of its own, whose inputs and outputs a hook can see."""
+
+    def __init__(self, causal: bool, grad_blend: float) -> None:
+        super().__init__()
+        self.causal, self.grad_blend = causal, grad_blend
+
+    def forward(
+        self, values: Tensor, potential: Tensor, bonds: Tensor, z: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """y (B, H, N, w), and L (B, H, N) where causal, of values (B, H, N, w), potential (B, H, N), bonds (B, H, N - 1)."""
+        options = {"causal": self.causal, "return_left": self.causal, "grad_blend": self.grad_blend}
+        found = resolvent_solve(values, potential, bonds, bonds, z, **options)
+        return found if self.causal else (found, None)
+
+
 class SolveMixer(nn.Module):
     """(B, N, d) -> (B, N, d), `y_i` above; with ``causal=False`` the whole resolvent, and every position sees the future."""
 
@@ -52,6 +68,7 @@ class SolveMixer(nn.Module):
         # One product: values and gates (d each), potential and bond of each head, whose biases are the energies E and beta.
         self.inputs = nn.Linear(d, 2 * d + 2 * heads)
         self.log_eta = nn.Parameter(torch.empty(heads))
+        self.core = SolveCore(config.causal, config.grad_blend)
         self.mixed = MixingPoint()
         self.output = nn.Linear(2 * d, d)
 
@@ -84,9 +101,7 @@ class SolveMixer(nn.Module):
         values, potential = values.transpose(1, 2), potential.transpose(1, 2)
         bond = bond.transpose(1, 2)[..., 1:]
         z = self._shift().expand(len(u), heads)
-        options = {"causal": causal, "return_left": causal, "grad_blend": self.config.grad_blend}
-        found = resolvent_solve(values, potential, bond, bond, z, **options)
-        y, left = found if causal else (found, None)
+        y, left = self.core(values, potential, bond, z)
         state = MixerState(SolveState(left[..., -1], y[..., -1, :]), self._recent(u)) if causal else None
         return self._write(y, gates), state
 
