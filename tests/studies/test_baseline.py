@@ -154,9 +154,11 @@ def test_a_result_that_lacks_what_is_needed_is_set_aside_and_made_again(tiny):
     assert path.with_name("result.json.damaged-1").exists()
 
 
+@pytest.mark.parametrize("model", ["newllm", "resnet_bk", "lstm", "linear_context"])
 def test_after_ctrl_c_the_study_goes_on_and_ends_with_the_numbers_of_an_undisturbed_one(
-    tiny, tmp_path, monkeypatch
+    tiny, tmp_path, monkeypatch, model
 ):
+    tiny = dataclasses.replace(tiny, model=model)
     undisturbed = run_baseline(dataclasses.replace(tiny, output_dir=str(tmp_path / "undisturbed")))
     steps = undisturbed.runs[0]["steps"]
     done = []
