@@ -18,11 +18,12 @@ PACKAGE = ROOT / "bklm"
 LONGEST_FILE = 320
 LONGEST_FUNCTION = 80
 MOST_PARAMETERS = 9
-# Above the 2,500 that were planned by what was not: workers (250), the meter that two studies share (240).
-HARNESS = 3_100
+# Above the 2,500 that were planned by what was not: report.html (330), workers (250), the meter of two studies (240).
+HARNESS = 3_450
 NEW_STUDY = 400
-# Planned were 800, 1,450, 1,500 and 1,900; samples and best weights came to the freeze study, the leak test to the first.
-STUDY_LINES = {"grad_blend": 830, "baseline": 1_450, "embedding_freeze": 1_780, "precision": 1_910}
+# Planned were 800, 1,450, 1,500 and 1,900; the gain from context and more rivals came to the baseline study, samples and
+# best weights to the freeze study, the leak test to the first.
+STUDY_LINES = {"grad_blend": 870, "baseline": 1_540, "embedding_freeze": 1_780, "precision": 1_910}
 # Compiled code cannot take a record of arguments, and one loop over a row is one loop; so is one over a training's epochs.
 KERNELS = ("bk_core.", "moe.")
 LONG_FUNCTIONS = {"training.loop.train": 118}
@@ -231,7 +232,7 @@ def test_the_ignored_target_has_one_name(house):
 
 
 # Their files are being worked on; they follow.
-OTHER_BACKTICKS = ("compression.", "models.", "moe.", "training.")
+OTHER_BACKTICKS = ()
 
 
 def test_docstrings_and_comments_have_double_backticks(house):

@@ -15,9 +15,13 @@ from bklm.compression.int8 import (
 )
 from bklm.models import (
     GPT,
+    LSTM,
     ContextTokenConfig,
     ContextTokenLM,
     GPTConfig,
+    LinearContext,
+    LinearContextConfig,
+    LSTMConfig,
     NewLLM,
     NewLLMConfig,
     ResNetBK,
@@ -33,6 +37,10 @@ MAKERS = {
     ),
     "GPT": lambda: GPT(GPTConfig(VOCABULARY, d_model=32, n_layers=2, n_heads=2, n_seq=16)),
     "ResNetBK": lambda: ResNetBK(ResNetBKConfig(VOCABULARY, d_model=24, n_layers=2, n_seq=None)),
+    "ResNetBK that reads": lambda: ResNetBK(
+        ResNetBKConfig(VOCABULARY, d_model=32, n_layers=2, mixer="solve", n_heads=4, num_experts=1)
+    ),
+    "LinearContext": lambda: LinearContext(LinearContextConfig(VOCABULARY, d_model=32, n_layers=2)),
 }
 
 
@@ -182,6 +190,8 @@ def test_models_that_cannot_be_quantised_are_named():
     other = ContextTokenLM(ContextTokenConfig(50, 16, 16, 1))
     with pytest.raises(TypeError, match="got ContextTokenLM; it takes a float NewLLM, GPT, ResNetBK"):
         quantised(other)
+    with pytest.raises(TypeError, match="got LSTM; it takes a float NewLLM"):
+        quantised(LSTM(LSTMConfig(50, 16, 1)))
     copy = quantised(MAKERS["GPT"]())
     with pytest.raises(TypeError, match="got QuantisedGPT"):
         quantised(copy)

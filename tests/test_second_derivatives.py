@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from bklm.bk_core import resolvent_diagonal
 from bklm.bk_core.reference import left_right
+from bklm.models.dropout import keep_masks
 from bklm.models.loss import linear_cross_entropy
-from bklm.models.new_llm_loop import keep_masks, recurrence
+from bklm.models.new_llm_loop import recurrence
 from bklm.moe.analytic import Settings
 from bklm.moe.ops import draw, mixture
 from bklm.moe.reference import balance_loss, dense_moe, gates

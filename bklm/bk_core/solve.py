@@ -25,6 +25,7 @@ from torch import Tensor
 from bklm.bk_core import autograd, solve_autograd
 from bklm.bk_core.arguments import as_number, as_precision, between_rows, coupling, precision_of, shift, widened
 from bklm.bk_core.gradients import materialised
+from bklm.bk_core.operator import check_options
 
 
 def resolvent_solve(
@@ -37,6 +38,7 @@ def resolvent_solve(
     causal: bool = False,
     backend: str = "auto",
     return_left: bool = False,
+    grad_blend: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``(T - z I)^-1 x`` (..., N, D), complex64 for inputs of 32 bits or fewer, complex128 for 64-bit ones.
 
@@ -52,13 +54,18 @@ def resolvent_solve(
         return_left: also return L (..., N), the causal diagonal of the resolvent, which the solve forms anyway; with its
             gradient. Its last entry and that of the result are the state from which :func:`solve_step` goes on.
             Needs ``causal=True``.
+        grad_blend: alpha in [0, 1], for experiments: the derivative of L with respect to ``a``, through which alone y
+            depends on it, is ``(1 - alpha) * exact + alpha * hypothesis-7`` as in
+            :func:`bklm.bk_core.resolvent_diagonal`; x, b, c and z keep their exact gradient. Needs ``causal=True``.
 
-    Every input has its exact gradient, in forward mode too and to any order. Rules for NaN, 16-bit inputs and range are
-    those of :func:`bklm.bk_core.resolvent_diagonal`; the products ``b_i L_i`` and ``c_i L_i`` must be representable too.
+    Every input has its exact gradient (but for grad_blend), in forward mode too and to any order. Rules for NaN, 16-bit
+    inputs and range are those of :func:`bklm.bk_core.resolvent_diagonal`; the products ``b_i L_i`` and ``c_i L_i`` must
+    be representable too.
 
     Raises:
         TypeError: not tensors or numbers, integer or boolean tensors.
-        ValueError: wrong shapes, mixed devices, N = 0, D = 0, Im z = 0, return_left without causal.
+        ValueError: wrong shapes, mixed devices, N = 0, D = 0, Im z = 0, return_left or grad_blend without causal,
+            grad_blend outside [0, 1].
         SmallPivotError (a ValueError): negative or complex b c, or complex a, for which a pivot is lost in rounding. The
             solve does not exchange rows: it may be raised where T - z is far from singular.
         BackendUnavailableError (an OSError): the named backend does not run here.
@@ -66,6 +73,11 @@ def resolvent_solve(
     if return_left and not causal:
         raise ValueError(
             "return_left=True needs causal=True: the bidirectional diagonal is resolvent_diagonal's."
+        )
+    check_options("exact", grad_blend)
+    if grad_blend and not causal:
+        raise ValueError(
+            f"grad_blend={grad_blend} needs causal=True: the bidirectional solve has its exact gradient."
         )
     b = b if isinstance(b, Tensor) else as_number("b", b)
     c = c if isinstance(c, Tensor) else as_number("c", c)
@@ -75,7 +87,7 @@ def resolvent_solve(
     owner = f"x of shape {tuple(x.shape)} and a of shape {tuple(a.shape)}"
     rows_z, fits_32_bits = shift(z, batch, x.device, precision, ("x", owner))
     if precision == torch.float32 and not fits_32_bits:
-        options = {"causal": causal, "backend": backend, "return_left": return_left}
+        options = {"causal": causal, "backend": backend, "return_left": return_left, "grad_blend": grad_blend}
         result = resolvent_solve(*widened((x, a, b, c, z)), **options)
         return tuple(t.to(torch.complex64) for t in result) if return_left else result.to(torch.complex64)
     a = a.to(as_precision(a.dtype, precision))
@@ -91,7 +103,7 @@ def resolvent_solve(
     bounded = bounded and not a.is_complex()
     lower = between_rows(c, (*batch, n - 1), a)
     if causal:
-        left = autograd.apply(rows_a, k, rows_z, True, "exact", 0.0, backend, bounded)
+        left = autograd.apply(rows_a, k, rows_z, True, "exact", float(grad_blend), backend, bounded)
         y = solve_autograd.causal(rows_x, left, lower, False, backend).reshape(*shape, columns)
         return (y, left.reshape(shape)) if return_left else y
     fixed = (materialised(t.detach()) for t in (rows_a, k, rows_z))

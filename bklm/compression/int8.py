@@ -2,10 +2,10 @@
 
 Dynamic quantisation by torch.ao: weights int8 with one scale per output unit, activations to 8 bits at each call with one
 scale per tensor, products and sums in integers, results float32. Embeddings, LayerNorms, biases and linear maps too
-small to gain stay float32. The kernels are the CPU's, so a copy lives there. `bklm.int8_linear` makes them as exact for
+small to gain stay float32. The kernels are the CPU's, so a copy lives there. ``bklm.int8_linear`` makes them as exact for
 small numbers as for large ones, so that no rescaling that leaves the model's function as it is changes a copy's.
 
-Where a few activations are far larger than the rest, one scale for all of them is coarse; `with_float_products` keeps the
+Where a few activations are far larger than the rest, one scale for all of them is coarse; ``with_float_products`` keeps the
 small file and multiplies in float32, which tells the cost of the weights' rounding from that of the activations'.
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from bklm.compression.int8_linear import Int8Linear, row_exponents
 from bklm.compression.int8_model import HEAD, Quantised, class_of
-from bklm.models import GPT, LanguageModel, NewLLM, ResNetBK
+from bklm.models import GPT, LanguageModel, LinearContext, NewLLM, ResNetBK
 from bklm.training.evaluation import evaluate
 
 SMALLEST = 16  # a linear map with fewer inputs or outputs stays float32
@@ -46,7 +46,7 @@ def quantised(model: LanguageModel) -> LanguageModel:
         TypeError: a model whose linear maps are not used as modules. ValueError: weights that are not finite.
         RuntimeError: this torch has no int8 kernels.
     """
-    kinds = (NewLLM, GPT, ResNetBK)
+    kinds = (NewLLM, GPT, ResNetBK, LinearContext)
     if not isinstance(model, kinds) or isinstance(model, Quantised):
         names = ", ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"quantised: got {type(model).__name__}; it takes a float {names}.")
@@ -111,7 +111,7 @@ def save_quantised(model: LanguageModel, path: Path | str) -> None:
 
 
 def load_quantised(model: LanguageModel, path: Path | str) -> LanguageModel:
-    """The int8 copy in a file of `save_quantised`; ``model``, a float one of the same configuration, is left as it is.
+    """The int8 copy in a file of ``save_quantised``; ``model``, a float one of the same configuration, is left as it is.
 
     Raises:
         ValueError: the file holds another model or configuration, naming the first thing that differs.
@@ -176,13 +176,13 @@ def quantisation_report(
     CPU, then the original's plan.
 
     Args:
-        batches: (x, y) as for `bklm.training.evaluate`; every target is scored, and the time is that of scoring them.
+        batches: (x, y) as for ``bklm.training.evaluate``; every target is scored, and the time is that of scoring them.
         new_tokens: how many to generate, from a prompt of one token, for the time of generation.
         rounds: the arms take turns this often; speeds are medians.
         int8: the copy to judge, where it exists already.
 
     Raises:
-        ValueError: rounds or new_tokens below 1, or no target to score. Also what `quantised` raises.
+        ValueError: rounds or new_tokens below 1, or no target to score. Also what ``quantised`` raises.
     """
     if rounds < 1 or new_tokens < 1:
         raise ValueError(f"rounds and new_tokens: got {rounds} and {new_tokens}; each must be at least 1.")

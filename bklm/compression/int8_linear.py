@@ -57,7 +57,7 @@ class Int8Linear(nn.Module):
         return weight.int_repr(), scales.float(), None if bias is None else bias.detach()
 
     def set_weight_and_bias(self, integers: Tensor, scales: Tensor, bias: Tensor | None) -> None:
-        """Take these in place of its own; shapes and dtypes as in `weight_and_bias`."""
+        """Take these in place of its own; shapes and dtypes as in ``weight_and_bias``."""
         exponents = row_exponents(scales)
         self.factors = torch.pow(2.0, -exponents.double()) if bool(exponents.any()) else None
         within = (scales.double() * torch.pow(2.0, exponents.double())).float()

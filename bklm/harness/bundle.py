@@ -31,7 +31,7 @@ class Bundle:
 
 
 def zip_study(folder: Path, notebook: Path | None = None) -> Bundle:
-    """Zip a study's folder to ``<folder>.zip``, atomically; `PAGE` comes first.
+    """Zip a study's folder to ``<folder>.zip``, atomically; ``PAGE`` comes first.
 
     Hidden files and folders are left out, and notebooks of earlier runs, which are not what was run.
 

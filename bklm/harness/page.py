@@ -118,7 +118,7 @@ def write_page(path: Path, result: Any, facts: Mapping[str, Any], files: Iterabl
 
 
 def alternative_text(picture: Path) -> str:
-    """What a PNG shows, in the words that `bklm.harness.figures.save_figure` has written into it; else its name."""
+    """What a PNG shows, in the words that ``bklm.harness.figures.save_figure`` has written into it; else its name."""
     try:
         with Image.open(picture) as image:
             words = [image.info[key] for key in ("Title", "Description") if image.info.get(key)]

@@ -100,7 +100,7 @@ class StudyResult:
         raise NotImplementedError
 
     def sentences(self) -> list[str]:
-        """What was found, in words, as it stands at the head of report.html: what `spoken` names, where it is not empty."""
+        """What was found, in words, as it stands at the head of report.html: what ``spoken`` names, where it is not empty."""
         return [words for name in self.spoken if (words := getattr(self, name))]
 
     def show(self, *names: str) -> None:

@@ -95,7 +95,7 @@ def drive_path(name: str, text: str, drive: Path = DRIVE) -> Path | None:
 
 
 def is_mounted(on_drive: Path) -> bool:
-    """Whether the Drive that a path of `drive_path` lies on is mounted; a folder of its name is not enough."""
+    """Whether the Drive that a path of ``drive_path`` lies on is mounted; a folder of its name is not enough."""
     return any(os.path.ismount(folder) for folder in list(on_drive.parents)[:-1])
 
 

@@ -4,19 +4,28 @@ from bklm.models.base import LanguageModel
 from bklm.models.context_token import ContextTokenConfig, ContextTokenLM, ContextTokenState
 from bklm.models.gpt import GPT, GPTConfig, GPTState
 from bklm.models.leak import future_leak
+from bklm.models.linear_context import LinearContext, LinearContextConfig, LinearContextState
 from bklm.models.loss import TokenLosses, linear_cross_entropy, linear_token_losses
+from bklm.models.lstm import LSTM, LSTMConfig, LSTMState
 from bklm.models.new_llm import NewLLM, NewLLMConfig, NewLLMState
-from bklm.models.resnet_bk import ResNetBK, ResNetBKConfig, ResNetBKState
-from bklm.models.sizing import Sized, gpt_of_size, resnet_bk_of_size
+from bklm.models.resnet_bk import ResNetBK, ResNetBKState
+from bklm.models.resnet_bk_config import ResNetBKConfig
+from bklm.models.sizing import Sized, gpt_of_size, linear_context_of_size, lstm_of_size, resnet_bk_of_size
 
 __all__ = [
     "GPT",
+    "LSTM",
     "ContextTokenConfig",
     "ContextTokenLM",
     "ContextTokenState",
     "GPTConfig",
     "GPTState",
+    "LSTMConfig",
+    "LSTMState",
     "LanguageModel",
+    "LinearContext",
+    "LinearContextConfig",
+    "LinearContextState",
     "NewLLM",
     "NewLLMConfig",
     "NewLLMState",
@@ -27,7 +36,9 @@ __all__ = [
     "TokenLosses",
     "future_leak",
     "gpt_of_size",
+    "linear_context_of_size",
     "linear_cross_entropy",
     "linear_token_losses",
+    "lstm_of_size",
     "resnet_bk_of_size",
 ]

@@ -8,9 +8,10 @@ it generates by running its whole window again for each token: correct, but slow
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from bklm.data.loaders import IGNORED
 from bklm.models.checks import values_at_hand
 from bklm.models.loss import TokenLosses, linear_cross_entropy, linear_token_losses
+from bklm.models.mixing import MixingMeans, MixingPoint, recording, replacing
 
 
 class LanguageModel(nn.Module):
@@ -58,8 +60,8 @@ class LanguageModel(nn.Module):
     def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """Mean (or "sum") negative log-likelihood in nats of the targets (B, N) that are not -100: a scalar.
 
-        The (B*N, V) logits never exist as a whole, see `bklm.models.loss`. In training the model's
-        `auxiliary_loss`, if it has one, is added to the mean (times the number of targets: to the sum).
+        The (B*N, V) logits never exist as a whole, see ``bklm.models.loss``. In training the model's
+        ``auxiliary_loss``, if it has one, is added to the mean (times the number of targets: to the sum).
 
         Raises:
             ValueError, TypeError: ids or targets of a wrong shape, dtype or range; no target left after masking.
@@ -88,7 +90,7 @@ class LanguageModel(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
     def init_state(self, batch_size: int) -> Any:
-        """The state before the first token, for `step`."""
+        """The state before the first token, for ``step``."""
         raise TypeError(self._cannot_stream())
 
     def prefill(self, input_ids: Tensor) -> tuple[Tensor, Any]:
@@ -163,8 +165,44 @@ class LanguageModel(nn.Module):
             self.train(was_training)
         return tokens
 
+    def mixing_points(self) -> list[MixingPoint]:
+        """Where the model's features of other positions pass; none where it has no such place, or does not say."""
+        return [module for module in self.modules() if isinstance(module, MixingPoint)]
+
+    @contextlib.contextmanager
+    def recording_mixing(self) -> Iterator[MixingMeans]:
+        """Within the block, add up every mixer's features over all positions that the model runs over.
+
+        The value's ``means()``, after the block, are what ``without_mixing`` takes. Raises TypeError as that does.
+        """
+        with recording(self._require_mixing()) as found:
+            yield found
+
+    @contextlib.contextmanager
+    def without_mixing(self, means: Sequence[Tensor]) -> Iterator[None]:
+        """Within the block, every mixer's features are ``means`` at every position: no position hears of another.
+
+        Args:
+            means: one vector per mixer, as ``recording_mixing`` found them.
+
+        Raises:
+            TypeError: this model has no features to replace; measure it with windows of one token.
+            ValueError: another number of means than mixers.
+        """
+        with replacing(self._require_mixing(), means):
+            yield
+
+    def _require_mixing(self) -> list[MixingPoint]:
+        points = self.mixing_points()
+        if not points:
+            raise TypeError(
+                f"without_mixing: {type(self).__name__} has no mixer whose features a mean could replace; its gain from "
+                "context is measured with windows of one token."
+            )
+        return points
+
     def reset_expert_counts(self, counts: Sequence[Sequence[int]] = ()) -> None:
-        """Count tokens per expert anew, from ``counts`` (as `expert_counts` gave them); nothing to do without experts."""
+        """Count tokens per expert anew, from ``counts`` (as ``expert_counts`` gave them); nothing to do without experts."""
 
     def expert_counts(self) -> list[list[int]]:
         """Tokens each expert has served in training since the last reset, one list per mixture layer."""
@@ -186,7 +224,7 @@ class LanguageModel(nn.Module):
         self._check_range("input_ids", input_ids)
 
     def check_prompt(self, input_ids: Tensor) -> None:
-        """`check_ids`, and refuse a prompt without a token: there is no position whose logits could be given."""
+        """``check_ids``, and refuse a prompt without a token: there is no position whose logits could be given."""
         self.check_ids(input_ids)
         if input_ids.numel() == 0:
             raise ValueError(
@@ -194,7 +232,7 @@ class LanguageModel(nn.Module):
             )
 
     def check_token(self, token: Tensor) -> None:
-        """Refuse a step's token that is not (B,), or as `check_ids` does."""
+        """Refuse a step's token that is not (B,), or as ``check_ids`` does."""
         if token.ndim != 1:
             raise ValueError(f"token: got shape {tuple(token.shape)}; it must be (batch,), one id a sequence.")
         self.check_ids(token.unsqueeze(1))

@@ -8,7 +8,8 @@ With x_t = LayerNorm(embedding of token t), both streams in ``n_layers`` residua
 
 Token layer l reads the output of context layer l. The final context c_{t,L} is the whole state that token t + 1 needs.
 The two blocks are trained one after the other: the context block without labels, to a fixed point
-(`bklm.training.two_phase.phase1`), then the token block on contexts that no longer change (`bklm.training.two_phase.phase2`).
+(``bklm.training.two_phase.phase1``), then the token block on contexts that no longer change
+(``bklm.training.two_phase.phase2``).
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class _Layers(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The original's: weights N(0, 0.1), biases N(0, 0.01). A step is then a contraction on average, see
-        `bklm.training.two_phase.phase1`."""
+        ``bklm.training.two_phase.phase1``."""
         for linear, norm in zip(self.linears, self.norms, strict=True):
             nn.init.normal_(linear.weight, std=0.1)
             nn.init.normal_(linear.bias, std=0.01)
@@ -84,7 +85,7 @@ class _Layers(nn.Module):
 
 
 class ContextBlock(_Layers):
-    """The context stream: `forward` where every token's left neighbour is known, `sweep` where it is not."""
+    """The context stream: ``forward`` where every token's left neighbour is known, ``sweep`` where it is not."""
 
     def __init__(self, config: ContextTokenConfig) -> None:
         super().__init__(config.context_dim, config.embed_dim, config.context_dim, config.n_layers)
@@ -96,7 +97,7 @@ class ContextBlock(_Layers):
         return torch.stack(self.from_inputs(previous, F.linear(x, *self.input_weights())), -2)
 
     def final(self, previous: Tensor, x: Tensor) -> Tensor:
-        """The last layer of `forward` alone, (..., D_c)."""
+        """The last layer of ``forward`` alone, (..., D_c)."""
         return self.from_inputs(previous, F.linear(x, *self.input_weights()))[-1]
 
     def sweep(self, x: Tensor, start: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ class ContextBlock(_Layers):
         return torch.stack(steps, 1) if steps else x.new_empty(*x.shape[:2], len(self), self.context_dim)
 
     def steps(self, x: Tensor, start: Tensor) -> Iterator[list[Tensor]]:
-        """`sweep`, one token at a time: the contexts of its layers, L tensors (B, D_c)."""
+        """``sweep``, one token at a time: the contexts of its layers, L tensors (B, D_c)."""
         inputs, context = F.linear(x, *self.input_weights()), start
         for t in range(x.shape[1]):
             layers = self.from_inputs(context, inputs[:, t])
@@ -113,7 +114,7 @@ class ContextBlock(_Layers):
             yield layers
 
     def input_weights(self) -> tuple[Tensor, Tensor]:
-        """Weight (L D_c, D_e) and bias of one product that gives what x adds in all layers: `from_inputs` takes it."""
+        """Weight (L D_c, D_e) and bias of one product that gives what x adds in all layers: ``from_inputs`` takes it."""
         weight = torch.cat([linear.weight[:, self.context_dim :] for linear in self.linears])
         return weight, torch.cat([linear.bias for linear in self.linears])
 
@@ -145,7 +146,7 @@ class TokenBlock(_Layers):
 class ContextTokenLM(LanguageModel):
     """Embedding, LayerNorm, context block, token block, linear head without bias. Streams with one context per row.
 
-    `forward` and `loss` start every row from the zero context and are differentiable throughout, token after token;
+    ``forward`` and ``loss`` start every row from the zero context and are differentiable throughout, token after token;
     training in two phases avoids that walk, see the module's text.
     """
 

@@ -8,7 +8,7 @@ the context that the next position will read:
 
 The recurrence is sequential, and only it is: the token's share of the first layer, W_1 e_t, is computed for all
 positions before the loop, output head and loss after it, and the weights' gradients are one matrix product each
-over all positions (`bklm.models.new_llm_loop`).
+over all positions (``bklm.models.new_llm_loop``).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_dropout, check_int
+from bklm.models.mixing import MixingPoint
 from bklm.models.new_llm_loop import CONTEXT_LIMIT, recurrence
 
 INITIAL_STD = 0.02
@@ -65,7 +66,7 @@ class NewLLMState:
 class NewLLM(LanguageModel):
     """The model of this module; any length, and the same state and cost at every position.
 
-    Each sequence given to ``forward`` or ``loss`` starts from the zero context; `step` carries one on.
+    Each sequence given to ``forward`` or ``loss`` starts from the zero context; ``step`` carries one on.
     """
 
     streams = True
@@ -82,6 +83,7 @@ class NewLLM(LanguageModel):
         self.update = nn.Linear(config.hidden_dim, config.context_dim)
         self.norm = nn.LayerNorm(config.context_dim)
         self.output = nn.Linear(config.hidden_dim, config.vocab_size)
+        self.mixed = MixingPoint()  # the context that a position reads
         self.reset_parameters()
 
     @torch.no_grad()
@@ -124,7 +126,7 @@ class NewLLM(LanguageModel):
         # Time goes first inside, so that what one position reads and writes is contiguous.
         embedded = self.embedding(input_ids.t())
         context = self.init_state(input_ids.shape[0]).context
-        if any(type(layer) is not nn.Linear for layer in (*self.layers, *self._gates())):
+        if not self.mixed.idle or any(type(layer) is not nn.Linear for layer in (*self.layers, *self._gates())):
             return self._run_modules(embedded, context)
         hidden, context = recurrence(
             embedded,
@@ -141,6 +143,7 @@ class NewLLM(LanguageModel):
         """Position by position through the modules, whatever they are (quantised ones, for instance)."""
         hidden = []
         for e in embedded:
+            context = self.mixed(context.unsqueeze(1)).squeeze(1)
             h, context = self._cell(self.layers[0](torch.cat((e, context), -1)), context)
             hidden.append(h)
         return torch.stack(hidden, 1), context

@@ -10,7 +10,7 @@ Outside the loops, for all positions at once: W_e e before the forward's; the ga
 backward's; after it one product per weight for its gradient, which autograd would compute as N thin products added
 up. A unit's output is zero exactly where no gradient passes, so a is all that the backward needs of a layer.
 
-A gradient that will be differentiated again, and all that torch.func asks for, is left to autograd (`_plain`).
+A gradient that will be differentiated again, and all that torch.func asks for, is left to autograd (``_plain``).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bklm.models.checks import is_plain_wanted
+from bklm.models.dropout import keep_masks, keep_scale
 from bklm.models.products import PreparedLinear, linear, weight_gradient
 from bklm.moe.analytic import autocast_dtype, autocast_off
 
 CONTEXT_LIMIT = 10.0  # the original's clamp of the context
-_STEPS = 2**16  # of the dropout probability
 
 
 def recurrence(
@@ -68,26 +68,6 @@ def recurrence(
             embedded, context, gate_weight, gate_bias, norm.weight, norm.bias, norm.eps, dropout_p, *flat
         )
     return _infer(embedded, context, layers, gate_weight, gate_bias, norm)
-
-
-def keep_masks(shape: tuple[int, ...], dropout_p: float, like: Tensor) -> Tensor:
-    """Masks of ``like``'s dtype: 0 with probability p, else 1 / (1 - p), for p rounded to a multiple of 1/65536.
-
-    Four 16-bit draws come from each of the generator's 64-bit numbers: on a CPU a third of the time of bernoulli_.
-    """
-    dropped = _dropped_steps(dropout_p)
-    count = torch.Size(shape).numel()
-    noise = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
-    kept = noise.view(torch.int16)[:count].view(shape) >= dropped - _STEPS // 2
-    return kept.to(like.dtype).mul_(_scale(dropout_p))
-
-
-def _dropped_steps(dropout_p: float) -> int:
-    return min(round(dropout_p * _STEPS), _STEPS - 1)
-
-
-def _scale(dropout_p: float) -> float:
-    return _STEPS / (_STEPS - _dropped_steps(dropout_p))
 
 
 class _Maps:
@@ -152,7 +132,7 @@ class _Recurrence(torch.autograd.Function):
         means, rstds = (torch.stack(x) for x in zip(*statistics, strict=True))
         inputs = (embedded, context, gate_weight, gate_bias, gain, shift, *layers)
         ctx.save_for_backward(a, gates, updates, mixed, contexts, means, rstds, *inputs)
-        ctx.scale, ctx.eps = _scale(dropout_p), eps
+        ctx.scale, ctx.eps = keep_scale(dropout_p), eps
         # Copies: what is saved must not be what the caller may change.
         return a[-1].clone(), contexts[-1].clone()
 

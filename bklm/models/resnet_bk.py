@@ -9,6 +9,9 @@ back the resolvent's diagonal as two features per head:
 
 With ``causal=True`` G_i is the last entry of the resolvent of the leading block H[0..i, 0..i], which depends on
 nothing after i; it is then also the whole state that position i + 1 needs.
+
+That is the published model, mixer "diagonal": one number a head passes between positions. With ``mixer="solve"`` a block
+reads what stood at the positions before: the resolvent is applied to values (``bklm.models.resnet_bk_mixers``).
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ from torch import Tensor, nn
 
 from bklm.bk_core import BKCore
 from bklm.models.base import LanguageModel
-from bklm.models.checks import check_choice, check_dropout, check_int
+from bklm.models.dropout import dropout
+from bklm.models.mixing import MixingPoint
+from bklm.models.resnet_bk_config import ResNetBKConfig
+from bklm.models.resnet_bk_mixers import MixerState, SolveBlock
 from bklm.moe.layer import AnalyticMoE, total_balance_loss
 from bklm.moe.ops import counted_once, in_backward
 
@@ -32,76 +38,12 @@ FEATURE_LIMIT = 10.0
 
 
 @dataclass(frozen=True)
-class ResNetBKConfig:
-    """Size and kind of a ResNet-BK; the defaults are the original's size with the corrections.
-
-    Raises:
-        ValueError, TypeError: a field outside what is allowed, named with its value.
-    """
-
-    vocab_size: int
-    d_model: int = 64
-    n_layers: int = 4
-    n_seq: int | None = 128  # positions with a learned embedding; None: no position embedding, any length
-    num_experts: int = 4
-    top_k: int = 1
-    dropout_p: float = 0.1
-    causal: bool = True
-    gradient: str = "exact"  # of the potential: "exact", "local" or "original", see bklm.bk_core
-    grad_blend: float = 0.0  # share of hypothesis-7 in that gradient, 0 to 1
-    router_gradient: str = "exact"  # "exact", "selected" or "none", see bklm.moe
-    clamps: bool = False  # the original's +-3 on the potential and +-10 on the features
-    eta: float = (
-        1.0  # imaginary part of z; memory reaches at most about 1 / eta positions back, see docs/theory.md
-    )
-    n_heads: int = 1  # potentials per position, each with a Hamiltonian of its own
-    balance: float = 0.0  # weight of the experts' load-balancing loss, see bklm.moe
-
-    def __post_init__(self) -> None:
-        check_int("vocab_size", self.vocab_size, 3)
-        for name in ("d_model", "n_layers", "num_experts", "n_heads"):
-            check_int(name, getattr(self, name), 1)
-        if self.n_seq is not None:
-            check_int("n_seq", self.n_seq, 1, " or None for any length")
-        check_int("top_k", self.top_k, 1)
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k: got {self.top_k}; it can be at most num_experts = {self.num_experts}.")
-        check_dropout(self.dropout_p)
-        if not 0.0 <= self.grad_blend <= 1.0:
-            raise ValueError(f"grad_blend: got {self.grad_blend}; it must lie between 0 and 1.")
-        if not 0.0 < self.eta < float("inf"):
-            raise ValueError(f"eta: got {self.eta}; the resolvent needs a positive, finite imaginary shift.")
-        if not 0.0 <= self.balance < float("inf"):
-            raise ValueError(f"balance: got {self.balance}; it must be 0 or a positive, finite number.")
-        if self.balance > 0 and self.router_gradient == "none":
-            raise ValueError(
-                f"balance: got {self.balance}, but router_gradient='none' leaves no router to balance."
-            )
-        check_choice("gradient", self.gradient, ("exact", "local", "original"))
-        check_choice("router_gradient", self.router_gradient, ("exact", "selected", "none"))
-        check_choice("causal", self.causal, (True, False))
-        check_choice("clamps", self.clamps, (True, False))
-
-    @classmethod
-    def original(cls, vocab_size: int, **changes: Any) -> ResNetBKConfig:
-        """The published model: it sees the future, its gradient lacks the conjugate, its router never learns."""
-        settings = {
-            "causal": False,
-            "gradient": "original",
-            "router_gradient": "none",
-            "clamps": True,
-            **changes,
-        }
-        return cls(vocab_size, **settings)
-
-
-@dataclass(frozen=True)
 class ResNetBKState:
     """All that a causal ResNet-BK carries from one token to the next."""
 
     position: int  # of the next token
-    # Per layer G at the last position, (B, n_heads) complex; None before the first token.
-    resolvents: tuple[Tensor, ...] | None
+    # Per layer, None before the first token: G at the last position, (B, n_heads) complex; of the mixer "solve" a MixerState.
+    resolvents: tuple[Tensor, ...] | tuple[MixerState, ...] | None
 
 
 class ResNetBKBlock(nn.Module):
@@ -121,14 +63,33 @@ class ResNetBKBlock(nn.Module):
         )
         self.potential = nn.Linear(config.d_model, config.n_heads)
         self.core = BKCore(config.n_heads, config.causal, config.gradient, config.grad_blend, config.eta)
+        self.mixed = MixingPoint()
         self.mix = nn.Linear(2 * config.n_heads, config.d_model)
         self.scale = nn.Parameter(torch.ones(()))
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """See ``ResNetBK.reset_parameters``."""
+        self.norm.reset_parameters()
+        self.moe.reset_parameters()
+        self.moe.down_weight.mul_(0.1)
+        self.moe.down_bias.zero_()
+        # f starts at about 0.02 a coordinate; v then at about 0.1 in all, enough for G to differ between tokens.
+        nn.init.normal_(self.potential.weight, std=6.0 / math.sqrt(self.potential.in_features))
+        nn.init.zeros_(self.potential.bias)
+        nn.init.normal_(self.mix.weight, std=0.02)
+        nn.init.zeros_(self.mix.bias)
+        self.scale.fill_(1.0)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Output (B, N, D) and the core's features (B, N, 2 n_heads), the real parts before the imaginary ones."""
+        """Output (B, N, D), and the state after the last position: G there, (B, n_heads).
+
+        The core's features (B, N, 2 n_heads) are the real parts before the imaginary ones. In the causal core G_i is the
+        left resolvent L_i itself: the last position's features are the state.
+        """
         f, v = self._experts(x)
         features = self.core(v)
-        return self._add(x, f, features), features
+        return self._add(x, f, features), torch.complex(*features[:, -1].chunk(2, dim=-1))
 
     def step(self, x: Tensor, resolvent: Tensor | None) -> tuple[Tensor, Tensor]:
         """One position x (B, 1, D) after the one whose resolvent (B, n_heads) is given, or the first."""
@@ -147,14 +108,14 @@ class ResNetBKBlock(nn.Module):
     def _add(self, x: Tensor, f: Tensor, features: Tensor) -> Tensor:
         if self.clamps:
             features = features.clamp(-FEATURE_LIMIT, FEATURE_LIMIT)
-        return x + f + self.scale * self.mix(features.to(x.dtype))
+        return x + f + self.scale * self.mix(self.mixed(features).to(x.dtype))
 
 
 class ResNetBK(LanguageModel):
-    """Token (and position) embedding, ``n_layers`` blocks, a final LayerNorm, an untied linear head with bias.
+    """Token (and position) embedding, ``n_layers`` blocks, a final LayerNorm, a linear head: with bias, or ``tied``.
 
-    Streams when ``causal``: `step` costs the same at every position. A bidirectional one cannot, because its
-    features at every position change with each new token; `generate` then runs over the whole text for each of
+    Streams when ``causal``: ``step`` costs the same at every position. A bidirectional one cannot, because its
+    features at every position change with each new token; ``generate`` then runs over the whole text for each of
     them.
     """
 
@@ -166,9 +127,10 @@ class ResNetBK(LanguageModel):
         self.streams, self.sees_future = config.causal, not config.causal
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = None if config.n_seq is None else nn.Embedding(config.n_seq, config.d_model)
-        self.blocks = nn.ModuleList(ResNetBKBlock(config) for _ in range(config.n_layers))
+        block = SolveBlock if config.mixer == "solve" else ResNetBKBlock
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(config.d_model)
-        self.output = nn.Linear(config.d_model, config.vocab_size)
+        self.output = None if config.tied else nn.Linear(config.d_model, config.vocab_size)
         self._expert_counts: list[Tensor] | None = None
         self.reset_parameters()
 
@@ -182,28 +144,23 @@ class ResNetBK(LanguageModel):
         stream; a gain of 3 in the last LayerNorm multiplies what a step of the head does. Nothing is exactly zero
         but biases and positions: every path carries signal, and the bidirectional core shows its leak, from the
         start.
+
+        With the mixer "solve" as GPT-2: N(0, 0.02), the last layer of each residual branch smaller.
         """
         nn.init.normal_(self.embedding.weight, std=0.02)
         if self.positions is not None:
             nn.init.zeros_(self.positions.weight)
         for block in self.blocks:
-            block.norm.reset_parameters()
-            block.moe.reset_parameters()
-            block.moe.down_weight.mul_(0.1)
-            block.moe.down_bias.zero_()
-            # f starts at about 0.02 a coordinate; v then at about 0.1 in all, enough for G to differ between tokens.
-            nn.init.normal_(block.potential.weight, std=6.0 / math.sqrt(self.config.d_model))
-            nn.init.zeros_(block.potential.bias)
-            nn.init.normal_(block.mix.weight, std=0.02)
-            nn.init.zeros_(block.mix.bias)
-            block.scale.fill_(1.0)
-        nn.init.constant_(self.norm.weight, 3.0)
-        nn.init.zeros_(self.norm.bias)
-        nn.init.normal_(self.output.weight, std=0.01)
-        nn.init.zeros_(self.output.bias)
+            block.reset_parameters()
+        self.norm.reset_parameters()
+        if self.config.mixer == "diagonal":
+            nn.init.constant_(self.norm.weight, 3.0)
+        if self.output is not None:
+            nn.init.normal_(self.output.weight, std=0.01)
+            nn.init.zeros_(self.output.bias)
 
-    def head(self) -> tuple[Tensor, Tensor]:
-        return self.output.weight, self.output.bias
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        return (self.embedding.weight, None) if self.output is None else (self.output.weight, self.output.bias)
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         return self._run(input_ids)[0]
@@ -218,10 +175,8 @@ class ResNetBK(LanguageModel):
         if not self.streams:
             raise TypeError(self._cannot_stream())
         self.check_prompt(input_ids)
-        hidden, features = self._run(input_ids)
-        # In the causal core G_i is the left resolvent L_i itself: the last position's features are the state.
-        resolvents = tuple(torch.complex(*g[:, -1].chunk(2, dim=-1)) for g in features)
-        return self.logits(hidden[:, -1]), ResNetBKState(input_ids.shape[1], resolvents)
+        hidden, states = self._run(input_ids)
+        return self.logits(hidden[:, -1]), ResNetBKState(input_ids.shape[1], tuple(states))
 
     @torch.no_grad()
     def step(self, token: Tensor, state: ResNetBKState) -> tuple[Tensor, ResNetBKState]:
@@ -239,8 +194,11 @@ class ResNetBK(LanguageModel):
     def state_bytes(self, position: int) -> int:
         if not self.streams:
             raise TypeError(self._cannot_stream())
-        # One complex resolvent per layer and head: two numbers of the model's dtype.
-        return self.config.n_layers * self.config.n_heads * 2 * self.norm.weight.element_size()
+        # One complex resolvent per layer and head: two numbers of the model's dtype. The solve's y is complex, too.
+        config, numbers = self.config, 2 * self.config.n_heads
+        if config.mixer == "solve":
+            numbers += (2 + max(0, config.convolution - 1)) * config.d_model
+        return config.n_layers * numbers * self.norm.weight.element_size()
 
     def auxiliary_loss(self) -> Tensor | None:
         return total_balance_loss(self) if self.config.balance > 0 else None
@@ -255,20 +213,23 @@ class ResNetBK(LanguageModel):
         x = self.embedding(input_ids)
         if self.positions is not None:
             x = x + self.positions.weight[first_position : first_position + input_ids.shape[1]]
+        if self.config.mixer == "solve":
+            x = dropout(x, self.config.dropout_p, self.training)
         return x
 
-    def _run(self, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x, features = self._embed(input_ids), []
+    def _run(self, input_ids: Tensor) -> tuple[Tensor, list[Any]]:
+        """Hidden states, and each layer's state after the last position."""
+        x, states = self._embed(input_ids), []
         for block in self.blocks:
-            x, g = block(x)
-            features.append(g)
+            x, state = block(x)
+            states.append(state)
         if self.training:
             self._count_experts()
-        return self.norm(x), features
+        return self.norm(x), states
 
     def _count_experts(self) -> None:
-        counts = [block.moe.expert_counts for block in self.blocks]
-        if any(c is None for c in counts):
+        counts = [block.moe.expert_counts for block in self.blocks if block.moe is not None]
+        if not counts or any(c is None for c in counts):
             return
         if torch.compiler.is_compiling():
             counts = [counted_once(c) for c in counts]

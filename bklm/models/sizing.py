@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -11,9 +11,13 @@ import torch
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_int
 from bklm.models.gpt import GPT, GPTConfig
-from bklm.models.resnet_bk import ResNetBK, ResNetBKConfig
+from bklm.models.linear_context import LinearContext, LinearContextConfig
+from bklm.models.lstm import LSTM, LSTMConfig
+from bklm.models.resnet_bk import ResNetBK
+from bklm.models.resnet_bk_config import ResNetBKConfig
 
 Config = TypeVar("Config")
+UNITS = 16  # a dense layer's width is a multiple: what vector units like
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,62 @@ def resnet_bk_of_size(
     """The ResNetBK of this depth whose parameter count is nearest to ``parameters``.
 
     Args:
-        settings: further fields of ResNetBKConfig (num_experts, dropout_p, ...).
+        settings: further fields of ResNetBKConfig (num_experts, dropout_p, mixer, n_heads, ...).
+
+    Raises:
+        ValueError: even the narrowest such model is more than half as large again.
+    """
+    # The mixer "solve" shares the channels among its heads.
+    solves = settings.get("mixer") == "solve"
+    step = settings.get("n_heads", 1) if solves else 1
+
+    def build(width: int) -> ResNetBKConfig:
+        return ResNetBKConfig(vocab_size, width * step, n_layers, n_seq, **settings)
+
+    found = _nearest(parameters, ResNetBK, build)
+    if not solves or found.config.num_experts > 1 or found.config.dense_width is not None:
+        return found
+    # Its widths lie far apart, so the dense layer takes up the difference: 2 d + 1 parameters a unit and layer.
+    missing = (found.wanted - found.parameters) / (n_layers * (2 * found.config.d_model + 1))
+    width = max(UNITS, round((4 * found.config.d_model + missing) / UNITS) * UNITS)
+    config = replace(found.config, dense_width=width)
+    fitted = Sized(config, _count(ResNetBK, config), found.wanted)
+    return min((found, fitted), key=lambda sized: abs(sized.difference))
+
+
+def lstm_of_size(
+    parameters: int, vocab_size: int, *, n_layers: int = 2, dropout_p: float = 0.1, tied: bool = True
+) -> Sized[LSTMConfig]:
+    """The LSTM of this depth whose parameter count is nearest to ``parameters``.
 
     Raises:
         ValueError: even the narrowest such model is more than half as large again.
     """
 
-    def build(width: int) -> ResNetBKConfig:
-        return ResNetBKConfig(vocab_size, width, n_layers, n_seq, **settings)
+    def build(width: int) -> LSTMConfig:
+        return LSTMConfig(vocab_size, width, n_layers, dropout_p, tied)
 
-    return _nearest(parameters, ResNetBK, build)
+    return _nearest(parameters, LSTM, build)
+
+
+def linear_context_of_size(
+    parameters: int, vocab_size: int, *, n_layers: int = 4, dropout_p: float = 0.1, tied: bool = True
+) -> Sized[LinearContextConfig]:
+    """The LinearContext of this depth whose parameter count is nearest to ``parameters``.
+
+    Raises:
+        ValueError: even the narrowest such model is more than half as large again.
+    """
+
+    def build(width: int) -> LinearContextConfig:
+        return LinearContextConfig(vocab_size, width, n_layers, dropout_p, tied)
+
+    return _nearest(parameters, LinearContext, build)
+
+
+def _count(model: Callable[[Config], LanguageModel], config: Config) -> int:
+    with torch.device("meta"):
+        return model(config).num_parameters()
 
 
 def _nearest(
@@ -70,8 +120,7 @@ def _nearest(
     check_int("parameters", wanted, 1)
 
     def count(width: int) -> int:
-        with torch.device("meta"):
-            return model(build(width)).num_parameters()
+        return _count(model, build(width))
 
     low, high = 1, 2
     while count(high) < wanted:

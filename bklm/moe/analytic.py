@@ -1,10 +1,10 @@
-"""Forward and hand-written backward of the mixture of experts; `bklm.moe` derives the formulas.
+"""Forward and hand-written backward of the mixture of experts; ``bklm.moe`` derives the formulas.
 
 T tokens of width D, E experts of hidden width H, k of them per token. Routing tensors are (E, T), one row an expert:
 reductions over the few experts then run vectorised over the many tokens (on a CPU a softmax over a last dimension of
 four is ten times slower). No tensor of T k H or T E H hidden activations is ever held: they live in blocks, and the
 backward computes them again. Products run in a loop over the experts: torch's grouped_mm needs the same grouping and took
-0.96 to 1.08 of the loop's time on a CPU; it has not been tried on a GPU. `bklm.moe.ops` ties forward and backward
+0.96 to 1.08 of the loop's time on a CPU; it has not been tried on a GPU. ``bklm.moe.ops`` ties forward and backward
 together for autograd and the compiler.
 """
 
@@ -24,7 +24,7 @@ _BLOCK_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 class Settings(NamedTuple):
-    """What stays the same from call to call. `keep_p`: the probability that a hidden unit survives dropout."""
+    """What stays the same from call to call. ``keep_p``: the probability that a hidden unit survives dropout."""
 
     top_k: int
     tau: float
@@ -48,7 +48,7 @@ def mixture_of_few(
     down_bias: Tensor,
     settings: Settings,
 ) -> Tensor:
-    """`mixture` without noise, dropout or gradient for the few tokens of a generation step, where grouping costs most."""
+    """``mixture`` without noise, dropout or gradient for the few tokens of a generation step, where grouping costs most."""
     dtype, routing, k = settings.compute_dtype, routing_dtype(x), settings.top_k
     with autocast_off(x):
         logits = F.linear(x.to(routing), router_weight.to(routing), router_bias.to(routing))
@@ -166,9 +166,9 @@ def forward(
     keep: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y (T, D) in the compute dtype, balance (), and p (E, T), tokens, bounds of `_route` for the backward.
+    """y (T, D) in the compute dtype, balance (), and p (E, T), tokens, bounds of ``_route`` for the backward.
 
-    With k = E, p holds the gates themselves. Shapes and dtypes of what is given: `bklm.moe.ops.mixture`.
+    With k = E, p holds the gates themselves. Shapes and dtypes of what is given: ``bklm.moe.ops.mixture``.
     """
     num_tokens, num_experts = len(x), len(up_weight)
     k, dtype, block = settings.top_k, settings.compute_dtype, block_tokens(x)
@@ -209,7 +209,7 @@ def backward(
     settings: Settings,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x and of the six parameters, each of its input's shape and dtype, in their order; None for the two of a
-    router that does not learn. grad_y (T, D) and grad_balance () are those of `forward`'s y and balance; p, tokens and
+    router that does not learn. grad_y (T, D) and grad_balance () are those of ``forward``'s y and balance; p, tokens and
     bounds are what it returned.
     """
     num_tokens, num_experts = len(x), len(up_weight)
@@ -287,10 +287,10 @@ def _put(a: Tensor, rows: Tensor | slice, values: Tensor) -> None:
 def _groups(
     tokens: Tensor, bounds: Tensor, block: int, num_tokens: int, routed: bool, everywhere: bool
 ) -> Iterator[tuple[int, Tensor | slice, Tensor | None]]:
-    """Pieces of work (expert, rows, chosen), at most `block` rows each.
+    """Pieces of work (expert, rows, chosen), at most ``block`` rows each.
 
     Not routed: every expert on every row. Routed: each expert on its own rows. Routed and everywhere: every expert on
-    every row, with `chosen` the positions within the rows of those that selected it.
+    every row, with ``chosen`` the positions within the rows of those that selected it.
     """
     limits = bounds.tolist()
     if routed and not everywhere:
@@ -305,7 +305,7 @@ def _groups(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    """total += alpha a b, summed in the dtype of `total` so that low-precision blocks do not lose what they add."""
+    """total += alpha a b, summed in the dtype of ``total`` so that low-precision blocks do not lose what they add."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, alpha=alpha)
     else:

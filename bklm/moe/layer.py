@@ -49,27 +49,27 @@ _LEAST_TAU = 1e-6
 
 
 class AnalyticMoE(nn.Module):
-    """Mixture of `num_experts` networks Linear(D, 2D), ReLU, dropout, Linear(2D, D), of which a token visits `top_k`.
+    """Mixture of ``num_experts`` networks Linear(D, 2D), ReLU, dropout, Linear(2D, D), of which a token visits ``top_k``.
 
     Input and output (..., D), in a model (B, N, D). Under autocast the experts run in autocast's dtype, which is also that
     of the output; routing always runs in float32 (float64 for float64 input). One dropout mask per token serves all its
     experts, so that the exact router gradient compares experts under equal conditions; with top_k = 1 this is ordinary
     dropout. Noise and mask come from torch's global generator of the device. torch.compile sees the mixture as opaque
     operators (fullgraph works, and gives the eager numbers). Second derivatives, torch.func's transforms and forward mode are
-    right too, at the price of every expert on every token (`bklm.moe_plain`).
+    right too, at the price of every expert on every token (``bklm.moe_plain``).
 
     router_gradient: "exact": straight-through over all experts. "selected": cheaper and biased, the outputs of experts
         that were not selected count as zero. "none": the router of the original experiment, the largest logits without
         noise, gates 1/top_k, and no gradient, hence frozen.
     balance: coefficient of Switch's load-balancing loss E sum_e F_e P_e (F_e: expert e's share of the choices, P_e: mean of
-        p_e), which is 1 for uniform usage. The product is left in `balance_loss` for the model to add to its loss
-        (`total_balance_loss`); as a part of the loss it is scaled and accumulated like the rest. Its gradient,
+        p_e), which is 1 for uniform usage. The product is left in ``balance_loss`` for the model to add to its loss
+        (``total_balance_loss``); as a part of the loss it is scaled and accumulated like the rest. Its gradient,
         E F_e / T per token, joins gbar_e in the backward.
     tau: temperature of p, from 1e-6 on; the gradient of the router grows like 1 / tau.
-    dropout_p: rounded to a multiple of 2^-16, see `bklm.moe.ops.draw`.
+    dropout_p: rounded to a multiple of 2^-16, see ``bklm.moe.ops.draw``.
 
-    After a training forward `expert_counts`, (E,) int64 on the CPU, holds the tokens of each expert. With one expert there is
-    no router: the module is a dense feed-forward network.
+    After a training forward ``expert_counts``, (E,) int64 on the CPU, holds the tokens of each expert. With one expert there
+    is no router: the module is a dense feed-forward network.
 
     Raises ValueError or TypeError for bad arguments and for an input that is empty or has another last dimension or dtype;
     ValueError for non-finite logits (on a GPU checked in the one device-to-host copy that grouping tokens needs).
@@ -183,7 +183,7 @@ def total_balance_loss(model: nn.Module) -> Tensor | float:
 
 
 def usage_entropy(counts: Tensor | Sequence[int], normalised: bool = False) -> float:
-    """Entropy of the tokens' distribution over experts, in nats (0 ... log E), or in units of log E if `normalised`."""
+    """Entropy of the tokens' distribution over experts, in nats (0 ... log E), or in units of log E if ``normalised``."""
     counts = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
     if counts.ndim != 1 or counts.sum() <= 0 or counts.min() < 0:
         raise ValueError(
@@ -194,7 +194,7 @@ def usage_entropy(counts: Tensor | Sequence[int], normalised: bool = False) -> f
 
 
 def unused_experts(counts: Tensor | Sequence[int], share: float = 0.01) -> int:
-    """Number of experts that received less than `share` of a uniform expert's tokens (dropped out of the mixture)."""
+    """Number of experts that received less than ``share`` of a uniform expert's tokens (dropped out of the mixture)."""
     counts = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
     return int((counts * len(counts) < share * counts.sum()).sum())
 

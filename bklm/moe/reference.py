@@ -1,7 +1,7 @@
-"""The mixture of experts of `bklm.moe` in plain autograd: short, slow, and what the analytic backward must equal.
+"""The mixture of experts of ``bklm.moe`` in plain autograd: short, slow, and what the analytic backward must equal.
 
-Both functions take the arguments of `bklm.moe.ops.mixture` and return y (T, D). They exist for tests and benchmarks:
-`dense_moe` states the definition, every expert on every token; `looped_moe` is what one usually writes for a sparse
+Both functions take the arguments of ``bklm.moe.ops.mixture`` and return y (T, D). They exist for tests and benchmarks:
+``dense_moe`` states the definition, every expert on every token; ``looped_moe`` is what one usually writes for a sparse
 mixture, a loop over the selected experts under autograd.
 """
 

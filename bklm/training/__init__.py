@@ -5,6 +5,7 @@ from bklm.files.lazy import lazy
 __getattr__, __all__ = lazy(
     __name__,
     {
+        "context_gain": ("ContextGain", "measure_context_gain"),
         "evaluation": ("Evaluation", "evaluate"),
         "loop": ("train",),
         "memory": ("OutOfMemoryError",),

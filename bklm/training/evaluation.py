@@ -49,7 +49,7 @@ def _exp(loss: float) -> float:
 
 
 def _scores(model: LanguageModel, x: Tensor, y: Tensor, unk_id: int | None) -> Tensor:
-    """The fields of `Evaluation` for these rows, (5,) float64."""
+    """The fields of ``Evaluation`` for these rows, (5,) float64."""
     nll, correct = model.token_losses(x, y)
     valid = y != IGNORED
     known = valid if unk_id is None else valid & (y != unk_id)

@@ -1,6 +1,6 @@
-"""Training and token-weighted evaluation of any `bklm.models.LanguageModel`, on Accelerate.
+"""Training and token-weighted evaluation of any ``bklm.models.LanguageModel``, on Accelerate.
 
-One call, `train`, runs epochs, records them, writes a checkpoint after each, and goes on from the newest checkpoint when
+One call, ``train``, runs epochs, records them, writes a checkpoint after each, and goes on from the newest checkpoint when
 it is called again. Randomness (dropout, expert noise, batch order) is a function of (seed, epoch) alone, so a run that was
 killed between two epochs ends with the numbers of an undisturbed one: bit for bit on a CPU.
 """
@@ -59,23 +59,23 @@ def train(
     writes the checkpoints.
 
     Args:
-        train_batches: a loader of (x, y) batches from `bklm.data.make_loader`; the epoch decides the order. Another
+        train_batches: a loader of (x, y) batches from ``bklm.data.make_loader``; the epoch decides the order. Another
             DataLoader, or a list of batches, will do; a DataLoader that shuffles with a generator of its own then goes on
             after a kill with other batches than without.
         val_batches: the same; it is gone through once an epoch.
-        folder: where checkpoints go; an earlier run found there is continued. None: no checkpoints. A `CheckpointFolder`
+        folder: where checkpoints go; an earlier run found there is continued. None: no checkpoints. A ``CheckpointFolder``
             says which are kept, and gets the validation perplexity into their names.
         label: what to call this run in messages.
         identity: plain values that say what is trained on what; kept in the checkpoints. One with another identity is
             refused.
-        resume_from: a checkpoint to go on from when ``folder`` holds none yet; only `CONTINUABLE` entries of its identity
+        resume_from: a checkpoint to go on from when ``folder`` holds none yet; only ``CONTINUABLE`` entries of its identity
             may differ.
         on_step: called with the number of steps just done (for progress bars).
         on_skip: called once with the number of steps that a continued run had already done.
         on_epoch: called with each epoch's record, before its checkpoint is written.
 
     Raises:
-        NonFiniteError: the loss or the gradient norm became infinite or NaN; see `bklm.training.non_finite` for fp16.
+        NonFiniteError: the loss or the gradient norm became infinite or NaN; see ``bklm.training.non_finite`` for fp16.
         OutOfMemoryError: one sequence at a time does not fit; before that, batches are worked through in more parts.
         ValueError: a checkpoint of another run, model or frozen part, or of more epochs; a batch without any target.
     """

@@ -53,7 +53,7 @@ class FiniteCheck:
     """Looks at the losses and gradient norms of one run.
 
     With a loss scaler (fp16) an infinite gradient is no failure: the scaler skips that step and takes a smaller factor, as
-    it always does in the first steps. Then the loss alone must be finite, and no more than `MOST_SKIPPED` steps in a row
+    it always does in the first steps. Then the loss alone must be finite, and no more than ``MOST_SKIPPED`` steps in a row
     may be skipped.
     """
 

@@ -45,7 +45,7 @@ def parse_clip(text: str) -> ClipSchedule:
 class TrainingSettings:
     """How one model is trained.
 
-    ``clip`` is the largest global gradient norm, one number or a `ClipSchedule`. ``schedule`` "cosine" decays the learning
+    ``clip`` is the largest global gradient norm, one number or a ``ClipSchedule``. ``schedule`` "cosine" decays the learning
     rate to zero after ``warmup`` (a fraction of all steps) of linear warm-up. Training ends early when the validation loss
     has not fallen by more than ``min_delta`` for ``patience`` epochs (None: never). A batch is worked through in
     ``accumulate`` parts, which saves memory and changes nothing but rounding, random draws (dropout, router noise) and, with

@@ -19,7 +19,7 @@ def save_weights(model: torch.nn.Module, path: Path) -> None:
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Read what `save_weights` wrote, into a model that torch.compile may have wrapped.
+    """Read what ``save_weights`` wrote, into a model that torch.compile may have wrapped.
 
     Raises:
         OtherModelError: names or shapes differ; the model is then left as it is.

@@ -356,3 +356,38 @@ def test_gradients_beside_a_large_entry_are_those_of_64_bits(causal, columns, ba
         results.append((y, *torch.autograd.grad((weight.to(y.dtype) * y).real.sum(), inputs)))
     for ours, exact in zip(*results, strict=True):
         assert (ours - exact).abs().max() < 2e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n", [1, 5, 130])
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_a_blend_is_the_diagonals_behind_the_exact_derivative_of_the_rest(n, alpha, backend):
+    x, a, b, c, z = leaves(n, columns=3)
+    weight = torch.randn(2, n, 3, dtype=torch.complex128)
+
+    def gradients(**options):
+        y = resolvent_solve(x, a, b, c, z, causal=True, backend=backend, **options)
+        return torch.autograd.grad((weight * y).real.sum(), (x, a, b, c, z))
+
+    exact, blended = gradients(), gradients(grad_blend=alpha)
+    # The cotangent of L, by a solve that is written out with L given.
+    left = resolvent_diagonal(a, b, c, z, causal=True).detach().requires_grad_()
+    rows = []
+    for i in range(n):
+        before = c[i - 1].detach() * rows[-1] if i else 0.0
+        rows.append(left[:, i, None] * (x[:, i].detach() - before))
+    (cotangent,) = torch.autograd.grad((weight * torch.stack(rows, 1)).real.sum(), left)
+    fixed = (t.detach() for t in (b, c, z))
+    G = resolvent_diagonal(a, *fixed, causal=True, grad_blend=alpha)
+    (want,) = torch.autograd.grad(G, a, cotangent)
+    torch.testing.assert_close(blended[1], want, rtol=1e-9, atol=1e-10)
+    for ours, theirs in zip(blended[:1] + blended[2:], exact[:1] + exact[2:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_blend_outside_its_range_or_of_the_bidirectional_solve_is_refused():
+    inputs = leaves(4)
+    with pytest.raises(ValueError, match=r"grad_blend=1\.5 is outside \[0, 1\]"):
+        resolvent_solve(*inputs, causal=True, grad_blend=1.5)
+    with pytest.raises(ValueError, match=r"grad_blend=0\.5 needs causal=True"):
+        resolvent_solve(*inputs, grad_blend=0.5)

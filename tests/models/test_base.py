@@ -9,10 +9,14 @@ from torch.nn import functional as F
 
 from bklm.models import (
     GPT,
+    LSTM,
     ContextTokenConfig,
     ContextTokenLM,
     GPTConfig,
     LanguageModel,
+    LinearContext,
+    LinearContextConfig,
+    LSTMConfig,
     NewLLM,
     NewLLMConfig,
     ResNetBK,
@@ -147,6 +151,9 @@ def test_an_empty_prompt_is_refused_by_every_model_that_streams(shape):
         GPT(GPTConfig(VOCABULARY, d_model=4, n_layers=1, n_heads=1, n_seq=8)),
         NewLLM(NewLLMConfig(VOCABULARY, embed_dim=4, hidden_dim=4, context_dim=4, n_layers=1)),
         ResNetBK(ResNetBKConfig(VOCABULARY, d_model=4, n_layers=1, n_seq=None)),
+        ResNetBK(ResNetBKConfig(VOCABULARY, d_model=4, n_layers=1, mixer="solve")),
+        LSTM(LSTMConfig(VOCABULARY, d_model=4, n_layers=1)),
+        LinearContext(LinearContextConfig(VOCABULARY, d_model=4, n_layers=1)),
         ContextTokenLM(ContextTokenConfig(VOCABULARY, embed_dim=4, context_dim=4, n_layers=1)),
     ]
     for streaming in models:

@@ -37,7 +37,7 @@ def literal(model, ids):
         mixed = (scores.softmax(-1) @ v).permute(0, 2, 1, 3).reshape(x.shape)
         x = x + block.attention_output(mixed)
         u = block.up(block.mlp_norm(x))
-        gelu = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+        gelu = 0.5 * u * (1 + torch.erf(u / math.sqrt(2)))
         x = x + block.down(gelu)
     return model.norm(x) @ model.embedding.weight.t()
 
@@ -70,6 +70,19 @@ def test_first_weights_are_gpt2s():
             last = "attention_output" in name or "down" in name
             assert p.std().item() == pytest.approx(0.005 if last else 0.02, rel=0.04), name
     assert model.loss(*torch.randint(0, 500, (2, 4, 32))).item() == pytest.approx(math.log(500), rel=0.02)
+
+
+def test_dropout_never_keeps_the_fused_attention_kernel_away(monkeypatch):
+    model, ids, given = model_of(dropout_p=0.3).train(), ids_of(2, 6), []
+    real = F.scaled_dot_product_attention
+
+    def attention(*tensors, **options):
+        given.append(options.get("dropout_p", 0.0))
+        return real(*tensors, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    model.loss(ids, ids).backward()
+    assert given == [0.0, 0.0]
 
 
 def test_dropout_acts_in_training_only():

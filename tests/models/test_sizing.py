@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bklm.models import GPT, ResNetBK
-from bklm.models.sizing import gpt_of_size, resnet_bk_of_size
+from bklm.models import GPT, LSTM, LinearContext, ResNetBK
+from bklm.models.sizing import gpt_of_size, linear_context_of_size, lstm_of_size, resnet_bk_of_size
 
 NEW_LLM = 2_739_432  # the published baseline, with 1,000 words
 
@@ -16,6 +16,9 @@ def test_competitors_of_the_published_baseline_are_within_one_percent_of_it(n_se
         (gpt_of_size(NEW_LLM, 1000, n_seq), GPT),
         (resnet_bk_of_size(NEW_LLM, 1000, n_seq), ResNetBK),
         (resnet_bk_of_size(NEW_LLM, 1000, None), ResNetBK),
+        (resnet_bk_of_size(NEW_LLM, 1000, None, mixer="solve", n_heads=8, num_experts=1), ResNetBK),
+        (lstm_of_size(NEW_LLM, 1000), LSTM),
+        (linear_context_of_size(NEW_LLM, 1000), LinearContext),
     ):
         assert abs(sized.difference) < 0.01
         assert model(sized.config).num_parameters() == sized.parameters
@@ -41,6 +44,12 @@ def test_no_neighbouring_width_is_nearer(wanted, vocabulary, heads):
 def test_the_other_settings_are_kept():
     config = resnet_bk_of_size(50_000, 100, 32, n_layers=2, num_experts=2, dropout_p=0.0).config
     assert (config.n_layers, config.num_experts, config.dropout_p) == (2, 2, 0.0)
+    config = resnet_bk_of_size(50_000, 100, None, mixer="solve", n_heads=4, num_experts=1).config
+    assert (config.mixer, config.n_heads, config.d_model % 4) == ("solve", 4, 0)
+    config = lstm_of_size(50_000, 100, n_layers=3, dropout_p=0.0, tied=False).config
+    assert (config.n_layers, config.dropout_p, config.tied) == (3, 0.0, False)
+    config = linear_context_of_size(50_000, 100, n_layers=3, dropout_p=0.0, tied=False).config
+    assert (config.n_layers, config.dropout_p, config.tied) == (3, 0.0, False)
     config = gpt_of_size(50_000, 100, 32, n_layers=2, n_heads=2, dropout_p=0.0).config
     assert (config.n_layers, config.n_heads, config.dropout_p, config.n_seq) == (2, 2, 0.0, 32)
 

@@ -32,6 +32,7 @@ from bklm.studies.baseline.samples import (
 )
 from bklm.studies.baseline.tables import (
     MODELS,
+    bigram_models,
     claims_table,
     model_table,
     readable_contexts,
@@ -92,7 +93,7 @@ def curve(result) -> list[list[float]]:
 
 @pytest.mark.slow
 @pytest.mark.draws
-def test_all_three_models_are_searched_trained_measured_and_reported_in_one_zip(tiny, monkeypatch):
+def test_all_models_are_searched_trained_measured_and_reported_in_one_zip(tiny, monkeypatch):
     monkeypatch.setattr(baseline_measure, "POSITIONS", (4, 40))
     monkeypatch.setattr(baseline_measure, "GPT_POSITIONS", 16)
     config = dataclasses.replace(tiny, model="all", seeds=(0, 1), epochs=2, learning_rates=(1e-3, 1e-2))
@@ -100,9 +101,11 @@ def test_all_three_models_are_searched_trained_measured_and_reported_in_one_zip(
     result = run_baseline(config, on_figure=drawn.append)
     assert [r["model"] for r in result.table] == list(COMPETITORS)
     # Drawing takes longer than a tiny training, so it is not done after each.
-    assert 1 <= len(drawn) < 6
+    assert 1 <= len(drawn) < 10
     assert list(result.tables()) == ["quality", "search", "contexts", "cost", "claims"]
-    assert [row["model"] for row in result.tables()["quality"]()][:3] == ["NewLLM", "GPT", "ResNetBK"]
+    assert [row["model"] for row in result.tables()["quality"]()][:5] == [
+        "NewLLM", "GPT", "LSTM", "ResNetBK", "ResNetBK diagonal"
+    ]  # fmt: skip
     with zipfile.ZipFile(result.bundle.path) as archive:
         names = {n.removeprefix("baseline/") for n in archive.namelist()}
         summary = json.loads(archive.read("baseline/summary.json"))
@@ -117,6 +120,8 @@ def test_all_three_models_are_searched_trained_measured_and_reported_in_one_zip(
     assert len({r["steps"] for r in result.runs}) == 1
     sizes = [r["parameters"] for r in result.table]
     assert max(sizes) < 1.5 * min(sizes)  # so small a model has few sizes to choose from
+    mixers = {r["model"]: r["model_config"].get("mixer") for r in result.runs}
+    assert (mixers["resnet_bk"], mixers["resnet_bk_diagonal"]) == ("solve", "diagonal")
     for name in COMPETITORS:
         tried = {r["learning_rate"]: r["val_ppl"] for r in result.search if r["model"] == name}
         assert set(tried) == {1e-3, 1e-2}
@@ -127,6 +132,10 @@ def test_all_three_models_are_searched_trained_measured_and_reported_in_one_zip(
     assert rows["newllm"]["training_bytes"] > 12 * rows["newllm"]["parameters"]
     # GPT ends where its positions end, the others go on; its state grows, theirs does not.
     assert rows["gpt"]["val_ppl_context_16"] is None
+    for name in COMPETITORS:
+        assert (rows[name]["val_ppl_mixer_off"] is None) == (name == "lstm")
+        assert rows[name]["val_ppl_context_1"] > 1
+        assert rows[name]["context_gain"] < 1
     assert rows["newllm"]["val_ppl_context_128"] > 0
     assert rows["gpt"]["generate_seconds_4"] > 0
     assert rows["gpt"]["generate_seconds_40"] is None
@@ -144,9 +153,11 @@ def test_a_result_that_lacks_what_is_needed_is_set_aside_and_made_again(tiny):
     assert path.with_name("result.json.damaged-1").exists()
 
 
+@pytest.mark.parametrize("model", ["newllm", "resnet_bk", "lstm", "linear_context"])
 def test_after_ctrl_c_the_study_goes_on_and_ends_with_the_numbers_of_an_undisturbed_one(
-    tiny, tmp_path, monkeypatch
+    tiny, tmp_path, monkeypatch, model
 ):
+    tiny = dataclasses.replace(tiny, model=model)
     undisturbed = run_baseline(dataclasses.replace(tiny, output_dir=str(tmp_path / "undisturbed")))
     steps = undisturbed.runs[0]["steps"]
     done = []
@@ -454,7 +465,11 @@ def test_all_context_lengths_score_the_same_targets(tiny):
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("newllm", 2_739_432), ("newllm_advanced", 4_840_936), ("gpt", None), ("resnet_bk", None)],
+    [
+        ("newllm", 2_739_432),
+        ("newllm_advanced", 4_840_936),
+        *((name, None) for name in ("gpt", "lstm", "resnet_bk", "resnet_bk_diagonal", "linear_context")),
+    ],
 )
 def test_the_full_profile_has_the_originals_sizes_and_competitors_within_one_percent(name, parameters):
     config = BaselineConfig(profile="full").resolved()
@@ -522,6 +537,26 @@ def test_a_difference_inside_its_interval_is_called_none_and_one_outside_worse()
     one = [runs[0], run_of("gpt", 0, 90.0)]
     assert "no verdict" in MODELS.finding(one)
     assert "no interval" in MODELS.headline(one)
+
+
+def test_a_model_that_does_not_need_its_context_is_called_a_bigram_model_and_others_are_not():
+    measured = {"val_ppl_mixer_off": 50.01, "context_gain": 0.0002}
+    runs = [{**run_of("resnet_bk_diagonal", seed, 50.0), **measured} for seed in (0, 1)]
+    runs += [
+        {**run_of("gpt", 0, 40.0), "val_ppl_mixer_off": 80.0, "context_gain": 0.5},
+        run_of("newllm", 0, 60.0),
+    ]
+    table = model_table(runs, {})
+    words = {r["model"]: r["gain from context"] for r in readable_quality(table, [])}
+    assert words["ResNetBK diagonal"] == "0.02%: a bigram model"
+    assert words["GPT"] == "50.0%"
+    assert words["NewLLM"] == "not measured"  # an earlier version's run
+    assert bigram_models(table) == (
+        " As good without its context, so a bigram model: ResNetBK diagonal (0.02%)."
+    )
+    assert bigram_models(table[1:]) == ""
+    off = {r["model"]: r["mixer off"] for r in readable_contexts(table)}
+    assert off == {"ResNetBK diagonal": "50.0", "GPT": "80.0", "NewLLM": "not measured"}
 
 
 def test_a_model_that_lost_seeds_is_no_candidate_for_the_best_and_gets_no_verdict():

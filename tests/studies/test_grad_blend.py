@@ -180,6 +180,21 @@ def test_measured_directions_agree_with_their_definitions(tiny_config):
     assert pooled["hypothesis-7"]["norm_ratio"] > 1
 
 
+def test_the_sweep_runs_on_the_model_that_reads(tiny_config):
+    result = run_grad_blend(dataclasses.replace(tiny_config, mixer="solve"))
+    model = load_final_model(result.folder)
+    assert (model.config.mixer, model.config.n_seq) == ("solve", None)
+    assert all(r["leak"] <= 1e-12 for r in future.measure_future(model, prepare_text(result.config))[:2])
+    found = {r["direction"]: r for r in result.directions if r["weights"] == "at the end"}
+    assert found["exact"]["cosine"] == pytest.approx(1, abs=1e-9)
+    assert "local" not in found
+    # Blends of other models have other gradients: the sweep's arms are not one and the same.
+    assert len({r["val_ppl"] for r in result.table}) > 1
+    for change in ({"gradient": "local"}, {"causal": False}, {"protocol": "original"}):
+        with pytest.raises(ValueError, match="mixer: got 'solve' with gradient"):
+            dataclasses.replace(tiny_config, mixer="solve", **change).resolved()
+
+
 def trial(alpha: float, seed: int, perplexity: float | None) -> dict:
     if perplexity is None:
         return {"alpha": alpha, "seed": seed, "val_ppl": None, "reason": "nan", "seconds": 1.0}

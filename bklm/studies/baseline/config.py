@@ -49,9 +49,9 @@ class BaselineConfig(WindowStudyConfig):
         "original": {"seq_len": 63, "learning_rates": (1e-4,), "lowercase": True},
     }
 
-    model: Literal["all", "newllm", "gpt", "resnet_bk", "newllm_advanced"] = setting(
-        "all", help="one model, or NewLLM, GPT and ResNetBK of the same size together"
-    )
+    model: Literal[
+        "all", "newllm", "gpt", "lstm", "resnet_bk", "resnet_bk_diagonal", "newllm_advanced", "linear_context"
+    ] = setting("all", help="one model, or NewLLM, GPT, LSTM and both ResNetBK of the same size together")
     protocol: Literal["corrected", "original"] = setting(
         "corrected", help="original: its windows of lines, some targets twice, tails dropped"
     )

@@ -10,18 +10,45 @@ from typing import Any
 import torch
 from safetensors.torch import load_model
 
-from bklm.models import GPT, GPTConfig, LanguageModel, NewLLM, NewLLMConfig, ResNetBK, ResNetBKConfig
-from bklm.models.sizing import gpt_of_size, resnet_bk_of_size
+from bklm.models import (
+    GPT,
+    LSTM,
+    GPTConfig,
+    LanguageModel,
+    LinearContext,
+    LinearContextConfig,
+    LSTMConfig,
+    NewLLM,
+    NewLLMConfig,
+    ResNetBK,
+    ResNetBKConfig,
+)
+from bklm.models.sizing import Sized, gpt_of_size, linear_context_of_size, lstm_of_size, resnet_bk_of_size
+from bklm.training.context_gain import WINDOW_LENGTHS
 
-COMPETITORS = ("newllm", "gpt", "resnet_bk")  # what "all" compares, at equal parameters
-TITLES = {"newllm": "NewLLM", "gpt": "GPT", "resnet_bk": "ResNetBK", "newllm_advanced": "NewLLM advanced"}
-CONTEXT_LENGTHS = (16, 32, 64, 128, 256, 512, 1024)  # windows that trained models are scored with
+# What "all" compares, at equal parameters.
+COMPETITORS = ("newllm", "gpt", "lstm", "resnet_bk", "resnet_bk_diagonal")
+TITLES = {
+    "newllm": "NewLLM",
+    "gpt": "GPT",
+    "resnet_bk": "ResNetBK",
+    "newllm_advanced": "NewLLM advanced",
+    "lstm": "LSTM",
+    "resnet_bk_diagonal": "ResNetBK diagonal",
+    "linear_context": "LinearContext",
+}
+CONTEXT_LENGTHS = WINDOW_LENGTHS  # windows that trained models are scored with
+HEADS = (8, 4, 2, 1)  # of the ResNetBK that reads: the most that have
+LEAST_WIDTH = 8  # so many channels each
 BYTES_PER_PARAMETER = 12  # weight and Adam's two moments, in float32
 CLASSES: dict[str, tuple[type[LanguageModel], type]] = {
     "newllm": (NewLLM, NewLLMConfig),
     "gpt": (GPT, GPTConfig),
     "resnet_bk": (ResNetBK, ResNetBKConfig),
     "newllm_advanced": (NewLLM, NewLLMConfig),
+    "lstm": (LSTM, LSTMConfig),
+    "resnet_bk_diagonal": (ResNetBK, ResNetBKConfig),
+    "linear_context": (LinearContext, LinearContextConfig),
 }
 
 
@@ -33,9 +60,10 @@ def model_names(choice: str) -> tuple[str, ...]:
 def model_settings(name: str, vocab_size: int, seq_len: int, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the config class of model ``name``; ``sizes`` are NewLLM's other fields.
 
-    GPT and ResNetBK are made as wide as NewLLM's parameter count allows. GPT has as many positions as it is trained on, not
-    one more: a position that was never trained would be a wasted parameter, and its output noise. The others have no
-    position embedding. "newllm_advanced" doubles context and layers, as the original's did, and is larger.
+    The others are made as wide as NewLLM's parameter count allows. GPT has as many positions as it is trained on, not one
+    more: a position that was never trained would be a wasted parameter, and its output noise. The others have no position
+    embedding. "resnet_bk" applies the resolvent to values, "resnet_bk_diagonal" is the published model. "newllm_advanced"
+    doubles context and layers, as the original's did, and is larger.
     """
     newllm = NewLLMConfig(vocab_size, **sizes)
     if name == "newllm":
@@ -43,12 +71,23 @@ def model_settings(name: str, vocab_size: int, seq_len: int, sizes: Mapping[str,
     elif name == "newllm_advanced":
         found = dataclasses.replace(newllm, context_dim=2 * newllm.context_dim, n_layers=2 * newllm.n_layers)
     else:
-        wanted = count_parameters("newllm", dataclasses.asdict(newllm))
-        if name == "gpt":
-            found = gpt_of_size(wanted, vocab_size, seq_len, dropout_p=newllm.dropout_p).config
-        else:
-            found = resnet_bk_of_size(wanted, vocab_size, None, dropout_p=newllm.dropout_p).config
+        size = (count_parameters("newllm", dataclasses.asdict(newllm)), vocab_size)
+        more: dict[str, Any] = {"dropout_p": newllm.dropout_p}
+        found = {
+            "gpt": lambda: gpt_of_size(*size, seq_len, **more),
+            "lstm": lambda: lstm_of_size(*size, **more),
+            "resnet_bk": lambda: _reading_resnet_bk(*size, **more),
+            "resnet_bk_diagonal": lambda: resnet_bk_of_size(*size, None, **more),
+            "linear_context": lambda: linear_context_of_size(*size, **more),
+        }[name]().config
     return dataclasses.asdict(found)
+
+
+def _reading_resnet_bk(parameters: int, vocab_size: int, **more: Any) -> Sized[ResNetBKConfig]:
+    solve = {"mixer": "solve", "num_experts": 1, **more}
+    width = resnet_bk_of_size(parameters, vocab_size, None, **solve).config.d_model
+    heads = next(h for h in HEADS if h == 1 or width >= h * LEAST_WIDTH)
+    return resnet_bk_of_size(parameters, vocab_size, None, n_heads=heads, **solve)
 
 
 def count_parameters(name: str, settings: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""The baseline study: NewLLM as published, beside a GPT and a ResNetBK of the same size.
+"""The baseline study: NewLLM as published, beside a GPT, an LSTM and two ResNetBK of the same size.
 
 Each model gets the same small search of the learning rate, then one training per seed with the best one: equal parameters,
 text, batches and steps. ``protocol="original"`` cuts the text as the original did, so that its perplexities can be compared.
@@ -244,6 +244,7 @@ def _report(study: Session, found: tuple[list[Trial], list[Trial]]) -> BaselineR
     report.figure("context_lengths.png", figures.draw_contexts, table, text.seq_len, note)
     return report.finish(
         BaselineResult, MODELS, trials, also={"search": searched}, rows=table,
+        finding=MODELS.finding(trials) + tables.bigram_models(table),
         summary={
             "learning_rate_search": search, "measured": measured, "claims": claims, "note": note,
             "reported_by_the_original": tables.REPORTED_EPOCHS,

@@ -10,6 +10,7 @@ from typing import Any
 from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean, same, score_in_words
 from bklm.harness.statistics import Perplexity, interval95
 from bklm.studies.baseline.models import CONTEXT_LENGTHS, TITLES
+from bklm.training.context_gain import BIGRAM_GAIN, gain_in_words
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -40,7 +41,18 @@ def _scored(key: str, title: str) -> list[Column]:
 
 
 def _by_context(group: Sequence[Trial], length: int) -> float | None:
-    return geometric_mean(str(length))([trial["val_ppl_by_context"] for trial in group])
+    # An earlier version scored fewer lengths.
+    return geometric_mean("found")([{"found": t["val_ppl_by_context"].get(str(length))} for t in group])
+
+
+def _mean_or_none(group: Sequence[Trial], key: str) -> float | None:
+    # An earlier version's runs have no such number.
+    values = [trial.get(key) for trial in group]
+    return None if None in values else interval95(values)[0]
+
+
+def _mixer_off(group: Sequence[Trial]) -> float | None:
+    return geometric_mean("off")([{"off": trial.get("val_ppl_mixer_off")} for trial in group])
 
 
 def _perplexity(row: Mapping[str, Any], key: str, missing: str = "-") -> str:
@@ -70,6 +82,13 @@ MODELS = Comparison(
         *_scored("test_ppl", "test PPL"),
         Column("accuracy", "val_accuracy", "accuracy", ".1%"),
         Column("best_epoch", "best_epoch", "best epoch", ".1f"),
+        Column("val_ppl_mixer_off", _mixer_off),
+        Column(
+            "context_gain",
+            partial(_mean_or_none, key="context_gain"),
+            "gain from context",
+            lambda row: gain_in_words(row.get("context_gain")),
+        ),
         *(
             Column(f"val_ppl_context_{length}", partial(_by_context, length=length))
             for length in CONTEXT_LENGTHS
@@ -120,11 +139,21 @@ def readable_quality(rows: Rows, baselines: Rows) -> list[dict[str, Any]]:
     return [*found, {**empty, **reported}]
 
 
+def bigram_models(rows: Rows) -> str:
+    """A sentence that names the models that do not need their context, or ""."""
+    found = [r for r in rows if r.get("context_gain") is not None and r["context_gain"] < BIGRAM_GAIN]
+    names = ", ".join(f"{TITLES[r['model']]} ({r['context_gain']:.2%})" for r in found)
+    return names and f" As good without its context, so a bigram model: {names}."
+
+
 def readable_contexts(rows: Rows) -> list[dict[str, Any]]:
-    """Validation perplexity by context length for people: the same targets in every column of a row."""
+    """Validation perplexity without the mixer and by context length for people: the same targets in every numbered column."""
     name = "val_ppl_context_{}".format
     return [
-        {"model": TITLES[r["model"]]}
+        {
+            "model": TITLES[r["model"]],
+            "mixer off": _perplexity({"off": r.get("val_ppl_mixer_off")}, "off", "not measured"),
+        }
         | {str(n): _perplexity(r, name(n), _why_missing(r, n)) for n in CONTEXT_LENGTHS if name(n) in r}
         for r in rows
         if r["seeds"]

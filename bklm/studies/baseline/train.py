@@ -17,6 +17,7 @@ from bklm.harness.session import Session
 from bklm.models import LanguageModel
 from bklm.studies.baseline.models import CONTEXT_LENGTHS, TITLES, active_parameters, build_model
 from bklm.training.checkpoints import CheckpointFolder, epoch_of, perplexity_of, read_weights
+from bklm.training.context_gain import measure_context_gain
 from bklm.training.evaluation import evaluate
 from bklm.training.loop import train
 from bklm.training.records import EPOCH_KEYS, EpochRecord
@@ -71,11 +72,10 @@ def train_run(
     def perplexity(batches: Any) -> float:
         return evaluate(model, batches, text.unk_id, study.accelerator).perplexity
 
-    contexts: dict[str, float | None] = {}
-    for length in CONTEXT_LENGTHS:
-        batches = text.context_loader(length, context_tokens)
-        fits = batches is not None and (model.n_seq is None or length <= model.n_seq)
-        contexts[str(length)] = perplexity(batches) if fits else None
+    gained = measure_context_gain(
+        model, text.val_loader(), text.unk_id, windows_of=lambda n: text.context_loader(n, context_tokens),
+        window=text.seq_len, lengths=CONTEXT_LENGTHS, accelerator=study.accelerator,
+    )  # fmt: skip
     return {
         "parameters": model.num_parameters(),
         "active_parameters": active_parameters(model),
@@ -84,7 +84,9 @@ def train_run(
         "val_ppl_without_unk": best.val_perplexity_without_unk,
         "val_accuracy": best.val_accuracy,
         "test_ppl": perplexity(text.test_loader()) if text.has_test_split else None,
-        "val_ppl_by_context": contexts,
+        "val_ppl_mixer_off": gained.mixer_off,
+        "val_ppl_by_context": {str(length): value for length, value in gained.by_window.items()},
+        "context_gain": gained.gain,
         "seconds": sum(r.seconds for r in records),
         "epochs": _curve(records, settings),
         "model_config": dict(fields),

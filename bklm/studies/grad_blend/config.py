@@ -67,6 +67,9 @@ class GradBlendConfig(WindowStudyConfig):
     )
     balance: float = setting(0.0, low=0, high=100, help="weight of the experts' load-balancing loss")
     causal: bool | None = setting(None, help="False sees the future; empty: the protocol's")
+    mixer: Literal["diagonal", "solve"] = setting(
+        "diagonal", help="solve: the model that reads, where alpha bends the gradient of the diagonal inside"
+    )
 
     def resolved(self) -> GradBlendConfig:
         config = super().resolved()
@@ -76,6 +79,16 @@ class GradBlendConfig(WindowStudyConfig):
             raise ValueError(
                 f"balance: got {config.balance:g} with a router that never learns (router_gradient 'none', protocol "
                 f"{config.protocol!r}); set balance to 0, or router_gradient to 'exact' or 'selected'."
+            )
+        if config.mixer == "solve" and (config.gradient, config.causal, config.protocol) != (
+            "exact",
+            True,
+            "corrected",
+        ):
+            raise ValueError(
+                f"mixer: got 'solve' with gradient {config.gradient!r}, causal {config.causal} and protocol "
+                f"{config.protocol!r}; it has gradient 'exact' and causal True in protocol 'corrected' only: take those, or "
+                "mixer 'diagonal'."
             )
         if config.top_k > config.num_experts:
             raise ValueError(

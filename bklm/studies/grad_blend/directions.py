@@ -11,6 +11,9 @@ from torch import Tensor
 
 from bklm.bk_core import BKCore
 from bklm.models import ResNetBK
+from bklm.models.resnet_bk_mixers import SolveCore
+
+Core = BKCore | SolveCore
 
 
 def measure_directions(
@@ -24,7 +27,8 @@ def measure_directions(
     Args:
         model: weights to measure at; left untouched.
         x, y: token ids and targets (B, N).
-        alphas: blends to measure; ``gradient`` is their theory part ("exact", "local" or "original").
+        alphas: blends to measure; ``gradient`` is their theory part ("exact", "local" or "original"). The mixer "solve" has
+            "exact" only; dL/dG is dL/dy there, what the solve gives back.
 
     Returns:
         rows with layer (1-based, or "all": layers concatenated), direction, norm, norm_ratio and cosine.
@@ -32,33 +36,46 @@ def measure_directions(
     device = next(model.parameters()).device
     exact = ResNetBK(dataclasses.replace(model.config, gradient="exact", grad_blend=0.0)).to(device).eval()
     exact.load_state_dict(model.state_dict())
-    captured: list[tuple[BKCore, Tensor, Tensor]] = []
+    captured: list[tuple[Core, tuple[Tensor, ...], Tensor]] = []
 
-    def keep(core: BKCore, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep(core: Core, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        output = output if isinstance(output, Tensor) else output[0]
         output.retain_grad()
-        captured.append((core, inputs[0].detach(), output))
+        captured.append((core, tuple(t.detach() for t in inputs), output))
 
-    cores = [m for m in exact.modules() if isinstance(m, BKCore)]
+    cores = [m for m in exact.modules() if isinstance(m, BKCore | SolveCore)]
     hooks = [core.register_forward_hook(keep) for core in cores]
     exact.loss(x.to(device), y.to(device)).backward()
     for hook in hooks:
         hook.remove()
 
-    candidates = [("exact", "exact", 0.0), ("local", "local", 0.0), ("original", "original", 0.0)]
-    candidates += [("hypothesis-7", "exact", 1.0), ("original hypothesis-7", "original", 1.0)]
+    candidates = [("exact", "exact", 0.0), ("hypothesis-7", "exact", 1.0)]
+    if model.config.mixer == "diagonal":
+        candidates += [("local", "local", 0.0), ("original", "original", 0.0)]
+        candidates += [("original hypothesis-7", "original", 1.0)]
     candidates += [(f"alpha {a:g}", gradient, a) for a in alphas]
     rows: list[dict[str, Any]] = []
     everything: dict[str, list[Tensor]] = {name: [] for name, *_ in candidates}
-    for layer, (core, potential, features) in enumerate(captured, start=1):
+    for layer, (core, inputs, output) in enumerate(captured, start=1):
         directions = {}
         for name, theory, alpha in candidates:
-            variant = BKCore(core.n_heads, core.causal, theory, alpha, core.eta)
-            v = potential.clone().requires_grad_(True)
-            (grad,) = torch.autograd.grad(variant(v), v, features.grad)
+            (grad,) = _gradient(core, theory, alpha, inputs, output.grad)
             directions[name] = grad.double().flatten()
             everything[name].append(directions[name])
         rows += _compare(layer, directions)
     return rows + _compare("all", {name: torch.cat(parts) for name, parts in everything.items()})
+
+
+def _gradient(
+    core: Core, theory: str, alpha: float, inputs: tuple[Tensor, ...], cotangent: Tensor
+) -> tuple[Tensor, ...]:
+    """What the potential receives from one rule."""
+    if isinstance(core, SolveCore):
+        values, v, bonds, z = inputs
+        v = v.clone().requires_grad_(True)
+        return torch.autograd.grad(SolveCore(core.causal, alpha)(values, v, bonds, z)[0], v, cotangent)
+    v = inputs[0].clone().requires_grad_(True)
+    return torch.autograd.grad(BKCore(core.n_heads, core.causal, theory, alpha, core.eta)(v), v, cotangent)
 
 
 def _compare(layer: int | str, directions: dict[str, Tensor]) -> list[dict[str, Any]]:

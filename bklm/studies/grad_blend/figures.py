@@ -137,11 +137,12 @@ def draw_directions(path: Path, directions: list[dict[str, Any]], note: str) -> 
         wide_range_axis(ratio.yaxis, [r["norm_ratio"] for r in blends], "norm / exact norm")
         legend_below(cosine, fontsize=10, ncols=2)
 
-    title = (
-        f"Cosine with the exact gradient after one epoch: diagonal term {early['local']:+.2f}, hypothesis-7 "
-        f"{early['hypothesis-7']:+.2f}; unconjugated, as published: {early['original']:+.2f} and "
-        f"{early['original hypothesis-7']:+.2f}"
-    )
+    title = f"Cosine with the exact gradient after one epoch: hypothesis-7 {early['hypothesis-7']:+.2f}"
+    if "local" in early:
+        title += (
+            f", diagonal term {early['local']:+.2f}; unconjugated, as published: {early['original']:+.2f} and "
+            f"{early['original hypothesis-7']:+.2f}"
+        )
     return save_figure(path, draw, title=title, note=note, size=(8.4, 5.0))
 
 

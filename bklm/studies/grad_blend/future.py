@@ -29,9 +29,8 @@ def measure_future(model: ResNetBK, text: StudyText) -> list[dict[str, Any]]:
     candidates = [(f"trained, {_kind(model.config.causal)}", model)]
     for causal in (True, False):
         torch.manual_seed(0)
-        candidates.append(
-            (f"untrained, {_kind(causal)}", ResNetBK(dataclasses.replace(model.config, causal=causal)))
-        )
+        twin = dataclasses.replace(model.config, causal=causal, grad_blend=0.0)
+        candidates.append((f"untrained, {_kind(causal)}", ResNetBK(twin)))
     rows = []
     for name, candidate in candidates:
         change = future_leak(candidate.cpu(), ids, position=ids.shape[1] - 1)

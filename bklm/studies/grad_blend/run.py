@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,7 @@ from bklm.training.schedules import TrainingSettings
 log = logging.getLogger(__name__)
 
 KEYS = {"val_ppl": float, "seconds": float, "epochs": EPOCH_KEYS, "directions": dict}
+HEADS = 8  # of the mixer "solve", or as many as the width has in common with that
 EARLY = "directions_after_one_epoch.json"
 WEIGHTS = "best_model.safetensors"
 
@@ -90,13 +92,15 @@ def estimated_minutes(config: GradBlendConfig) -> float:
 
 def model_config(config: GradBlendConfig, vocab_size: int, alpha: float) -> ResNetBKConfig:
     """The ResNet-BK of one trial of a resolved config."""
-    same = ("d_model", "n_layers", "num_experts", "top_k", "causal", "gradient", "router_gradient", "balance")
+    same = ("d_model", "n_layers", "num_experts", "top_k", "causal", "gradient", "router_gradient", "balance",
+            "mixer")  # fmt: skip
     return ResNetBKConfig(
         vocab_size,
         n_seq=config.seq_len,
         dropout_p=config.dropout,
         grad_blend=alpha,
         clamps=config.protocol == "original",
+        n_heads=math.gcd(HEADS, config.d_model) if config.mixer == "solve" else 1,
         **{name: getattr(config, name) for name in same},
     )
 
@@ -216,7 +220,7 @@ def _train(study: Session, alpha: float, seed: int, epochs: int, folder: Path, f
 
 def _note(study: Session, seeds: int) -> str:
     config = study.config
-    own = f"{config.protocol} protocol, theory gradient: {config.gradient}"
+    own = f"{config.protocol} protocol, mixer: {config.mixer}, theory gradient: {config.gradient}"
     return small_print(study.text, seeds, own, sees_the_future=not config.causal)
 
 
@@ -242,7 +246,8 @@ def _report(study: Session, found: tuple[list[Trial], Trial]) -> GradBlendResult
     report.figure("gradient_directions.png", figures.draw_directions, directions, note)
     if ALPHAS.finished([final]):
         report.figure("training_curves.png", figures.draw_training, final, study.text.baselines, note_of_one)
-        report.figure("experts.png", figures.draw_experts, final, note_of_one)
+        if final["epochs"][0]["expert_counts"]:
+            report.figure("experts.png", figures.draw_experts, final, note_of_one)
         report.paths[WEIGHTS] = study.folder / "final" / WEIGHTS
     kept = {k: v for k, v in final.items() if k not in ("epochs", "directions")}
     result = report.finish(

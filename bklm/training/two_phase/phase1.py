@@ -104,7 +104,7 @@ def train_context(
 
     Args:
         token_ids: (T,) integers, the training tokens.
-        settings: `FixedPointSettings`; the original's when None.
+        settings: ``FixedPointSettings``; the original's when None.
         document_starts: positions at which the left neighbour's context is zero; the state runs on otherwise.
         on_iteration: called with each row of the result.
 
@@ -232,7 +232,7 @@ class _Iteration:
         }
 
     def backward(self, update: Tensor, parameters: list[Tensor]) -> None:
-        """Accumulate the gradient of the loss at ``update``, which `contexts` gave, in ``parameters``."""
+        """Accumulate the gradient of the loss at ``update``, which ``contexts`` gave, in ``parameters``."""
         groups = self._groups(update)
         weight, share = self.settings.diversity, 1.0 / len(groups)
         if self.settings.group is None:

@@ -1,9 +1,9 @@
 """Phase 2 of the context-token model: the context block is frozen, so contexts are computed once, kept, and read.
 
-`build` runs the context block along each text once (`bklm.training.two_phase.contexts`) and returns a
-`CachedContextLM`: a language model over *positions* of those texts instead of token ids, which `bklm.training.train`
+``build`` runs the context block along each text once (``bklm.training.two_phase.contexts``) and returns a
+``CachedContextLM``: a language model over *positions* of those texts instead of token ids, which ``bklm.training.train``
 trains like any other. An epoch is then plain batched training of the token block, on the numbers that the walk from
-token to token would give. What is kept of them, and where, `bklm.training.two_phase.store` chooses by the memory there
+token to token would give. What is kept of them, and where, ``bklm.training.two_phase.store`` chooses by the memory there
 is.
 """
 
@@ -52,7 +52,7 @@ def build(
         memory_bytes: what the cache may take; half of what is free on the model's device, or else here, when None.
         refresh: compute the contexts anew whenever an epoch has changed the embedding or the LayerNorm after it (they are
             otherwise those of the embedding as it is now). Said in the log each time.
-        tolerance: of the contexts, see `corpus_contexts`.
+        tolerance: of the contexts, see ``corpus_contexts``.
 
     Raises:
         ValueError: no phase 1 has trained the context block, nothing is left to train, or a text that cannot be used.
@@ -82,15 +82,15 @@ def build(
 
 
 class CachedContextLM(LanguageModel):
-    """A ContextTokenLM over positions of texts whose contexts are kept; what `build` returns.
+    """A ContextTokenLM over positions of texts whose contexts are kept; what ``build`` returns.
 
-    ``input_ids`` are positions (B, N) in all texts laid end to end, as `batches` gives them; targets are token ids.
+    ``input_ids`` are positions (B, N) in all texts laid end to end, as ``batches`` gives them; targets are token ids.
     Its parameters are the model's own: training it trains ``model``. A context is a constant, so a trained embedding gets
     its gradient through x and a tied head, not through earlier tokens.
 
     Attributes:
         model: the ContextTokenLM.
-        plan: how contexts are kept; `str` gives it in words.
+        plan: how contexts are kept; ``str`` gives it in words.
         reports: per text how its contexts were found, a segment each; of the contexts only the last is in it.
         recomputed: how often the contexts were computed again because the embedding had changed.
     """
@@ -124,7 +124,7 @@ class CachedContextLM(LanguageModel):
     def batches(
         self, text: str, tokens: int = 512, *, rows: int = 1, shuffle: bool = False, seed: int = 0
     ) -> DataLoader:
-        """A loader of (positions, target ids), each (rows, tokens) consecutive tokens of ``text``, for `train` and `evaluate`.
+        """A loader of (positions, target ids), each (rows, tokens) consecutive tokens of ``text``, to train and evaluate on.
 
         Every token after the first is a target once. Shuffled, the order of batches is a function of (seed, epoch).
 

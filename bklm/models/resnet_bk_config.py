@@ -1,0 +1,118 @@
+"""The configuration of a ResNet-BK."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bklm.models.checks import check_choice, check_dropout, check_int
+
+MIXERS = ("diagonal", "solve")
+
+
+@dataclass(frozen=True)
+class ResNetBKConfig:
+    """Size and kind of a ResNet-BK; the defaults are the original's size with the corrections.
+
+    Raises:
+        ValueError, TypeError: a field outside what is allowed, named with its value.
+    """
+
+    vocab_size: int
+    d_model: int = 64
+    n_layers: int = 4
+    # Positions with a learned embedding; None: no position embedding, any length. The mixer "solve" has none: always None.
+    n_seq: int | None = 128
+    num_experts: int = 4  # with the mixer "solve", 1 is a dense layer in place of the mixture
+    top_k: int = 1
+    dropout_p: float = 0.1
+    causal: bool = True  # False: every position sees the future, so no language model; it cannot stream
+    gradient: str = "exact"  # of the potential: "exact", "local" or "original", see bklm.bk_core
+    # Share of hypothesis-7 in that gradient, 0 to 1; with "solve" in the derivative of the diagonal L.
+    grad_blend: float = 0.0
+    router_gradient: str = "exact"  # "exact", "selected" or "none", see bklm.moe
+    clamps: bool = False  # the original's +-3 on the potential and +-10 on the features
+    # Imaginary part of z; memory reaches at most about 1 / eta positions back, see docs/theory.md. "solve" learns it, and
+    # its heads start spread from eta down to least_eta.
+    eta: float = 1.0
+    n_heads: int = 1  # each with a potential and a Hamiltonian of its own
+    balance: float = 0.0  # weight of the experts' load-balancing loss, see bklm.moe
+    mixer: str = "diagonal"  # "diagonal": the published model; "solve": the resolvent applied to values
+    tied: bool | None = None  # the head is the embedding; None: with "solve" only
+    # Of the mixer "solve" alone:
+    least_eta: float = 0.02
+    # First energies, evenly from -energy_span to energy_span; the band is -2 to 2. Learned from there.
+    energy_span: float = 0.0
+    hopping: float = 0.95  # first value of every bond, between 0 and 1
+    convolution: int = 0  # positions of a short causal convolution per channel before the mixer; 0: none
+    dense_width: int | None = None  # units of the dense layer; None: 4 d_model
+
+    def __post_init__(self) -> None:
+        check_int("vocab_size", self.vocab_size, 3)
+        for name in ("d_model", "n_layers", "num_experts", "n_heads"):
+            check_int(name, getattr(self, name), 1)
+        if self.n_seq is not None:
+            check_int("n_seq", self.n_seq, 1, " or None for any length")
+        check_int("top_k", self.top_k, 1)
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k: got {self.top_k}; it can be at most num_experts = {self.num_experts}.")
+        check_dropout(self.dropout_p)
+        if not 0.0 <= self.grad_blend <= 1.0:
+            raise ValueError(f"grad_blend: got {self.grad_blend}; it must lie between 0 and 1.")
+        if not 0.0 < self.eta < float("inf"):
+            raise ValueError(f"eta: got {self.eta}; the resolvent needs a positive, finite imaginary shift.")
+        if not 0.0 <= self.balance < float("inf"):
+            raise ValueError(f"balance: got {self.balance}; it must be 0 or a positive, finite number.")
+        if self.balance > 0 and self.router_gradient == "none":
+            raise ValueError(
+                f"balance: got {self.balance}, but router_gradient='none' leaves no router to balance."
+            )
+        check_choice("gradient", self.gradient, ("exact", "local", "original"))
+        check_choice("router_gradient", self.router_gradient, ("exact", "selected", "none"))
+        check_choice("causal", self.causal, (True, False))
+        check_choice("clamps", self.clamps, (True, False))
+        check_choice("mixer", self.mixer, MIXERS)
+        check_choice("tied", self.tied, (None, True, False))
+        if self.tied is None:
+            object.__setattr__(self, "tied", self.mixer == "solve")
+        if self.mixer == "solve":
+            self._check_solve()
+
+    def _check_solve(self) -> None:
+        object.__setattr__(self, "n_seq", None)
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model: got {self.d_model}; the mixer 'solve' shares it among n_heads = {self.n_heads}; take a multiple."
+            )
+        unfit = {"gradient": "exact", "clamps": False}
+        if not self.causal:
+            unfit["grad_blend"] = 0.0
+        for name, only in unfit.items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}; the mixer 'solve' with causal={self.causal} has {name}={only!r} "
+                    "only: take mixer='diagonal' for others."
+                )
+        if not 0.0 < self.least_eta <= self.eta:
+            raise ValueError(
+                f"least_eta: got {self.least_eta}; it must be positive and at most eta = {self.eta}."
+            )
+        if not 0.0 <= self.energy_span < float("inf"):
+            raise ValueError(f"energy_span: got {self.energy_span}; it must be 0 or a positive, finite number.")
+        if not 0.0 < self.hopping < 1.0:
+            raise ValueError(f"hopping: got {self.hopping}; a bond lies between 0 and 1, ends excluded.")
+        check_int("convolution", self.convolution, 0)
+        if self.dense_width is not None:
+            check_int("dense_width", self.dense_width, 1, " or None for 4 d_model")
+
+    @classmethod
+    def original(cls, vocab_size: int, **changes: Any) -> ResNetBKConfig:
+        """The published model: it sees the future, its gradient lacks the conjugate, its router never learns."""
+        settings = {
+            "causal": False,
+            "gradient": "original",
+            "router_gradient": "none",
+            "clamps": True,
+            **changes,
+        }
+        return cls(vocab_size, **settings)
