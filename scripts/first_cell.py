@@ -1,5 +1,5 @@
 # @title Set up { display-mode: "form" }
-# @markdown Fetches the repository and adds missing packages, unless it is here. No access? Upload its zip on the left first.
+# @markdown Fetches the repository and what it needs, unless it is here. No access? Upload its zip to the files on the left.
 import importlib.util
 import runpy
 import shutil
@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 
 here, address, script = Path.cwd(), "...", "colab_setup.sh"
-root = next((p for p in [here, *here.parents] if (p / script).exists()), here / "bklm")
-if not ((root / script).exists() or getattr(importlib.util.find_spec("bklm"), "origin", None)):
+known = getattr(importlib.util.find_spec("bklm"), "origin", None)  # a mere folder of that name has none
+root = next((p for p in [here, *here.parents] if (p / script).exists()), None if known else here / "bklm")
+if root and not (root / script).exists():
     if root.exists() and (root.is_file() or any(root.iterdir())):
         raise SystemExit(f"{root} is not the repository: it has no colab_setup.sh. Rename it, run this again.")
     with tempfile.TemporaryDirectory(prefix="bklm-", dir=here) as folder:
@@ -22,5 +23,4 @@ if not ((root / script).exists() or getattr(importlib.util.find_spec("bklm"), "o
         if not any(Path(folder).rglob(script)) and (not git or subprocess.call(clone, start_new_session=True)):
             raise SystemExit(f"Could not fetch {address} by git. Upload its zip to {here} and run this again.")
         min(Path(folder).rglob(script), key=lambda p: (len(p.parts), p)).parent.rename(root)
-if (root / script).exists():
-    runpy.run_path(str(root / "scripts" / "set_up.py"))["set_up"](root)
+root and runpy.run_path(str(root / "scripts" / "set_up.py"))["set_up"](root)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,15 +11,10 @@ from pathlib import Path
 def set_up(root: Path) -> None:
     """Add the missing packages to this Python, unless the notebook lies in a checkout; then work in the repository.
 
-    Where another bklm can be imported, and the notebook lies in no checkout, that one is used and nothing is done.
-
     Raises:
         SystemExit: the packages could not be added.
     """
     here = Path.cwd()
-    # A mere folder of that name has no origin.
-    if root not in [here, *here.parents] and getattr(importlib.util.find_spec("bklm"), "origin", None):
-        return
     if root not in [here, *here.parents]:
         environment = {**os.environ, "BKLM_PYTHON": sys.executable}
         if subprocess.run(["bash", str(root / "colab_setup.sh")], env=environment).returncode:

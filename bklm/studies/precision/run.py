@@ -223,13 +223,8 @@ def _report(study: Session, cells: Cells) -> PrecisionResult:
     report.figure("claims.png", figures.draw_claims, claims, machine)
     best, recommendation = recommend(table, models, config.tolerance)
     adaptive = adaptive_finding(table)
-    summary = {
-        "recommendation": recommendation,
-        "best_precision": best,
-        "adaptive": adaptive,
-        "machine": machine,
-    }
-    report.json("summary.json", {**summary, "claims": claims, "model": models, "grid": table})
+    words = {"recommendation": recommendation, "best_precision": best, "adaptive": adaptive, "machine": machine}
+    report.json("summary.json", {**words, "claims": claims, "model": models, "grid": table})
     return report.close(
         PrecisionResult, sum(cell["seconds"] for cell in cells.values()), table=table, best=best, best_perplexity=None,
         finding=recommendation, baselines=[], diverged=[], model=models, claims=claims, adaptive_finding=adaptive,
