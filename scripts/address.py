@@ -47,7 +47,6 @@ def badge_cell(name: str) -> str:
 def first_cell() -> str:
     """Source of the cell that sets a notebook up."""
     source = (ROOT / "scripts" / "first_cell.py").read_text(encoding="utf-8").strip()
-    source = "\n".join(line for line in source.splitlines() if line.strip())
     return source.replace('"..."', f'"{address()}"')
 
 

@@ -1,5 +1,4 @@
-# @title Set up { display-mode: "form" }
-# @markdown Fetches the repository and what it needs, unless it is here. No access? Upload its zip to the files on the left.
+# @title Set up: fetches the repository unless it is here (no access? upload its zip first) { display-mode: "form" }
 import importlib.util
 import runpy
 import shutil

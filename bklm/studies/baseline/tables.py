@@ -123,6 +123,9 @@ def search_rows(searched: Sequence[Trial], steps: int) -> list[dict[str, Any]]:
 def readable_quality(rows: Rows, baselines: Rows) -> list[dict[str, Any]]:
     """Perplexities and accuracy for people, with the n-gram baselines and the original's report below."""
     found = MODELS.readable(rows)
+    if not any("context_gain" in row for row in rows):
+        # A summary that an earlier version wrote knows nothing of it.
+        found = [{k: v for k, v in row.items() if k != "gain from context"} for row in found]
     empty = dict.fromkeys(found[0], "-")
     titles = {"val_ppl": "val PPL (95%)", "val_ppl_without_unk": "without <unk>"}
     for row in baselines:
@@ -150,10 +153,12 @@ def readable_contexts(rows: Rows) -> list[dict[str, Any]]:
     """Validation perplexity without the mixer and by context length for people: the same targets in every numbered column."""
     name = "val_ppl_context_{}".format
     return [
-        {
-            "model": TITLES[r["model"]],
-            "mixer off": _perplexity({"off": r.get("val_ppl_mixer_off")}, "off", "not measured"),
-        }
+        {"model": TITLES[r["model"]]}
+        | (
+            {"mixer off": _perplexity(r, "val_ppl_mixer_off", "not measured")}
+            if "val_ppl_mixer_off" in r
+            else {}
+        )
         | {str(n): _perplexity(r, name(n), _why_missing(r, n)) for n in CONTEXT_LENGTHS if name(n) in r}
         for r in rows
         if r["seeds"]
