@@ -159,8 +159,8 @@ class QuantisationRow:
 
 # The original's plan for int8; it was not carried out. Its 31 MB are weights and Adam's two moments.
 ORIGINAL_PLAN = (
-    QuantisationRow("planned by the original: float32", 31_000_000, None, None, None, None),
-    QuantisationRow("planned by the original: int8 (+1% to +3%)", 8_000_000, None, 0.03, None, None),
+    QuantisationRow("planned for NewLLM by its original: float32", 31_000_000, None, None, None, None),
+    QuantisationRow("planned for NewLLM by its original: int8 (+1% to +3%)", 8_000_000, None, 0.03, None, None),
 )
 
 

@@ -103,6 +103,10 @@ class StudyResult:
         """What was found, in words, as it stands at the head of report.html: what ``spoken`` names, where it is not empty."""
         return [words for name in self.spoken if (words := getattr(self, name))]
 
+    def load(self, model: str | None = None) -> Any:
+        """A trained model by its arm's name, the best one when none is given; on the CPU, in evaluation mode."""
+        raise NotImplementedError
+
     def show(self, *names: str) -> None:
         """Print what a command line shows: the tables of these names, all where none is given, finding and zip."""
         tables = self.tables()

@@ -76,6 +76,10 @@ class StudyText:
     def val_loader(self) -> DataLoader:
         return self._loader(self.tokens.valid)
 
+    def search_val_loader(self, tokens: int) -> DataLoader:
+        """Validation windows over the first ``tokens`` tokens (0: all), for what need not be scored on the whole split."""
+        return self._loader(self.tokens.valid[: tokens or None])
+
     def test_loader(self) -> DataLoader:
         return self._loader(self.tokens.test)
 

@@ -25,6 +25,7 @@ from typing import Any
 from bklm import studies
 from bklm.harness.bundle import Bundle
 from bklm.harness.config import StudyConfig
+from bklm.harness.int8 import int8_table
 from bklm.harness.report import StudyResult
 from bklm.harness.text import readable_baselines
 from bklm.notebook import cells
@@ -109,7 +110,7 @@ class Study:
         result = self._done()
         tables = result.tables()
         name = name or next(iter(tables), "main")
-        also = self._find(f"{name}_table")
+        also = self._find(f"{name}_table") or {"int8": int8_table}.get(name)
         if name not in tables and also is None:
             cells.say(f"This run has no table {name!r}; it has {', '.join(tables) or 'none'}.", self.headless)
             return

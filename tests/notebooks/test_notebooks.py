@@ -205,7 +205,7 @@ def test_03_baseline_training_smoke_runs_headless_and_compares_the_three_models(
     assert "Lowest validation PPL: " in printed
     assert "reported by the original" in printed
     assert "not possible" in printed  # GPT, beyond its positions
-    assert "planned by the original: int8" in printed
+    assert "planned for NewLLM by its original: int8" in printed
     assert "epoch_0002_ppl_" in printed  # the list of checkpoints
     assert "SHA-256" in printed
     assert (tmp_path / "results" / "baseline.zip").exists()

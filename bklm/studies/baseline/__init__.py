@@ -5,7 +5,7 @@ from bklm.files.lazy import lazy
 __getattr__, __all__ = lazy(
     __name__,
     {
-        "config": ("BaselineConfig",), "int8": ("int8_table",), "run": ("BaselineResult", "run_baseline"),
+        "config": ("BaselineConfig",), "run": ("BaselineResult", "run_baseline"),
         "samples": ("checkpoints_table", "write_sample"), "text": ("describe_text",),
     },
 )  # fmt: skip

@@ -66,7 +66,7 @@ class GradBlendResult(StudyResult):
     def sentences(self) -> list[str]:
         return [self.finding, *([self.test_finding] if self.final["val_ppl"] is not None else [])]
 
-    def load(self) -> ResNetBK:
+    def load(self, model: None = None) -> ResNetBK:
         """The model that was trained with the best alpha; on the CPU, in evaluation mode."""
         return load_final_model(self.folder)
 

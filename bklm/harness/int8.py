@@ -1,4 +1,4 @@
-"""A trained model of the baseline study in int8: size, perplexity and speed, beside what the original planned."""
+"""A trained model of a study in int8: size, perplexity and speed, beside what the original planned."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from typing import Any
 
 from bklm.compression.int8 import quantisation_report, quantised, save_quantised
 from bklm.files.atomic import replacing
-from bklm.harness.report import write_csv
-from bklm.studies.baseline.run import BaselineResult
-from bklm.studies.baseline.text import BaselineText
+from bklm.harness.report import StudyResult, write_csv
+from bklm.harness.text import StudyText
+
+SCORED_TOKENS = 16_384  # of validation text, where a study's settings name no number
 
 
-def int8_table(result: BaselineResult, text: BaselineText, model: str = "") -> list[dict[str, Any]]:
+def int8_table(result: StudyResult, text: StudyText, model: str = "") -> list[dict[str, Any]]:
     """Quantise one trained model (the best one when ``model`` is empty), write it and the table into the study's folder.
 
-    Scored on as many validation tokens as the context lengths are (``context_tokens``). The rows are for people.
+    Scored on as many validation tokens as a study's context lengths are (``context_tokens``). The rows are for people.
     """
-    name = model or result.best_model
-    found = result.load(name)
+    name = model or getattr(result, "best_model", "best_model")
+    found = result.load(model or None)
     int8 = quantised(found)
     with replacing(result.folder / f"{name}_int8.safetensors") as temporary:
         save_quantised(int8, temporary)
-    batches = list(text.search_val_loader(result.config.context_tokens))
+    batches = list(text.search_val_loader(getattr(result.config, "context_tokens", SCORED_TOKENS)))
     rows = quantisation_report(found, batches, int8=int8, new_tokens=min(64, (found.n_seq or 65) - 1))
     write_csv(result.folder / "int8.csv", [{"model": name, **row.to_dict()} for row in rows])
     return [
