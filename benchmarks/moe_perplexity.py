@@ -52,7 +52,7 @@ def main() -> None:
             )
         )
         trials = [read_result(p) for p in sorted(result.folder.glob("trials/*/result.json"))]
-        scores[name] = [t["final_perplexity"] for t in sorted(trials, key=lambda t: t["seed"])]
+        scores[name] = [t["val_ppl"] for t in sorted(trials, key=lambda t: t["seed"])]
         entropies[name] = _entropy(trials)
         parameters[name] = result.final["parameters"]
     base = next(iter(scores.values()))

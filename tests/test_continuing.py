@@ -27,7 +27,7 @@ from bklm.training.schedules import TrainingSettings
 from bklm.training.weights import OtherModelError, load_weights, save_weights
 
 MAKERS = {
-    "GPT": lambda v=30: GPT(GPTConfig(v, 8, 1, 2, 8)),
+    "GPT": lambda v=30: GPT(GPTConfig(v, 8, 1, 2, 8, dropout_p=0.0)),
     # Without dropout: with a compiled layer it draws its masks in another order.
     "NewLLM": lambda v=30: NewLLM(NewLLMConfig(v, 8, 8, 8, 2, dropout_p=0.0)),
     "ResNetBK": lambda v=30: ResNetBK(ResNetBKConfig(v, 8, 1, n_seq=8, num_experts=2)),
@@ -166,7 +166,7 @@ def test_a_checkpoint_of_another_frozen_part_is_refused_in_one_sentence(
     tmp_path, frozen_first, named, monkeypatch
 ):
     if not named:  # as checkpoints were written before
-        monkeypatch.setattr("bklm.training.trainable_names", lambda model: None)
+        monkeypatch.setattr("bklm.training.loop.trainable_names", lambda model: None)
     models = [fresh("GPT"), fresh("GPT")]
     models[not frozen_first].embedding.requires_grad_(False)
     run(models[0], tmp_path, epochs=1)

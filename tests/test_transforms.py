@@ -204,7 +204,8 @@ def test_dynamic_compilation_without_a_break_gives_the_eager_numbers(name, road,
             out = f(m, x, y)
             out.square().sum().backward()
             results.append([out, *(p.grad for p in m.parameters() if p.grad is not None)])
-        draws = training and "NewLLM" in name  # its masks come in another order
+        # Compiled, their masks come in another order.
+        draws = training and name.startswith(("NewLLM", "GPT"))
         for a, b in [] if draws else zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert model.expert_counts() == twin.expert_counts()

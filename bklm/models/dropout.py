@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bklm.moe.plain import is_transformed
+
 _STEPS = 2**16  # of the dropout probability
 
 
@@ -54,4 +56,6 @@ def add_dropout(x: Tensor, branch: Tensor, p: float, training: bool) -> Tensor:
 
 
 def _draws_here(x: Tensor, p: float, training: bool) -> bool:
-    return training and p > 0 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    # A draw in place cannot be told apart for the samples of a vmap.
+    is_seen_into = torch.compiler.is_compiling() or is_transformed(x)
+    return training and p > 0 and x.device.type == "cpu" and not is_seen_into

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bklm.bk_core import BKCore, operator, pivots, resolvent_diagonal
+from bklm.bk_core import BKCore, arguments, pivots, resolvent_diagonal
 from bklm.moe.layer import AnalyticMoE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -57,13 +57,13 @@ def test_the_stand_in_for_a_captured_tensor_does_refuse_to_be_read():
 
 @pytest.mark.usefixtures("capturing")
 def test_constants_made_while_a_graph_is_captured_are_not_kept():
-    operator._cached_constant.cache_clear()
+    arguments._cached_constant.cache_clear()
     resolvent_diagonal(torch.randn(2, 5), 1.0, 1.0, 1j)
-    assert operator._cached_constant.cache_info().currsize == 0
+    assert arguments._cached_constant.cache_info().currsize == 0
 
 
 def test_the_mixture_says_in_a_sentence_that_it_cannot_be_captured(monkeypatch):
-    monkeypatch.setattr("bklm.moe_core.is_capturing", lambda device: True)
+    monkeypatch.setattr("bklm.moe.analytic.is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match=r"cannot be captured in a CUDA graph.*torch\.compile") as caught:
         AnalyticMoE(8)(torch.randn(3, 8))
     assert "\n" not in str(caught.value)
@@ -85,7 +85,7 @@ def test_a_captured_layer_gives_the_eager_numbers_for_new_input(kind):
     with torch.cuda.stream(side):
         call()
     torch.cuda.current_stream().wait_stream(side)
-    operator._cached_constant.cache_clear()
+    arguments._cached_constant.cache_clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = call()

@@ -136,7 +136,7 @@ def test_a_point_whose_trial_failed_and_was_queued_twice_is_still_evaluated_once
 @pytest.mark.slow
 def test_four_workers_of_which_one_is_killed_give_the_table_of_one(database, tiny_config, tmp_path):
     alone = run_grad_blend(dataclasses.replace(tiny_config, epochs_per_trial=3))
-    shorter = "from bklm.studies import sweep_storage as s; s.HEARTBEAT_SECONDS, s.GRACE_SECONDS = 1, 4"
+    shorter = "from bklm.harness import grid_storage as s; s.HEARTBEAT_SECONDS, s.GRACE_SECONDS = 1, 4"
     start = f"import runpy, sys; {shorter}; runpy.run_module('bklm.studies.grad_blend', run_name='__main__', alter_sys=True)"
     processes, folders = [], [tmp_path / f"worker_{k}" for k in range(4)]
     for folder in folders:

@@ -173,7 +173,7 @@ def _why_missing(row: Mapping[str, Any], length: int) -> str:
 
 def readable_cost(rows: Rows, measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Speed, memory, state and generation for people; ratios are to the first model, measured in turns."""
-    found, rows = [], [r for r in rows if r["seeds"]]
+    found, rows = [], [r for r in rows if r["seeds"] and r["model"] in measured]
     for r in rows:
         cost = measured[r["model"]]
         speed = cost["tokens_per_second"]
