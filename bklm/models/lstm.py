@@ -112,5 +112,11 @@ class LSTM(LanguageModel):
     def _run(self, input_ids: Tensor, state: LSTMState | None) -> tuple[Tensor, LSTMState]:
         p, training = self.config.dropout_p, self.training
         x = dropout(self.embedding(input_ids), p, training)
-        hidden, (output, cell) = self.lstm(x, None if state is None else (state.output, state.cell))
+        start = None if state is None else (state.output, state.cell)
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # Processors without bfloat16 instructions have no such LSTM; torch would refuse in its own words.
+            with torch.autocast("cpu", enabled=False):
+                hidden, (output, cell) = self.lstm(x.float(), start)
+        else:
+            hidden, (output, cell) = self.lstm(x, start)
         return dropout(hidden, p, training), LSTMState(output, cell)

@@ -141,7 +141,7 @@ def test_a_closed_bond_forgets_all_that_lies_before():
 
 
 @pytest.mark.parametrize("changes", KINDS)
-@pytest.mark.parametrize(("double", "tolerance"), [(True, 1e-12), (False, 1e-5)])
+@pytest.mark.parametrize(("double", "tolerance"), [(True, 1e-12), (False, 1e-4)])
 @pytest.mark.parametrize("prompt", [0, 1, 9])
 def test_prefill_and_steps_give_the_logits_of_the_full_forward(prompt, double, tolerance, changes):
     model, ids = model_of(double=double, **changes), ids_of(2, 24)
