@@ -141,12 +141,13 @@ def test_a_closed_bond_forgets_all_that_lies_before():
 
 
 @pytest.mark.parametrize("changes", KINDS)
-@pytest.mark.parametrize(("double", "tolerance"), [(True, 1e-12), (False, 1e-4)])
+@pytest.mark.parametrize(("double", "tolerance"), [(True, 1e-12), (False, 1e-5)])
 @pytest.mark.parametrize("prompt", [0, 1, 9])
 def test_prefill_and_steps_give_the_logits_of_the_full_forward(prompt, double, tolerance, changes):
     model, ids = model_of(double=double, **changes), ids_of(2, 24)
     whole = model(ids)
-    tolerance *= whole.abs().max().item()
+    # The one head has the longest memory, 1 / eta = 50, and rounding is remembered as long: seen on an old processor's code.
+    tolerance *= whole.abs().max().item() * (10 if changes.get("n_heads") == 1 and not double else 1)
     if prompt:
         logits, state = model.prefill(ids[:, :prompt])
         torch.testing.assert_close(logits, whole[:, prompt - 1], rtol=0, atol=tolerance)
