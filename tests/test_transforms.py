@@ -269,7 +269,20 @@ def other_default_device():
     """A default device on which nothing has a value, so that a tensor made there by mistake shows."""
     torch.set_default_device("meta")
     yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_compiles_whole_where_a_default_device_is_set(name, batch):
+    model = MODELS[name]().eval()
+    want = model.loss(*batch)
     torch.set_default_device("cpu")
+    try:
+        found = torch.compile(lambda: model.loss(*batch), fullgraph=True, backend="aot_eager")()
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(found, want)
 
 
 @pytest.mark.parametrize("name", MODELS)

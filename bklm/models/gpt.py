@@ -116,7 +116,8 @@ class GPTBlock(nn.Module):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         parts = self.qkv(self.attention_norm(x)).chunk(3, -1)
-        return tuple(part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for part in parts)
+        # Not unflatten: torch.compile cannot follow it where a default device is set (torch 2.13).
+        return tuple(part.view(*x.shape[:-1], self.n_heads, -1).transpose(1, 2) for part in parts)
 
     def _add(self, x: Tensor, mixed: Tensor) -> Tensor:
         p, training = self.dropout_p, self.training

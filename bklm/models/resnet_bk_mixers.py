@@ -143,7 +143,8 @@ class SolveMixer(nn.Module):
         # Under autocast the products are half precision; the recurrence is not.
         read = read.float() if read.dtype.itemsize < 4 else read
         values, gates, potential, bond = read.split((d, d, heads, heads), -1)
-        return values.unflatten(-1, (heads, -1)), gates, potential, torch.sigmoid(bond)
+        # Not unflatten: torch.compile cannot follow it where a default device is set (torch 2.13).
+        return values.view(*w.shape[:-1], heads, -1), gates, potential, torch.sigmoid(bond)
 
     def _shift(self) -> Tensor:
         """z = i eta (H,)."""

@@ -110,7 +110,7 @@ def other_default_device():
     """A default device on which nothing has a value, so that a tensor made there by mistake shows."""
     torch.set_default_device("meta")
     yield
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("backend", available_backends())

@@ -97,7 +97,7 @@ def test_a_pass_does_not_mind_another_default_device(shuffle, num_workers):
         loader = make_loader(data, 3, shuffle=shuffle, seed=1, num_workers=num_workers)
         found = list(loader)
     finally:
-        torch.set_default_device("cpu")
+        torch.set_default_device(None)
     assert all(torch.equal(a, b) for x, y in zip(found, want, strict=True) for a, b in zip(x, y, strict=True))
 
 
