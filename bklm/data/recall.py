@@ -7,6 +7,7 @@ key that asks. Chance is 1 / values. All is drawn from seeds: every model of a s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ class Recall:
     pairs: int = 4
     keys: int = 16
     values: int = 16
-    queries: int = 8
+    queries: int = 16
     tested: int = 256  # sequences at each distance
 
     def __post_init__(self) -> None:
@@ -108,8 +109,10 @@ class Recall:
         x, answers = self._begin(count, self.seq_len, random)
         y, begin = torch.full_like(x, IGNORED), 2 * self.pairs
         asked = torch.randint(self.pairs, (count, self.queries), generator=random)
+        # As many in each octave behind the pairs: a model that can be taught by short distances alone learns from those first.
+        reach = torch.rand(count, self.queries, generator=random) * math.log(self.longest + 1)
+        places = begin - 1 + reach.exp().long().clamp(1, self.longest)
         # A value stands at 2 asked + 1: no distance is longer than ``longest``.
-        places = begin + torch.rand(count, self.longest, generator=random).argsort(1)[:, : self.queries]
         places = torch.minimum(places, 2 * asked + 1 + self.longest)
         rows = torch.arange(count)[:, None].expand_as(places)
         keys = x.gather(1, 2 * asked)

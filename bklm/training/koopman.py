@@ -5,7 +5,8 @@ Per block: lifting phi (D -> lift), matrix K, inverse psi (lift -> D). Mended (L
     |x - psi(phi x)|^2 / var x  +  |phi x' - phi(x) K|^2 / var phi x'  +  |x' - psi(phi(x) K)|^2 / var x'
 
 where var is the target's own variance over batch and positions, so each part is the share that is not explained: 0 at
-best, and 1 for a constant. A constant phi cannot win: its reconstruction part is 1. ``PublishedTerm`` is the original's.
+best, and 1 for a constant. A constant phi cannot win: its reconstruction part is 1. phi reads states in units of their
+size: embeddings begin at 0.02, where tanh is linear and nothing moves. ``PublishedTerm`` is the original's.
 """
 
 from __future__ import annotations
@@ -64,10 +65,17 @@ class KoopmanTerm(nn.Module):
         self.liftings = nn.ModuleList(Lifting(width, lift) for _ in range(blocks))
         self.placebo = placebo
 
+    @staticmethod
+    def in_units(x: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """Both states over the root mean square of the first, which gets no gradient: their ratio is not touched."""
+        size = x.detach().square().mean().sqrt().clamp_min(1e-12)
+        return x / size, after / size
+
     def forward(self, states: Sequence[Tensor]) -> Tensor:
         losses = []
         for lifting, (x, after) in zip(self.liftings, itertools.pairwise(states), strict=True):
-            losses.append(sum(lifting.parts(x, other_sequence(after) if self.placebo else after)))
+            after = other_sequence(after) if self.placebo else after
+            losses.append(sum(lifting.parts(*self.in_units(x, after))))
         return torch.stack(losses).mean()
 
 
@@ -176,6 +184,8 @@ def describe_lifting(model: LanguageModel, term: KoopmanTerm | PublishedTerm, id
     model.train(was_training)
     rows = []
     for lifting, (x, after) in zip(term.liftings, itertools.pairwise(states), strict=True):
+        if isinstance(term, KoopmanTerm):
+            x, after = term.in_units(x, after)
         lifted, target = (lifting.phi(t).flatten(0, 1).double() for t in (x, after))
         matrix = lifting.matrix.double()
         foretold = lifted @ (matrix.mT if isinstance(term, PublishedTerm) else matrix)

@@ -47,7 +47,7 @@ class KoopmanResult(StudyResult):
     spectrum: list[dict[str, Any]]
     recall: list[dict[str, Any]]
     claims: list[dict[str, str]]
-    shares: str
+    shares: str | None
 
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         made = {
@@ -265,7 +265,7 @@ def _report(study: Session, found: dict[str, Any]) -> KoopmanResult:
     judged, note = verdicts(ARMS, trials, found["arms"]), _note(study)
     if judged:
         report.figure("arms.png", figures.draw_arms, judged, ARMS.headline(trials), note)
-    linearised, eigenvalues, recalled, shares, steps = [], [], [], "", {}
+    linearised, eigenvalues, recalled, shares, steps = [], [], [], None, {}
     if "tied" in found and ARMS.groups(trials).get("none"):
         made = _measured(
             study, "linearised.json", lambda: _linearise(study, trials), {"scores": list, "times": dict}
@@ -276,7 +276,9 @@ def _report(study: Session, found: dict[str, Any]) -> KoopmanResult:
         report.path("linearised.json")
         if any(t["val_ppl"] is not None and t["seed"] == config.seeds[0] for t in found["tied"]):
             eigenvalues = _measured(study, "spectrum.json", lambda: _spectrum(study), {"rows": list})["rows"]
-            report.figure("spectrum.png", figures.draw_spectrum, eigenvalues, _note(study, 1))
+            reached = next(t["val_ppl"] for t in found["tied"] if t["seed"] == config.seeds[0])
+            tied_note = f"{_note(study, 1)} This model's PPL: {reached:.1f}."
+            report.figure("spectrum.png", figures.draw_spectrum, eigenvalues, tied_note)
     if RECALL.finished(found.get("recall", [])):
         recalled = tables.recall_rows(found["recall"])
         steps = _measured(study, "recall_steps.json", lambda: _recall_steps(study), {"steps": dict})["steps"]
