@@ -102,4 +102,4 @@ def _koopman_mode(model: WithTerm, text: Any, ids: Tensor) -> dict[str, float]:
         perplexity = evaluate(model.model, text.val_loader(), text.unk_id).perplexity
         moved = (model.model(ids[:1]) != model.model(changed)).any(-1)[0]
     model.train(was_training)
-    return {"koopman_ppl": perplexity, "koopman_moves": float(moved.sum() - moved[middle])}
+    return {"koopman_ppl": perplexity, "koopman_moves": float(int(moved.sum()) - int(moved[middle]))}

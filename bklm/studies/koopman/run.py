@@ -61,6 +61,9 @@ class KoopmanResult(StudyResult):
 
     def load(self, model: str | None = None) -> LanguageModel:
         """A model of an arm, of its first seed; the plain one when none is named."""
+        names = [row["arm"] for row in self.table]
+        if (model or "none") not in names:
+            raise ValueError(f"model: got {model!r}; allowed is {', '.join(map(repr, names))}.")
         return load_model(self.folder, self.config, model or "none", self.config.seeds[0])
 
 
