@@ -84,11 +84,13 @@ def test_the_plain_model_is_loaded_with_the_perplexity_that_the_table_says(corre
     model = corrected.load()
     found = evaluate(model, text.val_loader(), text.unk_id).perplexity
     assert found == pytest.approx(row(corrected, "none")["val_ppl"], rel=1e-5)
-    assert evaluate(corrected.load("mended 1"), text.val_loader(), text.unk_id).perplexity == pytest.approx(
-        row(corrected, "mended 1")["val_ppl"], rel=1e-5
-    )
-    with pytest.raises(ValueError, match=r"^model: got 'mended 2'; allowed is 'none', 'weight 0', "):
-        corrected.load("mended 2")
+    tied = corrected.load("tied")
+    assert tied.blocks[0] is tied.blocks[1]
+    with pytest.raises(
+        ValueError, match=r"^model: got 'mended 1'; kept are 'none', the plain one, and 'tied'\.$"
+    ):
+        corrected.load("mended 1")
+    assert not list(corrected.folder.glob("trials/arm_mended*/*.safetensors"))
 
 
 @pytest.mark.parametrize(

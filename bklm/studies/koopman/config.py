@@ -33,7 +33,7 @@ class KoopmanConfig(WindowStudyConfig):
         "full": {
             "weights": (0.01, 0.1, 1.0), "seeds": (0, 1, 2), "epochs": 10, "start_epoch": 4, "seq_len": 128,
             "vocab_size": 30_000, "d_model": 64, "n_layers": 4, "lift": 256, "max_train_tokens": 0, "fit_positions": 20_000,
-            "score_tokens": 0, "units": 192, "delays": (1, 4, 8), "recall_steps": 4000, "recall_width": 64, "recall_pairs": 2,
+            "score_tokens": 0, "units": 192, "delays": (1, 4, 8), "recall_steps": 4000, "recall_width": 96, "recall_pairs": 2,
             "recall_rates": (1e-3, 3e-3, 1e-2), "trained_distance": 128, "distances": (16, 32, 64, 128, 256, 512),
         },
     }  # fmt: skip

@@ -55,15 +55,15 @@ def arms_of(config: KoopmanConfig, steps: int) -> dict[str, Arm]:
     if config.parts not in ("all", "auxiliary"):
         return arms
     name = {"corrected": "mended", "original": "published"}[config.protocol]
-    arms["weight 0"] = Arm(term(0.0), ("none",))
+    arms["weight 0"] = Arm(term(0.0), ("none",), kept=False)
     many = len(config.weights) > 1 or config.protocol == "corrected"
     for weight in (w for w in config.weights if w):
         called = f"{name} {weight:g}" if many else name
         placebo = f"placebo {weight:g}" if many else "placebo"
-        arms[called] = Arm(term(weight), ("none", placebo))
-        arms[placebo] = Arm(term(weight, placebo=True), ("none",))
+        arms[called] = Arm(term(weight), ("none", placebo), kept=False)
+        arms[placebo] = Arm(term(weight, placebo=True), ("none",), kept=False)
     if config.protocol == "corrected" and any(config.weights):
-        arms["detached"] = Arm(term(max(config.weights), detached=True), ("none",))
+        arms["detached"] = Arm(term(max(config.weights), detached=True), ("none",), kept=False)
     return arms
 
 

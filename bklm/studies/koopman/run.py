@@ -60,10 +60,9 @@ class KoopmanResult(StudyResult):
         return {name: make for name, make in made.items() if name == "arms" or getattr(self, name)}
 
     def load(self, model: str | None = None) -> LanguageModel:
-        """A model of an arm, of its first seed; the plain one when none is named."""
-        names = [row["arm"] for row in self.table]
-        if (model or "none") not in names:
-            raise ValueError(f"model: got {model!r}; allowed is {', '.join(map(repr, names))}.")
+        """The plain model of the first seed; with "tied" the one of a block at every depth."""
+        if model not in (None, "none", "tied"):
+            raise ValueError(f"model: got {model!r}; kept are 'none', the plain one, and 'tied'.")
         return load_model(self.folder, self.config, model or "none", self.config.seeds[0])
 
 
@@ -94,14 +93,14 @@ def estimated_minutes(config: KoopmanConfig) -> float:
     return minutes(config, runs)
 
 
-def load_model(folder: Path, config: KoopmanConfig, arm: str, seed: int, name: str = "trials") -> LanguageModel:
-    """A trained model without its term; on the CPU, in evaluation mode."""
-    place = Path(folder) / name / f"arm_{arm.replace(' ', '-')}_seed_{seed}"
+def load_model(folder: Path, config: KoopmanConfig, arm: str, seed: int) -> LanguageModel:
+    """A trained model of the arm "none" or "tied"; on the CPU, in evaluation mode."""
+    place = Path(folder) / {"none": "trials", "tied": "tied"}[arm] / f"arm_{arm}_seed_{seed}"
     record = read_result(place / "result.json", {"vocabulary": int})
     if record is None or not (place / WEIGHTS).exists():
         raise FileNotFoundError(f"{place} holds no finished model; run the study (again) to its end first.")
-    arms = {"tied": models.tied(config)} if name == "tied" else {"none": models.arms_of(config, 1)["none"]}
-    model = next(iter(arms.values())).build(record["vocabulary"])
+    made = models.tied(config) if arm == "tied" else models.arms_of(config, 1)["none"]
+    model = made.build(record["vocabulary"])
     load_weights(model, place / WEIGHTS)
     return model.eval()
 
@@ -213,7 +212,7 @@ def _seconds(arms: Mapping[str, timing.Arm], device: str) -> dict[str, list[floa
 def _spectrum(study: Session) -> dict[str, Any]:
     """The repeated block's eigenvalues, over pairs of states of all depths of the first seed's model."""
     config, text = study.config, study.text
-    model = load_model(study.folder, config, "tied", config.seeds[0], "tied").to(study.accelerator.device)
+    model = load_model(study.folder, config, "tied", config.seeds[0]).to(study.accelerator.device)
     states = collect_states(model, text.train_loader(seed=0), config.fit_positions)
     sample = torch.cat([x.flatten(0, 1) for x in states[:-1]])
     dictionary = Dictionary(sample, 1, config.units)
