@@ -152,10 +152,7 @@ class SolveMixer(nn.Module):
 
     def _write(self, y: Tensor, gates: Tensor) -> Tensor:
         """The output (B, N, d) from y (B, H, N, d / H)."""
-        if self.mixed.idle and not torch.compiler.is_compiling():
-            features = normalised_gate(y, gates)
-        else:
-            features = gated(self.mixed(normalised(y)), gates)
+        features = normalised_gate(y, gates) if self.mixed.idle else gated(self.mixed(normalised(y)), gates)
         return self.output(features.flatten(2))
 
 

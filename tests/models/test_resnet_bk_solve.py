@@ -77,7 +77,12 @@ def test_the_mixer_has_the_exact_gradient():
 
 
 @pytest.mark.parametrize(("heads", "width", "length"), [(1, 1, 1), (3, 5, 7), (8, 28, 64)])
-def test_normalising_and_gating_in_few_passes_is_the_formula_and_its_gradient(heads, width, length):
+@pytest.mark.parametrize("road", ["kernel", "torch"])
+def test_normalising_and_gating_in_few_passes_is_the_formula_and_its_gradient(
+    road, heads, width, length, monkeypatch
+):
+    if road == "torch":
+        monkeypatch.setattr("bklm.models.normalised_gate._has_kernel", lambda y: False)
     torch.manual_seed(length)
     # As from a solve whose rows of y lie apart, and gates that are a slice.
     y = torch.randn(2, heads, length, width, dtype=torch.complex128).mul_(torch.rand(2, heads, length, 1) * 50)
@@ -87,7 +92,10 @@ def test_normalising_and_gating_in_few_passes_is_the_formula_and_its_gradient(he
         given = [y.clone().requires_grad_(), g.clone().requires_grad_()]
         out = function(given[0], given[1][..., : heads * width])
         weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
-        results.append([out, *torch.autograd.grad((out * weights).sum(), given)])
+        first = torch.autograd.grad((out * weights).sum(), given, retain_graph=True)
+        again = torch.autograd.grad((out * weights).sum(), given, create_graph=True)
+        second = torch.autograd.grad(sum(t.abs().square().sum() for t in again), given)
+        results.append([out, *first, *again, *second])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
