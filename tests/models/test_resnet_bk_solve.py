@@ -1,5 +1,6 @@
 """ResNet-BK with the mixer "solve": it reads, sees no future, and streams with constant state."""
 
+import copy
 import dataclasses
 import math
 
@@ -154,8 +155,10 @@ def test_a_closed_bond_forgets_all_that_lies_before():
 def test_prefill_and_steps_give_the_logits_of_the_full_forward(prompt, double, tolerance, changes):
     model, ids = model_of(double=double, **changes), ids_of(2, 24)
     whole = model(ids)
-    # The one head has the longest memory, 1 / eta = 50, and rounding is remembered as long: seen on an old processor's code.
-    tolerance *= whole.abs().max().item() * (10 if changes.get("n_heads") == 1 and not double else 1)
+    # These weights are large, so a layer multiplies the rounding of its products, which differ for one row and for many: the
+    # whole pass itself may be further than 1e-5 from the numbers of double precision. Then steps are as close to it as that.
+    exact = copy.deepcopy(model).double()(ids)
+    tolerance = max(tolerance * whole.abs().max().item(), 2 * (whole - exact).abs().max().item())
     if prompt:
         logits, state = model.prefill(ids[:, :prompt])
         torch.testing.assert_close(logits, whole[:, prompt - 1], rtol=0, atol=tolerance)
@@ -167,12 +170,14 @@ def test_prefill_and_steps_give_the_logits_of_the_full_forward(prompt, double, t
     assert state.position == 24
 
 
-def test_steps_of_a_whole_model_agree_to_1e_5_over_a_long_text():
+@pytest.mark.parametrize(("heads", "length"), [(8, 400), (1, 200)])
+@torch.no_grad()
+def test_steps_of_a_whole_model_agree_to_1e_5_over_a_long_text(heads, length):
     torch.manual_seed(0)
-    model = ResNetBK(ResNetBKConfig(1000, 64, 3, mixer="solve", n_heads=8, num_experts=1)).eval()
-    ids = torch.randint(0, 1000, (2, 600))
+    model = ResNetBK(ResNetBKConfig(1000, 64, 3, mixer="solve", n_heads=heads, num_experts=1)).eval()
+    ids = torch.randint(0, 1000, (2, length))
     whole, state = model(ids), model.init_state(2)
-    for i in range(600):
+    for i in range(length):
         logits, state = model.step(ids[:, i], state)
         torch.testing.assert_close(logits, whole[:, i], rtol=0, atol=1e-5)
 

@@ -52,9 +52,11 @@ CLASSES: dict[str, tuple[type[LanguageModel], type]] = {
 }
 
 
-def model_names(choice: str) -> tuple[str, ...]:
-    """The models that one value of the ``model`` field stands for."""
-    return COMPETITORS if choice == "all" else (choice,)
+def model_names(choice: str, protocol: str) -> tuple[str, ...]:
+    """The models that one value of the ``model`` field stands for; of ResNetBK, "original" has the published one only."""
+    if choice != "all":
+        return (choice,)
+    return tuple(name for name in COMPETITORS if protocol != "original" or name != "resnet_bk")
 
 
 def model_settings(name: str, vocab_size: int, seq_len: int, sizes: Mapping[str, Any]) -> dict[str, Any]:
