@@ -20,7 +20,14 @@ VOCABULARY = 23
 def model_of(seed=0, *, double=True, **changes):
     """A small model whose weights are large enough for every path to matter."""
     torch.manual_seed(seed)
-    settings = {"d_model": 12, "n_layers": 2, "n_heads": 3, "dropout_p": 0.0, "num_experts": 1, "convolution": 0}
+    settings = {
+        "d_model": 12,
+        "n_layers": 2,
+        "n_heads": 3,
+        "dropout_p": 0.0,
+        "num_experts": 1,
+        "convolution": 0,
+    }
     settings |= changes
     model = ResNetBK(ResNetBKConfig(VOCABULARY, mixer="solve", **settings))
     with torch.no_grad():
