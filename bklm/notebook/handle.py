@@ -159,6 +159,7 @@ class Study:
 
     def zip(self) -> None:
         """Zip the study's folder with this notebook as executed so far; print path, size and SHA-256."""
+        self._done().renew_page()
         self._bundle = cells.finish(self._done().folder, self.headless)
 
     def download(self) -> None:
