@@ -63,10 +63,7 @@ COLUMNS = (
     (r"epoch|best_epoch|convergence_epoch", "number of passes over the training text"),
     (r"learning_rate(_at_start)?", "step size of the optimiser"),
     (r"gradient_norm(_mean|_variance)?|gradient_variance", "length of the gradient of all parameters"),
-    (
-        r"ratio|gap|change|verdict|claim\w*|measured|compared|short|where|factor",
-        "of a comparison: see the tables",
-    ),
+    (r"ratio|gap|change|verdict|claim\w*|measured|compared|short|where|factor", "see the tables"),
     (r"cosine", "cosine with the exact gradient, -1 to 1"),
     (r"norm(_ratio)?", "length, relative to the exact gradient's where it is a ratio"),
     (r"(value|gradient)_error(_small_rows)?|difference|gradient_difference", "relative error or difference"),
