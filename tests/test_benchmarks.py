@@ -17,6 +17,7 @@ RUNS = {
     "scaling": ("--parts training --rounds 1 --workers 1 --profile smoke", "1 process, 1 thread each"),
     "grad_blend_initialisation": ("--alphas 0 --seeds 0 --data_dir TEXT --output OUTPUT/rows.csv", "val_ppl"),
     "resolvent_solve": ("--quick --seconds 0.2", "scipy / ours"),
+    "reading_step": ("--quick", "exponent of the step time over N"),
     "moe_perplexity": ("--quick --output_dir OUTPUT", "exact router gradient"),
 }
 
