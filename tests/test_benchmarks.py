@@ -43,6 +43,19 @@ def test_a_benchmark_runs_to_its_end(name, small_text, tmp_path):
     assert printed in done.stdout
 
 
+def test_quick_sweep_compares_medians_of_both_revisions(monkeypatch, capsys):
+    """Half an hour and the history of the project are more than a test has: clones and runs are stood in for."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quick_sweep
+
+    seconds = {"old": iter([99.0, 30.0, 36.0, 33.0]), "new": iter([99.0, 11.0, 10.0, 60.0])}
+    monkeypatch.setattr(quick_sweep, "checkout", lambda revision, folder: folder)
+    monkeypatch.setattr(quick_sweep, "seconds_of", lambda folder, profile, output: next(seconds[folder.name]))
+    monkeypatch.setattr(sys, "argv", ["quick_sweep"])
+    quick_sweep.main()
+    assert "measured 3.00" in capsys.readouterr().out
+
+
 def test_every_benchmark_is_run_by_a_test():
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py")} - {"bk_core_gpu"}  # wants a GPU
