@@ -200,8 +200,14 @@ def test_forward_mode_gives_the_derivative_along_a_direction(name, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("road", "training"), [("loss", True), ("logits", False)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "road", "training"),
+    [
+        *((name, "loss", True) for name in MODELS),
+        ("GPT", "logits", False),
+        ("ResNetBK that reads", "logits", False),
+    ],
+)
 def test_dynamic_compilation_without_a_break_gives_the_eager_numbers(name, road, training, batch):
     # Compiled, the masks of some come in another order.
     draws = name.startswith(("NewLLM", "GPT", "ResNetBK that reads", "LSTM", "LinearContext"))
