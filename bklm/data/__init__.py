@@ -9,7 +9,8 @@ from bklm.data.baselines import KneserNey, Unigram
 from bklm.data.corpora import CORPUS_NAMES, load_corpus
 from bklm.data.corpus import SPLITS, Corpus
 from bklm.data.loaders import IGNORED, Windows, get_wikitext2_dataloaders, make_loader, set_epoch, windows
-from bklm.data.tokens import TokenizedCorpus, Vocabulary, tokenize_corpus
+from bklm.data.tokenized import TokenizedCorpus, tokenize_corpus
+from bklm.data.tokens import Vocabulary
 
 __all__ = [
     "CORPUS_NAMES",

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 
 from bklm.harness.values import anchored, as_path, is_empty, plain
 
+SMALLEST_BPE = 258  # entries of a byte-level BPE
 WITHOUT_FOLDER = ("embedded", "hmm")  # texts made on the spot: they read no folder
 
 Profile = Literal["smoke", "quick", "full"]
@@ -272,7 +273,7 @@ class TextStudyConfig(StudyConfig):
         "wikitext-2", help="text to train on; embedded needs no network"
     )
     data_dir: str | None = setting(
-        None, is_path=True, help="a folder with the text, used instead of the network"
+        None, is_path=True, help="your own text: a file or a folder, used instead of the network"
     )
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", help="arithmetic of the matrix products")
     seeds: tuple[int, ...] | None = setting(None, low=0, high=2**31 - 1, help="one model per arm and seed")
@@ -311,8 +312,20 @@ class WindowStudyConfig(TextStudyConfig):
     batch_size: int = setting(32, low=4, high=512, step=4, help="sequences per optimiser step")
     seq_len: int | None = setting(None, low=2, high=65536, help="tokens per sequence")
     max_train_tokens: int | None = setting(None, low=0, high=10**12, help="training tokens used; 0: all")
-    vocab_size: int | None = setting(None, low=3, high=1_000_000, help="largest vocabulary, words")
+    tokenizer: Literal["word", "bpe", "char"] = setting(
+        "word", help="what a token is: a word between spaces, a piece of a BPE trained on the text, a character"
+    )
+    vocab_size: int | None = setting(None, low=3, high=1_000_000, help="largest vocabulary, tokens")
     n_layers: int | None = setting(None, low=1, high=256, help="blocks")
     dropout: float = setting(0.1, low=0, high=0.99, help="share of units dropped in training")
     weight_decay: float = setting(0.0, low=0, high=10, help="AdamW weight decay")
     schedule: Literal["constant", "cosine"] = setting("constant", help="learning rate over a run")
+
+    def resolved(self) -> WindowStudyConfig:
+        config = super().resolved()
+        if config.tokenizer == "bpe" and config.vocab_size < SMALLEST_BPE:
+            raise ValueError(
+                f"vocab_size: got {config.vocab_size} with tokenizer 'bpe', whose 256 bytes, <unk> and one merge make "
+                f"{SMALLEST_BPE}; take at least that, or another tokenizer."
+            )
+        return config

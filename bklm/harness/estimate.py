@@ -19,16 +19,18 @@ EVALUATION = 1 / 3  # a validation token against a training token: it has no bac
 
 
 @functools.lru_cache(maxsize=32)
-def text_size(dataset: str, data_dir: str | None, vocab_limit: int) -> tuple[int, int, int]:
+def text_size(
+    dataset: str, data_dir: str | None, vocab_limit: int, tokenizer: str = "word"
+) -> tuple[int, int, int]:
     """(vocabulary, training tokens, validation tokens) of a study's text.
 
     Raises:
         ValueError, OSError: see ``bklm.data.load_corpus``.
     """
-    if dataset == "wikitext-2" and not data_dir:
+    if dataset == "wikitext-2" and not data_dir and tokenizer == "word":
         vocabulary, train_tokens, val_tokens = WIKITEXT2
         return min(vocabulary, vocab_limit), train_tokens, val_tokens
-    text = tokenize_corpus(load_corpus(dataset, data_dir), vocab_limit)
+    text = tokenize_corpus(load_corpus(dataset, data_dir), vocab_limit, tokenizer=tokenizer)
     return text.vocab_size, len(text.train), len(text.valid)
 
 

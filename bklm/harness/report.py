@@ -15,7 +15,7 @@ from bklm.files.atomic import replacing, write_json, write_text
 from bklm.harness.bundle import PAGE, Bundle, zip_study
 from bklm.harness.comparison import Comparison, Trial
 from bklm.harness.machine import environment, git_revision
-from bklm.harness.page import write_page
+from bklm.harness.page import moments, write_page
 from bklm.harness.session import Session
 
 Result = TypeVar("Result", bound="StudyResult")
@@ -52,8 +52,12 @@ def write_manifest(path: Path, *, config: Any, corpus: Any, seconds: float, **ex
 
     ``seconds`` is computing time in all; ``corpus`` is None for a study that reads no text.
     """
+    begun, finished = moments(path.parent)
     facts = {
         "study": config.study,
+        "profile": config.profile,
+        "begun": begun,
+        "finished": finished,
         "config": config.to_dict(),
         "corpus": corpus and {"name": corpus.name, "source": corpus.source, "sha256": corpus.sha256},
         "git_revision": git_revision(),
@@ -193,6 +197,7 @@ class Report:
             },
         )
         self.text("vocabulary.json", text.vocabulary_json())
+        self.text("tokenizer.json", text.tokenizer_json())
         seconds = sum(t["seconds"] for group in runs.values() for t in group)
         return self.close(
             result, seconds, {"sees_the_future": sees_the_future}, table=table, best=best, best_perplexity=best_perplexity,

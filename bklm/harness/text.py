@@ -27,6 +27,9 @@ from bklm.data import (
 log = logging.getLogger(__name__)
 
 
+MUCH_UNKNOWN = 0.15  # of the validation targets
+
+
 class Baseline(TypedDict):
     """What a count model reaches on the validation targets."""
 
@@ -62,12 +65,23 @@ class StudyText:
 
     def describe(self) -> str:
         """Name and sizes, for the small print of a figure."""
-        return f"{self.corpus.name}, {self.train_tokens:,} training tokens, vocabulary {self.vocab_size:,}"
+        return f"{self.corpus.name}, {self.train_tokens:,} training tokens, {self.vocabulary_in_words}"
+
+    @property
+    def vocabulary_in_words(self) -> str:
+        """ "vocabulary 30,000", or "vocabulary 1,000 pieces of a BPE"."""
+        kind = {"piece": " pieces of a BPE", "character": " characters"}.get(self.tokens.kind, "")
+        return f"vocabulary {self.vocab_size:,}{kind}"
+
+    @property
+    def is_wikitext2(self) -> bool:
+        """Whether what was reported for the words of WikiText-2 may stand beside this text's numbers."""
+        return self.corpus.is_wikitext2 and self.tokens.kind == "word"
 
     @property
     def is_demonstration(self) -> bool:
         """Whether the text is too small or too artificial to support a claim."""
-        return self.corpus.name in ("embedded", "hmm")
+        return self.corpus.name in ("embedded", "hmm") and not self.corpus.is_own
 
     def train_loader(self, seed: int) -> DataLoader:
         """Shuffled by (seed, epoch) alone: two models of one seed see identical batches."""
@@ -110,6 +124,10 @@ class StudyText:
     def vocabulary_json(self) -> str:
         return self.tokens.vocab.tokenizer.to_str(pretty=False)
 
+    def tokenizer_json(self) -> str:
+        """The tokeniser as the tokenizers library writes it: with it a text becomes the ids that the models know."""
+        return self.tokens.vocab.tokenizer.to_str(pretty=False)
+
     def _loader(self, ids: np.ndarray, shuffle: bool = False, seed: int = 0) -> DataLoader:
         data = self._windows(ids)
         # Scoring keeps no activations: larger batches are faster, and change no sum.
@@ -127,7 +145,7 @@ def prepare_text(config: Any) -> StudyText:
         ValueError, OSError: see ``bklm.data.load_corpus`` and ``bklm.data.make_loader``.
     """
     corpus = load_corpus(config.dataset, config.data_dir)
-    tokens = tokenize_corpus(corpus, config.vocab_size, config.max_train_tokens or None)
+    tokens = tokenize_corpus(corpus, config.vocab_size, config.max_train_tokens or None, config.tokenizer)
     layout = "disjoint" if getattr(config, "protocol", "") == "original" else "every-target-once"
     baselines = ngram_baselines(corpus, tokens, config.seq_len)
     text = StudyText(corpus, tokens, config.seq_len, config.batch_size, layout, baselines)
@@ -147,6 +165,21 @@ def check_and_log(text: StudyText, loaders: Iterable[DataLoader]) -> None:
     log.info("Text: %s, %s, from %s", text.describe(), targets, text.corpus.source)
     scores = (f"{r['name']} {r['val_ppl']:.1f}" for r in text.baselines)
     log.info("Baselines: validation PPL %s", ", ".join(scores))
+    if words := warn_of_unknown(text):
+        log.warning("%s", words)
+
+
+def warn_of_unknown(text: StudyText) -> str:
+    """A sentence where so many validation targets are the unknown word that a low perplexity says little; else ""."""
+    share = float(
+        (text.tokens.valid == text.unk_id).sum() / max(1, (text.tokens.valid != text.tokens.pad_id).sum())
+    )
+    if share < MUCH_UNKNOWN or text.tokens.kind == "piece":
+        return ""
+    return (
+        f"{share:.0%} of the validation {text.tokens.kind}s are unknown, which flatters the perplexity: take a larger "
+        f"vocab_size than {text.vocab_size:,} or more text, or tokenizer 'bpe', to which no word is unknown."
+    )
 
 
 def ngram_baselines(corpus: Corpus, tokens: TokenizedCorpus, seq_len: int) -> list[dict[str, Any]]:

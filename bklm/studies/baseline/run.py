@@ -99,7 +99,7 @@ def prepare_text(config: BaselineConfig) -> BaselineText:
     Raises:
         ValueError, OSError: see ``bklm.data.load_corpus`` and ``bklm.data.make_loader``.
     """
-    same = ("lowercase", "validation", "vocab_size", "max_train_tokens", "seq_len", "batch_size")
+    same = ("lowercase", "validation", "tokenizer", "vocab_size", "max_train_tokens", "seq_len", "batch_size")
     return make_text(
         load_corpus(config.dataset, config.data_dir),
         in_lines=config.protocol == "original",
@@ -113,7 +113,8 @@ def estimated_minutes(config: BaselineConfig) -> float:
 
     See ``bklm.harness.estimate.minutes``.
     """
-    vocabulary, train_tokens, val_tokens = text_size(config.dataset, config.data_dir, config.vocab_size)
+    size = (config.dataset, config.data_dir, config.vocab_size, config.tokenizer)
+    vocabulary, train_tokens, val_tokens = text_size(*size)
     train_tokens = min(train_tokens, config.max_train_tokens or train_tokens)
     searched = min(train_tokens, config.search_tokens or train_tokens)
     trials = len(config.learning_rates) if len(config.learning_rates) > 1 else 0

@@ -83,7 +83,8 @@ def run_grad_blend(
 
 def estimated_minutes(config: GradBlendConfig) -> float:
     """Minutes that the whole study of a resolved config takes here; see ``bklm.harness.estimate.minutes``."""
-    vocabulary, train_tokens, val_tokens = text_size(config.dataset, config.data_dir, config.vocab_size)
+    size = (config.dataset, config.data_dir, config.vocab_size, config.tokenizer)
+    vocabulary, train_tokens, val_tokens = text_size(*size)
     settings = model_config(config, vocabulary, 0.5)
     epochs = len(config.alphas) * len(config.seeds) * config.epochs_per_trial + config.final_epochs
     train_tokens = min(train_tokens, config.max_train_tokens or train_tokens)
