@@ -43,9 +43,8 @@ class Corpus:
     @property
     def is_wikitext2(self) -> bool:
         """Whether it is WikiText-2 or a sample of it: from the hub, or from a folder of that name or with its files' names."""
-        has_its_files = (
-            self.source.startswith("wiki.train.") and len(self.train) < 100_000
-        )  # WikiText-103 has 1.8 million
+        # WikiText-103 has files of the same names, and 1.8 million lines.
+        has_its_files = self.source.startswith("wiki.train.") and len(self.train) < 100_000
         return has_its_files or bool(re.match(r"wikitext-?2(?!\d)", self.name, re.IGNORECASE))
 
     def split(self, split: str) -> Sequence[str]:

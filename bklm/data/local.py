@@ -30,9 +30,8 @@ def corpus_from_folder(folder: Path, max_documents: int | None = None, called: s
     """The corpus in ``folder``, which errors call ``called``; see ``load_corpus`` for the layouts and the errors."""
     where = f"{called} {str(folder)!r}"
     try:
-        if folder.is_file():
-            return own_corpus(folder, called)
-        present = {path.name for path in folder.iterdir()}
+        is_file = folder.is_file()
+        present = set() if is_file else {path.name for path in folder.iterdir()}
     except FileNotFoundError:
         raise FileNotFoundError(f"{where} does not exist; give a folder with {LAYOUTS_IN_WORDS}") from None
     except NotADirectoryError:
@@ -40,9 +39,9 @@ def corpus_from_folder(folder: Path, max_documents: int | None = None, called: s
     except PermissionError:
         raise PermissionError(f"{where} cannot be read; check its permissions") from None
     except (OSError, ValueError) as error:  # a name too long, a NUL in it
-        if folder.is_file():
-            raise
         raise OSError(f"{where} cannot be read: {error}") from None
+    if is_file:
+        return own_corpus(folder, called)
     name = folder.resolve().name
     for layout in TEXT_LAYOUTS:
         files = [layout.format(split) for split in SPLITS]

@@ -24,6 +24,7 @@ from bklm.data.tokens import PAD, SMALLEST, UNK, Vocabulary
 TOKENIZERS = ("word", "bpe", "char")
 SMALLEST_BPE = 258  # 256 bytes, <unk> and one merge
 WITHOUT_SPACES = 25  # characters a word on average, from which on a text is written without spaces
+FEWEST_WORDS = 20  # to tell by
 _CHARACTER = re.compile(f"{UNK}|[\\s\\S]")
 _AT_ONCE = 4096  # lines
 
@@ -161,7 +162,7 @@ def refuse_without_spaces(lines: Sequence[str]) -> None:
     characters = words = 0
     for line in islice(tidy(lines), 2000):
         characters, words = characters + len(line), words + len(line.split())
-    if words and characters / words > WITHOUT_SPACES:
+    if words >= FEWEST_WORDS and characters / words > WITHOUT_SPACES:
         raise ValueError(
             f"tokenizer: got 'word', but this text has {characters / words:.0f} characters between two spaces, so it is "
             "written without them; choose tokenizer 'char' or 'bpe'."

@@ -11,7 +11,8 @@ from typing import Annotated
 
 import tyro
 
-from bklm.harness.config import FieldSpec, StudyConfig
+from bklm.harness.config import StudyConfig
+from bklm.harness.fields import FieldSpec
 from bklm.harness.values import as_typed, is_empty
 
 

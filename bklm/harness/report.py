@@ -59,7 +59,7 @@ def write_manifest(path: Path, *, config: Any, corpus: Any, seconds: float, **ex
         "begun": begun,
         "finished": finished,
         "config": config.to_dict(),
-        "corpus": corpus and {"name": corpus.name, "source": corpus.source, "sha256": corpus.sha256},
+        "corpus": corpus and {n: getattr(corpus, n) for n in ("name", "source", "sha256", "is_own")},
         "git_revision": git_revision(),
         "environment": environment(),
         "seconds": round(seconds, 1),
@@ -115,7 +115,8 @@ class StudyResult:
         """Print what a command line shows: the tables of these names, all where none is given, finding and zip."""
         tables = self.tables()
         for name in names or tables:
-            print(as_text(tables[name]()))
+            if rows := tables[name]():
+                print(as_text(rows))
         print(self.finding)
         print(self.bundle)
 

@@ -14,7 +14,8 @@ import nbformat
 
 from bklm.files.atomic import write_text
 from bklm.harness.bundle import read_notebook
-from bklm.harness.config import FieldSpec, StudyConfig
+from bklm.harness.config import StudyConfig
+from bklm.harness.fields import FieldSpec
 from bklm.harness.values import as_typed
 from bklm.studies import configs
 

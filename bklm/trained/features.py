@@ -19,6 +19,7 @@ from bklm.harness.figures import save_figure
 from bklm.models import LanguageModel
 from bklm.models.resnet_bk_mixers import SolveCore
 
+SHOWN_SHARE = 0.95  # of the values, that the colours span
 LONGEST_LABEL = 14  # characters of a word below the figure
 PANELS = (("potential", "potential"), ("real", "Re G"), ("imaginary", "Im G"))
 
@@ -58,23 +59,28 @@ class Features:
             axes = figure.subplots(len(PANELS), 1, sharex=True)
             for place, (part, title) in zip(axes, PANELS, strict=True):
                 values = getattr(self, part).reshape(layers * heads, count)
-                most = float(np.abs(values).max()) or 1.0
-                image = place.imshow(values, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
+                # A few values near a pole would leave all others pale.
+                most = float(np.quantile(np.abs(values), SHOWN_SHARE)) or 1.0
+                if values.min() >= 0:
+                    scale = {"cmap": "Blues", "vmin": 0.0, "vmax": most}
+                else:
+                    scale = {"cmap": "RdBu_r", "vmin": -most, "vmax": most}
+                image = place.imshow(values, aspect="auto", **scale)
                 place.set_title(title)
                 place.grid(False)
                 step = max(1, len(labels) // 8)
                 place.set_yticks(range(0, len(labels), step), labels[::step])
                 place.set_ylabel("layer.head" if heads > 1 else "layer")
-                figure.colorbar(image, ax=place, pad=0.02)
+                beyond = "both" if values.min() < -most else "max" if values.max() > most else "neither"
+                figure.colorbar(image, ax=place, pad=0.02, extend=beyond)
             step = max(1, count // 24)
             shown = [_short(word) for word in self.words[::step]]
             axes[-1].set_xticks(range(0, count, step), shown, rotation=60, ha="right", rotation_mode="anchor")
 
-        reads = (
-            "what stands before it" if self.causal else "all words, later ones too: THIS MODEL SEES THE FUTURE"
-        )
-        title = f"{self.name}: each word raises a potential, and G carries {reads}"
+        reads = "of the words up to there" if self.causal else "of all words: THIS MODEL SEES THE FUTURE"
+        title = f"{self.name}: the potential of every word, and the resolvent {reads}"
         note = f"{count} words, {layers} layers" + (f" of {heads} heads" if heads > 1 else "")
+        note += f"; colours end at the {SHOWN_SHARE:.0%} quantile"
         height = 6.2 + 0.12 * layers * heads
         return save_figure(
             Path(path), draw, title=title, note=f"{note}; G = diag (H - z)^-1.", size=(7.2, height)

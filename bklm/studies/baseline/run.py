@@ -24,7 +24,7 @@ from bklm.studies.baseline import figures, models, tables, train
 from bklm.studies.baseline.config import BaselineConfig
 from bklm.studies.baseline.costs import measure_models
 from bklm.studies.baseline.tables import MODELS
-from bklm.studies.baseline.text import BaselineText, make_text
+from bklm.studies.baseline.text import LINES, BaselineText, make_text
 from bklm.training.checkpoints import CheckpointFolder
 
 SEARCH_SEED = 0
@@ -50,7 +50,7 @@ class BaselineResult(StudyResult):
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         """ "contexts" is left out where the text is cut into lines: there is no longer context then."""
         found = {
-            "quality": lambda: tables.readable_quality(self.table, self.baselines),
+            "quality": lambda: tables.readable_quality(self.table, self.baselines, bool(self.claims)),
             "search": lambda: tables.readable_search(self.search, self.table),
             "contexts": lambda: tables.readable_contexts(self.table),
             "cost": lambda: tables.readable_cost(self.table, self.measured),
@@ -99,10 +99,10 @@ def prepare_text(config: BaselineConfig) -> BaselineText:
     Raises:
         ValueError, OSError: see ``bklm.data.load_corpus`` and ``bklm.data.make_loader``.
     """
-    same = ("lowercase", "validation", "tokenizer", "vocab_size", "max_train_tokens", "seq_len", "batch_size")
+    same = ("lowercase", "validation", "vocab_size", "max_train_tokens", "seq_len", "batch_size")
     return make_text(
         load_corpus(config.dataset, config.data_dir),
-        in_lines=config.protocol == "original",
+        tokenizer=LINES if config.protocol == "original" else config.tokenizer,
         search_tokens=config.search_tokens if len(config.learning_rates) > 1 else None,
         **{name: getattr(config, name) for name in same},
     )
@@ -221,7 +221,7 @@ def _draw(study: Session, trials: list[Trial]) -> Path | None:
     total = len(models.model_names(study.config.model)) * len(study.config.seeds)
     title = f"{len(finished)} of {total} trainings done{MODELS.diverged_in_short(trials)}"
     path = study.folder / "training_curves.png"
-    return figures.draw_curves(path, trials, study.text.baselines, title, _note(study))
+    return figures.draw_curves(path, trials, study.text, title, _note(study))
 
 
 def _report(study: Session, found: tuple[list[Trial], list[Trial]]) -> BaselineResult:
@@ -238,17 +238,18 @@ def _report(study: Session, found: tuple[list[Trial], list[Trial]]) -> BaselineR
         device=config.device, precision=config.precision, generate_tokens=config.generate_tokens,
     )  # fmt: skip
     table, search = tables.model_table(trials, measured), tables.search_rows(searched, _search_steps(study))
-    claims = tables.claims_table(table)
+    # What was reported and announced for WikiText-2 stands beside no other text.
+    claims = tables.claims_table(table) if text.is_wikitext2 else []
     report.csv("learning_rates.csv", search)
     title = MODELS.headline(trials)
-    report.figure("training_curves.png", figures.draw_curves, trials, text.baselines, title, note)
+    report.figure("training_curves.png", figures.draw_curves, trials, text, title, note)
     report.figure("context_lengths.png", figures.draw_contexts, table, text.seq_len, note)
     return report.finish(
         BaselineResult, MODELS, trials, also={"search": searched}, rows=table,
         finding=MODELS.finding(trials) + tables.bigram_models(table),
         summary={
             "learning_rate_search": search, "measured": measured, "claims": claims, "note": note,
-            "reported_by_the_original": tables.REPORTED_EPOCHS,
+            "reported_by_the_original": tables.REPORTED_EPOCHS if text.is_wikitext2 else [],
             "train_targets": text.train_targets, "val_targets": text.val_targets,
         },
         search=search, measured=measured, claims=claims, runs=[dict(run) for run in runs],

@@ -93,6 +93,9 @@ def describe_text(text: BaselineText) -> list[str]:
     return [f"{text.corpus.name}, from {text.corpus.source}", f"{sizes}; {share}"]
 
 
+LINES = "lines"
+
+
 class LineText(BaselineText):
     """The original's windows: ``tokens`` holds rows of ids (windows, 64)."""
 
@@ -111,13 +114,13 @@ class LineText(BaselineText):
 
 
 def make_text(
-    corpus: Corpus, *, in_lines: bool, lowercase: bool, validation: str, vocab_size: int, max_train_tokens: int,
-    seq_len: int, batch_size: int, search_tokens: int | None, tokenizer: str = "word",
+    corpus: Corpus, *, lowercase: bool, validation: str, vocab_size: int, max_train_tokens: int,
+    seq_len: int, batch_size: int, search_tokens: int | None, tokenizer: str,
 ) -> BaselineText:  # fmt: skip
     """Lower-case and cut a corpus, check that it is large enough, and score the n-gram baselines.
 
     Args:
-        in_lines: into the original's windows.
+        tokenizer: "word", "bpe" or "char"; "lines" for the words of the original's windows.
         validation: "valid", or "valid+test" to score both splits as one.
         search_tokens: of each trial of the learning-rate search (0: all); None where there is no search.
 
@@ -129,7 +132,7 @@ def make_text(
         splits = {name: [line.lower() for line in lines] for name, lines in splits.items()}
     if validation == "valid+test":
         splits["valid"] += splits["test"]
-    if in_lines:
+    if tokenizer == LINES:
         vocabulary = LineVocabulary.train(splits["train"], vocab_size)
         rows = {split: line_windows(lines, vocabulary).rows for split, lines in splits.items()}
         rows["train"] = _first_rows(rows["train"], max_train_tokens)
@@ -140,7 +143,7 @@ def make_text(
         tokens = tokenize_corpus(cased, vocab_size, max_train_tokens or None, tokenizer)
         # The true law of an artificial text is no floor here: rare words are merged into <unk>, which makes the text easier.
         baselines = ngram_baselines(cased, tokens, seq_len)
-    kind, layout = (LineText, "lines") if in_lines else (BaselineText, "every-target-once")
+    kind, layout = (LineText, "lines") if tokenizer == LINES else (BaselineText, "every-target-once")
     text = kind(corpus, tokens, seq_len, batch_size, layout, baselines, lowercase, validation)
     loaders = [text.train_loader(0), text.val_loader()]
     if search_tokens is not None:
