@@ -47,8 +47,8 @@ def features(given: argparse.Namespace) -> None:
 
 def export(given: argparse.Namespace) -> None:
     """Write a model for another library, and upload it where that is asked for."""
-    from bklm.trained.export import export as write
-    from bklm.trained.export import push
+    from bklm.trained import export as write
+    from bklm.trained import push
 
     folder = write(_load(given), given.output, given.format)
     print(f"Written: {folder.resolve()}")

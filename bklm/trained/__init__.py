@@ -3,5 +3,6 @@
 from bklm.files.lazy import lazy
 
 __getattr__, __all__ = lazy(
-    __name__, {"model": ("Score", "Trained", "load"), "features": ("Features",), "export": ("export", "push")}
+    __name__,
+    {"model": ("Score", "Trained", "load"), "features": ("Features",), "exporting": ("export", "push")},
 )

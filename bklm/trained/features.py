@@ -106,6 +106,10 @@ def read_features(model: LanguageModel, ids: Sequence[int], words: list[str], na
         )
     if not len(ids):
         raise ValueError("features: the text holds no token; write at least one word.")
+    if model.n_seq is not None and len(ids) > model.n_seq:
+        raise ValueError(
+            f"features: the text has {len(ids)} tokens, and {name} has {model.n_seq} positions; give a shorter one."
+        )
     with _listening(model) as heard:
         model(torch.tensor([list(ids)], dtype=torch.int64))
     potential = np.stack([v.numpy() for v, _ in heard])

@@ -79,12 +79,13 @@ class Score:
 
 class Trained:
     """A trained model: ``model`` (a ``LanguageModel``), ``tokenizer`` (of the tokenizers library), ``name``, ``record``,
-    ``manifest``, and ``models``, the names of all models of the run."""
+    ``manifest``, ``summary`` (of the study), and ``models``, the names of all models of the run."""
 
     def __init__(self, run: SavedRun, saved: SavedModel) -> None:
         self._run, self._saved = run, saved
         self.name, self.record, self.manifest = saved.name, saved.record, run.manifest
         self.models = list(dict.fromkeys(m.name for m in run.models()))
+        self.summary = run.summary()
         self.tokenizer = _read_tokenizer(run)
         self.model: LanguageModel = saved.build()
         try:

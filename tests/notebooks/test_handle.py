@@ -59,7 +59,7 @@ def test_headless_every_part_of_a_study_is_plain_text_in_the_order_of_the_cells(
     study.download()
     printed = capsys.readouterr().out
     parts = (
-        "training tokens", "Kneser-Ney 3-gram", "reported by the original", study.result.finding.splitlines()[0],
+        "training tokens", "Kneser-Ney 3-gram", "val PPL (95%)", study.result.finding.splitlines()[0],
         "Test perplexity with alpha 0: ", "the cat", "SHA-256: ",
     )  # fmt: skip
     places = [printed.index(part) for part in parts]
@@ -77,7 +77,7 @@ def test_in_a_kernel_controls_text_log_tables_and_pictures_are_displayed(finishe
     study.run()
     assert any("Settings: " in thing.data for thing in shown)
     study.table("alphas")
-    assert "reported by the original" in shown[-1].data
+    assert "val PPL (95%)" in shown[-1].data
     study.finding()
     assert shown[-1].data.startswith("<p")
     study.figure("experts.png")
