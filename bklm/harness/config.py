@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from bklm.harness.fields import FieldSpec, setting, spec_of
+from bklm.harness.tracker import check_tracker
 from bklm.harness.values import anchored, as_path, is_empty
 
 SMALLEST_BPE = 258  # entries of a byte-level BPE
@@ -46,7 +47,7 @@ class StudyConfig:
     controls: ClassVar[tuple[str, ...]] = ()
     # Where and how a run happens may change between a run and its continuation; what is computed may not.
     circumstances: ClassVar[frozenset[str]] = frozenset(
-        {"profile", "data_dir", "output_dir", "device", "storage", "workers", "processes"}
+        {"profile", "data_dir", "output_dir", "device", "storage", "workers", "processes", "tracker"}
     )
 
     # Loggers with several lines a trial, which go to run.log and not to the screen.
@@ -136,8 +137,13 @@ class TextStudyConfig(StudyConfig):
         None, help="postgresql://user@host/database that several machines share; empty: this machine alone"
     )
 
+    tracker: Literal["none", "tensorboard", "trackio", "wandb", "mlflow"] = setting(
+        "none", help="where the training curves go, too; a tracker must be installed"
+    )
+
     def resolved(self) -> TextStudyConfig:
         config = super().resolved()
+        check_tracker(config.tracker)
         if config.storage:
             # SQLAlchemy takes half a second to import, and nobody else needs it.
             from bklm.harness.grid_storage import check_address

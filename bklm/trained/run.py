@@ -50,6 +50,11 @@ class SavedModel:
         fit.sort(key=lambda c: len(dataclasses.fields(_config_class(c))))
         return _BY_NAME.get(self.record.get("model", ""), fit[0]) if fit else "of no known class"
 
+    @property
+    def has_potential(self) -> bool:
+        """Whether it has a BK-core, whose potential and resolvent can be shown."""
+        return self.model_class == "ResNetBK"
+
     def build(self) -> models.LanguageModel:
         """The model with fresh weights.
 

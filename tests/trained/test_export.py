@@ -125,6 +125,9 @@ def test_lm_evaluation_harness_gets_our_perplexity(runs, validation, tmp_path, m
     lm_eval = pytest.importorskip(
         "lm_eval", reason="lm-evaluation-harness is not installed: pip install lm_eval"
     )
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     trained = bklm.load(runs / "baseline")
     # Our score reads the first token without scoring it; a document that begins with the harness's own prefix scores all.
     folder = export(trained, tmp_path / "exported")
@@ -137,7 +140,7 @@ def test_lm_evaluation_harness_gets_our_perplexity(runs, validation, tmp_path, m
         "doc_to_target: '{{page}}'\nmetric_list:\n  - metric: word_perplexity\n"
     )
     length = 16
-    model = lm_eval.models.huggingface.HFLM(
+    model = HFLM(
         pretrained=str(folder),
         trust_remote_code=True,
         max_length=length,
@@ -145,7 +148,7 @@ def test_lm_evaluation_harness_gets_our_perplexity(runs, validation, tmp_path, m
         device="cpu",
         batch_size=1,
     )
-    tasks = lm_eval.tasks.TaskManager(include_path=str(tmp_path / "task"))
+    tasks = TaskManager(include_path=str(tmp_path / "task"))
     found = lm_eval.simple_evaluate(model=model, tasks=["own"], task_manager=tasks, bootstrap_iters=0)
     theirs = found["results"]["own"]["word_perplexity,none"]
     # The same windows: the prefix, then the text, 16 inputs each.

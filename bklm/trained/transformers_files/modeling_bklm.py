@@ -5,6 +5,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from bklm import models
+from bklm.data import IGNORED
 
 from .configuration_bklm import BklmConfig
 
@@ -34,7 +35,7 @@ class BklmForCausalLM(PreTrainedModel, GenerationMixin):
         return None
 
     def forward(self, input_ids, attention_mask=None, labels=None, **ignored):
-        """Logits (B, N, V); with ``labels`` (B, N, -100 where masked) the mean loss of each next token, too.
+        """Logits (B, N, V); with ``labels`` (B, N, IGNORED where masked) the mean loss of each next token, too.
 
         Padding may stand at the end only: what stands before a text would be read as part of it.
         """
@@ -46,7 +47,7 @@ class BklmForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             flat = logits[:, :-1].flatten(0, 1).float()
-            loss = torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=-100)
+            loss = torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED)
         return CausalLMOutput(loss=loss, logits=logits)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **ignored):
