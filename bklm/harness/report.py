@@ -13,10 +13,11 @@ import pandas as pd
 
 from bklm.files.atomic import replacing, write_json, write_text
 from bklm.harness.bundle import PAGE, Bundle, zip_study
-from bklm.harness.comparison import Comparison, Trial
+from bklm.harness.comparison import Comparison, Trial, not_beaten, state_not_beaten
 from bklm.harness.machine import environment, git_revision
 from bklm.harness.page import moments, write_page
 from bklm.harness.session import Session
+from bklm.harness.statistics import FEWEST_SEEDS
 
 Result = TypeVar("Result", bound="StudyResult")
 
@@ -179,6 +180,7 @@ class Report:
         best = comparison.best(trials)
         best_perplexity = comparison.perplexity(comparison.groups(trials)[best]).mean
         finding = comparison.finding(trials) if finding is None else finding
+        finding += state_not_beaten(comparison.title(best), best_perplexity, text.baselines)
         lost = [dict(t) for group in comparison.lost(trials).values() for t in group]
         runs = {"sweep": trials, **also}
         self.csv("table.csv", table)
@@ -191,6 +193,7 @@ class Report:
                 "demonstration": text.is_demonstration,
                 f"best_{comparison.by}": best,
                 "best_perplexity": best_perplexity,
+                "not_beaten": [row["name"] for row in not_beaten(best_perplexity, text.baselines)],
                 "diverged": lost,
                 **summary,
                 "baselines": text.baselines,
@@ -240,18 +243,27 @@ def epoch_rows(runs: Mapping[str, Sequence[Trial]], by: str) -> list[dict[str, A
     ]
 
 
-def small_print(text: Any, seeds: int, *more: str, sees_the_future: bool = False) -> str:
+def seeds_in_words(seeds: int, bars: bool = True) -> str:
+    """How many seeds a figure shows, and what its bars are, where it has any."""
+    if seeds == 1:
+        return "1 seed, no interval"
+    meaning = "95% interval" if seeds >= FEWEST_SEEDS else "from the lower to the higher"
+    return f"{seeds} seeds" + (f", bars: {meaning}" if bars else ", means")
+
+
+def small_print(text: Any, seeds: int, *more: str, sees_the_future: bool = False, bars: bool = True) -> str:
     """What stands below a figure: data, sizes, how many seeds, and whether the model sees the future.
 
     Args:
         seeds: those that the figure shows.
         more: parts of the study's own, such as its protocol.
+        bars: whether the figure has any.
     """
     parts = ["THIS MODEL SEES THE FUTURE"] * sees_the_future + ["Demonstration"] * text.is_demonstration
     parts += [
         text.describe(),
         f"batch {text.batch_size} x {text.seq_len}",
-        f"{seeds} seeds, bars: 95% interval" if seeds > 1 else "1 seed, no interval",
+        seeds_in_words(seeds, bars),
         *more,
     ]
     return "; ".join(parts) + "."

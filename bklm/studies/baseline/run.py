@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bklm.data import load_corpus
-from bklm.harness.comparison import Trial
+from bklm.harness.comparison import Trial, not_beaten_in_short
 from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.report import Report, StudyResult, small_print
 from bklm.harness.session import Session
@@ -199,7 +199,7 @@ def _train_one(study: Session, point: dict[str, Any], fields: dict[str, Any]) ->
     )
 
 
-def _note(study: Session) -> str:
+def _note(study: Session, bars: bool = True) -> str:
     """The small print of a figure: data, sizes, seeds, and the budget of the learning-rate search."""
     config, rates = study.config, study.config.learning_rates
     parts = [f"each model's learning rate: best of {len(rates)} over {_search_steps(study)} steps"]
@@ -211,7 +211,7 @@ def _note(study: Session) -> str:
         parts.append(
             "validation holds the test split too, which early stopping and the choice of rate and epoch saw"
         )
-    return small_print(study.text, len(config.seeds), *parts)
+    return small_print(study.text, len(config.seeds), *parts, bars=bars)
 
 
 def _draw(study: Session, trials: list[Trial]) -> Path | None:
@@ -241,9 +241,10 @@ def _report(study: Session, found: tuple[list[Trial], list[Trial]]) -> BaselineR
     # What was reported and announced for WikiText-2 stands beside no other text.
     claims = tables.claims_table(table) if text.is_wikitext2 else []
     report.csv("learning_rates.csv", search)
-    title = MODELS.headline(trials)
+    best = MODELS.perplexity(MODELS.groups(trials)[MODELS.best(trials)]).mean
+    title = MODELS.headline(trials) + not_beaten_in_short(best, text.baselines)
     report.figure("training_curves.png", figures.draw_curves, trials, text, title, note)
-    report.figure("context_lengths.png", figures.draw_contexts, table, text.seq_len, note)
+    report.figure("context_lengths.png", figures.draw_contexts, table, text.seq_len, _note(study, bars=False))
     return report.finish(
         BaselineResult, MODELS, trials, also={"search": searched}, rows=table,
         finding=MODELS.finding(trials) + tables.bigram_models(table),

@@ -22,7 +22,7 @@ from bklm.data.bpe import gpt2_bpe, train_bpe
 from bklm.data.documents import split_documents
 from bklm.files.atomic import read_result
 from bklm.harness.comparison import Trial
-from bklm.harness.report import Report, StudyResult
+from bklm.harness.report import Report, StudyResult, seeds_in_words
 from bklm.harness.session import Session
 from bklm.harness.study import run_study
 from bklm.models import ContextTokenConfig, ContextTokenLM
@@ -215,7 +215,7 @@ def _note(study: Session) -> str:
         f"{len(text.valid):,} validation tokens in {config.val_documents} documents",
         f"pretrained embedding: {text.source}",
         f"{config.n_layers} layers of width {config.context_dim}",
-        f"{len(config.seeds)} seeds, bars: 95% interval" if len(config.seeds) > 1 else "1 seed, no interval",
+        seeds_in_words(len(config.seeds)),
         f"learning rate {' or '.join(f'{rate:g}' for rate in config.learning_rates)}",
     ]
     return "; ".join(parts) + "."

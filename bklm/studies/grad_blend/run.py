@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_model, save_model
 
 from bklm.files.atomic import read_result, replacing, write_json
-from bklm.harness.comparison import Trial
+from bklm.harness.comparison import Trial, not_beaten_in_short
 from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.report import Report, StudyResult, small_print
 from bklm.harness.session import Session
@@ -242,9 +242,11 @@ def _report(study: Session, found: tuple[list[Trial], Trial]) -> GradBlendResult
     table, directions = alphas.rows(trials), pooled_directions(trials)
     report.json("grad_blend_results.json", original_format(config.epochs_per_trial, trials, table))
     report.csv("gradient_directions.csv", directions)
-    report.figure(
-        "grad_blend_analysis.png", figures.draw_analysis, trials, table, ALPHAS.headline(trials), note
-    )
+    title = ALPHAS.headline(trials)
+    if ALPHAS.finished(trials):
+        best = ALPHAS.perplexity(ALPHAS.groups(trials)[ALPHAS.best(trials)]).mean
+        title += not_beaten_in_short(best, study.text.baselines)
+    report.figure("grad_blend_analysis.png", figures.draw_analysis, trials, table, title, note)
     report.figure("gradient_directions.png", figures.draw_directions, directions, note)
     if ALPHAS.finished([final]):
         report.figure("training_curves.png", figures.draw_training, final, study.text.baselines, note_of_one)
