@@ -20,11 +20,11 @@ LONGEST_FUNCTION = 80
 MOST_PARAMETERS = 9
 # Above the 2,500 that were planned by what was not: report.html (330), workers (250), the meter of two studies (240), int8,
 # trackers, the profiles' values in help, and what is said of a text of one's own.
-HARNESS = 3_700
+HARNESS = 3_750
 NEW_STUDY = 400
 # Planned were 800, 1,450, 1,500 and 1,900; the gain from context and more rivals came to the baseline study, samples and
 # best weights to the freeze study, the leak test to the first, tokenisers and texts of one's own to the first and third.
-STUDY_LINES = {"grad_blend": 900, "baseline": 1_580, "embedding_freeze": 1_780, "precision": 1_910}
+STUDY_LINES = {"grad_blend": 900, "baseline": 1_580, "embedding_freeze": 1_780, "precision": 1_930}
 # Compiled code cannot take a record of arguments, and one loop over a row is one loop; so is one over a training's epochs.
 KERNELS = ("bk_core.", "moe.")
 LONG_FUNCTIONS = {"training.loop.train": 118}

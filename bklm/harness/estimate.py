@@ -15,6 +15,7 @@ from bklm.models import LanguageModel
 from bklm.training.processes import make_accelerator
 
 WIKITEXT2 = (30_000, 2_051_910, 213_886)  # its published words, so that an estimate downloads nothing
+LONG = 90  # minutes, from which on people count hours
 EVALUATION = 1 / 3  # a validation token against a training token: it has no backward pass
 
 
@@ -112,6 +113,13 @@ def best_of(work: Callable[[], None], times: int = 2) -> float:
         work()
         seconds.append(time.perf_counter() - started)
     return min(seconds)
+
+
+def duration_in_words(minutes: float) -> str:
+    """ "less than a minute", "about 12 min", and in hours from 90 minutes on: "about 1.5 h"."""
+    if minutes < 1:
+        return "less than a minute"
+    return f"about {minutes:.0f} min" if minutes < LONG else f"about {minutes / 60:.{int(minutes < 600)}f} h"
 
 
 def round_minutes(minutes: float) -> str:

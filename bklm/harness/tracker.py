@@ -46,7 +46,12 @@ def start_tracker(accelerator: Accelerator, config: Any, folder: Path) -> None:
         ) from error
     # Trackers take numbers and words.
     settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.to_dict().items()}
-    accelerator.init_trackers(f"bklm-{config.study}", settings)
+    accelerator.project_configuration.logging_dir = str(folder / "tracker")
+    try:
+        accelerator.init_trackers(f"bklm-{config.study}", settings)
+    except BaseException:
+        accelerator.trackers = []  # begun by half: they cannot be ended
+        raise
 
 
 def track(accelerator: Accelerator, place: str, record: Mapping[str, Any]) -> None:

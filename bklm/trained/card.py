@@ -93,7 +93,8 @@ def _rows(trained: Trained) -> str:
         rows.append(("tokens foretold", f"{record['val_accuracy']:.1%}"))
     if (row := _of_model(trained)) and row.get("val_ppl_low") is not None:
         interval = f"{row['val_ppl']:.2f} ({row['val_ppl_low']:.2f} to {row['val_ppl_high']:.2f})"
-        rows.append((f"mean over {row['seeds']} seeds (95% interval)", interval))
+        kind = "range" if row["seeds"] == 2 else "95% interval"
+        rows.append((f"mean over {row['seeds']} seeds ({kind})", interval))
     if (gain := record.get("context_gain")) is not None:
         rows.append(("gain from context", f"{gain:.2%}"))
     rows += [

@@ -522,13 +522,13 @@ def run_of(model: str, seed: int, perplexity: float | None) -> dict:
 
 
 def test_a_difference_inside_its_interval_is_called_none_and_one_outside_worse():
-    runs = [run_of("newllm", 0, 50.0), run_of("newllm", 1, 55.0)]
-    same = [*runs, run_of("gpt", 0, 56.0), run_of("gpt", 1, 50.0)]
+    runs = [run_of("newllm", 0, 50.0), run_of("newllm", 1, 55.0), run_of("newllm", 2, 52.4)]
+    same = [*runs, run_of("gpt", 0, 56.0), run_of("gpt", 1, 50.0), run_of("gpt", 2, 52.5)]
     assert MODELS.finding(same).startswith("Lowest validation PPL: NewLLM, 52.4 (")
     assert "no difference beyond the 95% interval: GPT x" in MODELS.finding(same)
     assert "no other is worse" in MODELS.headline(same)
-    worse = [*runs, run_of("gpt", 0, 60.0), run_of("gpt", 1, 66.1)]
-    assert "worse over 2 paired seeds: GPT x1.201 (" in MODELS.finding(worse)
+    worse = [*runs, run_of("gpt", 0, 60.0), run_of("gpt", 1, 66.1), run_of("gpt", 2, 62.9)]
+    assert "worse over 3 paired seeds: GPT x1.201 (" in MODELS.finding(worse)
     assert "1 of 1 others is worse" in MODELS.headline(worse)
     lost = [run_of("resnet_bk", 0, None), run_of("resnet_bk", 1, None)]
     quality = readable_quality(model_table([*worse, *lost], {}), [])

@@ -206,11 +206,12 @@ def trial(alpha: float, seed: int, perplexity: float | None) -> dict:
 
 
 def test_a_difference_inside_its_interval_is_called_none_and_one_outside_worse():
-    same = [trial(0.0, 0, 100.0), trial(0.0, 1, 110.0), trial(0.5, 0, 111.0), trial(0.5, 1, 100.0)]
+    same = [trial(0.0, s, p) for s, p in enumerate((100.0, 110.0, 105.0))]
+    same += [trial(0.5, s, p) for s, p in enumerate((111.0, 100.0, 106.0))]
     assert "no difference beyond the 95% interval: alpha 0.5 x" in ALPHAS.finding(same)
     # Paired over seeds a constant ratio is certain although the seeds themselves scatter.
-    worse = [trial(0.0, 0, 100.0), trial(0.0, 1, 110.0), trial(0.5, 0, 105.0), trial(0.5, 1, 115.6)]
-    assert "worse over 2 paired seeds: alpha 0.5 x1.050 (" in ALPHAS.finding(worse)
+    worse = same[:3] + [trial(0.5, s, p) for s, p in enumerate((105.0, 115.6, 110.25))]
+    assert "worse over 3 paired seeds: alpha 0.5 x1.050 (" in ALPHAS.finding(worse)
     assert "1 of 1 other alphas is worse" in ALPHAS.headline(worse)
 
 

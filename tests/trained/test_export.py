@@ -65,7 +65,7 @@ def test_the_card_names_text_measures_interval_and_baselines_and_no_place_of_thi
     assert card.startswith("---\nlibrary_name: transformers\n")
     for words in (
         f"trained on {trained.text_name}", trained.manifest["corpus"]["sha256"], f"| {trained.record['val_ppl']:.2f} |",
-        "mean over 2 seeds (95% interval)", "Kneser-Ney 3-gram", "trust_remote_code=True", "bklm.studies.",
+        "mean over 2 seeds (range)", "Kneser-Ney 3-gram", "trust_remote_code=True", "bklm.studies.",
     ):  # fmt: skip
         assert words in card
     assert "/tmp" not in card

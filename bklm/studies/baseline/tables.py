@@ -81,7 +81,12 @@ MODELS = Comparison(
         *_scored("val_ppl_without_unk", "without <unk>"),
         *_scored("test_ppl", "test PPL"),
         Column("accuracy", "val_accuracy", "accuracy", ".1%"),
-        Column("best_epoch", "best_epoch", "best epoch", ".1f"),
+        Column(
+            "best_epoch",
+            "best_epoch",
+            "best epoch",
+            lambda row: "-" if row["best_epoch"] is None else f"{row['best_epoch']:.3g}",
+        ),
         Column("val_ppl_mixer_off", _mixer_off),
         Column(
             "context_gain",
