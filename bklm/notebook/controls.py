@@ -22,6 +22,8 @@ Config = TypeVar("Config", bound=StudyConfig)
 
 WIDTH = "min(34em, 96%)"  # fits a phone
 SHOWN_LINES = 10
+# What ipywidgets 7 and 8 call it.
+TOOLTIP = "tooltip" if "tooltip" in widgets.Text.class_trait_names() else "description_tooltip"
 OTHER_MINUTES = 0.5  # imports, compilation, figures and the zip of a run; measured 20 to 40 s on two cores
 
 
@@ -226,7 +228,7 @@ def _widget(spec: FieldSpec, value: Any) -> widgets.Widget:
     common = {
         "description": spec.name.replace("_", " "),
         # Shown where the pointer rests: what it is, its unit, and what is allowed.
-        "description_tooltip": f"{spec.help}; {spec.allowed()}",
+        TOOLTIP: f"{spec.help}; {spec.allowed()}",
         "style": {"description_width": "8.5em"},
         "layout": _layout(),
     }

@@ -59,6 +59,11 @@ def _perplexity(row: Mapping[str, Any], key: str, missing: str = "-") -> str:
     return missing if row[key] is None else str(Perplexity(row[key], None, None))
 
 
+def _epoch(row: Mapping[str, Any]) -> str:
+    """ "2", or "2.33" where the seeds' best epochs differ."""
+    return "-" if row["best_epoch"] is None else f"{row['best_epoch']:.3g}"
+
+
 def _parameters(row: Mapping[str, Any]) -> str:
     total, active = row["parameters"], row["active_parameters"]
     if total is None:
@@ -81,12 +86,7 @@ MODELS = Comparison(
         *_scored("val_ppl_without_unk", "without <unk>"),
         *_scored("test_ppl", "test PPL"),
         Column("accuracy", "val_accuracy", "accuracy", ".1%"),
-        Column(
-            "best_epoch",
-            "best_epoch",
-            "best epoch",
-            lambda row: "-" if row["best_epoch"] is None else f"{row['best_epoch']:.3g}",
-        ),
+        Column("best_epoch", "best_epoch", "best epoch", _epoch),
         Column("val_ppl_mixer_off", _mixer_off),
         Column(
             "context_gain",
