@@ -26,7 +26,8 @@ NEW_STUDY = 400
 # best weights to the freeze study, the leak test to the first, tokenisers and texts of one's own to the first and third.
 STUDY_LINES = {"grad_blend": 900, "baseline": 1_580, "embedding_freeze": 1_780, "precision": 1_930}
 # Compiled code cannot take a record of arguments, and one loop over a row is one loop; so is one over a training's epochs.
-KERNELS = ("bk_core.", "moe.")
+# A kernel takes addresses and sizes one by one, and is one long loop.
+KERNELS = ("bk_core.", "moe.", "models.gate_kernels", "models.short_convolution")
 LONG_FUNCTIONS = {"training.loop.train": 118}
 MANY_PARAMETERS = {"training.loop.train": 13, "training.loop._train_epoch": 12}
 STUDY_FILES = {"config.py", "run.py", "tables.py", "figures.py", "__init__.py", "__main__.py", "page.md"}
