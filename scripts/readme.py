@@ -15,9 +15,9 @@ A page.md is prose with places: ``{finding}`` is a number or a table of `readme_
 has several, ``{peps.finding}`` of its run "peps"; ``{config[seq_len]:,}`` is a setting with a format, ``{table:arm}`` a table
 with that title over its first column. The links
 ``](curves.png)`` and ``](peps/curves.png)`` lead to a run's kept figure. Where lines such as ``<!-- README.md -->`` divide the
-page, the part ``README.md``, the short of it, goes to docs/findings.md and ``docs/results.md`` to the page of its name; ``claims``
-holds rows of the first table in docs/findings.md, and any other part is a place for the rest. A page without such lines is a
-section of docs/findings.md.
+page, the part ``README.md``, the short of it, goes to docs/findings.md and ``docs/results.md`` to the page of its name;
+``claims`` holds rows of the first table in docs/findings.md, and any other part is a place for the rest. A page without such
+lines is a section of docs/findings.md.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ class Study(string.Formatter):
 
 
 def claims() -> str:
-    """The first table of docs/findings.md: every claim of the originals beside what was measured, from the kept files alone."""
+    """The first table of docs/findings.md: every claim beside what was measured, from the kept files alone."""
     studies = [study for study in map(Study, STUDIES) if "claims" in study.parts]
     return CLAIMS + "\n".join(study.part("claims") for study in studies)
 

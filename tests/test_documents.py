@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from bklm.batch.plan import check_parameters, read_runs
+from bklm.bk_core import resolvent_diagonal
 from bklm.command.main import parser, study_of
 from bklm.harness.cli import parse
 from bklm.studies import STUDIES, configs

@@ -19,7 +19,7 @@ def test_they_start_from_the_form_and_give_back_what_was_moved(tiny_config):
     controls = Controls(tiny_config, ["batch_size", "alphas"])
     assert controls.widgets["batch_size"].value == 8
     assert controls.widgets["alphas"].value == "0, 0.5"
-    controls.widgets["batch_size"].value = 20
+    controls.widgets["batch_size"].value = 16
     controls.widgets["alphas"].value = "0, 1"
     config = controls.config()
     assert (config.batch_size, config.alphas) == (16, (0.0, 1.0))
@@ -80,7 +80,7 @@ def test_after_moving_a_control_the_next_run_gets_a_folder_of_its_own(tiny_confi
         claim(folder, tiny_config.resolved(), "0" * 64)
     controls = Controls(tiny_config, ["batch_size"])
     assert controls.config().output_dir == tiny_config.output_dir
-    controls.widgets["batch_size"].value = 20
+    controls.widgets["batch_size"].value = 16
     moved = controls.config()
     assert moved.output_dir.endswith("run_2")
     assert "holds a run with other settings" in capsys.readouterr().out
@@ -93,13 +93,13 @@ def test_the_estimate_follows_the_controls_and_says_why_there_is_none(tiny_confi
         seen.append(config.batch_size)
         if config.batch_size > 50:
             raise OSError("no such <text>")
-        return config.batch_size / 8
+        return config.batch_size / 4
 
     controls = Controls(tiny_config, ["batch_size"], estimate=estimate)
     controls.show()
     assert "<b>about 2 min</b>" in controls._guess.value
-    controls.widgets["batch_size"].value = 20
-    assert "<b>about 3 min</b>" in controls._guess.value
+    controls.widgets["batch_size"].value = 16
+    assert "<b>about 4 min</b>" in controls._guess.value
     controls.widgets["batch_size"].value = 64
     assert controls._guess.value == "No estimate: no such &lt;text&gt;"
     assert seen == [8, 16, 64]
