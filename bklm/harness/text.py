@@ -111,10 +111,13 @@ class StudyText:
     def generate(
         self, model: Any, prompt: str, max_new_tokens: int, temperature: float = 0.8, seed: int = 0
     ) -> str:
-        """Let ``model`` continue ``prompt``; the same seed gives the same text."""
+        """Let ``model`` continue ``prompt``, at most to its last position; the same seed gives the same text."""
         ids = torch.from_numpy(self.tokens.encode(prompt).astype(np.int64))[None]
         if ids.shape[1] == 0:
             raise ValueError("prompt: got no word; write at least one.")
+        if model.n_seq is not None:  # a word may be several pieces or characters
+            ids = ids[:, : model.n_seq - 1]
+            max_new_tokens = min(max_new_tokens, model.n_seq - ids.shape[1])
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(seed)
         out = model.generate(ids.to(device), max_new_tokens, temperature, generator)

@@ -130,3 +130,13 @@ def test_a_model_without_a_potential_says_which_ones_have_one(runs):
 
     with pytest.raises(ValueError, match=r"^features: lstm is a LSTM, which has no potential .*resnet_bk"):
         read_features(LSTM(LSTMConfig(9, 4, 1)), [1], ["a"], "lstm")
+
+
+def test_a_sample_of_pieces_or_characters_ends_at_the_last_position(runs, small_text):
+    from bklm.harness.text import prepare_text
+    from bklm.studies import GradBlendConfig
+
+    trained = bklm.load(runs / "grad_blend")
+    text = prepare_text(GradBlendConfig(**trained.manifest["config"]))
+    written = text.generate(trained.model, "the cat sees the dog and the bird", 60)
+    assert len(text.tokens.encode(written)) == trained.model.n_seq
