@@ -375,7 +375,7 @@ def test_an_interrupted_batch_goes_on_with_the_same_command_and_a_study_in_it_wi
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     study = tmp_path / "out" / "a" / "grad_blend"
     deadline = time.monotonic() + 120
-    while not list(study.glob("trials/*/result.json")) and time.monotonic() < deadline:
+    while not list(study.glob("internals/trials/*/result.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
@@ -383,7 +383,7 @@ def test_an_interrupted_batch_goes_on_with_the_same_command_and_a_study_in_it_wi
     assert process.returncode == 130
     assert "the same command goes on from there" in errors
     assert "Traceback" not in errors
-    first = {p: p.stat().st_mtime_ns for p in study.glob("trials/*/result.json")}
+    first = {p: p.stat().st_mtime_ns for p in study.glob("internals/trials/*/result.json")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert first == {p: p.stat().st_mtime_ns for p in first}

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,7 @@ def check_python(words: list[str]) -> None:
         return check_study(module, rest)
     checks: dict[str, Callable[[list[str]], None]] = {
         "bklm.batch": check_batch,
+        "bklm.harness.bundle": partial(check_script, "bklm/harness/bundle.py"),
         "bklm.notebook": lambda words: None,
         "papermill": check_papermill,
         "pytest": check_pytest,

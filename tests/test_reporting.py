@@ -139,6 +139,23 @@ def test_the_zip_begins_with_the_page_and_holds_no_hidden_folder_and_no_older_no
     ]
 
 
+def test_a_file_that_a_run_removes_meanwhile_is_left_out_of_the_zip(tmp_path, monkeypatch):
+    folder = tmp_path / "study"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("a.csv", "checkpoints/state.bin", "report.html"):
+        (folder / name).write_text("x")
+    write = zipfile.ZipFile.write
+
+    def slow(archive, *words):
+        (folder / "checkpoints" / "state.bin").unlink(missing_ok=True)
+        write(archive, *words)
+
+    monkeypatch.setattr(zipfile.ZipFile, "write", slow)
+    with zipfile.ZipFile(zip_study(folder).path) as archive:
+        assert archive.namelist() == ["study/report.html", "study/a.csv"]
+        assert archive.testzip() is None
+
+
 def test_an_executed_notebook_goes_in_with_its_html(tmp_path):
     folder = tmp_path / "study"
     folder.mkdir()

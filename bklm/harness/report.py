@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,11 @@ class StudyResult:
     def sentences(self) -> list[str]:
         """What was found, in words, as it stands at the head of report.html: what ``spoken`` names, where it is not empty."""
         return [words for name in self.spoken if (words := getattr(self, name))]
+
+    def renew_page(self) -> None:
+        """Write report.html once more, with what was measured since the run ended."""
+        facts = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        write_page(self.folder / PAGE, self, facts, self.paths.values())
 
     def load(self, model: str | None = None) -> Any:
         """A trained model by its arm's name, the best one when none is given; on the CPU, in evaluation mode."""

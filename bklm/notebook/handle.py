@@ -31,6 +31,7 @@ from bklm.harness.text import readable_baselines
 from bklm.notebook import cells
 from bklm.notebook.controls import Controls
 from bklm.notebook.form import is_headless
+from bklm.notebook.process import StudyRun
 from bklm.trained.model import load
 from bklm.trained.run import open_run
 
@@ -86,6 +87,7 @@ class Study:
         self.result: StudyResult | None = None
         self._prepared: tuple[StudyConfig, Any] | None = None
         self._bundle: Bundle | None = None
+        self._button: StudyRun | None = None  # of the Run button, as the last run or reading back found it
         self.controls.show()
         before = [v for v in namespace.values() if isinstance(v, Study) and v._module is self._module]
         if before and not self.headless:
@@ -100,7 +102,10 @@ class Study:
 
     def run(self) -> None:
         """Run the study in this cell, or read back what an earlier run or the Run button has left."""
-        config = self._config()
+        self._run(self._config())
+
+    def _run(self, config: StudyConfig) -> None:
+        self._button = self.controls.study
         run = getattr(self._module, f"run_{config.study}")
         if self._reads_text:
             run = partial(run, text=self._text_of(config))
@@ -175,6 +180,7 @@ class Study:
 
     def zip(self) -> None:
         """Zip the study's folder with this notebook as executed so far; print path, size and SHA-256."""
+        self._done().renew_page()
         self._bundle = cells.finish(self._done().folder, self.headless)
 
     def download(self) -> None:
@@ -198,6 +204,10 @@ class Study:
         return self._prepared[1]
 
     def _done(self) -> StudyResult:
+        button = self.controls.study
+        if button is not None and button is not self._button and button.returncode == 0:
+            # What the Run button has left since is what the cells below show, read back with log and main picture.
+            self._run(button.config.resolved())
         if self.result is None:
             raise ValueError("study: nothing has been run yet; run the cell with study.run() first.")
         return self.result

@@ -149,6 +149,25 @@ def test_a_table_that_a_run_does_not_have_is_a_sentence_with_those_it_has(finish
             study.say(name)
 
 
+def test_after_the_run_button_the_cells_below_show_what_it_left(finished, shown, monkeypatch):
+    study = notebook.study("grad_blend", variables(finished, headless=False))
+    shown.clear()
+    study.controls.study = SimpleNamespace(config=finished, returncode=None, is_running=True)
+    with pytest.raises(ValueError, match="nothing has been run yet"):
+        study.table()
+    study.controls.study.returncode = 0
+    # A control that was moved afterwards does not belong to that run.
+    study.controls.widgets["batch_size"].value = 16
+    study.table()
+    kinds = [type(thing).__name__ for thing in shown]
+    assert kinds.index("Image") < len(kinds) - 1
+    assert "reported by the original" in shown[-1].data
+    assert study.result.config == finished.resolved()
+    shown.clear()
+    study.table()
+    assert [type(thing).__name__ for thing in shown] == ["HTML"]
+
+
 def test_cells_below_one_that_has_not_run_say_so(finished):
     study = notebook.study("grad_blend", variables(finished))
     for call in (study.table, study.finding, study.sample, study.zip, study.download):

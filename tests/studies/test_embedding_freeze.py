@@ -77,7 +77,7 @@ def config(documents: Path, tmp_path: Path) -> EmbeddingFreezeConfig:
 
 def numbers(folder: Path) -> list:
     """What the study computed, without its timings."""
-    trials = [json.loads(p.read_text()) for p in sorted(folder.glob("trials/*/result.json"))]
+    trials = [json.loads(p.read_text()) for p in sorted(folder.glob("internals/trials/*/result.json"))]
     names = ("arm", "samples", "seed", "val_ppl", "val_accuracy", "train_ppl", "best_epoch", "context_drift")
     return [[t[n] for n in names] + [e["val_loss"] for e in t["epochs"]] for t in trials]
 
@@ -234,7 +234,9 @@ def test_the_original_comparison_is_as_unequal_as_the_original_was(config, monke
 
 def test_a_damaged_result_is_set_aside_and_only_that_trial_is_trained_again(config, monkeypatch):
     first = run_embedding_freeze(config)
-    damaged = next(first.folder.glob("trials/pretrained_trained_tied_samples_5_seed_1*")) / "result.json"
+    damaged = (
+        next(first.folder.glob("internals/trials/pretrained_trained_tied_samples_5_seed_1*")) / "result.json"
+    )
     damaged.write_text(damaged.read_text()[:60])
     trained = []
     real = embedding_freeze_runner.train_phase2
@@ -275,7 +277,7 @@ def test_phase_1_alone_and_phase_2_later_give_the_numbers_of_both_at_once(config
     first = run_embedding_freeze(dataclasses.replace(apart, phase="1"))
     assert (first.table, first.best) == ([], None)
     assert len(first.phase1) == 2
-    weights = sorted(first.folder.glob("phase1/*/context_block.safetensors"))
+    weights = sorted(first.folder.glob("internals/phase1/*/context_block.safetensors"))
     weights[0].write_bytes(weights[0].read_bytes()[:100])  # damaged: phase 1 is done again where it is needed
     weights[1].unlink()
     second = run_embedding_freeze(dataclasses.replace(apart, phase="2"))
@@ -308,7 +310,7 @@ def test_every_arm_gets_the_same_search_over_learning_rates_and_goes_on_with_its
     config = dataclasses.replace(config, learning_rates=(1e-5, 1e-2), samples=(4, 5))
     result = run_embedding_freeze(config)
     assert bars[0].n == bars[0].total
-    trials = [json.loads(p.read_text()) for p in result.folder.glob("trials/*/result.json")]
+    trials = [json.loads(p.read_text()) for p in result.folder.glob("internals/trials/*/result.json")]
     for arm in {t["arm"] for t in trials}:
         own = [t for t in trials if t["arm"] == arm]
         searched = {t["learning_rate"]: t["val_ppl"] for t in own if (t["samples"], t["seed"]) == (4, 0)}
@@ -337,7 +339,7 @@ def test_a_learning_rate_that_diverges_loses_and_is_recorded(config, monkeypatch
     result = run_embedding_freeze(dataclasses.replace(config, learning_rates=(1e-2, 1.0), epochs=1))
     assert {row["learning_rate"] for row in result.table} == {1e-2}
     assert result.diverged == []  # the search's losers are no trials of the study
-    recorded = [json.loads(p.read_text()) for p in result.folder.glob("trials/*_rate_1/result.json")]
+    recorded = [json.loads(p.read_text()) for p in result.folder.glob("internals/trials/*_rate_1/result.json")]
     assert [r["val_ppl"] for r in recorded] == [None] * len(result.table)
     assert recorded[0]["reason"].endswith("seed 0: the loss was nan."), (
         "the checkpoint that the message names is gone"
@@ -418,7 +420,7 @@ def test_the_best_arms_first_seed_is_kept_and_scores_what_its_trial_scored(confi
     result = run_embedding_freeze(config)
     best = min(result.table, key=lambda row: row["val_ppl"])
     assert (result.best, result.best_perplexity) == (best, best["val_ppl"])
-    trials = [json.loads(p.read_text()) for p in result.folder.glob("trials/*/result.json")]
+    trials = [json.loads(p.read_text()) for p in result.folder.glob("internals/trials/*/result.json")]
     (own,) = [t for t in trials if (t["arm"], t["seed"]) == (best["arm"], 0)]
     model, ids = result.load(), prepare_text(config.resolved()).valid
     assert not model.training
@@ -499,7 +501,7 @@ def test_a_training_loss_too_large_for_exp_is_recorded_not_a_traceback(config, m
 
     monkeypatch.setattr(embedding_freeze_runner, "train", train)
     result = run_embedding_freeze(dataclasses.replace(config, learning_rates=(1e-2,), epochs=1))
-    trials = [json.loads(p.read_text()) for p in result.folder.glob("trials/*/result.json")]
+    trials = [json.loads(p.read_text()) for p in result.folder.glob("internals/trials/*/result.json")]
     assert {t["train_ppl"] for t in trials} == {math.exp(700)}
 
 

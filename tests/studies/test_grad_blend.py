@@ -75,7 +75,9 @@ def test_two_fresh_runs_of_the_same_config_give_the_same_numbers(tiny_config, tm
 
 def test_a_damaged_trial_result_is_set_aside_and_only_that_trial_is_trained_again(tiny_config, monkeypatch):
     first = run_grad_blend(tiny_config)
-    (first.folder / "trials" / "alpha_0.5_seed_1" / "result.json").write_text('{"alpha": 0.5, "se')
+    (first.folder / "internals" / "trials" / "alpha_0.5_seed_1" / "result.json").write_text(
+        '{"alpha": 0.5, "se'
+    )
     trained = []
     real = grad_blend.train
     monkeypatch.setattr(grad_blend, "train", lambda *a, **k: trained.append(k["label"]) or real(*a, **k))
@@ -351,7 +353,7 @@ def test_a_trial_that_diverges_is_named_and_counted_in_no_number_and_the_rest_go
     by_seed = read_strictly(result.paths["grad_blend_results.json"])["results"][0]["final_perplexity_by_seed"]
     # The table's mean goes through a logarithm and back: the same number but for the last digits.
     assert by_seed == {"0": pytest.approx(rows[0.0]["val_ppl"], rel=1e-12), "1": None}
-    assert not list(result.folder.glob("trials/*/checkpoints"))
+    assert not list(result.folder.glob("internals/trials/*/checkpoints"))
     assert "it is recorded as diverged; delete" in (result.folder / "run.log").read_text()
 
 

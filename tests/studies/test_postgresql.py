@@ -155,7 +155,9 @@ def test_four_workers_of_which_one_is_killed_give_the_table_of_one(database, tin
         while victim is None:
             assert all(p.poll() is None for p in processes)
             begun = [
-                k for k, f in enumerate(folders) if list(f.glob("grad_blend/trials/*/checkpoints/epoch_*"))
+                k
+                for k, f in enumerate(folders)
+                if list(f.glob("grad_blend/internals/trials/*/checkpoints/epoch_*"))
             ]
             victim = begun[0] if begun else None
             time.sleep(0.01)

@@ -16,6 +16,7 @@ from typing import Any
 from bklm.data import load_corpus
 from bklm.harness.comparison import Trial, not_beaten_in_short
 from bklm.harness.estimate import Run, minutes, text_size
+from bklm.harness.folder import internal
 from bklm.harness.report import Report, StudyResult, small_print
 from bklm.harness.session import Session
 from bklm.harness.study import run_study
@@ -235,7 +236,7 @@ def _report(study: Session, found: tuple[list[Trial], list[Trial]]) -> BaselineR
             study.folder, of_model, config.checkpoint_folder(), config.resume_from and Path(config.resume_from)
         )
     measured = measure_models(
-        runs, text, study.folder / "measured.json",
+        runs, text, internal(study.folder, "internals/measured.json"),
         device=config.device, precision=config.precision, generate_tokens=config.generate_tokens,
     )  # fmt: skip
     table, search = tables.model_table(trials, measured), tables.search_rows(searched, _search_steps(study))
