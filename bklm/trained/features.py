@@ -62,7 +62,9 @@ class Features:
                 # A few values near a pole would leave all others pale.
                 most = float(np.quantile(np.abs(values), SHOWN_SHARE)) or 1.0
                 if values.min() >= 0:
-                    scale = {"cmap": "Blues", "vmin": 0.0, "vmax": most}
+                    scale = {"cmap": "Blues", "vmin": float(values.min()), "vmax": most}
+                elif values.max() <= 0:
+                    scale = {"cmap": "Blues_r", "vmin": -most, "vmax": float(values.max())}
                 else:
                     scale = {"cmap": "RdBu_r", "vmin": -most, "vmax": most}
                 image = place.imshow(values, aspect="auto", **scale)
@@ -71,7 +73,8 @@ class Features:
                 step = max(1, len(labels) // 8)
                 place.set_yticks(range(0, len(labels), step), labels[::step])
                 place.set_ylabel("layer.head" if heads > 1 else "layer")
-                beyond = "both" if values.min() < -most else "max" if values.max() > most else "neither"
+                ends = (values.min() < -most, values.max() > most)
+                beyond = {(True, True): "both", (True, False): "min", (False, True): "max"}.get(ends, "neither")
                 figure.colorbar(image, ax=place, pad=0.02, extend=beyond)
             step = max(1, count // 24)
             shown = [_short(word) for word in self.words[::step]]
