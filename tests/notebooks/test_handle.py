@@ -161,7 +161,7 @@ def test_after_the_run_button_the_cells_below_show_what_it_left(finished, shown,
     study.table()
     kinds = [type(thing).__name__ for thing in shown]
     assert kinds.index("Image") < len(kinds) - 1
-    assert "reported by the original" in shown[-1].data
+    assert "val PPL (95%)" in shown[-1].data
     assert study.result.config == finished.resolved()
     shown.clear()
     study.table()
