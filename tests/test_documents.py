@@ -90,6 +90,7 @@ def check_python(words: list[str]) -> None:
     if module.startswith("bklm.studies."):
         return check_study(module, rest)
     checks: dict[str, Callable[[list[str]], None]] = {
+        "bklm": check_bklm,
         "bklm.batch": check_batch,
         "bklm.harness.bundle": partial(check_script, "bklm/harness/bundle.py"),
         "bklm.notebook": lambda words: None,
@@ -102,6 +103,8 @@ def check_python(words: list[str]) -> None:
 
 
 def check_bklm(words: list[str]) -> None:
+    if not words:
+        return None
     if words[0] == "run":
         name = study_of(words[1])
         (config_class,) = [c for c in configs() if c.study == name]
