@@ -18,8 +18,9 @@ PACKAGE = ROOT / "bklm"
 LONGEST_FILE = 320
 LONGEST_FUNCTION = 80
 MOST_PARAMETERS = 9
-# Above the 2,500 that were planned by what was not: report.html (330), workers (250), the meter of two studies (240), int8.
-HARNESS = 3_500
+# Above the 2,500 that were planned by what was not: report.html (330), workers (250), the meter of two studies (240), int8,
+# the engine of arms (150), which spares each of two studies more than that.
+HARNESS = 3_650
 NEW_STUDY = 400
 # Planned were 800, 1,450, 1,500 and 1,900; the gain from context and more rivals came to the baseline study, samples and
 # best weights to the freeze study, the leak test to the first.

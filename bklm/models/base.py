@@ -78,6 +78,10 @@ class LanguageModel(nn.Module):
         """What the last training forward adds to the mean loss per token, such as a load-balancing term; or None."""
         return None
 
+    def parameters_apart(self) -> Sequence[nn.Parameter]:
+        """Parameters that no logit depends on, whose gradient is clipped on its own in training."""
+        return ()
+
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor, targets: Tensor) -> TokenLosses:
         """(nll, correct), each (B, N): the loss of every target in nats and whether it was the likeliest token."""

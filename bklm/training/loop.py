@@ -203,6 +203,8 @@ def _train_epoch(
 ) -> _EpochSums:
     """One pass over ``batches``: one optimiser step per batch, whatever the number of parts and processes."""
     on_cpu = accelerator.device.type == "cpu"
+    apart = [p for p in model.parameters_apart() if p.requires_grad]
+    together = [p for p in trainable if not any(p is other for other in apart)]
     steps, before = len(batches), (epoch - 1) * len(batches)
     losses, norms, tokens = [], [], []
     taken: list[Tensor] = []  # norms of the steps that a loss scaler did not skip
@@ -218,7 +220,9 @@ def _train_epoch(
             model, len(own[0]), functools.partial(_backward, model, *own, count, accelerator)
         )
         sum_gradients_over_processes(accelerator, trainable)
-        norm = accelerator.clip_grad_norm_(trainable, settings.clip_at(epoch)).detach()
+        norm = accelerator.clip_grad_norm_(together, settings.clip_at(epoch)).detach()
+        if apart:  # the call before has taken a loss scaler out of all gradients
+            torch.nn.utils.clip_grad_norm_(apart, settings.clip_at(epoch))
         optimizer.step()
         if not check.is_skipped(norm, before + step, good):
             scheduler.step()

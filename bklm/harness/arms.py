@@ -1,0 +1,169 @@
+"""Arms of one experiment: each trained with every seed at equal budget, and judged in pairs against its controls.
+
+    arms = {"none": Arm(plain), "placebo": Arm(shuffled), "mended": Arm(term, against=("none", "placebo"))}
+    trials = train_arms(study, arms, settings)
+    rows = verdicts(COMPARISON, trials, arms)
+    helps(rows, "mended")
+
+A term added to the loss (``bklm.training.auxiliary``) has two controls: weight 0, and a placebo of the same size on data
+without the claimed structure. It helps where it beats the plain model and the placebo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bklm.files.atomic import replacing
+from bklm.harness.comparison import Comparison, Trial
+from bklm.harness.session import Session
+from bklm.models import LanguageModel
+from bklm.training.auxiliary import without_term
+from bklm.training.loop import train
+from bklm.training.records import EPOCH_KEYS
+from bklm.training.schedules import TrainingSettings
+from bklm.training.weights import save_weights
+
+WEIGHTS = "model.safetensors"
+KEYS = {"val_ppl": float, "seconds": float, "epochs": EPOCH_KEYS, "parameters": int, "learning_rate": float}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        build: makes the untrained model of ``text.vocab_size`` words. torch's generator is seeded before, so arms that draw
+            the model first begin with equal weights.
+        against: names of the arms that this one must beat to be of use.
+    """
+
+    build: Callable[[int], LanguageModel]
+    against: tuple[str, ...] = ()
+
+
+def train_arms(
+    study: Session,
+    arms: Mapping[str, Arm],
+    settings: TrainingSettings,
+    *,
+    text: Any = None,
+    rates: Sequence[float] = (),
+    name: str = "trials",
+    measure: Callable[[LanguageModel], dict[str, Any]] | None = None,
+    needed: Mapping[str, Any] = {},
+    draw: Callable[[list[Trial]], Path | None] | None = None,
+) -> list[Trial]:
+    """One trial per arm and seed of ``study.config.seeds``: the same batches, steps and number of learning rates for each.
+
+    A trial that diverged is a record without a perplexity. The trained model, without its term, is ``model.safetensors``
+    in the trial's folder.
+
+    Args:
+        text: has ``vocab_size``, ``unk_id``, ``train_loader(seed)`` and ``val_loader()``; the study's own by default.
+        rates: learning rates tried by every arm with the first seed; the settings' own where there are none.
+        name: folder of the trials; arms of another part of the study need another.
+        measure: what else to record of a trained model; ``needed`` names its keys and types, without which a trial is
+            trained again.
+    """
+    text = text or study.text
+    steps = len(text.train_loader(seed=0)) * settings.epochs
+    keys = {**KEYS, **needed}
+
+    def trial(place: str, arm: str, learning_rate: float, seed: int) -> dict[str, Any]:
+        point = {"arm": arm, "seed": seed, "learning_rate": learning_rate}
+        own = dataclasses.replace(settings, learning_rate=learning_rate, seed=seed)
+
+        def work(folder: Path) -> dict[str, Any]:
+            return _train(study, text, arms[arm], own, folder, f"{arm}, seed {seed}", measure)
+
+        return study.trial(place, point, steps, work, keys, weights=WEIGHTS)
+
+    best = dict.fromkeys(arms, settings.learning_rate)
+    if rates:
+        first = study.config.seeds[0]
+        best, _ = study.best_rate(
+            "arm",
+            list(arms),
+            rates,
+            lambda place, **point: trial(place, seed=first, **point),
+            name=f"{name}_search",
+        )
+    return study.grid(
+        {"arm": list(arms), "seed": study.config.seeds},
+        lambda place, arm, seed: trial(place, arm, best[arm], seed),
+        name=name,
+        draw=draw,
+        across_machines=False,
+    )  # fmt: skip
+
+
+def _train(
+    study: Session, text: Any, arm: Arm, settings: TrainingSettings, folder: Path, label: str, measure: Callable | None
+) -> dict[str, Any]:  # fmt: skip
+    torch.manual_seed(settings.seed)
+    model = arm.build(text.vocab_size).to(study.accelerator.device)
+    records = train(
+        model, text.train_loader(seed=settings.seed), text.val_loader(), settings, accelerator=study.accelerator,
+        unk_id=text.unk_id, folder=folder / "checkpoints", label=label,
+        on_step=study.progress.step, on_skip=study.progress.skip,
+    )  # fmt: skip
+    last = records[-1]
+    if study.is_main:
+        with replacing(folder / WEIGHTS) as temporary:
+            save_weights(without_term(model), temporary)
+    return {
+        "val_ppl": last.val_perplexity,
+        "val_ppl_without_unk": last.val_perplexity_without_unk,
+        "val_accuracy": last.val_accuracy,
+        "parameters": model.num_parameters(),
+        "seconds": sum(r.seconds for r in records),
+        "epochs": [r.to_dict() for r in records],
+        **({} if measure is None else measure(model)),
+    }
+
+
+def verdicts(comparison: Comparison, trials: Sequence[Trial], arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
+    """One row per arm and control: the paired difference of validation loss in nats, its 95% interval, and a verdict."""
+    rows = []
+    for name, against in ((name, other) for name, arm in arms.items() for other in arm.against):
+        ratio = comparison.ratio(trials, name, against)
+        low, high = (
+            (None, None) if ratio is None or ratio.low is None else (math.log(ratio.low), math.log(ratio.high))
+        )
+        verdict = (
+            "lower loss"
+            if low is not None and high < 0
+            else "higher loss"
+            if low is not None and low > 0
+            else "none"
+        )
+        if low is None:
+            verdict = "a seed diverged: no verdict" if ratio is None else "one seed: no verdict"
+        rows.append(
+            {
+                "arm": name, "against": against, "loss_difference": ratio and math.log(ratio.mean),
+                "low": low, "high": high, "verdict": "no difference" if verdict == "none" else verdict,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def helps(rows: Sequence[Mapping[str, Any]], arm: str) -> bool | None:
+    """Whether an arm's loss is below that of each of its controls beyond the interval; None where one gave no verdict."""
+    own = [row for row in rows if row["arm"] == arm]
+    if not own or any(row["low"] is None for row in own):
+        return None
+    return all(row["high"] < 0 for row in own)
+
+
+def claim(announced: str, measured: str, holds: bool | None) -> dict[str, str]:
+    """A row of a study's claims table."""
+    verdict = {True: "holds", False: "does not hold", None: "no verdict"}[holds]
+    return {"announced": announced, "measured": measured, "verdict": verdict}

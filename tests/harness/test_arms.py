@@ -1,0 +1,234 @@
+"""The engine of arms: equal budgets, controls that change nothing where nothing may change, and paired verdicts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bklm.harness.arms import WEIGHTS, Arm, claim, helps, train_arms, verdicts
+from bklm.harness.comparison import Comparison
+from bklm.harness.study import run_study
+from bklm.harness.text import prepare_text
+from bklm.models import GPT, LSTM, GPTConfig, LSTMConfig, ResNetBK, ResNetBKConfig
+from bklm.training.auxiliary import WithTerm, other_sequence, recorded_states, without_term
+from bklm.training.schedules import TrainingSettings
+from bklm.training.weights import load_weights
+
+ARMS = Comparison(by="arm", title=str)
+
+
+class Predicts(nn.Module):
+    """An example of a term: each block's output is foretold from its input by a linear map."""
+
+    def __init__(self, width: int, blocks: int, placebo: bool = False) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.placebo = placebo
+
+    def forward(self, states):
+        pairs = itertools.pairwise(states)
+        losses = [
+            (other_sequence(after) if self.placebo else after).sub(foretell(before)).square().mean()
+            for foretell, (before, after) in zip(self.maps, pairs, strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+
+def plain(vocabulary: int) -> ResNetBK:
+    return ResNetBK(ResNetBKConfig(vocabulary, 8, 2, mixer="solve", num_experts=1, n_heads=2))
+
+
+def with_term(weight: float, placebo: bool = False, **more) -> Arm:
+    def build(vocabulary):
+        model = plain(vocabulary)
+        return WithTerm(model, Predicts(8, 2, placebo), weight, **more)
+
+    return Arm(build, ("none", "placebo"))
+
+
+class Breaks(nn.Module):
+    """A term that is no number."""
+
+    def forward(self, states):
+        return states[-1].sum() * math.nan
+
+
+@pytest.fixture(scope="module")
+def finished(small_text, tmp_path_factory):
+    """(config, arms, trials, folder) of a finished experiment."""
+    from bklm.studies.grad_blend.config import GradBlendConfig
+
+    config = GradBlendConfig(
+        profile="smoke", data_dir=str(small_text), output_dir=str(tmp_path_factory.mktemp("arms")), device="cpu",
+        seeds=(0, 1), batch_size=8, seq_len=8, max_train_tokens=400, workers=1,
+    )  # fmt: skip
+    arms = {
+        "none": Arm(plain),
+        "weight 0": with_term(0.0),
+        "detached": with_term(1.0, detached=True),
+        "placebo": with_term(1.0, placebo=True),
+        "term": with_term(1.0),
+        "broken": Arm(lambda vocabulary: WithTerm(plain(vocabulary), Breaks(), 1.0)),
+    }
+    settings = TrainingSettings(2, learning_rate=3e-3, clip=0.05)
+
+    def run(arms=arms):
+        folders = []
+
+        def work(study):
+            folders.append(study.folder)
+            return train_arms(study, arms, settings, measure=lambda model: {"kind": type(model).__name__},
+                              needed={"kind": str})  # fmt: skip
+
+        return run_study(config, work, lambda study, found: found, prepare=prepare_text), folders[0]
+
+    trials, folder = run()
+    return arms, trials, folder, run
+
+
+def perplexities(trials, arm):
+    return [t["val_ppl"] for t in trials if t["arm"] == arm]
+
+
+@pytest.mark.parametrize("control", ["weight 0", "detached"])
+def test_a_term_that_may_not_reach_the_model_leaves_its_training_as_it_was(finished, control):
+    _, trials, *_ = finished
+    assert perplexities(trials, control) == pytest.approx(perplexities(trials, "none"), rel=1e-6)
+
+
+def test_a_term_that_reaches_the_model_changes_it(finished):
+    _, trials, *_ = finished
+    for arm in ("term", "placebo"):
+        for found, without in zip(perplexities(trials, arm), perplexities(trials, "none"), strict=True):
+            assert abs(found / without - 1) > 1e-5
+
+
+def test_an_arm_that_diverges_is_a_row(finished):
+    _, trials, *_ = finished
+    assert perplexities(trials, "broken") == [None, None]
+    rows = {row["arm"]: row for row in ARMS.rows(trials)}
+    assert (rows["broken"]["seeds"], rows["broken"]["diverged"]) == (0, 2)
+
+
+def test_what_was_measured_and_the_model_without_its_term_are_kept_and_nothing_is_trained_twice(
+    finished, monkeypatch
+):
+    from bklm.harness import arms as engine
+
+    _, trials, folder, run = finished
+    term = next(t for t in trials if t["arm"] == "term")
+    assert term["kind"] == "WithTerm"
+    model = plain(_vocabulary(folder))
+    load_weights(model, folder / "trials" / "arm_term_seed_0" / WEIGHTS)
+    monkeypatch.setattr(engine, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert run()[0] == trials
+
+
+def _vocabulary(folder) -> int:
+    from safetensors import safe_open
+
+    with safe_open(str(folder / "trials" / "arm_none_seed_0" / WEIGHTS), "pt") as file:
+        return file.get_slice("embedding.weight").get_shape()[0]
+
+
+def trial(arm, seed, ppl):
+    return {"arm": arm, "seed": seed, "val_ppl": ppl}
+
+
+def test_verdicts_are_of_paired_seeds_and_an_arm_helps_where_it_beats_every_control():
+    scores = {
+        "none": (100, 200, 150),
+        "placebo": (99, 201, 150),
+        "better": (90, 181, 135),
+        "same": (99, 202, 149),
+    }
+    trials = [trial(arm, seed, ppl) for arm, found in scores.items() for seed, ppl in enumerate(found)]
+    arms = {arm: Arm(plain, ("none", "placebo") if arm in ("better", "same") else ()) for arm in scores}
+    rows = verdicts(ARMS, trials, arms)
+    assert [(r["arm"], r["against"], r["verdict"]) for r in rows] == [
+        ("better", "none", "lower loss"), ("better", "placebo", "lower loss"),
+        ("same", "none", "no difference"), ("same", "placebo", "no difference"),
+    ]  # fmt: skip
+    assert rows[0]["loss_difference"] == pytest.approx(math.log(0.9), abs=5e-3)
+    assert helps(rows, "better") is True
+    assert helps(rows, "same") is False
+    assert helps(rows, "none") is None
+    assert claim("converges better", "x", helps(rows, "same"))["verdict"] == "does not hold"
+    lost = [*trials[:-1], trial("same", 2, None)]
+    row = verdicts(ARMS, lost, arms)[-1]
+    assert (row["verdict"], row["low"]) == ("a seed diverged: no verdict", None)
+    one = [t for t in trials if t["seed"] == 0]
+    assert helps(verdicts(ARMS, one, arms), "better") is None
+
+
+def test_states_are_those_before_the_first_block_and_after_each_also_of_a_block_used_twice():
+    model, ids = plain(20).eval(), torch.randint(20, (3, 7))
+    with recorded_states(model) as states:
+        hidden = model.hidden(ids)
+    assert len(states) == 3
+    assert torch.equal(states[0], model.embedding(ids))
+    assert torch.equal(model.norm(states[-1]), hidden)
+    model.blocks[1] = model.blocks[0]
+    with recorded_states(model) as states:
+        model.hidden(ids)
+    assert len(states) == 3
+    assert torch.equal(states[2], model.blocks[0](states[1])[0])
+    with recorded_states(gpt := GPT(GPTConfig(20, 8, 2, 2, 8)).eval()) as states:
+        gpt.hidden(ids)
+    assert [tuple(x.shape) for x in states] == [(3, 7, 8)] * 3
+
+
+def test_a_placebo_reads_another_sequence_at_every_position():
+    x = torch.arange(24.0).view(3, 4, 2)
+    assert not (other_sequence(x) == x).any()
+    assert not (other_sequence(x[:1]) == x[:1]).any()
+
+
+def test_a_limited_term_adds_a_gradient_of_that_norm_in_every_state():
+    model, ids = plain(20), torch.randint(20, (3, 7))
+
+    def gradient(weight, limit):
+        torch.manual_seed(0)
+        wrapped = WithTerm(model, Predicts(8, 2), weight, limit=limit)
+        wrapped.zero_grad()
+        torch.manual_seed(1)
+        with recorded_states(model) as states:
+            loss = wrapped.loss(ids, ids)
+        for x in states:
+            x.retain_grad()
+        loss.backward()
+        return states[-1].grad
+
+    without, free, limited = gradient(0.0, None), gradient(50.0, None), gradient(50.0, 1e-3)
+    assert (free - without).norm() > 0.1
+    assert (limited - without).norm() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_bad_terms_are_refused_in_one_sentence():
+    for weight in (-0.1, math.nan, math.inf):
+        with pytest.raises(
+            ValueError, match=r"^weight: got .*; a term's weight is 0 or a positive, finite number\.$"
+        ):
+            WithTerm(plain(20), nn.Identity(), weight)
+    with pytest.raises(ValueError, match=r"^limit: got 0; "):
+        WithTerm(plain(20), nn.Identity(), 1.0, limit=0)
+    with pytest.raises(TypeError, match=r"^block states: got a LSTM, which has no residual blocks; take "):
+        WithTerm(LSTM(LSTMConfig(20, 8)), nn.Identity(), 1.0)
+
+
+def test_a_wrapped_model_scores_streams_and_generates_as_the_model_does():
+    model, ids = plain(20), torch.randint(20, (3, 7))
+    wrapped = WithTerm(model, Predicts(8, 2), 1.0)
+    assert without_term(wrapped) is model
+    assert without_term(model) is model
+    wrapped.eval()
+    assert torch.equal(wrapped(ids), model(ids))
+    assert torch.equal(wrapped.loss(ids, ids), model.loss(ids, ids))
+    assert torch.equal(wrapped.generate(ids, 3, 0.0), model.generate(ids, 3, 0.0))
+    assert wrapped.mixing_points() == model.mixing_points()
+    wrapped.train()
+    assert wrapped.loss(ids, ids) > model.eval().loss(ids, ids)
