@@ -8,7 +8,15 @@ KneserNey(order=3).fit(tokens.train, tokens.vocab_size).perplexity(tokens.valid)
 from bklm.data.baselines import KneserNey, Unigram
 from bklm.data.corpora import CORPUS_NAMES, load_corpus
 from bklm.data.corpus import SPLITS, Corpus
-from bklm.data.loaders import IGNORED, Windows, get_wikitext2_dataloaders, make_loader, set_epoch, windows
+from bklm.data.loaders import (
+    IGNORED,
+    Pieces,
+    Windows,
+    get_wikitext2_dataloaders,
+    make_loader,
+    set_epoch,
+    windows,
+)
 from bklm.data.tokens import TokenizedCorpus, Vocabulary, tokenize_corpus
 
 __all__ = [
@@ -17,6 +25,7 @@ __all__ = [
     "SPLITS",
     "Corpus",
     "KneserNey",
+    "Pieces",
     "TokenizedCorpus",
     "Unigram",
     "Vocabulary",

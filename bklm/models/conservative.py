@@ -24,10 +24,12 @@ from torch.nn import functional as F
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_choice, check_dropout, check_int
 from bklm.models.dropout import dropout
-from bklm.models.potentials import LARGEST_STEP, PairPotential, Potential
+from bklm.models.potentials import LARGEST_STEP, FreeForce, PairPotential, Potential
 from bklm.models.resnet_bk_config import ResNetBKConfig
 from bklm.models.resnet_bk_mixers import INITIAL_STD, MixerState, SolveMixer
 from bklm.models.reversible import BACKWARDS, leapfrog, run_blocks, undo_blocks
+
+KINDS = {"potential": Potential, "free": FreeForce, "coupled": PairPotential}
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class ConservativeConfig:
     backward: str = (
         "reversible"  # "reversible", "checkpoint" or "plain": the same gradients, less or more memory
     )
-    # The potential couples neighbouring positions: conserved, and the model sees the future. To show that, not to use it.
-    coupled: bool = False
+    # "potential": of each position by itself. "free": a force of the same shape that is the gradient of nothing, a placebo:
+    # reversible all the same. "coupled": of neighbouring positions; the model then sees the future. To show that, not to use.
+    kind: str = "potential"
 
     def __post_init__(self) -> None:
         check_int("vocab_size", self.vocab_size, 3)
@@ -68,7 +71,7 @@ class ConservativeConfig:
             )
         check_dropout(self.dropout_p)
         check_choice("backward", self.backward, BACKWARDS)
-        check_choice("coupled", self.coupled, (True, False))
+        check_choice("kind", self.kind, tuple(KINDS))
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,7 @@ class DrivenForce(nn.Module):
         super().__init__()
         half = config.d_model // 2
         self.dropout_p = config.dropout_p
-        kind = PairPotential if config.coupled else Potential
-        self.potential = kind(half, config.units) if has_potential else None
+        self.potential = KINDS[config.kind](half, config.units) if has_potential else None
         self.norm = nn.LayerNorm(half)
         self.mixer = SolveMixer(
             ResNetBKConfig(config.vocab_size, half, n_heads=config.n_heads, mixer="solve", num_experts=1)
@@ -128,14 +130,15 @@ class DrivenForce(nn.Module):
 class Conservative(LanguageModel):
     """Token embedding brought to unit size, ``n_layers`` leapfrog steps, a final LayerNorm, a tied head.
 
-    Streams, unless ``coupled``: that one sees the future.
+    Streams, unless "coupled": that one sees the future.
     """
 
     def __init__(self, config: ConservativeConfig) -> None:
         super().__init__()
         self.config = config
         self.vocab_size = config.vocab_size
-        self.streams, self.sees_future = not config.coupled, config.coupled
+        self.sees_future = config.kind == "coupled"
+        self.streams = not self.sees_future
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.forces = nn.ModuleList(
             DrivenForce(config, block % config.every == 0) for block in range(config.n_layers)

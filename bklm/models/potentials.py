@@ -60,6 +60,32 @@ class Potential(nn.Module):
         return slopes @ self.directions
 
 
+class FreeForce(Potential):
+    """A force of a potential's shape whose outgoing directions are free: the gradient of nothing, so no energy belongs to it.
+
+    The control of a potential: whatever this one does as well is not the energy's doing.
+    """
+
+    def __init__(self, width: int, units: int) -> None:
+        super().__init__(width, units)
+        self.outgoing = nn.Parameter(self.directions.detach().clone())
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The first force is a potential's."""
+        super().reset_parameters()
+        if hasattr(self, "outgoing"):
+            self.outgoing.copy_(self.directions)
+
+    def forward(self, q: Tensor) -> Tensor:
+        raise TypeError("FreeForce: this force is the gradient of nothing; it has no energy to give.")
+
+    def gradient(self, q: Tensor) -> Tensor:
+        """What stands in the gradient's place."""
+        slopes = torch.sigmoid(F.linear(q, self.directions, self.offsets)) * self.heights
+        return slopes @ self.outgoing
+
+
 class PairPotential(nn.Module):
     """U coupling each position to the one before: sum over i of V(q_i - q_{i-1}), V a ``Potential``, q_{-1} = 0.
 

@@ -8,7 +8,7 @@ from causality import require_no_gradient_to_the_future
 from torch.autograd.graph import saved_tensors_hooks
 
 from bklm.models import Conservative, ConservativeConfig, ResNetBK, ResNetBKConfig, future_leak
-from bklm.models.potentials import PairPotential, Potential, energy
+from bklm.models.potentials import FreeForce, PairPotential, Potential, energy
 from bklm.models.reversible import leapfrog, run_blocks, undo_blocks
 from bklm.models.sizing import conservative_of_size
 from bklm.training.energy_drift import STEPS, TIME, block_energies, by_euler, compare_forces, drift, slope
@@ -166,7 +166,7 @@ def test_the_past_does_not_move_when_the_future_changes():
 
 
 def test_a_potential_that_couples_positions_fails_the_leak_test_and_says_that_it_sees_the_future():
-    model = model_of(coupled=True)
+    model = model_of(kind="coupled")
     assert model.sees_future
     assert not model.streams
     assert future_leak(model, ids_of(2, 12), 6)[-1] > 1e-6
@@ -247,3 +247,21 @@ def test_a_leapfrog_step_keeps_the_energy_of_a_pendulum_to_second_order():
     assert worst[0.1] / worst[0.01] == pytest.approx(100, rel=0.05)
     assert worst[0.1] < 2e-3
     assert float(energy(Potential(1, 3).double(), q[None, None], p[None, None])[0, 0]) > 0.045
+
+
+def test_the_placebos_force_begins_as_a_potentials_and_has_no_energy():
+    torch.manual_seed(0)
+    free = FreeForce(3, 5).double()
+    own = Potential(3, 5).double()
+    own.load_state_dict(free.state_dict(), strict=False)
+    q = torch.randn(4, 3, dtype=torch.float64)
+    assert torch.equal(free.gradient(q), own.gradient(q))
+    with torch.no_grad():
+        free.outgoing.add_(torch.randn_like(free.outgoing))
+    jacobian = torch.autograd.functional.jacobian(free.gradient, q[0])
+    assert (jacobian - jacobian.t()).abs().max() > 1e-2
+    with pytest.raises(TypeError, match="is the gradient of nothing"):
+        energy(free, q, q)
+    model, ids = model_of(kind="free"), ids_of()
+    assert model.inverse_error(ids) < 1e-10
+    assert future_leak(model, ids, 5).max() <= 1e-12
