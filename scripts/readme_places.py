@@ -16,6 +16,7 @@ from bklm.studies.baseline import tables
 from bklm.studies.baseline.models import TITLES
 from bklm.studies.embedding_freeze.config import INEQUALITY
 from bklm.studies.embedding_freeze.tables import REPORTED
+from bklm.studies.physics import tables as physics_tables
 from bklm.studies.precision.claims import readable_claims
 from bklm.studies.precision.tables import readable_summary
 
@@ -70,6 +71,20 @@ def versus_counting(run: Any) -> str:
     elif best["val_ppl_low"] > count["val_ppl"]:
         words = "does not beat"
     return f"The best corrected model, {ppl(best)}, {words} {count['name']} ({count['val_ppl']:.1f})."
+
+
+def claim_lines(run: Any) -> str:
+    """Rows of the README's first table: what was announced beside what was measured."""
+    shown = "on the embedded text: " * run.summary["demonstration"]
+    return "\n".join(
+        f"| {c['announced'][0].upper()}{c['announced'][1:]} | {shown}{c['measured']} | {c['verdict']} |"
+        for c in run.summary["claims"]
+    )
+
+
+def physics_table(name: str) -> Callable[[Any], list[dict[str, Any]]]:
+    """A part of the physics study for people."""
+    return lambda run: getattr(physics_tables, f"readable_{name}")(run.summary["parts"][name])
 
 
 def alpha_lines(study: Any) -> str:
@@ -270,6 +285,15 @@ OF_RUNS: Places = {
         "finding": lambda run: run.summary["findings"][0],
         "rates": lambda run: ", ".join(f"{rate:g}" for rate in run.config["learning_rates"]),
         "side_claims": side_claims,
+    },
+    "physics": {
+        "claim_lines": claim_lines,
+        "claims_table": lambda run: run.summary["claims"],
+        **{name: physics_table(name) for name in ("verdicts", "energies", "steps", "stability", "memory")},
+        "text_words": lambda run: (
+            "**A demonstration on the embedded text, not yet on WikiText-2.**" * run.summary["demonstration"]
+        ),
+        "command_line": lambda run: run.manifest["command"],
     },
 }
 # Places of a study, which need several runs or none.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class DriftBySteps:
         return slope(self.steps, self.drifts)
 
 
+@functools.cache
 def compare_forces(width: int = 8, units: int = 32, seed: int = 0) -> list[DriftBySteps]:
     """What conserves: a potential of each position; one that couples positions; that one made causal; Euler's scheme.
 

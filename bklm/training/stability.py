@@ -25,7 +25,7 @@ def steps_to_loss(epochs: Sequence[Mapping[str, Any]], target: float, first_loss
     for place, record in enumerate(epochs):
         loss = record["val_loss"]
         if loss <= target:
-            return place + (before - target) / (before - loss) if before > loss else float(place)
+            return place + (before - target) / (before - loss) if before > target else float(place)
         before = loss
     return None
 
@@ -33,7 +33,7 @@ def steps_to_loss(epochs: Sequence[Mapping[str, Any]], target: float, first_loss
 def largest_rate(
     perplexities: Mapping[float, Sequence[float | None]], unigram: float
 ) -> tuple[float | None, dict[float, int]]:
-    """The largest learning rate up to which all seeds stay finite and below the unigram model, and how many do at each.
+    """The largest learning rate at which all seeds stay finite and below the unigram model, and how many do at each.
 
     Args:
         perplexities: by rate, one per seed; None where training diverged.
@@ -42,12 +42,8 @@ def largest_rate(
         rate: sum(p is not None and math.isfinite(p) and p < unigram for p in found)
         for rate, found in sorted(perplexities.items())
     }
-    most = None
-    for rate, count in stayed.items():
-        if count < len(perplexities[rate]):
-            break
-        most = rate
-    return most, stayed
+    whole = [rate for rate, count in stayed.items() if count == len(perplexities[rate])]
+    return max(whole, default=None), stayed
 
 
 def with_spectral_norm(model: LanguageModel) -> LanguageModel:

@@ -22,19 +22,19 @@ class PhysicsConfig(WindowStudyConfig):
     )  # fmt: skip
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
-            "seeds": (0, 1), "epochs": 1, "pieces": 2, "seq_len": 16, "vocab_size": 300, "d_model": 16, "n_layers": 2,
-            "max_train_tokens": 2048, "learning_rates": (3e-3,), "decays": (1.0,), "stable_rates": (1e-3, 1e-1),
-            "stable_tokens": 512, "memory_layers": (2, 4),
+            "seeds": (0, 1), "epochs": 1, "pieces": 2, "batch_size": 8, "seq_len": 16, "vocab_size": 300, "d_model": 16,
+            "n_layers": 2, "max_train_tokens": 2048, "learning_rate": 3e-3, "learning_rates": (3e-3,), "decays": (1.0,),
+            "stable_rates": (1e-3, 1e-1), "stable_tokens": 512, "memory_layers": (2, 4),
         },
         "quick": {
-            "seeds": (0, 1, 2), "epochs": 2, "pieces": 3, "seq_len": 64, "vocab_size": 2000, "d_model": 32, "n_layers": 2,
-            "max_train_tokens": 60_000, "learning_rates": (3e-3, 1e-2), "decays": (0.1, 1.0), "stable_rates": RATES,
-            "stable_tokens": 10_000, "memory_layers": (4, 8, 16, 32),
+            "seeds": (0, 1, 2), "epochs": 2, "pieces": 3, "batch_size": 8, "seq_len": 64, "vocab_size": 2000, "d_model": 32,
+            "n_layers": 2, "max_train_tokens": 48_000, "learning_rate": 3e-3, "learning_rates": (3e-3, 1e-2),
+            "decays": (0.1, 1.0), "stable_rates": RATES, "stable_tokens": 24_000, "memory_layers": (4, 8, 16, 32),
         },
         "full": {
-            "seeds": (0, 1, 2), "epochs": 10, "pieces": 4, "seq_len": 128, "vocab_size": 30_000, "d_model": 64,
-            "n_layers": 4, "max_train_tokens": 0, "learning_rates": (1e-3, 3e-3, 1e-2), "decays": (0.1, 0.3, 1.0),
-            "stable_rates": RATES, "stable_tokens": 0, "memory_layers": (4, 8, 16, 32),
+            "seeds": (0, 1, 2), "epochs": 10, "pieces": 4, "batch_size": 32, "seq_len": 128, "vocab_size": 30_000,
+            "d_model": 64, "n_layers": 4, "max_train_tokens": 0, "learning_rate": 1e-3, "learning_rates": (1e-3, 3e-3, 1e-2),
+            "decays": (0.1, 0.3, 1.0), "stable_rates": RATES, "stable_tokens": 0, "memory_layers": (4, 8, 16, 32),
         },
     }  # fmt: skip
     protocols: ClassVar[dict[str, dict[str, Any]]] = {
@@ -54,7 +54,10 @@ class PhysicsConfig(WindowStudyConfig):
     n_heads: int = setting(
         4, low=1, high=256, help="heads, or as many as half the width has in common with that"
     )
-    learning_rate: float = setting(1e-3, above=0, high=10, help="AdamW rate of all arms with an energy term")
+    batch_size: int | None = setting(None, low=4, high=512, help="sequences per optimiser step")
+    learning_rate: float | None = setting(
+        None, above=0, high=10, help="AdamW rate of all arms with an energy term"
+    )
     learning_rates: tuple[float, ...] | None = setting(
         None, above=0, high=10, help="rates tried by every kind of block"
     )

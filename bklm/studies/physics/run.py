@@ -247,9 +247,15 @@ def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
         report.csv(f"{name}.csv", rows)
     claims = tables.claims_table(parts)
     report.csv("claims.csv", claims)
+    finding = " ".join(
+        f"{words} {comparison.finding(found[name])}"
+        for name, words, comparison in (("losses", "Terms of the loss.", LOSSES), ("blocks", "Blocks.", BLOCKS))
+        if name in found
+    )
     compared = [t for name in ("losses", "blocks") for t in found.get(name, [])]
     also = {"stability": found["stability"]} if "stability" in found else {}
     return report.finish(
-        PhysicsResult, LOSSES, compared, also=also, summary={"claims": claims, "parts": parts},
+        PhysicsResult, LOSSES, compared, also=also, finding=finding + tables.claims_in_words(claims),
+        summary={"claims": claims, "parts": parts},
         sees_the_future=config.protocol == "original", parts=parts, claims=claims,
     )  # fmt: skip

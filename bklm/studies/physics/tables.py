@@ -122,7 +122,7 @@ def readable_steps(rows: Sequence[Mapping[str, Any]]) -> Rows:
 
 
 def stability_rows(trials: Sequence[Trial], unigram: float) -> Rows:
-    """Per arm the largest rate up to which every seed stays finite and below the unigram model."""
+    """Per arm the largest rate at which every seed stays finite and below the unigram model."""
     found: dict[str, dict[float, list[float | None]]] = {}
     for t in trials:
         found.setdefault(t["arm"], {}).setdefault(t["learning_rate"], []).append(t["val_ppl"])
@@ -212,6 +212,16 @@ def claims_table(found: Mapping[str, Rows]) -> Rows:
         told = "deepest over shallowest: " + ", ".join(f"{way} {times:.2f}" for way, times in growths.items())
         rows.append(claim("memory does not grow with depth", told, growths["leapfrog, reversible"] <= MEMORY))
     return rows
+
+
+def claims_in_words(claims: Sequence[Mapping[str, str]]) -> str:
+    """Which of the announced things were found here."""
+    by = {
+        v: [c["announced"] for c in claims if c["verdict"] == v]
+        for v in ("holds", "does not hold", "no verdict")
+    }
+    words = {"holds": "Found here", "does not hold": "Not found", "no verdict": "Undecided"}
+    return "".join(f" {words[v]}: {'; '.join(names)}." for v, names in by.items() if names)
 
 
 def nearest_decay(trials: Sequence[Trial], size: float) -> float | None:
