@@ -52,7 +52,10 @@ def energy_rows(trials: Sequence[Trial], first: Mapping[str, Mapping[str, Any]])
         for key in ("drift", "spread", "ratio", "gradient_share", "work", "inverse_error"):
             values = [t["energy"].get(key) for t in group]
             row[key] = None if None in values else interval95(values)[0]
-        row["first_spread"], row["first_share"] = first[arm]["spread"], first[arm].get("gradient_share")
+        # A published energy begins when the model has learned a while: from there on its spread is its own doing.
+        begun = [t["energy"]["trace"][0]["spread"] for t in group if t["energy"].get("trace")]
+        row["first_spread"] = interval95(begun)[0] if begun else first[arm]["spread"]
+        row["first_share"] = first[arm].get("gradient_share")
         row["spread_kept"] = row["spread"] / row["first_spread"]
         row["conserves"] = row["ratio"] < CONSERVED and row["spread_kept"] >= COLLAPSED
         rows.append(row)
