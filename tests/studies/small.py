@@ -27,7 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "embed_dim": 8, "context_dim": 8, "n_layers": 1, "epochs": 2, "batch_tokens": 128, "iterations": 2,
     },
     "physics": {
-        "seeds": (0, 1), "epochs": 1, "pieces": 2, "learning_rates": (3e-3,), "decays": (1.0,), "stable_rates": (1e-2, 1.0),
+        "seeds": (0, 1), "epochs": 1, "pieces": 2, "learning_rates": (3e-3,), "decays": (1.0,), "stable_rates": (1e-2,),
         "stable_tokens": 100, "batch_size": 8, "seq_len": 8, "vocab_size": 100, "d_model": 8, "n_layers": 2,
         "max_train_tokens": 300, "memory_layers": (1, 2), "workers": 1,
     },

@@ -141,7 +141,7 @@ def _train_all(study: Session) -> dict[str, Any]:
             {**trial, "decay": decay}
             for decay in decays
             for trial in train_arms(
-                study, {"plain": Arm(models.plain(config))}, dataclasses.replace(settings, weight_decay=decay),
+                study, {f"decay-{decay:g}": Arm(models.plain(config))}, dataclasses.replace(settings, weight_decay=decay),
                 name=f"decay_{decay:g}", **own,
             )
         ]  # fmt: skip
@@ -210,7 +210,7 @@ def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
     if (decays := found.get("decays")) and (published := LOSSES.groups(found["losses"]).get("published")):
         size = math.exp(sum(math.log(t["embedding_norm"]) for t in published) / len(published))
         chosen = tables.nearest_decay(decays, size)
-        found["losses"] += [{**t, "arm": f"decay-{chosen:g}"} for t in decays if t["decay"] == chosen]
+        found["losses"] += [t for t in decays if t["decay"] == chosen]
         if chosen is not None:
             arms["losses"][f"decay-{chosen:g}"] = Arm(models.plain(config), ("none",))
     parts: dict[str, list[dict[str, Any]]] = {
