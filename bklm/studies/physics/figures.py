@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bklm.harness.figures import (
     GREY,
@@ -74,18 +75,21 @@ def draw_curves(
             groups.setdefault(t["arm"], []).append([e["val_loss"] for e in t["epochs"]])
     if not groups:
         return None
+    lines = {arm: [sum(at) / len(at) for at in zip(*curves, strict=True)] for arm, curves in groups.items()}
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for (arm, curves), colour, marker in zip(
-            groups.items(), colours(len(groups)), MARKERS * 9, strict=False
-        ):
-            means = [sum(at) / len(at) for at in zip(*curves, strict=True)]
+        for (arm, means), colour, marker in zip(lines.items(), colours(len(lines)), MARKERS * 9, strict=False):
             x = [steps * (i + 1) for i in range(len(means))]
             axes.plot(x, means, color=colour, marker=marker, label=arm)
         axes.set(xlabel="step", ylabel="validation loss, nats")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend_below(axes, ncols=4, fontsize=10)
 
+    first, *_ = lines
+    last = min(lines, key=lambda arm: lines[arm][-1])
+    title = f"After the last step {last} has the lowest loss, {lines[last][-1]:.3f} nats"
+    title += f"; {first} has {lines[first][-1]:.3f}" * (last != first)
     return save_figure(path, draw, title=title, note=note)
 
 
@@ -94,10 +98,14 @@ def draw_drift(path: Path, forces: Sequence[DriftBySteps]) -> Path:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for found, colour, marker in zip(forces, colours(len(forces)), MARKERS, strict=False):
+        styles = zip(forces, colours(len(forces)), MARKERS, ("-", "--", "-", "-"), strict=False)
+        for found, colour, marker, line in styles:
             label = f"{found.name}: slope {found.slope:.2f}" + ", SEES THE FUTURE" * found.sees_future
-            axes.plot(found.steps, found.drifts, color=colour, marker=marker, label=label)
+            style = {"color": colour, "marker": marker, "linestyle": line, "label": label}
+            axes.plot(found.steps, found.drifts, **style)
         axes.set(xscale="log", yscale="log", xlabel="step h", ylabel="largest drift of H / its spread")
+        axes.set_xticks(forces[0].steps, [f"{h:g}" for h in forces[0].steps])
+        axes.xaxis.minorticks_off()
         legend_below(axes, fontsize=9)
 
     title = (
@@ -118,12 +126,20 @@ def draw_memory(path: Path, rows: Sequence[Mapping[str, Any]], note: str) -> Pat
         for r, colour, marker in zip(shown, colours(len(shown)), MARKERS, strict=False):
             points = {int(k[6:]): v / 1e6 for k, v in r.items() if k.startswith("bytes_") and v}
             axes.plot(list(points), list(points.values()), color=colour, marker=marker, label=r["way"])
-        axes.set(xscale="log", yscale="log", xlabel="blocks", ylabel="peak of a step, MB")
+        axes.set(xscale="log", xlabel="blocks")
+        wide_range_axis(axes.yaxis, [v / 1e6 for r in shown for k, v in r.items() if k.startswith("bytes_") and v],
+                        "peak of a step, MB")  # fmt: skip
         axes.set_xticks(list(points), list(points))
         axes.xaxis.minorticks_off()
         legend_below(axes, ncols=2, fontsize=10)
 
-    title = "From the shallowest to the deepest, memory grows " + ", ".join(
-        f"{r['growth']:.1f} times ({r['way']})" for r in shown
-    )
+    depths = [int(k[6:]) for k in shown[0] if k.startswith("bytes_")]
+    grown = {r["way"]: r["growth"] for r in shown}
+    named = {
+        "residual": "residual",
+        "leapfrog, checkpoint": "checkpointed",
+        "leapfrog, reversible": "reversible",
+    }
+    times = ", ".join(f"{grown[way]:.1f} times if {word}" for way, word in named.items() if way in grown)
+    title = f"{max(depths)} blocks take, of the memory of {min(depths)}: {times}"
     return save_figure(path, draw, title=title, note=note)

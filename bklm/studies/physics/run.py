@@ -226,13 +226,11 @@ def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
         note = _note(
             study, f"learning rate {config.learning_rate:g}" if name == "losses" else "learning rates searched"
         )
-        title, comparison = {"losses": ("Energy terms", LOSSES), "blocks": ("Blocks", BLOCKS)}[name]
+        comparison = {"losses": LOSSES, "blocks": BLOCKS}[name]
         report.figure(
             f"{name}.png", figures.draw_arms, comparison.rows(trials), comparison.headline(trials), note
         )
-        report.figure(
-            f"{name}_curves.png", figures.draw_curves, trials, found["piece"], f"{title}: loss by step", note
-        )
+        report.figure(f"{name}_curves.png", figures.draw_curves, trials, found["piece"], note)
     traces = {t["arm"]: t["energy"]["trace"] for t in found.get("losses", [])
               if t["seed"] == config.seeds[0] and t["val_ppl"] is not None and "trace" in t["energy"]}  # fmt: skip
     report.figure("energies.png", figures.draw_energies, traces, _note(study, "the first seed"))
