@@ -65,9 +65,7 @@ def draw_energies(path: Path, traces: Mapping[str, Sequence[Mapping[str, float]]
     return save_figure(path, draw, title=title, note=note, size=(8.4, 4.4))
 
 
-def draw_curves(
-    path: Path, trials: Sequence[Mapping[str, Any]], steps: int, title: str, note: str
-) -> Path | None:
+def draw_curves(path: Path, trials: Sequence[Mapping[str, Any]], steps: int, note: str) -> Path | None:
     """Validation loss by step, one line an arm (mean over its finished seeds)."""
     groups: dict[str, list] = {}
     for t in trials:
