@@ -16,6 +16,7 @@ from bklm.studies.baseline import tables
 from bklm.studies.baseline.models import TITLES
 from bklm.studies.embedding_freeze.config import INEQUALITY
 from bklm.studies.embedding_freeze.tables import REPORTED
+from bklm.studies.koopman import tables as koopman
 from bklm.studies.physics import tables as physics_tables
 from bklm.studies.precision.claims import readable_claims
 from bklm.studies.precision.tables import readable_summary
@@ -229,6 +230,11 @@ def side_claims(run: Any) -> str:
     return "\n\n".join(next(s for s in said if words in s) for words in SIDE if any(words in s for s in said))
 
 
+def koopman_claims(study: Any) -> str:
+    rows = [row for run in study.runs.values() for row in run.summary["claims"]]
+    return "\n".join(f"| {row['announced']} | {row['measured']} | {row['verdict']} |" for row in rows)
+
+
 Places = dict[str, dict[str, Callable[[Any], Any]]]
 
 # Places of a run, by study, beside those that every run has (`readme.Run`).
@@ -286,6 +292,12 @@ OF_RUNS: Places = {
         "rates": lambda run: ", ".join(f"{rate:g}" for rate in run.config["learning_rates"]),
         "side_claims": side_claims,
     },
+    "koopman": {
+        "shares": lambda run: run.summary["shares"],
+        "verdicts": lambda run: koopman.readable_verdicts(run.rows("verdicts.csv")),
+        "linearised": lambda run: koopman.readable_linearised(run.rows("linearised.csv")),
+        "recall": lambda run: koopman.readable_recall(run.rows("recall.csv")),
+    },
     "physics": {
         "claim_lines": claim_lines,
         "claims_table": lambda run: run.summary["claims"],
@@ -318,6 +330,7 @@ OF_STUDIES: Places = {
         ),
         "inequality": lambda study: INEQUALITY,
     },
+    "koopman": {"claims_rows": koopman_claims},
 }
 # What else of a finished run's folder is kept.
 KEEP_MORE: dict[str, Callable[[Any, Path], None]] = {"grad_blend": keep_directions}

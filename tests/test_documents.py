@@ -229,6 +229,9 @@ def is_what_the_page_gives(readme, study: str, page: str, section: str) -> bool:
 @pytest.mark.parametrize("study", STUDIES)
 def test_a_studys_section_is_its_page_with_the_numbers_of_the_kept_results(readme, study, page):
     _, section, _ = readme.split_page(page, study)
+    if not readme.Study(study).is_kept:
+        assert section.splitlines()[2:] == [readme.NOT_YET]
+        return
     assert is_what_the_page_gives(readme, study, page, section)
     # In a table of every section, whose cells come from kept files.
     number = re.search(r"(?m)^\| .*\d\.(\d+)", section)

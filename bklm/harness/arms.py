@@ -42,10 +42,12 @@ class Arm:
         build: makes the untrained model of ``text.vocab_size`` words. torch's generator is seeded before, so arms that draw
             the model first begin with equal weights.
         against: names of the arms that this one must beat to be of use.
+        kept: whether the trained model, without its term, stays in the trial's folder (and in the zip) as WEIGHTS.
     """
 
     build: Callable[[int], LanguageModel]
     against: tuple[str, ...] = ()
+    kept: bool = True
 
 
 def train_arms(
@@ -62,8 +64,7 @@ def train_arms(
 ) -> list[Trial]:
     """One trial per arm and seed of ``study.config.seeds``: the same batches, steps and number of learning rates for each.
 
-    A trial that diverged is a record without a perplexity. The trained model, without its term, is ``model.safetensors``
-    in the trial's folder.
+    A trial that diverged is a record without a perplexity.
 
     Args:
         text: has ``vocab_size``, ``unk_id``, ``train_loader(seed)`` and ``val_loader()``; the study's own by default.
@@ -83,7 +84,7 @@ def train_arms(
         def work(folder: Path) -> dict[str, Any]:
             return _train(study, text, arms[arm], own, folder, f"{arm}, seed {seed}", measure)
 
-        return study.trial(place, point, steps, work, keys, weights=WEIGHTS)
+        return study.trial(place, point, steps, work, keys, weights=WEIGHTS * arms[arm].kept)
 
     best = dict.fromkeys(arms, settings.learning_rate)
     if rates:
@@ -115,7 +116,7 @@ def _train(
         on_step=study.progress.step, on_skip=study.progress.skip,
     )  # fmt: skip
     last = records[-1]
-    if study.is_main:
+    if study.is_main and arm.kept:
         with replacing(folder / WEIGHTS) as temporary:
             save_weights(without_term(model), temporary)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -68,7 +69,7 @@ def finished(small_text, tmp_path_factory):
     )  # fmt: skip
     arms = {
         "none": Arm(plain),
-        "weight 0": with_term(0.0),
+        "weight 0": dataclasses.replace(with_term(0.0), kept=False),
         "detached": with_term(1.0, detached=True),
         "placebo": with_term(1.0, placebo=True),
         "term": with_term(1.0),
@@ -124,6 +125,7 @@ def test_what_was_measured_and_the_model_without_its_term_are_kept_and_nothing_i
     assert term["kind"] == "WithTerm"
     model = plain(_vocabulary(folder))
     load_weights(model, folder / "trials" / "arm_term_seed_0" / WEIGHTS)
+    assert not (folder / "trials" / "arm_weight-0_seed_0" / WEIGHTS).exists()
     monkeypatch.setattr(engine, "train", lambda *a, **k: pytest.fail("trained again"))
     assert run()[0] == trials
 

@@ -199,6 +199,24 @@ def test_04_embedding_freeze_study_smoke_runs_headless_and_ends_with_what_made_t
 
 
 @pytest.mark.slow
+def test_05_koopman_smoke_runs_headless_and_sets_the_announced_beside_the_measured(tmp_path):
+    values = {"profile": "smoke", "dataset": "embedded", "seeds": "0"}
+    printed = run(ROOT / "notebooks" / "05_koopman.ipynb", tmp_path, **values)
+    for words in (
+        "Kneser-Ney 3-gram",
+        "placebo 0.1",
+        "nothing to keep",
+        "of the parameters",
+        "LinearContext",
+        "announced",
+    ):
+        assert words in printed
+    assert "better long-range dependence" in printed
+    assert "SHA-256" in printed
+    assert (tmp_path / "results" / "koopman.zip").exists()
+
+
+@pytest.mark.slow
 def test_03_baseline_training_smoke_runs_headless_and_compares_the_three_models(tmp_path):
     values = {"profile": "smoke", "dataset": "embedded"}
     printed = run(ROOT / "notebooks" / "03_baseline_training.ipynb", tmp_path, **values)

@@ -31,6 +31,7 @@ CHANGED = {
     "precision": ("repeats", 3, 4),
     "baseline": ("dropout", 0.1, 0.2),
     "embedding_freeze": ("noise", 0.1, 0.2),
+    "koopman": ("clip", 0.5, 1.0),
     "physics": ("clip", 0.5, 1.0),
 }
 
@@ -215,6 +216,7 @@ def test_killed_with_signal_9_it_goes_on_and_ends_with_the_numbers_of_an_undistu
         "grad_blend": {"epochs_per_trial": 12},
         "baseline": {"epochs": 20},
         "embedding_freeze": {"epochs": 12},
+        "koopman": {"epochs": 12, "parts": "auxiliary"},
         "physics": {"epochs": 12, "parts": "loss"},
     }[study]
     if study == "embedding_freeze":

@@ -1,0 +1,4 @@
+from bklm.harness import cli
+from bklm.studies.koopman import KoopmanConfig
+
+cli.main(KoopmanConfig)

@@ -1,0 +1,105 @@
+"""The arms of the Koopman study, and what is measured of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bklm.harness.arms import Arm
+from bklm.models import LanguageModel, ResNetBK, ResNetBKConfig
+from bklm.models.koopman import tie_blocks
+from bklm.studies.koopman.config import KoopmanConfig
+from bklm.training.auxiliary import WithTerm
+from bklm.training.context_gain import measure_context_gain
+from bklm.training.evaluation import evaluate
+from bklm.training.koopman import KoopmanTerm, PublishedTerm, describe_lifting, koopman_forward
+
+
+def plain(config: KoopmanConfig, vocabulary: int) -> ResNetBK:
+    """The model that reads; with the original's protocol the published one."""
+    same = {"d_model": config.d_model, "n_layers": config.n_layers, "dropout_p": config.dropout}
+    if config.protocol == "original":
+        return ResNetBK(ResNetBKConfig.original(vocabulary, n_seq=config.seq_len, grad_blend=0.5, **same))
+    heads = math.gcd(config.n_heads, config.d_model)
+    return ResNetBK(ResNetBKConfig(vocabulary, mixer="solve", num_experts=1, n_heads=heads, **same))
+
+
+def tied(config: KoopmanConfig) -> Arm:
+    return Arm(lambda vocabulary: tie_blocks(plain(config, vocabulary)))
+
+
+def arms_of(config: KoopmanConfig, steps: int) -> dict[str, Arm]:
+    """The arms of a resolved config; ``steps`` of an epoch. The plain one is "none"."""
+    size = (config.d_model, config.n_layers, config.lift)
+
+    def term(weight: float, **more: Any) -> Callable[[int], LanguageModel]:
+        placebo = {"placebo": more.pop("placebo", False)}
+
+        def build(vocabulary: int) -> WithTerm:
+            model = plain(config, vocabulary)
+            if config.protocol == "corrected":
+                return WithTerm(model, KoopmanTerm(*size, **placebo), weight, **more)
+            published = PublishedTerm(
+                *size, most=weight or max(config.weights), start=config.start_epoch, epochs=config.epochs, steps=steps,
+                threshold=config.threshold, **placebo,
+            )  # fmt: skip
+            return WithTerm(model, published, 1.0 if weight else 0.0, apart=False)
+
+        return build
+
+    arms = {"none": Arm(lambda vocabulary: plain(config, vocabulary))}
+    if config.parts not in ("all", "auxiliary"):
+        return arms
+    name = {"corrected": "mended", "original": "published"}[config.protocol]
+    arms["weight 0"] = Arm(term(0.0), ("none",), kept=False)
+    many = len(config.weights) > 1 or config.protocol == "corrected"
+    for weight in (w for w in config.weights if w):
+        called = f"{name} {weight:g}" if many else name
+        placebo = f"placebo {weight:g}" if many else "placebo"
+        arms[called] = Arm(term(weight), ("none", placebo), kept=False)
+        arms[placebo] = Arm(term(weight, placebo=True), ("none",), kept=False)
+    if config.protocol == "corrected" and any(config.weights):
+        arms["detached"] = Arm(term(max(config.weights), detached=True), ("none",), kept=False)
+    return arms
+
+
+def measure(text: Any, ids: Tensor) -> Callable[[LanguageModel], dict[str, Any]]:
+    """What is recorded of a trained model: its gain from context, and what its lifting learned on ``ids``."""
+
+    def found(model: LanguageModel) -> dict[str, Any]:
+        gained = measure_context_gain(
+            model,
+            text.val_loader(),
+            text.unk_id,
+            windows_of=lambda length: None,
+            window=text.seq_len,
+            lengths=(),
+        )
+        lifting: dict[str, float] = {}
+        if isinstance(model, WithTerm):
+            here = ids.to(next(model.parameters()).device)
+            lifting = describe_lifting(model.model, model.term, here)
+            if isinstance(model.term, PublishedTerm):
+                lifting |= _koopman_mode(model, text, here)
+        return {"context_gain": gained.gain, "lifting": lifting}
+
+    return found
+
+
+@torch.no_grad()
+def _koopman_mode(model: WithTerm, text: Any, ids: Tensor) -> dict[str, float]:
+    """Perplexity of the published Koopman forward, and how many other positions' logits a changed token moves there."""
+    was_training = model.training
+    model.eval()
+    middle = ids.shape[1] // 2
+    changed = ids[:1].clone()
+    changed[0, middle] = (ids[0, middle] + 1) % text.vocab_size
+    with koopman_forward(model.model, model.term):
+        perplexity = evaluate(model.model, text.val_loader(), text.unk_id).perplexity
+        moved = (model.model(ids[:1]) != model.model(changed)).any(-1)[0]
+    model.train(was_training)
+    return {"koopman_ppl": perplexity, "koopman_moves": float(int(moved.sum()) - int(moved[middle]))}

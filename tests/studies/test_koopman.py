@@ -1,0 +1,178 @@
+"""The Koopman study: the published trainer beside the mended one, and claims that hold only where they were measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from small import small
+
+from bklm.studies import KoopmanConfig, run_koopman
+from bklm.studies.koopman.claims import claims_table
+from bklm.studies.koopman.models import arms_of
+from bklm.studies.koopman.tables import linearised_rows, long_range, readable_linearised, recall_rows
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, small_text):
+    """The published trainer on the published model, three epochs, a strong term from the second on."""
+    given = {"protocol": "original", "weights": (5.0,), "epochs": 3, "start_epoch": 2}
+    return run_koopman(small("koopman", tmp_path_factory.mktemp("koopman"), small_text, **given))
+
+
+@pytest.fixture(scope="module")
+def corrected(tmp_path_factory, small_text):
+    given = {"weights": (1.0,), "distances": (8, 128)}
+    return run_koopman(small("koopman", tmp_path_factory.mktemp("koopman"), small_text, **given))
+
+
+def row(result, arm):
+    return next(r for r in result.table if r["arm"] == arm)
+
+
+def test_the_published_arm_is_labelled_and_its_koopman_forward_hears_no_other_position(original):
+    assert [r["arm"] for r in original.table] == ["none", "weight 0", "published", "placebo"]
+    summary = json.loads((original.folder / "summary.json").read_text())
+    assert summary["sees_the_future"] is True
+    assert KoopmanConfig(protocol="original").resolved().weights == (0.05,)
+    claim = next(c for c in original.claims if c["announced"].startswith("the Koopman forward"))
+    assert "a changed token moves 0 other positions" in claim["measured"]
+    assert claim["verdict"] == "does not hold"
+    assert row(original, "published")["koopman_ppl"] > row(original, "published")["val_ppl"]
+    assert not (original.folder / "linearised.csv").exists()
+    assert set(original.tables()) == {"arms", "verdicts", "claims"}
+
+
+def test_the_term_changes_nothing_at_weight_0_or_detached_and_something_otherwise(original, corrected):
+    for result, same, other in (
+        (original, ["weight 0"], "published"),
+        (corrected, ["weight 0", "detached"], "mended 1"),
+    ):
+        plain = row(result, "none")["val_ppl"]
+        for arm in same:
+            assert row(result, arm)["val_ppl"] == pytest.approx(plain, rel=1e-6)
+        assert abs(row(result, other)["val_ppl"] / plain - 1) > 1e-6
+
+
+def test_every_weight_has_a_placebo_and_every_part_leaves_table_and_picture(corrected):
+    arms = arms_of(KoopmanConfig(profile="smoke", weights=(0.1, 1.0)).resolved(), 10)
+    for weight in ("0.1", "1"):
+        assert arms[f"mended {weight}"].against == ("none", f"placebo {weight}")
+        assert f"placebo {weight}" in arms
+    judged = {(v["arm"], v["against"]) for v in corrected.verdicts}
+    assert {("mended 1", "none"), ("mended 1", "placebo 1"), ("detached", "none")} <= judged
+    for name in ("verdicts.csv", "linearised.csv", "spectrum.csv", "recall.csv", "arms.png", "linearised.png",
+                 "spectrum.png", "recall.png"):  # fmt: skip
+        assert (corrected.folder / name).stat().st_size > 100, name
+    assert set(corrected.tables()) == {"arms", "verdicts", "linearised", "recall", "claims"}
+    blocks = {r["block"] for r in corrected.linearised}
+    assert blocks == {"1", "2", "all"}
+    operators = {r["replacement"] for r in corrected.linearised}
+    assert {"skip", "mixer off", "affine", "affine, 2 positions", "EDMD", "MLP"} <= operators
+    recall = {r["arm"]: r for r in corrected.recall}
+    assert recall["GPT"]["accuracy_128"] is None
+    assert 0 <= recall["NewLLM"]["accuracy_128"] <= 1
+    assert len(corrected.claims) == 4
+    assert "of the parameters" in corrected.shares
+
+
+def test_the_plain_model_is_loaded_with_the_perplexity_that_the_table_says(corrected, small_text):
+    from bklm.harness.text import prepare_text
+    from bklm.training.evaluation import evaluate
+
+    text = prepare_text(corrected.config)
+    model = corrected.load()
+    found = evaluate(model, text.val_loader(), text.unk_id).perplexity
+    assert found == pytest.approx(row(corrected, "none")["val_ppl"], rel=1e-5)
+    tied = corrected.load("tied")
+    assert tied.blocks[0] is tied.blocks[1]
+    with pytest.raises(
+        ValueError, match=r"^model: got 'mended 1'; kept are 'none', the plain one, and 'tied'\.$"
+    ):
+        corrected.load("mended 1")
+    assert not list(corrected.folder.glob("trials/arm_mended*/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"weights": (-0.1,)}, r"^weights: got \(-0\.1,\); allowed is "),
+        ({"rank": 1001}, r"^rank: got 1001, above the 1000 snapshots \(fit_positions\) or the 17 features of a state; take"),
+        ({"n_layers": 0}, r"^n_layers: got 0; allowed is "),
+        ({"protocol": "original", "parts": "linearise"}, r"^parts: got 'linearise' with protocol 'original', whose"),
+        ({"protocol": "original", "start_epoch": 3}, r"^start_epoch: got 3 with 2 epochs, so the published term would never"),
+        ({"distances": (2, 16)}, r"^distances: got 2 with 2 pairs, which are 4 tokens long themselves; take"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_one_sentence_before_anything_is_done(given, words):
+    with pytest.raises(ValueError, match=words):
+        KoopmanConfig(profile="smoke", **given).resolved()
+
+
+def scores(kinds: dict[str, float], gain: float = 0.2, loss: float = 4.0):
+    """Rows of one seed for all blocks: a replacement's loss above the original's."""
+    rows = []
+    for kind, more in {"original": 0.0, "mixer off": gain, **kinds}.items():
+        kept = (gain - more) / gain if gain else None
+        rows.append({"block": "all", "replacement": kind, "r2": 0.5, "val_loss": loss + more, "context_gain_nats": gain,
+                     "context_gain_kept": kept})  # fmt: skip
+    return rows
+
+
+def faster(seeds, times):
+    rows = linearised_rows(seeds, times)
+    claims = claims_table([], [], rows, [], {}, 100.0)
+    return rows, next(c for c in claims if "linear operators" in c["announced"])
+
+
+TIMES = {"original": [0.010, 0.011, 0.010], "affine": [0.001, 0.0011, 0.001], "EDMD": [0.009, 0.0101, 0.0098]}
+
+
+def test_a_speed_up_holds_only_where_one_operator_is_twice_as_fast_and_no_worse():
+    good = [scores({"affine": x, "EDMD": 0.0}) for x in (0.01, -0.01, 0.0)]
+    assert faster(good, TIMES)[1]["verdict"] == "holds"
+    # The fast one is worse, and the one that is no worse is not fast.
+    bad = [scores({"affine": x, "EDMD": 0.0}) for x in (0.11, 0.1, 0.12)]
+    rows, claim = faster(bad, TIMES)
+    assert claim["verdict"] == "does not hold"
+    assert "0.45 of the context gain kept" in claim["measured"]
+    assert next(r for r in rows if r["replacement"] == "EDMD")["times_faster_low"] < 2
+    assert faster(bad[:1], TIMES)[1]["verdict"] == "no verdict"
+    slow = {**TIMES, "affine": TIMES["EDMD"]}
+    assert faster(good, slow)[1]["verdict"] == "does not hold"
+
+
+def test_where_mixing_brings_nothing_there_is_nothing_to_linearise():
+    for gains in ((0.0, 0.0, 0.0), (0.01, -0.02, 0.02)):
+        rows, claim = faster([scores({"affine": 0.0, "EDMD": 0.0}, gain) for gain in gains], TIMES)
+        assert claim["verdict"] == "no verdict"
+        assert "nothing to linearise" in claim["measured"]
+        assert {r["context gain kept"] for r in readable_linearised(rows)} == {"nothing to keep"}
+
+
+def recalled(accuracies: dict[str, list[float]], distances=("16", "128", "512")):
+    return [
+        {"arm": arm, "seed": seed, "val_ppl": 5.0, "learning_rate": 1e-3, "parameters": 100,
+         "recall": {d: (None if arm == "GPT" and d == "512" else value) for d in distances}}
+        for arm, values in accuracies.items() for seed, value in enumerate(values)
+    ]  # fmt: skip
+
+
+def test_long_range_holds_only_beyond_the_interval_over_paired_seeds():
+    steps = {name: [0.01, 0.0101, 0.0099] for name in ("LinearContext", "ResNetBK")}
+
+    def verdict(linear, other, **more):
+        trials = recalled({"NewLLM": other, "LinearContext": linear, "ResNetBK": other, "GPT": other})
+        return claims_table([], [], [], trials, steps, 100.0)[-1]["verdict"]
+
+    assert verdict([0.9, 0.92, 0.91], [0.1, 0.12, 0.1]) == "holds"
+    assert verdict([0.2, 0.1, 0.15], [0.15, 0.12, 0.16]) == "does not hold"
+    assert verdict([0.9], [0.1]) == "no verdict"
+    assert long_range(recalled({"NewLLM": [0.1], "LinearContext": [0.9]}, ("16",))) is None
+    lost = recalled({"NewLLM": [0.1, 0.1], "LinearContext": [0.9, 0.9], "GPT": [0.5, 0.5]})
+    lost[3]["val_ppl"] = None
+    del lost[3]["recall"]
+    rows = {r["arm"]: r for r in recall_rows(lost)}
+    assert (rows["LinearContext"]["seeds"], rows["LinearContext"]["diverged"]) == (1, 1)
+    assert rows["GPT"]["accuracy_512"] is None
+    assert long_range(lost) == (pytest.approx(0.8), None)
