@@ -76,9 +76,8 @@ def versus_counting(run: Any) -> str:
 
 def claim_lines(run: Any) -> str:
     """Rows of the README's first table: what was announced beside what was measured."""
-    shown = "on the embedded text: " * run.summary["demonstration"]
     return "\n".join(
-        f"| {c['announced'][0].upper()}{c['announced'][1:]} | {shown}{c['measured']} | {c['verdict']} |"
+        f"| {c['announced'][0].upper()}{c['announced'][1:]} | {c['measured']} | {c['verdict']} |"
         for c in run.summary["claims"]
     )
 
@@ -302,10 +301,6 @@ OF_RUNS: Places = {
         "claim_lines": claim_lines,
         "claims_table": lambda run: run.summary["claims"],
         **{name: physics_table(name) for name in ("verdicts", "energies", "steps", "stability", "memory")},
-        "text_words": lambda run: (
-            "**A demonstration on the embedded text, not yet on WikiText-2.**" * run.summary["demonstration"]
-        ),
-        "command_line": lambda run: run.manifest["command"],
     },
 }
 # Places of a study, which need several runs or none.
