@@ -246,7 +246,7 @@ def test_a_leapfrog_step_keeps_the_energy_of_a_pendulum_to_second_order():
             worst[h] = max(worst[h], float((b**2 / 2 - torch.cos(a) - p**2 / 2 + torch.cos(q)).abs()))
     assert worst[0.1] / worst[0.01] == pytest.approx(100, rel=0.05)
     assert worst[0.1] < 2e-3
-    assert float(energy(Potential(1, 3).double(), q[None, None], p[None, None])[0, 0]) > 0.045
+    assert energy(Potential(1, 3).double(), q[None, None], p[None, None]).item() > 0.045
 
 
 def test_the_placebos_force_begins_as_a_potentials_and_has_no_energy():
@@ -265,3 +265,34 @@ def test_the_placebos_force_begins_as_a_potentials_and_has_no_energy():
     model, ids = model_of(kind="free"), ids_of()
     assert model.inverse_error(ids) < 1e-10
     assert future_leak(model, ids, 5).max() <= 1e-12
+
+
+def test_under_autocast_the_backward_computes_the_forces_of_the_forward():
+    model, ids = model_of(double=False, n_layers=6).train(), ids_of()
+    found = {}
+    for way in ("plain", "reversible"):
+        model.config = dataclasses.replace(model.config, backward=way)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.loss(ids, ids)
+        loss.backward()
+        found[way] = torch.cat([x.grad.flatten() for x in model.parameters()])
+    # The forces are rounded to 8 bits; a backward in float32 would be off by far more than this.
+    assert (found["reversible"] - found["plain"]).norm() < 2e-3 * found["plain"].norm()
+
+
+def test_frozen_parts_get_no_gradient_and_the_others_keep_theirs():
+    model, ids = model_of().train(), ids_of()
+    for x in [*model.embedding.parameters(), *model.forces[1].parameters()]:
+        x.requires_grad_(False)
+    found = {}
+    for way in ("plain", "reversible"):
+        model.config = dataclasses.replace(model.config, backward=way)
+        model.zero_grad()
+        model.loss(ids, ids).backward()
+        found[way] = {name: None if x.grad is None else x.grad.clone() for name, x in model.named_parameters()}
+    for name, want in found["plain"].items():
+        if want is None:
+            assert found["reversible"][name] is None, name
+        else:
+            torch.testing.assert_close(found["reversible"][name], want, rtol=1e-8, atol=1e-12)
