@@ -268,7 +268,7 @@ def test_the_placebos_force_begins_as_a_potentials_and_has_no_energy():
 
 
 def test_under_autocast_the_backward_computes_the_forces_of_the_forward():
-    model, ids = model_of(double=False, n_layers=6).train(), ids_of()
+    model, ids = model_of(double=False, n_layers=6, moved=0.5).train(), ids_of()
     found = {}
     for way in ("plain", "reversible"):
         model.config = dataclasses.replace(model.config, backward=way)
@@ -277,8 +277,8 @@ def test_under_autocast_the_backward_computes_the_forces_of_the_forward():
             loss = model.loss(ids, ids)
         loss.backward()
         found[way] = torch.cat([x.grad.flatten() for x in model.parameters()])
-    # The forces are rounded to 8 bits; a backward in float32 would be off by far more than this.
-    assert (found["reversible"] - found["plain"]).norm() < 2e-3 * found["plain"].norm()
+    # Forces computed again in float32 would be others: off by more than the gradient's own size.
+    assert (found["reversible"] - found["plain"]).norm() < 1e-2 * found["plain"].norm()
 
 
 def test_frozen_parts_get_no_gradient_and_the_others_keep_theirs():
