@@ -1,10 +1,11 @@
-"""Timing and memory helpers that benchmarks/ share: arms in turn, medians and quartiles, peak memory of one call."""
+"""Timing and memory helpers that benchmarks/ share: the processor, arms in turn, medians and quartiles, peak memory."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import os
+import platform
 import statistics
 import sys
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import llvmlite.binding
 import psutil
 from torch.profiler import ProfilerActivity, profile
 
@@ -19,6 +21,20 @@ MEMORY_TOLD_FROM = 2**20
 """Bytes: the system's counter of resident memory is kept to about so much, and a smaller rise may read as 0."""
 SHORTEST_TIME = 1e-7
 """Seconds: what a call counts as that a coarse clock sees take no time."""
+
+
+def processor() -> str:
+    """Model, vector width in bits, cores."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
+        model = names[0] if names else model
+    features = llvmlite.binding.get_host_cpu_features()
+    width = 512 if features.get("avx512f") else 256 if features.get("avx2") else 128
+    return f"{model}, vectors of {width} bits, {os.cpu_count()} cores"
 
 
 class Timing(NamedTuple):

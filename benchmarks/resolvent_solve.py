@@ -18,17 +18,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import llvmlite.binding
 import numpy as np
 import torch
-from _timing import Timing, print_table, take_turns
+from _timing import Timing, print_table, processor, take_turns
 from scipy.linalg import solve_banded
 from torch import Tensor
 
@@ -39,20 +37,6 @@ MODELS = ((64, 256, 32), (64, 1024, 48), (16, 4096, 64), (256, 128, 24))
 CALLS = 4
 """Calls of jax for each request to its process."""
 Call = Callable[[], object]
-
-
-def processor() -> str:
-    """Model, vector width in bits, cores."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
-        model = names[0] if names else model
-    features = llvmlite.binding.get_host_cpu_features()
-    width = 512 if features.get("avx512f") else 256 if features.get("avx2") else 128
-    return f"{model}, vectors of {width} bits, {os.cpu_count()} cores"
 
 
 def inputs(m: int, n: int, columns: int) -> tuple[Tensor, ...]:

@@ -30,7 +30,8 @@ STUDY_LINES = {
     "grad_blend": 870, "baseline": 1_540, "embedding_freeze": 1_780, "precision": 1_910, "koopman": 1_000, "physics": 940,
 }  # fmt: skip
 # Compiled code cannot take a record of arguments, and one loop over a row is one loop; so is one over a training's epochs.
-KERNELS = ("bk_core.", "moe.")
+# A kernel takes addresses and sizes one by one, and is one long loop.
+KERNELS = ("bk_core.", "moe.", "models.gate_kernels", "models.short_convolution")
 LONG_FUNCTIONS = {"training.loop.train": 118}
 MANY_PARAMETERS = {"training.loop.train": 13, "training.loop._train_epoch": 12}
 STUDY_FILES = {"config.py", "run.py", "tables.py", "figures.py", "__init__.py", "__main__.py", "page.md"}

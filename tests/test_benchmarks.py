@@ -17,6 +17,7 @@ RUNS = {
     "scaling": ("--parts training --rounds 1 --workers 1 --profile smoke", "1 process, 1 thread each"),
     "grad_blend_initialisation": ("--alphas 0 --seeds 0 --data_dir TEXT --output OUTPUT/rows.csv", "val_ppl"),
     "resolvent_solve": ("--quick --seconds 0.2", "scipy / ours"),
+    "reading_step": ("--quick", "exponent of the step time over N"),
     "moe_perplexity": ("--quick --output_dir OUTPUT", "exact router gradient"),
 }
 
@@ -40,6 +41,19 @@ def test_a_benchmark_runs_to_its_end(name, small_text, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert printed in done.stdout
+
+
+def test_quick_sweep_compares_medians_of_both_revisions(monkeypatch, capsys):
+    """Half an hour and the history of the project are more than a test has: clones and runs are stood in for."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quick_sweep
+
+    seconds = {"old": iter([99.0, 30.0, 36.0, 33.0]), "new": iter([99.0, 11.0, 10.0, 60.0])}
+    monkeypatch.setattr(quick_sweep, "checkout", lambda revision, folder: folder)
+    monkeypatch.setattr(quick_sweep, "seconds_of", lambda folder, profile, output: next(seconds[folder.name]))
+    monkeypatch.setattr(sys, "argv", ["quick_sweep"])
+    quick_sweep.main()
+    assert "measured 3.00" in capsys.readouterr().out
 
 
 def test_every_benchmark_is_run_by_a_test():

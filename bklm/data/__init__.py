@@ -5,7 +5,7 @@ loader = make_loader(windows(tokens.train, seq_len=128), batch_size=32, shuffle=
 KneserNey(order=3).fit(tokens.train, tokens.vocab_size).perplexity(tokens.valid)
 """
 
-from bklm.data.baselines import KneserNey, Unigram
+from bklm.data.baselines import KneserNey, Unigram, count_models
 from bklm.data.corpora import CORPUS_NAMES, load_corpus
 from bklm.data.corpus import SPLITS, Corpus
 from bklm.data.loaders import (
@@ -30,6 +30,7 @@ __all__ = [
     "Unigram",
     "Vocabulary",
     "Windows",
+    "count_models",
     "get_wikitext2_dataloaders",
     "load_corpus",
     "make_loader",

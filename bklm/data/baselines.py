@@ -27,6 +27,10 @@ from bklm.data.checks import index_or_none, require_whole
 LARGEST_VOCABULARY = 2**31  # ids of tokenised text are int32
 
 
+ORDERS = (2, 3, 4, 5)
+FIXED_DISCOUNT = 0.75
+
+
 def perplexity(log_probs: np.ndarray) -> float:
     """exp of the mean negative log-probability; log_probs in nats, one a target."""
     if len(log_probs) == 0:
@@ -134,12 +138,11 @@ class KneserNey(_CountModel):
 
     Args:
         order: 1 or more; with 1 it is the unigram with absolute discounting towards the uniform distribution.
-        discount: D in (0, 1] for every level, or "modified": three discounts a level, for counts 1, 2 and
-        more, estimated
+        discount: D in (0, 1] for every level, or "modified": three discounts a level, for counts 1, 2 and more, estimated
             from the counts of counts.
     """
 
-    def __init__(self, order: int = 3, discount: float | str = 0.75):
+    def __init__(self, order: int = 3, discount: float | str = FIXED_DISCOUNT):
         if discount != "modified" and (isinstance(discount, str) or not 0 < discount <= 1):
             raise ValueError(f'discount is {discount!r}; give a number in (0, 1], or "modified"')
         self.order, self.discount = require_whole("order", order, 1), discount
@@ -217,6 +220,31 @@ class KneserNey(_CountModel):
         return node
 
 
+def count_models(ids: np.ndarray, vocab_size: int) -> dict[str, Unigram | KneserNey]:
+    """The count models that a table shows, fitted on ``ids``, under names that hold what they are.
+
+    The unigram, and interpolated Kneser-Ney of orders 2 to 5 with modified discounts, the better ones (Chen and Goodman
+    1999); where a text has too few n-grams to estimate them, with the discount 0.75.
+    """
+    models: dict[str, Unigram | KneserNey] = {"unigram": Unigram().fit(ids, vocab_size)}
+    for order in ORDERS:
+        if len(ids) <= order:
+            break
+        discount: float | str = "modified"
+        try:
+            model = KneserNey(order, discount).fit(ids, vocab_size)
+        except CannotEstimateError:
+            discount = FIXED_DISCOUNT
+            model = KneserNey(order, discount).fit(ids, vocab_size)
+        words = discount if discount == "modified" else f"discount {discount:g}"
+        models[f"Kneser-Ney {order}-gram, {words}"] = model
+    return models
+
+
+class CannotEstimateError(ValueError):
+    """Counts of counts from which no modified discounts can be estimated."""
+
+
 def _discounts(counts: np.ndarray, discount: float | str) -> np.ndarray:
     """The discount of each count, float64; counts of 0 have none."""
     if discount != "modified":
@@ -227,7 +255,7 @@ def _discounts(counts: np.ndarray, discount: float | str) -> np.ndarray:
         y = n1 / (n1 + 2 * n2)
         by_count[1:] = 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3
     if not (by_count[1:] > 0).all():
-        raise ValueError(
+        raise CannotEstimateError(
             f"modified discounts cannot be estimated where {n1}, {n2}, {n3} and {n4} n-grams occur 1, 2, 3 and 4 "
             f"times: one would not be above 0; give a number as discount, or more text"
         )

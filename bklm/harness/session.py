@@ -290,8 +290,11 @@ class Session:
         """Workers beside this process, where the settings or the machine allow more than one."""
         if self.accelerator.num_processes > 1:
             return None
-        # Those of an earlier grid wait for the end of this one, too.
-        if self._pool is None and (count := workers.number(self.config, points)) > 1:
+        count = workers.number(self.config, points)
+        # Those of an earlier grid wait for the end of this one, too; a larger grid has work for more of them.
+        if self._pool is not None and self._pool.size < count:
+            self.dismiss_helpers()
+        if self._pool is None and count > 1:
             self._pool = workers.Pool(self.config, count, self.progress)
         return self._pool
 

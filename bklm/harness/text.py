@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from bklm.data import (
     Corpus,
-    KneserNey,
     TokenizedCorpus,
-    Unigram,
+    count_models,
     load_corpus,
     make_loader,
     tokenize_corpus,
@@ -154,10 +153,8 @@ def ngram_baselines(corpus: Corpus, tokens: TokenizedCorpus, seq_len: int) -> li
 
     The law is restarted at each window of ``seq_len`` inputs, as a model is. It has no row where <unk> is a target.
     """
-    models = [("unigram", Unigram()), *((f"Kneser-Ney {n}-gram", KneserNey(order=n)) for n in (2, 3))]
     rows = []
-    for name, model in models:
-        model.fit(tokens.train, tokens.vocab_size)
+    for name, model in count_models(tokens.train, tokens.vocab_size).items():
         without = model.perplexity(tokens.valid, exclude=tokens.unk_id)
         rows.append({"name": name, "val_ppl": model.perplexity(tokens.valid), "val_ppl_without_unk": without})
     floor = corpus.entropy_floor("valid", context=seq_len)
@@ -184,6 +181,13 @@ def as_ids(text: StudyText, length: int) -> Tensor:
     ids = text.tokens.valid.reshape(-1).astype(np.int64)
     ids = ids[ids != text.tokens.pad_id]
     return torch.from_numpy(np.resize(ids, length))[None]
+
+
+def drawn_baselines(rows: Sequence[Baseline]) -> list[Baseline]:
+    """Those that a figure has room for: of the Kneser-Ney models the best one."""
+    counted = [row for row in rows if row["name"].startswith("Kneser-Ney")]
+    best = min(counted, key=lambda row: row["val_ppl"], default=None)
+    return [row for row in rows if row not in counted or row is best]
 
 
 def readable_baselines(rows: Sequence[Baseline]) -> list[dict[str, Any]]:

@@ -58,6 +58,7 @@ class Pool:
     """The helpers of one study, and the points of the grid that it is at. Give the points out with ``work_off``."""
 
     def __init__(self, config: StudyConfig, count: int, progress: Progress) -> None:
+        self.size = count
         self._progress, self._lock = progress, threading.Condition()
         # Of the grid at hand: points that nobody has, those under way by process, and the steps of those that helpers did.
         self._grid, self._waiting, self._out, self._steps = 0, [], {}, []

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_choice, check_dropout, check_int
@@ -113,10 +114,32 @@ class LSTM(LanguageModel):
         p, training = self.config.dropout_p, self.training
         x = dropout(self.embedding(input_ids), p, training)
         start = None if state is None else (state.output, state.cell)
-        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        if torch._C._are_functorch_transforms_active():
+            hidden, (output, cell) = self._plain(x, start)
+        elif x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             # Processors without bfloat16 instructions have no such LSTM; torch would refuse in its own words.
             with torch.autocast("cpu", enabled=False):
                 hidden, (output, cell) = self.lstm(x.float(), start)
         else:
             hidden, (output, cell) = self.lstm(x, start)
         return dropout(hidden, p, training), LSTMState(output, cell)
+
+    def _plain(self, x: Tensor, start: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """``self.lstm(x, start)`` in torch operations, position by position: torch's LSTM has no rule for vmap."""
+        zeros = x.new_zeros(len(x), self.config.d_model)
+        ends = []
+        for layer in range(self.config.n_layers):
+            if layer:
+                x = dropout(x, self.config.dropout_p, self.training)
+            names = ("weight_ih_l", "weight_hh_l", "bias_ih_l", "bias_hh_l")
+            w_x, w_h, b_x, b_h = (getattr(self.lstm, f"{name}{layer}") for name in names)
+            h, c = (zeros, zeros) if start is None else (t[layer] for t in start)
+            rows = []
+            for read in F.linear(x, w_x, b_x + b_h).unbind(1):
+                i, f, g, o = (read + F.linear(h, w_h)).chunk(4, -1)
+                c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+                h = torch.sigmoid(o) * torch.tanh(c)
+                rows.append(h)
+            x = torch.stack(rows, 1)
+            ends.append((h, c))
+        return x, tuple(torch.stack(t) for t in zip(*ends, strict=True))

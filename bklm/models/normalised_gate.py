@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from bklm.bk_core.autograd import in_forward_mode, is_plain
+from bklm.bk_core.gradients import materialised
+from bklm.models import gate_kernels
 
 EPS = 1e-5
 
@@ -33,8 +36,50 @@ def gated(features: Tensor, gates: Tensor) -> Tensor:
 
 
 def normalised_gate(y: Tensor, gates: Tensor) -> Tensor:
-    """``gated(normalised(y), gates)``, differentiable once; y and gates of one precision."""
+    """``gated(normalised(y), gates)``; y and gates of one precision.
+
+    Plain calls take few passes, on a CPU one (``bklm.models.gate_kernels``); transforms, tracers and compilers are given the
+    plain operations, and so are derivatives of the gradient.
+    """
+    if not is_plain(y, gates) or in_forward_mode():
+        return gated(normalised(y), gates)
     return _NormalisedGate.apply(y, gates)
+
+
+class _NormalisedGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, gates):
+        s = F.silu(gates).contiguous()
+        ctx.save_for_backward(y, gates, s)
+        if _has_kernel(y):
+            return gate_kernels.forward(materialised(y), s, EPS)
+        sr = _by_head(s, y) * _inverse_size(y)
+        return torch.stack([part * sr for part in _parts(y)], 2).flatten(3)
+
+    @staticmethod
+    def backward(ctx, o):
+        y, gates, s = ctx.saved_tensors
+        # This gradient will be differentiated, or comes in batches.
+        if torch.is_grad_enabled() or not is_plain(o) or in_forward_mode():
+            return _plain_gradients(y, gates, o)
+        if _has_kernel(y):
+            d_y, d_s = gate_kernels.backward(materialised(y), s, materialised(o), EPS)
+        else:
+            d_y, d_s = _gradients(y, s, o)
+        return d_y, torch.ops.aten.silu_backward(d_s, gates)
+
+
+def _plain_gradients(y: Tensor, gates: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients as functions of y, the gates and o that may be differentiated again."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Nodes of their own: a graph that leads from one to the other must not be gone through twice.
+        inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (y, gates)]
+        return torch.autograd.grad(gated(normalised(inputs[0]), inputs[1]), inputs, o, create_graph=again)
+
+
+def _has_kernel(y: Tensor) -> bool:
+    return y.device.type == "cpu"
 
 
 def _parts(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,32 +87,26 @@ def _parts(y: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(part.transpose(1, 2) for part in torch.view_as_real(y).unbind(-1))
 
 
-class _NormalisedGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, gates):
-        batch, heads, length, width = y.shape
-        # Over both parts of a head's channels at once: they lie side by side.
-        size = torch.linalg.vector_norm(torch.view_as_real(y).flatten(3), dim=-1)
-        r = size.square_().mul_(1 / (2 * width)).add_(EPS).rsqrt_().transpose(1, 2).unsqueeze(-1)
-        s = F.silu(gates).view(batch, length, heads, width)
-        sr = s * r
-        out = sr.new_empty(batch, length, 2, heads, width)
-        for k, part in enumerate(_parts(y)):
-            torch.mul(part, sr, out=out[:, :, k])
-        ctx.save_for_backward(y, gates, r, s, sr)
-        return out.flatten(3)
+def _by_head(s: Tensor, y: Tensor) -> Tensor:
+    """s (B, N, H w) as (B, N, H, w)."""
+    return s.view(*s.shape[:2], y.shape[1], y.shape[3])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, o):
-        y, gates, r, s, sr = ctx.saved_tensors
-        batch, heads, length, width = y.shape
-        o = o.reshape(batch, length, 2, heads, width)
-        parts = _parts(y)
-        p = (o[:, :, 0] * parts[0]).addcmul_(o[:, :, 1], parts[1])
-        factor = (p * s).sum(-1, keepdim=True).mul_(r**3).mul_(-1 / (2 * width))
-        d_gates = torch.ops.aten.silu_backward(p.mul_(r).flatten(2), gates)
-        d_y = torch.empty_like(y, memory_format=torch.contiguous_format)
-        for k, d_part in enumerate(_parts(d_y)):
-            torch.mul(o[:, :, k], sr, out=d_part).addcmul_(parts[k], factor)
-        return d_y, d_gates
+
+def _inverse_size(y: Tensor) -> Tensor:
+    """r (B, N, H, 1)."""
+    # Over both parts of a head's channels at once: they lie side by side.
+    size = torch.linalg.vector_norm(torch.view_as_real(y).flatten(3), dim=-1)
+    return size.square_().mul_(1 / (2 * y.shape[-1])).add_(EPS).rsqrt_().transpose(1, 2).unsqueeze(-1)
+
+
+def _gradients(y: Tensor, s: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
+    """dL/dy and dL/ds (B, N, H w) in torch operations, for other devices than the CPU."""
+    batch, heads, length, width = y.shape
+    o = o.reshape(batch, length, 2, heads, width)
+    parts, r, s = _parts(y), _inverse_size(y), _by_head(s, y)
+    p = (o[:, :, 0] * parts[0]).addcmul_(o[:, :, 1], parts[1])
+    factor = (p * s).sum(-1, keepdim=True).mul_(r**3).mul_(-1 / (2 * width))
+    d_y = torch.empty_like(y, memory_format=torch.contiguous_format)
+    for k, d_part in enumerate(_parts(d_y)):
+        torch.mul(o[:, :, k], s * r, out=d_part).addcmul_(parts[k], factor)
+    return d_y, p.mul_(r).flatten(2)

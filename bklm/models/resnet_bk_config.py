@@ -44,7 +44,7 @@ class ResNetBKConfig:
     # First energies, evenly from -energy_span to energy_span; the band is -2 to 2. Learned from there.
     energy_span: float = 0.0
     hopping: float = 0.95  # first value of every bond, between 0 and 1
-    convolution: int = 0  # positions of a short causal convolution per channel before the mixer; 0: none
+    convolution: int = 4  # positions of a short causal convolution per channel before the mixer; 0: none
     dense_width: int | None = None  # units of the dense layer; None: 4 d_model
 
     def __post_init__(self) -> None:

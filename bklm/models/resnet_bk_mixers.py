@@ -28,6 +28,7 @@ from bklm.models.dropout import add_dropout
 from bklm.models.mixing import MixingPoint
 from bklm.models.normalised_gate import gated, normalised, normalised_gate
 from bklm.models.resnet_bk_config import ResNetBKConfig
+from bklm.models.short_convolution import short_convolution
 from bklm.moe.layer import AnalyticMoE
 
 INITIAL_STD = 0.02
@@ -109,7 +110,9 @@ class SolveMixer(nn.Module):
         """One position u (B, 1, d) after the one whose state is given, or the first."""
         past = u.new_zeros(len(u), self._reach, u.shape[-1]) if state is None else state.recent
         window = torch.cat((past, u), 1)
-        read = self._read(self._convolved(window, padded=False))
+        read = self._read(
+            u if self.convolution is None else self.convolution(window.transpose(1, 2)).transpose(1, 2)
+        )
         values, potential, bond = (read[k].squeeze(1) for k in (0, 2, 3))
         z = self._shift().expand_as(potential)
         y, solve = solve_step(values, potential, bond, bond, z, None if state is None else state.solve)
@@ -119,17 +122,11 @@ class SolveMixer(nn.Module):
     def _reach(self) -> int:
         return max(0, self.config.convolution - 1)
 
-    def _convolved(self, u: Tensor, padded: bool = True) -> Tensor:
+    def _convolved(self, u: Tensor) -> Tensor:
         if self.convolution is None:
             return u
-        rows = u.transpose(1, 2)
-        if padded:
-            before = self._reach
-            after = 0
-            if not self.config.causal:
-                after = before // 2
-            rows = F.pad(rows, (before - after, after))
-        return self.convolution(rows).transpose(1, 2)
+        before = self._reach if self.config.causal else self._reach - self._reach // 2
+        return short_convolution(u, self.convolution.weight, self.convolution.bias, before)
 
     def _recent(self, u: Tensor) -> Tensor:
         """The last inputs that the convolution of the next position reads, zeros before the first."""
@@ -152,10 +149,7 @@ class SolveMixer(nn.Module):
 
     def _write(self, y: Tensor, gates: Tensor) -> Tensor:
         """The output (B, N, d) from y (B, H, N, d / H)."""
-        if self.mixed.idle and not torch.compiler.is_compiling():
-            features = normalised_gate(y, gates)
-        else:
-            features = gated(self.mixed(normalised(y)), gates)
+        features = normalised_gate(y, gates) if self.mixed.idle else gated(self.mixed(normalised(y)), gates)
         return self.output(features.flatten(2))
 
 

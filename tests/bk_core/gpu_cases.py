@@ -131,7 +131,7 @@ def test_a_row_of_three_blocks_agrees_with_the_recurrences(chunks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("n", [31, 32, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("n", [31, 64, 65, 127, 129])
 def test_more_lengths_agree_with_the_recurrences(chunks, n, causal):
     check(problem(33, n, F32, complex_k=True), causal, 1e-5)
     chunks(8, F64, polish=True)
@@ -139,9 +139,10 @@ def test_more_lengths_agree_with_the_recurrences(chunks, n, causal):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("m", "n"), [(2, 300), (1, 4095)])
-@pytest.mark.parametrize("fast_float64", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "causal", "fast_float64"),
+    [(2, 300, False, False), (2, 300, True, True), (1, 4095, True, False), (1, 4095, False, True)],
+)
 def test_the_plan_in_use_agrees_with_the_recurrences(monkeypatch, m, n, causal, fast_float64):
     monkeypatch.setattr(gpu, "_fast_float64", lambda device: fast_float64)
     check(problem(m, n, F32, complex_a=True), causal, 1e-5)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bklm.data import KneserNey, Unigram
+from bklm.data import KneserNey, Unigram, count_models
 from bklm.data.baselines import perplexity
 
 V = 5
@@ -76,6 +76,20 @@ def test_modified_discounts_are_probabilities_and_beat_the_fixed_one():
     for history in ([], [3], [0, 7], train[500:502], [4999, 4998]):
         assert modified.distribution(history).sum() == pytest.approx(1, abs=1e-12)
     assert modified.perplexity(valid) < fixed.perplexity(valid)
+
+
+def test_the_models_of_a_table_have_modified_discounts_where_the_text_allows_and_say_which():
+    train, valid = zipf_text()
+    models = count_models(train, SIZE)
+    assert list(models) == ["unigram", *(f"Kneser-Ney {n}-gram, modified" for n in (2, 3, 4, 5))]
+    assert models["Kneser-Ney 3-gram, modified"].perplexity(valid) == KneserNey(3, "modified").fit(
+        train, SIZE
+    ).perplexity(valid)
+    few = count_models([0, 1, 0, 1], V)
+    assert list(few) == ["unigram", "Kneser-Ney 2-gram, discount 0.75", "Kneser-Ney 3-gram, discount 0.75"]
+    assert few["Kneser-Ney 2-gram, discount 0.75"].perplexity([0, 1]) == KneserNey(2).fit(
+        [0, 1, 0, 1], V
+    ).perplexity([0, 1])
 
 
 def test_a_history_makes_the_next_word_more_likely_where_words_depend_on_it():

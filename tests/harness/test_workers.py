@@ -12,9 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from accelerate import Accelerator
 
 from bklm.harness import workers
 from bklm.harness.progress import Progress
+from bklm.harness.session import Session
 from bklm.studies.grad_blend import figures
 from bklm.studies.grad_blend import run as grad_blend
 from bklm.studies.grad_blend.run import run_grad_blend
@@ -110,6 +112,31 @@ def test_how_many_run_at_once_follows_the_settings_the_cores_and_the_memory(tiny
     assert workers.number(quick, 100) == 2
     monkeypatch.setattr(workers, "free_bytes", lambda device: 0)
     assert workers.number(quick, 100) == 1
+
+
+def test_a_larger_grid_gets_more_workers_and_a_smaller_one_keeps_them(tiny_config, monkeypatch, tmp_path):
+    made = []
+
+    class Pool:
+        def __init__(self, config, count, progress):
+            self.size = count
+            made.append(count)
+
+        def work_off(self, grid, points, run):
+            pass
+
+        def steps_of_helpers(self):
+            return []
+
+        def close(self):
+            made.append("closed")
+
+    monkeypatch.setattr(workers, "Pool", Pool)
+    config = dataclasses.replace(tiny_config, workers=8).resolved()
+    with Session(config, None, Accelerator(cpu=True), tmp_path, None) as session:
+        for count in (1, 2, 5, 3):
+            session.grid({"seed": range(count)}, lambda folder, seed: {"seed": seed})
+    assert made == [2, "closed", 5, "closed"]
 
 
 def test_two_ways_to_share_at_once_are_refused_in_one_sentence(tiny_config):

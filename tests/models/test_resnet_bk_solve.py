@@ -1,5 +1,6 @@
 """ResNet-BK with the mixer "solve": it reads, sees no future, and streams with constant state."""
 
+import copy
 import dataclasses
 import math
 
@@ -19,7 +20,15 @@ VOCABULARY = 23
 def model_of(seed=0, *, double=True, **changes):
     """A small model whose weights are large enough for every path to matter."""
     torch.manual_seed(seed)
-    settings = {"d_model": 12, "n_layers": 2, "n_heads": 3, "dropout_p": 0.0, "num_experts": 1, **changes}
+    settings = {
+        "d_model": 12,
+        "n_layers": 2,
+        "n_heads": 3,
+        "dropout_p": 0.0,
+        "num_experts": 1,
+        "convolution": 0,
+    }
+    settings |= changes
     model = ResNetBK(ResNetBKConfig(VOCABULARY, mixer="solve", **settings))
     with torch.no_grad():
         for p in model.parameters():
@@ -77,7 +86,12 @@ def test_the_mixer_has_the_exact_gradient():
 
 
 @pytest.mark.parametrize(("heads", "width", "length"), [(1, 1, 1), (3, 5, 7), (8, 28, 64)])
-def test_normalising_and_gating_in_few_passes_is_the_formula_and_its_gradient(heads, width, length):
+@pytest.mark.parametrize("road", ["kernel", "torch"])
+def test_normalising_and_gating_in_few_passes_is_the_formula_and_its_gradient(
+    road, heads, width, length, monkeypatch
+):
+    if road == "torch":
+        monkeypatch.setattr("bklm.models.normalised_gate._has_kernel", lambda y: False)
     torch.manual_seed(length)
     # As from a solve whose rows of y lie apart, and gates that are a slice.
     y = torch.randn(2, heads, length, width, dtype=torch.complex128).mul_(torch.rand(2, heads, length, 1) * 50)
@@ -87,7 +101,10 @@ def test_normalising_and_gating_in_few_passes_is_the_formula_and_its_gradient(he
         given = [y.clone().requires_grad_(), g.clone().requires_grad_()]
         out = function(given[0], given[1][..., : heads * width])
         weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
-        results.append([out, *torch.autograd.grad((out * weights).sum(), given)])
+        first = torch.autograd.grad((out * weights).sum(), given, retain_graph=True)
+        again = torch.autograd.grad((out * weights).sum(), given, create_graph=True)
+        second = torch.autograd.grad(sum(t.abs().square().sum() for t in again), given)
+        results.append([out, *first, *again, *second])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
@@ -146,8 +163,10 @@ def test_a_closed_bond_forgets_all_that_lies_before():
 def test_prefill_and_steps_give_the_logits_of_the_full_forward(prompt, double, tolerance, changes):
     model, ids = model_of(double=double, **changes), ids_of(2, 24)
     whole = model(ids)
-    # The one head has the longest memory, 1 / eta = 50, and rounding is remembered as long: seen on an old processor's code.
-    tolerance *= whole.abs().max().item() * (10 if changes.get("n_heads") == 1 and not double else 1)
+    # These weights are large, so a layer multiplies the rounding of its products, which differ for one row and for many: the
+    # whole pass itself may be further than 1e-5 from the numbers of double precision. Then steps are as close to it as that.
+    exact = copy.deepcopy(model).double()(ids)
+    tolerance = max(tolerance * whole.abs().max().item(), 2 * (whole - exact).abs().max().item())
     if prompt:
         logits, state = model.prefill(ids[:, :prompt])
         torch.testing.assert_close(logits, whole[:, prompt - 1], rtol=0, atol=tolerance)
@@ -159,12 +178,14 @@ def test_prefill_and_steps_give_the_logits_of_the_full_forward(prompt, double, t
     assert state.position == 24
 
 
-def test_steps_of_a_whole_model_agree_to_1e_5_over_a_long_text():
+@pytest.mark.parametrize(("heads", "length"), [(8, 400), (1, 200)])
+@torch.no_grad()
+def test_steps_of_a_whole_model_agree_to_1e_5_over_a_long_text(heads, length):
     torch.manual_seed(0)
-    model = ResNetBK(ResNetBKConfig(1000, 64, 3, mixer="solve", n_heads=8, num_experts=1)).eval()
-    ids = torch.randint(0, 1000, (2, 600))
+    model = ResNetBK(ResNetBKConfig(1000, 64, 3, mixer="solve", n_heads=heads, num_experts=1)).eval()
+    ids = torch.randint(0, 1000, (2, length))
     whole, state = model(ids), model.init_state(2)
-    for i in range(600):
+    for i in range(length):
         logits, state = model.step(ids[:, i], state)
         torch.testing.assert_close(logits, whole[:, i], rtol=0, atol=1e-5)
 

@@ -21,7 +21,13 @@ from bklm.studies.baseline import figures as baseline_figures
 from bklm.studies.baseline import run as baseline_run
 from bklm.studies.baseline import train as baseline_runner
 from bklm.studies.baseline.config import BaselineConfig
-from bklm.studies.baseline.models import COMPETITORS, CONTEXT_LENGTHS, active_parameters, build_model
+from bklm.studies.baseline.models import (
+    COMPETITORS,
+    CONTEXT_LENGTHS,
+    active_parameters,
+    build_model,
+    model_names,
+)
 from bklm.studies.baseline.run import estimated_minutes, fields_of_models, prepare_text, run_baseline
 from bklm.studies.baseline.samples import (
     checkpoints_table,
@@ -241,6 +247,7 @@ def test_a_checkpoint_of_another_model_config_or_vocabulary_is_refused_naming_th
         ({"clip": "0.5@1, 1@4"}, "last stage begins at epoch 4, but the run has 3 epochs"),
         ({"clip": "low"}, "clip: got 'low'"),
         ({"protocol": "original"}, "seq_len, lowercase: got 8 and True"),
+        ({"protocol": "original", "seq_len": None, "model": "resnet_bk"}, "take that, or protocol 'corrected'"),
         ({"resume_from": "nowhere"}, "resume_from: nowhere is no checkpoint"),
         (
             {"resume_from": "x", "model": "all", "seeds": (0, 1)},
@@ -335,6 +342,7 @@ def test_the_originals_protocol_trains_on_its_windows_and_says_so(small_text, ti
     )
     text = prepare_text(config.resolved())
     assert config.resolved().learning_rates == (1e-4,)
+    assert set(COMPETITORS) - set(model_names("all", "original")) == {"resnet_bk"}
     x, y = next(iter(text.val_loader()))
     assert x.shape[1] == 63
     assert int(y[0, (y[0] != -100).sum() - 1]) == 3  # a line ends with EOS

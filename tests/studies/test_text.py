@@ -10,7 +10,7 @@ import pytest
 
 from bklm.data import tokenize_corpus
 from bklm.data.hmm import WORDS_A_LINE, hmm_corpus
-from bklm.harness.text import ngram_baselines
+from bklm.harness.text import drawn_baselines, ngram_baselines
 
 LINES = 80
 
@@ -42,6 +42,16 @@ def test_the_true_law_is_left_out_with_a_reason_where_targets_are_unknown_words(
     assert (tokens.valid[1:] == tokens.unk_id).any()
     with caplog.at_level(logging.INFO, logger="bklm.harness.text"):
         rows = ngram_baselines(corpus, tokens, 8)
-    assert [r["name"] for r in rows] == ["unigram", "Kneser-Ney 2-gram", "Kneser-Ney 3-gram"]
+    assert [r["name"].split(",")[0] for r in rows] == [
+        "unigram",
+        *(f"Kneser-Ney {n}-gram" for n in (2, 3, 4, 5)),
+    ]
     assert "true law is left out, for it is no floor here: " in caplog.text
     assert "validation targets are <unk>" in caplog.text
+
+
+def test_a_figure_draws_the_best_kneser_ney_model_alone(corpus):
+    rows = ngram_baselines(corpus, tokenize_corpus(corpus, 500), 8)
+    drawn = drawn_baselines(rows)
+    assert [r["name"].split()[0] for r in drawn] == ["unigram", "Kneser-Ney"]
+    assert drawn[1]["val_ppl"] == min(r["val_ppl"] for r in rows[1:])

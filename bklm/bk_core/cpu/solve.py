@@ -29,7 +29,7 @@ def causal_rows(x: Tensor, left: Tensor, c: Tensor, reverse: bool) -> Tensor:
     m, n, columns = x.shape
     if columns < COLUMNS:
         return _tiles(x, left, None, c, from_left=not reverse, conjugate=False)
-    y = torch.empty(x.shape, dtype=left.dtype)
+    y = torch.empty(x.shape, dtype=left.dtype, device="cpu")
     rest = (
         x.data_ptr(),
         not x.is_complex(),
@@ -50,7 +50,7 @@ def tridiagonal_rows(x: Tensor, left: Tensor, b: Tensor, c: Tensor) -> Tensor:
     m, n, columns = x.shape
     if columns < COLUMNS:
         return _tiles(x, left, c, b, from_left=False, conjugate=False)
-    y = torch.empty(x.shape, dtype=left.dtype)
+    y = torch.empty(x.shape, dtype=left.dtype, device="cpu")
     rest = (
         x.data_ptr(),
         not x.is_complex(),
@@ -84,9 +84,9 @@ def tridiagonal_adjoint(
 def _adjoint(gbar, left, b, c, y, reverse, real, sums):
     m, n, columns = gbar.shape
     both = b is not None
-    S = torch.empty(m, n, dtype=left.dtype) if sums else None
-    B = torch.empty(m, n - 1, dtype=left.dtype) if sums and both else None
-    C = torch.empty(m, n - 1, dtype=left.dtype) if sums else None
+    S = torch.empty(m, n, dtype=left.dtype, device="cpu") if sums else None
+    B = torch.empty(m, n - 1, dtype=left.dtype, device="cpu") if sums and both else None
+    C = torch.empty(m, n - 1, dtype=left.dtype, device="cpu") if sums else None
     found = tuple(0 if t is None else t.data_ptr() for t in (S, B, C))
     dtype = _NUMPY[left.dtype]
     if columns < COLUMNS:
@@ -95,7 +95,7 @@ def _adjoint(gbar, left, b, c, y, reverse, real, sums):
             rest = (g.data_ptr(), y.data_ptr(), *found, n, columns, reverse, both)
             _run(solve_join.sum_columns, rest, m, g)
         return g.real.contiguous() if real else g, S, B, C
-    g = torch.empty(gbar.shape, dtype=left.real.dtype if real else left.dtype)
+    g = torch.empty(gbar.shape, dtype=left.real.dtype if real else left.dtype, device="cpu")
     rest = (
         *(g.data_ptr(), real, y.data_ptr(), left.data_ptr(), *_between(b if both else c), *_between(c), *found),
         *(m, n, columns, reverse, sums, both),
@@ -117,11 +117,15 @@ def _tiles(x: Tensor, left: Tensor, f: Tensor | None, e: Tensor, from_left: bool
     lines = m * columns
     n_tiles = -(-n // solve_tiles.TILE)
     tile = -(-n // n_tiles)
-    y = torch.empty(x.shape, dtype=left.dtype)
+    y = torch.empty(x.shape, dtype=left.dtype, device="cpu")
     both = f is not None
     joined = n_tiles > 1
-    summary = torch.empty(lines * n_tiles, solve_tiles.SUMMARY, dtype=left.real.dtype) if joined else None
-    entering = torch.empty(lines * n_tiles, 2, dtype=left.dtype) if joined else None
+    summary = (
+        torch.empty(lines * n_tiles, solve_tiles.SUMMARY, dtype=left.real.dtype, device="cpu")
+        if joined
+        else None
+    )
+    entering = torch.empty(lines * n_tiles, 2, dtype=left.dtype, device="cpu") if joined else None
     addresses = (summary.data_ptr(), entering.data_ptr()) if joined else (0, 0)
     rest = (
         *(

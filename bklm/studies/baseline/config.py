@@ -53,7 +53,8 @@ class BaselineConfig(WindowStudyConfig):
         "all", "newllm", "gpt", "lstm", "resnet_bk", "resnet_bk_diagonal", "newllm_advanced", "linear_context"
     ] = setting("all", help="one model, or NewLLM, GPT, LSTM and both ResNetBK of the same size together")
     protocol: Literal["corrected", "original"] = setting(
-        "corrected", help="original: its windows of lines, some targets twice, tails dropped"
+        "corrected",
+        help="original: its windows of lines, some targets twice, tails dropped; no ResNetBK that reads",
     )
     validation: Literal["valid", "valid+test"] = setting(
         "valid", help="what is scored; valid+test where a sample has halved the validation split"
@@ -92,6 +93,11 @@ class BaselineConfig(WindowStudyConfig):
             raise ValueError(
                 f"seq_len, lowercase: got {config.seq_len} and {config.lowercase}; the original's windows hold 63 inputs in "
                 "lower case, so leave both as they are or take protocol 'corrected'."
+            )
+        if config.protocol == "original" and config.model == "resnet_bk":
+            raise ValueError(
+                "model: got 'resnet_bk', which is of this suite; protocol 'original' has the published 'resnet_bk_diagonal': "
+                "take that, or protocol 'corrected'."
             )
         config.training_settings(config.learning_rates[0], config.seeds[0])
         if config.resume_from is not None:

@@ -19,6 +19,7 @@ from bklm.harness.figures import (
     wide_range_axis,
 )
 from bklm.harness.statistics import Perplexity
+from bklm.harness.text import drawn_baselines
 from bklm.studies.baseline.models import CONTEXT_LENGTHS, TITLES
 from bklm.studies.baseline.tables import MODELS, REPORTED_EPOCHS, Rows
 
@@ -57,7 +58,7 @@ def draw_curves(path: Path, runs: Sequence[Trial], baselines: Rows, title: str, 
             color="black", marker="x", linestyle="none", label="original's report (its windows)",
         )  # fmt: skip
         shown += [r["val_ppl"] for r in reported]
-        for baseline, line in zip(baselines[1:], _LINES, strict=False):
+        for baseline, line in zip(drawn_baselines(baselines)[1:], _LINES, strict=False):
             axes.axhline(
                 baseline["val_ppl"], color=GREY, linestyle=line, linewidth=1.2,
                 label=f"{baseline['name']} ({baseline['val_ppl']:.0f})",

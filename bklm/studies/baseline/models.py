@@ -52,9 +52,11 @@ CLASSES: dict[str, tuple[type[LanguageModel], type]] = {
 }
 
 
-def model_names(choice: str) -> tuple[str, ...]:
-    """The models that one value of the ``model`` field stands for."""
-    return COMPETITORS if choice == "all" else (choice,)
+def model_names(choice: str, protocol: str) -> tuple[str, ...]:
+    """The models that one value of the ``model`` field stands for; of ResNetBK, "original" has the published one only."""
+    if choice != "all":
+        return (choice,)
+    return tuple(name for name in COMPETITORS if protocol != "original" or name != "resnet_bk")
 
 
 def model_settings(name: str, vocab_size: int, seq_len: int, sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,15 +78,16 @@ def model_settings(name: str, vocab_size: int, seq_len: int, sizes: Mapping[str,
         found = {
             "gpt": lambda: gpt_of_size(*size, seq_len, **more),
             "lstm": lambda: lstm_of_size(*size, **more),
-            "resnet_bk": lambda: _reading_resnet_bk(*size, **more),
+            "resnet_bk": lambda: _reading_resnet_bk(*size, seq_len, **more),
             "resnet_bk_diagonal": lambda: resnet_bk_of_size(*size, None, **more),
             "linear_context": lambda: linear_context_of_size(*size, **more),
         }[name]().config
     return dataclasses.asdict(found)
 
 
-def _reading_resnet_bk(parameters: int, vocab_size: int, **more: Any) -> Sized[ResNetBKConfig]:
-    solve = {"mixer": "solve", "num_experts": 1, **more}
+def _reading_resnet_bk(parameters: int, vocab_size: int, seq_len: int, **more: Any) -> Sized[ResNetBKConfig]:
+    # The longest first memory, to 90% about 4.6 / least_eta positions, is three quarters of a window: chosen at 64.
+    solve = {"mixer": "solve", "num_experts": 1, "least_eta": min(1.0, 6.4 / seq_len), **more}
     width = resnet_bk_of_size(parameters, vocab_size, None, **solve).config.d_model
     heads = next(h for h in HEADS if h == 1 or width >= h * LEAST_WIDTH)
     return resnet_bk_of_size(parameters, vocab_size, None, n_heads=heads, **solve)

@@ -130,7 +130,7 @@ def fields_of_models(config: BaselineConfig, vocab_size: int) -> dict[str, dict[
     """By name, the fields of each model of a resolved config."""
     sizes = {n: getattr(config, n) for n in ("embed_dim", "hidden_dim", "context_dim", "n_layers")}
     sizes["dropout_p"] = config.dropout
-    names = models.model_names(config.model)
+    names = models.model_names(config.model, config.protocol)
     return {name: models.model_settings(name, vocab_size, config.seq_len, sizes) for name in names}
 
 
@@ -217,7 +217,8 @@ def _draw(study: Session, trials: list[Trial]) -> Path | None:
     finished = MODELS.finished(trials)
     if not finished:
         return None
-    total = len(models.model_names(study.config.model)) * len(study.config.seeds)
+    names = models.model_names(study.config.model, study.config.protocol)
+    total = len(names) * len(study.config.seeds)
     title = f"{len(finished)} of {total} trainings done{MODELS.diverged_in_short(trials)}"
     path = study.folder / "training_curves.png"
     return figures.draw_curves(path, trials, study.text.baselines, title, _note(study))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from bklm.data import Corpus, KneserNey, TokenizedCorpus, Unigram, make_loader, tokenize_corpus, windows
+from bklm.data import Corpus, TokenizedCorpus, count_models, make_loader, tokenize_corpus, windows
 from bklm.data.baselines import perplexity
 from bklm.data.line_windows import PAD_ID, LineVocabulary, LineWindows, line_windows
 from bklm.harness.text import StudyText, check_and_log, ngram_baselines
@@ -155,7 +155,7 @@ def _first_rows(rows: np.ndarray, targets: int) -> np.ndarray:
 def _line_baselines(tokens: TokenizedCorpus) -> list[dict[str, Any]]:
     """Unigram and Kneser-Ney over the windows laid end to end; a window's first token is no target, as for the models.
 
-    A trigram's second word sees the last word of the window before: one word of context that no model has.
+    The second words of a window see the last ones of the window before: context that no model has.
     """
     train = tokens.train[tokens.train != PAD_ID]
     is_text = tokens.valid != PAD_ID
@@ -165,11 +165,8 @@ def _line_baselines(tokens: TokenizedCorpus) -> list[dict[str, Any]]:
     is_target = ~is_first[is_text][1:]
     known = is_target & (valid[1:] != tokens.unk_id)
     rows = []
-    for name, model in (
-        ("unigram", Unigram()),
-        *((f"Kneser-Ney {n}-gram", KneserNey(order=n)) for n in (2, 3)),
-    ):
-        log_probs = model.fit(train, tokens.vocab_size).log_probs(valid)
+    for name, model in count_models(train, tokens.vocab_size).items():
+        log_probs = model.log_probs(valid)
         scores = {
             "val_ppl": perplexity(log_probs[is_target]),
             "val_ppl_without_unk": perplexity(log_probs[known]),

@@ -21,6 +21,7 @@ from bklm.harness.figures import (
     wide_range_axis,
 )
 from bklm.harness.statistics import Perplexity
+from bklm.harness.text import drawn_baselines
 from bklm.moe.layer import usage_entropy
 from bklm.studies.grad_blend.tables import ALPHAS, WHEN_MEASURED
 
@@ -91,7 +92,7 @@ def draw_training(path: Path, final: Trial, baselines: list[dict[str, Any]], not
     """Train and validation perplexity of the final training, with the n-gram baselines of the same tokens."""
     epochs = final["epochs"]
     last = epochs[-1]["val_perplexity"]
-    shown = [b for b in baselines if b["val_ppl"] is not None]
+    shown = drawn_baselines(baselines)
     beaten = [b["name"] for b in shown if last < b["val_ppl"]]
     missed = [b["name"] for b in shown if last >= b["val_ppl"]]
     verdict = f"below {', '.join(beaten)}" if beaten else "below none of the baselines"

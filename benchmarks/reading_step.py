@@ -1,0 +1,196 @@
+"""What do training and generating with the ResNetBK that reads cost, beside GPT, LSTM and the diagonal ResNetBK of its size?
+
+    python benchmarks/reading_step.py                            # 2.74 M parameters; windows of 64 to 16,384
+    python benchmarks/reading_step.py --windows 64 1024          # these alone
+    python benchmarks/reading_step.py --quick                    # a small size, for CI
+
+A step is forward, loss, backward, clip and AdamW, with dropout 0.1, on up to TOKENS tokens (at 64 README's 16 rows). GPT has
+torch's fused attention, without dropout on its weights. The products are the solve model's matrix products alone, forward
+and backward, of the same shapes. Arms take turns in one process; medians with quartiles. Memory is what torch holds at most
+during one step beside weights, moments and gradients. Linear in N: one row of 256 to the largest window, the exponent by
+least squares through the logarithms.
+
+Generation: milliseconds a token from a state at that position, one row. GPT's key-value cache is filled with random numbers,
+which take as long to read; the others read a text of that length (more than LONGEST_READ positions: of LONGEST_READ).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+
+import torch
+from _timing import Timing, duration, peak_tensor_memory, print_table, processor, take_turns
+from torch import Tensor, nn
+
+from bklm.models import GPT, LSTM, LanguageModel, ResNetBK
+from bklm.models.gpt import GPTState, KVCache
+from bklm.models.sizing import gpt_of_size, lstm_of_size, resnet_bk_of_size
+
+SOLVE, PRODUCTS = "ResNetBK (solve)", "its products"
+TOKENS = 4096
+LONGEST_READ = 2000
+LEAST_WINDOW = 256  # of the exponent: below, what does not depend on N counts
+
+
+def models(parameters: int, vocab_size: int, n_seq: int, heads: int) -> dict[str, LanguageModel]:
+    """The arms, of about equal size; GPT with ``n_seq`` positions."""
+    size = parameters, vocab_size
+    solve = resnet_bk_of_size(*size, None, mixer="solve", num_experts=1, n_heads=heads)
+    return {
+        SOLVE: ResNetBK(solve.config),
+        "GPT": GPT(gpt_of_size(*size, n_seq).config),
+        "LSTM": LSTM(lstm_of_size(*size).config),
+        "ResNetBK (diagonal)": ResNetBK(resnet_bk_of_size(*size, None).config),
+    }
+
+
+def rows_of(window: int) -> int:
+    return max(1, min(16, TOKENS // window))
+
+
+def training_step(model: LanguageModel, ids: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model.train()
+
+    def step() -> None:
+        model.loss(ids, ids).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def products(model: ResNetBK, tokens: int) -> Callable[[], None]:
+    """Every matrix product of a step: of inputs and weights, and the two of its gradient."""
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)] + [model.embedding.weight]
+    data = [
+        (w.detach(), torch.randn(tokens, w.shape[1]), torch.randn(tokens, w.shape[0]))
+        for w in weights
+        if w.dim() == 2
+    ]
+
+    @torch.no_grad()
+    def step() -> None:
+        for w, x, g in data:
+            torch.mm(x, w.t())
+            torch.mm(g, w)
+            torch.mm(g.t(), x)
+
+    return step
+
+
+def steps_table(window: int, options: argparse.Namespace) -> tuple[list[dict[str, object]], float]:
+    """One row an arm, and the solve model's seconds a step."""
+    rows = rows_of(window)
+    ids = torch.randint(options.vocab_size, (rows, window), generator=torch.Generator().manual_seed(0))
+    built = models(options.parameters, options.vocab_size, window, options.heads)
+    steps = {name: training_step(model, ids) for name, model in built.items()}
+    found = take_turns({**steps, PRODUCTS: products(built[SOLVE], ids.numel())}, options.seconds)
+    memory = {name: peak_tensor_memory(step) for name, step in steps.items()}
+    mine = found[SOLVE].median
+    table = [
+        {
+            "step": name,
+            "parameters": f"{built[name].num_parameters():,}" if name in built else "",
+            "time (quartiles)": str(time),
+            "tokens/s": f"{ids.numel() / time.median:,.0f}",
+            "solve's tokens/s to its": f"x{time.median / mine:.2f}",
+            "memory": f"{memory[name] / 1e6:,.0f} MB" if name in memory else "",
+            "of GPT's": f"x{memory[name] / memory['GPT']:.2f}" if name in memory else "",
+        }
+        for name, time in found.items()
+    ]
+    return table, mine / found[PRODUCTS].median
+
+
+def exponent(windows: list[int], options: argparse.Namespace) -> tuple[float, dict[int, Timing]]:
+    """Of the solve model's step time over N, one row."""
+    model = models(options.parameters, options.vocab_size, 1, options.heads)[SOLVE]
+    ids = {n: torch.randint(options.vocab_size, (1, n)) for n in windows}
+    found = take_turns({n: training_step(model, x) for n, x in ids.items()}, options.seconds)
+    xs, ys = [math.log(n) for n in windows], [math.log(found[n].median) for n in windows]
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
+    return slope / sum((x - mean_x) ** 2 for x in xs), found
+
+
+@torch.no_grad()
+def generation(position: int, options: argparse.Namespace) -> list[dict[str, object]]:
+    """One row an arm: milliseconds a token, and the state's bytes."""
+    arms, states = {}, {}
+    for name, model in models(options.parameters, options.vocab_size, position + 1, options.heads).items():
+        model.eval()
+        token = torch.zeros(1, dtype=torch.long)
+        if isinstance(model, GPT):
+            config = model.config
+            shape = (1, config.n_heads, position + 1, config.d_model // config.n_heads)
+            caches = [KVCache(torch.randn(shape), torch.randn(shape)) for _ in model.blocks]
+            for cache in caches:
+                cache._filled = position
+            state = GPTState(position, tuple(caches))
+        else:
+            state = model.prefill(torch.randint(options.vocab_size, (1, min(position, LONGEST_READ))))[1]
+        states[name] = model.state_bytes(position)
+
+        def step(model: LanguageModel = model, state: object = state, token: Tensor = token) -> None:
+            # The cache's last place is written again and again: its cost is that of the position, not of copies.
+            if isinstance(state, GPTState):
+                for cache in state.caches:
+                    cache._filled = state.position
+            model.step(token, state)
+
+        arms[name] = step
+    found = take_turns(arms, options.seconds)
+    return [
+        {
+            "generating": name,
+            "ms a token": f"{time.median * 1e3:.3g} ({time.low * 1e3:.3g} - {time.high * 1e3:.3g})",
+            "state": f"{states[name]:,} bytes",
+            "of GPT's": f"x{states[name] / states['GPT']:.3g}",
+        }
+        for name, time in found.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small size, short windows and rounds, for CI")
+    parser.add_argument("--parameters", type=int, default=2_740_000)
+    parser.add_argument("--vocab-size", type=int, default=1000)
+    parser.add_argument("--heads", type=int, default=8, help="of the solve model")
+    parser.add_argument("--windows", type=int, nargs="+", default=None)
+    parser.add_argument("--positions", type=int, nargs="*", default=None, help="of the generation")
+    parser.add_argument("--seconds", type=float, default=30.0, help="about how long to measure each table")
+    options = parser.parse_args()
+    windows, positions = (64, 1024, 4096, 16384), (100, 1000, 10_000, 100_000)
+    if options.quick:
+        options.parameters, options.vocab_size, options.heads, options.seconds = 40_000, 100, 2, 0.2
+        windows, positions = (16, 64), (10, 100)
+    windows = options.windows or list(windows)
+    positions = positions if options.positions is None else options.positions
+    if min([*windows, *positions]) < 1:
+        parser.error("--windows, --positions: at least 1 position is needed.")
+    print(processor())
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the start"
+    )
+    for window in windows:
+        table, ratio = steps_table(window, options)
+        print_table(f"Training, {rows_of(window)} x {window} tokens", table)
+        print(f"  {SOLVE}: x{ratio:.2f} the time of its own matrix products")
+    least = 16 if options.quick else LEAST_WINDOW
+    lengths = [n for n in (least, 4 * least, 16 * least, 64 * least) if n <= max(windows)]
+    if len(lengths) > 1:
+        slope, found = exponent(lengths, options)
+        times = ", ".join(f"{n:,}: {duration(t.median)}" for n, t in found.items())
+        print(f"\nexponent of the step time over N, one row: {slope:.2f} ({times})")
+    for position in positions:
+        print_table(f"Generation at position {position:,}, one row", generation(position, options))
+
+
+if __name__ == "__main__":
+    main()
