@@ -23,6 +23,7 @@ import torch
 from bklm.files.atomic import replacing
 from bklm.harness.comparison import Comparison, Trial
 from bklm.harness.session import Session
+from bklm.harness.statistics import Perplexity
 from bklm.models import LanguageModel
 from bklm.training.auxiliary import without_term
 from bklm.training.loop import train
@@ -135,25 +136,19 @@ def verdicts(comparison: Comparison, trials: Sequence[Trial], arms: Mapping[str,
     rows = []
     for name, against in ((name, other) for name, arm in arms.items() for other in arm.against):
         ratio = comparison.ratio(trials, name, against)
-        low, high = (
-            (None, None) if ratio is None or ratio.low is None else (math.log(ratio.low), math.log(ratio.high))
-        )
-        verdict = (
-            "lower loss"
-            if low is not None and high < 0
-            else "higher loss"
-            if low is not None and low > 0
-            else "none"
-        )
-        if low is None:
-            verdict = "a seed diverged: no verdict" if ratio is None else "one seed: no verdict"
-        rows.append(
-            {
-                "arm": name, "against": against, "loss_difference": ratio and math.log(ratio.mean),
-                "low": low, "high": high, "verdict": "no difference" if verdict == "none" else verdict,
-            }
-        )  # fmt: skip
+        ends = (None,) * 3 if ratio is None else (ratio.mean, ratio.low, ratio.high)
+        values = [None if end is None else math.log(end) for end in ends]
+        row = dict(zip(("loss_difference", "low", "high"), values, strict=True))
+        rows.append({"arm": name, "against": against, **row, "verdict": _verdict(ratio)})
     return rows
+
+
+def _verdict(ratio: Perplexity | None) -> str:
+    if ratio is None:
+        return "a seed diverged: no verdict"
+    if ratio.low is None:
+        return "no interval: no verdict"
+    return "lower loss" if ratio.high < 1 else "higher loss" if ratio.low > 1 else "no difference"
 
 
 def helps(rows: Sequence[Mapping[str, Any]], arm: str) -> bool | None:

@@ -91,9 +91,8 @@ class DrivenForce(nn.Module):
         self.dropout_p = config.dropout_p
         self.potential = KINDS[config.kind](half, config.units) if has_potential else None
         self.norm = nn.LayerNorm(half)
-        self.mixer = SolveMixer(
-            ResNetBKConfig(config.vocab_size, half, n_heads=config.n_heads, mixer="solve", num_experts=1)
-        )
+        own = {"n_heads": config.n_heads, "mixer": "solve", "num_experts": 1, "convolution": 0}
+        self.mixer = SolveMixer(ResNetBKConfig(config.vocab_size, half, **own))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -84,6 +84,15 @@ def test_the_plain_model_is_loaded_with_the_perplexity_that_the_table_says(corre
     model = corrected.load()
     found = evaluate(model, text.val_loader(), text.unk_id).perplexity
     assert found == pytest.approx(row(corrected, "none")["val_ppl"], rel=1e-5)
+    # "mixer off" takes every other position away: what the context gain kept is measured against.
+    ids = text.first_batch(1)[0]
+    changed = ids.clone()
+    changed[0, 3] = (ids[0, 3] + 1) % text.vocab_size
+    with model.recording_mixing() as recorded:
+        model(ids)
+    with model.without_mixing(recorded.means()):
+        moved = (model(ids) - model(changed)).abs().amax(-1)[0] > 1e-6
+    assert moved.nonzero().flatten().tolist() == [3]
     tied = corrected.load("tied")
     assert tied.blocks[0] is tied.blocks[1]
     with pytest.raises(

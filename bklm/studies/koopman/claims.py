@@ -11,6 +11,7 @@ from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.studies.koopman.tables import LONG, RECALL, long_range, ppl_ratio
 
 CONTROLS = ("original", "mixer off", "skip", "MLP")
+TERMS = ("mended", "published")
 TWICE = 2.0
 
 
@@ -24,9 +25,7 @@ def claims_table(
 ) -> list[dict[str, str]]:
     """Rows announced, measured, verdict, of the parts that were run."""
     rows = []
-    terms = [
-        name for name in dict.fromkeys(r["arm"] for r in verdicts) if name.startswith(("mended", "published"))
-    ]
+    terms = [name for name in dict.fromkeys(r["arm"] for r in verdicts) if name.startswith(TERMS)]
     if terms:
         found = {name: helps(verdicts, name) for name in terms}
         told = "; ".join(f"{r['arm']} - {r['against']}: {_nats(r)}" for r in verdicts if r["arm"] in terms)
@@ -54,6 +53,31 @@ def claims_table(
     if recalled:
         rows += [_recurrence(recalled, steps), _far(recalled)]
     return rows
+
+
+def term_in_words(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    """What the strongest arm with a term does beside its controls, and whether that is a help."""
+    terms = [r for r in verdicts if r["arm"].startswith(TERMS)]
+    if not terms or any(r["loss_difference"] is None for r in terms):
+        return ""
+    best = min((r for r in terms if r["against"] == "none"), key=lambda r: r["loss_difference"])["arm"]
+    told = ", ".join(f"{_nats(r)} against {r['against']}" for r in terms if r["arm"] == best)
+    verdict = {True: "it helps", False: "no help", None: "no verdict"}[helps(verdicts, best)]
+    return f"The Koopman loss ({best}): {told}: {verdict}"
+
+
+def operators_in_words(linearised: Sequence[Mapping[str, Any]]) -> str:
+    """What the operator of the lowest perplexity makes of the model when it stands in for all blocks."""
+    whole = {r["replacement"]: r for r in linearised if r["block"] == "all"}
+    best = min((r for name, r in whole.items() if name not in CONTROLS), key=lambda r: r["val_ppl"])
+    gain = best["context_gain_kept"]
+    kept = (
+        "and mixing brought nothing to keep" if gain is None else f"keeping {gain:.2f} of the gain from context"
+    )
+    return (
+        f"All blocks replaced by {best['replacement']}, the best operator: PPL {whole['original']['val_ppl']:.1f} becomes "
+        f"{best['val_ppl']:.1f}, {kept}"
+    )
 
 
 def _nats(row: Mapping[str, Any]) -> str:

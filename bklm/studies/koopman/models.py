@@ -25,7 +25,9 @@ def plain(config: KoopmanConfig, vocabulary: int) -> ResNetBK:
     if config.protocol == "original":
         return ResNetBK(ResNetBKConfig.original(vocabulary, n_seq=config.seq_len, grad_blend=0.5, **same))
     heads = math.gcd(config.n_heads, config.d_model)
-    return ResNetBK(ResNetBKConfig(vocabulary, mixer="solve", num_experts=1, n_heads=heads, **same))
+    # Without the short convolution: with its mixer off a block must hear of no other position, and the gates read that.
+    solve = {"mixer": "solve", "num_experts": 1, "n_heads": heads, "convolution": 0}
+    return ResNetBK(ResNetBKConfig(vocabulary, **solve, **same))
 
 
 def tied(config: KoopmanConfig) -> Arm:

@@ -133,6 +133,16 @@ def recall_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     return rows
 
 
+def recall_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every model's accuracy at the longest distance that it can be asked at."""
+    places = [k for k in rows[0] if k.startswith("accuracy_") and not k.endswith("_95")]
+    told = []
+    for row in (r for r in rows if r["seeds"]):
+        far = next((k for k in reversed(places) if row[k] is not None), None)
+        told.append(f"{row['arm']} {row[far]:.0%} at {far[9:]}" if far else f"{row['arm']} nowhere")
+    return f"Recall at the longest distance that was asked: {', '.join(told)}"
+
+
 def _percent(mean: float, half: float | None) -> str:
     return with_interval(100 * mean, None if half is None else 100 * half, 0) + "%"
 

@@ -63,7 +63,8 @@ def plain(config: PhysicsConfig) -> Build:
         return lambda vocabulary: ResNetBK(
             ResNetBKConfig.original(vocabulary, n_seq=config.seq_len, grad_blend=0.5, **same)
         )
-    same["n_heads"] = math.gcd(config.n_heads, config.d_model)
+    # Without the short convolution, which switching the mixer off leaves on, and which no conservative block has.
+    same |= {"n_heads": math.gcd(config.n_heads, config.d_model), "convolution": 0}
     return lambda vocabulary: ResNetBK(ResNetBKConfig(vocabulary, mixer="solve", num_experts=1, **same))
 
 
@@ -183,7 +184,7 @@ def memory_arms(layers: int, width: int, batch: int, length: int) -> dict[str, C
 
     config = ConservativeConfig(500, width, units=4 * width, **size)
     ways = {way: dataclasses.replace(config, backward=way) for way in BACKWARDS}
-    residual = ResNetBKConfig(500, width, mixer="solve", num_experts=1, **size)
+    residual = ResNetBKConfig(500, width, mixer="solve", num_experts=1, convolution=0, **size)
     return {"residual": call(lambda: ResNetBK(residual))} | {
         f"leapfrog, {way}": call(functools.partial(Conservative, own)) for way, own in ways.items()
     }
