@@ -32,7 +32,7 @@ from bklm.training.schedules import TrainingSettings
 from bklm.training.weights import load_weights
 
 NEEDED = {"vocabulary": int, "context_gain": float, "embedding_norm": float, "energy": dict}
-MEMORY_BATCH, MEMORY_WIDTH, MEMORY_LENGTH = 8, 64, 128
+MEMORY_BATCH, MEMORY_WIDTH, MEMORY_LENGTH = 16, 64, 128
 PARTS = {"losses": "loss", "blocks": "blocks"}
 
 
@@ -100,7 +100,10 @@ def estimated_minutes(config: PhysicsConfig) -> float:
 
 def load_model(folder: Path, config: PhysicsConfig, arm: str) -> LanguageModel:
     """The arm's model of the first seed, from a study's folder."""
-    for name, arms in _arms(config, 1).items():
+    known = _arms(config, 1)
+    if arm.startswith("decay-"):
+        known = {arm.replace("-", "_", 1): {arm: Arm(models.plain(config))}}
+    for name, arms in known.items():
         place = Path(folder) / name / f"arm_{arm}_seed_{config.seeds[0]}"
         if arm in arms and (record := read_result(place / "result.json", {"vocabulary": int})):
             model = without_term(arms[arm].build(record["vocabulary"]))
