@@ -46,7 +46,7 @@ def test_blocks_are_equal_in_parameters_and_no_corrected_arm_sees_the_future(con
             counts[name] = model.num_parameters()
         assert future_leak(model, ids, 5).max() <= 1e-12, name
     assert max(counts.values()) / min(counts.values()) < 1.02
-    assert len(counts) == 4
+    assert len(counts) == 5
 
 
 def test_arms_with_a_term_begin_with_the_plain_models_weights_and_clip_as_they_say(config):
@@ -66,7 +66,7 @@ def test_every_claim_has_its_controls(config):
     against = {n: a.against for n, a in (models.loss_arms(config, 1) | models.block_arms(config)).items()}
     assert against["published"] == against["apart"] == ("none", "shuffled")
     assert against["mended"] == ("none", "mended-placebo")
-    assert against["conservative"] == ("plain", "free-force")
+    assert against["conservative"] == ("plain", "plain-unit", "free-force")
 
 
 def trial(arm, seed, losses, **more):
@@ -84,6 +84,7 @@ def test_steps_are_read_off_the_curve_and_paired_with_each_control(config):
     arms = models.block_arms(config)
     curves = {
         "plain": (5.0, 4.0),
+        "plain-unit": (5.0, 4.0),
         "conservative": (4.0, 3.0),
         "free-force": (5.0, 3.9),
         "every-second": (5.0, 4.5),

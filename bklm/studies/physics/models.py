@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from bklm.data import Pieces
 from bklm.harness.arms import Arm
@@ -22,6 +23,7 @@ from bklm.models import (
     ResNetBKConfig,
     conservative_of_size,
 )
+from bklm.models.dropout import dropout
 from bklm.models.reversible import BACKWARDS
 from bklm.studies.physics.config import PhysicsConfig
 from bklm.training.auxiliary import WithTerm
@@ -56,7 +58,15 @@ class PhysicsText(StudyText):
         return dataclasses.replace(self, tokens=cut, pieces=1)
 
 
-def plain(config: PhysicsConfig) -> Build:
+class UnitStart(ResNetBK):
+    """The plain model on embeddings brought to unit size, as leapfrog blocks are given them: the control of that alone."""
+
+    def _embed(self, input_ids: torch.Tensor, first_position: int = 0) -> torch.Tensor:
+        x = F.layer_norm(self.embedding(input_ids), (self.config.d_model,))
+        return dropout(x, self.config.dropout_p, self.training)
+
+
+def plain(config: PhysicsConfig, kind: type[ResNetBK] = ResNetBK) -> Build:
     """The model that reads; with the original's protocol the published one."""
     same = {"d_model": config.d_model, "n_layers": config.n_layers, "dropout_p": config.dropout}
     if config.protocol == "original":
@@ -65,7 +75,7 @@ def plain(config: PhysicsConfig) -> Build:
         )
     # Without the short convolution, which switching the mixer off leaves on, and which no conservative block has.
     same |= {"n_heads": math.gcd(config.n_heads, config.d_model), "convolution": 0}
-    return lambda vocabulary: ResNetBK(ResNetBKConfig(vocabulary, mixer="solve", num_experts=1, **same))
+    return lambda vocabulary: kind(ResNetBKConfig(vocabulary, mixer="solve", num_experts=1, **same))
 
 
 def conservative(config: PhysicsConfig, **more: Any) -> Build:
@@ -116,12 +126,13 @@ def loss_arms(config: PhysicsConfig, steps: int) -> dict[str, Arm]:
 
 def block_arms(config: PhysicsConfig) -> dict[str, Arm]:
     """Kinds of block, equal in parameters. "free-force" is the placebo: reversible too, and without an energy."""
-    controls = ("plain", "free-force")
+    controls = ("plain", "plain-unit", "free-force")
     return {
         "plain": Arm(plain(config)),
+        "plain-unit": Arm(plain(config, UnitStart), ("plain",)),
         "conservative": Arm(conservative(config), controls),
         "every-second": Arm(conservative(config, every=2), controls),
-        "free-force": Arm(conservative(config, kind="free"), ("plain",)),
+        "free-force": Arm(conservative(config, kind="free"), ("plain", "plain-unit")),
     }
 
 
