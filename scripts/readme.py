@@ -11,6 +11,7 @@
     python scripts/readme.py baseline wikitext=FOLDER peps=FOLDER original=FOLDER    (wikitext's holds int8.csv, of int8_table)
     python scripts/readme.py embedding_freeze peps=FOLDER wikitext=FOLDER freeze_lm_embedding=TABLE.csv
     python scripts/readme.py koopman corrected=FOLDER original=FOLDER
+    python scripts/readme.py physics corrected=FOLDER original=FOLDER
 
 A page.md is prose with places: ``{finding}`` is a number or a table of `readme_places.py`, of the study's first run where it
 has several, ``{peps.finding}`` of its run "peps"; ``{config[seq_len]:,}`` is a setting with a format, ``{table:arm}`` a table
@@ -51,6 +52,7 @@ PREFIXES = {
     "baseline": {name: f"baseline_{name}" for name in ("wikitext", "peps", "original")},
     "embedding_freeze": {name: f"freeze_{name}" for name in ("peps", "wikitext")},
     "koopman": {name: f"koopman_{name}" for name in ("corrected", "original")},
+    "physics": {name: f"physics_{name}" for name in ("corrected", "original")},
 }
 # Stands for a place whose numbers come from a file that is not kept.
 UNKNOWN = "\0"
