@@ -47,6 +47,7 @@ def shown(monkeypatch):
     return given
 
 
+@pytest.mark.slow
 def test_headless_every_part_of_a_study_is_plain_text_in_the_order_of_the_cells(finished, shown, capsys):
     study = notebook.study("grad_blend", variables(finished))
     study.text()
