@@ -17,6 +17,7 @@ from bklm.studies.baseline.models import TITLES
 from bklm.studies.embedding_freeze.config import INEQUALITY
 from bklm.studies.embedding_freeze.tables import REPORTED
 from bklm.studies.koopman import tables as koopman
+from bklm.studies.physics import tables as physics_tables
 from bklm.studies.precision.claims import readable_claims
 from bklm.studies.precision.tables import readable_summary
 
@@ -71,6 +72,19 @@ def versus_counting(run: Any) -> str:
     elif best["val_ppl_low"] > count["val_ppl"]:
         words = "does not beat"
     return f"The best corrected model, {ppl(best)}, {words} {count['name']} ({count['val_ppl']:.1f})."
+
+
+def claim_lines(run: Any) -> str:
+    """Rows of the README's first table: what was announced beside what was measured."""
+    return "\n".join(
+        f"| {c['announced'][0].upper()}{c['announced'][1:]} | {c['measured']} | {c['verdict']} |"
+        for c in run.summary["claims"]
+    )
+
+
+def physics_table(name: str) -> Callable[[Any], list[dict[str, Any]]]:
+    """A part of the physics study for people."""
+    return lambda run: getattr(physics_tables, f"readable_{name}")(run.summary["parts"][name])
 
 
 def alpha_lines(study: Any) -> str:
@@ -282,6 +296,11 @@ OF_RUNS: Places = {
         "verdicts": lambda run: koopman.readable_verdicts(run.rows("verdicts.csv")),
         "linearised": lambda run: koopman.readable_linearised(run.rows("linearised.csv")),
         "recall": lambda run: koopman.readable_recall(run.rows("recall.csv")),
+    },
+    "physics": {
+        "claim_lines": claim_lines,
+        "claims_table": lambda run: run.summary["claims"],
+        **{name: physics_table(name) for name in ("verdicts", "energies", "steps", "stability", "memory")},
     },
 }
 # Places of a study, which need several runs or none.

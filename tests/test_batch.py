@@ -216,6 +216,7 @@ def test_the_home_folder_is_written_as_a_tilde_in_a_batch_too(sets, notebook, tm
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_failed_notebook_leaves_the_others_alone_and_only_it_runs_again(sets, notebook, tmp_path):
     good = notebook("good", PICTURE, "print('x is', x)")
     bad = notebook("bad", "print('so far')", "raise ValueError('no such text')")
@@ -259,6 +260,7 @@ def test_a_failed_notebook_leaves_the_others_alone_and_only_it_runs_again(sets, 
         run_batch(read_runs(sets({"runs": [{"notebook": good, "name": "good", "parameters": {"x": 6}}]})), out)
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_its_notebook_is_half_written_is_one_failed_run(sets, notebook, tmp_path):
     half = "from pathlib import Path\nPath(output_dir, 'dead.running.ipynb').write_text('{\"cells\": [')"
     dead = notebook("dead", half + "\nimport os\nos.kill(os.getppid(), 9)")
@@ -281,6 +283,7 @@ def test_a_process_that_is_killed_is_reported_with_its_signal_and_what_to_do(set
     assert by_crash == "the notebook's process was killed by SIGSEGV; run the batch again"
 
 
+@pytest.mark.slow
 def test_a_notebook_that_is_gone_by_its_turn_is_one_failed_run(sets, notebook, tmp_path):
     gone = notebook("gone")
     remover = notebook(

@@ -9,6 +9,8 @@ from torch import nn
 from bklm.models import (
     GPT,
     LSTM,
+    Conservative,
+    ConservativeConfig,
     ContextTokenConfig,
     ContextTokenLM,
     GPTConfig,
@@ -34,6 +36,7 @@ MODELS = {
     "newllm": lambda: NewLLM(NewLLMConfig(V, 16, 32, 16, 1, dropout_p=0.0)),
     "lstm": lambda: LSTM(LSTMConfig(V, 16, 1, dropout_p=0.0)),
     "linear_context": lambda: LinearContext(LinearContextConfig(V, 16, 1, dropout_p=0.0)),
+    "conservative": lambda: Conservative(ConservativeConfig(V, 16, 1, 64, n_heads=4, dropout_p=0.0)),
 }
 
 

@@ -8,8 +8,17 @@ KneserNey(order=3).fit(tokens.train, tokens.vocab_size).perplexity(tokens.valid)
 from bklm.data.baselines import KneserNey, Unigram, count_models
 from bklm.data.corpora import CORPUS_NAMES, load_corpus
 from bklm.data.corpus import SPLITS, Corpus
-from bklm.data.loaders import IGNORED, Windows, get_wikitext2_dataloaders, make_loader, set_epoch, windows
-from bklm.data.tokens import TokenizedCorpus, Vocabulary, tokenize_corpus
+from bklm.data.loaders import (
+    IGNORED,
+    Pieces,
+    Windows,
+    get_wikitext2_dataloaders,
+    make_loader,
+    set_epoch,
+    windows,
+)
+from bklm.data.tokenized import TokenizedCorpus, tokenize_corpus
+from bklm.data.tokens import Vocabulary
 
 __all__ = [
     "CORPUS_NAMES",
@@ -17,6 +26,7 @@ __all__ = [
     "SPLITS",
     "Corpus",
     "KneserNey",
+    "Pieces",
     "TokenizedCorpus",
     "Unigram",
     "Vocabulary",

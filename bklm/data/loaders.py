@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -11,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from bklm.data.checks import index_or_none, require_whole
 from bklm.data.corpora import load_corpus
-from bklm.data.tokens import tokenize_corpus
+from bklm.data.tokenized import tokenize_corpus
 
 IGNORED = -100  # the target that torch's losses leave out
 LAYOUTS = ("every-target-once", "disjoint")
@@ -146,6 +147,35 @@ class _Loader(DataLoader):
         # Each pass draws a number for its workers on the default device, which may not be that of the CPU's generator.
         with torch.device("cpu"):
             return super().__iter__()
+
+
+class Pieces:
+    """A loader whose passes are cut into ``pieces`` of equal length, each an epoch for whoever trains: scored more often.
+
+    Piece k of pass e is epoch (e - 1) pieces + k. Batches of a pass that are too few for another one each are left out.
+
+    Raises:
+        ValueError: more pieces than batches.
+    """
+
+    def __init__(self, loader: DataLoader, pieces: int) -> None:
+        if require_whole("pieces", pieces, 1) > len(loader):
+            raise ValueError(
+                f"pieces: got {pieces}, but a pass has {len(loader)} batches; cut it into as many pieces or fewer."
+            )
+        self.loader, self.pieces, self.epoch = loader, pieces, 1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.loader) // self.pieces
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        passes, piece = divmod(self.epoch - 1, self.pieces)
+        self.epoch += 1
+        set_epoch(self.loader, passes + 1)
+        return itertools.islice(self.loader, piece * len(self), (piece + 1) * len(self))
 
 
 def set_epoch(loader: Iterable, epoch: int) -> None:

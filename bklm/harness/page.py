@@ -104,7 +104,7 @@ def write_page(path: Path, result: Any, facts: Mapping[str, Any], files: Iterabl
     parts = [
         f"<h1>{escape(title)}</h1>",
         *(f"<p><strong>{escape(words)}</strong></p>" for words in result.sentences()),
-        f"<p>{_when(path.parent)}</p>",
+        f"<p>{_when(path.parent)} Profile: {escape(facts['profile'])}.</p>",
         *(_picture(file) for file in files if file.suffix == ".png"),
         *(f"<h2>Table: {escape(name)}</h2>{_table(rows)}" for name, rows in tables.items()),
         "<h2>Settings</h2>",
@@ -130,16 +130,21 @@ def alternative_text(picture: Path) -> str:
     return ". ".join(words) or picture.stem.replace("_", " ")
 
 
-def _when(folder: Path) -> str:
-    """When a study was begun and when its last part was finished, which a run that only reads it back does not change."""
-    moments = [p.stat().st_mtime for p in (*folder.glob("config.json"), *folder.glob("*/**/*.json"))]
-    if not moments:
-        return ""
+def moments(folder: Path) -> tuple[str, str] | tuple[None, None]:
+    """When a study was begun and when its last part was finished, UTC; a run that only reads it back changes neither."""
+    times = [p.stat().st_mtime for p in (*folder.glob("config.json"), *folder.glob("*/**/*.json"))]
+    if not times:
+        return None, None
     first, last = (
-        datetime.datetime.fromtimestamp(moment).astimezone().isoformat(sep=" ", timespec="seconds")
-        for moment in (min(moments), max(moments))
+        datetime.datetime.fromtimestamp(t, datetime.timezone.utc).isoformat(sep=" ", timespec="seconds")
+        for t in (min(times), max(times))
     )
-    return f"Begun {first}, last part finished {last}."
+    return first, last
+
+
+def _when(folder: Path) -> str:
+    begun, finished = moments(folder)
+    return f"Begun {begun}, last part finished {finished} (UTC)." if begun else ""
 
 
 def _picture(file: Path) -> str:

@@ -23,6 +23,7 @@ from bklm.harness import workers
 from bklm.harness.comparison import Trial
 from bklm.harness.folder import INTERNALS, experiment_name, fingerprint, internal
 from bklm.harness.progress import Progress
+from bklm.harness.tracker import stop_tracker, track
 from bklm.training.checkpoints import CheckpointFolder, read_weights
 from bklm.training.non_finite import NonFiniteError, repeated_once
 from bklm.training.processes import broadcast
@@ -63,6 +64,7 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.dismiss_helpers()
+        stop_tracker(self.accelerator)
         self.progress.close()
 
     def dismiss_helpers(self) -> None:
@@ -180,6 +182,7 @@ class Session:
             if key not in records:
                 self._announce(point)
                 records[key] = trial(folder_of(point), **point)
+                track(self.accelerator, folder_of(point), records[key])
                 self._tell(points, records, point, draw)
             return records[key]
 

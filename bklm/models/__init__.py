@@ -1,6 +1,7 @@
 """Language models of one interface: logits, a loss that never holds them whole, generation, parameter counts."""
 
 from bklm.models.base import LanguageModel
+from bklm.models.conservative import Conservative, ConservativeConfig, ConservativeState
 from bklm.models.context_token import ContextTokenConfig, ContextTokenLM, ContextTokenState
 from bklm.models.gpt import GPT, GPTConfig, GPTState
 from bklm.models.leak import future_leak
@@ -10,11 +11,21 @@ from bklm.models.lstm import LSTM, LSTMConfig, LSTMState
 from bklm.models.new_llm import NewLLM, NewLLMConfig, NewLLMState
 from bklm.models.resnet_bk import ResNetBK, ResNetBKState
 from bklm.models.resnet_bk_config import ResNetBKConfig
-from bklm.models.sizing import Sized, gpt_of_size, linear_context_of_size, lstm_of_size, resnet_bk_of_size
+from bklm.models.sizing import (
+    Sized,
+    conservative_of_size,
+    gpt_of_size,
+    linear_context_of_size,
+    lstm_of_size,
+    resnet_bk_of_size,
+)
 
 __all__ = [
     "GPT",
     "LSTM",
+    "Conservative",
+    "ConservativeConfig",
+    "ConservativeState",
     "ContextTokenConfig",
     "ContextTokenLM",
     "ContextTokenState",
@@ -34,6 +45,7 @@ __all__ = [
     "ResNetBKState",
     "Sized",
     "TokenLosses",
+    "conservative_of_size",
     "future_leak",
     "gpt_of_size",
     "linear_context_of_size",

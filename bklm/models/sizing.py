@@ -10,6 +10,7 @@ import torch
 
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_int
+from bklm.models.conservative import Conservative, ConservativeConfig
 from bklm.models.gpt import GPT, GPTConfig
 from bklm.models.linear_context import LinearContext, LinearContextConfig
 from bklm.models.lstm import LSTM, LSTMConfig
@@ -106,6 +107,32 @@ def linear_context_of_size(
         return LinearContextConfig(vocab_size, width, n_layers, dropout_p, tied)
 
     return _nearest(parameters, LinearContext, build)
+
+
+def conservative_of_size(
+    parameters: int, vocab_size: int, d_model: int, *, n_layers: int = 4, **settings: Any
+) -> Sized[ConservativeConfig]:
+    """The Conservative of this width and depth whose parameter count is nearest to ``parameters``: its potentials take up the
+    difference.
+
+    Args:
+        settings: further fields of ConservativeConfig (every, step, n_heads, dropout_p, ...).
+
+    Raises:
+        ValueError: even with potentials of one unit the model is larger.
+    """
+    check_int("parameters", parameters, 1)
+    one = ConservativeConfig(vocab_size, d_model, n_layers, units=1, **settings)
+    two = replace(one, units=2)
+    least = _count(Conservative, one)
+    if least > parameters:
+        raise ValueError(
+            f"parameters: got {parameters}, but a Conservative with this vocabulary, width and depth has at least {least}; "
+            "ask for more, or for a smaller width."
+        )
+    units = 1 + round((parameters - least) / (_count(Conservative, two) - least))
+    config = replace(one, units=units)
+    return Sized(config, _count(Conservative, config), parameters)
 
 
 def _count(model: Callable[[Config], LanguageModel], config: Config) -> int:

@@ -32,6 +32,8 @@ from bklm.notebook import cells
 from bklm.notebook.controls import Controls
 from bklm.notebook.form import is_headless
 from bklm.notebook.process import StudyRun
+from bklm.trained.model import load
+from bklm.trained.run import open_run
 
 
 def describe_text(text: Any) -> list[str]:
@@ -161,6 +163,20 @@ class Study:
         if write is None:
             raise ValueError(f"sample: the study {result.config.study!r} has no model that writes.")
         cells.say(write(result, self._text_of(result.config), **choices), self.headless)
+
+    def features(self, sentence: str, model: str = "") -> None:
+        """Show what a trained ResNetBK makes of a sentence: the potential of each word and the resolvent, as a figure.
+
+        Without ``model`` it is the best ResNetBK of this run; a run without one, or too long a sentence, is said.
+        """
+        folder = self._done().folder
+        try:
+            trained = load(
+                folder, model or next((m.name for m in open_run(folder).models() if m.has_potential), None)
+            )
+            cells.show_picture(trained.features(sentence).figure(folder / "features.png"))
+        except ValueError as error:
+            cells.say(str(error), self.headless)
 
     def zip(self) -> None:
         """Zip the study's folder with this notebook as executed so far; print path, size and SHA-256."""

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from bklm.bk_core import BKCore, available_backends, reference, resolvent_diagonal
+from bklm.bk_core.ward import ward_residual
 from bklm.harness.estimate import round_minutes
 from bklm.harness.figures import colours, legend_below, save_figure
 from bklm.harness.machine import environment, git_revision
@@ -79,7 +80,8 @@ def check_operator(n: int = 48, batch: int = 8) -> list[dict[str, Any]]:
 
     Returns:
         rows with backend, mode, error (forward, relative), gradient_error (relative, of the exact gradient of a),
-        first_call_seconds (compiling included), call_microseconds and ok.
+        ward_error (residual of Im G_ii = Im z sum_j |G_ij|^2, relative; no reference is needed for it), first_call_seconds
+        (compiling included), call_microseconds and ok.
     """
     generator = torch.Generator().manual_seed(0)
     a = -2 + torch.randn(batch, n, generator=generator)
@@ -103,15 +105,20 @@ def check_operator(n: int = 48, batch: int = 8) -> list[dict[str, Any]]:
                 calls.append(time.perf_counter() - started)
             error = float((value.detach() - wanted).abs().max() / wanted.abs().max())
             gradient_error = float((grad - wanted_grad).abs().max() / wanted_grad.abs().max())
+            ward_error = float(
+                ward_residual(a, (b * c).sqrt(), 1j, causal=causal, backend=backend).abs().max()
+                / wanted.imag.abs().max()
+            )
             rows.append(
                 {
                     "backend": backend,
                     "mode": "causal" if causal else "bidirectional",
                     "error": error,
                     "gradient_error": gradient_error,
+                    "ward_error": ward_error,
                     "first_call_seconds": first,
                     "call_microseconds": sorted(calls)[len(calls) // 2] * 1e6,
-                    "ok": error < TOLERANCE and gradient_error < 10 * TOLERANCE,
+                    "ok": error < TOLERANCE and gradient_error < 10 * TOLERANCE and ward_error < 10 * TOLERANCE,
                 }
             )
     return rows
@@ -134,9 +141,10 @@ def readable_checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "mode": r["mode"],
             "error": f"{r['error']:.1e}",
             "gradient error": f"{r['gradient_error']:.1e}",
+            "Ward identity": f"{r['ward_error']:.1e}",
             "first call, s": f"{r['first_call_seconds']:.3f}",
             "later calls, µs": f"{r['call_microseconds']:,.0f}",
-            "": "right" if r["ok"] else "WRONG",
+            "verdict": "right" if r["ok"] else "WRONG",
         }
         for r in rows
     ]

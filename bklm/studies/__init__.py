@@ -8,6 +8,7 @@ STUDIES = {
     "baseline": "Baseline",
     "embedding_freeze": "EmbeddingFreeze",
     "koopman": "Koopman",
+    "physics": "Physics",
 }
 """Folder of a study, and what the names of its config and result begin with; in the order of the notebooks."""
 

@@ -145,6 +145,7 @@ def train(
             seconds=seconds,
             expert_counts=_all_expert_counts(model, accelerator),
             batch_parts=batch_parts.parts,
+            gradient_norm_99=sums.norm_99,
         )
         records.append(record)
         if on_epoch is not None:
@@ -184,6 +185,7 @@ class _EpochSums:
     tokens: float  # targets
     norm_mean: float
     norm_variance: float
+    norm_99: float
 
 
 def _train_epoch(
@@ -244,6 +246,7 @@ def _train_epoch(
         tokens=float(weights.sum()),
         norm_mean=float(norm_values.mean()),
         norm_variance=float(norm_values.var(unbiased=False)),
+        norm_99=float(norm_values.quantile(0.99)),
     )
 
 

@@ -26,6 +26,7 @@ class EpochRecord:
     seconds: float
     expert_counts: list[list[int]] = field(default_factory=list)  # tokens per expert, one list a layer
     batch_parts: int = 1  # parts that a batch was worked through in at the epoch's end
+    gradient_norm_99: float = 0.0  # the norm that 99 of 100 steps stay below
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

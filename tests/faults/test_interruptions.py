@@ -308,6 +308,7 @@ def test_settings_of_another_shape_in_the_folder_are_set_aside_and_not_trusted(t
     assert "set aside as config.json.damaged-1" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_final_model_that_is_damaged_or_gone_is_trained_again_to_the_same_weights(config):
     folder = run_grad_blend(config).folder
     weights = folder / "final" / "best_model.safetensors"
@@ -322,6 +323,7 @@ def test_a_final_model_that_is_damaged_or_gone_is_trained_again_to_the_same_weig
         assert weights.read_bytes() == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
     [("epochs", [{}]), ("epochs", ["1"]), ("final_perplexity", math.nan), ("directions", None)],

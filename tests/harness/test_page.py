@@ -26,6 +26,7 @@ def result(tiny_config):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.draws
 def test_the_page_shows_finding_tables_pictures_settings_and_command_without_any_other_file(result):
     page = (result.folder / "report.html").read_text(encoding="utf-8")
@@ -68,6 +69,7 @@ def test_what_was_measured_since_the_run_is_on_the_page_and_what_is_no_table_sto
     assert '<a href="empty.csv">empty.csv</a></li>' in page
 
 
+@pytest.mark.slow
 def test_numbers_have_six_digits_and_a_table_without_rows_is_no_file(result, tmp_path):
     class Study:
         folder = tmp_path
@@ -86,6 +88,7 @@ def test_a_picture_says_what_it_shows(tmp_path):
     assert alternative_text(tmp_path / "no_picture.png") == "no picture"
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run_that_is_read_back_is_the_same_and_says_when_it_was_computed(result):
     page = (result.folder / "report.html").read_text()
     assert re.search(r"Begun \d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d, last part finished \d{4}", page)

@@ -107,7 +107,7 @@ def test_every_arm_is_trained_and_the_zip_holds_tables_curves_figures_and_what_t
         (arm.name, n) for arm in arms_of(config) for n in (5, 8)
     ]
     assert summary["findings"] == result.findings
-    assert "made a difference" in result.findings[0] or "no difference" in result.findings[0].lower()
+    assert "two seeds, so ranges, no interval and no verdict" in result.findings[0]
     assert summary["inequality"] == result.inequality == INEQUALITY
     assert {b["samples"] for b in summary["baselines"]} == {5, 8}
     assert {e["where"] for e in result.effects if e["factor"] == "freezing"} >= {
@@ -136,6 +136,7 @@ def test_documents_of_the_embedding_are_neither_trained_nor_scored_on(config):
     assert not set(split.spare) & {*split.train, *split.valid}
 
 
+@pytest.mark.slow
 def test_parameters_are_counted_from_the_model_and_frozen_ones_are_not_trained(config):
     result = run_embedding_freeze(dataclasses.replace(config, head="both", seeds=(0,)))
     size = len(prepare_text(config.resolved()).bpe)
@@ -178,6 +179,7 @@ def test_the_smoke_profile_needs_no_network_and_no_folder_and_a_folder_is_read_w
     assert not prepare_text(config.resolved()).is_demonstration
 
 
+@pytest.mark.slow
 def test_frozen_embeddings_stay_bit_equal_and_trained_ones_move(config, trained_models):
     run_embedding_freeze(dataclasses.replace(config, seeds=(0,), original_comparison=True, head="both"))
     for label, (before, after) in trained_models.items():
@@ -191,6 +193,7 @@ def test_frozen_embeddings_stay_bit_equal_and_trained_ones_move(config, trained_
         assert any(name.startswith("token_block") for name in changed), label
 
 
+@pytest.mark.slow
 def test_arms_of_one_seed_start_from_the_same_blocks_and_another_seed_from_others(config, trained_models):
     run_embedding_freeze(dataclasses.replace(config, head="both"))
     starts: dict[str, set[float]] = {}
@@ -208,6 +211,7 @@ def test_a_random_embedding_has_the_pretrained_ones_scale_and_depends_on_the_see
     assert not np.array_equal(text.table("random", 1), random_one)
 
 
+@pytest.mark.slow
 def test_the_original_comparison_is_as_unequal_as_the_original_was(config, monkeypatch):
     calls = {}
     real = embedding_freeze_runner.train_phase2
@@ -232,6 +236,7 @@ def test_the_original_comparison_is_as_unequal_as_the_original_was(config, monke
     assert any("unequal" in sentence for sentence in result.findings)
 
 
+@pytest.mark.slow
 def test_a_damaged_result_is_set_aside_and_only_that_trial_is_trained_again(config, monkeypatch):
     first = run_embedding_freeze(config)
     damaged = (
@@ -248,6 +253,7 @@ def test_a_damaged_result_is_set_aside_and_only_that_trial_is_trained_again(conf
     assert [row["val_ppl"] for row in second.table] == [row["val_ppl"] for row in first.table]
 
 
+@pytest.mark.slow
 def test_a_study_that_was_interrupted_goes_on_and_ends_with_the_numbers_of_an_undisturbed_one(
     config, tmp_path, monkeypatch
 ):
@@ -334,6 +340,7 @@ def diverging(monkeypatch, diverges):
     monkeypatch.setattr(embedding_freeze_runner, "train", train)
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_diverges_loses_and_is_recorded(config, monkeypatch):
     diverging(monkeypatch, lambda settings: settings.learning_rate >= 1)
     result = run_embedding_freeze(dataclasses.replace(config, learning_rates=(1e-2, 1.0), epochs=1))
@@ -346,6 +353,7 @@ def test_a_learning_rate_that_diverges_loses_and_is_recorded(config, monkeypatch
     )
 
 
+@pytest.mark.slow
 def test_where_every_rate_of_the_search_diverges_one_sentence_names_the_arm_and_the_rates(config, monkeypatch):
     diverging(monkeypatch, lambda settings: True)
     with pytest.raises(
@@ -355,6 +363,7 @@ def test_where_every_rate_of_the_search_diverges_one_sentence_names_the_arm_and_
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_is_reported_and_the_others_without_it(config, monkeypatch):
     diverging(monkeypatch, lambda settings: settings.seed == 0)
     config = dataclasses.replace(config, learning_rates=(1e-2,), epochs=1)
@@ -371,6 +380,7 @@ def test_a_trial_that_diverges_is_reported_and_the_others_without_it(config, mon
     assert run_embedding_freeze(config).table == result.table
 
 
+@pytest.mark.slow
 @pytest.mark.draws
 def test_an_arm_whose_seeds_all_diverged_keeps_its_row_and_is_drawn_as_diverged(config, monkeypatch):
     diverging(monkeypatch, lambda settings: False)
@@ -398,6 +408,7 @@ def test_an_arm_whose_seeds_all_diverged_keeps_its_row_and_is_drawn_as_diverged(
     assert "effects.png" not in result.paths
 
 
+@pytest.mark.slow
 def test_a_trial_that_meets_nan_once_is_trained_again_and_leaves_no_trace(config, monkeypatch, tmp_path):
     real, failed = embedding_freeze_runner.train, []
 
@@ -415,6 +426,7 @@ def test_a_trial_that_meets_nan_once_is_trained_again_and_leaves_no_trace(config
     assert numbers(found.folder) == numbers(undisturbed.folder)
 
 
+@pytest.mark.slow
 def test_the_best_arms_first_seed_is_kept_and_scores_what_its_trial_scored(config):
     config = dataclasses.replace(config, epochs=4, learning_rates=(3e-2,))
     result = run_embedding_freeze(config)
@@ -429,6 +441,7 @@ def test_the_best_arms_first_seed_is_kept_and_scores_what_its_trial_scored(confi
     assert math.exp(losses.nll.mean()) == pytest.approx(own["val_ppl"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_sample_is_written_by_the_best_arm_and_the_same_seed_writes_the_same(config):
     result, text = run_embedding_freeze(config), prepare_text(config.resolved())
     sample = write_sample(result, text, "kabar loden")
@@ -483,6 +496,7 @@ def test_two_processes_that_train_one_model_together_find_what_one_finds(config,
     assert [r["val_ppl"] for r in found] == pytest.approx([r["val_ppl"] for r in alone], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_when_every_trial_diverges_one_sentence_says_so(config, monkeypatch):
     diverging(monkeypatch, lambda settings: True)
     with pytest.raises(
@@ -492,6 +506,7 @@ def test_when_every_trial_diverges_one_sentence_says_so(config, monkeypatch):
         run_embedding_freeze(dataclasses.replace(config, learning_rates=(1e-2,)))
 
 
+@pytest.mark.slow
 def test_a_training_loss_too_large_for_exp_is_recorded_not_a_traceback(config, monkeypatch):
     real = embedding_freeze_runner.train
 

@@ -34,12 +34,14 @@ CHANGED = {
     "baseline": ("dropout", 0.1, 0.2),
     "embedding_freeze": ("noise", 0.1, 0.2),
     "koopman": ("clip", 0.5, 1.0),
+    "physics": ("clip", 0.5, 1.0),
 }
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_parts():
     """The precision study's parts of fixed size, smaller; and no process that weighs memory, which takes long to start."""
+    from bklm.studies.physics import run as physics
     from bklm.studies.precision import cells, run
 
     with pytest.MonkeyPatch.context() as patch:
@@ -47,6 +49,7 @@ def small_parts():
         patch.setattr(cells, "ARCHITECTURE_N", 64)
         patch.setattr(cells, "ARCHITECTURE_BATCH", 1)
         patch.setattr(run, "MemoryMeter", NoMeter)
+        patch.setattr(physics, "MemoryMeter", NoMeter)
         yield
 
 
@@ -223,6 +226,7 @@ def test_killed_with_signal_9_it_goes_on_and_ends_with_the_numbers_of_an_undistu
         "baseline": {"epochs": 20},
         "embedding_freeze": {"epochs": 12},
         "koopman": {"epochs": 12, "parts": "auxiliary"},
+        "physics": {"epochs": 12, "parts": "loss"},
     }[study]
     if study == "embedding_freeze":
         longer["patience"] = 12

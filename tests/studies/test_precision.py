@@ -100,6 +100,7 @@ def errors_of(result) -> list:
     return [[r[k] for k in keys] for r in result.table]
 
 
+@pytest.mark.slow
 def test_the_zip_holds_tables_figures_cells_and_the_manifest_with_the_command(finished):
     result = finished
     with zipfile.ZipFile(result.bundle.path) as archive:
@@ -185,6 +186,7 @@ def test_a_finished_study_is_read_back_and_measures_nothing(config, monkeypatch)
     assert second.recommendation == first.recommendation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda text: text[:50], lambda text: "{}"])
 def test_a_damaged_cell_is_set_aside_and_only_that_cell_is_measured_again(config, monkeypatch, damage):
     first = run_precision(config)
@@ -226,6 +228,7 @@ def test_a_study_killed_with_signal_9_goes_on_after_the_cells_it_has_measured(co
     assert len(result.table) == 3 * 4 * 2
 
 
+@pytest.mark.slow
 def test_cells_of_another_machine_are_measured_again_and_the_difference_is_named(config, capsys):
     first = run_precision(config)
     path = first.folder / "internals" / "cells" / "mixed.json"
@@ -237,6 +240,7 @@ def test_cells_of_another_machine_are_measured_again_and_the_difference_is_named
     assert json.loads(path.read_text())["machine"]["processor"] != "another one"
 
 
+@pytest.mark.slow
 def test_two_fresh_runs_give_the_same_errors(config, tmp_path):
     first = run_precision(config)
     second = run_precision(dataclasses.replace(config, output_dir=str(tmp_path / "second")))
@@ -352,6 +356,7 @@ def test_a_measured_speed_up_gets_the_word_that_its_numbers_allow(measured, low,
     assert verdict(measured, low, high, 2.0, 2.5) == word
 
 
+@pytest.mark.slow
 def test_claims_are_not_judged_on_a_machine_that_others_kept_busy(config):
     first = run_precision(config)
     assert all(

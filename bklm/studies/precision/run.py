@@ -24,7 +24,7 @@ from bklm.harness.session import Session
 from bklm.harness.study import run_study
 from bklm.studies.precision import cells as bench
 from bklm.studies.precision import figures, grid, tables
-from bklm.studies.precision.claims import adaptive_finding, claims_table, readable_claims, recommend
+from bklm.studies.precision.claims import adaptive_finding, claims_table, is_busy, readable_claims, recommend
 from bklm.studies.precision.config import PrecisionConfig
 from bklm.studies.precision.tables import (
     Cells,
@@ -222,7 +222,7 @@ def _report(study: Session, cells: Cells) -> PrecisionResult:
     report.figure("precision_costs.png", figures.draw_costs, table, machine)
     report.figure("batched_gradients.png", figures.draw_batched, *of_batches)
     report.figure("claims.png", figures.draw_claims, claims, machine)
-    best, recommendation = recommend(table, models, config.tolerance)
+    best, recommendation = recommend(table, models, config.tolerance, is_busy(cells))
     adaptive = adaptive_finding(table)
     words = {"recommendation": recommendation, "best_precision": best, "adaptive": adaptive, "machine": machine}
     report.json("summary.json", {**words, "claims": claims, "model": models, "grid": table})

@@ -1,0 +1,248 @@
+"""Energies as a term of the training loss (``bklm.training.auxiliary``): as published, and divided by their own spread.
+
+``PublishedEnergy``: per layer nets T and V, x a batch's token embeddings and x' those of the batch before, an unrelated text:
+
+    E(x, x') = sum_i T(x_i - x'_i) + sum_i V(x_i),    term = mean over layers of lambda_l mean (E(x, x') - sum_i V(x'_i))^2
+
+lambda_l is trained, and raised by 0.01 (mean |dE| - 0.1) each step. Nothing but constant nets makes the term small.
+
+``DepthEnergy``: one pair of nets for all blocks, x_l the state after block l, each text position for itself:
+
+    E_l = T(x_l - x_{l-1}) + V(x_l),    term = mean over l of mean (E_{l+1} - E_l)^2 / (var E_{l+1} + var E_l)
+
+which is 0 for an energy that blocks conserve, 1 for two independent numbers, and no smaller for a smaller E.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bklm.models import LanguageModel
+from bklm.training.auxiliary import WithTerm, other_sequence, recorded_states
+
+COLUMNS = ("step", "drift", "spread", "spread_of_v", "weight")
+
+
+class Trace(nn.Module):
+    """Rows of numbers over a training, in a buffer of fixed size: a checkpoint holds it. Full, every second row goes."""
+
+    def __init__(self, rows: int = 64) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(rows, len(COLUMNS), dtype=torch.float64))
+        self.register_buffer("state", torch.tensor([0, 0, 1]))  # steps seen, rows filled, steps from row to row
+
+    @torch.no_grad()
+    def count(self) -> tuple[int, bool]:
+        """One step more: its number from 0, and whether a row is wanted."""
+        step, _, stride = self.state.tolist()
+        self.state[0] += 1
+        return step, step % stride == 0
+
+    @torch.no_grad()
+    def add(self, *values: float) -> None:
+        filled = int(self.state[1])
+        if filled == len(self.rows):
+            filled //= 2
+            self.rows[:filled] = self.rows[::2].clone()
+            self.state[2] *= 2
+        self.rows[filled] = torch.tensor(values, dtype=torch.float64)
+        self.state[1] = filled + 1
+
+    def to_list(self) -> list[dict[str, float]]:
+        """The rows as mappings of ``COLUMNS``."""
+        kept = self.rows[: int(self.state[1])].tolist()
+        return [dict(zip(COLUMNS, row, strict=True)) for row in kept]
+
+
+class EnergyNets(nn.Module):
+    """T and V: Linear(d, d), tanh, Linear(d, 1) each; (..., d) -> (...)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.t, self.v = (
+            nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)) for _ in range(2)
+        )
+
+    def kinetic(self, x: Tensor) -> Tensor:
+        return self.t(x).squeeze(-1)
+
+    def potential(self, x: Tensor) -> Tensor:
+        return self.v(x).squeeze(-1)
+
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
+
+class PublishedEnergy(nn.Module):
+    """The published term.
+
+    Args:
+        start: steps before it sets in.
+        weight: first lambda; target: of mean |dE|.
+        shuffled: the tokens of x' in random order: if that changes nothing, no order of a text was in it.
+
+    The batch before is taken as a constant; none is known at an epoch's first step, which has no term.
+    """
+
+    def __init__(
+        self, width: int, layers: int, *, start: int = 0, weight: float = 0.05, target: float = 0.1, shuffled: bool = False
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.nets = nn.ModuleList(EnergyNets(width) for _ in range(layers))
+        self.weights = nn.Parameter(torch.full((layers,), float(weight)))
+        self.start, self.target, self.shuffled = start, target, shuffled
+        self.trace = Trace()
+        self.before: Tensor | None = None
+
+    def train(self, mode: bool = True) -> PublishedEnergy:
+        # An epoch ends with scoring. What a run continued there does not know, none may use.
+        self.before = self.before if mode else None
+        return super().train(mode)
+
+    def pairs(self, states: Sequence[Tensor], before: Tensor) -> Pairs:
+        """E(x, x') and E(x') of each layer, (B,) each."""
+        x = states[0]
+        return [
+            (
+                (net.kinetic(x - before) + net.potential(x)).sum(1),
+                net.potential(before).sum(1),
+            )
+            for net in self.nets
+        ]
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        x, before = states[0], self.before
+        step, is_wanted = self.trace.count()
+        self.before = x.detach()
+        if before is None or before.shape != x.shape or step < self.start:
+            return x.new_zeros(())
+        if self.shuffled:
+            # Draws of its own: dropout and experts draw what they draw without it.
+            order = torch.randperm(x[..., 0].numel(), generator=torch.Generator().manual_seed(step))
+            before = before.flatten(0, 1)[order.to(x.device)].view_as(before)
+        pairs = self.pairs(states, before)
+        differences = torch.stack([after - first for after, first in pairs])
+        # A copy: the step below changes the weights before the backward has read them.
+        term = (self.weights.clone() * differences.square().mean(1)).mean()
+        with torch.no_grad():
+            drift = _over_processes(differences.abs().mean(1))
+            self.weights.add_(0.01 * (drift - self.target)).clamp_(0.01, 10.0)
+            # Every row counts from where the term sets in.
+            if is_wanted or int(self.trace.state[1]) == 0:
+                spread = torch.stack([after.std() for after, _ in pairs]).mean()
+                of_v = torch.stack([net.potential(x).std() for net in self.nets]).mean()
+                self.trace.add(
+                    step, float(drift.mean()), float(spread), float(of_v), float(self.weights.mean())
+                )
+        return term
+
+
+class DepthEnergy(nn.Module):
+    """The mended term: drift from block to block in units of the energy's spread.
+
+    Args:
+        placebo: E_l is that of another sequence at the same position, which there is no reason to conserve.
+
+    Raises:
+        ValueError: fewer than two blocks, between which nothing could be conserved.
+    """
+
+    def __init__(self, width: int, layers: int, *, placebo: bool = False) -> None:
+        super().__init__()
+        if layers < 2:
+            raise ValueError(f"n_layers: got {layers}; an energy that blocks conserve needs 2 blocks or more.")
+        self.nets, self.placebo, self.trace = EnergyNets(width), placebo, Trace()
+
+    def pairs(self, states: Sequence[Tensor], before: Tensor | None = None) -> Pairs:
+        """E_{l+1} and E_l for each l, (B, N) each."""
+        energies = [
+            self.nets.kinetic(x - last) + self.nets.potential(x) for last, x in itertools.pairwise(states)
+        ]
+        return list(zip(energies[1:], energies[:-1], strict=True))
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        pairs = self.pairs(states)
+        if self.placebo:
+            pairs = [
+                (after, other_sequence(first.unsqueeze(-1)).squeeze(-1)) for after, first in pairs
+            ]  # fmt: skip
+        ratios = [
+            (after - first).square().mean() / (after.var() + first.var() + 1e-12) for after, first in pairs
+        ]
+        step, is_wanted = self.trace.count()
+        if is_wanted:
+            with torch.no_grad():
+                drift, spread, _ = measure_pairs(pairs)
+                of_v = float(self.nets.potential(states[-1]).std())
+                self.trace.add(step, drift, spread, of_v, 1.0)
+        return torch.stack(ratios).mean()
+
+
+def _over_processes(x: Tensor) -> Tensor:
+    """The mean over the processes of one training, which must agree on what it changes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+        x /= torch.distributed.get_world_size()
+    return x
+
+
+def measure_pairs(pairs: Pairs) -> tuple[float, float, float]:
+    """(mean |dE|, standard deviation of E, their ratio), each averaged over layers."""
+    drifts = [float((after - first).abs().mean()) for after, first in pairs]
+    spreads = [float(after.std()) for after, _ in pairs]
+    ratios = [d / s if s > 0 else 0.0 for d, s in zip(drifts, spreads, strict=True)]
+    return sum(drifts) / len(drifts), sum(spreads) / len(spreads), sum(ratios) / len(ratios)
+
+
+@torch.no_grad()
+def measure_energy(model: WithTerm, input_ids: Tensor) -> dict[str, float]:
+    """Drift, spread and their ratio of a term's energy on a text, pairs as it saw them in training but never shuffled.
+
+    A published energy's x' is another sequence: like the batch before, an unrelated text.
+    """
+    was_training = model.training
+    model.eval()
+    with recorded_states(model.model) as states:
+        model.model.hidden(input_ids)
+    found = measure_pairs(model.term.pairs(states, other_sequence(states[0])))
+    model.train(was_training)
+    return dict(zip(("drift", "spread", "ratio"), found, strict=True))
+
+
+def gradient_share(model: WithTerm, x: Tensor, y: Tensor) -> float:
+    """The term's part in |gradient of the term| + |gradient of the cross-entropy|, norms over all parameters, before clipping.
+
+    One global clip divides its norm in about these shares. The model is left as it was; one training forward is run.
+    """
+    was_training, parameters = model.training, [p for p in model.parameters() if p.requires_grad]
+    state = {name: value.clone() for name, value in model.term.state_dict().items()}
+    start, model.term.start = getattr(model.term, "start", None), 0
+    model.train()
+    with torch.random.fork_rng():
+        with recorded_states(model.model) as states:
+            loss = model.model.loss(x, y)
+        model.term.before = other_sequence(states[0]).detach()
+        term = model.weight * model.term(states)
+        norms = [
+            _norm(torch.autograd.grad(v, parameters, retain_graph=True, allow_unused=True))
+            for v in (term, loss)
+        ]
+    model.term.load_state_dict(state)
+    model.term.before, model.term.start = None, start
+    model.train(was_training)
+    return norms[0] / (norms[0] + norms[1])
+
+
+def _norm(gradients: Sequence[Tensor | None]) -> float:
+    return float(torch.stack([g.norm() for g in gradients if g is not None] or [torch.zeros(())]).norm())
+
+
+def embedding_norm(model: LanguageModel) -> float:
+    """Root mean square of a token embedding's coordinates, as far as the model has one."""
+    inner: Any = model.model if isinstance(model, WithTerm) else model
+    return float(inner.embedding.weight.detach().double().square().mean().sqrt())
