@@ -138,6 +138,12 @@ def test_conserved_means_little_drift_and_no_collapse():
         "mended": False,
         "conservative": True,
     }
+    assert [tables.kept_in_words(x) for x in (0.421, 1.0, 5.44, 56.9)] == [
+        "42%",
+        "100%",
+        "5.4 times",
+        "57 times",
+    ]
     assert [r["conserves"] for r in tables.readable_energies(rows)] == ["no: collapsed", "no", "yes"]
     assert claims(energies=rows) == {
         "energy is conserved: published": "does not hold",
