@@ -60,6 +60,7 @@ make_environment() { # folder, name of its stamp, Python to make it from, words 
     [ -n "$python" ] || exit 1
     if ! "$folder/bin/python" -c 'import pip' 2>/dev/null; then
         step="creating the virtual environment $folder"
+        [ -w . ] || fail "cannot write to $PWD, where $folder belongs; copy it to a folder you may write to, or name a Python that has the packages in BKLM_PYTHON."
         "$python" -m venv --clear "$folder" ||
             fail "could not create $folder; on Debian and Ubuntu the package python3-venv provides what is missing."
     fi

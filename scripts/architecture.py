@@ -24,9 +24,11 @@ FLOORS = (
     ("training",),
     ("compression",),
     ("harness",),
+    ("trained",),
     ("studies",),
     ("notebook",),
     ("batch",),
+    ("command",),
 )
 ALONE = FLOORS[0]
 
@@ -35,7 +37,9 @@ def files(package: Path = PACKAGE) -> dict[str, Path]:
     """Dotted name below the package -> file, of every file but the package's own ``__init__``, which every file imports."""
     found = sorted(package.rglob("*.py"))
     names = {".".join(p.relative_to(package).with_suffix("").parts): p for p in found}
-    return {name.removesuffix(".__init__"): p for name, p in names.items() if name != "__init__"}
+    return {
+        name.removesuffix(".__init__"): p for name, p in names.items() if name not in ("__init__", "__main__")
+    }
 
 
 def floor_of(name: str) -> int:

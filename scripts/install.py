@@ -16,15 +16,27 @@ import importlib.metadata
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SECONDS_OF_SILENCE = 20  # after which a person wonders
 HEAVY = ("torch", "numpy", "scipy", "pandas", "numba", "triton", "pyarrow")
 TESTED_PYTHONS = ((3, 11), (3, 14))  # from, up to but without: constraints/tested.txt has wheels for these
 
 
 def pip(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *arguments], check=True)
+    words = [sys.executable, "-m", "pip", "install", "--quiet", *arguments]
+    started = time.monotonic()
+    with subprocess.Popen(words) as process:
+        while True:
+            try:
+                code = process.wait(SECONDS_OF_SILENCE)
+                break
+            except subprocess.TimeoutExpired:
+                print(f"... still installing ({time.monotonic() - started:.0f} s)", flush=True)
+    if code:
+        raise subprocess.CalledProcessError(code, words)
 
 
 def installed() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Write a study's sections of the README and docs/results.md from its page.md and the files that docs/results keeps.
+"""Write a study's sections of docs/findings.md and docs/results.md from its page.md and the files that docs/results keeps.
 
     python scripts/readme.py STUDY                        from what is kept
     python scripts/readme.py STUDY FOLDER                 keep a study's results first; FOLDER holds STUDY/
@@ -17,8 +17,9 @@ A page.md is prose with places: ``{finding}`` is a number or a table of `readme_
 has several, ``{peps.finding}`` of its run "peps"; ``{config[seq_len]:,}`` is a setting with a format, ``{table:arm}`` a table
 with that title over its first column. The links
 ``](curves.png)`` and ``](peps/curves.png)`` lead to a run's kept figure. Where lines such as ``<!-- README.md -->`` divide the
-page, each part goes to the page of its name, ``claims`` holds rows of the README's first table, and any other part is a place
-for the rest. A page without such lines is a section of the README.
+page, the part ``README.md``, the short of it, goes to docs/findings.md and ``docs/results.md`` to the page of its name;
+``claims`` holds rows of the first table in docs/findings.md, and any other part is a place for the rest. A page without such
+lines is a section of docs/findings.md.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from bklm.studies import STUDIES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "results"
-README, RESULTS = "README.md", "docs/results.md"
+SHORT, FINDINGS, RESULTS = "README.md", "docs/findings.md", "docs/results.md"
 CLAIMS = "| announced | measured here | verdict |\n| --- | --- | --- |\n"
 FIGURE = re.compile(r"\]\((?:([\w-]+)/)?([\w-]+\.png)\)")
 PART = re.compile(r"^<!-- (\S+) -->\n", re.MULTILINE)
@@ -158,7 +159,7 @@ class Study(string.Formatter):
         self.first = next(iter(self.runs.values()))
         page = Path(importlib.import_module(self.package).__file__).with_name("page.md")
         before, *parts = PART.split(page.read_text(encoding="utf-8"))
-        self.parts = dict(zip(parts[::2], parts[1::2], strict=True)) if parts else {README: before}
+        self.parts = dict(zip(parts[::2], parts[1::2], strict=True)) if parts else {SHORT: before}
 
     @property
     def is_kept(self) -> bool:
@@ -175,8 +176,10 @@ class Study(string.Formatter):
         Raises:
             FileNotFoundError: a number comes from a file that docs/results does not hold (if strict).
         """
-        found = {page: self.part(page) for page in (README, RESULTS) if page in self.parts}
-        return {k: v.replace("](docs/", "](") if k == RESULTS else v for k, v in found.items()}
+        pages = {FINDINGS: SHORT, RESULTS: RESULTS}
+        return {
+            page: self.part(part).replace("](docs/", "](") for page, part in pages.items() if part in self.parts
+        }
 
     def benchmark(self, name: str) -> list[dict[str, Any]]:
         """A kept benchmark's table."""
@@ -226,7 +229,7 @@ class Study(string.Formatter):
 
 
 def claims() -> str:
-    """The README's first table: every claim of the originals beside what was measured, from the kept files alone."""
+    """The first table of docs/findings.md: every claim beside what was measured, from the kept files alone."""
     studies = [study for study in map(Study, STUDIES) if "claims" in study.parts and study.is_kept]
     return CLAIMS + "\n".join(study.part("claims") for study in studies)
 
@@ -256,7 +259,7 @@ def main(words: list[str]) -> None:
         for word in words[1:]:
             study.keep(*word.rpartition("=")[::2])
         written = {(page, study.name): text for page, text in study.sections().items()} | {
-            (README, "claims"): claims()
+            (FINDINGS, "claims"): claims()
         }
     except ValueError as error:
         raise SystemExit(f"readme.py: {error}") from error

@@ -48,7 +48,7 @@ def list_scores(rows: list[Row]) -> str:
 
 def keep_directions(run: Any, folder: Path) -> None:
     """Keep the gradient directions at the end of each model that GRAD_BLEND trained with the exact gradient."""
-    paths = sorted(folder.glob("trials/alpha_0_seed_*/result.json"))
+    paths = sorted(folder.glob("**/trials/alpha_0_seed_*/result.json"))
     results = [json.loads(path.read_text())["directions"]["at the end"] for path in paths]
     table = pd.DataFrame([row for rows in results for row in rows if row["layer"] == "all"])
     table[["direction", "cosine", "norm_ratio"]].to_csv(run.kept("exact_directions.csv"), index=False)

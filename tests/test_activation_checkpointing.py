@@ -64,6 +64,7 @@ def gradients(model):
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("road", ["hidden", "loss"])
 @pytest.mark.parametrize("name", MODELS)

@@ -216,6 +216,7 @@ def test_the_home_folder_is_written_as_a_tilde_in_a_batch_too(sets, notebook, tm
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_failed_notebook_leaves_the_others_alone_and_only_it_runs_again(sets, notebook, tmp_path):
     good = notebook("good", PICTURE, "print('x is', x)")
     bad = notebook("bad", "print('so far')", "raise ValueError('no such text')")
@@ -259,6 +260,7 @@ def test_a_failed_notebook_leaves_the_others_alone_and_only_it_runs_again(sets, 
         run_batch(read_runs(sets({"runs": [{"notebook": good, "name": "good", "parameters": {"x": 6}}]})), out)
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_its_notebook_is_half_written_is_one_failed_run(sets, notebook, tmp_path):
     half = "from pathlib import Path\nPath(output_dir, 'dead.running.ipynb').write_text('{\"cells\": [')"
     dead = notebook("dead", half + "\nimport os\nos.kill(os.getppid(), 9)")
@@ -281,6 +283,7 @@ def test_a_process_that_is_killed_is_reported_with_its_signal_and_what_to_do(set
     assert by_crash == "the notebook's process was killed by SIGSEGV; run the batch again"
 
 
+@pytest.mark.slow
 def test_a_notebook_that_is_gone_by_its_turn_is_one_failed_run(sets, notebook, tmp_path):
     gone = notebook("gone")
     remover = notebook(
@@ -375,7 +378,7 @@ def test_an_interrupted_batch_goes_on_with_the_same_command_and_a_study_in_it_wi
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     study = tmp_path / "out" / "a" / "grad_blend"
     deadline = time.monotonic() + 120
-    while not list(study.glob("trials/*/result.json")) and time.monotonic() < deadline:
+    while not list(study.glob("internals/trials/*/result.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
@@ -383,7 +386,7 @@ def test_an_interrupted_batch_goes_on_with_the_same_command_and_a_study_in_it_wi
     assert process.returncode == 130
     assert "the same command goes on from there" in errors
     assert "Traceback" not in errors
-    first = {p: p.stat().st_mtime_ns for p in study.glob("trials/*/result.json")}
+    first = {p: p.stat().st_mtime_ns for p in study.glob("internals/trials/*/result.json")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert first == {p: p.stat().st_mtime_ns for p in first}

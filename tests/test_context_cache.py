@@ -181,6 +181,7 @@ def test_frozen_contexts_are_never_computed_again():
     assert cached.recomputed == 0
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_epochs_ends_with_bit_equal_numbers(tmp_path):
     whole = model_of()
     records = run(build(whole, texts(), refresh=True), epochs=2)

@@ -86,6 +86,7 @@ def a_part(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("wrap", [whole, a_part])
 def test_compiled_and_plain_models_go_on_from_each_others_checkpoints_with_the_same_numbers(

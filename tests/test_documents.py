@@ -10,11 +10,15 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from bklm.batch.plan import check_parameters, read_runs
+from bklm.bk_core import resolvent_diagonal
+from bklm.command.main import parser, study_of
 from bklm.harness.cli import parse
 from bklm.studies import STUDIES, configs
 
@@ -86,7 +90,9 @@ def check_python(words: list[str]) -> None:
     if module.startswith("bklm.studies."):
         return check_study(module, rest)
     checks: dict[str, Callable[[list[str]], None]] = {
+        "bklm": check_bklm,
         "bklm.batch": check_batch,
+        "bklm.harness.bundle": partial(check_script, "bklm/harness/bundle.py"),
         "bklm.notebook": lambda words: None,
         "papermill": check_papermill,
         "pytest": check_pytest,
@@ -94,6 +100,19 @@ def check_python(words: list[str]) -> None:
         "jupyterlab": lambda words: None,
     }
     return checks[module](rest)
+
+
+def check_bklm(words: list[str]) -> None:
+    if not words:
+        return None
+    if words[0] == "run":
+        name = study_of(words[1])
+        (config_class,) = [c for c in configs() if c.study == name]
+        return check_study(config_class.package(), words[2:])
+    if words[0] == "batch":
+        return check_batch(words[1:])
+    parser().parse_args(words)
+    return None
 
 
 def check_pytest(words: list[str]) -> None:
@@ -117,6 +136,8 @@ def check(words: list[str]) -> None:
         check_papermill(rest)
     elif name == "pytest":
         check_pytest(rest)
+    elif name == "bklm":
+        check_bklm(rest)
     elif name == "bash":
         assert rest[0] == "colab_setup.sh"
         check_setup(rest[1:])
@@ -147,6 +168,9 @@ def test_a_documents_command_exists_with_these_words(document, words, monkeypatc
         "python benchmarks/bk_core.py --no_such_flag",
         "python -m bklm.batch no_such_file.yaml",
         "git clone https://example.com/other",
+        "bklm run 1 --alphas 2",
+        "bklm run 9",
+        "bklm generate results/baseline.zip",
         "sl -a",
     ],
 )
@@ -181,6 +205,8 @@ def test_a_documents_cheap_command_runs(document, words, tmp_path):
         sys.executable if word in PYTHONS else re.sub(r"^(results\b|(?=executed\.))", f"{tmp_path}/", word)
         for word in words
     ]
+    if words[0] == "bklm":
+        words = [sys.executable, "-m", *words]
     if words[0] == "bash" and "output_dir" not in words:
         words += ["-p", "output_dir", str(tmp_path)]
     # As an activated environment has it.
@@ -223,10 +249,10 @@ def readme(monkeypatch):
     return importlib.import_module("readme")
 
 
-def test_the_readmes_table_of_claims_is_what_the_kept_results_give(readme):
+def test_the_table_of_claims_is_what_the_kept_results_give(readme):
     table = readme.claims()
     assert table.count("\n") > 10
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table in (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
 
 
 def is_what_the_page_gives(readme, study: str, page: str, section: str) -> bool:
@@ -236,7 +262,7 @@ def is_what_the_page_gives(readme, study: str, page: str, section: str) -> bool:
     return re.fullmatch(pattern, section, re.DOTALL) is not None
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+@pytest.mark.parametrize("page", ["docs/findings.md", "docs/results.md"])
 @pytest.mark.parametrize("study", STUDIES)
 def test_a_studys_section_is_its_page_with_the_numbers_of_the_kept_results(readme, study, page):
     _, section, _ = readme.split_page(page, study)
@@ -275,3 +301,13 @@ def test_both_quick_starts_have_the_same_commands_numbers_and_files():
     for pattern in (r"\d+\.\d+", r"`[\w./* =\"-]+`", r"notebooks/\w+\.ipynb", r"(?m)^#+ "):
         first, second = (sorted(re.findall(pattern, text)) for text in texts)
         assert first == second, pattern
+
+
+def test_the_numbers_to_follow_are_what_the_operator_gives():
+    G = resolvent_diagonal(
+        torch.tensor([0.5, -0.3, 0.2], dtype=torch.float64) - 2, 1.0, 1.0, 1j, causal=True
+    ).tolist()
+    text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8").split("## 1.")[0]
+    for value in G:
+        assert f"{value.real:.4f} + {value.imag:.4f}i" in text
+    assert f"{abs(G[0]) ** 2:.3f}" in text

@@ -18,7 +18,7 @@ from bklm.harness.bundle import zip_study
 from bklm.harness.cli import parse
 from bklm.harness.figures import mean_with_error
 from bklm.harness.machine import environment, git_revision
-from bklm.harness.report import command_for
+from bklm.harness.report import command_for, seeds_in_words
 from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.studies.grad_blend.config import GradBlendConfig
 from bklm.training.evaluation import LARGEST_PERPLEXITY, Evaluation
@@ -67,19 +67,47 @@ def test_the_revision_is_that_of_the_packages_own_checkout_and_of_none_around_it
 def test_perplexities_off_the_scale_are_never_called_equal():
     capped = Evaluation(nll=800.0, tokens=1, correct=0, known_nll=900.0, known_tokens=1)
     assert capped.perplexity == capped.perplexity_without_unk == LARGEST_PERPLEXITY
-    both = Perplexity.ratio_over_seeds([capped.perplexity] * 2, [capped.perplexity_without_unk] * 2)
-    one = Perplexity.ratio_over_seeds([capped.perplexity, 110.0], [100.0, 100.0])
-    fine = Perplexity.ratio_over_seeds([200.0, 221.0], [100.0, 110.0])
+    both = Perplexity.ratio_over_seeds([capped.perplexity] * 3, [capped.perplexity_without_unk] * 3)
+    one = Perplexity.ratio_over_seeds([capped.perplexity, 110.0, 110.0], [100.0, 100.0, 100.0])
+    fine = Perplexity.ratio_over_seeds([200.0, 221.0, 200.0], [100.0, 110.0, 100.0])
     assert (both.low, one.low) == (None, None)
-    assert fine == Perplexity.over_seeds([2.0, 221.0 / 110.0])
-    said = verdict.state_finding("Best", {"a": both, "b": one, "c": fine}, seeds=2)
+    assert fine == Perplexity.over_seeds([2.0, 221.0 / 110.0, 2.0])
+    said = verdict.state_finding("Best", {"a": both, "b": one, "c": fine}, seeds=3)
     assert "no difference" not in said
     assert "no verdict, because a perplexity is too large to be recorded: a, b." in said
-    assert "worse over 2 paired seeds: c x2.0" in said
+    assert "worse over 3 paired seeds: c x2.0" in said
     assert verdict.headline("Best", {"a": both, "c": fine}, "other").endswith(
         "1 of 1 others is worse beyond the 95% interval; 1 without a verdict"
     )
     assert verdict.headline("Best", {"a": both}, "other") == "Best; no interval, no verdict"
+
+
+def test_two_seeds_give_their_range_and_no_verdict_however_far_apart():
+    two = Perplexity.over_seeds([100.0, 90.0])
+    assert str(two) == "94.9 (range 90.0 to 100.0)"
+    far = Perplexity.ratio_over_seeds([300.0, 301.0], [100.0, 100.0])
+    said = verdict.state_finding("Best", {"a": far}, seeds=2)
+    assert said.startswith(
+        "Best; two seeds, so ranges, no interval and no verdict on the differences: a x3.005 (range 3.000 "
+    )
+    assert verdict.headline("Best", {"a": far}, "other") == "Best; no interval, no verdict"
+    assert interval95([1.0, 2.0]) == (1.5, None)
+    assert seeds_in_words(2) == "2 seeds, bars: from the lower to the higher"
+    assert (seeds_in_words(3), seeds_in_words(3, bars=False)) == (
+        "3 seeds, bars: 95% interval",
+        "3 seeds, means",
+    )
+
+
+def test_a_finding_names_the_baselines_that_the_best_model_does_not_beat():
+    scores = {"unigram": 109.26, "Kneser-Ney 2-gram": 88.8, "Kneser-Ney 3-gram": 81.3}
+    rows = [{"name": name, "val_ppl": score} for name, score in scores.items()]
+    said = verdict.state_not_beaten(
+        "alpha 0", 90.0, [*rows, {"name": "true law, 8 tokens of context", "val_ppl": 5.0}]
+    )
+    assert said == " The best, alpha 0, does not beat Kneser-Ney 2-gram (88.8), Kneser-Ney 3-gram (81.3)."
+    assert verdict.not_beaten_in_short(90.0, rows) == "; not below Kneser-Ney 3-gram (81.3) and 1 more"
+    assert (verdict.state_not_beaten("x", 80.0, rows), verdict.not_beaten_in_short(80.0, rows)) == ("", "")
 
 
 def test_the_zip_holds_every_file_but_hidden_ones_and_its_hash_is_that_of_the_file(tmp_path):
@@ -109,6 +137,23 @@ def test_the_zip_begins_with_the_page_and_holds_no_hidden_folder_and_no_older_no
     assert zipfile.ZipFile(zip_study(folder).path).namelist() == [
         f"study/{n}" for n in ("report.html", "a.csv", "kept.html")
     ]
+
+
+def test_a_file_that_a_run_removes_meanwhile_is_left_out_of_the_zip(tmp_path, monkeypatch):
+    folder = tmp_path / "study"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("a.csv", "checkpoints/state.bin", "report.html"):
+        (folder / name).write_text("x")
+    write = zipfile.ZipFile.write
+
+    def slow(archive, *words):
+        (folder / "checkpoints" / "state.bin").unlink(missing_ok=True)
+        write(archive, *words)
+
+    monkeypatch.setattr(zipfile.ZipFile, "write", slow)
+    with zipfile.ZipFile(zip_study(folder).path) as archive:
+        assert archive.namelist() == ["study/report.html", "study/a.csv"]
+        assert archive.testzip() is None
 
 
 def test_an_executed_notebook_goes_in_with_its_html(tmp_path):

@@ -229,6 +229,7 @@ def test_dynamic_compilation_without_a_break_gives_the_eager_numbers(name, road,
     assert model.expert_counts() == twin.expert_counts()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("road", ["loss", "logits"])

@@ -31,8 +31,8 @@ class Arguments:
     """only check the file and list the runs"""
 
 
-def main(words: list[str] | None = None) -> int:
-    given = tyro.cli(Arguments, args=words, prog="python -m bklm.batch", use_underscores=True)
+def main(words: list[str] | None = None, prog: str = "python -m bklm.batch") -> int:
+    given = tyro.cli(Arguments, args=words, prog=prog, use_underscores=True)
     try:
         check_limits(given.workers, given.minutes)
         runs = read_runs(Path(as_path("sets", given.sets)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from bklm.files.atomic import write_text
+from bklm.files.atomic import read_result, write_text
 from bklm.harness.page import STYLE
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def write_summary(output_dir: Path, outcomes: Sequence[Outcome]) -> Path:
     head = f"{len(outcomes) - failed} of {len(outcomes)} runs done" + (f", {failed} failed" if failed else "")
     rows = "".join(
         f'<tr><td><a href="#{quote(o.name)}">{escape(o.name)}</a></td><td>{_status(o)}</td>'
-        f"<td>{o.seconds:.0f} s</td></tr>"
+        f"<td>{o.seconds:.0f} s</td><td>{escape(_finding(output_dir / o.name))}</td></tr>"
         for o in outcomes
     )
     page = (
@@ -34,13 +34,24 @@ def write_summary(output_dir: Path, outcomes: Sequence[Outcome]) -> Path:
         + "</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}{OWN_STYLE}</style></head><body><h1>{escape(output_dir.name)}</h1><p>{head}.</p>"
-        f"<table><tr><th>run</th><th>end</th><th>time</th></tr>{rows}</table>"
+        f"<table><tr><th>run</th><th>end</th><th>time</th><th>result</th></tr>{rows}</table>"
         + "".join(_section(output_dir, o) for o in outcomes)
         + "</body></html>\n"
     )
     path = output_dir / "summary.html"
     write_text(path, page)
     return path
+
+
+def _finding(folder: Path) -> str:
+    """The first sentence of what a run found, from its study's summary.json; "" where there is none."""
+    for path in sorted(folder.glob("*/summary.json")):
+        found = read_result(path) or {}
+        said = (
+            found.get("finding") or found.get("recommendation") or next(iter(found.get("findings") or []), "")
+        )
+        return said.split("; ")[0].rstrip(".")
+    return ""
 
 
 def _section(output_dir: Path, outcome: Outcome) -> str:

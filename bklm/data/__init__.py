@@ -17,7 +17,8 @@ from bklm.data.loaders import (
     set_epoch,
     windows,
 )
-from bklm.data.tokens import TokenizedCorpus, Vocabulary, tokenize_corpus
+from bklm.data.tokenized import TokenizedCorpus, tokenize_corpus
+from bklm.data.tokens import Vocabulary
 
 __all__ = [
     "CORPUS_NAMES",

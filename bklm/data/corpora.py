@@ -20,8 +20,9 @@ def load_corpus(
         name: "wikitext-2" (Hugging Face Salesforce/wikitext, wikitext-2-raw-v1), "ultrachat"
             (HuggingFaceH4/ultrachat_200k), "embedded" (the language reference that comes with Python; for
             demonstrations), or "hmm" (drawn from a hidden Markov model: the best possible perplexity is known).
-        data_dir: a folder to read instead of the network: train.txt, valid.txt and test.txt, or
-            wiki.{train,valid,test}.{raw,tokens}, or a saved Hugging Face data set. The environment variable
+        data_dir: a folder or file to read instead of the network: train.txt, valid.txt and test.txt, or
+            wiki.{train,valid,test}.{raw,tokens}, or a saved Hugging Face data set; or a text of one's own, a file or a
+            folder of files, which is split 80/10/10 by paragraphs (``bklm.data.own_text``). The environment variable
             BKLM_DATA_DIR stands in where it is not given (and does not touch "embedded" and "hmm", which need
             no folder). The corpus is then named after the folder: what it holds is the caller's word.
         max_documents: for dialogues, fetch no more than this many of them a split; other corpora are always whole.

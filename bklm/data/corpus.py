@@ -29,7 +29,7 @@ class Corpus:
 
     ``train``, ``valid`` and ``test`` are sequences of lines (str, without line end). For dialogues a line is a whole
     dialogue, ``line_is_document`` is true, and the sequence may read from disk as it is indexed. ``source`` says in
-    words where the text came from; it goes into a study's manifest.
+    words where the text came from; it goes into a study's manifest. ``is_own``: from a folder or file that the user named.
     """
 
     name: str
@@ -38,6 +38,14 @@ class Corpus:
     valid: Sequence[str] = field(repr=False)
     test: Sequence[str] = field(repr=False)
     line_is_document: bool = False
+    is_own: bool = False
+
+    @property
+    def is_wikitext2(self) -> bool:
+        """Whether it is WikiText-2 or a sample of it: from the hub, or from a folder of that name or with its files' names."""
+        # WikiText-103 has files of the same names, and 1.8 million lines.
+        has_its_files = self.source.startswith("wiki.train.") and len(self.train) < 100_000
+        return has_its_files or bool(re.match(r"wikitext-?2(?!\d)", self.name, re.IGNORECASE))
 
     def split(self, split: str) -> Sequence[str]:
         """The lines of "train", "valid" or "test"."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Dataset
 
 from bklm.data.checks import index_or_none, require_whole
@@ -49,6 +50,13 @@ class LineVocabulary:
 
     def __len__(self) -> int:
         return len(self.words)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The same vocabulary as a ``tokenizers.Tokenizer``, for words in small letters."""
+        made = Tokenizer(models.WordLevel(self.ids, unk_token="<UNK>"))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return made
 
     def encode(self, text: str | Iterable[str]) -> np.ndarray:
         """The ids of a text's words, int64 (tokens,), without BOS and EOS."""

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from bklm.data.checks import index_or_none, require_whole
 from bklm.data.corpora import load_corpus
-from bklm.data.tokens import tokenize_corpus
+from bklm.data.tokenized import tokenize_corpus
 
 IGNORED = -100  # the target that torch's losses leave out
 LAYOUTS = ("every-target-once", "disjoint")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bklm.data.corpus import SPLITS, Corpus
+from bklm.data.own_text import KINDS_IN_WORDS, own_corpus
 from bklm.data.rows import check_parts, join_messages, text_of
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 TEXT_LAYOUTS = ("{}.txt", "wiki.{}.raw", "wiki.{}.tokens")
 LAYOUTS_IN_WORDS = (
     "train.txt, valid.txt and test.txt, or wiki.train.raw, wiki.valid.raw and wiki.test.raw (or .tokens), "
-    "or a saved Hugging Face data set"
+    f"or a saved Hugging Face data set, or a text of your own: {KINDS_IN_WORDS}"
 )
 # What hub data sets call the three splits, first match wins.
 SPLIT_ALIASES = {
@@ -29,7 +30,8 @@ def corpus_from_folder(folder: Path, max_documents: int | None = None, called: s
     """The corpus in ``folder``, which errors call ``called``; see ``load_corpus`` for the layouts and the errors."""
     where = f"{called} {str(folder)!r}"
     try:
-        present = {path.name for path in folder.iterdir()}
+        is_file = folder.is_file()
+        present = set() if is_file else {path.name for path in folder.iterdir()}
     except FileNotFoundError:
         raise FileNotFoundError(f"{where} does not exist; give a folder with {LAYOUTS_IN_WORDS}") from None
     except NotADirectoryError:
@@ -38,13 +40,15 @@ def corpus_from_folder(folder: Path, max_documents: int | None = None, called: s
         raise PermissionError(f"{where} cannot be read; check its permissions") from None
     except (OSError, ValueError) as error:  # a name too long, a NUL in it
         raise OSError(f"{where} cannot be read: {error}") from None
+    if is_file:
+        return own_corpus(folder, called)
     name = folder.resolve().name
     for layout in TEXT_LAYOUTS:
         files = [layout.format(split) for split in SPLITS]
         if present.issuperset(files):
             texts = [_read_lines(folder / file) for file in files]
             _refuse_empty({str(folder / file): lines for file, lines in zip(files, texts, strict=True)})
-            return Corpus(name, f"{', '.join(files)} in {folder.resolve()}", *texts)
+            return Corpus(name, f"{', '.join(files)} in {folder.resolve()}", *texts, is_own=True)
     splits = _saved_dataset(folder, where)
     if splits is not None:
         return corpus_from_splits(
@@ -55,6 +59,8 @@ def corpus_from_folder(folder: Path, max_documents: int | None = None, called: s
         if not present.isdisjoint(files):
             missing = " and ".join(file for file in files if file not in present)
             raise FileNotFoundError(f"{where} lacks {missing}; all three splits are needed")
+    if (own := own_corpus(folder, called)) is not None:
+        return own
     state = "holds no corpus" if present else "is empty"
     raise FileNotFoundError(f"{where} {state}; it should hold {LAYOUTS_IN_WORDS}")
 

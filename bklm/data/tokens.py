@@ -1,22 +1,16 @@
-"""From lines to token ids: a word vocabulary, and every split as one array of ids, kept on disk between runs."""
+"""A vocabulary of words: what white space separates, the most frequent of a training text."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from bklm.data.cache import load_or_build
 from bklm.data.checks import require_whole
-from bklm.data.corpus import SPLITS, Corpus
 
 PAD, UNK = "<pad>", "<unk>"
-FORMAT = 1  # raise it when what the cache holds changes meaning
 WORDS_AT_ONCE = 10_000
 SMALLEST = f": {PAD}, {UNK} and one word"  # why a vocabulary has at least 3 entries
 
@@ -90,8 +84,11 @@ class Vocabulary:
 
 def _word_level(ids: dict[str, int]) -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
-    # str.split also separates at these four control characters, WhitespaceSplit does not.
-    tokenizer.normalizer = normalizers.Replace(Regex(r"[\x1c-\x1f]"), " ")
+    # str.split also separates at these four control characters, WhitespaceSplit does not; a literal <pad> is no padding.
+    control, padding = Regex(r"[\x1c-\x1f]"), Regex(rf"(?<!\S){PAD}(?!\S)")
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(control, " "), normalizers.Replace(padding, UNK)]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
 
@@ -102,67 +99,3 @@ def _pieces(lines: Iterable[str]) -> Iterator[str]:
         words = line.split()
         for begin in range(0, len(words), WORDS_AT_ONCE):
             yield " ".join(words[begin : begin + WORDS_AT_ONCE])
-
-
-@dataclass(frozen=True, eq=False)
-class TokenizedCorpus:
-    """A corpus as token ids: ``train``, ``valid``, ``test`` are arrays (tokens,), uint16 or int32, mapped from the cache."""
-
-    train: np.ndarray = field(repr=False)
-    valid: np.ndarray = field(repr=False)
-    test: np.ndarray = field(repr=False)
-    vocab: Vocabulary
-    name: str
-    sha256: str
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.vocab)
-
-    @property
-    def unk_id(self) -> int:
-        return self.vocab.unk_id
-
-    @property
-    def pad_id(self) -> int:
-        return self.vocab.pad_id
-
-    def encode(self, text: str | Iterable[str]) -> np.ndarray:
-        return self.vocab.encode(text)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.vocab.decode(ids)
-
-
-def tokenize_corpus(
-    corpus: Corpus, vocab_size_limit: int = 30_000, max_train_tokens: int | None = None
-) -> TokenizedCorpus:
-    """Every split of ``corpus`` as one stream of ids, with a vocabulary from the whole training split.
-
-    Ids are cached on disk under the text's hash and the settings (see ``bklm.data.cache``) and memory-mapped.
-    No end-of-sentence token is added. ``max_train_tokens`` keeps the first so many training tokens; vocabulary
-    and cache stay the same.
-
-    Raises:
-        ValueError: vocab_size_limit < 3, max_train_tokens < 2, no words in the training text.
-    """
-    vocab_size_limit = require_whole("vocab_size_limit", vocab_size_limit, 3, SMALLEST)
-    if max_train_tokens is not None:
-        require_whole("max_train_tokens", max_train_tokens, 2, ", or None for all")
-    settings = {
-        "format": FORMAT,
-        "corpus": corpus.sha256,
-        "words": "whitespace",
-        "vocab_size_limit": vocab_size_limit,
-    }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-
-    def build() -> dict[str, np.ndarray]:
-        vocab = Vocabulary.train(corpus.train, vocab_size_limit)
-        words = np.frombuffer("\n".join(vocab.words[2:]).encode(), np.uint8)
-        return {"words": words} | {split: vocab.encode(corpus.split(split)) for split in SPLITS}
-
-    arrays = load_or_build("tokens", key, ("words", *SPLITS), build)
-    vocab = Vocabulary(arrays.pop("words").tobytes().decode().split("\n"))
-    tokens = TokenizedCorpus(**arrays, vocab=vocab, name=corpus.name, sha256=corpus.sha256)
-    return tokens if max_train_tokens is None else replace(tokens, train=tokens.train[:max_train_tokens])

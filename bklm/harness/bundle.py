@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import re
 import zipfile
@@ -56,7 +57,9 @@ def zip_study(folder: Path, notebook: Path | None = None) -> Bundle:
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive,
     ):
         for file in sorted(files, key=lambda p: p.name != PAGE):
-            archive.write(folder / file, Path(folder.name) / file)
+            # A run that goes on in the folder meanwhile may have removed it, as it does with checkpoints.
+            with contextlib.suppress(FileNotFoundError):
+                archive.write(folder / file, Path(folder.name) / file)
     digest = hashlib.sha256(target.read_bytes()).hexdigest()
     return Bundle(target, target.stat().st_size, digest)
 

@@ -11,10 +11,14 @@ from typing import Annotated
 
 import tyro
 
-from bklm.harness.config import FieldSpec, StudyConfig
+from bklm.harness.config import StudyConfig
+from bklm.harness.fields import FieldSpec
+from bklm.harness.values import as_typed, is_empty
 
 
-def parse(config_class: type[StudyConfig], words: list[str] | None = None) -> StudyConfig:
+def parse(
+    config_class: type[StudyConfig], words: list[str] | None = None, prog: str | None = None
+) -> StudyConfig:
     """The config that the command line's words describe; exits with one sentence for a bad value."""
     hints = typing.get_type_hints(config_class)
     flags = dataclasses.make_dataclass(
@@ -22,7 +26,10 @@ def parse(config_class: type[StudyConfig], words: list[str] | None = None) -> St
         [
             (
                 spec.name,
-                Annotated[hints[spec.name], tyro.conf.arg(help=_help(spec))],
+                Annotated[
+                    hints[spec.name],
+                    tyro.conf.arg(help=_help(spec), help_behavior_hint=_default(config_class, spec)),
+                ],
                 dataclasses.field(default=spec.default),
             )
             for spec in config_class.specs()
@@ -32,7 +39,7 @@ def parse(config_class: type[StudyConfig], words: list[str] | None = None) -> St
         # --lowercase False, as the other fields, and as manifests record it.
         tyro.conf.FlagConversionOff[flags],
         args=words,
-        prog=f"python -m {config_class.package()}",
+        prog=prog or f"python -m {config_class.package()}",
         description=config_class.__doc__,
         use_underscores=True,
     )
@@ -44,7 +51,19 @@ def _help(spec: FieldSpec) -> str:
     return f"{spec.help} ({spec.allowed()})" if bounded else spec.help
 
 
-def main(config_class: type[StudyConfig]) -> None:
+def _default(config_class: type[StudyConfig], spec: FieldSpec) -> str:
+    """What a setting is where nothing is given: one value, or each profile's or protocol's."""
+    if not is_empty(spec.default):
+        return f"(default: {as_typed(spec.default)})"
+    for values in (config_class.protocols, config_class.profiles):
+        if given := {name: as_typed(v[spec.name]) for name, v in values.items() if spec.name in v}:
+            # A list is typed with blanks.
+            words = (f"{name} {value.replace(', ', ' ') or 'none'}" for name, value in given.items())
+            return f"(default: {', '.join(words)})"
+    return "(default: none)"
+
+
+def main(config_class: type[StudyConfig], words: list[str] | None = None, prog: str | None = None) -> None:
     """Parse, run, show. What a user can mend ends in one sentence and exit code 2; the traceback is in run.log.
 
     The module ``run`` beside the config's own holds ``run_STUDY``; it, and torch with it, is imported when the words are
@@ -53,7 +72,7 @@ def main(config_class: type[StudyConfig]) -> None:
     # A notebook's kernel and a shell's background job start their children with SIGINT ignored; Stop needs it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        config = parse(config_class).resolved()
+        config = parse(config_class, words, prog).resolved()
         study = importlib.import_module(f"{config_class.package()}.run")
         # The processes of a launch that are not the main one have no result.
         if (result := getattr(study, f"run_{config.study}")(config)) is not None:

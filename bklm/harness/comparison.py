@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from bklm.harness.statistics import Perplexity, interval95
+from bklm.harness.statistics import FEWEST_SEEDS, Perplexity, interval95
 
 
 class Trial(TypedDict, total=False):
@@ -234,13 +234,40 @@ class Comparison:
         return f"; diverged: {', '.join(words)}" if words else ""
 
 
+def not_beaten(perplexity: float, baselines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The baselines that a perplexity is not below: rows with name and val_ppl, the true law of a text left out."""
+    return [
+        dict(row)
+        for row in baselines
+        if row["val_ppl"] is not None
+        and perplexity >= row["val_ppl"]
+        and not row["name"].startswith("true law")
+    ]
+
+
+def state_not_beaten(best: str, perplexity: float, baselines: Sequence[Mapping[str, Any]]) -> str:
+    """ " The best, alpha 0, does not beat unigram (109.3)." or "" where it beats every baseline."""
+    words = ", ".join(f"{row['name']} ({row['val_ppl']:.1f})" for row in not_beaten(perplexity, baselines))
+    return f" The best, {best}, does not beat {words}." if words else ""
+
+
+def not_beaten_in_short(perplexity: float, baselines: Sequence[Mapping[str, Any]]) -> str:
+    """ "; not below Kneser-Ney 3-gram (81)": for a figure's title; "" where every baseline is beaten."""
+    found = not_beaten(perplexity, baselines)
+    if not found:
+        return ""
+    lowest = min(found, key=lambda row: row["val_ppl"])
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return f"; not below {lowest['name']} ({lowest['val_ppl']:.1f}){more}"
+
+
 def score_in_words(row: dict[str, Any]) -> str:
     """ "268.4 (267.1 to 269.8); diverged: 1 of 3 seeds", or "diverged" where all did."""
     # A summary that an earlier version wrote counts none: it could not hold a diverged trial.
     lost = row.get("diverged", 0)
     if not row["seeds"]:
         return "diverged"
-    words = str(Perplexity(row["val_ppl"], row["val_ppl_low"], row["val_ppl_high"]))
+    words = str(Perplexity(row["val_ppl"], row["val_ppl_low"], row["val_ppl_high"], row["seeds"] == 2))
     return words + (f"; diverged: {lost} of {lost + row['seeds']} seeds" if lost else "")
 
 
@@ -251,13 +278,15 @@ def state_finding(best: str, ratios: Mapping[str, Perplexity], seeds: int) -> st
         best: the beginning of the sentence, which names the best and its perplexity.
         ratios: by name, another's perplexity over the best one's on the same seeds; with several seeds it lacks an
             interval where a perplexity is off the scale.
-        seeds: how many seeds are paired; below two there is no verdict.
+        seeds: how many seeds are paired; below three there is no verdict.
     """
     if not ratios:
         return f"{best}."
-    if seeds < 2:
-        return f"{best}; one seed, so no interval and no verdict on the differences."
-    words = {name: f"{name} x{ratio}" for name, ratio in ratios.items() if ratio.low is not None}
+    if seeds < FEWEST_SEEDS:
+        few = "one seed, so no interval" if seeds == 1 else "two seeds, so ranges, no interval"
+        listed = ", ".join(f"{name} x{ratio}" for name, ratio in ratios.items())
+        return f"{best}; {few} and no verdict on the differences: {listed}."
+    words = {name: f"{name} x{ratio}" for name, ratio in ratios.items() if ratio.is_judged}
     worse = [word for name, word in words.items() if ratios[name].low > 1]
     same = [word for word in words.values() if word not in worse]
     unjudged = [name for name in ratios if name not in words]
@@ -274,7 +303,7 @@ def headline(best: str, ratios: Mapping[str, Perplexity], other: str) -> str:
     """As ``state_finding``, but only how many others are worse; ``other`` names one of them, such as "other alpha"."""
     if not ratios:
         return best
-    judged = [ratio for ratio in ratios.values() if ratio.low is not None]
+    judged = [ratio for ratio in ratios.values() if ratio.is_judged]
     if not judged:
         return f"{best}; no interval, no verdict"
     worse = sum(ratio.low > 1 for ratio in judged)

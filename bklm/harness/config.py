@@ -9,167 +9,18 @@ from the chosen profile. A value that was given always wins.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 import os
-import types
-import typing
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from bklm.harness.values import anchored, as_path, is_empty, plain
+from bklm.harness.fields import FieldSpec, setting, spec_of
+from bklm.harness.tracker import check_tracker
+from bklm.harness.values import anchored, as_path, is_empty
 
+SMALLEST_BPE = 258  # entries of a byte-level BPE
 WITHOUT_FOLDER = ("embedded", "hmm")  # texts made on the spot: they read no folder
 
 Profile = Literal["smoke", "quick", "full"]
-
-
-def setting(
-    default: Any = None,
-    *,
-    help: str,
-    low: float | None = None,
-    high: float | None = None,
-    step: float | None = None,
-    above: float | None = None,
-    is_path: bool = False,
-) -> Any:
-    """Declare one field of a study's config.
-
-    Args:
-        default: the value when nothing is given; ``None`` leaves the field to the profile.
-        help: one line for the form, the widget's description and ``--help``.
-        low, high: inclusive bounds of the value, or of each entry of a tuple.
-        step: slider step; a number with ``low``, ``high`` and ``step`` becomes a slider in the form.
-        above: exclusive lower bound (learning rates, tolerances).
-        is_path: the text names a file or folder, which whoever runs the study from elsewhere must make absolute.
-    """
-    bounds = {"low": low, "high": high, "step": step, "above": above}
-    return field(default=default, metadata={"help": help, "is_path": is_path, **bounds})
-
-
-@dataclass(frozen=True)
-class FieldSpec:
-    """What one field allows: the view of the schema that forms, widgets and the command line share."""
-
-    name: str
-    base: type  # int, float, bool or str
-    is_tuple: bool
-    choices: tuple[str, ...]  # the words a Literal allows, () when the value is free
-    default: Any
-    help: str
-    low: float | None
-    high: float | None
-    step: float | None
-    above: float | None
-    is_path: bool
-
-    @property
-    def is_slider(self) -> bool:
-        return None not in (self.low, self.high, self.step) and not self.is_tuple
-
-    def allowed(self) -> str:
-        """The allowed values in words, for error messages and help."""
-        if self.choices and self.base is str and not self.is_tuple:
-            return "one of " + ", ".join(repr(c) for c in self.choices)
-        noun = {int: "an integer", float: "a number", bool: "True or False", str: "text"}[self.base]
-        if self.low is not None and self.high is not None:
-            noun += f" in [{_number(self.low)}, {_number(self.high)}]"
-        elif self.low is not None:
-            noun += f" of at least {_number(self.low)}"
-        elif self.above is not None and self.high is not None:
-            noun += f" in ({_number(self.above)}, {_number(self.high)}]"
-        elif self.above is not None:
-            noun += f" greater than {_number(self.above)}"
-        if self.is_tuple:
-            noun = f"one or more values without repeats, each {noun}"
-            if self.choices:
-                noun += ", or the word " + " or ".join(repr(c) for c in self.choices)
-        return noun
-
-    def coerce(self, value: Any) -> Any:
-        """Turn what a form, papermill or a caller gives into the field's value; ``None`` when it is empty.
-
-        Raises:
-            ValueError: one sentence naming the field, the value and what is allowed.
-        """
-        if is_empty(value):
-            return None
-        value = value.strip() if isinstance(value, str) else plain(value)
-        problem = ValueError(f"{self.name}: got {value!r}; allowed is {self.allowed()}.")
-        if isinstance(value, str) and value in self.choices:
-            return value
-        if not self.is_tuple:
-            return self._one(value, problem)
-        if isinstance(value, str):
-            value = [part for part in value.strip("[]() ").replace(",", " ").split() if part]
-        elif isinstance(value, int | float):
-            value = [value]
-        if isinstance(value, bytes | dict) or not isinstance(value, Iterable):
-            raise problem
-        entries = tuple(self._one(plain(v), problem) for v in value)
-        if not entries or len(set(entries)) != len(entries):
-            raise problem
-        if self.base is float and len({f"{v:g}" for v in entries}) < len(entries):
-            raise ValueError(
-                f"{self.name}: got {value!r}; they must differ within six digits, which name their files."
-            )
-        return entries
-
-    def _one(self, value: Any, problem: ValueError) -> Any:
-        if self.base is bool:
-            if isinstance(value, str) and value.lower() in ("true", "false"):
-                return value.lower() == "true"
-            if not isinstance(value, bool):
-                raise problem
-            return value
-        if self.base is str:
-            if self.is_path:
-                return as_path(self.name, value)
-            if isinstance(value, bool | bytes) or not isinstance(value, str | int | float):
-                raise problem
-            value = str(value)
-            if self.choices and value not in self.choices:
-                raise problem
-            return value
-        if isinstance(value, bool) or getattr(value, "ndim", 0):
-            raise problem
-        try:
-            number = plain(float(value))
-        except (TypeError, ValueError):
-            raise problem from None
-        if not math.isfinite(number) or (self.base is int and number != int(number)):
-            raise problem
-        too_low = (self.low is not None and number < self.low) or (
-            self.above is not None and number <= self.above
-        )
-        if too_low or (self.high is not None and number > self.high):
-            raise problem
-        return self.base(number)
-
-
-def _number(bound: float) -> str:
-    """ "2147483647", "0.05": a bound as one would type it."""
-    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
-
-
-@functools.cache
-def _spec(owner: type, item: dataclasses.Field) -> FieldSpec:
-    annotation = typing.get_type_hints(owner)[item.name]
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    parts = [p for p in (typing.get_args(annotation) if is_union else (annotation,)) if p is not type(None)]
-    choices: tuple[str, ...] = ()
-    base, is_tuple = str, False
-    for part in parts:
-        if typing.get_origin(part) is Literal:
-            choices = typing.get_args(part)
-        elif typing.get_origin(part) is tuple:
-            base, is_tuple = typing.get_args(part)[0], True
-        else:
-            base = part
-    keys = ("help", "low", "high", "step", "above", "is_path")
-    return FieldSpec(item.name, base, is_tuple, choices, item.default, **{k: item.metadata[k] for k in keys})
 
 
 def with_ambient_folder(values: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +47,7 @@ class StudyConfig:
     controls: ClassVar[tuple[str, ...]] = ()
     # Where and how a run happens may change between a run and its continuation; what is computed may not.
     circumstances: ClassVar[frozenset[str]] = frozenset(
-        {"profile", "data_dir", "output_dir", "device", "storage", "workers", "processes"}
+        {"profile", "data_dir", "output_dir", "device", "storage", "workers", "processes", "tracker"}
     )
 
     # Loggers with several lines a trial, which go to run.log and not to the screen.
@@ -221,7 +72,7 @@ class StudyConfig:
     @classmethod
     def specs(cls) -> list[FieldSpec]:
         """The schema, field by field, in the order of the form."""
-        return [_spec(cls, item) for item in cls._fields()]
+        return [spec_of(cls, item) for item in cls._fields()]
 
     @classmethod
     def names(cls) -> list[str]:
@@ -272,7 +123,7 @@ class TextStudyConfig(StudyConfig):
         "wikitext-2", help="text to train on; embedded needs no network"
     )
     data_dir: str | None = setting(
-        None, is_path=True, help="a folder with the text, used instead of the network"
+        None, is_path=True, help="your own text: a file or a folder, used instead of the network"
     )
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", help="arithmetic of the matrix products")
     seeds: tuple[int, ...] | None = setting(None, low=0, high=2**31 - 1, help="one model per arm and seed")
@@ -286,8 +137,13 @@ class TextStudyConfig(StudyConfig):
         None, help="postgresql://user@host/database that several machines share; empty: this machine alone"
     )
 
+    tracker: Literal["none", "tensorboard", "trackio", "wandb", "mlflow"] = setting(
+        "none", help="where the training curves go, too; a tracker must be installed"
+    )
+
     def resolved(self) -> TextStudyConfig:
         config = super().resolved()
+        check_tracker(config.tracker)
         if config.storage:
             # SQLAlchemy takes half a second to import, and nobody else needs it.
             from bklm.harness.grid_storage import check_address
@@ -311,8 +167,20 @@ class WindowStudyConfig(TextStudyConfig):
     batch_size: int = setting(32, low=4, high=512, step=4, help="sequences per optimiser step")
     seq_len: int | None = setting(None, low=2, high=65536, help="tokens per sequence")
     max_train_tokens: int | None = setting(None, low=0, high=10**12, help="training tokens used; 0: all")
-    vocab_size: int | None = setting(None, low=3, high=1_000_000, help="largest vocabulary, words")
+    tokenizer: Literal["word", "bpe", "char"] = setting(
+        "word", help="what a token is: a word between spaces, a piece of a BPE trained on the text, a character"
+    )
+    vocab_size: int | None = setting(None, low=3, high=1_000_000, help="largest vocabulary, tokens")
     n_layers: int | None = setting(None, low=1, high=256, help="blocks")
     dropout: float = setting(0.1, low=0, high=0.99, help="share of units dropped in training")
     weight_decay: float = setting(0.0, low=0, high=10, help="AdamW weight decay")
     schedule: Literal["constant", "cosine"] = setting("constant", help="learning rate over a run")
+
+    def resolved(self) -> WindowStudyConfig:
+        config = super().resolved()
+        if config.tokenizer == "bpe" and config.vocab_size < SMALLEST_BPE:
+            raise ValueError(
+                f"vocab_size: got {config.vocab_size} with tokenizer 'bpe', whose 256 bytes, <unk> and one merge make "
+                f"{SMALLEST_BPE}; take at least that, or another tokenizer."
+            )
+        return config

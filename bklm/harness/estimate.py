@@ -15,20 +15,23 @@ from bklm.models import LanguageModel
 from bklm.training.processes import make_accelerator
 
 WIKITEXT2 = (30_000, 2_051_910, 213_886)  # its published words, so that an estimate downloads nothing
+LONG = 90  # minutes, from which on people count hours
 EVALUATION = 1 / 3  # a validation token against a training token: it has no backward pass
 
 
 @functools.lru_cache(maxsize=32)
-def text_size(dataset: str, data_dir: str | None, vocab_limit: int) -> tuple[int, int, int]:
+def text_size(
+    dataset: str, data_dir: str | None, vocab_limit: int, tokenizer: str = "word"
+) -> tuple[int, int, int]:
     """(vocabulary, training tokens, validation tokens) of a study's text.
 
     Raises:
         ValueError, OSError: see ``bklm.data.load_corpus``.
     """
-    if dataset == "wikitext-2" and not data_dir:
+    if dataset == "wikitext-2" and not data_dir and tokenizer == "word":
         vocabulary, train_tokens, val_tokens = WIKITEXT2
         return min(vocabulary, vocab_limit), train_tokens, val_tokens
-    text = tokenize_corpus(load_corpus(dataset, data_dir), vocab_limit)
+    text = tokenize_corpus(load_corpus(dataset, data_dir), vocab_limit, tokenizer=tokenizer)
     return text.vocab_size, len(text.train), len(text.valid)
 
 
@@ -110,6 +113,13 @@ def best_of(work: Callable[[], None], times: int = 2) -> float:
         work()
         seconds.append(time.perf_counter() - started)
     return min(seconds)
+
+
+def duration_in_words(minutes: float) -> str:
+    """ "less than a minute", "about 12 min", and in hours from 90 minutes on: "about 1.5 h"."""
+    if minutes < 1:
+        return "less than a minute"
+    return f"about {minutes:.0f} min" if minutes < LONG else f"about {minutes / 60:.{int(minutes < 600)}f} h"
 
 
 def round_minutes(minutes: float) -> str:

@@ -74,7 +74,7 @@ def save_figure(
         )
         if note:
             figure.supxlabel(
-                "\n".join(textwrap.wrap(note, int(size[0] * 12.5))), x=0.02, ha="left", fontsize=9, color=GREY
+                "\n".join(textwrap.wrap(note, int(size[0] * 11.2))), x=0.02, ha="left", fontsize=10, color=GREY
             )
         with replacing(path) as temporary:
             # Whoever shows the picture can say what it shows (page.py).
@@ -124,4 +124,8 @@ def legend_below(axes: Axes, **options: object) -> None:
     """A legend under the x label: for more entries than the title's line holds."""
     # Inches below the axes, whatever height the layout gives them in the end: ticks and label need about half of one.
     below = axes.transAxes + ScaledTranslation(0, -0.55, axes.figure.dpi_scale_trans)
+    # Five entries of at most four a line stand 3 + 2, not 4 + 1.
+    entries = len(axes.get_legend_handles_labels()[0])
+    rows = math.ceil(entries / options.get("ncols", 1)) or 1
+    options["ncols"] = math.ceil(entries / rows) or 1
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, **options)

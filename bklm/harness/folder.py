@@ -23,6 +23,8 @@ log = logging.getLogger("bklm")
 
 # The only version whose config.json did not say by which it was written.
 VERSION_UNTOLD = "0.1.0"
+# Below a study's folder: what nobody but the study itself reads, such as the records of its trials.
+INTERNALS = "internals"
 NEEDED_BYTES = 200_000_000  # checkpoints of the largest default run, twice, and the zip
 
 
@@ -63,6 +65,17 @@ def study_folder(config: StudyConfig) -> Iterator[Path]:
             yield folder
     finally:
         held.release()
+
+
+def internal(folder: Path, place: str) -> Path:
+    """``folder / place``; for a place among the internals, what an earlier version left beside them is moved there first."""
+    before = folder / place.removeprefix(f"{INTERNALS}/")
+    if before.exists() and not (folder / place).exists():
+        (folder / place).parent.mkdir(exist_ok=True)
+        # Of several processes one has moved it.
+        with contextlib.suppress(FileNotFoundError):
+            before.rename(folder / place)
+    return folder / place
 
 
 def shorten_tracebacks(path: Path) -> None:

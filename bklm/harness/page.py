@@ -26,12 +26,18 @@ img { max-width: 100%; height: auto; margin-top: .8rem; } code { overflow-wrap: 
 # What a column of a CSV file holds, with its unit; the first that fits. A group is shown as the column's own words are.
 COLUMNS = (
     (r"original_(\w+)", "{0} as the original reported it"),
+    (r"claimed_(low|high)", "the original's claim, its {0} end"),
+    (r"(low|high)", "{0} quartile of the measured ratio"),
     (r"(\w+)_low", "lower end of the 95% interval of {0}"),
     (r"(\w+)_high", "upper end of the 95% interval of {0}"),
     (r"(\w+)_95", "half the width of the 95% interval of {0}"),
     (r"val_ppl_context_(\d+)", "perplexity on the validation split where the model sees {0} tokens"),
+    (r"(\w+)_mixer_off", "{0} with the mixer's features replaced by their mean"),
+    (r"context_gain", "share by which context lowers the perplexity, 0 to 1"),
+    (r"perplexity_change", "change of the perplexity, as a share of float32's"),
     (r"(\w+)_without_unk", "{0} without the targets that are the unknown word"),
     (r"val_(ppl|perplexity)", "perplexity on the validation split: exp of the mean loss per token"),
+    (r"perplexity", "perplexity on the first validation tokens: exp of the mean loss per token"),
     (r"(train|test)_(ppl|perplexity)", "perplexity on the {0} split: exp of the mean loss per token"),
     (
         r"(val|train)_loss|(last_)?loss",
@@ -42,6 +48,7 @@ COLUMNS = (
     (r"generate_seconds_(\d+)", "seconds to write a token after {0} tokens"),
     (r"state_bytes_(\d+)", "bytes that a model keeps to go on after {0} tokens"),
     (r"seconds", "computing time, seconds"),
+    (r"file_bytes", "size of the file, bytes"),
     (r"training_bytes", "memory of a training step at its peak, bytes"),
     (r"peak_mb", "memory at its peak, MB (10^6 bytes)"),
     (r"(forward_)?ms", "time of a call, milliseconds, median"),
@@ -55,14 +62,8 @@ COLUMNS = (
     (r"diverged", "number of trainings that ended without a finite loss"),
     (r"epoch|best_epoch|convergence_epoch", "number of passes over the training text"),
     (r"learning_rate(_at_start)?", "step size of the optimiser"),
-    (
-        r"gradient_norm_(mean|variance)|gradient_norm|gradient_variance",
-        "length of the gradient of all parameters",
-    ),
-    (
-        r"ratio|gap|change|verdict|claim\w*|measured|compared|short|where|factor",
-        "of a comparison; see the tables",
-    ),
+    (r"gradient_norm(_mean|_variance)?|gradient_variance", "length of the gradient of all parameters"),
+    (r"ratio|gap|change|verdict|claim\w*|measured|compared|short|where|factor", "see the tables"),
     (r"cosine", "cosine with the exact gradient, -1 to 1"),
     (r"norm(_ratio)?", "length, relative to the exact gradient's where it is a ratio"),
     (r"(value|gradient)_error(_small_rows)?|difference|gradient_difference", "relative error or difference"),
@@ -93,15 +94,17 @@ def write_page(path: Path, result: Any, facts: Mapping[str, Any], files: Iterabl
     Args:
         result: gives ``sentences()``, ``tables()`` and ``config`` (resolved).
         facts: what manifest.json holds, with "command", "config", "corpus" and "environment".
-        files: the study's own, in the order in which they were written.
+        files: the study's own, in the order in which they were written; tables and pictures that lie beside them, such as
+            what a notebook measured when somebody asked for it, follow them.
     """
     files = [file for file in files if file.exists()]
+    files += [p for p in sorted(path.parent.iterdir()) if p.suffix in (".csv", ".png") and p not in files]
     tables = {name: rows for name, make in result.tables().items() if (rows := make())}
     title = f"{result.config.study.replace('_', ' ')}: what was found"
     parts = [
         f"<h1>{escape(title)}</h1>",
         *(f"<p><strong>{escape(words)}</strong></p>" for words in result.sentences()),
-        f"<p>{_when(path.parent)}</p>",
+        f"<p>{_when(path.parent)} Profile: {escape(facts['profile'])}.</p>",
         *(_picture(file) for file in files if file.suffix == ".png"),
         *(f"<h2>Table: {escape(name)}</h2>{_table(rows)}" for name, rows in tables.items()),
         "<h2>Settings</h2>",
@@ -127,16 +130,21 @@ def alternative_text(picture: Path) -> str:
     return ". ".join(words) or picture.stem.replace("_", " ")
 
 
-def _when(folder: Path) -> str:
-    """When a study was begun and when its last part was finished, which a run that only reads it back does not change."""
-    moments = [p.stat().st_mtime for p in (*folder.glob("config.json"), *folder.glob("*/**/*.json"))]
-    if not moments:
-        return ""
+def moments(folder: Path) -> tuple[str, str] | tuple[None, None]:
+    """When a study was begun and when its last part was finished, UTC; a run that only reads it back changes neither."""
+    times = [p.stat().st_mtime for p in (*folder.glob("config.json"), *folder.glob("*/**/*.json"))]
+    if not times:
+        return None, None
     first, last = (
-        datetime.datetime.fromtimestamp(moment).astimezone().isoformat(sep=" ", timespec="seconds")
-        for moment in (min(moments), max(moments))
+        datetime.datetime.fromtimestamp(t, datetime.timezone.utc).isoformat(sep=" ", timespec="seconds")
+        for t in (min(times), max(times))
     )
-    return f"Begun {first}, last part finished {last}."
+    return first, last
+
+
+def _when(folder: Path) -> str:
+    begun, finished = moments(folder)
+    return f"Begun {begun}, last part finished {finished} (UTC)." if begun else ""
 
 
 def _picture(file: Path) -> str:
@@ -156,7 +164,10 @@ def _file(file: Path, folder: Path) -> str:
     link = f'<li><a href="{escape(quote(inside))}">{escape(inside)}</a>'
     if file.suffix != ".csv":
         return f"{link}</li>"
-    columns = pd.read_csv(file, nrows=0).columns
+    try:
+        columns = pd.read_csv(file, nrows=0).columns
+    except (ValueError, OSError):  # somebody else's
+        return f"{link}</li>"
     words = [f"<code>{escape(name)}</code>: {escape(meaning(name) or 'see the tables')}" for name in columns]
     return f"{link}<details><summary>its columns</summary>{'; '.join(words)}</details></li>"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ import pandas as pd
 
 from bklm.files.atomic import replacing, write_json, write_text
 from bklm.harness.bundle import PAGE, Bundle, zip_study
-from bklm.harness.comparison import Comparison, Trial
+from bklm.harness.comparison import Comparison, Trial, not_beaten, state_not_beaten
 from bklm.harness.machine import environment, git_revision
-from bklm.harness.page import write_page
+from bklm.harness.page import moments, write_page
 from bklm.harness.session import Session
+from bklm.harness.statistics import FEWEST_SEEDS
 
 Result = TypeVar("Result", bound="StudyResult")
 
@@ -52,10 +54,14 @@ def write_manifest(path: Path, *, config: Any, corpus: Any, seconds: float, **ex
 
     ``seconds`` is computing time in all; ``corpus`` is None for a study that reads no text.
     """
+    begun, finished = moments(path.parent)
     facts = {
         "study": config.study,
+        "profile": config.profile,
+        "begun": begun,
+        "finished": finished,
         "config": config.to_dict(),
-        "corpus": corpus and {"name": corpus.name, "source": corpus.source, "sha256": corpus.sha256},
+        "corpus": corpus and {n: getattr(corpus, n) for n in ("name", "source", "sha256", "is_own")},
         "git_revision": git_revision(),
         "environment": environment(),
         "seconds": round(seconds, 1),
@@ -103,6 +109,11 @@ class StudyResult:
         """What was found, in words, as it stands at the head of report.html: what ``spoken`` names, where it is not empty."""
         return [words for name in self.spoken if (words := getattr(self, name))]
 
+    def renew_page(self) -> None:
+        """Write report.html once more, with what was measured since the run ended."""
+        facts = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        write_page(self.folder / PAGE, self, facts, self.paths.values())
+
     def load(self, model: str | None = None) -> Any:
         """A trained model by its arm's name, the best one when none is given; on the CPU, in evaluation mode."""
         raise NotImplementedError
@@ -111,7 +122,8 @@ class StudyResult:
         """Print what a command line shows: the tables of these names, all where none is given, finding and zip."""
         tables = self.tables()
         for name in names or tables:
-            print(as_text(tables[name]()))
+            if rows := tables[name]():
+                print(as_text(rows))
         print(self.finding)
         print(self.bundle)
 
@@ -174,6 +186,7 @@ class Report:
         best = comparison.best(trials)
         best_perplexity = comparison.perplexity(comparison.groups(trials)[best]).mean
         finding = comparison.finding(trials) if finding is None else finding
+        finding += state_not_beaten(comparison.title(best), best_perplexity, text.baselines)
         lost = [dict(t) for group in comparison.lost(trials).values() for t in group]
         runs = {"sweep": trials, **also}
         self.csv("table.csv", table)
@@ -186,6 +199,7 @@ class Report:
                 "demonstration": text.is_demonstration,
                 f"best_{comparison.by}": best,
                 "best_perplexity": best_perplexity,
+                "not_beaten": [row["name"] for row in not_beaten(best_perplexity, text.baselines)],
                 "diverged": lost,
                 **summary,
                 "baselines": text.baselines,
@@ -193,6 +207,7 @@ class Report:
             },
         )
         self.text("vocabulary.json", text.vocabulary_json())
+        self.text("tokenizer.json", text.tokenizer_json())
         seconds = sum(t["seconds"] for group in runs.values() for t in group)
         return self.close(
             result, seconds, {"sees_the_future": sees_the_future}, table=table, best=best, best_perplexity=best_perplexity,
@@ -234,18 +249,27 @@ def epoch_rows(runs: Mapping[str, Sequence[Trial]], by: str) -> list[dict[str, A
     ]
 
 
-def small_print(text: Any, seeds: int, *more: str, sees_the_future: bool = False) -> str:
+def seeds_in_words(seeds: int, bars: bool = True) -> str:
+    """How many seeds a figure shows, and what its bars are, where it has any."""
+    if seeds == 1:
+        return "1 seed, no interval"
+    meaning = "95% interval" if seeds >= FEWEST_SEEDS else "from the lower to the higher"
+    return f"{seeds} seeds" + (f", bars: {meaning}" if bars else ", means")
+
+
+def small_print(text: Any, seeds: int, *more: str, sees_the_future: bool = False, bars: bool = True) -> str:
     """What stands below a figure: data, sizes, how many seeds, and whether the model sees the future.
 
     Args:
         seeds: those that the figure shows.
         more: parts of the study's own, such as its protocol.
+        bars: whether the figure has any.
     """
     parts = ["THIS MODEL SEES THE FUTURE"] * sees_the_future + ["Demonstration"] * text.is_demonstration
     parts += [
         text.describe(),
         f"batch {text.batch_size} x {text.seq_len}",
-        f"{seeds} seeds, bars: 95% interval" if seeds > 1 else "1 seed, no interval",
+        seeds_in_words(seeds, bars),
         *more,
     ]
     return "; ".join(parts) + "."

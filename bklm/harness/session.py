@@ -21,8 +21,9 @@ from accelerate import Accelerator
 from bklm.files.atomic import read_result, write_json
 from bklm.harness import workers
 from bklm.harness.comparison import Trial
-from bklm.harness.folder import experiment_name, fingerprint
+from bklm.harness.folder import INTERNALS, experiment_name, fingerprint, internal
 from bklm.harness.progress import Progress
+from bklm.harness.tracker import stop_tracker, track
 from bklm.training.checkpoints import CheckpointFolder, read_weights
 from bklm.training.non_finite import NonFiniteError, repeated_once
 from bklm.training.processes import broadcast
@@ -63,6 +64,7 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.dismiss_helpers()
+        stop_tracker(self.accelerator)
         self.progress.close()
 
     def dismiss_helpers(self) -> None:
@@ -90,7 +92,7 @@ class Session:
         A training that meets NaN is repeated once from its last checkpoint; a second time it is recorded as diverged.
 
         Args:
-            place: folder below the study's, such as "trials/alpha_0.5_seed_1".
+            place: folder below the study's, such as "internals/trials/alpha_0.5_seed_1".
             point: the factors and the seed, which begin the record.
             steps: optimiser steps of a whole training; what an early stop leaves over is told to the progress bar here.
             train: trains in the folder it is given, checkpoints below its ``checkpoints``, and returns what was measured.
@@ -151,7 +153,7 @@ class Session:
         factors: Mapping[str, Sequence[Any]],
         trial: Callable[..., dict[str, Any]],
         *,
-        name: str = "trials",
+        name: str = f"{INTERNALS}/trials",
         place: Callable[[Point], str] | None = None,
         draw: Callable[[list[Trial]], Path | None] | None = None,
         across_machines: bool = True,
@@ -170,6 +172,7 @@ class Session:
         points = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
         records: dict[tuple, dict[str, Any]] = {}
         self._grids += 1
+        internal(self.folder, name)
 
         def folder_of(point: Point) -> str:
             return f"{name}/{(place or _place)(point)}".rstrip("/")
@@ -179,6 +182,7 @@ class Session:
             if key not in records:
                 self._announce(point)
                 records[key] = trial(folder_of(point), **point)
+                track(self.accelerator, folder_of(point), records[key])
                 self._tell(points, records, point, draw)
             return records[key]
 
@@ -205,7 +209,7 @@ class Session:
         rates: Sequence[float],
         trial: Callable[..., dict[str, Any]],
         *,
-        name: str = "search",
+        name: str = f"{INTERNALS}/search",
         place: Callable[[Point], str] | None = None,
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """The best learning rate of each arm by validation perplexity, and the records of the search.

@@ -10,11 +10,13 @@ from scipy.special import stdtrit
 
 from bklm.training.evaluation import LARGEST_PERPLEXITY
 
+FEWEST_SEEDS = 3  # for an interval: the t-interval of two is thirteen times their distance
+
 
 def interval95(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half-width of its 95% t-interval; the half-width of a single value is None (unknown, not zero)."""
+    """Mean and half-width of its 95% t-interval; below ``FEWEST_SEEDS`` values the half-width is None (unknown, not zero)."""
     sample = np.asarray(values, dtype=float)
-    if len(sample) < 2:
+    if len(sample) < FEWEST_SEEDS:
         return float(sample.mean()), None
     half = stdtrit(len(sample) - 1, 0.975) * sample.std(ddof=1) / np.sqrt(len(sample))
     return float(sample.mean()), float(half)
@@ -25,16 +27,25 @@ class Perplexity:
     """Perplexity over seeds: exp of the mean loss, and the 95% t-interval of that mean, in nats, carried over by exp.
 
     The loss is what is averaged: in perplexities one diverged seed would outweigh all others, and an interval could
-    reach below zero. ``low`` and ``high`` are None for one seed.
+    reach below zero. ``low`` and ``high`` are None for one seed; of two they are these two (``is_range``), by which
+    nothing is judged.
     """
 
     mean: float
     low: float | None
     high: float | None
+    is_range: bool = False
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether ``low`` and ``high`` are an interval, by which a difference can be judged."""
+        return self.low is not None and not self.is_range
 
     @classmethod
     def over_seeds(cls, perplexities: Sequence[float]) -> Perplexity:
         loss, half = interval95(np.log(perplexities))
+        if len(perplexities) == 2:
+            return cls(float(np.exp(loss)), float(min(perplexities)), float(max(perplexities)), is_range=True)
         if half is None:
             return cls(float(np.exp(loss)), None, None)
         # A few diverged seeds can give an interval beyond any number; JSON has no infinity.
@@ -51,7 +62,8 @@ class Perplexity:
     def __str__(self) -> str:
         if self.low is None:
             return _short(self.mean)
-        return f"{_short(self.mean)} ({_short(self.low)} to {_short(self.high)})"
+        kind = "range " if self.is_range else ""
+        return f"{_short(self.mean)} ({kind}{_short(self.low)} to {_short(self.high)})"
 
 
 def is_off_the_scale(perplexity: float) -> bool:

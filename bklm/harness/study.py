@@ -23,6 +23,7 @@ from bklm.harness.config import StudyConfig
 from bklm.harness.folder import claim, fingerprint, logging_to, study_folder
 from bklm.harness.launch import is_to_launch, launch
 from bklm.harness.session import Session
+from bklm.harness.tracker import start_tracker
 from bklm.training.processes import broadcast, main_first, make_accelerator
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ def _open(
         if accelerator.is_main_process and workers.link is None:
             claim(folder, config, fingerprint(text))
         with Session(config, text, accelerator, broadcast(accelerator, folder), on_figure) as study:
+            if accelerator.is_main_process and workers.link is None:
+                start_tracker(accelerator, config, folder)
             yield study
 
 

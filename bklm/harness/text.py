@@ -26,6 +26,9 @@ from bklm.data import (
 log = logging.getLogger(__name__)
 
 
+MUCH_UNKNOWN = 0.15  # of the validation targets
+
+
 class Baseline(TypedDict):
     """What a count model reaches on the validation targets."""
 
@@ -61,12 +64,23 @@ class StudyText:
 
     def describe(self) -> str:
         """Name and sizes, for the small print of a figure."""
-        return f"{self.corpus.name}, {self.train_tokens:,} training tokens, vocabulary {self.vocab_size:,}"
+        return f"{self.corpus.name}, {self.train_tokens:,} training tokens, {self.vocabulary_in_words}"
+
+    @property
+    def vocabulary_in_words(self) -> str:
+        """ "vocabulary 30,000", or "vocabulary 1,000 pieces of a BPE"."""
+        kind = {"piece": " pieces of a BPE", "character": " characters"}.get(self.tokens.kind, "")
+        return f"vocabulary {self.vocab_size:,}{kind}"
+
+    @property
+    def is_wikitext2(self) -> bool:
+        """Whether what was reported for the words of WikiText-2 may stand beside this text's numbers."""
+        return self.corpus.is_wikitext2 and self.tokens.kind == "word"
 
     @property
     def is_demonstration(self) -> bool:
         """Whether the text is too small or too artificial to support a claim."""
-        return self.corpus.name in ("embedded", "hmm")
+        return self.corpus.name in ("embedded", "hmm") and not self.corpus.is_own
 
     def train_loader(self, seed: int) -> DataLoader:
         """Shuffled by (seed, epoch) alone: two models of one seed see identical batches."""
@@ -97,16 +111,23 @@ class StudyText:
     def generate(
         self, model: Any, prompt: str, max_new_tokens: int, temperature: float = 0.8, seed: int = 0
     ) -> str:
-        """Let ``model`` continue ``prompt``; the same seed gives the same text."""
+        """Let ``model`` continue ``prompt``, at most to its last position; the same seed gives the same text."""
         ids = torch.from_numpy(self.tokens.encode(prompt).astype(np.int64))[None]
         if ids.shape[1] == 0:
             raise ValueError("prompt: got no word; write at least one.")
+        if model.n_seq is not None:  # a word may be several pieces or characters
+            ids = ids[:, : model.n_seq - 1]
+            max_new_tokens = min(max_new_tokens, model.n_seq - ids.shape[1])
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(seed)
         out = model.generate(ids.to(device), max_new_tokens, temperature, generator)
         return self.tokens.decode(out[0].tolist())
 
     def vocabulary_json(self) -> str:
+        return self.tokens.vocab.tokenizer.to_str(pretty=False)
+
+    def tokenizer_json(self) -> str:
+        """The tokeniser as the tokenizers library writes it: with it a text becomes the ids that the models know."""
         return self.tokens.vocab.tokenizer.to_str(pretty=False)
 
     def _loader(self, ids: np.ndarray, shuffle: bool = False, seed: int = 0) -> DataLoader:
@@ -126,7 +147,7 @@ def prepare_text(config: Any) -> StudyText:
         ValueError, OSError: see ``bklm.data.load_corpus`` and ``bklm.data.make_loader``.
     """
     corpus = load_corpus(config.dataset, config.data_dir)
-    tokens = tokenize_corpus(corpus, config.vocab_size, config.max_train_tokens or None)
+    tokens = tokenize_corpus(corpus, config.vocab_size, config.max_train_tokens or None, config.tokenizer)
     layout = "disjoint" if getattr(config, "protocol", "") == "original" else "every-target-once"
     baselines = ngram_baselines(corpus, tokens, config.seq_len)
     text = StudyText(corpus, tokens, config.seq_len, config.batch_size, layout, baselines)
@@ -146,6 +167,21 @@ def check_and_log(text: StudyText, loaders: Iterable[DataLoader]) -> None:
     log.info("Text: %s, %s, from %s", text.describe(), targets, text.corpus.source)
     scores = (f"{r['name']} {r['val_ppl']:.1f}" for r in text.baselines)
     log.info("Baselines: validation PPL %s", ", ".join(scores))
+    if words := warn_of_unknown(text):
+        log.warning("%s", words)
+
+
+def warn_of_unknown(text: StudyText) -> str:
+    """A sentence where so many validation targets are the unknown word that a low perplexity says little; else ""."""
+    share = float(
+        (text.tokens.valid == text.unk_id).sum() / max(1, (text.tokens.valid != text.tokens.pad_id).sum())
+    )
+    if share < MUCH_UNKNOWN or text.tokens.kind == "piece":
+        return ""
+    return (
+        f"{share:.0%} of the validation {text.tokens.kind}s are unknown, which flatters the perplexity: take a larger "
+        f"vocab_size than {text.vocab_size:,} or more text, or tokenizer 'bpe', to which no word is unknown."
+    )
 
 
 def ngram_baselines(corpus: Corpus, tokens: TokenizedCorpus, seq_len: int) -> list[dict[str, Any]]:

@@ -112,3 +112,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and len(short := f"{value:.15g}") + 3 <= len(repr(value)):
         return float(short)
     return value
+
+
+def as_typed(value: Any) -> str:
+    """A field's value as one types it: "0, 0.5" for a tuple, "" for nothing."""
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return ", ".join(as_typed(v) for v in value)
+    return (
+        str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
+    )

@@ -1,4 +1,28 @@
-"""The configuration of a ResNet-BK."""
+"""The configuration of a ResNet-BK.
+
+How the defaults of the mixer "solve" were chosen: validation perplexity on a WikiText-2 sample (lower case, 1,000 words,
+windows of 64, batch 16, 728,904 parameters: 3 layers of width 128, 8 heads, dense; AdamW without decay, clip 1, cosine over 4
+epochs after 5% warm-up, seed 0), after epoch 1 at a rate of 1e-3, 1 at 3e-3 and 4 at 3e-3. Another seed moves the first
+column by 0.7. What a row does not name is as in the first one; the last row is a prototype of the same operator.
+
+    convolution 0, least_eta 0.02, energy_span 0, hopping 0.95   34.42   34.15   27.90
+    convolution 4 (taken)                                        34.30   33.76   27.44
+    convolution 4, least_eta 0.1 (the baseline study)              -     33.56   27.18
+    convolution 4, energy_span 1                                   -     34.68   27.95
+    convolution 4, energy_span 1, least_eta 0.1                    -     33.42     -
+    least_eta 0.1                                                34.02     -       -
+    energy_span 0.7                                              34.70     -       -
+    energy_span 1.6                                              35.12     -       -
+    hopping 0.8                                                  34.36     -       -
+    hopping 0.99                                                 34.51     -       -
+    4 heads                                                      34.79     -       -
+    16 heads                                                     35.09     -       -
+    output's first weights N(0, 0.02), not a tenth of it         37.41     -       -
+    weight decay 0.01, clip 0.5                                  34.53     -       -
+    the prototype                                                36.39   34.98   27.21
+
+A cosine over one epoch alone ends at 38.12 (1e-3) and 36.76 (3e-3): too few steps, which is no matter of the model.
+"""
 
 from __future__ import annotations
 

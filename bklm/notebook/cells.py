@@ -6,6 +6,7 @@ Everything here also works headless (papermill, CI): nothing waits for a front e
 from __future__ import annotations
 
 import contextlib
+import functools
 import html
 import io
 import json
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
+from IPython import display as front_end
 from IPython import get_ipython
-from IPython.display import HTML, Image, display
+from IPython.display import display
 
 from bklm.harness.bundle import PAGE, Bundle, add_notebook, zip_study
 from bklm.harness.config import StudyConfig
@@ -41,6 +43,28 @@ TABLE_STYLE = (
 LONG_CELL = 30  # characters
 PICTURE_WIDTH = 760  # pixels: readable on a desktop, and scaled down by phones
 Result = TypeVar("Result")
+
+
+class HTML(front_end.HTML):
+    """HTML, and the text that a front end without HTML, such as a console, shows in its place."""
+
+    def __init__(self, data: str, text: str) -> None:
+        super().__init__(data)
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+class Image(front_end.Image):
+    """A PNG at a width that phones and desktops both read; where no picture can be shown, its path."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(data=path.read_bytes(), width=PICTURE_WIDTH)
+        self._path = path
+
+    def __repr__(self) -> str:
+        return f"Picture: {self._path.resolve()}"
 
 
 def where() -> str:
@@ -129,7 +153,7 @@ class _Tail(io.TextIOBase):
     def write(self, text: str) -> int:
         *done, self._begun = (self._begun + text).split("\n")
         self._lines.extend(done)
-        shown = HTML(as_pre(self._lines))
+        shown = HTML(as_pre(self._lines), "\n".join(self._lines))
         if self._handle is None:
             self._handle = display(shown, display_id=True)
         elif done:
@@ -152,7 +176,7 @@ class LiveFigure:
         self._path = path
         if where() == "shell":
             return
-        image = Image(data=path.read_bytes(), width=PICTURE_WIDTH)
+        image = Image(path)
         if self._handle is None:
             self._handle = display(image, display_id=True)
         else:
@@ -168,14 +192,15 @@ class LiveFigure:
 
 def show_table(rows: Sequence[dict[str, Any]], headless: bool = False) -> None:
     """A table of rows: as text where only text is streamed, as HTML otherwise, which a narrow screen can scroll."""
-    if is_headless(headless) or where() == "shell":
-        print(as_text(list(rows)))
+    text = as_text(list(rows))
+    if _is_plain(headless):
+        print(text)
         return
     found = pd.DataFrame(rows).fillna("")
     words = [f"words{i}" for i, name in enumerate(found, 1) if _is_words(found[name])]
     table = found.to_html(index=False, border=0, classes=["bklm", *words])
     table = re.sub(rf"<td>(?=[^<]{{{LONG_CELL},}})", '<td class="long">', table)
-    display(HTML(f'<style>{TABLE_STYLE}</style><div style="overflow-x:auto">{table}</div>'))
+    display(HTML(f'<style>{TABLE_STYLE}</style><div style="overflow-x:auto">{table}</div>', text))
 
 
 def _is_words(column: pd.Series) -> bool:
@@ -188,21 +213,33 @@ def _is_words(column: pd.Series) -> bool:
 
 def say(text: str, headless: bool = False) -> None:
     """A sentence or more, wrapped between words; as plain text where only text is streamed."""
-    if is_headless(headless):
+    if _is_plain(headless):
         print(text)
-    elif where() == "shell":
-        # No front end renders anything; the mark sets it off from what a script prints itself.
-        print(f"- {text}")
     else:
-        display(HTML(f'<p style="max-width:60em; line-height:1.5">{html.escape(text)}</p>'))
+        display(HTML(f'<p style="max-width:60em; line-height:1.5">{html.escape(text)}</p>', text))
+
+
+def _is_plain(headless: bool) -> bool:
+    """Whether only text is streamed; a script that did not ask for that is told so, once."""
+    if is_headless(headless):
+        return True
+    if where() != "shell":
+        return False
+    _tell_what_is_plain()
+    return True
+
+
+@functools.cache
+def _tell_what_is_plain() -> None:
+    print("No front end shows this: tables are plain text, and a picture is named by its file.")
 
 
 def show_picture(path: Path) -> None:
-    """A PNG at a width that phones and desktops both read; its path where no front end can show it."""
+    """A PNG; its path where no front end can show it."""
     if where() == "shell":
-        print(f"Picture: {path.resolve()}")
+        print(Image(path))
         return
-    display(Image(filename=str(path), width=PICTURE_WIDTH))
+    display(Image(path))
 
 
 def finish(folder: Path, headless: bool = False) -> Bundle:
@@ -254,6 +291,6 @@ def _add_this_notebook(folder: Path) -> Path | None:
         )
         print(
             f"The notebook itself could not be added to the zip ({reason}): {page}; to have the notebook in it, too, save it "
-            "and run this cell again."
+            f"and run this cell again, or, once it is executed: python -m bklm.harness.bundle {folder} --notebook FILE.ipynb"
         )
         return None

@@ -14,7 +14,9 @@ import nbformat
 
 from bklm.files.atomic import write_text
 from bklm.harness.bundle import read_notebook
-from bklm.harness.config import FieldSpec, StudyConfig
+from bklm.harness.config import StudyConfig
+from bklm.harness.fields import FieldSpec
+from bklm.harness.values import as_typed
 from bklm.studies import configs
 
 FORMS: dict[str, type[StudyConfig]] = {f"notebooks/{c.notebook}.ipynb": c for c in configs()}
@@ -58,17 +60,6 @@ def _form_line(spec: FieldSpec) -> str:
         return f'{spec.name} = {default}  # @param {{type:"slider", min:{spec.low:g}, max:{spec.high:g}, step:{spec.step:g}}}'
     kind = {bool: "boolean", int: "integer", float: "number"}[spec.base]
     return f'{spec.name} = {default!r}  # @param {{type:"{kind}"}}'
-
-
-def as_typed(value: Any) -> str:
-    """A field's value as one types it: "0, 0.5" for a tuple, "" for nothing."""
-    if value is None:
-        return ""
-    if isinstance(value, tuple):
-        return ", ".join(as_typed(v) for v in value)
-    return (
-        str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
-    )
 
 
 def config_from(config_class: type[Config], namespace: dict[str, Any]) -> Config:

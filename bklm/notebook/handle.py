@@ -31,6 +31,9 @@ from bklm.harness.text import readable_baselines
 from bklm.notebook import cells
 from bklm.notebook.controls import Controls
 from bklm.notebook.form import is_headless
+from bklm.notebook.process import StudyRun
+from bklm.trained.model import load
+from bklm.trained.run import open_run
 
 
 def describe_text(text: Any) -> list[str]:
@@ -84,6 +87,7 @@ class Study:
         self.result: StudyResult | None = None
         self._prepared: tuple[StudyConfig, Any] | None = None
         self._bundle: Bundle | None = None
+        self._button: StudyRun | None = None  # of the Run button, as the last run or reading back found it
         self.controls.show()
         before = [v for v in namespace.values() if isinstance(v, Study) and v._module is self._module]
         if before and not self.headless:
@@ -98,7 +102,10 @@ class Study:
 
     def run(self) -> None:
         """Run the study in this cell, or read back what an earlier run or the Run button has left."""
-        config = self._config()
+        self._run(self._config())
+
+    def _run(self, config: StudyConfig) -> None:
+        self._button = self.controls.study
         run = getattr(self._module, f"run_{config.study}")
         if self._reads_text:
             run = partial(run, text=self._text_of(config))
@@ -157,8 +164,23 @@ class Study:
             raise ValueError(f"sample: the study {result.config.study!r} has no model that writes.")
         cells.say(write(result, self._text_of(result.config), **choices), self.headless)
 
+    def features(self, sentence: str, model: str = "") -> None:
+        """Show what a trained ResNetBK makes of a sentence: the potential of each word and the resolvent, as a figure.
+
+        Without ``model`` it is the best ResNetBK of this run; a run without one, or too long a sentence, is said.
+        """
+        folder = self._done().folder
+        try:
+            trained = load(
+                folder, model or next((m.name for m in open_run(folder).models() if m.has_potential), None)
+            )
+            cells.show_picture(trained.features(sentence).figure(folder / "features.png"))
+        except ValueError as error:
+            cells.say(str(error), self.headless)
+
     def zip(self) -> None:
         """Zip the study's folder with this notebook as executed so far; print path, size and SHA-256."""
+        self._done().renew_page()
         self._bundle = cells.finish(self._done().folder, self.headless)
 
     def download(self) -> None:
@@ -182,6 +204,10 @@ class Study:
         return self._prepared[1]
 
     def _done(self) -> StudyResult:
+        button = self.controls.study
+        if button is not None and button is not self._button and button.returncode == 0:
+            # What the Run button has left since is what the cells below show, read back with log and main picture.
+            self._run(button.config.resolved())
         if self.result is None:
             raise ValueError("study: nothing has been run yet; run the cell with study.run() first.")
         return self.result

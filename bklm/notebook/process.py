@@ -31,6 +31,7 @@ class StudyRun:
     """``python -m bklm.studies.NAME`` with a config's settings, running beside this process.
 
     Attributes:
+        config: the settings that it was started with.
         percent, doing, counts: what the study's progress bar said last; 0 and "" before it said anything.
         lines: the last lines that it printed besides the bar.
         returncode: None while it runs; then that of the process.
@@ -38,6 +39,7 @@ class StudyRun:
 
     def __init__(self, config: StudyConfig, on_change: Callable[[], None] | None = None) -> None:
         """Start it. ``on_change`` is called, from a thread, after each piece of output and once at the end."""
+        self.config = config
         self.folder = Path(config.resolved().output_dir) / config.study
         self.percent, self.doing, self.counts = 0, "", ""
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)

@@ -144,7 +144,7 @@ def readable_checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "Ward identity": f"{r['ward_error']:.1e}",
             "first call, s": f"{r['first_call_seconds']:.3f}",
             "later calls, µs": f"{r['call_microseconds']:,.0f}",
-            "": "right" if r["ok"] else "WRONG",
+            "verdict": "right" if r["ok"] else "WRONG",
         }
         for r in rows
     ]

@@ -43,6 +43,7 @@ def run_cases(selection, interpret):
     assert " passed" in run(cases, interpret)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)  # half a minute of work, on a machine that may be busy
 def test_kernels_under_the_interpreter():
     run_cases("not slow", interpret=True)

@@ -16,6 +16,7 @@ from bklm.bk_core import (
     solve_reference,
     solve_step,
 )
+from bklm.bk_core.cpu.solve_lines import CHUNK
 
 BACKENDS = ["reference", "torch", "cpu"]
 F32, F64 = torch.float32, torch.float64
@@ -101,6 +102,21 @@ def test_a_row_of_4096_equals_the_banded_and_the_sequential_solve(columns, dtype
     assert error(resolvent_solve(x, a, b, c, z), expected) < tolerance
     causal = resolvent_solve(x, a, b, c, z, causal=True)
     assert error(causal, sequential(x, a, b, c, z, True)) < tolerance
+
+
+@pytest.mark.parametrize(("eta", "broken"), [(1.0, False), (1e-3, False), (1.0, True)])
+def test_a_row_of_several_chunks_is_the_banded_solve_whatever_it_remembers(eta, broken):
+    n, z = 2 * CHUNK + 77, 0.2 + 1j * eta
+    g = torch.Generator().manual_seed(7)
+    x, a = (torch.randn(2, n, generator=g, dtype=F64) for _ in range(2))
+    a[1] *= 0.05  # a row in the band remembers as far as 1 / eta
+    x[0, CHUNK + 9] = float("nan") if broken else 1.0
+    found = resolvent_solve(x[..., None], a, 0.9, 0.9, z)[..., 0]
+    assert torch.isnan(found[0]).all() == broken
+    for row in (1,) if broken else (0, 1):
+        bands = np.stack([np.full(n, 0.9 + 0j), a[row].numpy() - z, np.full(n, 0.9 + 0j)])
+        expected = torch.from_numpy(scipy.linalg.solve_banded((1, 1), bands, x[row].numpy() + 0j))
+        assert error(found[row], expected) < 1e-11
 
 
 @pytest.mark.slow

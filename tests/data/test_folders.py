@@ -61,10 +61,10 @@ def test_a_missing_folder_is_one_sentence(tmp_path):
         load_corpus("wikitext-2", tmp_path / "none")
 
 
-def test_a_file_in_place_of_a_folder_is_one_sentence(tmp_path):
-    (tmp_path / "train.txt").write_text("x")
-    with pytest.raises(NotADirectoryError, match=r"is not a folder; give one with train.txt"):
-        load_corpus("wikitext-2", tmp_path / "train.txt")
+def test_a_file_that_is_no_text_is_one_sentence(tmp_path):
+    (tmp_path / "train.pdf").write_text("x")
+    with pytest.raises(ValueError, match=r"^data_dir .*train.pdf' is no text that can be read; give one .txt"):
+        load_corpus("wikitext-2", tmp_path / "train.pdf")
 
 
 @pytest.mark.parametrize("name", ["\0", "x" * 5000])

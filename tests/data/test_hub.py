@@ -99,6 +99,7 @@ def load(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_wikitext_2_comes_from_the_hub_and_later_from_its_cache(hub_root, load):
     with serve_hub(hub_root) as hub:
         first = load(hub.url)
@@ -117,6 +118,7 @@ def test_wikitext_2_comes_from_the_hub_and_later_from_its_cache(hub_root, load):
     assert second["sha256"] == first["sha256"]
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_is_one_quick_sentence_with_the_three_ways_on(load):
     answer = load("http://127.0.0.1:9")
     assert answer["error"] == "ConnectionError"

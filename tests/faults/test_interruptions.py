@@ -106,7 +106,8 @@ def test_a_disk_that_fills_up_is_one_sentence_and_costs_nothing_that_was_finishe
             run_grad_blend(config)
     assert "\n" not in str(caught.value)
     finished = {
-        p: p.stat().st_mtime_ns for p in Path(config.output_dir).glob("grad_blend/trials/*/result.json")
+        p: p.stat().st_mtime_ns
+        for p in Path(config.output_dir).glob("grad_blend/internals/trials/*/result.json")
     }
     again = run_grad_blend(config)
     assert numbers(again.folder) == undisturbed(config)
@@ -307,6 +308,7 @@ def test_settings_of_another_shape_in_the_folder_are_set_aside_and_not_trusted(t
     assert "set aside as config.json.damaged-1" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_final_model_that_is_damaged_or_gone_is_trained_again_to_the_same_weights(config):
     folder = run_grad_blend(config).folder
     weights = folder / "final" / "best_model.safetensors"
@@ -321,13 +323,14 @@ def test_a_final_model_that_is_damaged_or_gone_is_trained_again_to_the_same_weig
         assert weights.read_bytes() == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
     [("epochs", [{}]), ("epochs", ["1"]), ("final_perplexity", math.nan), ("directions", None)],
 )
 def test_a_result_of_another_shape_is_set_aside_and_its_trial_trained_again(config, undisturbed, key, value):
     folder = run_grad_blend(config).folder
-    result = folder / "trials" / "alpha_0_seed_1" / "result.json"
+    result = folder / "internals" / "trials" / "alpha_0_seed_1" / "result.json"
     result.write_text(json.dumps({**json.loads(result.read_text()), key: value}))
     assert numbers(run_grad_blend(config).folder) == undisturbed(config)
     assert result.with_name("result.json.damaged-1").exists()

@@ -74,7 +74,7 @@ def test_the_point_of_a_helper_that_is_killed_is_done_by_the_others(config, monk
 
     def kill_at_work() -> None:
         deadline = time.monotonic() + 120
-        folder = Path(config.output_dir) / "grad_blend" / "trials"
+        folder = Path(config.output_dir) / "grad_blend" / "internals" / "trials"
         while time.monotonic() < deadline and not killed:
             # Two folders of trials under way: one of them is the helper's.
             if len(list(folder.glob("*/checkpoints"))) > 1 and helpers():

@@ -93,13 +93,13 @@ def test_the_estimate_follows_the_controls_and_says_why_there_is_none(tiny_confi
         seen.append(config.batch_size)
         if config.batch_size > 50:
             raise OSError("no such <text>")
-        return config.batch_size / 8
+        return config.batch_size / 4
 
     controls = Controls(tiny_config, ["batch_size"], estimate=estimate)
     controls.show()
-    assert "<b>1 min</b>" in controls._guess.value
+    assert "<b>about 2 min</b>" in controls._guess.value
     controls.widgets["batch_size"].value = 16
-    assert "<b>2 min</b>" in controls._guess.value
+    assert "<b>about 4 min</b>" in controls._guess.value
     controls.widgets["batch_size"].value = 64
     assert controls._guess.value == "No estimate: no such &lt;text&gt;"
     assert seen == [8, 16, 64]

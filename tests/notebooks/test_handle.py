@@ -47,6 +47,7 @@ def shown(monkeypatch):
     return given
 
 
+@pytest.mark.slow
 def test_headless_every_part_of_a_study_is_plain_text_in_the_order_of_the_cells(finished, shown, capsys):
     study = notebook.study("grad_blend", variables(finished))
     study.text()
@@ -59,7 +60,7 @@ def test_headless_every_part_of_a_study_is_plain_text_in_the_order_of_the_cells(
     study.download()
     printed = capsys.readouterr().out
     parts = (
-        "training tokens", "Kneser-Ney 3-gram", "reported by the original", study.result.finding.splitlines()[0],
+        "training tokens", "Kneser-Ney 3-gram", "val PPL (95%)", study.result.finding.splitlines()[0],
         "Test perplexity with alpha 0: ", "the cat", "SHA-256: ",
     )  # fmt: skip
     places = [printed.index(part) for part in parts]
@@ -77,7 +78,7 @@ def test_in_a_kernel_controls_text_log_tables_and_pictures_are_displayed(finishe
     study.run()
     assert any("Settings: " in thing.data for thing in shown)
     study.table("alphas")
-    assert "reported by the original" in shown[-1].data
+    assert "val PPL (95%)" in shown[-1].data
     study.finding()
     assert shown[-1].data.startswith("<p")
     study.figure("experts.png")
@@ -147,6 +148,25 @@ def test_a_table_that_a_run_does_not_have_is_a_sentence_with_those_it_has(finish
     for name in ("number", "nothing"):
         with pytest.raises(ValueError, match=f"say: got '{name}'; the result has no sentence"):
             study.say(name)
+
+
+def test_after_the_run_button_the_cells_below_show_what_it_left(finished, shown, monkeypatch):
+    study = notebook.study("grad_blend", variables(finished, headless=False))
+    shown.clear()
+    study.controls.study = SimpleNamespace(config=finished, returncode=None, is_running=True)
+    with pytest.raises(ValueError, match="nothing has been run yet"):
+        study.table()
+    study.controls.study.returncode = 0
+    # A control that was moved afterwards does not belong to that run.
+    study.controls.widgets["batch_size"].value = 16
+    study.table()
+    kinds = [type(thing).__name__ for thing in shown]
+    assert kinds.index("Image") < len(kinds) - 1
+    assert "val PPL (95%)" in shown[-1].data
+    assert study.result.config == finished.resolved()
+    shown.clear()
+    study.table()
+    assert [type(thing).__name__ for thing in shown] == ["HTML"]
 
 
 def test_cells_below_one_that_has_not_run_say_so(finished):

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import nbformat
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from IPython.core.interactiveshell import InteractiveShell
 
 from bklm.harness import values
@@ -253,7 +254,23 @@ def test_the_figure_of_a_run_ends_as_the_study_left_it(kernel, monkeypatch, tmp_
     assert shown == [png + b"1 of 8 trials done", png + b"all of them"]
 
 
+def test_a_console_shows_the_text_that_html_and_pictures_stand_for(kernel, monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr(notebook, "display", lambda thing, display_id=None: shown.append(thing))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(16))
+    notebook.say("<unk> is a word")
+    notebook.show_table([{"way": "a", "time": 2}])
+    notebook.show_picture(tmp_path / "a.png")
+    notebook._Tail().write("a line of the log\n")
+    bundles = [DisplayFormatter().format(thing)[0] for thing in shown]
+    assert [" ".join(bundle["text/plain"].split()) for bundle in bundles] == [
+        "<unk> is a word", "way time a 2", f"Picture: {tmp_path / 'a.png'}", "a line of the log",
+    ]  # fmt: skip
+    assert all("text/html" in bundle or "image/png" in bundle for bundle in bundles)
+
+
 def test_without_a_front_end_everything_is_plain_text(tmp_path, capsys):
+    notebook._tell_what_is_plain.cache_clear()
     (tmp_path / "a.png").write_bytes(b"png")
     notebook.say("<unk> is a word")
     notebook.show_table([{"way": "a", "time": 2}])
@@ -266,8 +283,10 @@ def test_without_a_front_end_everything_is_plain_text(tmp_path, capsys):
     notebook.run(study, None)
     printed = capsys.readouterr().out
     picture = f"Picture: {tmp_path / 'a.png'}"
+    said = "No front end shows this: tables are plain text, and a picture is named by its file."
     assert [line.split() for line in printed.splitlines()] == [
-        line.split() for line in ("- <unk> is a word", "way time", "a 2", picture, "a line of the log", picture)
+        line.split()
+        for line in (said, "<unk> is a word", "way time", "a 2", picture, "a line of the log", picture)
     ]
 
 

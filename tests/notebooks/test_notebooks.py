@@ -221,7 +221,7 @@ def test_03_baseline_training_smoke_runs_headless_and_compares_the_three_models(
     values = {"profile": "smoke", "dataset": "embedded"}
     printed = run(ROOT / "notebooks" / "03_baseline_training.ipynb", tmp_path, **values)
     assert "Lowest validation PPL: " in printed
-    assert "reported by the original" in printed
+    assert "reported by the original" not in printed  # it stands beside WikiText-2 only
     assert "not possible" in printed  # GPT, beyond its positions
     assert "planned for NewLLM by its original: int8" in printed
     assert "epoch_0002_ppl_" in printed  # the list of checkpoints

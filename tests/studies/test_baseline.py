@@ -150,6 +150,7 @@ def test_all_models_are_searched_trained_measured_and_reported_in_one_zip(tiny, 
         assert len(write_sample(result, prepare_text(config.resolved()), model, "The cat", 0).split()) > 2
 
 
+@pytest.mark.slow
 def test_a_result_that_lacks_what_is_needed_is_set_aside_and_made_again(tiny):
     first = run_baseline(tiny)
     path = first.folder / "runs" / "newllm_seed_0" / "result.json"
@@ -159,6 +160,7 @@ def test_a_result_that_lacks_what_is_needed_is_set_aside_and_made_again(tiny):
     assert path.with_name("result.json.damaged-1").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["newllm", "resnet_bk", "lstm", "linear_context"])
 def test_after_ctrl_c_the_study_goes_on_and_ends_with_the_numbers_of_an_undisturbed_one(
     tiny, tmp_path, monkeypatch, model
@@ -216,6 +218,7 @@ def test_checkpoints_go_where_they_are_wanted_and_tell_which_model_they_hold(tin
         choose_checkpoint(rows, 0, other)
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_a_checkpoint_of_a_shorter_one(tiny, tmp_path):
     short = dataclasses.replace(tiny, epochs=2)
     (place,) = [r["path"] for r in checkpoints_table(run_baseline(short)) if r["epoch"] == 2]
@@ -274,6 +277,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused(tiny, monkeypatch):
         run_baseline(config)
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_diverges_is_an_answer_and_not_taken(tiny, monkeypatch):
     real = baseline_runner.train
 
@@ -380,6 +384,7 @@ def test_a_text_handed_in_is_not_prepared_again(tiny, monkeypatch):
     assert run_baseline(dataclasses.replace(tiny, epochs=1), text=text).baselines == text.baselines
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_moment_leaves_no_trace_in_the_numbers(tiny, tmp_path, monkeypatch):
     undisturbed = run_baseline(dataclasses.replace(tiny, output_dir=str(tmp_path / "undisturbed")))
     real, faults = baseline_runner.train, []
@@ -398,6 +403,7 @@ def test_a_fault_of_the_moment_leaves_no_trace_in_the_numbers(tiny, tmp_path, mo
     assert curve(result) == curve(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_record_without_weights_is_reported_and_only_a_sample_of_it_is_refused(tiny):
     """What a database brings of another machine's runs: its records, and none of its weights."""
     config = dataclasses.replace(tiny, seeds=(0, 1), epochs=1)
@@ -530,13 +536,13 @@ def run_of(model: str, seed: int, perplexity: float | None) -> dict:
 
 
 def test_a_difference_inside_its_interval_is_called_none_and_one_outside_worse():
-    runs = [run_of("newllm", 0, 50.0), run_of("newllm", 1, 55.0)]
-    same = [*runs, run_of("gpt", 0, 56.0), run_of("gpt", 1, 50.0)]
+    runs = [run_of("newllm", 0, 50.0), run_of("newllm", 1, 55.0), run_of("newllm", 2, 52.4)]
+    same = [*runs, run_of("gpt", 0, 56.0), run_of("gpt", 1, 50.0), run_of("gpt", 2, 52.5)]
     assert MODELS.finding(same).startswith("Lowest validation PPL: NewLLM, 52.4 (")
     assert "no difference beyond the 95% interval: GPT x" in MODELS.finding(same)
     assert "no other is worse" in MODELS.headline(same)
-    worse = [*runs, run_of("gpt", 0, 60.0), run_of("gpt", 1, 66.1)]
-    assert "worse over 2 paired seeds: GPT x1.201 (" in MODELS.finding(worse)
+    worse = [*runs, run_of("gpt", 0, 60.0), run_of("gpt", 1, 66.1), run_of("gpt", 2, 62.9)]
+    assert "worse over 3 paired seeds: GPT x1.201 (" in MODELS.finding(worse)
     assert "1 of 1 others is worse" in MODELS.headline(worse)
     lost = [run_of("resnet_bk", 0, None), run_of("resnet_bk", 1, None)]
     quality = readable_quality(model_table([*worse, *lost], {}), [])

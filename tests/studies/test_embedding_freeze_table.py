@@ -245,7 +245,8 @@ def test_a_cell_that_lost_a_seed_enters_no_effect_and_its_arm_is_no_candidate_fo
 def test_seeds_that_every_cell_lost_leave_the_effects_to_the_others():
     trials = [t | {"val_ppl": None} if t["seed"] == 1 else t for t in study(freezing=0.9)]
     assert effect(trials, "freezing").mean == pytest.approx(0.9)
-    assert "over 2 paired seeds" in state_finding(trials)
+    assert verdict(effect(trials, "freezing")) == "no verdict"
+    assert "two seeds, so ranges, no interval and no verdict" in state_finding(trials)
 
 
 def test_the_originals_arm_that_is_scored_on_other_documents_is_never_the_best():

@@ -15,6 +15,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from small import SMALL, run_of, small
 
@@ -22,6 +23,7 @@ from bklm.harness import folder as folder_module
 from bklm.harness import session
 from bklm.harness.cli import parse
 from bklm.harness.folder import study_folder
+from bklm.harness.page import meaning
 from bklm.harness.report import command_words
 from bklm.studies import STUDIES
 
@@ -151,6 +153,13 @@ def test_its_tables_have_rows_and_every_column_a_name(runs, study):
     for name, make in tables.items():
         for row in make():
             assert all(isinstance(column, str) and column for column in row), name
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_column_of_its_csv_files_is_explained_in_the_report(runs, study):
+    files = list(runs(study).folder.glob("*.csv"))
+    assert files
+    assert [c for file in files for c in pd.read_csv(file, nrows=0).columns if not meaning(c)] == []
 
 
 @pytest.mark.parametrize("study", TRAINED)

@@ -164,7 +164,7 @@ def test_killed_with_signal_9_it_goes_on_and_ends_with_the_numbers_of_an_undistu
     process = command(config)
     folder = Path(config.output_dir) / "example"
     deadline = time.monotonic() + 200
-    while not list(folder.glob("trials/*/checkpoints/epoch_0003")) and time.monotonic() < deadline:
+    while not list(folder.glob("internals/trials/*/checkpoints/epoch_0003")) and time.monotonic() < deadline:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)

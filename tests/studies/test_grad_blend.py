@@ -44,6 +44,7 @@ def numbers(folder: Path) -> list:
     return [[r["alpha"], *(r[n] for n in NUMBERS)] for r in results]
 
 
+@pytest.mark.slow
 @pytest.mark.draws
 def test_the_zip_holds_the_originals_files_with_the_originals_keys_and_the_manifest(tiny_config):
     result = run_grad_blend(tiny_config)
@@ -67,15 +68,19 @@ def test_the_zip_holds_the_originals_files_with_the_originals_keys_and_the_manif
     assert result.best_alpha == min(result.table, key=lambda r: r["val_ppl"])["alpha"]
 
 
+@pytest.mark.slow
 def test_two_fresh_runs_of_the_same_config_give_the_same_numbers(tiny_config, tmp_path):
     first = run_grad_blend(tiny_config)
     second = run_grad_blend(dataclasses.replace(tiny_config, output_dir=str(tmp_path / "second")))
     assert numbers(first.folder) == numbers(second.folder)
 
 
+@pytest.mark.slow
 def test_a_damaged_trial_result_is_set_aside_and_only_that_trial_is_trained_again(tiny_config, monkeypatch):
     first = run_grad_blend(tiny_config)
-    (first.folder / "trials" / "alpha_0.5_seed_1" / "result.json").write_text('{"alpha": 0.5, "se')
+    (first.folder / "internals" / "trials" / "alpha_0.5_seed_1" / "result.json").write_text(
+        '{"alpha": 0.5, "se'
+    )
     trained = []
     real = grad_blend.train
     monkeypatch.setattr(grad_blend, "train", lambda *a, **k: trained.append(k["label"]) or real(*a, **k))
@@ -84,6 +89,7 @@ def test_a_damaged_trial_result_is_set_aside_and_only_that_trial_is_trained_agai
     assert [r["val_ppl"] for r in second.table] == [r["val_ppl"] for r in first.table]
 
 
+@pytest.mark.slow
 def test_a_folder_whose_text_has_changed_is_refused(tiny_config, small_text, tmp_path):
     run_grad_blend(tiny_config)
     other = tmp_path / "other"
@@ -94,6 +100,7 @@ def test_a_folder_whose_text_has_changed_is_refused(tiny_config, small_text, tmp
         run_grad_blend(dataclasses.replace(tiny_config, data_dir=str(other)))
 
 
+@pytest.mark.slow
 def test_a_folder_that_does_not_say_its_version_is_of_the_first_and_can_be_gone_on_with(
     tiny_config, monkeypatch
 ):
@@ -106,6 +113,7 @@ def test_a_folder_that_does_not_say_its_version_is_of_the_first_and_can_be_gone_
     assert run_grad_blend(tiny_config).table == first.table
 
 
+@pytest.mark.slow
 def test_a_text_named_by_the_environment_is_in_manifest_and_command_and_old_folders_go_on(
     tiny_config, monkeypatch
 ):
@@ -121,6 +129,7 @@ def test_a_text_named_by_the_environment_is_in_manifest_and_command_and_old_fold
     assert run_grad_blend(dataclasses.replace(tiny_config, data_dir=None)).table == result.table
 
 
+@pytest.mark.slow
 def test_a_refused_run_claims_no_folder(tiny_config):
     with pytest.raises(ValueError, match="batch"):
         run_grad_blend(dataclasses.replace(tiny_config, batch_size=128, seq_len=16))
@@ -144,6 +153,7 @@ def test_all_models_of_a_seed_start_from_the_same_weights_and_another_seed_from_
     assert not torch.equal(initial(0.0, 0), initial(0.0, 1))
 
 
+@pytest.mark.slow
 def test_the_original_protocol_is_the_originals_model_and_says_on_everything_that_it_sees_the_future(
     tiny_config,
 ):
@@ -159,6 +169,7 @@ def test_the_original_protocol_is_the_originals_model_and_says_on_everything_tha
     assert verdicts["untrained, causal"] == "never sees the future"
 
 
+@pytest.mark.slow
 def test_the_corrected_model_leaks_exactly_nothing(tiny_config):
     result = run_grad_blend(tiny_config)
     rows = future.measure_future(load_final_model(result.folder), prepare_text(result.config))
@@ -180,6 +191,7 @@ def test_measured_directions_agree_with_their_definitions(tiny_config):
     assert pooled["hypothesis-7"]["norm_ratio"] > 1
 
 
+@pytest.mark.slow
 def test_the_sweep_runs_on_the_model_that_reads(tiny_config):
     result = run_grad_blend(dataclasses.replace(tiny_config, mixer="solve"))
     model = load_final_model(result.folder)
@@ -206,11 +218,12 @@ def trial(alpha: float, seed: int, perplexity: float | None) -> dict:
 
 
 def test_a_difference_inside_its_interval_is_called_none_and_one_outside_worse():
-    same = [trial(0.0, 0, 100.0), trial(0.0, 1, 110.0), trial(0.5, 0, 111.0), trial(0.5, 1, 100.0)]
+    same = [trial(0.0, s, p) for s, p in enumerate((100.0, 110.0, 105.0))]
+    same += [trial(0.5, s, p) for s, p in enumerate((111.0, 100.0, 106.0))]
     assert "no difference beyond the 95% interval: alpha 0.5 x" in ALPHAS.finding(same)
     # Paired over seeds a constant ratio is certain although the seeds themselves scatter.
-    worse = [trial(0.0, 0, 100.0), trial(0.0, 1, 110.0), trial(0.5, 0, 105.0), trial(0.5, 1, 115.6)]
-    assert "worse over 2 paired seeds: alpha 0.5 x1.050 (" in ALPHAS.finding(worse)
+    worse = same[:3] + [trial(0.5, s, p) for s, p in enumerate((105.0, 115.6, 110.25))]
+    assert "worse over 3 paired seeds: alpha 0.5 x1.050 (" in ALPHAS.finding(worse)
     assert "1 of 1 other alphas is worse" in ALPHAS.headline(worse)
 
 
@@ -232,6 +245,7 @@ def test_one_seed_gives_no_interval_and_no_verdict():
     assert "no verdict" in ALPHAS.finding(trials)
 
 
+@pytest.mark.slow
 def test_the_command_of_a_study_ends_with_one_sentence_and_code_2_for_bad_input(tmp_path):
     words = [sys.executable, "-m", "bklm.studies.grad_blend", "--data_dir", str(tmp_path / "nowhere")]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
@@ -240,6 +254,7 @@ def test_the_command_of_a_study_ends_with_one_sentence_and_code_2_for_bad_input(
     assert "nowhere" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_command_prints_settings_trials_with_the_time_left_table_and_zip(tiny_config):
     words = [sys.executable, *command_for(tiny_config.resolved()).split()[1:]]
     done = subprocess.run(words, capture_output=True, text=True)
@@ -264,6 +279,7 @@ def test_settings_that_cannot_train_are_refused_before_the_folder_is_claimed(tin
     assert not (Path(tiny_config.output_dir) / "grad_blend" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_config_does_not_let_other_settings_into_the_folder(tiny_config):
     first = run_grad_blend(tiny_config)
     (first.folder / "config.json").write_text('{"config": {"alph')
@@ -277,6 +293,7 @@ def test_a_damaged_config_does_not_let_other_settings_into_the_folder(tiny_confi
     )
 
 
+@pytest.mark.slow
 def test_damaged_early_directions_make_the_trial_start_again(tiny_config, monkeypatch):
     config = dataclasses.replace(tiny_config, alphas=(0.0,), epochs_per_trial=2)
     undisturbed = run_grad_blend(dataclasses.replace(config, output_dir=f"{config.output_dir}/undisturbed"))
@@ -332,6 +349,7 @@ def read_strictly(path: Path) -> dict:
     return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{path} holds {word}"))
 
 
+@pytest.mark.slow
 @pytest.mark.draws
 def test_a_trial_that_diverges_is_named_and_counted_in_no_number_and_the_rest_goes_on(tiny_config, diverging):
     diverging("alpha 0, seed 1")
@@ -350,10 +368,11 @@ def test_a_trial_that_diverges_is_named_and_counted_in_no_number_and_the_rest_go
     by_seed = read_strictly(result.paths["grad_blend_results.json"])["results"][0]["final_perplexity_by_seed"]
     # The table's mean goes through a logarithm and back: the same number but for the last digits.
     assert by_seed == {"0": pytest.approx(rows[0.0]["val_ppl"], rel=1e-12), "1": None}
-    assert not list(result.folder.glob("trials/*/checkpoints"))
+    assert not list(result.folder.glob("internals/trials/*/checkpoints"))
     assert "it is recorded as diverged; delete" in (result.folder / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_diverged_trial_is_not_trained_again_and_the_numbers_stay(tiny_config, diverging, monkeypatch):
     diverging("alpha 0, seed 1")
     first = run_grad_blend(tiny_config)
@@ -362,6 +381,7 @@ def test_a_diverged_trial_is_not_trained_again_and_the_numbers_stay(tiny_config,
     assert (second.table, second.finding, second.diverged) == (first.table, first.finding, first.diverged)
 
 
+@pytest.mark.slow
 def test_a_sweep_interrupted_before_a_diverging_trial_records_it_when_it_goes_on(
     tiny_config, diverging, monkeypatch
 ):
@@ -383,6 +403,7 @@ def test_a_sweep_interrupted_before_a_diverging_trial_records_it_when_it_goes_on
     assert [(t["alpha"], t["seed"]) for t in resumed.diverged] == [(0.0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.draws
 def test_an_alpha_whose_seeds_all_diverged_stands_in_table_and_title_as_diverged(tiny_config, diverging):
     diverging("alpha 0.5, seed 0", "alpha 0.5, seed 1")
@@ -408,6 +429,7 @@ def test_when_every_trial_diverges_one_sentence_says_so(tiny_config, diverging):
             run_grad_blend(tiny_config)
 
 
+@pytest.mark.slow
 def test_when_the_final_training_diverges_the_sweeps_table_and_zip_are_there(tiny_config, diverging):
     best = run_grad_blend(dataclasses.replace(tiny_config, output_dir=f"{tiny_config.output_dir}/2")).best_alpha
     diverging(f"best alpha {best:g}, seed 0")

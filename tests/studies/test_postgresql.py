@@ -66,6 +66,7 @@ def quick(point: dict) -> float:
     return sum(point.values())
 
 
+@pytest.mark.slow
 def test_workers_that_start_together_evaluate_each_point_once_and_each_sees_all_results(database, tmp_path):
     journal = tmp_path / "journal"
     workers = [fork.Process(target=worker, args=(database, journal, quick)) for _ in range(4)]
@@ -155,7 +156,9 @@ def test_four_workers_of_which_one_is_killed_give_the_table_of_one(database, tin
         while victim is None:
             assert all(p.poll() is None for p in processes)
             begun = [
-                k for k, f in enumerate(folders) if list(f.glob("grad_blend/trials/*/checkpoints/epoch_*"))
+                k
+                for k, f in enumerate(folders)
+                if list(f.glob("grad_blend/internals/trials/*/checkpoints/epoch_*"))
             ]
             victim = begun[0] if begun else None
             time.sleep(0.01)
@@ -176,6 +179,7 @@ def test_four_workers_of_which_one_is_killed_give_the_table_of_one(database, tin
                 }
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_search_and_the_runs_of_the_baseline_study_and_report_the_same(
     database, small_text, tmp_path
 ):
@@ -207,6 +211,7 @@ def test_two_workers_share_the_search_and_the_runs_of_the_baseline_study_and_rep
         assert kept == set(sorted(runs)[:1])
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverged_with_one_worker_is_adopted_as_such_by_the_next(
     database, tiny_config, tmp_path, monkeypatch
 ):

@@ -100,6 +100,7 @@ def errors_of(result) -> list:
     return [[r[k] for k in keys] for r in result.table]
 
 
+@pytest.mark.slow
 def test_the_zip_holds_tables_figures_cells_and_the_manifest_with_the_command(finished):
     result = finished
     with zipfile.ZipFile(result.bundle.path) as archive:
@@ -108,7 +109,7 @@ def test_the_zip_holds_tables_figures_cells_and_the_manifest_with_the_command(fi
     assert {
         "grid.csv", "batched.csv", "backward.csv", "moe.csv", "total.csv", "architecture.csv", "model.csv", "claims.csv",
         "precision_errors.png", "precision_costs.png", "batched_gradients.png", "claims.png",
-        "summary.json", "manifest.json", "run.log", "cells/accuracy_N8_z1.json",
+        "summary.json", "manifest.json", "run.log", "internals/cells/accuracy_N8_z1.json",
     } <= names  # fmt: skip
     assert manifest["corpus"] is None
     assert json.loads((result.folder / "config.json").read_text())["text_sha256"] is None
@@ -159,7 +160,7 @@ def test_the_total_backward_names_the_precisions_of_both_sides_and_compares_like
 
 def test_a_kept_cell_without_the_like_for_like_arm_still_gives_its_claims(config):
     first = run_precision(config)
-    path = first.folder / "cells" / "total.json"
+    path = first.folder / "internals" / "cells" / "total.json"
     cell = json.loads(path.read_text())
     cell["rows"] = [r for r in cell["rows"] if r["arm"] != precision_parts.ALL_ANALYTIC_DOUBLE]
     path.write_text(json.dumps(cell))
@@ -185,10 +186,11 @@ def test_a_finished_study_is_read_back_and_measures_nothing(config, monkeypatch)
     assert second.recommendation == first.recommendation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda text: text[:50], lambda text: "{}"])
 def test_a_damaged_cell_is_set_aside_and_only_that_cell_is_measured_again(config, monkeypatch, damage):
     first = run_precision(config)
-    path = first.folder / "cells" / "batched_B3.json"
+    path = first.folder / "internals" / "cells" / "batched_B3.json"
     path.write_text(damage(path.read_text()))
     measured = []
     real = Bench._measured
@@ -210,7 +212,7 @@ def test_a_study_killed_with_signal_9_goes_on_after_the_cells_it_has_measured(co
         if value is not None:
             words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    cells = Path(config.output_dir) / "precision" / "cells"
+    cells = Path(config.output_dir) / "precision" / "internals" / "cells"
     # A cell that is being written has a hidden name, and what is left of it is cleared away.
     finished = "[!.]*.json"
     deadline = time.monotonic() + 300
@@ -226,9 +228,10 @@ def test_a_study_killed_with_signal_9_goes_on_after_the_cells_it_has_measured(co
     assert len(result.table) == 3 * 4 * 2
 
 
+@pytest.mark.slow
 def test_cells_of_another_machine_are_measured_again_and_the_difference_is_named(config, capsys):
     first = run_precision(config)
-    path = first.folder / "cells" / "mixed.json"
+    path = first.folder / "internals" / "cells" / "mixed.json"
     cell = json.loads(path.read_text())
     cell["machine"]["processor"] = "another one"
     path.write_text(json.dumps(cell))
@@ -237,6 +240,7 @@ def test_cells_of_another_machine_are_measured_again_and_the_difference_is_named
     assert json.loads(path.read_text())["machine"]["processor"] != "another one"
 
 
+@pytest.mark.slow
 def test_two_fresh_runs_give_the_same_errors(config, tmp_path):
     first = run_precision(config)
     second = run_precision(dataclasses.replace(config, output_dir=str(tmp_path / "second")))
@@ -352,10 +356,13 @@ def test_a_measured_speed_up_gets_the_word_that_its_numbers_allow(measured, low,
     assert verdict(measured, low, high, 2.0, 2.5) == word
 
 
+@pytest.mark.slow
 def test_claims_are_not_judged_on_a_machine_that_others_kept_busy(config):
     first = run_precision(config)
-    assert all(json.loads(p.read_text())["other_cores"] >= 0 for p in first.folder.glob("cells/*.json"))
-    for path in first.folder.glob("cells/*.json"):
+    assert all(
+        json.loads(p.read_text())["other_cores"] >= 0 for p in first.folder.glob("internals/cells/*.json")
+    )
+    for path in first.folder.glob("internals/cells/*.json"):
         cell = json.loads(path.read_text())
         path.write_text(json.dumps({**cell, "other_cores": cell["machine"]["cores"] + 1.0}))
     again = run_precision(config)

@@ -2,8 +2,9 @@
 
 Dispatch, measured on 2 cores (benchmarks/resolvent_solve.py):
 
-- fewer than COLUMNS columns: SIMD over lines, one column of one row each (solve_tiles.py). Lines are cut into tiles as
-  cpu.py cuts rows; how depends on M, N and D alone, so results are deterministic.
+- fewer than COLUMNS columns: lines, one column of one row each. Short ones side by side in the lanes (solve_tiles.py), others
+  one after the other in one pass (solve_lines.py), or, bidirectional with a long memory, cut into tiles. How depends on M, N
+  and D alone, so results are deterministic.
 - else SIMD over the columns of one row after the other (solve_columns.py, solve_adjoint.py).
 - more than one thread from THREADS_FROM elements of y on.
 """
@@ -14,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bklm.bk_core.cpu import solve_adjoint, solve_columns, solve_join, solve_tiles, threads
+from bklm.bk_core.cpu import solve_adjoint, solve_columns, solve_join, solve_lines, solve_tiles, threads
 from bklm.bk_core.cpu.scratch import SCRATCH_LENGTH
 
 COLUMNS = 8
+LINES_FROM = solve_tiles.TILE
+"""Positions; up to here a tile is a whole line."""
 THREADS_FROM = 2**16
 """Below, waking another thread costs about what it saves."""
 
@@ -28,7 +31,7 @@ def causal_rows(x: Tensor, left: Tensor, c: Tensor, reverse: bool) -> Tensor:
     """y (M, N, D) for x (M, N, D), left (M, N), c (1 or M, N - 1)."""
     m, n, columns = x.shape
     if columns < COLUMNS:
-        return _tiles(x, left, None, c, from_left=not reverse, conjugate=False)
+        return _few_columns(x, left, None, c, from_left=not reverse, conjugate=False)
     y = torch.empty(x.shape, dtype=left.dtype, device="cpu")
     rest = (
         x.data_ptr(),
@@ -49,7 +52,7 @@ def tridiagonal_rows(x: Tensor, left: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """y (M, N, D) for x (M, N, D), left (M, N), b and c (1 or M, N - 1)."""
     m, n, columns = x.shape
     if columns < COLUMNS:
-        return _tiles(x, left, c, b, from_left=False, conjugate=False)
+        return _few_columns(x, left, c, b, from_left=False, conjugate=False)
     y = torch.empty(x.shape, dtype=left.dtype, device="cpu")
     rest = (
         x.data_ptr(),
@@ -90,7 +93,7 @@ def _adjoint(gbar, left, b, c, y, reverse, real, sums):
     found = tuple(0 if t is None else t.data_ptr() for t in (S, B, C))
     dtype = _NUMPY[left.dtype]
     if columns < COLUMNS:
-        g = _tiles(gbar, left, b, c, from_left=reverse, conjugate=True)
+        g = _few_columns(gbar, left, b, c, from_left=reverse, conjugate=True)
         if sums:
             rest = (g.data_ptr(), y.data_ptr(), *found, n, columns, reverse, both)
             _run(solve_join.sum_columns, rest, m, g)
@@ -111,8 +114,22 @@ def _adjoint(gbar, left, b, c, y, reverse, real, sums):
     return g, S, B, C
 
 
-def _tiles(x: Tensor, left: Tensor, f: Tensor | None, e: Tensor, from_left: bool, conjugate: bool) -> Tensor:
+def _few_columns(
+    x: Tensor, left: Tensor, f: Tensor | None, e: Tensor, from_left: bool, conjugate: bool
+) -> Tensor:
     """y (M, N, D) with the couplings f of the elimination (None: there is none) and e of the substitution."""
+    m, n, columns = x.shape
+    if n <= LINES_FROM:
+        return _tiles(x, left, f, e, from_left, conjugate)
+    y, left_out = _lines(x, left, f, e, from_left, conjugate)
+    if left_out is not None:
+        tiled = _tiles(x, left, f, e, from_left, conjugate)
+        y = torch.where(left_out.view(m, 1, columns), tiled, y)
+    return y
+
+
+def _tiles(x: Tensor, left: Tensor, f: Tensor | None, e: Tensor, from_left: bool, conjugate: bool) -> Tensor:
+    """As :func:`_few_columns`, tiles of lines side by side."""
     m, n, columns = x.shape
     lines = m * columns
     n_tiles = -(-n // solve_tiles.TILE)
@@ -146,6 +163,24 @@ def _tiles(x: Tensor, left: Tensor, f: Tensor | None, e: Tensor, from_left: bool
         )
     _run(solve_tiles.solve_tiles, (*rest, False), groups, y)
     return y
+
+
+def _lines(
+    x: Tensor, left: Tensor, f: Tensor | None, e: Tensor, from_left: bool, conjugate: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`_few_columns`, one line after the other; and which lines (M D) are not done, None for none."""
+    m, n, columns = x.shape
+    both = f is not None
+    n_chunks = -(-n // solve_lines.CHUNK) if both else 1
+    y = torch.empty(x.shape, dtype=left.dtype, device="cpu")
+    failed = torch.zeros(m * columns, dtype=left.real.dtype, device="cpu")
+    rest = (
+        *(x.data_ptr(), not x.is_complex(), y.data_ptr(), left.data_ptr()),
+        *(*_between(e), *_between(f if both else e), failed.data_ptr()),
+        *(m, n, columns, -(-n // n_chunks), n_chunks, both, from_left, conjugate),
+    )
+    _run(solve_lines.solve_lines, rest, m * columns * n_chunks, y)
+    return y, failed != 0 if n_chunks > 1 and failed.any() else None
 
 
 def _run(kernel, rest: tuple, count: int, y: Tensor) -> None:

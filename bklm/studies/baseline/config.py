@@ -66,7 +66,7 @@ class BaselineConfig(WindowStudyConfig):
     search_tokens: int | None = setting(
         None, low=0, high=10**12, help="training tokens of each trial of the search, one pass; 0: all"
     )
-    vocab_size: int | None = setting(None, low=5, high=1_000_000, help="largest vocabulary, words")
+    vocab_size: int | None = setting(None, low=5, high=1_000_000, help="largest vocabulary, tokens")
     lowercase: bool = setting(True, help="words in lower case, as the original's")
     embed_dim: int | None = setting(None, low=1, high=8192, help="NewLLM: width of the token embedding")
     hidden_dim: int | None = setting(None, low=1, high=8192, help="NewLLM: width of its layers")
@@ -93,6 +93,11 @@ class BaselineConfig(WindowStudyConfig):
             raise ValueError(
                 f"seq_len, lowercase: got {config.seq_len} and {config.lowercase}; the original's windows hold 63 inputs in "
                 "lower case, so leave both as they are or take protocol 'corrected'."
+            )
+        if config.protocol == "original" and config.tokenizer != "word":
+            raise ValueError(
+                f"tokenizer: got {config.tokenizer!r}; the original's windows hold words, so take 'word', or protocol "
+                "'corrected'."
             )
         if config.protocol == "original" and config.model == "resnet_bk":
             raise ValueError(

@@ -22,13 +22,15 @@ from bklm.harness.statistics import Perplexity
 from bklm.harness.text import drawn_baselines
 from bklm.studies.baseline.models import CONTEXT_LENGTHS, TITLES
 from bklm.studies.baseline.tables import MODELS, REPORTED_EPOCHS, Rows
+from bklm.studies.baseline.text import BaselineText
 
 ORDER = tuple(TITLES)  # a model's place here gives its colour in every figure
 _LINES = ("--", "-.", ":", (0, (6, 1)))
 
 
-def draw_curves(path: Path, runs: Sequence[Trial], baselines: Rows, title: str, note: str) -> Path:
-    """Validation perplexity per epoch of every model, the original's epochs and the n-gram baselines with them."""
+def draw_curves(path: Path, runs: Sequence[Trial], text: BaselineText, title: str, note: str) -> Path:
+    """Validation perplexity per epoch of every model, the n-gram baselines with them; on WikiText-2 the original's epochs."""
+    baselines = text.baselines
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -51,12 +53,13 @@ def draw_curves(path: Path, runs: Sequence[Trial], baselines: Rows, title: str, 
             axes.plot(x, train, color=style["color"], linewidth=1, alpha=0.5)
             shown += means + train
         last = max(len(r["epochs"]) for r in MODELS.finished(runs))
-        reported = [r for r in REPORTED_EPOCHS if r["epoch"] <= last]
-        axes.plot(
-            [r["epoch"] for r in reported],
-            [r["val_ppl"] for r in reported],
-            color="black", marker="x", linestyle="none", label="original's report (its windows)",
-        )  # fmt: skip
+        reported = [r for r in REPORTED_EPOCHS if r["epoch"] <= last and text.is_wikitext2]
+        if reported:
+            axes.plot(
+                [r["epoch"] for r in reported],
+                [r["val_ppl"] for r in reported],
+                color="black", marker="x", linestyle="none", label="original's report (its windows)",
+            )  # fmt: skip
         shown += [r["val_ppl"] for r in reported]
         for baseline, line in zip(drawn_baselines(baselines)[1:], _LINES, strict=False):
             axes.axhline(

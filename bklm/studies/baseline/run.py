@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bklm.data import load_corpus
-from bklm.harness.comparison import Trial
+from bklm.harness.comparison import Trial, not_beaten_in_short
 from bklm.harness.estimate import Run, minutes, text_size
+from bklm.harness.folder import internal
 from bklm.harness.report import Report, StudyResult, small_print
 from bklm.harness.session import Session
 from bklm.harness.study import run_study
@@ -24,7 +25,7 @@ from bklm.studies.baseline import figures, models, tables, train
 from bklm.studies.baseline.config import BaselineConfig
 from bklm.studies.baseline.costs import measure_models
 from bklm.studies.baseline.tables import MODELS
-from bklm.studies.baseline.text import BaselineText, make_text
+from bklm.studies.baseline.text import LINES, BaselineText, make_text
 from bklm.training.checkpoints import CheckpointFolder
 
 SEARCH_SEED = 0
@@ -50,7 +51,7 @@ class BaselineResult(StudyResult):
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         """ "contexts" is left out where the text is cut into lines: there is no longer context then."""
         found = {
-            "quality": lambda: tables.readable_quality(self.table, self.baselines),
+            "quality": lambda: tables.readable_quality(self.table, self.baselines, bool(self.claims)),
             "search": lambda: tables.readable_search(self.search, self.table),
             "contexts": lambda: tables.readable_contexts(self.table),
             "cost": lambda: tables.readable_cost(self.table, self.measured),
@@ -102,7 +103,7 @@ def prepare_text(config: BaselineConfig) -> BaselineText:
     same = ("lowercase", "validation", "vocab_size", "max_train_tokens", "seq_len", "batch_size")
     return make_text(
         load_corpus(config.dataset, config.data_dir),
-        in_lines=config.protocol == "original",
+        tokenizer=LINES if config.protocol == "original" else config.tokenizer,
         search_tokens=config.search_tokens if len(config.learning_rates) > 1 else None,
         **{name: getattr(config, name) for name in same},
     )
@@ -113,7 +114,8 @@ def estimated_minutes(config: BaselineConfig) -> float:
 
     See ``bklm.harness.estimate.minutes``.
     """
-    vocabulary, train_tokens, val_tokens = text_size(config.dataset, config.data_dir, config.vocab_size)
+    size = (config.dataset, config.data_dir, config.vocab_size, config.tokenizer)
+    vocabulary, train_tokens, val_tokens = text_size(*size)
     train_tokens = min(train_tokens, config.max_train_tokens or train_tokens)
     searched = min(train_tokens, config.search_tokens or train_tokens)
     trials = len(config.learning_rates) if len(config.learning_rates) > 1 else 0
@@ -198,7 +200,7 @@ def _train_one(study: Session, point: dict[str, Any], fields: dict[str, Any]) ->
     )
 
 
-def _note(study: Session) -> str:
+def _note(study: Session, bars: bool = True) -> str:
     """The small print of a figure: data, sizes, seeds, and the budget of the learning-rate search."""
     config, rates = study.config, study.config.learning_rates
     parts = [f"each model's learning rate: best of {len(rates)} over {_search_steps(study)} steps"]
@@ -210,7 +212,7 @@ def _note(study: Session) -> str:
         parts.append(
             "validation holds the test split too, which early stopping and the choice of rate and epoch saw"
         )
-    return small_print(study.text, len(config.seeds), *parts)
+    return small_print(study.text, len(config.seeds), *parts, bars=bars)
 
 
 def _draw(study: Session, trials: list[Trial]) -> Path | None:
@@ -221,7 +223,7 @@ def _draw(study: Session, trials: list[Trial]) -> Path | None:
     total = len(names) * len(study.config.seeds)
     title = f"{len(finished)} of {total} trainings done{MODELS.diverged_in_short(trials)}"
     path = study.folder / "training_curves.png"
-    return figures.draw_curves(path, trials, study.text.baselines, title, _note(study))
+    return figures.draw_curves(path, trials, study.text, title, _note(study))
 
 
 def _report(study: Session, found: tuple[list[Trial], list[Trial]]) -> BaselineResult:
@@ -234,21 +236,23 @@ def _report(study: Session, found: tuple[list[Trial], list[Trial]]) -> BaselineR
             study.folder, of_model, config.checkpoint_folder(), config.resume_from and Path(config.resume_from)
         )
     measured = measure_models(
-        runs, text, study.folder / "measured.json",
+        runs, text, internal(study.folder, "internals/measured.json"),
         device=config.device, precision=config.precision, generate_tokens=config.generate_tokens,
     )  # fmt: skip
     table, search = tables.model_table(trials, measured), tables.search_rows(searched, _search_steps(study))
-    claims = tables.claims_table(table)
+    # What was reported and announced for WikiText-2 stands beside no other text.
+    claims = tables.claims_table(table) if text.is_wikitext2 else []
     report.csv("learning_rates.csv", search)
-    title = MODELS.headline(trials)
-    report.figure("training_curves.png", figures.draw_curves, trials, text.baselines, title, note)
-    report.figure("context_lengths.png", figures.draw_contexts, table, text.seq_len, note)
+    best = MODELS.perplexity(MODELS.groups(trials)[MODELS.best(trials)]).mean
+    title = MODELS.headline(trials) + not_beaten_in_short(best, text.baselines)
+    report.figure("training_curves.png", figures.draw_curves, trials, text, title, note)
+    report.figure("context_lengths.png", figures.draw_contexts, table, text.seq_len, _note(study, bars=False))
     return report.finish(
         BaselineResult, MODELS, trials, also={"search": searched}, rows=table,
         finding=MODELS.finding(trials) + tables.bigram_models(table),
         summary={
             "learning_rate_search": search, "measured": measured, "claims": claims, "note": note,
-            "reported_by_the_original": tables.REPORTED_EPOCHS,
+            "reported_by_the_original": tables.REPORTED_EPOCHS if text.is_wikitext2 else [],
             "train_targets": text.train_targets, "val_targets": text.val_targets,
         },
         search=search, measured=measured, claims=claims, runs=[dict(run) for run in runs],

@@ -47,7 +47,7 @@ def checkpoints_table(result: BaselineResult, text: BaselineText | None = None) 
             best = "best" if place == folder.best() else ""
             size = round(sum(f.stat().st_size for f in place.iterdir()) / 1e6, 1)
             row = {"number": len(rows), "model": TITLES.get(name, name), "seed": int(seed)}
-            row |= {"epoch": epoch_of(place), "val PPL": perplexity_of(place), "": best}
+            row |= {"epoch": epoch_of(place), "val PPL": perplexity_of(place), "kept as": best}
             rows.append({**row, "MB": size, "path": str(place)})
     return rows
 

@@ -59,6 +59,11 @@ def _perplexity(row: Mapping[str, Any], key: str, missing: str = "-") -> str:
     return missing if row[key] is None else str(Perplexity(row[key], None, None))
 
 
+def _epoch(row: Mapping[str, Any]) -> str:
+    """ "2", or "2.33" where the seeds' best epochs differ."""
+    return "-" if row["best_epoch"] is None else f"{row['best_epoch']:.3g}"
+
+
 def _parameters(row: Mapping[str, Any]) -> str:
     total, active = row["parameters"], row["active_parameters"]
     if total is None:
@@ -81,7 +86,7 @@ MODELS = Comparison(
         *_scored("val_ppl_without_unk", "without <unk>"),
         *_scored("test_ppl", "test PPL"),
         Column("accuracy", "val_accuracy", "accuracy", ".1%"),
-        Column("best_epoch", "best_epoch", "best epoch", ".1f"),
+        Column("best_epoch", "best_epoch", "best epoch", _epoch),
         Column("val_ppl_mixer_off", _mixer_off),
         Column(
             "context_gain",
@@ -120,8 +125,8 @@ def search_rows(searched: Sequence[Trial], steps: int) -> list[dict[str, Any]]:
     return [{**{k: t[k] for k in ("model", "learning_rate", "val_ppl")}, "steps": steps} for t in searched]
 
 
-def readable_quality(rows: Rows, baselines: Rows) -> list[dict[str, Any]]:
-    """Perplexities and accuracy for people, with the n-gram baselines and the original's report below."""
+def readable_quality(rows: Rows, baselines: Rows, is_wikitext2: bool = True) -> list[dict[str, Any]]:
+    """Perplexities and accuracy for people, the n-gram baselines below; on WikiText-2 the original's report, too."""
     found = MODELS.readable(rows)
     if not any("context_gain" in row for row in rows):
         # A summary that an earlier version wrote knows nothing of it.
@@ -131,6 +136,8 @@ def readable_quality(rows: Rows, baselines: Rows) -> list[dict[str, Any]]:
     for row in baselines:
         words = {title: _perplexity(row, key) for key, title in titles.items()}
         found.append({**empty, "model": row["name"], **words})
+    if not is_wikitext2:
+        return found
     reported = {
         "model": "New-LLM, reported by the original (WikiText-2, its windows)",
         "parameters (active)": f"{REPORTED_PARAMETERS:,}",

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from bklm.data import Corpus, TokenizedCorpus, count_models, make_loader, tokenize_corpus, windows
 from bklm.data.baselines import perplexity
 from bklm.data.line_windows import PAD_ID, LineVocabulary, LineWindows, line_windows
+from bklm.data.units import with_lower_case
 from bklm.harness.text import StudyText, check_and_log, ngram_baselines
 
 
@@ -25,7 +26,9 @@ class BaselineText(StudyText):
     validation: str
 
     def describe(self) -> str:
-        return f"{self.corpus.name}, {self.train_targets:,} training targets an epoch, vocabulary {self.vocab_size:,}"
+        return (
+            f"{self.corpus.name}, {self.train_targets:,} training targets an epoch, {self.vocabulary_in_words}"
+        )
 
     @property
     def train_targets(self) -> int:
@@ -45,7 +48,7 @@ class BaselineText(StudyText):
     def vocabulary_name(self) -> str:
         """What a checkpoint says of the vocabulary it was trained with: its words in the order of their ids."""
         digest = hashlib.sha256("\n".join(self.tokens.vocab.words).encode()).hexdigest()
-        return f"{self.vocab_size} words, SHA-256 {digest[:8]}"
+        return f"{self.vocab_size} {self.tokens.kind}s, SHA-256 {digest[:8]}"
 
     def search_loader(self, seed: int, tokens: int) -> DataLoader:
         """Training windows over the first ``tokens`` tokens (0: all), for the learning-rate search."""
@@ -74,6 +77,10 @@ class BaselineText(StudyText):
     def vocabulary_json(self) -> str:
         return json.dumps(self.tokens.vocab.ids, ensure_ascii=False)
 
+    def tokenizer_json(self) -> str:
+        tokenizer = self.tokens.vocab.tokenizer
+        return (with_lower_case(tokenizer) if self.lowercase else tokenizer).to_str(pretty=False)
+
     def _first(self, ids: np.ndarray, tokens: int) -> np.ndarray:
         return ids[: tokens or None]
 
@@ -81,9 +88,12 @@ class BaselineText(StudyText):
 def describe_text(text: BaselineText) -> list[str]:
     """Where a text comes from, its sizes, and how much of it is the unknown word, in sentences for a notebook."""
     unknown = sum(int((y == text.unk_id).sum()) for _, y in text.val_loader()) / text.val_targets
-    sizes = f"{text.train_targets:,} training and {text.val_targets:,} validation targets, vocabulary {text.vocab_size:,}"
+    sizes = f"{text.train_targets:,} training and {text.val_targets:,} validation targets, {text.vocabulary_in_words}"
     share = f"{unknown:.0%} of the validation targets are the unknown word"
     return [f"{text.corpus.name}, from {text.corpus.source}", f"{sizes}; {share}"]
+
+
+LINES = "lines"
 
 
 class LineText(BaselineText):
@@ -104,13 +114,13 @@ class LineText(BaselineText):
 
 
 def make_text(
-    corpus: Corpus, *, in_lines: bool, lowercase: bool, validation: str, vocab_size: int, max_train_tokens: int,
-    seq_len: int, batch_size: int, search_tokens: int | None,
+    corpus: Corpus, *, lowercase: bool, validation: str, vocab_size: int, max_train_tokens: int,
+    seq_len: int, batch_size: int, search_tokens: int | None, tokenizer: str,
 ) -> BaselineText:  # fmt: skip
     """Lower-case and cut a corpus, check that it is large enough, and score the n-gram baselines.
 
     Args:
-        in_lines: into the original's windows.
+        tokenizer: "word", "bpe" or "char"; "lines" for the words of the original's windows.
         validation: "valid", or "valid+test" to score both splits as one.
         search_tokens: of each trial of the learning-rate search (0: all); None where there is no search.
 
@@ -122,7 +132,7 @@ def make_text(
         splits = {name: [line.lower() for line in lines] for name, lines in splits.items()}
     if validation == "valid+test":
         splits["valid"] += splits["test"]
-    if in_lines:
+    if tokenizer == LINES:
         vocabulary = LineVocabulary.train(splits["train"], vocab_size)
         rows = {split: line_windows(lines, vocabulary).rows for split, lines in splits.items()}
         rows["train"] = _first_rows(rows["train"], max_train_tokens)
@@ -130,10 +140,10 @@ def make_text(
         baselines = _line_baselines(tokens)
     else:
         cased = Corpus(corpus.name, corpus.source, **splits)
-        tokens = tokenize_corpus(cased, vocab_size, max_train_tokens or None)
+        tokens = tokenize_corpus(cased, vocab_size, max_train_tokens or None, tokenizer)
         # The true law of an artificial text is no floor here: rare words are merged into <unk>, which makes the text easier.
         baselines = ngram_baselines(cased, tokens, seq_len)
-    kind, layout = (LineText, "lines") if in_lines else (BaselineText, "every-target-once")
+    kind, layout = (LineText, "lines") if tokenizer == LINES else (BaselineText, "every-target-once")
     text = kind(corpus, tokens, seq_len, batch_size, layout, baselines, lowercase, validation)
     loaders = [text.train_loader(0), text.val_loader()]
     if search_tokens is not None:

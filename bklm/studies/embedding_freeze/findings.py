@@ -9,7 +9,7 @@ from typing import Any
 from scipy import stats
 
 from bklm.harness.comparison import Trial
-from bklm.harness.statistics import Perplexity, interval95
+from bklm.harness.statistics import FEWEST_SEEDS, Perplexity, interval95
 from bklm.studies.embedding_freeze.config import FACTORS, ORIGINAL_ARMS
 from bklm.studies.embedding_freeze.tables import ACTIONS, ARMS, arm_table, effect, in_cells, paired, verdict
 
@@ -30,9 +30,10 @@ def state_finding(trials: Sequence[Trial]) -> str:
         )
         return f"{why}, so nothing can be said of freezing, pretraining or tying.{diverged}"
     seeds = max(len(paired(trials, factor)[0]) for factor in ratios)
-    if seeds < 2:
+    if seeds < FEWEST_SEEDS:
         listed = ", ".join(f"{ACTIONS[f]} x{r}" for f, r in ratios.items())
-        return f"Validation PPL changes by: {listed}; one seed, so no interval and no verdict.{diverged}"
+        few = "one seed, so no interval" if seeds == 1 else "two seeds, so ranges, no interval"
+        return f"Validation PPL changes by: {listed}; {few} and no verdict.{diverged}"
     made = [f for f in ratios if verdict(ratios[f]) in ("lower", "higher")]
     made.sort(key=lambda f: -abs(math.log(ratios[f].mean)))
     none = [f for f in ratios if verdict(ratios[f]) == "no difference"]
@@ -62,7 +63,7 @@ def _state_interactions(trials: Sequence[Trial]) -> str:
     parts = []
     for factor, by in (("freezing", "head"), ("freezing", "initialisation"), ("head", "initialisation")):
         ratios = {value: effect(trials, factor, {by: value}) for value in FACTORS[by]}
-        if any(ratio is None or ratio.low is None for ratio in ratios.values()):
+        if any(ratio is None or not ratio.is_judged for ratio in ratios.values()):
             continue
         low, high = sorted(ratios.values(), key=lambda ratio: ratio.mean)
         if low.high < high.low and high.mean > 1.01 * low.mean:

@@ -21,8 +21,8 @@ from bklm.data import load_corpus
 from bklm.data.bpe import gpt2_bpe, train_bpe
 from bklm.data.documents import split_documents
 from bklm.files.atomic import read_result
-from bklm.harness.comparison import Trial
-from bklm.harness.report import Report, StudyResult
+from bklm.harness.comparison import Trial, not_beaten_in_short, state_not_beaten
+from bklm.harness.report import Report, StudyResult, seeds_in_words
 from bklm.harness.session import Session
 from bklm.harness.study import run_study
 from bklm.models import ContextTokenConfig, ContextTokenLM
@@ -215,7 +215,7 @@ def _note(study: Session) -> str:
         f"{len(text.valid):,} validation tokens in {config.val_documents} documents",
         f"pretrained embedding: {text.source}",
         f"{config.n_layers} layers of width {config.context_dim}",
-        f"{len(config.seeds)} seeds, bars: 95% interval" if len(config.seeds) > 1 else "1 seed, no interval",
+        seeds_in_words(len(config.seeds)),
         f"learning rate {' or '.join(f'{rate:g}' for rate in config.learning_rates)}",
     ]
     return "; ".join(parts) + "."
@@ -269,11 +269,14 @@ def _report(study: Session, found: _Found) -> EmbeddingFreezeResult:
     if trials:
         chosen = tables.best_trial(trials)
         best = next(r for r in table if (r["arm"], r["samples"]) == (chosen["arm"], chosen["samples"]))
+        own = [b for b in text.baselines if b["samples"] == best["samples"]]
+        title = findings.headline(trials) + not_beaten_in_short(best["val_ppl"], own)
+        said.append(f"Best is {best['arm']}.{state_not_beaten(best['arm'], best['val_ppl'], own)}")
         report.csv("table.csv", table)
         report.csv("effects.csv", effects)
         report.csv("trials.csv", tables.trial_rows(trials))
         report.csv("epochs.csv", tables.epoch_rows(trials))
-        report.figure("arms.png", figures.draw_arms, table, text.baselines, findings.headline(trials), note)
+        report.figure("arms.png", figures.draw_arms, table, text.baselines, title, note)
         report.figure("curves.png", figures.draw_curves, ARMS.finished(trials), note)
         report.figure("effects.png", figures.draw_effects, effects, note)
         report.figure("budget.png", figures.draw_budget, table, findings.RULE, note)

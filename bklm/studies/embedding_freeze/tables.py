@@ -173,8 +173,8 @@ def effect_table(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 
 def verdict(ratio: Perplexity) -> str:
-    """ "lower", "higher" or "no difference" by the 95% interval; "no verdict" without one."""
-    if ratio.low is None:
+    """ "lower", "higher" or "no difference" by the 95% interval; "no verdict" without one, as of two seeds."""
+    if not ratio.is_judged:
         return "no verdict"
     return "lower" if ratio.high < 1 else "higher" if ratio.low > 1 else "no difference"
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file, save_model
 
 from bklm.files.atomic import read_result, replacing, write_json
 from bklm.harness.comparison import Trial
+from bklm.harness.folder import INTERNALS, internal
 from bklm.harness.session import Session
 from bklm.models import ContextTokenConfig, ContextTokenLM
 from bklm.studies.embedding_freeze.config import Arm
@@ -37,6 +38,7 @@ PHASE1_KEYS = {"rows": list, "seconds": float, "sweep": str}
 TRIAL_KEYS = {
     "arm": str, "val_ppl": float, "val_accuracy": float, "seconds": float, "parameters": int, "epochs": EPOCH_KEYS,
 }  # fmt: skip
+PHASE1, TRIALS = f"{INTERNALS}/phase1", f"{INTERNALS}/trials"
 BLOCK = "context_block.safetensors"
 WEIGHTS = "best_model.safetensors"
 # Windows per evaluation batch; their number changes no score.
@@ -78,7 +80,7 @@ class Trainer:
         Raises:
             ValueError: ``is_done`` says that an earlier run left it in the folder, and some of it is missing.
         """
-        folder = self.study.folder / "phase1"
+        folder = internal(self.study.folder, PHASE1)
         missing = [key for key in self._keys if not (folder / _name(*key) / "result.json").exists()]
         if is_done and missing:
             raise ValueError(
@@ -86,7 +88,7 @@ class Trainer:
                 "of embedding, samples and seed; run phase '1' or 'both' in that folder first."
             )
         return self.study.grid(
-            self._starts, self._phase1, name="phase1", place=lambda point: _name(**point), across_machines=False
+            self._starts, self._phase1, name=PHASE1, place=lambda point: _name(**point), across_machines=False
         )
 
     def run_phase2(
@@ -107,11 +109,12 @@ class Trainer:
         # The trial of the best rate is one of the study's own, and in its folder.
         best, tried = self.study.best_rate(
             "arm", list(self.arms), rates, lambda place, **point: self.trial(place, **at, **point),
-            name="trials", place=lambda point: self._place(**at, **point),
+            name=TRIALS, place=lambda point: self._place(**at, **point),
         )  # fmt: skip
         found = self.study.grid(
             {"arm": list(self.arms), "samples": self.samples, "seed": self.seeds},
             lambda place, **point: self.trial(place, **point, learning_rate=best[point["arm"]]),
+            name=TRIALS,
             place=lambda point: self._place(**point, learning_rate=best[point["arm"]]),
             draw=draw,
         )
@@ -138,7 +141,7 @@ class Trainer:
         """Remove the context blocks, which only phase 2 needed."""
         if self.study.is_main:
             for key in self._keys:
-                (self.study.folder / "phase1" / _name(*key) / BLOCK).unlink(missing_ok=True)
+                (self.study.folder / PHASE1 / _name(*key) / BLOCK).unlink(missing_ok=True)
 
     def trial(
         self, place: str, arm: str, samples: int, seed: int, learning_rate: float, epochs: int | None = None
@@ -225,7 +228,7 @@ class Trainer:
         self, arm: Arm, samples: int, seed: int, rate: float, epochs: int | None, folder: Path
     ) -> tuple[ContextTokenLM, dict[str, Any]]:
         start = (arm.initialisation, samples, seed)
-        place = f"phase1/{_name(*start)}"
+        place = f"{PHASE1}/{_name(*start)}"
         self._phase1(place, *start, needs_block=True)
         model = self._model(arm.initialisation, arm.head == "tied", seed)
         model.context_block.load_state_dict(read_weights(self.study.folder / place / BLOCK))

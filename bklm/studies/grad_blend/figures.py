@@ -84,6 +84,8 @@ def draw_analysis(
 def _perplexity_axis(axes: Axes, values: Sequence[float]) -> None:
     """A perplexity axis ruled by the points: the interval of a diverged alpha may leave it, the others stay readable."""
     low, high = axes.get_ylim()
+    if high > max(values) * 3 or low < min(values) / 2:
+        axes.set_title(f"{axes.get_title(loc='left')} (intervals cut)")
     wide_range_axis(axes.yaxis, values, "validation PPL")
     axes.set_ylim(max(low, min(values) / 2), min(high, max(values) * 3))
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_model, save_model
 
 from bklm.files.atomic import read_result, replacing, write_json
-from bklm.harness.comparison import Trial
+from bklm.harness.comparison import Trial, not_beaten_in_short
 from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.report import Report, StudyResult, small_print
 from bklm.harness.session import Session
@@ -29,7 +29,7 @@ from bklm.models import ResNetBK, ResNetBKConfig
 from bklm.studies.grad_blend import figures
 from bklm.studies.grad_blend.config import GradBlendConfig
 from bklm.studies.grad_blend.directions import measure_directions
-from bklm.studies.grad_blend.tables import ALPHAS, original_format, pooled_directions
+from bklm.studies.grad_blend.tables import ALPHAS, beside, original_format, pooled_directions, readable_alphas
 from bklm.training.checkpoints import CheckpointFolder, read_weights
 from bklm.training.evaluation import evaluate
 from bklm.training.loop import train
@@ -61,7 +61,7 @@ class GradBlendResult(StudyResult):
         return f"Test perplexity with alpha {self.best_alpha:g}: {self.final['test_ppl']:.1f}"
 
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
-        return {"alphas": lambda: ALPHAS.readable(self.table)}
+        return {"alphas": lambda: readable_alphas(self.table)}
 
     def sentences(self) -> list[str]:
         return [self.finding, *([self.test_finding] if self.final["val_ppl"] is not None else [])]
@@ -83,7 +83,8 @@ def run_grad_blend(
 
 def estimated_minutes(config: GradBlendConfig) -> float:
     """Minutes that the whole study of a resolved config takes here; see ``bklm.harness.estimate.minutes``."""
-    vocabulary, train_tokens, val_tokens = text_size(config.dataset, config.data_dir, config.vocab_size)
+    size = (config.dataset, config.data_dir, config.vocab_size, config.tokenizer)
+    vocabulary, train_tokens, val_tokens = text_size(*size)
     settings = model_config(config, vocabulary, 0.5)
     epochs = len(config.alphas) * len(config.seeds) * config.epochs_per_trial + config.final_epochs
     train_tokens = min(train_tokens, config.max_train_tokens or train_tokens)
@@ -230,19 +231,22 @@ def _draw(study: Session, trials: list[Trial]) -> Path | None:
     total = len(study.config.alphas) * len(study.config.seeds)
     title = f"{len(trials)} of {total} trials done{ALPHAS.diverged_in_short(trials)}"
     path, note = study.folder / "grad_blend_analysis.png", _note(study, len(study.config.seeds))
-    return figures.draw_analysis(path, trials, ALPHAS.rows(trials), title, note)
+    return figures.draw_analysis(path, trials, beside(study.text.is_wikitext2).rows(trials), title, note)
 
 
 def _report(study: Session, found: tuple[list[Trial], Trial]) -> GradBlendResult:
     trials, final = found
     config, report = study.config, Report(study)
     note, note_of_one = _note(study, len(config.seeds)), _note(study, 1)
-    table, directions = ALPHAS.rows(trials), pooled_directions(trials)
+    alphas = beside(study.text.is_wikitext2)
+    table, directions = alphas.rows(trials), pooled_directions(trials)
     report.json("grad_blend_results.json", original_format(config.epochs_per_trial, trials, table))
     report.csv("gradient_directions.csv", directions)
-    report.figure(
-        "grad_blend_analysis.png", figures.draw_analysis, trials, table, ALPHAS.headline(trials), note
-    )
+    title = ALPHAS.headline(trials)
+    if ALPHAS.finished(trials):
+        best = ALPHAS.perplexity(ALPHAS.groups(trials)[ALPHAS.best(trials)]).mean
+        title += not_beaten_in_short(best, study.text.baselines)
+    report.figure("grad_blend_analysis.png", figures.draw_analysis, trials, table, title, note)
     report.figure("gradient_directions.png", figures.draw_directions, directions, note)
     if ALPHAS.finished([final]):
         report.figure("training_curves.png", figures.draw_training, final, study.text.baselines, note_of_one)
@@ -252,7 +256,7 @@ def _report(study: Session, found: tuple[list[Trial], Trial]) -> GradBlendResult
     kept = {k: v for k, v in final.items() if k not in ("epochs", "directions")}
     result = report.finish(
         GradBlendResult,
-        ALPHAS,
+        alphas,
         trials,
         also={"final": [final]},
         summary={"final_training": kept},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +38,7 @@ def _seconds(row: dict[str, Any]) -> str:
 
 
 def _reported(row: dict[str, Any]) -> str:
-    return "-" if row["original_val_ppl"] is None else f"{row['original_val_ppl']:.2f}"
+    return "-" if row.get("original_val_ppl") is None else f"{row['original_val_ppl']:.2f}"
 
 
 ALPHAS = Comparison(
@@ -57,6 +58,17 @@ ALPHAS = Comparison(
     reported=REPORTED,
     reported_columns=("val_ppl", "gradient_variance"),
 )
+ALONE = dataclasses.replace(ALPHAS, columns=ALPHAS.columns[:-1], reported={}, reported_columns=())
+
+
+def beside(is_wikitext2: bool) -> Comparison:
+    """The comparison for a text: what the original reported stands only beside the words of WikiText-2."""
+    return ALPHAS if is_wikitext2 else ALONE
+
+
+def readable_alphas(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The main table for people; one of an earlier run is shown as it was."""
+    return beside("original_val_ppl" in rows[0]).readable(rows)
 
 
 def pooled_directions(trials: Sequence[Trial]) -> list[dict[str, Any]]:

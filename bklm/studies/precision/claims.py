@@ -137,12 +137,17 @@ def readable_claims(rows: Rows) -> list[dict[str, Any]]:
     ]
 
 
-def recommend(table: Rows, models: Rows, tolerance: float) -> tuple[str, str]:
+def is_busy(cells: Cells) -> bool:
+    """Whether the machine was busy during half of the measurements or more, so that times decide nothing."""
+    return 2 * sum(map(is_crowded, cells.values())) >= len(cells)
+
+
+def recommend(table: Rows, models: Rows, tolerance: float, busy: bool = False) -> tuple[str, str]:
     """The precision to use with left/right, and one sentence that says why.
 
     It is the fastest, at the longest N measured, of those that stayed finite with every gradient error within the
     tolerance; the most accurate one where none did. Of those whose times cannot be told apart (overlapping quartiles) the one
-    with least memory is taken.
+    with least memory is taken. On a busy machine times have no say, and it is the most accurate one.
     """
     errors = {p: worst(table, LEFT_RIGHT, p, "gradient_error") for p in PRECISIONS}
     finite = [p for p in PRECISIONS if first_overflow(table, LEFT_RIGHT, p) is None]
@@ -150,18 +155,23 @@ def recommend(table: Rows, models: Rows, tolerance: float) -> tuple[str, str]:
     n, _ = at_longest(table, LEFT_RIGHT, "complex128", "ms")
     times = {p: _time(table, p, n) for p in PRECISIONS}
     memory = {p: (at_longest(table, LEFT_RIGHT, p, "peak_mb") or (n, None))[1] for p in PRECISIONS}
-    if good:
+    if good and not busy:
         fastest = min((times[p] for p in good), key=lambda t: t["ms"])
         level = [p for p in good if times[p]["ms_low"] <= fastest["ms_high"]]
         best = min(level, key=lambda p: (memory[p] or 0.0, times[p]["ms"]))
     else:
-        best = min(finite, key=lambda p: errors[p]["gradient_error"])
+        best = min(good or finite, key=lambda p: errors[p]["gradient_error"])
     place = errors[best]
     sentence = (
         f"Use left/right in {best}: over N = {table[0]['n']:,} to {table[-1]['n']:,} it never overflowed, and its worst "
         f"gradient error is {place['gradient_error']:.0e} (N = {place['n']:,}, Im z = {place['im_z']:g}), "
         f"{'within' if best in good else 'which exceeds'} the {tolerance:g} asked for"
     )
+    if busy:
+        return (
+            best,
+            f"{sentence}; which precision or format is faster is {UNDECIDED} on this machine; {_overflows(table)}.",
+        )
     if best != "complex128":
         sentence += (
             f"; complex128 takes {times['complex128']['ms'] / times[best]['ms']:.2g} times as long at N = {n:,}"

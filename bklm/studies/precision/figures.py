@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from bklm.harness.figures import GREY, MARKERS, colours, legend_below, save_figure
 from bklm.studies.precision import parts
+from bklm.studies.precision.claims import UNDECIDED
 from bklm.studies.precision.grid import LEFT_RIGHT, PRECISIONS, THETA_PHI, THETA_PHI_LOOP
 from bklm.studies.precision.tables import RESOLVED_MB, Rows, first_overflow, of_arm, worst
 
@@ -212,6 +213,11 @@ def draw_claims(path: Path, claims: Rows, note: str) -> Path:
         axes.xaxis.set_major_formatter("{x:g}")
         legend_below(axes, ncols=2, fontsize=10)
 
-    title = f"{len(reached)} of {len(shown)} comparisons reach the speed-up that the original announced"
+    noisy = sum(r["verdict"] == UNDECIDED for r in shown)
+    title = f"{len(reached)} of {len(shown) - noisy} comparisons reach the speed-up that the original announced"
+    if noisy == len(shown):
+        title = f"The machine was busy: {UNDECIDED} of any of {noisy} comparisons whether it reaches what was announced"
+    elif noisy:
+        title += f"; of {noisy} more it is {UNDECIDED}"
     title += f":\n{', '.join(sorted(set(reached)))}" if reached else ""
     return save_figure(path, draw, title=title, note=note, size=(8.4, 1.6 + 0.52 * len(shown)))

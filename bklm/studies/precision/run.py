@@ -2,7 +2,7 @@
 
 Everything is measured in one run on one machine: errors against 50 digits, time, peak memory, the original's ways to take
 a batch's gradients, autograd beside the analytic backward, the rest of the model in 16 bits. Each measured cell is
-written to ``cells/`` as soon as it is done; a run that was stopped goes on after the last one.
+written to ``internals/cells/`` as soon as it is done; a run that was stopped goes on after the last one.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import psutil
 import torch
 
 from bklm.harness.estimate import best_of
+from bklm.harness.folder import internal
 from bklm.harness.measure import FEWEST_REPEATS, MemoryMeter
 from bklm.harness.report import Report, StudyResult
 from bklm.harness.session import Session
 from bklm.harness.study import run_study
 from bklm.studies.precision import cells as bench
 from bklm.studies.precision import figures, grid, tables
-from bklm.studies.precision.claims import adaptive_finding, claims_table, readable_claims, recommend
+from bklm.studies.precision.claims import adaptive_finding, claims_table, is_busy, readable_claims, recommend
 from bklm.studies.precision.config import PrecisionConfig
 from bklm.studies.precision.tables import (
     Cells,
@@ -186,7 +187,7 @@ def _measure(study: Session) -> Cells:
     cells: Cells = {}
     with MemoryMeter(device) as memory:
         limits = config.repeats, config.seconds, config.reference_n, config.shifts[0]
-        measured = bench.Bench(study.folder / "cells", device, memory, *limits)
+        measured = bench.Bench(internal(study.folder, "internals/cells"), device, memory, *limits)
         for name, part, settings in plan:
             study.progress.describe(bench.name_cell(name))
             cells[name], is_new = measured.cell(name, part, settings)
@@ -221,7 +222,7 @@ def _report(study: Session, cells: Cells) -> PrecisionResult:
     report.figure("precision_costs.png", figures.draw_costs, table, machine)
     report.figure("batched_gradients.png", figures.draw_batched, *of_batches)
     report.figure("claims.png", figures.draw_claims, claims, machine)
-    best, recommendation = recommend(table, models, config.tolerance)
+    best, recommendation = recommend(table, models, config.tolerance, is_busy(cells))
     adaptive = adaptive_finding(table)
     words = {"recommendation": recommendation, "best_precision": best, "adaptive": adaptive, "machine": machine}
     report.json("summary.json", {**words, "claims": claims, "model": models, "grid": table})

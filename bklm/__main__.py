@@ -1,0 +1,3 @@
+from bklm.command.main import start
+
+start()

@@ -1,0 +1,1 @@
+"""The command ``bklm``: every study, and what was trained, from a shell."""

@@ -1,0 +1,157 @@
+"""A text of one's own, in one file or in a folder of files, split 80/10/10 by paragraphs.
+
+Read are .txt, .jsonl and .parquet, each also packed with gzip (.gz). A paragraph of a text file is what blank lines separate;
+of a file without blank lines each line is one. A row of the others is one, with a column "text", or "messages" of a dialogue.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bklm.data.corpus import SPLITS, Corpus
+from bklm.data.rows import join_messages, text_of
+
+KINDS = (".txt", ".jsonl", ".parquet")
+KINDS_IN_WORDS = "one .txt, .jsonl or .parquet file, each also as .gz, or a folder with any of them"
+SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
+FEWEST_PARAGRAPHS = 10
+
+
+def is_own_text(path: Path) -> bool:
+    """Whether a file's name is that of a text."""
+    return kind_of(path) is not None
+
+
+def kind_of(path: Path) -> str | None:
+    """ ".txt", ".jsonl" or ".parquet", whether packed or not; a bare .gz is taken for text."""
+    name = path.name.lower()
+    if name.endswith(".gz"):
+        inner = Path(name.removesuffix(".gz")).suffix
+        return inner if inner in KINDS else ".txt" if not inner else None
+    return path.suffix.lower() if path.suffix.lower() in KINDS else None
+
+
+def own_corpus(place: Path, called: str) -> Corpus | None:
+    """The corpus of a file, or of all text files of a folder; None where a folder has none. ``called`` names it in errors.
+
+    Raises:
+        ValueError: no text in it, fewer paragraphs than a split needs, or a file of another kind or encoding.
+        OSError: a file that cannot be read.
+    """
+    files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file() and is_own_text(p))
+    if not files:
+        return None
+    if not is_own_text(files[0]):
+        raise ValueError(f"{called} {str(place)!r} is no text that can be read; give {KINDS_IN_WORDS}.")
+    paragraphs = [p for file in files for p in _paragraphs(file)]
+    if len(paragraphs) < FEWEST_PARAGRAPHS:
+        raise ValueError(
+            f"{called} {str(place)!r} holds {len(paragraphs)} paragraph{'s' * (len(paragraphs) != 1)}; a split into training, "
+            f"validation and test text needs {FEWEST_PARAGRAPHS}: give more text, or separate its paragraphs by blank lines."
+        )
+    splits = split_paragraphs(paragraphs)
+    counts = " / ".join(f"{len(splits[name]):,}" for name in SPLITS)
+    where = files[0].name if len(files) == 1 else f"{len(files)} files"
+    source = (
+        f"{where} in {place.resolve().parent if place.is_file() else place.resolve()}, split 80/10/10 by paragraphs in their "
+        f"order: {counts}"
+    )
+    return Corpus(_name_of(place), source, **splits, line_is_document=True, is_own=True)
+
+
+def _name_of(place: Path) -> str:
+    name = place.resolve().name
+    return re.sub(r"(?:\.(?:txt|jsonl|parquet))?(?:\.gz)?$", "", name, flags=re.IGNORECASE) or name
+
+
+def split_paragraphs(paragraphs: list[str]) -> dict[str, list[str]]:
+    """The first 80% of the text to train on, the next 10% to validate, the last 10% to test: by characters, in order."""
+    total, seen, place = sum(map(len, paragraphs)), 0, 0
+    splits: dict[str, list[str]] = {name: [] for name in SPLITS}
+    for number, paragraph in enumerate(paragraphs):
+        ends = seen + len(paragraph) / 2
+        share = SHARES["train"] if place == 0 else SHARES["train"] + SHARES["valid"]
+        left = len(paragraphs) - number
+        if place < 2 and splits[SPLITS[place]] and (ends > share * total or left <= 2 - place):
+            place += 1
+        splits[SPLITS[place]].append(paragraph)
+        seen += len(paragraph)
+    return splits
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    """Paragraphs of a file, their lines without white space around them; blank ones are left out."""
+    try:
+        raw = path.read_bytes()
+        if path.name.lower().endswith(".gz"):
+            raw = gzip.decompress(raw)
+    except (OSError, EOFError) as error:
+        raise OSError(f"{str(path)!r} cannot be read ({error}); check it, or copy it again.") from error
+    texts = {".txt": _of_text, ".jsonl": _of_rows, ".parquet": _of_parquet}[kind_of(path)](path, raw)
+    for text in texts:
+        if lines := [line.strip() for line in text.split("\n") if line.strip()]:
+            yield "\n".join(lines)
+
+
+def _decoded(path: Path, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{str(path)!r} is not UTF-8 (byte {raw[error.start]:#04x} at offset {error.start}); save it as UTF-8"
+        ) from None
+
+
+def _of_text(path: Path, raw: bytes) -> list[str]:
+    text = _decoded(path, raw)
+    blocks = [block for block in re.split(r"\n[^\S\n]*\n", text) if block.strip()]
+    return blocks if len(blocks) >= FEWEST_PARAGRAPHS else text.split("\n")
+
+
+def _of_rows(path: Path, raw: bytes) -> Iterator[str]:
+    for number, line in enumerate(_decoded(path, raw).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{str(path)!r}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{where} is no JSON ({error}); a .jsonl file holds one JSON value a line"
+            ) from None
+        yield _text_of_row(row, where)
+
+
+def _of_parquet(path: Path, raw: bytes) -> Iterator[str]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(io.BytesIO(raw))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"{str(path)!r} is no Parquet file, or a damaged one ({error}); download it again."
+        ) from error
+    name = next((n for n in ("text", "messages") if n in table.column_names), None)
+    if name is None:
+        raise ValueError(
+            f"{str(path)!r} has the columns {table.column_names}; it needs one called text or messages"
+        )
+    for number, value in enumerate(table.column(name).to_pylist()):
+        yield _text_of_row({name: value}, f"{str(path)!r}, row {number}")
+
+
+def _text_of_row(row: Any, where: str) -> str:
+    if isinstance(row, str):
+        return row
+    if isinstance(row, dict) and "text" in row:
+        return text_of(row["text"], f"{where}: text")
+    if isinstance(row, dict) and "messages" in row:
+        return join_messages(row["messages"], f"{where}: messages")
+    held = f"has the keys {sorted(row)}" if isinstance(row, dict) else f"is {type(row).__name__}"
+    raise ValueError(f"{where} {held}; every row needs a text or messages")

@@ -1,0 +1,164 @@
+"""``bklm export``: what transformers loads is the model that was trained."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+import bklm
+from bklm.trained import export, push
+from bklm.trained.card import _without_places
+
+TEXT = "The dog likes <unk> x<unk>y zzz the fish ."
+
+
+@pytest.fixture(scope="module", params=["baseline", "grad_blend"])
+def trained(request, runs):
+    return bklm.load(runs / request.param)
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory):
+    """Where transformers copies an exported model's code to, and imports it from: one folder a process."""
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install transformers"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        place = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", place)
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture
+def folder(trained, tmp_path, modules):
+    return export(trained, tmp_path / f"exported_{trained.name.replace(' ', '_').replace('.', '_')}")
+
+
+def test_transformers_loads_model_tokeniser_and_pipeline_with_equal_logits(trained, folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    ids = trained.encode(TEXT)[:, :16]
+    assert tokenizer(TEXT).input_ids[:16] == ids[0].tolist()
+    torch.testing.assert_close(model(ids).logits, trained.model(ids), rtol=0, atol=1e-5)
+    assert float(model(ids, labels=ids).loss) == pytest.approx(
+        float(trained.model.loss(ids[:, :-1], ids[:, 1:])), rel=1e-5
+    )
+    with pytest.raises(ValueError, match=r"^attention_mask: this model reads from the left"):
+        model(ids, attention_mask=torch.tensor([[0] + [1] * (ids.shape[1] - 1)]))
+    # Beyond the positions of the model that has some.
+    written = pipeline("text-generation", model=model, tokenizer=tokenizer)("the dog", max_new_tokens=36)
+    assert written[0]["generated_text"].startswith("the dog" + " " * (trained.name == "resnet_bk"))
+    assert len(trained.encode(written[0]["generated_text"])[0]) > (trained.model.n_seq or 16)
+
+
+def test_the_card_names_text_measures_interval_and_baselines_and_no_place_of_this_machine(
+    trained, folder, tmp_path
+):
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for words in (
+        f"trained on {trained.text_name}", trained.manifest["corpus"]["sha256"], f"| {trained.record['val_ppl']:.2f} |",
+        "mean over 2 seeds (range)", "Kneser-Ney 3-gram", "trust_remote_code=True", "bklm.studies.",
+    ):  # fmt: skip
+        assert words in card
+    assert "/tmp" not in card
+    assert {p.name for p in folder.iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "configuration_bklm.py", "modeling_bklm.py",
+    }  # fmt: skip
+
+
+def test_places_are_cut_from_a_command_and_addresses_are_not():
+    words = "--data_dir /home/me/text --a '/x/y z' https://github.com/bklm/bklm 1/2"
+    assert _without_places(words) == "--data_dir text --a 'y z' https://github.com/bklm/bklm 1/2"
+
+
+def test_a_folder_with_other_files_is_refused_and_an_exported_one_written_again(trained, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match=r"^output: .*full holds other files"):
+        export(trained, tmp_path / "full")
+    with pytest.raises(ValueError, match=r"^format: got 'onnx'; allowed is one of 'transformers'\.$"):
+        export(trained, tmp_path / "new", "onnx")
+    assert export(export(trained, tmp_path / "new") and trained, tmp_path / "new") == tmp_path / "new"
+
+
+def test_push_uploads_the_folder_with_the_token_of_the_environment(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    class Hub:
+        def __init__(self, token):
+            calls.append(token)
+
+        def create_repo(self, name, exist_ok):
+            calls.append((name, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append((repo_id, folder_path))
+            if repo_id == "me/refused":
+                raise RuntimeError("401 Unauthorized")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert push(tmp_path, "me/model") == "https://huggingface.co/me/model"
+    assert calls == ["hf_secret", ("me/model", True), ("me/model", str(tmp_path))]
+    with pytest.raises(ValueError, match=r"^push: got 'model'; it must be user/name"):
+        push(tmp_path, "model")
+    with pytest.raises(
+        OSError, match=r"^push: me/refused could not be uploaded \(401 Unauthorized\); set HF_TOKEN"
+    ):
+        push(tmp_path, "me/refused")
+
+
+@pytest.mark.slow
+def test_lm_evaluation_harness_gets_our_perplexity(runs, validation, tmp_path, modules):
+    """On a local task: the validation text as one document, in windows of which each token is scored once."""
+    lm_eval = pytest.importorskip(
+        "lm_eval", reason="lm-evaluation-harness is not installed: pip install lm_eval"
+    )
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    trained = bklm.load(runs / "baseline")
+    # Our score reads the first token without scoring it; a document that begins with the harness's own prefix scores all.
+    folder = export(trained, tmp_path / "exported")
+    text = " ".join(validation.read_text().lower().split())
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "text.jsonl").write_text(json.dumps({"page": text}) + "\n")
+    (tmp_path / "task" / "own.yaml").write_text(
+        "task: own\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
+        f"{tmp_path / 'task' / 'text.jsonl'}\noutput_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\n"
+        "doc_to_target: '{{page}}'\nmetric_list:\n  - metric: word_perplexity\n"
+    )
+    length = 16
+    model = HFLM(
+        pretrained=str(folder),
+        trust_remote_code=True,
+        max_length=length,
+        prefix_token_id=0,
+        device="cpu",
+        batch_size=1,
+    )
+    tasks = TaskManager(include_path=str(tmp_path / "task"))
+    found = lm_eval.simple_evaluate(model=model, tasks=["own"], task_manager=tasks, bootstrap_iters=0)
+    theirs = found["results"]["own"]["word_perplexity,none"]
+    # The same windows: the prefix, then the text, 16 inputs each.
+    ids = torch.cat([torch.zeros(1, 1, dtype=torch.int64), trained.encode(text)], 1)[0]
+    nll, count = 0.0, len(ids) - 1
+    for begin in range(0, count, length):
+        end = min(begin + length, count)
+        x, y = ids[end - length : end][None], ids[end - length + 1 : end + 1][None].clone()
+        if end - length < 0:
+            x, y = ids[:end][None], ids[1 : end + 1][None].clone()
+        y[:, : y.shape[1] - (end - begin)] = -100
+        nll += float(trained.model.loss(x, y, reduction="sum"))
+    assert theirs == pytest.approx(float(torch.exp(torch.tensor(nll / count))), rel=1e-4)

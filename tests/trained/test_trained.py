@@ -1,0 +1,142 @@
+"""``bklm.load``: what a run trained writes, scores and shows as the run itself did."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+import bklm
+from bklm.bk_core.reference import dense
+
+
+@pytest.fixture(scope="module", params=["baseline", "grad_blend"])
+def trained(request, runs):
+    return bklm.load(runs / request.param)
+
+
+def test_a_zip_and_a_folder_hold_the_same_model(runs):
+    zipped, folder = bklm.load(runs / "baseline.zip"), bklm.load(str(runs / "baseline"), "resnet_bk")
+    assert zipped.models == folder.models == ["resnet_bk"]
+    assert zipped.generate("The cat", 8) == folder.generate("The cat", 8)
+    assert zipped.generate("The cat", 8, seed=1) != folder.generate("The cat", 8)
+
+
+def test_the_validation_text_gets_the_perplexity_that_the_run_reported(trained, validation):
+    score = trained.score(validation)
+    assert score.perplexity == pytest.approx(trained.record["val_ppl"], rel=1e-6)
+    assert score.perplexity_without_unk == pytest.approx(trained.record["val_ppl_without_unk"], rel=1e-6)
+    assert score.accuracy == pytest.approx(trained.record["val_accuracy"])
+    assert trained.perplexity(validation.read_text()) == score.perplexity
+
+
+def test_a_prompt_stays_as_typed_and_writing_goes_on_where_the_positions_end(trained):
+    prompt = "The Cat  sees"
+    written = trained.generate(prompt, 40)
+    assert written.startswith(prompt)
+    assert len(trained.encode(written)[0]) >= 40
+    assert trained.generate(prompt, 0) == prompt
+
+
+def test_an_earlier_run_without_tokenizer_json_or_model_class_is_read_all_the_same(runs, tmp_path, validation):
+    old = tmp_path / "baseline"
+    shutil.copytree(runs / "baseline", old)
+    (old / "tokenizer.json").unlink()
+    for record in old.glob("runs/*/result.json"):
+        found = json.loads(record.read_text())
+        record.write_text(json.dumps({k: v for k, v in found.items() if k != "model_class"}))
+    assert bklm.load(old).perplexity(validation) == bklm.load(runs / "baseline").perplexity(validation)
+
+
+def test_what_was_saved_is_loaded_again(trained, tmp_path, validation):
+    saved = trained.save(tmp_path / "mine")
+    again = bklm.load(saved)
+    assert (again.name, again.perplexity(validation)) == (trained.name, trained.perplexity(validation))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match=r"^save: .*full holds other files; choose a new or empty folder\.$"):
+        trained.save(tmp_path / "full")
+
+
+def test_features_are_the_last_resolvent_entries_of_the_dense_matrices_and_know_no_later_word(trained):
+    found = trained.features("the dog likes the fish .")
+    words = (
+        ["the", "dog", "likes", "the", "fish", "."]
+        if trained.name == "resnet_bk"
+        else list("the dog likes the fish .")
+    )
+    assert found.words == words
+    layers, heads, count = found.potential.shape
+    assert (layers, count) == (trained.record["model_config"]["n_layers"], len(words))
+    assert len(found.rows()) == layers * heads * count
+    if trained.name != "resnet_bk":  # the published model: H = tridiag(1, v - 2, 1), z = i
+        a, ones = torch.from_numpy(found.potential - 2), torch.ones(count - 1, dtype=torch.float64)
+        for n in (1, 2, count):
+            last = dense(a[..., :n], ones[: n - 1], ones[: n - 1], 1j)[..., -1]
+            np.testing.assert_allclose(
+                found.real[..., n - 1] + 1j * found.imaginary[..., n - 1], last, atol=1e-6
+            )
+    assert (found.imaginary > 0).all()
+    other = trained.features("the dog likes the tree ,")
+    same = words.index("fish") if "fish" in words else len("the dog likes the ")
+    np.testing.assert_allclose(found.real[..., :same], other.real[..., :same], atol=1e-6)
+    assert np.abs(found.real[..., same:] - other.real[..., same:]).max() > 1e-6
+
+
+def test_the_features_figure_is_a_picture_that_says_what_it_shows(trained, tmp_path):
+    path = trained.features("the dog $ likes fish .").figure(tmp_path / "f.png")
+    assert matplotlib.image.imread(path).std() > 0.05
+    assert "potential of every word" in path.read_bytes().decode("latin-1")
+
+
+def test_what_cannot_be_loaded_is_one_sentence(runs, tmp_path):
+    (tmp_path / "a.zip").write_text("no zip")
+    for path, model, words in (
+        (runs / "none.zip", None, r"none.zip does not exist; .*baseline.zip"),
+        (runs, None, r"holds several runs; give one of .*baseline, .*grad_blend\.$"),
+        (tmp_path, None, r"holds no manifest.json: it is no finished run"),
+        (tmp_path / "a.zip", None, r"is no zip, or a damaged one"),
+        (runs / "baseline", "gpt", r"^model: got 'gpt'; .* holds 'resnet_bk'\.$"),
+    ):
+        with pytest.raises((ValueError, OSError), match=words):
+            bklm.load(path, model)
+
+
+def test_what_cannot_be_used_is_one_sentence(trained, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+    for use, words in (
+        (
+            lambda: trained.generate("  "),
+            r"^prompt: got .*holds no token" if trained.name == "resnet_bk" else None,
+        ),
+        (lambda: trained.generate("a", -1), r"max_new_tokens"),
+        (lambda: trained.score("a"), r"^text: got 1 token; a perplexity needs 2"),
+        (lambda: trained.score("missing.txt"), r"^text: there is no file 'missing.txt'"),
+        (lambda: trained.score(tmp_path / "latin.txt"), r"is not UTF-8"),
+        (lambda: trained.features(""), r"^features: the text holds no token"),
+    ):
+        if words:
+            with pytest.raises((ValueError, OSError), match=words):
+                use()
+
+
+def test_a_model_without_a_potential_says_which_ones_have_one(runs):
+    from bklm.models import LSTM, LSTMConfig
+    from bklm.trained.features import read_features
+
+    with pytest.raises(ValueError, match=r"^features: lstm is a LSTM, which has no potential .*resnet_bk"):
+        read_features(LSTM(LSTMConfig(9, 4, 1)), [1], ["a"], "lstm")
+
+
+def test_a_sample_of_pieces_or_characters_ends_at_the_last_position(runs, small_text):
+    from bklm.harness.text import prepare_text
+    from bklm.studies import GradBlendConfig
+
+    trained = bklm.load(runs / "grad_blend")
+    text = prepare_text(GradBlendConfig(**trained.manifest["config"]))
+    written = text.generate(trained.model, "the cat sees the dog and the bird", 60)
+    assert len(text.tokens.encode(written)) == trained.model.n_seq
