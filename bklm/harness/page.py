@@ -70,6 +70,22 @@ COLUMNS = (
     (r"im_z", "imaginary part of z"),
     (r"effective_rank(_centred)?|context_rank", "effective rank: exp of the entropy of the singular values"),
     (r"converged|stopped_early", "true or false; share of documents for a phase 1"),
+    (r"announced|against|way|loss_difference|conserves", "see the tables"),
+    (r"first_(spread|ratio|share)", "{0} when the energy's training begins"),
+    (r"spread_kept", "spread of the energy over its first one"),
+    (
+        r"drift|spread|work",
+        "of an energy: mean change, standard deviation over states, change with the drive over the spread",
+    ),
+    (r"gradient_share", "the term's part of the gradient's length, 0 to 1"),
+    (r"gradient_norm_99", "length of the gradient that 99 of 100 steps stay below"),
+    (r"embedding_norm", "root mean square of the embedding's numbers"),
+    (r"inverse_error", "largest error of states rebuilt from the last block's"),
+    (r"reached", "seeds that reach the plain model's last loss"),
+    (r"stayed_([\d.e-]+)", "seeds that stay finite and below the unigram model at learning rate {0}"),
+    (r"largest_rate", "largest learning rate at which all seeds do"),
+    (r"bytes_(\d+)", "memory of a training step at its peak with {0} blocks, bytes"),
+    (r"growth", "memory of the most blocks over that of the fewest"),
     (r"mse|diversity|context_drift|contexts|first_contexts", "of phase 1; see docs/studies"),
     (
         r"alpha|arm|model|run|name|expert|direction|weights|reference|recursion|precision|status|note|format|support|why"

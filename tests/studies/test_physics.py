@@ -138,6 +138,12 @@ def test_conserved_means_little_drift_and_no_collapse():
         "mended": False,
         "conservative": True,
     }
+    assert [tables.kept_in_words(x) for x in (0.421, 1.0, 5.44, 56.9)] == [
+        "42%",
+        "100%",
+        "5.4 times",
+        "57 times",
+    ]
     assert [r["conserves"] for r in tables.readable_energies(rows)] == ["no: collapsed", "no", "yes"]
     assert claims(energies=rows) == {
         "energy is conserved: published": "does not hold",
@@ -163,9 +169,10 @@ def test_more_stable_needs_a_higher_rate_than_the_plain_model_with_clipping():
         rows = tables.stability_rows(trials, 8.0)
         return claims(stability=rows)["more stable than the plain model with clipping"]
 
-    assert run(**{"plain-clipped": 1, "conservative-clipped": 2}) == "holds"
-    assert run(**{"plain-clipped": 2, "conservative-clipped": 2}) == "does not hold"
-    assert run(**{"plain-clipped": 3, "conservative-clipped": 2}) == "does not hold"
+    found = [(1, 1, "holds"), (2, 1, "does not hold"), (1, 3, "does not hold")]
+    for clipped, unit, verdict in found:
+        stands = {"plain-clipped": clipped, "plain-unit-clipped": unit, "conservative-clipped": 2}
+        assert run(**stands) == verdict
 
 
 @pytest.mark.slow

@@ -28,8 +28,8 @@ class PhysicsConfig(WindowStudyConfig):
         },
         "quick": {
             "seeds": (0, 1, 2), "epochs": 2, "pieces": 3, "batch_size": 8, "seq_len": 64, "vocab_size": 1000, "d_model": 32,
-            "n_layers": 2, "max_train_tokens": 32_000, "learning_rate": 3e-3, "learning_rates": (3e-3, 1e-2),
-            "decays": (0.1, 1.0), "stable_rates": RATES, "stable_tokens": 16_000, "memory_layers": (4, 8, 16, 32),
+            "n_layers": 2, "max_train_tokens": 32_000, "learning_rate": 3e-3, "learning_rates": (3e-3, 1e-2, 3e-2),
+            "decays": (0.1, 1.0), "stable_rates": RATES, "stable_tokens": 0, "memory_layers": (4, 8, 16, 32),
         },
         "full": {
             "seeds": (0, 1, 2), "epochs": 10, "pieces": 4, "batch_size": 32, "seq_len": 128, "vocab_size": 30_000,

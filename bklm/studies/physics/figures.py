@@ -18,6 +18,7 @@ from bklm.harness.figures import (
     save_figure,
     wide_range_axis,
 )
+from bklm.studies.physics.tables import kept_in_words
 from bklm.training.energy_drift import DriftBySteps
 
 
@@ -61,7 +62,9 @@ def draw_energies(path: Path, traces: Mapping[str, Sequence[Mapping[str, float]]
         legend_below(figure.axes[0], ncols=3, fontsize=9)
 
     kept = {arm: rows[-1]["spread"] / rows[0]["spread"] for arm, rows in shown.items()}
-    title = "What is left of the energy's spread: " + ", ".join(f"{arm} {k:.0%}" for arm, k in kept.items())
+    title = "What is left of the energy's spread: " + ", ".join(
+        f"{arm} {kept_in_words(k)}" for arm, k in kept.items()
+    )
     return save_figure(path, draw, title=title, note=note, size=(8.4, 4.4))
 
 

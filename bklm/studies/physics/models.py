@@ -141,7 +141,11 @@ def stability_arms(config: PhysicsConfig) -> dict[float, dict[str, Arm]]:
     base = plain(config)
     spectral = Arm(lambda vocabulary: with_spectral_norm(base(vocabulary)))
     bare = {"plain": Arm(base), "plain-spectral": spectral, "conservative": Arm(conservative(config))}
-    clipped = {"plain-clipped": Arm(base), "conservative-clipped": Arm(conservative(config))}
+    clipped = {
+        "plain-clipped": Arm(base),
+        "plain-unit-clipped": Arm(plain(config, UnitStart)),
+        "conservative-clipped": Arm(conservative(config)),
+    }
     return {NO_CLIP: bare, config.clip: clipped}
 
 

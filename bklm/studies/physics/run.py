@@ -88,7 +88,7 @@ def estimated_minutes(config: PhysicsConfig) -> float:
     if config.parts != "loss":
         each = config.epochs * (seeds + (rates if rates > 1 else 0))
         grid = seeds * len(config.stable_rates) * min(1.0, (config.stable_tokens or used) / used)
-        both["plain"] += 2 * each + 3 * grid
+        both["plain"] += 2 * each + 4 * grid
         both["leapfrog"] += 3 * each + 2 * grid
     builds = {"plain": models.plain(config), "leapfrog": models.conservative(config)}
     pieces = dict.fromkeys(builds, val_tokens * config.pieces)
