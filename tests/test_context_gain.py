@@ -154,15 +154,15 @@ def test_the_means_are_those_over_all_positions():
 def test_a_measurement_leaves_the_model_as_it_was_even_when_it_fails():
     model = trained(MODELS["solve"], steps=2).train()
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(ZeroDivisionError), model.without_mixing([torch.zeros(2, 16)]):
+    with pytest.raises(ZeroDivisionError), model.without_mixing([torch.zeros(2, 16), torch.zeros(16)]):
         1 / 0  # noqa: B018
     measured(model)
     assert model.training
     assert all(point.idle and point.total is None for point in model.mixing_points())
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     with (
-        pytest.raises(ValueError, match="means: got 2; this model mixes positions at 1 places"),
-        model.without_mixing([torch.zeros(1)] * 2),
+        pytest.raises(ValueError, match="means: got 1; this model mixes positions at 2 places"),
+        model.without_mixing([torch.zeros(1)]),
     ):
         pass
     with pytest.raises(ValueError, match="no position passed"), model.recording_mixing() as recorded:

@@ -182,7 +182,7 @@ class Session:
             if key not in records:
                 self._announce(point)
                 records[key] = trial(folder_of(point), **point)
-                track(self.accelerator, folder_of(point), records[key])
+                track(self.accelerator, folder_of(point).removeprefix(f"{INTERNALS}/"), records[key])
                 self._tell(points, records, point, draw)
             return records[key]
 

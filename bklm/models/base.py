@@ -187,7 +187,7 @@ class LanguageModel(nn.Module):
         """Within the block, every mixer's features are ``means`` at every position: no position hears of another.
 
         Args:
-            means: one vector per mixer, as ``recording_mixing`` found them.
+            means: one vector per mixing point, as ``recording_mixing`` found them.
 
         Raises:
             TypeError: this model has no features to replace; measure it with windows of one token.

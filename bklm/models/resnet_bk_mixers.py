@@ -71,6 +71,8 @@ class SolveMixer(nn.Module):
         self.log_eta = nn.Parameter(torch.empty(heads))
         self.core = SolveCore(config.causal, config.grad_blend)
         self.mixed = MixingPoint()
+        # What the convolution brings from other positions reaches the gates past the core.
+        self.neighbours = MixingPoint() if width > 1 else None
         self.output = nn.Linear(2 * d, d)
 
     @torch.no_grad()
@@ -110,9 +112,9 @@ class SolveMixer(nn.Module):
         """One position u (B, 1, d) after the one whose state is given, or the first."""
         past = u.new_zeros(len(u), self._reach, u.shape[-1]) if state is None else state.recent
         window = torch.cat((past, u), 1)
-        read = self._read(
-            u if self.convolution is None else self.convolution(window.transpose(1, 2)).transpose(1, 2)
-        )
+        if self.convolution is not None:
+            u = self._heard(self.convolution(window.transpose(1, 2)).transpose(1, 2), u, self._reach)
+        read = self._read(u)
         values, potential, bond = (read[k].squeeze(1) for k in (0, 2, 3))
         z = self._shift().expand_as(potential)
         y, solve = solve_step(values, potential, bond, bond, z, None if state is None else state.solve)
@@ -126,7 +128,16 @@ class SolveMixer(nn.Module):
         if self.convolution is None:
             return u
         before = self._reach if self.config.causal else self._reach - self._reach // 2
-        return short_convolution(u, self.convolution.weight, self.convolution.bias, before)
+        return self._heard(
+            short_convolution(u, self.convolution.weight, self.convolution.bias, before), u, before
+        )
+
+    def _heard(self, convolved: Tensor, u: Tensor, own: int) -> Tensor:
+        """The convolution of u, in which what other positions bring can be recorded or replaced; tap ``own`` is u's own."""
+        if self.neighbours is None or self.neighbours.idle:
+            return convolved
+        alone = u * self.convolution.weight[:, 0, own] + self.convolution.bias
+        return alone + self.neighbours(convolved - alone)
 
     def _recent(self, u: Tensor) -> Tensor:
         """The last inputs that the convolution of the next position reads, zeros before the first."""
