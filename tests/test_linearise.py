@@ -162,7 +162,9 @@ def scored():
         model.embedding.weight.normal_()
     for i in range(LAYERS):
         model.blocks[i] = LinearMixer()
-    batches = [(ids, ids.roll(-1, 1)) for ids in torch.randint(WORDS, (3, 16, 12))]
+    # The targets are the model's own: it is the better for what it hears of the position before.
+    with torch.no_grad():
+        batches = [(ids, model(ids).argmax(-1)) for ids in torch.randint(WORDS, (3, 16, 12))]
     states = collect_states(model, batches[:2], 10_000)
     fitted = fit_blocks(states, units=12, taps=(1, 2))
     return model, batches, fitted, score_blocks(model, fitted, batches[:2], batches[2:], 150)
@@ -182,7 +184,10 @@ def test_a_linear_block_with_a_delay_is_linearised_whole_and_one_position_is_not
         assert whole["context_gain_kept"] == pytest.approx(1, abs=1e-2)
         assert row(rows, block, "affine")["r2"] < 0.9
         assert row(rows, block, "skip")["r2"] == pytest.approx(0, abs=1e-6)
-        assert row(rows, block, "mixer off")["context_gain_kept"] == 0
+        alone = [row(rows, block, kind) for kind in ("mixer off", "skip", "affine", "EDMD", "MLP")]
+        assert max(r["context_gain_kept"] for r in alone) == 0
+        best = min(r["val_loss"] for r in alone)
+        assert whole["context_gain_nats"] == pytest.approx(best - plain)
     assert {r["replacement"] for r in rows} == {
         "original", "mixer off", "skip", "affine", "affine, 2 positions", "EDMD", "EDMD, 2 positions", "MLP",
     }  # fmt: skip

@@ -3,10 +3,12 @@
 Replacements of block l are fitted to the states before and after it at training positions: ``x_{l+1} = x_l + Z A``. Beside
 R^2 of the increment on held-out text (0 for predicting no change) stands the context gain kept,
 
-    (L_off - L_replaced) / (L_off - L),   L_off the loss with the replaced blocks' mixers off:
+    (L_alone - L_replaced) / (L_alone - L),
 
-a replacement that reads its own position alone keeps none of it by definition, and where L_off - L is nothing, there
-was nothing to linearise.
+L_alone the lowest loss that is reached where the replaced blocks read their own position alone: with their mixers off, left
+out, or replaced by an operator or a dense layer of one position. Mixers that are merely off cost more than the context
+they brought, since nothing is fitted to their absence; against them alone a bigram model would seem to keep half of it.
+So what reads one position keeps none, and where L_alone - L is nothing, there was nothing to linearise.
 """
 
 from __future__ import annotations
@@ -129,24 +131,27 @@ def score_blocks(
 
     original, rows = loss(), []
     for name, which in [*((str(i + 1), [i]) for i in range(depth)), ("all", list(range(depth)))]:
+        found = {"original": (1.0, original)}
         with off(which):
-            without = loss()
-            unmixed = [model.blocks[i](states[i])[0] for i in which]
-        gain = without - original
-        row = {"block": name, "context_gain_nats": gain}
-        rows.append(
-            {**row, "replacement": "original", "r2": 1.0, "val_loss": original, "context_gain_kept": 1.0}
-        )
-        rows.append({**row, "replacement": "mixer off", "r2": _r2(states, which, unmixed), "val_loss": without,
-                     "context_gain_kept": 0.0})  # fmt: skip
+            found["mixer off"] = (_r2(states, which, [model.blocks[i](states[i])[0] for i in which]), loss())
         for kind, blocks in fitted.items():
-            guesses = [blocks[i](states[i])[0] for i in which]
             with replaced(model, {i: blocks[i] for i in which}):
-                found = loss()
-            kept = (without - found) / gain if gain else None
-            rows.append({**row, "replacement": kind, "r2": _r2(states, which, guesses), "val_loss": found,
-                         "context_gain_kept": kept})  # fmt: skip
+                found[kind] = (_r2(states, which, [blocks[i](states[i])[0] for i in which]), loss())
+        alone = ["mixer off", *(kind for kind, blocks in fitted.items() if not _reads_others(blocks[0]))]
+        floor = min(found[kind][1] for kind in alone)
+        gain = floor - original
+        for kind, (r2, value) in found.items():
+            rows.append(
+                {
+                    "block": name, "replacement": kind, "r2": r2, "val_loss": value, "context_gain_nats": gain,
+                    "context_gain_kept": (floor - value) / gain if gain > 0 else None,
+                }
+            )  # fmt: skip
     return rows
+
+
+def _reads_others(block: nn.Module) -> bool:
+    return isinstance(block, LinearBlock) and block.dictionary.taps > 1
 
 
 def _r2(states: Sequence[Tensor], which: Sequence[int], guesses: Sequence[Tensor]) -> float:

@@ -16,7 +16,6 @@ from bklm.harness.figures import (
     legend_below,
     mean_with_error,
     save_figure,
-    wide_range_axis,
 )
 
 SURE = 0.1  # an eigenvalue with a smaller residual is one
@@ -64,18 +63,26 @@ def draw_linearised(path: Path, rows: Sequence[Mapping[str, Any]], title: str, n
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
-        places, means = range(len(shown)), [r["val_ppl"] for r in shown]
-        # Of the ratio to the original: seeds differ by more than replacements do.
-        ends = [
-            [e and e * r["val_ppl"] / r["ppl_ratio"] for e in (r["ppl_ratio_low"], r["ppl_ratio_high"])]
-            for r in shown
-        ]
-        mean_with_error(left, places, means, ends, sideways=True, color=colours(1)[0], marker="o", linestyle="")
+        places = range(len(shown))
+        # What is left out whole may be ten times as bad: it would squeeze everything else into one line.
+        edge = 1.3 * max(v for name, v in level.items() if name != "skip")
+        for place, row in zip(places, shown, strict=True):
+            mean = row["val_ppl"]
+            if mean > edge:
+                left.annotate(
+                    f"{mean:,.0f} →", (0.98, place), xycoords=("axes fraction", "data"), ha="right", va="center"
+                )
+                continue
+            # Of the ratio to the original: seeds differ by more than replacements do.
+            ends = [e and e * mean / row["ppl_ratio"] for e in (row["ppl_ratio_low"], row["ppl_ratio_high"])]
+            mean_with_error(
+                left, [place], [mean], [ends], sideways=True, color=colours(1)[0], marker="o", linestyle=""
+            )
         for (name, style), colour in zip(
             (("original", "-"), ("mixer off", "--")), ("black", GREY), strict=True
         ):
             left.axvline(level[name], color=colour, linestyle=style, label=f"{name} ({level[name]:.1f})")
-        wide_range_axis(left.xaxis, [*level.values()], "val PPL, all blocks replaced")
+        left.set(xlabel="val PPL, all blocks replaced")
         left.set_yticks(places, [r["replacement"] for r in shown])
         left.invert_yaxis()
         legend_below(left, fontsize=10)
