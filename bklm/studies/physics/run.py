@@ -196,11 +196,11 @@ def _memory(study: Session) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _note(study: Session, *more: str) -> str:
+def _note(study: Session, *more: str, seeds: int | None = None) -> str:
     config = study.config
     return small_print(
         study.text,
-        len(config.seeds),
+        seeds or len(config.seeds),
         f"{config.protocol} protocol",
         *more,
         sees_the_future=config.protocol == "original",
@@ -236,7 +236,7 @@ def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
         report.figure(f"{name}_curves.png", figures.draw_curves, trials, found["piece"], note)
     traces = {t["arm"]: t["energy"]["trace"] for t in found.get("losses", [])
               if t["seed"] == config.seeds[0] and t["val_ppl"] is not None and "trace" in t["energy"]}  # fmt: skip
-    report.figure("energies.png", figures.draw_energies, traces, _note(study, "the first seed"))
+    report.figure("energies.png", figures.draw_energies, traces, _note(study, "the first one", seeds=1))
     if "blocks" in found:
         parts["stability"] = tables.stability_rows(found["stability"], unigram)
         parts["memory"] = _memory(study)
