@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from bklm.files.atomic import read_result
+from bklm.harness.folder import INTERNALS
 from bklm.harness.report import as_text, write_csv
 from bklm.harness.statistics import Perplexity
 from bklm.moe.layer import usage_entropy
@@ -51,7 +52,7 @@ def main() -> None:
                 output_dir=str(arguments.output_dir / f"arm_{number}"),
             )
         )
-        trials = [read_result(p) for p in sorted(result.folder.glob("trials/*/result.json"))]
+        trials = [read_result(p) for p in sorted(result.folder.glob(f"{INTERNALS}/trials/*/result.json"))]
         scores[name] = [t["val_ppl"] for t in sorted(trials, key=lambda t: t["seed"])]
         entropies[name] = _entropy(trials)
         parameters[name] = result.final["parameters"]

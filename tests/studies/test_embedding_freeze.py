@@ -102,7 +102,7 @@ def test_every_arm_is_trained_and_the_zip_holds_tables_curves_figures_and_what_t
         "context blocks are for phase 2 alone"
     )
     assert list(result.tables()) == ["arms", "effects", "phase 1", "baselines"]
-    assert [len(make()) for make in result.tables().values()] == [20, len(result.effects), 8, 6]
+    assert [len(make()) for make in result.tables().values()] == [20, len(result.effects), 8, 10]
     assert [(r["arm"], r["samples"]) for r in result.table] == [
         (arm.name, n) for arm in arms_of(config) for n in (5, 8)
     ]

@@ -136,10 +136,10 @@ def test_its_page_becomes_a_section_of_the_readme(study, config, monkeypatch, tm
     with pytest.raises(FileNotFoundError, match="example_summary"):
         page.sections()
     page.keep("", config.output_dir)
-    section = page.sections()["README.md"]
+    section = page.sections()["docs/findings.md"]
     assert result.finding in section
     assert len(re.findall(r"(?m)^\| 0\.?\d* \|", section)) == len(result.table)
-    assert "](docs/results/example_dropouts.png)" in section
+    assert "](results/example_dropouts.png)" in section
     assert (tmp_path / "example_dropouts.png").exists()
     assert str(tmp_path) not in (tmp_path / "example_manifest.json").read_text()
 
