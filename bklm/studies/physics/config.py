@@ -22,9 +22,9 @@ class PhysicsConfig(WindowStudyConfig):
     )  # fmt: skip
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
-            "seeds": (0, 1), "epochs": 1, "pieces": 2, "batch_size": 8, "seq_len": 16, "vocab_size": 300, "d_model": 16,
-            "n_layers": 2, "max_train_tokens": 2048, "learning_rate": 3e-3, "learning_rates": (3e-3,), "decays": (1.0,),
-            "stable_rates": (1e-3, 1e-1), "stable_tokens": 512, "memory_layers": (2, 4),
+            "seeds": (0, 1), "epochs": 1, "pieces": 2, "batch_size": 32, "seq_len": 32, "vocab_size": 300, "d_model": 16,
+            "n_layers": 2, "max_train_tokens": 4096, "learning_rate": 3e-3, "learning_rates": (3e-3,), "decays": (1.0,),
+            "stable_rates": (1e-3, 1e-1), "stable_tokens": 2048, "memory_layers": (2, 4),
         },
         "quick": {
             "seeds": (0, 1, 2), "epochs": 2, "pieces": 3, "batch_size": 8, "seq_len": 64, "vocab_size": 1000, "d_model": 32,
