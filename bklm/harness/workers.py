@@ -77,8 +77,15 @@ class Pool:
         with self._lock:
             self._grid, self._waiting = grid, list(points)
             self._lock.notify_all()
-        while (point := self._next()) is not None:
-            run(point)
+        share = torch.get_num_threads()
+        if len(points) == 1:
+            # The helpers have nothing to do: their cores are free for it.
+            torch.set_num_threads(self._threads)
+        try:
+            while (point := self._next()) is not None:
+                run(point)
+        finally:
+            torch.set_num_threads(share)
 
     def steps_of_helpers(self) -> list[tuple[Point, int]]:
         """Points of the grid that helpers have worked on, each with the optimiser steps that they told of."""

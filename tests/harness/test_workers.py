@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from accelerate import Accelerator
 
 from bklm.harness import workers
@@ -137,6 +138,22 @@ def test_a_larger_grid_gets_more_workers_and_a_smaller_one_keeps_them(tiny_confi
         for count in (1, 2, 5, 3):
             session.grid({"seed": range(count)}, lambda folder, seed: {"seed": seed})
     assert made == [2, "closed", 5, "closed"]
+
+
+def test_a_point_alone_has_all_threads_and_several_have_their_share(tiny_config, monkeypatch):
+    monkeypatch.setattr(workers, "_start", lambda config, threads: pytest.skip("no helper is to start"))
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(4)
+    try:
+        pool = workers.Pool(tiny_config.resolved(), 1, Progress(0, shown=False))
+        torch.set_num_threads(2)
+        for points in ([{"alpha": 0.5}], [{"alpha": 0.5}, {"alpha": 1.0}]):
+            pool.work_off(1, points, lambda point: seen.append(torch.get_num_threads()))
+        assert (seen, torch.get_num_threads()) == ([4, 2, 2], 2)
+        pool.close()
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_two_ways_to_share_at_once_are_refused_in_one_sentence(tiny_config):
