@@ -40,8 +40,17 @@ def _projection(y, at_y, o, s, at_re, at_im, at_s, width):
     return total
 
 
+def _places(position, head, heads, length, width):
+    """Where a head's numbers at a position b N + n begin in y (B, H, N, w), in s (B, N, H w), in out (B, N, 2, H w)."""
+    row = position // length
+    n = position - row * length
+    at_y = _2 * ((row * heads + head) * length + n) * width
+    return at_y, (position * heads + head) * width, (_2 * position * heads + head) * width
+
+
 _inverse_size = jit(_inverse_size, forceinline=True, fastmath=_SUMS)
 _projection = jit(_projection, forceinline=True, fastmath=_SUMS)
+_places = jit(_places, forceinline=True)
 
 
 @jit
@@ -56,11 +65,8 @@ def _forward(like, first, last, y, s, out, rows, heads, length, width, eps):
         reals_at(out, _2 * count, like),
     )
     for position in range(uintp(first), uintp(last)):
-        row = position // length
-        n = position - row * length
         for head in range(heads):
-            at_y = _2 * ((row * heads + head) * length + n) * width
-            at_s, at_re = position * d + head * width, _2 * position * d + head * width
+            at_y, at_s, at_re = _places(position, head, heads, length, width)
             r = _inverse_size(y_view, at_y, width, eps)
             for c in range(width):
                 factor = s_view[at_s + c] * r
@@ -81,11 +87,8 @@ def _backward(like, first, last, y, s, o, d_y, d_s, rows, heads, length, width, 
     )
     d_y_view, d_s_view = reals_at(d_y, _2 * count, like), reals_at(d_s, count, like)
     for position in range(uintp(first), uintp(last)):
-        row = position // length
-        n = position - row * length
         for head in range(heads):
-            at_y = _2 * ((row * heads + head) * length + n) * width
-            at_s, at_re = position * d + head * width, _2 * position * d + head * width
+            at_y, at_s, at_re = _places(position, head, heads, length, width)
             r = _inverse_size(y_view, at_y, width, eps)
             q = _projection(y_view, at_y, o_view, s_view, at_re, at_re + d, at_s, width)
             pull = r * r * r * q / like.dtype.type(_2 * width)

@@ -61,6 +61,14 @@ def _last_after(s, left, e, complex_e, at_left, at_e, end, n):
 
 
 @inlined
+def _entry(x, real, at, nil):
+    """Real and imaginary part of entry ``at`` of a row whose entries are real, or pairs."""
+    if real:
+        return x[at], nil
+    return x[_2 * at], x[_2 * at + _1]
+
+
+@inlined
 def _eliminate(s, x, real, out, left, f, complex_f, at_x, at_left, at_f, stride, start, begin, end, stop, sign):
     """v_i = x_i - L_{i-1} f_{i-1} v_{i-1} from ``start``: into ``out`` inside the chunk, into scratch behind it.
     Here and below: whether the last state is finite, which it is not behind one that is not."""
@@ -68,11 +76,7 @@ def _eliminate(s, x, real, out, left, f, complex_f, at_x, at_left, at_f, stride,
     re, im, q_re, q_im = nil, nil, nil, nil
     for i in range(start, stop):
         at = at_x + i * stride
-        x_re, x_im = nil, nil
-        if real:
-            x_re = x[at]
-        else:
-            x_re, x_im = x[_2 * at], x[_2 * at + _1]
+        x_re, x_im = _entry(x, real, at, nil)
         re, im = x_re - q_re * re + q_im * im, x_im - q_re * im - q_im * re
         if i >= end:
             s[_2 * (i - end)], s[_2 * (i - end) + _1] = re, im
@@ -99,13 +103,10 @@ def _substitute(
     for c in range(stop - begin):
         i = stop - _1 - c
         at = at_x + i * stride
-        v_re, v_im = nil, nil
         if spare and i >= end:
-            v_re, v_im = s[_2 * (i - end)], s[_2 * (i - end) + _1]
-        elif real:
-            v_re = v[at]
+            v_re, v_im = _entry(s, False, i - end, nil)
         else:
-            v_re, v_im = v[_2 * at], v[_2 * at + _1]
+            v_re, v_im = _entry(v, real, at, nil)
         p_re, p_im = nil, nil
         if i + _1 < n:
             p_re, p_im = factor(left, e, complex_e, at_left + i, at_e + i, sign)
@@ -123,11 +124,7 @@ def _substitute_from_left(s, x, real, out, left, e, complex_e, at_x, at_left, at
     re, im = nil, nil
     for i in range(n):
         at = at_x + i * stride
-        x_re, x_im = nil, nil
-        if real:
-            x_re = x[at]
-        else:
-            x_re, x_im = x[_2 * at], x[_2 * at + _1]
+        x_re, x_im = _entry(x, real, at, nil)
         p_re, p_im = nil, nil
         if i > _0:
             p_re, p_im = factor(left, e, complex_e, at_left + i, at_e + i - _1, sign)
