@@ -1,10 +1,10 @@
-"""A trained model of a study in int8: size, perplexity and speed, beside what the original planned."""
+"""A trained model of a study in int8: size, perplexity and speed, beside what the original planned where it did."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from bklm.compression.int8 import quantisation_report, quantised, save_quantised
+from bklm.compression.int8 import ORIGINAL_PLAN, quantisation_report, quantised, save_quantised
 from bklm.files.atomic import replacing
 from bklm.harness.report import StudyResult, write_csv
 from bklm.harness.text import StudyText
@@ -24,6 +24,8 @@ def int8_table(result: StudyResult, text: StudyText, model: str = "") -> list[di
         save_quantised(int8, temporary)
     batches = list(text.search_val_loader(getattr(result.config, "context_tokens", SCORED_TOKENS)))
     rows = quantisation_report(found, batches, int8=int8, new_tokens=min(64, (found.n_seq or 65) - 1))
+    if not result.int8_was_announced:
+        rows = [row for row in rows if row not in ORIGINAL_PLAN]
     write_csv(result.folder / "int8.csv", [{"model": name, **row.to_dict()} for row in rows])
     return [
         {

@@ -124,7 +124,8 @@ class StudyText:
         return self.tokens.decode(out[0].tolist())
 
     def vocabulary_json(self) -> str:
-        return self.tokens.vocab.tokenizer.to_str(pretty=False)
+        """The same under the name of earlier versions, for their readers."""
+        return self.tokenizer_json()
 
     def tokenizer_json(self) -> str:
         """The tokeniser as the tokenizers library writes it: with it a text becomes the ids that the models know."""

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bklm.data import Corpus, load_corpus, tokenize_corpus
+from bklm.data import Corpus, load_corpus, tokenize_corpus, units
 from bklm.data.units import TOKENIZERS, tidy, with_lower_case
+from bklm.harness import config
 
 LINES = [
     "the cat sees the dog .",
@@ -147,3 +148,8 @@ def test_only_a_folder_of_that_name_is_taken_for_wikitext_2(tmp_path, name):
     for split in ("train", "valid", "test"):
         (place / f"{split}.txt").write_text("a b c\n")
     assert load_corpus("wikitext-2", place).is_wikitext2 == (name not in ("wikitext-27", "notes"))
+
+
+def test_the_settings_refuse_the_bpe_that_the_data_refuse():
+    """Settings know the number themselves: they are read before torch, which ``bklm.data`` imports."""
+    assert config.SMALLEST_BPE == units.SMALLEST_BPE

@@ -166,6 +166,8 @@ def test_01_grad_blend_sweep_smoke_runs_headless_and_prints_table_finding_and_ha
     printed = run(ROOT / "notebooks" / "01_grad_blend_sweep.ipynb", tmp_path, **values)
     assert "Lowest validation PPL at alpha" in printed
     assert "never sees the future" in printed
+    assert "int8, products in float32" in printed
+    assert "planned for NewLLM" not in printed  # that is of the study that measures NewLLM
     assert "SHA-256" in printed
     assert (tmp_path / "results" / "grad_blend.zip").exists()
     # Run again in the same folder: everything is read back, and the table is the same.

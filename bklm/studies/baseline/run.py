@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from bklm.data import load_corpus
 from bklm.harness.comparison import Trial, not_beaten_in_short
@@ -38,6 +38,8 @@ _NOT_OF_A_RUN = {
 @dataclass(frozen=True)
 class BaselineResult(StudyResult):
     """What ``run_baseline`` found: ``table`` holds one row per model, ``runs`` the records of the trainings that finished."""
+
+    int8_was_announced: ClassVar[bool] = True
 
     search: list[dict[str, Any]]
     measured: dict[str, dict[str, Any]]
