@@ -17,10 +17,10 @@ which take as long to read; the others read a text of that length (more than LON
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from _timing import Timing, duration, peak_tensor_memory, print_table, processor, take_turns
 from torch import Tensor, nn
@@ -112,10 +112,7 @@ def exponent(windows: list[int], options: argparse.Namespace) -> tuple[float, di
     model = models(options.parameters, options.vocab_size, 1, options.heads)[SOLVE]
     ids = {n: torch.randint(options.vocab_size, (1, n)) for n in windows}
     found = take_turns({n: training_step(model, x) for n, x in ids.items()}, options.seconds)
-    xs, ys = [math.log(n) for n in windows], [math.log(found[n].median) for n in windows]
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
-    return slope / sum((x - mean_x) ** 2 for x in xs), found
+    return float(np.polyfit(np.log(windows), np.log([found[n].median for n in windows]), 1)[0]), found
 
 
 @torch.no_grad()

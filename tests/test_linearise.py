@@ -7,6 +7,7 @@ import torch
 
 from bklm.models import ResNetBK, ResNetBKConfig
 from bklm.models.leak import future_leak
+from bklm.models.mixing import replacing
 from bklm.training.auxiliary import WithTerm
 from bklm.training.evaluation import evaluate
 from bklm.training.koopman import (
@@ -191,6 +192,27 @@ def test_a_linear_block_with_a_delay_is_linearised_whole_and_one_position_is_not
     assert {r["replacement"] for r in rows} == {
         "original", "mixer off", "skip", "affine", "affine, 2 positions", "EDMD", "EDMD, 2 positions", "MLP",
     }  # fmt: skip
+
+
+def test_the_mixer_off_is_off_at_every_mixing_point_of_its_blocks():
+    """A block with a short convolution has two."""
+    torch.manual_seed(0)
+    model = solve_model().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    batches = [(ids, ids.roll(-1, 1)) for ids in torch.randint(WORDS, (2, 16, 12))]
+    rows = score_blocks(model, {}, batches[:1], batches[1:], 50)
+    with model.recording_mixing() as recorded:
+        evaluate(model, batches[:1], None)
+    means, points = recorded.means(), model.mixing_points()
+    assert len(points) == 2 * LAYERS
+    with model.without_mixing(means):
+        assert row(rows, "all", "mixer off")["val_loss"] == pytest.approx(
+            evaluate(model, batches[1:], None).loss
+        )
+    with replacing(points[2:], means[2:]):
+        assert row(rows, "2", "mixer off")["val_loss"] == pytest.approx(evaluate(model, batches[1:], None).loss)
 
 
 def test_a_replacement_of_one_position_moves_no_other_positions_logits(scored):

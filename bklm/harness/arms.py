@@ -22,6 +22,7 @@ import torch
 
 from bklm.files.atomic import replacing
 from bklm.harness.comparison import Comparison, Trial
+from bklm.harness.folder import INTERNALS
 from bklm.harness.session import Session
 from bklm.harness.statistics import Perplexity
 from bklm.models import LanguageModel
@@ -78,14 +79,15 @@ def train_arms(
     steps = len(text.train_loader(seed=0)) * settings.epochs
     keys = {**KEYS, **needed}
 
-    def trial(place: str, arm: str, learning_rate: float, seed: int) -> dict[str, Any]:
+    def trial(place: str, arm: str, learning_rate: float, seed: int, kept: bool) -> dict[str, Any]:
         point = {"arm": arm, "seed": seed, "learning_rate": learning_rate}
         own = dataclasses.replace(settings, learning_rate=learning_rate, seed=seed)
 
         def work(folder: Path) -> dict[str, Any]:
-            return _train(study, text, arms[arm], own, folder, f"{arm}, seed {seed}", measure)
+            build = dataclasses.replace(arms[arm], kept=kept)
+            return _train(study, text, build, own, folder, f"{arm}, seed {seed}", measure)
 
-        return study.trial(place, point, steps, work, keys, weights=WEIGHTS * arms[arm].kept)
+        return study.trial(place, point, steps, work, keys, weights=WEIGHTS * kept)
 
     best = dict.fromkeys(arms, settings.learning_rate)
     if rates:
@@ -94,12 +96,12 @@ def train_arms(
             "arm",
             list(arms),
             rates,
-            lambda place, **point: trial(place, seed=first, **point),
-            name=f"{name}_search",
+            lambda place, **point: trial(place, seed=first, kept=False, **point),
+            name=f"{INTERNALS}/{name}_search",
         )
     return study.grid(
         {"arm": list(arms), "seed": study.config.seeds},
-        lambda place, arm, seed: trial(place, arm, best[arm], seed),
+        lambda place, arm, seed: trial(place, arm, best[arm], seed, arms[arm].kept),
         name=name,
         draw=draw,
         across_machines=False,
@@ -131,12 +133,18 @@ def _train(
     }
 
 
+def require_one_process(study: Session, why: str) -> None:
+    """Refuse, by a ValueError, several processes of one training for a term that they could not share."""
+    if (count := study.accelerator.num_processes) > 1:
+        raise ValueError(f"processes: got {count}; {why}: take one, and workers for several trials at once.")
+
+
 def verdicts(comparison: Comparison, trials: Sequence[Trial], arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
     """One row per arm and control: the paired difference of validation loss in nats, its 95% interval, and a verdict."""
     rows = []
     for name, against in ((name, other) for name, arm in arms.items() for other in arm.against):
         ratio = comparison.ratio(trials, name, against)
-        ends = (None,) * 3 if ratio is None else (ratio.mean, ratio.low, ratio.high)
+        ends = (None,) * 3 if ratio is None else (ratio.mean, *ratio.interval)
         values = [None if end is None else math.log(end) for end in ends]
         row = dict(zip(("loss_difference", "low", "high"), values, strict=True))
         rows.append({"arm": name, "against": against, **row, "verdict": _verdict(ratio)})
@@ -144,11 +152,27 @@ def verdicts(comparison: Comparison, trials: Sequence[Trial], arms: Mapping[str,
 
 
 def _verdict(ratio: Perplexity | None) -> str:
-    if ratio is None:
-        return "a seed diverged: no verdict"
-    if ratio.low is None:
-        return "no interval: no verdict"
+    if ratio is None or not ratio.is_judged:
+        return f"{'a seed diverged' if ratio is None else 'no interval'}: no verdict"
     return "lower loss" if ratio.high < 1 else "higher loss" if ratio.low > 1 else "no difference"
+
+
+def nats_in_words(row: Mapping[str, Any], digits: int = 4) -> str:
+    """A verdict's difference with its interval, "-0.0450 (-0.0600 to -0.0300)"; "-" where a seed diverged."""
+    if row["loss_difference"] is None:
+        return "-"
+    ends = "" if row["low"] is None else f" ({row['low']:+.{digits}f} to {row['high']:+.{digits}f})"
+    return f"{row['loss_difference']:+.{digits}f}{ends}"
+
+
+def readable_verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Verdicts for people."""
+    return [
+        {
+            "arm": r["arm"], "against": r["against"], "loss difference, nats (95%)": nats_in_words(r), "verdict": r["verdict"],
+        }
+        for r in rows
+    ]  # fmt: skip
 
 
 def helps(rows: Sequence[Mapping[str, Any]], arm: str) -> bool | None:

@@ -24,8 +24,7 @@ def int8_table(result: StudyResult, text: StudyText, model: str = "") -> list[di
         save_quantised(int8, temporary)
     batches = list(text.search_val_loader(getattr(result.config, "context_tokens", SCORED_TOKENS)))
     rows = quantisation_report(found, batches, int8=int8, new_tokens=min(64, (found.n_seq or 65) - 1))
-    if not result.int8_was_announced:
-        rows = [row for row in rows if row not in ORIGINAL_PLAN]
+    rows = [row for row in rows if result.int8_was_announced or row not in ORIGINAL_PLAN]
     write_csv(result.folder / "int8.csv", [{"model": name, **row.to_dict()} for row in rows])
     return [
         {

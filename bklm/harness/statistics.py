@@ -41,6 +41,11 @@ class Perplexity:
         """Whether ``low`` and ``high`` are an interval, by which a difference can be judged."""
         return self.low is not None and not self.is_range
 
+    @property
+    def interval(self) -> tuple[float, float] | tuple[None, None]:
+        """The ends by which a difference can be judged; (None, None) for one seed, and for the range of two."""
+        return (self.low, self.high) if self.is_judged else (None, None)
+
     @classmethod
     def over_seeds(cls, perplexities: Sequence[float]) -> Perplexity:
         loss, half = interval95(np.log(perplexities))

@@ -121,24 +121,24 @@ class PublishedEnergy(nn.Module):
         self.before = x.detach()
         if before is None or before.shape != x.shape or step < self.start:
             return x.new_zeros(())
+        paired = before
         if self.shuffled:
             # Draws of its own: dropout and experts draw what they draw without it.
             order = torch.randperm(x[..., 0].numel(), generator=torch.Generator().manual_seed(step))
-            before = before.flatten(0, 1)[order.to(x.device)].view_as(before)
-        pairs = self.pairs(states, before)
+            paired = before.flatten(0, 1)[order.to(x.device)].view_as(before)
+        pairs = self.pairs(states, paired)
         differences = torch.stack([after - first for after, first in pairs])
         # A copy: the step below changes the weights before the backward has read them.
         term = (self.weights.clone() * differences.square().mean(1)).mean()
         with torch.no_grad():
-            drift = _over_processes(differences.abs().mean(1))
+            drift = differences.abs().mean(1)
             self.weights.add_(0.01 * (drift - self.target)).clamp_(0.01, 10.0)
             # Every row counts from where the term sets in.
             if is_wanted or int(self.trace.state[1]) == 0:
-                spread = torch.stack([after.std() for after, _ in pairs]).mean()
+                # Never shuffled, as ``measure_energy`` has it.
+                seen, spread, _ = measure_pairs(self.pairs(states, before) if self.shuffled else pairs)
                 of_v = torch.stack([net.potential(x).std() for net in self.nets]).mean()
-                self.trace.add(
-                    step, float(drift.mean()), float(spread), float(of_v), float(self.weights.mean())
-                )
+                self.trace.add(step, seen, spread, float(of_v), float(self.weights.mean()))
         return term
 
 
@@ -166,29 +166,20 @@ class DepthEnergy(nn.Module):
         return list(zip(energies[1:], energies[:-1], strict=True))
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
-        pairs = self.pairs(states)
+        own = pairs = self.pairs(states)
         if self.placebo:
-            pairs = [
-                (after, other_sequence(first.unsqueeze(-1)).squeeze(-1)) for after, first in pairs
-            ]  # fmt: skip
+            pairs = [(after, other_sequence(first.unsqueeze(-1)).squeeze(-1)) for after, first in own]
         ratios = [
             (after - first).square().mean() / (after.var() + first.var() + 1e-12) for after, first in pairs
         ]
         step, is_wanted = self.trace.count()
         if is_wanted:
             with torch.no_grad():
-                drift, spread, _ = measure_pairs(pairs)
+                # Never shuffled, as ``measure_energy`` has it.
+                drift, spread, _ = measure_pairs(own)
                 of_v = float(self.nets.potential(states[-1]).std())
                 self.trace.add(step, drift, spread, of_v, 1.0)
         return torch.stack(ratios).mean()
-
-
-def _over_processes(x: Tensor) -> Tensor:
-    """The mean over the processes of one training, which must agree on what it changes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(x)
-        x /= torch.distributed.get_world_size()
-    return x
 
 
 def measure_pairs(pairs: Pairs) -> tuple[float, float, float]:
@@ -217,24 +208,28 @@ def measure_energy(model: WithTerm, input_ids: Tensor) -> dict[str, float]:
 def gradient_share(model: WithTerm, x: Tensor, y: Tensor) -> float:
     """The term's part in |gradient of the term| + |gradient of the cross-entropy|, norms over all parameters, before clipping.
 
-    One global clip divides its norm in about these shares. The model is left as it was; one training forward is run.
+    One global clip divides its norm in about these shares. Weights and term are left as they were; one training forward is
+    run, which experts count.
     """
     was_training, parameters = model.training, [p for p in model.parameters() if p.requires_grad]
     state = {name: value.clone() for name, value in model.term.state_dict().items()}
-    start, model.term.start = getattr(model.term, "start", None), 0
+    term_of_batches = isinstance(model.term, PublishedEnergy)
+    before, start = (model.term.before, model.term.start) if term_of_batches else (None, None)
     model.train()
     with torch.random.fork_rng():
         with recorded_states(model.model) as states:
             loss = model.model.loss(x, y)
-        model.term.before = other_sequence(states[0]).detach()
+        if term_of_batches:
+            model.term.before, model.term.start = other_sequence(states[0]).detach(), 0
         term = model.weight * model.term(states)
         norms = [
             _norm(torch.autograd.grad(v, parameters, retain_graph=True, allow_unused=True))
             for v in (term, loss)
         ]
     model.term.load_state_dict(state)
-    model.term.before, model.term.start = None, start
     model.train(was_training)
+    if term_of_batches:
+        model.term.before, model.term.start = before, start
     return norms[0] / (norms[0] + norms[1])
 
 

@@ -126,8 +126,12 @@ def score_blocks(
     def loss() -> float:
         return evaluate(model, held_out, None).loss
 
+    # A block may mix positions at several points.
+    own = [[k for k, p in enumerate(points) if p in set(block.modules())] for block in model.blocks]
+
     def off(which: Sequence[int]) -> contextlib.AbstractContextManager:
-        return replacing([points[i] for i in which], [means[i] for i in which])
+        chosen = [k for i in which for k in own[i]]
+        return replacing([points[k] for k in chosen], [means[k] for k in chosen])
 
     original, rows = loss(), []
     for name, which in [*((str(i + 1), [i]) for i in range(depth)), ("all", list(range(depth)))]:

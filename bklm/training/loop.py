@@ -224,7 +224,9 @@ def _train_epoch(
         sum_gradients_over_processes(accelerator, trainable)
         norm = accelerator.clip_grad_norm_(together, settings.clip_at(epoch)).detach()
         if apart:  # the call before has taken a loss scaler out of all gradients
-            torch.nn.utils.clip_grad_norm_(apart, settings.clip_at(epoch))
+            other = torch.nn.utils.clip_grad_norm_(apart, settings.clip_at(epoch)).detach()
+            # A step that is skipped for either was not taken.
+            norm = torch.where(other.isfinite(), norm, other)
         optimizer.step()
         if not check.is_skipped(norm, before + step, good):
             scheduler.step()

@@ -163,8 +163,10 @@ def test_verdicts_are_of_paired_seeds_and_an_arm_helps_where_it_beats_every_cont
     lost = [*trials[:-1], trial("same", 2, None)]
     row = verdicts(ARMS, lost, arms)[-1]
     assert (row["verdict"], row["low"]) == ("a seed diverged: no verdict", None)
-    one = [t for t in trials if t["seed"] == 0]
-    assert helps(verdicts(ARMS, one, arms), "better") is None
+    for few in (1, 2):
+        rows = verdicts(ARMS, [t for t in trials if t["seed"] < few], arms)
+        assert helps(rows, "better") is None
+        assert {(r["low"], r["verdict"]) for r in rows} == {(None, "no interval: no verdict")}
 
 
 def test_states_are_those_before_the_first_block_and_after_each_also_of_a_block_used_twice():

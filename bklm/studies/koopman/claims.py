@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bklm.harness.arms import claim, helps
+from bklm.harness.arms import claim, helps, nats_in_words
 from bklm.harness.comparison import Trial
 from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.studies.koopman.tables import LONG, RECALL, long_range, ppl_ratio
@@ -34,14 +34,14 @@ def claims_table(
     forward = [
         t["lifting"]["koopman_ppl"]
         for t in trials
-        if "koopman_ppl" in t.get("lifting", {}) and t["arm"] == "published"
+        if "koopman_ppl" in t.get("lifting", {}) and t["arm"].startswith("published")
     ]
     if forward:
         mean = Perplexity.over_seeds(forward)
         moved = max(
             t["lifting"]["koopman_moves"]
             for t in trials
-            if t["arm"] == "published" and t["val_ppl"] is not None
+            if t["arm"].startswith("published") and t["val_ppl"] is not None
         )
         words = f"PPL {mean}, unigram {unigram:.0f}; a changed token moves {moved:.0f} other positions"
         rows.append(
@@ -81,10 +81,7 @@ def operators_in_words(linearised: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _nats(row: Mapping[str, Any]) -> str:
-    if row["loss_difference"] is None:
-        return row["verdict"]
-    ends = f" ({row['low']:+.3f} to {row['high']:+.3f})" if row["low"] is not None else ""
-    return f"{row['loss_difference']:+.3f}{ends} nats"
+    return row["verdict"] if row["loss_difference"] is None else f"{nats_in_words(row, 3)} nats"
 
 
 def _faster(operators: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -99,9 +96,9 @@ def _faster(operators: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if shown["context_gain_kept"] is None:
         return claim(announced, f"{told}; nothing to linearise: the mixers bring nothing here", None)
     told += f", {shown['context_gain_kept']:.2f} of the context gain kept"
-    if any(r["ppl_ratio_low"] is None for r in fast):
+    if fast and shown["ppl_ratio_low"] is None:
         return claim(announced, told, None)
-    return claim(announced, told, any(r["ppl_ratio_low"] <= 1 for r in fast))
+    return claim(announced, told, bool(fast) and shown["ppl_ratio_low"] <= 1)
 
 
 def _recurrence(trials: Sequence[Trial], steps: Mapping[str, Sequence[float]]) -> dict[str, str]:
@@ -114,7 +111,7 @@ def _recurrence(trials: Sequence[Trial], steps: Mapping[str, Sequence[float]]) -
     told = f"LinearContext's step is {speed} times as fast as {to}'s, its PPL at recall x{ratio or '-'}"
     if speed.low < TWICE:
         return claim(announced, told, False)
-    return claim(announced, told, None if ratio is None or ratio.low is None else ratio.low <= 1)
+    return claim(announced, told, None if ratio is None or not ratio.is_judged else ratio.low <= 1)
 
 
 def _far(trials: Sequence[Trial]) -> dict[str, str]:

@@ -73,7 +73,8 @@ def linearise(study: Session, trials: list[Trial]) -> dict[str, Any]:
         )
         scores.append(score_blocks(model, fitted, batches, held_out, config.fit_positions))
         if not found:
-            x, ids = states[0][:SEQUENCES], batches[0][0][:SEQUENCES].to(device)
+            rows = min(SEQUENCES, len(states[0]), len(batches[0][0]))
+            x, ids = states[0][:rows], batches[0][0][:rows].to(device)
             stand_ins = {kind: blocks[0] for kind, blocks in fitted.items() if kind != "skip"}
             calls = {name: (block, x) for name, block in ({"original": model.blocks[0]} | stand_ins).items()}
             calls |= {"whole": (model, ids), "blocks": (torch.nn.Sequential(*map(_First, model.blocks)), x)}

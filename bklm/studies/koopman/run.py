@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bklm.harness.arms import Arm, train_arms, verdicts
+from bklm.harness.arms import Arm, readable_verdicts, require_one_process, train_arms, verdicts
 from bklm.harness.comparison import Trial
 from bklm.harness.estimate import Run, minutes, text_size
-from bklm.harness.report import Report, StudyResult, small_print
+from bklm.harness.report import Report, StudyResult, seeds_in_words, small_print
 from bklm.harness.session import Session
+from bklm.harness.statistics import FEWEST_SEEDS
 from bklm.harness.study import run_study
 from bklm.harness.text import StudyText, prepare_text
 from bklm.models import LanguageModel
@@ -49,7 +50,7 @@ class KoopmanResult(StudyResult):
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         made = {
             "arms": lambda: ARMS.readable(self.table),
-            "verdicts": lambda: tables.readable_verdicts(self.verdicts),
+            "verdicts": lambda: readable_verdicts(self.verdicts),
             "linearised": lambda: tables.readable_linearised(self.linearised),
             "recall": lambda: tables.readable_recall(self.recall),
             "claims": lambda: self.claims,
@@ -72,14 +73,19 @@ def run_koopman(
 
 def estimated_minutes(config: KoopmanConfig) -> float:
     """Minutes that a resolved config's trainings take here."""
-    vocabulary, train_tokens, val_tokens = text_size(config.dataset, config.data_dir, config.vocab_size)
+    vocabulary, train_tokens, val_tokens = text_size(
+        config.dataset, config.data_dir, config.vocab_size, config.tokenizer
+    )
     used = min(train_tokens, config.max_train_tokens or train_tokens)
     arms, epochs = models.arms_of(config, 1), len(config.seeds) * config.epochs
     runs = [Run(("koopman none", config), lambda: arms["none"].build(vocabulary), epochs, used, val_tokens)]
     if len(arms) > 1:
-        with_term = list(arms)[2]
+        with_term = list(arms)[-1]
         many = (len(arms) - 1) * epochs
         runs.append(Run(("koopman", config), lambda: arms[with_term].build(vocabulary), many, used, val_tokens))
+    if config.parts in ("all", "linearise"):
+        tied = models.tied(config)
+        runs.append(Run(("koopman tied", config), lambda: tied.build(vocabulary), epochs, used, val_tokens))
     if config.parts in ("all", "recall"):
         task = recall_task(config)
         tokens = task.sequences * task.seq_len * RECALL_EPOCHS
@@ -94,6 +100,8 @@ def _train_all(study: Session) -> dict[str, Any]:
     config, text = study.config, study.text
     steps = len(text.train_loader(seed=0))
     arms = models.arms_of(config, steps)
+    if config.protocol == "original":
+        require_one_process(study, "the published term fits its operator to the batches of one")
     replace, remember = config.parts in ("all", "linearise"), config.parts in ("all", "recall")
     same = {"weight_decay": config.weight_decay, "clip": config.clip, "schedule": config.schedule}
     settings = TrainingSettings(config.epochs, learning_rate=config.learning_rate, **same)
@@ -157,7 +165,10 @@ def _report(study: Session, found: dict[str, Any]) -> KoopmanResult:
         report.figure("arms.png", figures.draw_arms, judged, told[0] or ARMS.headline(trials), note)
     if "tied" in found and ARMS.groups(trials).get("none"):
         made = measured(
-            study, "linearised.json", lambda: linearise(study, trials), {"scores": list, "times": dict}
+            study,
+            "linearised.json",
+            lambda: linearise(study, trials),
+            {"scores": list, "times": dict, "outer_share": float},
         )
         linearised = tables.linearised_rows(made["scores"], made["times"])
         shares = tables.shares_in_words(made["times"], made["outer_share"])
@@ -175,7 +186,7 @@ def _report(study: Session, found: dict[str, Any]) -> KoopmanResult:
         task = recall_task(config)
         pairs, seeds = f"{task.pairs} pair{'s' * (task.pairs > 1)}", len(config.seeds)
         small = f"{pairs}, {task.sequences:,} training sequences {RECALL_EPOCHS} times, {task.tested} at each distance; "
-        small += f"{seeds} seeds, bars: 95% interval." if seeds > 1 else "1 seed, no interval."
+        small += f"{seeds_in_words(seeds, bars=seeds >= FEWEST_SEEDS)}."
         told.append(tables.recall_in_words(recalled))
         report.figure("recall.png", figures.draw_recall, recalled, told[-1], task.longest, task.chance, small)
     files = {"verdicts": judged, "linearised": linearised, "spectrum": eigenvalues, "recall": recalled}

@@ -43,24 +43,6 @@ RECALL = Comparison(
 )  # fmt: skip
 
 
-def readable_verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    def words(row: Mapping[str, Any]) -> str:
-        if row["loss_difference"] is None:
-            return "-"
-        ends = "" if row["low"] is None else f" ({row['low']:+.4f} to {row['high']:+.4f})"
-        return f"{row['loss_difference']:+.4f}{ends}"
-
-    return [
-        {
-            "arm": r["arm"],
-            "against": r["against"],
-            "loss difference, nats (95%)": words(r),
-            "verdict": r["verdict"],
-        }
-        for r in rows
-    ]
-
-
 def linearised_rows(
     by_seed: Sequence[Sequence[Mapping[str, Any]]], times: Mapping[str, Sequence[float]]
 ) -> list[dict[str, Any]]:
@@ -80,7 +62,10 @@ def linearised_rows(
             "r2": interval95([r["r2"] for r in group])[0],
         }
         row |= {"val_ppl": Perplexity.over_seeds([math.exp(r["val_loss"]) for r in group]).mean}
-        row |= {"ppl_ratio": ratio.mean, "ppl_ratio_low": ratio.low, "ppl_ratio_high": ratio.high}
+        row |= {
+            "ppl_ratio": ratio.mean,
+            **dict(zip(("ppl_ratio_low", "ppl_ratio_high"), ratio.interval, strict=True)),
+        }
         row |= {"context_gain_nats": gain, "context_gain_nats_95": half}
         row |= dict(zip(("context_gain_kept", "context_gain_kept_95"),
                         (None, None) if nothing or not kept else interval95(kept), strict=True))  # fmt: skip

@@ -89,6 +89,11 @@ class PhysicsConfig(WindowStudyConfig):
                 f"step: got {config.step:g}; leapfrog is unstable from {LARGEST_STEP:g} on with the first weights: take a "
                 "smaller one."
             )
+        if config.precision == "fp16" and config.parts != "blocks":
+            raise ValueError(
+                "precision: got 'fp16', whose loss scale a term's own limit does not know; take fp32 or bf16, or parts "
+                "'blocks'."
+            )
         if config.d_model % 2:
             raise ValueError(f"d_model: got {config.d_model}; half of it are positions: take an even width.")
         if config.n_layers < 2:

@@ -18,8 +18,8 @@ from bklm.harness.figures import (
     save_figure,
     wide_range_axis,
 )
-from bklm.studies.physics.tables import kept_in_words
-from bklm.training.energy_drift import DriftBySteps
+from bklm.studies.physics.tables import CONSERVED, kept_in_words
+from bklm.training.energy_drift import TIME, DriftBySteps
 
 
 def draw_arms(path: Path, rows: Sequence[Mapping[str, Any]], title: str, note: str) -> Path | None:
@@ -58,7 +58,7 @@ def draw_energies(path: Path, traces: Mapping[str, Sequence[Mapping[str, float]]
             axes.set(xlabel="step", title=words)
             wide_range_axis(axes.yaxis, values, words)
             if key == "ratio":
-                axes.axhline(0.1, color=GREY, linewidth=1, linestyle="--")
+                axes.axhline(CONSERVED, color=GREY, linewidth=1, linestyle="--")
         legend_below(figure.axes[0], ncols=3, fontsize=9)
 
     kept = {arm: rows[-1]["spread"] / rows[0]["spread"] for arm, rows in shown.items()}
@@ -101,7 +101,7 @@ def draw_drift(path: Path, forces: Sequence[DriftBySteps]) -> Path:
         axes = figure.subplots()
         styles = zip(forces, colours(len(forces)), MARKERS, ("-", "--", "-", "-"), strict=False)
         for found, colour, marker, line in styles:
-            label = f"{found.name}: slope {found.slope:.2f}" + ", SEES THE FUTURE" * found.sees_future
+            label = found.name + ", SEES THE FUTURE" * found.sees_future
             style = {"color": colour, "marker": marker, "linestyle": line, "label": label}
             axes.plot(found.steps, found.drifts, **style)
         axes.set(xscale="log", yscale="log", xlabel="step h", ylabel="largest drift of H / its spread")
@@ -109,10 +109,12 @@ def draw_drift(path: Path, forces: Sequence[DriftBySteps]) -> Path:
         axes.xaxis.minorticks_off()
         legend_below(axes, fontsize=9)
 
-    title = (
-        "Coupled to its neighbours, a force conserves and sees the future, or is causal and conserves nothing"
+    holding = [f"{f.name} {f.slope:.1f}" for f in forces]
+    title = f"How the drift of H falls with the step, slope of the logs: {', '.join(holding)}"
+    note = (
+        f"2: of second order, an energy is conserved; 0: no step is short enough. Random weights, no drive, double precision; "
+        f"integrated over {TIME:g} units of time, {round(TIME / forces[0].steps[0])} of the longest steps."
     )
-    note = "Random weights, no drive, double precision; integrated over 12.8 units of time, 64 of the longest steps."
     return save_figure(path, draw, title=title, note=note, size=(7.2, 5.4))
 
 

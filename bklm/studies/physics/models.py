@@ -139,12 +139,16 @@ def block_arms(config: PhysicsConfig) -> dict[str, Arm]:
 def stability_arms(config: PhysicsConfig) -> dict[float, dict[str, Arm]]:
     """Arms of the stability grid, by clipping norm."""
     base = plain(config)
-    spectral = Arm(lambda vocabulary: with_spectral_norm(base(vocabulary)))
-    bare = {"plain": Arm(base), "plain-spectral": spectral, "conservative": Arm(conservative(config))}
+    spectral = Arm(lambda vocabulary: with_spectral_norm(base(vocabulary)), kept=False)
+    bare = {
+        "plain": Arm(base, kept=False),
+        "plain-spectral": spectral,
+        "conservative": Arm(conservative(config), kept=False),
+    }
     clipped = {
-        "plain-clipped": Arm(base),
-        "plain-unit-clipped": Arm(plain(config, UnitStart)),
-        "conservative-clipped": Arm(conservative(config)),
+        "plain-clipped": Arm(base, kept=False),
+        "plain-unit-clipped": Arm(plain(config, UnitStart), kept=False),
+        "conservative-clipped": Arm(conservative(config), kept=False),
     }
     return {NO_CLIP: bare, config.clip: clipped}
 
@@ -182,15 +186,15 @@ def energy_of(model: LanguageModel, x: torch.Tensor, y: torch.Tensor) -> dict[st
     return {}
 
 
-def memory_arms(layers: int, width: int, batch: int, length: int) -> dict[str, Call]:
+def memory_arms(layers: int, width: int, batch: int, length: int, device: str = "cpu") -> dict[str, Call]:
     """A training step's forward and backward of residual and conservative blocks; gradients have their memory already."""
     size = {"n_layers": layers, "n_heads": 4, "dropout_p": 0.0}
-    ids = torch.randint(500, (batch, length))
+    ids = torch.randint(500, (batch, length), device=device)
 
     def call(make: Callable[[], LanguageModel]) -> Call:
         @functools.cache
         def made() -> LanguageModel:
-            model = make().train()
+            model = make().to(device).train()
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
             return model

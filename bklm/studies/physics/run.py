@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from bklm.files.atomic import read_result, write_json
-from bklm.harness.arms import WEIGHTS, Arm, train_arms, verdicts
+from bklm.harness.arms import WEIGHTS, Arm, readable_verdicts, require_one_process, train_arms, verdicts
 from bklm.harness.comparison import Trial
 from bklm.harness.estimate import Run, minutes, text_size
+from bklm.harness.folder import INTERNALS
 from bklm.harness.measure import MemoryMeter
 from bklm.harness.report import Report, StudyResult, small_print
 from bklm.harness.session import Session
@@ -46,7 +47,7 @@ class PhysicsResult(StudyResult):
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         made = {
             "arms": lambda: LOSSES.readable(self.table),
-            "verdicts": lambda: tables.readable_verdicts(self.parts["verdicts"]),
+            "verdicts": lambda: readable_verdicts(self.parts["verdicts"]),
             "energies": lambda: tables.readable_energies(self.parts["energies"]),
             "steps": lambda: tables.readable_steps(self.parts["steps"]),
             "stability": lambda: tables.readable_stability(self.parts["stability"]),
@@ -79,12 +80,15 @@ def prepare_text(config: PhysicsConfig) -> PhysicsText:
 
 def estimated_minutes(config: PhysicsConfig) -> float:
     """Minutes that a resolved config's trainings take here."""
-    vocabulary, train_tokens, val_tokens = text_size(config.dataset, config.data_dir, config.vocab_size)
+    vocabulary, train_tokens, val_tokens = text_size(
+        config.dataset, config.data_dir, config.vocab_size, config.tokenizer
+    )
     used = min(train_tokens, config.max_train_tokens or train_tokens)
     seeds, rates = len(config.seeds), len(config.learning_rates)
     both = {"plain": 0.0, "leapfrog": 0.0}
     if config.parts != "blocks":
-        both["plain"] += seeds * config.epochs * (len(models.loss_arms(config, 1)) + len(config.decays))
+        decays = len(config.decays) * (config.protocol == "corrected")
+        both["plain"] += seeds * config.epochs * (len(models.loss_arms(config, 1)) + decays)
     if config.parts != "loss":
         each = config.epochs * (seeds + (rates if rates > 1 else 0))
         grid = seeds * len(config.stable_rates) * min(1.0, (config.stable_tokens or used) / used)
@@ -124,6 +128,10 @@ def _train_all(study: Session) -> dict[str, Any]:
     piece, epochs = len(text.train_loader(seed=0)), config.epochs * config.pieces
     few = text.first(config.stable_tokens)
     arms, seeds, rates = _arms(config, piece * epochs), len(config.seeds), config.learning_rates
+    if "losses" in arms:
+        require_one_process(
+            study, "the published energy keeps the batch before, of which each would see its own part"
+        )
     decays = config.decays if "losses" in arms and config.protocol == "corrected" else ()
     grid = models.stability_arms(config) if "blocks" in arms else {}
     expected = piece * epochs * seeds * (sum(map(len, arms.values())) + len(decays))
@@ -160,7 +168,7 @@ def _train_all(study: Session) -> dict[str, Any]:
             for rate in config.stable_rates
             for trial in train_arms(
                 study, some, dataclasses.replace(settings, epochs=1, learning_rate=rate, clip=clip, schedule="constant"),
-                text=few, name=f"stability_{rate:g}_clip_{clip:g}",
+                text=few, name=f"{INTERNALS}/stability_{rate:g}_clip_{clip:g}",
             )
         ]  # fmt: skip
     return found
@@ -187,6 +195,7 @@ def _memory(study: Session) -> list[dict[str, Any]]:
     with MemoryMeter(study.accelerator.device.type) as meter:
         for layers in sorted(study.config.memory_layers):
             settings = {"layers": layers, "width": MEMORY_WIDTH, "batch": MEMORY_BATCH, "length": MEMORY_LENGTH}
+            settings["device"] = study.accelerator.device.type
             for way in models.memory_arms(**settings | {"layers": 1}):
                 taken, why = meter.measure("bklm.studies.physics.models:memory_arms", settings, way)
                 rows.setdefault(way, {"way": way, "why": why})[f"bytes_{layers}"] = taken

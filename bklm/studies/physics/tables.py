@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bklm.harness.arms import claim, helps
+from bklm.harness.arms import claim, helps, nats_in_words
 from bklm.harness.comparison import Column, Comparison, Trial
 from bklm.harness.statistics import Perplexity, interval95
 from bklm.training.context_gain import gain_in_words
@@ -113,8 +113,8 @@ def step_rows(trials: Sequence[Trial], arms: Mapping[str, Any], steps: int, firs
             pairs = [(found.get(s), other.get(s)) for s in goals]
             known = bool(pairs) and all(n is not None and m for n, m in pairs)
             ratio = Perplexity.over_seeds([max(n, 1e-9) / m for n, m in pairs]) if known else None
-            rows.append(row | {"against": control, "ratio": ratio and ratio.mean,
-                               "low": ratio and ratio.low, "high": ratio and ratio.high})  # fmt: skip
+            low, high = ratio.interval if ratio else (None, None)
+            rows.append(row | {"against": control, "ratio": ratio and ratio.mean, "low": low, "high": high})
         if arm == target:
             rows.append(row | {"against": "-", "ratio": None, "low": None, "high": None})
     return rows
@@ -169,30 +169,16 @@ def growth(by_layers: Mapping[int, int | None]) -> float | None:
     return high / low if low and high else None
 
 
-def verdict_words(row: Mapping[str, Any]) -> str:
-    if row["loss_difference"] is None:
-        return "-"
-    ends = "" if row["low"] is None else f" ({row['low']:+.4f} to {row['high']:+.4f})"
-    return f"{row['loss_difference']:+.4f}{ends}"
-
-
-def readable_verdicts(rows: Sequence[Mapping[str, Any]]) -> Rows:
-    return [
-        {"arm": r["arm"], "against": r["against"], "loss difference, nats (95%)": verdict_words(r), "verdict": r["verdict"]}
-        for r in rows
-    ]  # fmt: skip
-
-
 def claims_table(found: Mapping[str, Rows]) -> Rows:
     """Announced, measured, verdict. ``found``: rows of "verdicts", "energies", "steps", "stability" and "memory"."""
     rows, judged, steps = [], found["verdicts"], found["steps"]
-    words = [f"{r['arm']} - {r['against']}: {verdict_words(r)} nats" for r in judged]
+    words = [f"{r['arm']} - {r['against']}: {nats_in_words(r)} nats" for r in judged]
     helping = {arm: helps(judged, arm) for arm in dict.fromkeys(r["arm"] for r in judged)}
     if "published" in helping:
         told = "; ".join(w for w in words if w.startswith(("published -", "apart -", "mended -")))
-        better = [helping.get(arm) for arm in ("published", "apart", "mended")]
-        rows.append(claim("the energy term improves generalisation", told, any(b is True for b in better)
-                          or (None if None in better[:1] else False)))  # fmt: skip
+        better = [helping[arm] for arm in ("published", "apart", "mended") if arm in helping]
+        holds = True if True in better else None if None in better else False
+        rows.append(claim("the energy term improves generalisation", told, holds))
     if "conservative" in helping:
         told = "; ".join(w for w in words if w.startswith("conservative -"))
         rows.append(claim("conservative blocks read better", told, helping["conservative"]))
@@ -201,7 +187,8 @@ def claims_table(found: Mapping[str, Rows]) -> Rows:
         if r["work"] is not None:
             told += f"; with the causal drive {r['work']:.2f}"
         if r["arm"] in ("published", "mended", "conservative"):
-            rows.append(claim(f"energy is conserved: {r['arm']}", told, r["conserves"]))
+            which = r["arm"] if r["work"] is None else f"{r['arm']}, drive off"
+            rows.append(claim(f"energy is conserved: {which}", told, r["conserves"]))
     there = {r["arm"]: f"{r['reached']} of {r['seeds']}" for r in steps}
     for arm in ("published", "mended", "conservative"):
         own = [r for r in steps if r["arm"] == arm]
