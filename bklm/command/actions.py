@@ -10,6 +10,7 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
+from bklm.files.atomic import write_text
 from bklm.harness.bundle import PAGE
 from bklm.harness.report import as_text, write_csv
 from bklm.trained.model import Trained, load
@@ -72,23 +73,28 @@ def report(given: argparse.Namespace) -> None:
     said = summary.get("findings") or [summary.get("finding") or summary.get("recommendation") or ""]
     print("\n" + "\n".join(words for words in said if words))
     page = run.folder / PAGE
-    if run.temporary is not None and given.open:
-        # A browser reads it when what was unpacked is gone.
-        kept = Path.cwd() / f"{run.source.stem}_{PAGE}"
-        kept.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
-        page = kept
+    if not page.exists():
+        print(f"{run.source} holds no {PAGE}: it is of an earlier version, or not finished.")
+        return
+    where: Any = page.resolve() if run.temporary is None else f"{PAGE} in {run.source}"
     if given.open:
-        webbrowser.open(page.resolve().as_uri())
-    print(
-        f"Page: {page.resolve() if page.is_relative_to(Path.cwd()) or run.temporary is None else f'{PAGE} in {run.source}'}"
-    )
+        if run.temporary is not None:
+            # A browser reads it when what was unpacked is gone.
+            where, held = Path.cwd() / f"{run.source.stem}_{PAGE}", page.read_text(encoding="utf-8")
+            if where.exists() and where.read_text(encoding="utf-8", errors="replace") != held:
+                raise ValueError(
+                    f"report: {where} is another page; move it away, or start bklm in another folder."
+                )
+            write_text(where, held)
+        webbrowser.open(where.as_uri())
+    print(f"Page: {where}")
 
 
 def selftest(given: argparse.Namespace) -> None:
     """Say whether the operator is right on this machine, and how long the studies take here.
 
     Raises:
-        AssertionError: it is wrong.
+        RuntimeError: it is wrong.
     """
     from bklm.notebook.selftest import check_operator, machine, readable_checks, study_times
 
@@ -96,7 +102,7 @@ def selftest(given: argparse.Namespace) -> None:
     checks = check_operator()
     print(as_text(readable_checks(checks)))
     if not all(check["ok"] for check in checks):
-        raise AssertionError("The operator is wrong on this machine; please report the table above.")
+        raise RuntimeError("The operator is wrong on this machine; please report the table above.")
     print(as_text(study_times()))
 
 
@@ -112,7 +118,7 @@ def lab(given: argparse.Namespace) -> None:
             raise RuntimeError("lab: JupyterLab could not be installed; the message above says why.")
     here = Path.cwd()
     root = next((p for p in (here, *here.parents) if (p / "notebooks" / "00_setup.ipynb").exists()), here)
-    first = ["notebooks/00_setup.ipynb"] if root != here or (root / "notebooks").is_dir() else []
+    first = [f for f in ("notebooks/00_setup.ipynb",) if (root / f).exists()]
     words = ["--no-browser"] if given.no_browser else []
     done = subprocess.run(
         [

@@ -110,7 +110,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # whoever reads the output has seen enough: bklm features ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0

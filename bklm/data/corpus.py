@@ -9,6 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 SPLITS = ("train", "valid", "test")
+# What hub data sets call the three splits, first match wins.
+SPLIT_ALIASES = {
+    "train": ("train", "train_sft"),
+    "valid": ("validation", "valid", "dev"),
+    "test": ("test", "test_sft"),
+}
 
 
 # WikiText writes a title as `` = Title = `` and a section as `` = = Section = = ``: one ``=`` only on either side.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bklm.data.corpus import SPLITS, Corpus
+from bklm.data.corpus import SPLIT_ALIASES, SPLITS, Corpus
 from bklm.data.own_text import KINDS_IN_WORDS, own_corpus
 from bklm.data.rows import check_parts, join_messages, text_of
 
@@ -18,12 +18,6 @@ LAYOUTS_IN_WORDS = (
     "train.txt, valid.txt and test.txt, or wiki.train.raw, wiki.valid.raw and wiki.test.raw (or .tokens), "
     f"or a saved Hugging Face data set, or a text of your own: {KINDS_IN_WORDS}"
 )
-# What hub data sets call the three splits, first match wins.
-SPLIT_ALIASES = {
-    "train": ("train", "train_sft"),
-    "valid": ("validation", "valid", "dev"),
-    "test": ("test", "test_sft"),
-}
 
 
 def corpus_from_folder(folder: Path, max_documents: int | None = None, called: str = "data_dir") -> Corpus:

@@ -1,7 +1,10 @@
 """A text of one's own, in one file or in a folder of files, split 80/10/10 by paragraphs.
 
+Files that are named after the three splits are those splits.
+
 Read are .txt, .jsonl and .parquet, each also packed with gzip (.gz). A paragraph of a text file is what blank lines separate;
-of a file without blank lines each line is one. A row of the others is one, with a column "text", or "messages" of a dialogue.
+of a file that has fewer than ten of those, each line is one. A row of the others is one, with a column "text" or a dialogue's
+column "messages".
 """
 
 from __future__ import annotations
@@ -10,11 +13,12 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bklm.data.corpus import SPLITS, Corpus
+from bklm.data.corpus import SPLIT_ALIASES, SPLITS, Corpus
 from bklm.data.rows import join_messages, text_of
 
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -49,6 +53,14 @@ def own_corpus(place: Path, called: str) -> Corpus | None:
         return None
     if not is_own_text(files[0]):
         raise ValueError(f"{called} {str(place)!r} is no text that can be read; give {KINDS_IN_WORDS}.")
+    if place.is_dir() and (named := _named_splits(files, place, called)):
+        splits = {name: [p for file in named[name] for p in _paragraphs(file)] for name in SPLITS}
+        if empty := [name for name, found in splits.items() if not found]:
+            raise ValueError(
+                f"{called} {str(place)!r}: the {' and '.join(empty)} split holds no text; give one that does."
+            )
+        source = f"{', '.join(file.name for name in SPLITS for file in named[name])} in {place.resolve()}"
+        return Corpus(_name_of(place), source, **splits, line_is_document=True, is_own=True)
     paragraphs = [p for file in files for p in _paragraphs(file)]
     if len(paragraphs) < FEWEST_PARAGRAPHS:
         raise ValueError(
@@ -63,6 +75,21 @@ def own_corpus(place: Path, called: str) -> Corpus | None:
         f"order: {counts}"
     )
     return Corpus(_name_of(place), source, **splits, line_is_document=True, is_own=True)
+
+
+def _named_splits(files: list[Path], place: Path, called: str) -> dict[str, list[Path]]:
+    """The files of each split where names say so: "train.jsonl", "validation.txt.gz"; {} where none does."""
+    found = {
+        split: [file for file in files if _name_of(file).lower() in aliases]
+        for split, aliases in SPLIT_ALIASES.items()
+    }
+    named = [file for some in found.values() for file in some]
+    if named and (not all(found.values()) or len(named) < len(files)):
+        raise ValueError(
+            f"{called} {str(place)!r} holds {', '.join(file.name for file in files)}, of which some are named after a split; "
+            "give all three of train, valid and test and no others, or other names for a text that is to be split."
+        )
+    return found if named else {}
 
 
 def _name_of(place: Path) -> str:
@@ -91,7 +118,7 @@ def _paragraphs(path: Path) -> Iterator[str]:
         raw = path.read_bytes()
         if path.name.lower().endswith(".gz"):
             raw = gzip.decompress(raw)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise OSError(f"{str(path)!r} cannot be read ({error}); check it, or copy it again.") from error
     texts = {".txt": _of_text, ".jsonl": _of_rows, ".parquet": _of_parquet}[kind_of(path)](path, raw)
     for text in texts:

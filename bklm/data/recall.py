@@ -38,7 +38,7 @@ class Recall:
     """The task: ``longest`` is the largest distance in training, ``sequences`` the number of training sequences.
 
     Raises:
-        ValueError: fewer keys than pairs, or a size that is no whole number from 1.
+        ValueError: fewer keys than pairs, a distance shorter than they are, or a size that is no whole number from 1.
     """
 
     sequences: int
@@ -56,6 +56,11 @@ class Recall:
         if self.keys < self.pairs:
             raise ValueError(
                 f"keys: got {self.keys} for {self.pairs} pairs; give at least as many keys as pairs."
+            )
+        if self.longest < 2 * self.pairs:
+            raise ValueError(
+                f"longest: got {self.longest} for {self.pairs} pairs, which take two positions each; give {2 * self.pairs} or "
+                "more."
             )
 
     @property

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import re
+import shlex
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -291,6 +292,7 @@ def _add_this_notebook(folder: Path) -> Path | None:
         )
         print(
             f"The notebook itself could not be added to the zip ({reason}): {page}; to have the notebook in it, too, save it "
-            f"and run this cell again, or, once it is executed: python -m bklm.harness.bundle {folder} --notebook FILE.ipynb"
+            f"and run this cell again, or, once it is executed: python -m bklm.harness.bundle {shlex.quote(str(folder))} "
+            "--notebook FILE.ipynb"
         )
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from bklm import __version__
@@ -26,7 +28,6 @@ def model_card(trained: Trained) -> str:
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-license: mit
 tags: [bklm, {type(model).__name__.lower()}, linear-time]
 ---
 
@@ -50,7 +51,7 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))
 
 ## Text
 
-{corpus.get("name", "unnamed")}, from {_without_places(corpus.get("source", "an unknown source"))}.
+{corpus.get("name", "unnamed")}, from {_without_place(corpus.get("source", "an unknown source"))}.
 SHA-256 of the text: `{corpus.get("sha256", "unknown")}`.
 
 ## What was measured
@@ -70,9 +71,22 @@ The command that trained it:
 """
 
 
-def _without_places(words: str) -> str:
-    """Words whose absolute paths are their last parts alone: where a run lay on a machine is nobody's business."""
-    return re.sub(r"(?<![^\s'\"=])/(?:[^\s/,;:'\"]+/)+(?=[^\s/])", "", words)
+def _without_place(source: str) -> str:
+    """Where a text comes from without the folder: where it lay on a machine is nobody's business."""
+    return re.split(r" in (?=/|[A-Za-z]:[\\/]|\\\\)", source)[0]
+
+
+def _without_places(command: str) -> str:
+    """A shell command whose absolute paths are their last parts alone."""
+    return shlex.join(_last_part(word) for word in shlex.split(command))
+
+
+def _last_part(word: str) -> str:
+    name, equals, value = word.rpartition("=")
+    for kind in (PurePosixPath, PureWindowsPath):
+        if kind(value).is_absolute():
+            return f"{name}{equals}{kind(value).name}"
+    return word
 
 
 def _example(trained: Trained) -> str:

@@ -16,6 +16,7 @@ from bklm.files.atomic import replacing, write_json, write_text
 from bklm.harness.values import in_colab
 from bklm.trained.card import model_card
 from bklm.trained.model import Trained
+from bklm.trained.run import make_own_folder
 
 FORMATS = ("transformers",)
 CODE = ("configuration_bklm.py", "modeling_bklm.py")
@@ -34,9 +35,7 @@ def export(trained: Trained, output: str | os.PathLike[str], format: str = "tran
         raise ValueError(f"format: got {format!r}; allowed is one of {', '.join(map(repr, FORMATS))}.")
     folder = Path(output).expanduser()
     is_ours = (folder / CODE[1]).exists()
-    if folder.exists() and not is_ours and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output: {folder} holds other files; choose a new or empty folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_own_folder(folder, is_ours, "output")
     model = trained.model
     weights = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
     with replacing(folder / "model.safetensors") as temporary:

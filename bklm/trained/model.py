@@ -24,6 +24,7 @@ from bklm.data.checks import require_whole
 from bklm.data.loaders import make_loader, windows
 from bklm.data.units import tidy
 from bklm.files.atomic import replacing, write_json
+from bklm.harness.bundle import PAGE
 from bklm.models import LanguageModel
 from bklm.trained.run import (
     MANIFEST,
@@ -33,11 +34,14 @@ from bklm.trained.run import (
     WEIGHTS,
     SavedModel,
     SavedRun,
+    make_own_folder,
     open_run,
 )
 from bklm.training.evaluation import evaluate
 
 UNKNOWN = ("<unk>", "<UNK>")
+# A text in one line that ends like this is taken for the name of a file.
+TEXT_SUFFIXES = (".txt", ".md", ".raw", ".tokens")
 WINDOW = 128  # tokens, where neither model nor run names a length
 BATCH = 16
 FEWEST_TOKENS = 2
@@ -208,9 +212,11 @@ class Trained:
             ValueError: the folder holds something else.
         """
         folder = Path(path).expanduser()
-        if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
-            raise ValueError(f"save: {folder} holds other files; choose a new or empty folder.")
-        folder.mkdir(parents=True, exist_ok=True)
+        # A run's own folder has a page, which a saved model has not.
+        is_ours = (
+            all((folder / n).exists() for n in (MANIFEST, RECORD, WEIGHTS)) and not (folder / PAGE).exists()
+        )
+        make_own_folder(folder, is_ours, "save")
         with replacing(folder / WEIGHTS) as temporary:
             save_model(self.model, str(temporary))
         write_json(folder / RECORD, {**self.record, "model_class": type(self.model).__name__})
@@ -231,9 +237,14 @@ class Trained:
 def _read_text(text: str | os.PathLike[str]) -> str:
     """The text of a file where ``text`` names one, else ``text`` itself."""
     if isinstance(text, str):
-        is_name = "\n" not in text and len(text) < 1000
-        if not is_name or not (path := Path(text).expanduser()).exists():
-            if is_name and " " not in text.strip() and text.strip().endswith((".txt", ".md")):
+        try:
+            path = Path(text.strip()).expanduser()
+            is_file = bool(text.strip()) and "\n" not in text and path.exists()
+        # Too long for a name, or "~" before no user: a text.
+        except (OSError, ValueError, RuntimeError):
+            return text
+        if not is_file:
+            if "\n" not in text and path.suffix.lower() in TEXT_SUFFIXES:
                 raise FileNotFoundError(
                     f"text: there is no file {text!r}; give one that exists, or the text itself."
                 )

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,14 +60,20 @@ class SavedModel:
         """The model with fresh weights.
 
         Raises:
-            ValueError: this version of bklm has no such model.
+            ValueError: this version of bklm has no such model, or not with these settings.
         """
         name = self.model_class
         if name not in CLASSES:
             raise ValueError(
                 f"{self.folder}: its model is {name!r}, which bklm {_version()} does not have; update bklm."
             )
-        return getattr(models, name)(_config_class(name)(**self.record["model_config"]))
+        try:
+            config = _config_class(name)(**self.record["model_config"])
+        except TypeError as error:
+            raise ValueError(
+                f"{self.folder}: its {name} has settings that bklm {_version()} does not know ({error}); update bklm."
+            ) from error
+        return getattr(models, name)(config)
 
 
 def _config_class(name: str) -> type:
@@ -115,7 +122,7 @@ class SavedRun:
         if not found:
             raise ValueError(
                 f"{self.source} holds no trained model: the run is not finished, or its study trains none that is kept; give "
-                "a finished run of 01, 03 or 04."
+                "a finished run of 01, 03 or 04 (05 and 06 keep theirs for the study alone)."
             )
         for saved in found:
             if model in (None, "", saved.name, saved.folder.name):
@@ -137,7 +144,7 @@ def open_run(path: str | os.PathLike[str]) -> SavedRun:
         beside = sorted(p.name for p in place.parent.glob("*.zip")) if place.parent.is_dir() else []
         there = f"; there are {', '.join(beside)} in {place.parent}" if beside else ""
         raise FileNotFoundError(f"{place} does not exist; give a run's zip or folder{there}.")
-    return SavedRun(folder := _folder_of(place, place), place, _read(folder / MANIFEST))
+    return SavedRun(folder := _folder_of(place, place), place, _manifest(folder, place))
 
 
 def _folder_of(place: Path, named: Path) -> Path:
@@ -160,10 +167,31 @@ def _unpack(archive: Path) -> SavedRun:
             wanted = [n for n in opened.namelist() if n.endswith((".json", ".csv", ".html", WEIGHTS))]
             # Python's own extraction keeps names below the folder.
             opened.extractall(temporary.name, wanted)
-    except (zipfile.BadZipFile, EOFError) as error:
+    # Damaged data, and members that are encrypted or packed in a way that Python cannot read.
+    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
         raise ValueError(f"{archive} is no zip, or a damaged one ({error}); copy it again.") from error
     folder = _folder_of(Path(temporary.name), archive)
-    return SavedRun(folder, archive, _read(folder / MANIFEST), temporary)
+    return SavedRun(folder, archive, _manifest(folder, archive), temporary)
+
+
+def _manifest(folder: Path, source: Path) -> dict[str, Any]:
+    found = _read(folder / MANIFEST)
+    if not isinstance(found.get("config"), dict):
+        raise ValueError(
+            f"{source} holds a {MANIFEST} that no run of bklm wrote; give the zip or folder of one."
+        )
+    return found
+
+
+def make_own_folder(folder: Path, is_ours: bool, setting: str) -> None:
+    """Make a folder to write into; one that is there must be empty or of an earlier such call (``is_ours``).
+
+    Raises:
+        ValueError: it holds something else, or is a file.
+    """
+    if folder.exists() and not is_ours and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{setting}: {folder} holds other files; choose a new or empty folder.")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

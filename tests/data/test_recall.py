@@ -60,5 +60,7 @@ def test_models_of_a_seed_see_the_same_sequences_and_seeds_and_splits_differ():
 def test_bad_sizes_are_refused_in_one_sentence():
     with pytest.raises(ValueError, match=r"^keys: got 2 for 4 pairs; give at least as many keys as pairs\.$"):
         Recall(8, 4, keys=2)
+    with pytest.raises(ValueError, match=r"^longest: got 7 for 4 pairs, .*; give 8 or more\.$"):
+        Recall(8, 4, longest=7, pairs=4)
     with pytest.raises(ValueError, match="distance"):
         TASK.at_distance(5)

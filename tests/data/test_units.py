@@ -121,6 +121,27 @@ def test_a_folder_is_read_whole_in_the_order_of_its_names(tmp_path):
     assert own.source.startswith("2 files in ")
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".txt.gz"])
+def test_files_named_after_splits_are_those_splits_and_never_mixed(tmp_path, ending):
+    packed = gzip.open if ending.endswith(".gz") else open
+
+    def write(split):
+        words = [f"{split} {i}" for i in range(12)]
+        lines = [json.dumps({"text": w}) for w in words] if ".jsonl" in ending else words
+        with packed(tmp_path / f"{split}{ending}", "wt", encoding="utf-8") as file:
+            file.write("\n".join(lines))
+
+    for split in ("train", "test"):
+        write(split)
+    with pytest.raises(ValueError, match=r"named after a split; give all three of train, valid and test"):
+        load_corpus("wikitext-2", tmp_path)
+    write("validation")
+    own = load_corpus("wikitext-2", tmp_path)
+    for split, name in (("train", "train"), ("valid", "validation"), ("test", "test")):
+        assert own.split(split) == [f"{name} {i}" for i in range(12)]
+    assert (own.is_own, own.name) == (True, tmp_path.name)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -132,6 +153,7 @@ def test_a_folder_is_read_whole_in_the_order_of_its_names(tmp_path):
         ("a.jsonl", b"{", r"line 1 is no JSON"),
         ("a.parquet", b"x", r"is no Parquet file, or a damaged one"),
         ("a.txt.gz", b"x", r"cannot be read"),
+        ("a.txt.gz", gzip.compress(b"words " * 99)[:12] + b"\xff" * 20, r"cannot be read"),
         ("a.pdf", b"x", r"^data_dir .* is no text that can be read; give one .txt"),
     ],
 )  # fmt: skip

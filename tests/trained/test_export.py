@@ -10,7 +10,7 @@ import torch
 
 import bklm
 from bklm.trained import export, push
-from bklm.trained.card import _without_places
+from bklm.trained.card import _without_place, _without_places
 
 TEXT = "The dog likes <unk> x<unk>y zzz the fish ."
 
@@ -47,7 +47,7 @@ def test_transformers_loads_model_tokeniser_and_pipeline_with_equal_logits(train
     ids = trained.encode(TEXT)[:, :16]
     assert tokenizer(TEXT).input_ids[:16] == ids[0].tolist()
     torch.testing.assert_close(model(ids).logits, trained.model(ids), rtol=0, atol=1e-5)
-    assert float(model(ids, labels=ids).loss) == pytest.approx(
+    assert float(model(ids, labels=ids).loss.detach()) == pytest.approx(
         float(trained.model.loss(ids[:, :-1], ids[:, 1:])), rel=1e-5
     )
     with pytest.raises(ValueError, match=r"^attention_mask: this model reads from the left"):
@@ -76,8 +76,13 @@ def test_the_card_names_text_measures_interval_and_baselines_and_no_place_of_thi
 
 
 def test_places_are_cut_from_a_command_and_addresses_are_not():
-    words = "--data_dir /home/me/text --a '/x/y z' https://github.com/bklm/bklm 1/2"
-    assert _without_places(words) == "--data_dir text --a 'y z' https://github.com/bklm/bklm 1/2"
+    words = (
+        r"--data_dir '/home/al smith/text' --a=/x/y --b 'C:\Users\al\own text' https://github.com/bklm/bklm 1/2"
+    )
+    assert _without_places(words) == "--data_dir text --a=y --b 'own text' https://github.com/bklm/bklm 1/2"
+    source = "own.txt in /home/al smith/text, split 80/10/10 by paragraphs"
+    assert _without_place(source) == "own.txt"
+    assert _without_place("the hub, 1/2 in 3 parts") == "the hub, 1/2 in 3 parts"
 
 
 def test_a_folder_with_other_files_is_refused_and_an_exported_one_written_again(trained, tmp_path):

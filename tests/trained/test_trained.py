@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 
 import matplotlib.image
 import numpy as np
@@ -93,13 +94,48 @@ def test_the_features_figure_is_a_picture_that_says_what_it_shows(trained, tmp_p
     assert "potential of every word" in path.read_bytes().decode("latin-1")
 
 
+def _damage(archive, to, member):
+    """The zip with the packed bytes of a member overwritten."""
+    raw = bytearray(archive.read_bytes())
+    with zipfile.ZipFile(archive) as opened:
+        info = next(i for i in opened.infolist() if i.filename.endswith(member))
+    begin = info.header_offset + 30 + len(info.filename)
+    raw[begin : begin + info.compress_size] = b"\xff" * info.compress_size
+    to.write_bytes(raw)
+
+
+def _rewrite(run, to, pattern, change):
+    shutil.copytree(run, to)
+    for path in to.glob(pattern):
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
 def test_what_cannot_be_loaded_is_one_sentence(runs, tmp_path):
     (tmp_path / "a.zip").write_text("no zip")
+    (tmp_path / "empty").mkdir()
+    _damage(runs / "baseline.zip", tmp_path / "b.zip", "table.csv")
+    _rewrite(
+        runs / "baseline",
+        tmp_path / "runs" / "foreign",
+        "manifest.json",
+        lambda found: {"name": "another tool's"},
+    )
+    _rewrite(
+        runs / "baseline", tmp_path / "runs" / "newer", "runs/*/result.json",
+        lambda found: found | {"model_config": found["model_config"] | {"telepathy": 1}, "model_class": "ResNetBK"},
+    )  # fmt: skip
     for path, model, words in (
         (runs / "none.zip", None, r"none.zip does not exist; .*baseline.zip"),
         (runs, None, r"holds several runs; give one of .*baseline, .*grad_blend\.$"),
-        (tmp_path, None, r"holds no manifest.json: it is no finished run"),
+        (tmp_path / "empty", None, r"holds no manifest.json: it is no finished run"),
         (tmp_path / "a.zip", None, r"is no zip, or a damaged one"),
+        (tmp_path / "b.zip", None, r"is no zip, or a damaged one"),
+        (tmp_path / "runs" / "foreign", None, r"foreign holds a manifest.json that no run of bklm wrote"),
+        (
+            tmp_path / "runs" / "newer",
+            None,
+            r"settings that bklm .* does not know .*telepathy.*; update bklm\.$",
+        ),
         (runs / "baseline", "gpt", r"^model: got 'gpt'; .* holds 'resnet_bk'\.$"),
     ):
         with pytest.raises((ValueError, OSError), match=words):
@@ -116,6 +152,8 @@ def test_what_cannot_be_used_is_one_sentence(trained, tmp_path):
         (lambda: trained.generate("a", -1), r"max_new_tokens"),
         (lambda: trained.score("a"), r"^text: got 1 token; a perplexity needs 2"),
         (lambda: trained.score("missing.txt"), r"^text: there is no file 'missing.txt'"),
+        (lambda: trained.score("my notes.tokens "), r"^text: there is no file 'my notes.tokens '"),
+        (lambda: trained.score(""), r"^text: got 0 tokens; a perplexity needs 2"),
         (lambda: trained.score(tmp_path / "latin.txt"), r"is not UTF-8"),
         (lambda: trained.features(""), r"^features: the text holds no token"),
     ):
@@ -140,3 +178,20 @@ def test_a_sample_of_pieces_or_characters_ends_at_the_last_position(runs, small_
     text = prepare_text(GradBlendConfig(**trained.manifest["config"]))
     written = text.generate(trained.model, "the cat sees the dog and the bird", 60)
     assert len(text.tokens.encode(written)) == trained.model.n_seq
+
+
+def test_a_long_line_and_one_that_begins_like_a_home_folder_are_texts(trained):
+    for text in ("the dog likes the fish . " * 25, "~nobody the dog likes the fish ."):
+        assert trained.score(text).tokens > 2
+
+
+def test_a_runs_own_folder_and_a_file_are_not_saved_over(trained, runs, tmp_path):
+    other = tmp_path / "run"
+    shutil.copytree(runs / "grad_blend", other)
+    before = {p: p.read_bytes() for p in other.rglob("*") if p.is_file()}
+    (tmp_path / "file").touch()
+    for place in (other, tmp_path / "file"):
+        with pytest.raises(ValueError, match=r"^save: .* holds other files; choose a new or empty folder\.$"):
+            trained.save(place)
+    assert before == {p: p.read_bytes() for p in other.rglob("*") if p.is_file()}
+    assert trained.save(trained.save(tmp_path / "mine")) == tmp_path / "mine"

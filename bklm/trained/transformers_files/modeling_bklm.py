@@ -52,6 +52,10 @@ class BklmForCausalLM(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **ignored):
         """The last tokens that the model has positions for."""
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise ValueError(
+                "attention_mask: a padded text cannot be continued; generate for texts of one length, or one at a time."
+            )
         longest = self.model.n_seq or input_ids.shape[1]
         mask = None if attention_mask is None else attention_mask[:, -longest:]
         return {"input_ids": input_ids[:, -longest:], "attention_mask": mask}
