@@ -262,10 +262,13 @@ def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
         for name, words, comparison in (("losses", "Terms of the loss.", LOSSES), ("blocks", "Blocks.", BLOCKS))
         if name in found
     )
-    compared = [t for name in ("losses", "blocks") for t in found.get(name, [])]
-    also = {"stability": found["stability"]} if "stability" in found else {}
+    both = {name: found[name] for name in ("blocks", "losses") if name in found}
+    every = [t for name in ("losses", "blocks") for t in both.get(name, [])]
+    # The rates of blocks are searched and those of terms are given: the best is one of blocks where there are any.
+    best = next(iter(both))
+    also = {name: trials for name, trials in found.items() if name in ("losses", "stability") and name != best}
     return report.finish(
-        PhysicsResult, LOSSES, compared, also=also, finding=finding + tables.claims_in_words(claims),
+        PhysicsResult, LOSSES, both[best], also=also, finding=finding + tables.claims_in_words(claims), rows=LOSSES.rows(every),
         summary={"claims": claims, "parts": parts},
         sees_the_future=config.protocol == "original", parts=parts, claims=claims,
     )  # fmt: skip
