@@ -262,13 +262,12 @@ def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
         for name, words, comparison in (("losses", "Terms of the loss.", LOSSES), ("blocks", "Blocks.", BLOCKS))
         if name in found
     )
-    both = {name: found[name] for name in ("blocks", "losses") if name in found}
-    every = [t for name in ("losses", "blocks") for t in both.get(name, [])]
-    # The rates of blocks are searched and those of terms are given: the best is one of blocks where there are any.
-    best = next(iter(both))
-    also = {name: trials for name, trials in found.items() if name in ("losses", "stability") and name != best}
+    losses, blocks = found.get("losses", []), found.get("blocks", [])
+    # The rates of blocks are searched, those of terms given: the best is one of blocks where there are any.
+    also = {name: found[name] for name in ("losses" * bool(blocks), "stability") if name in found}
     return report.finish(
-        PhysicsResult, LOSSES, both[best], also=also, finding=finding + tables.claims_in_words(claims), rows=LOSSES.rows(every),
+        PhysicsResult, LOSSES, blocks or losses, also=also, rows=LOSSES.rows([*losses, *blocks]),
+        finding=finding + tables.claims_in_words(claims),
         summary={"claims": claims, "parts": parts},
         sees_the_future=config.protocol == "original", parts=parts, claims=claims,
     )  # fmt: skip
