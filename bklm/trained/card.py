@@ -25,6 +25,7 @@ def model_card(trained: Trained) -> str:
         if trained.sees_the_future
         else ""
     )
+    version = manifest.get("environment", {}).get("bklm", "")
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -34,7 +35,7 @@ tags: [bklm, {type(model).__name__.lower()}, linear-time]
 # {trained.name}: a {type(model).__name__} trained on {trained.text_name}
 
 {model.num_parameters():,} parameters, {limit}, a vocabulary of {model.vocab_size:,}. It was trained by the study
-`{manifest.get("study")}` of [bklm]({REPOSITORY}) {manifest.get("environment", {}).get("bklm", "")}, profile `{manifest["config"].get("profile")}`.
+`{manifest.get("study")}` of [bklm]({REPOSITORY}) {version}, profile `{manifest["config"].get("profile")}`.
 It is small, and writes accordingly: a subject of experiments, not an assistant.
 {seen}
 ## Use
