@@ -129,7 +129,9 @@ run_like_colab() {
     PY="$PWD/.venv-colab/bin/python"
     make_environment .venv-colab test "$python" --like-colab --extra test
     step="running the notebooks on Colab's versions"
-    "$PY" -m pytest -m "slow or not slow" -W ignore::DeprecationWarning tests/notebooks --ignore tests/notebooks/test_study_run.py
+    # The second file writes data sets with one environment's version of datasets and reads them with the other's.
+    "$PY" -m pytest -m "slow or not slow" -W ignore::DeprecationWarning tests/notebooks tests/data/test_dataset_versions.py \
+        --ignore tests/notebooks/test_study_run.py
 }
 
 case "${1:-}" in
