@@ -3,7 +3,7 @@
 #
 # Source: the task "wikitext" of lm-evaluation-harness, whose word_perplexity is exp(-log-likelihood / words), "words" being what
 #   white space separates in the original page.
-# Expected: " = Title = \\n", as every line of WikiText begins and ends, has 3 words, as str.split and wc -w count.
+# Expected: " = Title = \n", as every line of WikiText begins and ends, has 3 words, as str.split and wc -w count.
 # Seen: 5. The page is cut with re.split, which returns an empty text before the first and after the last white space. For pages
 #   of thousands of words that is nothing; with a line a document, as data sets of lines give them, a perplexity of 100 per word
 #   over lines of 3 words reads 15.8, and of 20 words 65.8. Stripping the lines first changes the number and no prediction.
