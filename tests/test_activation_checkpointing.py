@@ -111,10 +111,10 @@ def test_a_compiled_mixture_is_checkpointed(experts, k, backend):
 @pytest.mark.parametrize("name", [name for name in MODELS if "with" in name])
 def test_an_auxiliary_term_that_the_reentrant_kind_leaves_without_a_gradient_says_so(name, around):
     model, (ids, targets) = MODELS[name]().train(), torch.randint(0, V, (2, 3, 9))
+    if around == "model":
+        body, one = model.model.hidden, torch.ones((), requires_grad=True)
+        model.model.hidden = lambda ids: checkpoint(lambda x, y: body(x) * y, ids, one, use_reentrant=True)
     with pytest.raises(RuntimeError, match=r"^the auxiliary term has no gradient.*use_reentrant=False"):
-        if around == "model":
-            body, one = model.model.hidden, torch.ones((), requires_grad=True)
-            model.model.hidden = lambda ids: checkpoint(lambda x, y: body(x) * y, ids, one, use_reentrant=True)
         step(model, "hidden", ids, targets, True if around == "hidden" else None)
     with torch.no_grad():
         model.hidden(ids)

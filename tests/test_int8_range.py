@@ -11,7 +11,14 @@ from torch import nn
 from bklm.compression.int8 import load_quantised, quantised, save_quantised, with_float_products
 from bklm.compression.int8_linear import row_exponents
 from bklm.models import (
-    GPT, GPTConfig, LinearContext, LinearContextConfig, NewLLM, NewLLMConfig, ResNetBK, ResNetBKConfig,
+    GPT,
+    GPTConfig,
+    LinearContext,
+    LinearContextConfig,
+    NewLLM,
+    NewLLMConfig,
+    ResNetBK,
+    ResNetBKConfig,
 )  # fmt: skip
 
 MAKERS = {
