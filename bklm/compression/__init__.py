@@ -1,5 +1,6 @@
-"""Smaller models: int8 copies, what they cost in perplexity, and the files that hold them."""
+"""Smaller models: few bits, zeros, low rank, fewer parts, students; what each costs, and the files that hold them."""
 
+from bklm.compression.activations import with_int8_products
 from bklm.compression.int8 import (
     QuantisationRow,
     load_quantised,
@@ -8,12 +9,20 @@ from bklm.compression.int8 import (
     save_quantised,
     with_float_products,
 )
+from bklm.compression.saving import file_sizes, load_compressed, save_compressed
+from bklm.compression.weights import low_rank, quantise
 
 __all__ = [
     "QuantisationRow",
+    "file_sizes",
+    "load_compressed",
     "load_quantised",
+    "low_rank",
     "quantisation_report",
+    "quantise",
     "quantised",
+    "save_compressed",
     "save_quantised",
     "with_float_products",
+    "with_int8_products",
 ]
