@@ -80,6 +80,7 @@ def with_int8_products(
     if outliers < 0:
         raise ValueError(f"outliers: got {outliers}; give a number of columns, 0 or more.")
     made = copy_of(plain)
+    head = head and min(made.head()[0].shape) >= SMALLEST
     maps = _maps(made, head)
     known = codes_of(made)
     inputs: dict[str, Inputs] = {}
@@ -152,7 +153,7 @@ def _maps(model: LanguageModel, head: bool) -> list[str]:
             f"with_int8_products: got a {type(model).__name__} without maps that are modules with at least {SMALLEST} inputs "
             f"and outputs; it serves {names} with such maps: round the weights alone with quantise(model)."
         )
-    return found + [names[id(weight)]] * (head and min(weight.shape) >= SMALLEST)
+    return found + [names[id(weight)]] * head
 
 
 def _name_of(model: LanguageModel, tensor: Tensor) -> str:
