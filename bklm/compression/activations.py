@@ -33,6 +33,7 @@ from bklm.models import GPT, LanguageModel, LinearContext, NewLLM, ResNetBK
 
 PER = ("token", "tensor")
 KINDS = (NewLLM, GPT, ResNetBK, LinearContext)  # the others use weights of maps past the maps
+HEAD_INPUTS = 128
 LEAST = 1e-5  # of a column's size, before it divides
 
 
@@ -52,7 +53,7 @@ def with_int8_products(
     smooth: float | None = None,
     outliers: int = 0,
     calibration: Iterable[tuple[Tensor, Tensor]] = (),
-    head: bool = True,
+    head: bool | None = None,
 ) -> Any:
     """A copy on the CPU whose linear maps multiply in int8, for inference. The model is left as it is.
 
@@ -66,7 +67,8 @@ def with_int8_products(
         smooth: SmoothQuant's a, between 0 and 1, for all maps but a tied head, whose columns are also its embedding's.
         outliers: so many columns of each map, those of the largest activations, stay in float.
         calibration: batches (x, y) of training text, which ``smooth`` and ``outliers`` need.
-        head: whether the output head multiplies in int8, too.
+        head: whether the output head multiplies in int8, too; None: where it has at least 128 inputs, since with fewer the
+            scaling of as many numbers as there are words takes longer than the products save.
 
     Raises:
         TypeError: a model without such maps. ValueError: a value outside what is allowed, or no calibration where one is
@@ -80,7 +82,8 @@ def with_int8_products(
     if outliers < 0:
         raise ValueError(f"outliers: got {outliers}; give a number of columns, 0 or more.")
     made = copy_of(plain)
-    head = head and min(made.head()[0].shape) >= SMALLEST
+    output = made.head()[0]
+    head = (output.shape[1] >= HEAD_INPUTS if head is None else head) and min(output.shape) >= SMALLEST
     maps = _maps(made, head)
     known = codes_of(made)
     inputs: dict[str, Inputs] = {}

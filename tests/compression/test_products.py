@@ -64,7 +64,7 @@ KINDS = {
     "per tensor": {"per": "tensor"},
     "SmoothQuant": {"smooth": 0.5},
     "outlier columns": {"outliers": 2},
-    "float head": {"head": False},
+    "int8 head": {"head": True},
 }
 
 
@@ -99,11 +99,9 @@ def test_smoothing_saves_what_one_large_input_would_spoil(reading, text):
     exact = evaluate(model, text, None).loss
     assert exact == pytest.approx(evaluate(reading, text, None).loss, abs=1e-4)
     loss = {
-        name: abs(
-            evaluate(with_int8_products(model, calibration=text, head=False, **kw), text, None).loss - exact
-        )
+        name: abs(evaluate(with_int8_products(model, calibration=text, **kw), text, None).loss - exact)
         for name, kw in KINDS.items()
-        if name != "float head"
+        if name != "int8 head"
     }
     assert loss["SmoothQuant"] < 0.5 * loss["per token"]
     assert loss["outlier columns"] < 0.5 * loss["per token"]
@@ -118,7 +116,7 @@ def test_what_cannot_multiply_in_int8_is_refused_in_one_sentence(reading, text):
         with_int8_products(reading, smooth=2, calibration=text)
     with pytest.raises(ValueError, match="calibration holds no text; give some batches"):
         with_int8_products(reading, smooth=0.5)
-    small = with_int8_products(reading)
+    small = with_int8_products(reading, head=True)
     with pytest.raises(TypeError, match="got a Int8ResNetBK; it takes a plain"):
         with_int8_products(small)
     with pytest.raises(TypeError, match="is not trained"):
