@@ -107,7 +107,7 @@ def largest_kept(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Ten
     kept = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
     kept[flat.topk(zeros, largest=False).indices] = False
     parts = kept.split([s.numel() for s in scores.values()])
-    return {name: part.view(s.shape) for (name, s), part in zip(scores.items(), parts, strict=True)}
+    return {name: part.view(s.shape).clone() for (name, s), part in zip(scores.items(), parts, strict=True)}
 
 
 def _wanda(

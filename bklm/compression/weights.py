@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from bklm.compression.coded_model import copy_of, halve_the_rest, like, matrices, model_of, outer_names, put
-from bklm.compression.coding import factors, integers
+from bklm.compression.coded_model import (
+    codes_of,
+    copy_of,
+    forget_codes,
+    halve_the_rest,
+    like,
+    matrices,
+    model_of,
+    outer_names,
+    put,
+)
+from bklm.compression.coding import Factors, factors, integers
+
+HALF = 16  # bits
 
 
 def quantise(
@@ -18,7 +30,8 @@ def quantise(
 
     Args:
         model: a language model, or a run of ``bklm.load``; the result is of the same kind.
-        bits: 2 to 8, of every matrix with at least 16 inputs and outputs.
+        bits: 2 to 8, of every matrix with at least 16 inputs and outputs, but a head of ``low_rank``, which keeps its factors;
+            16: half precision for everything.
         group: inputs that share a scale, such as 32 or 128; None: a scale an output.
         outer_bits: of embeddings and head, where they differ.
         rest: "float16" or "float32", for vectors and small matrices.
@@ -30,11 +43,14 @@ def quantise(
     if rest not in ("float16", "float32"):
         raise ValueError(f"rest: got {rest!r}; allowed are 'float16' and 'float32'.")
     made = copy_of(plain)
-    outer = outer_names(made)
-    put(made, {
-        name: integers(p, (outer_bits or bits) if name in outer else bits, group)
-        for name, p in matrices(made).items()
-    })  # fmt: skip
+    outer, held = outer_names(made), codes_of(made)
+    if bits == HALF:
+        forget_codes(made)
+    else:
+        put(made, {
+            name: integers(p, (outer_bits or bits) if name in outer else bits, group)
+            for name, p in matrices(made).items() if not isinstance(held.get(name), Factors)
+        })  # fmt: skip
     if rest == "float16":
         halve_the_rest(made)
     return like(model, made)
