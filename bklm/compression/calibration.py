@@ -70,3 +70,14 @@ def read_inputs(
     if not found or not any(inputs.positions for inputs in found.values()):
         raise ValueError(f"{caller}: calibration holds no text; give some batches (x, y) of the training text.")
     return found
+
+
+def first_batches(batches: Iterable[tuple[Tensor, Tensor]], tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """The first batches (x, y) of some, with so many tokens or the least more."""
+    found = []
+    for x, y in batches:
+        found.append((x, y))
+        tokens -= x.numel()
+        if tokens <= 0:
+            break
+    return found

@@ -19,10 +19,11 @@ from bklm.compression import (
     skip_blocks,
     with_int8_products,
 )
+from bklm.compression.calibration import first_batches
 from bklm.harness.session import Session
 from bklm.models import LanguageModel
 from bklm.studies.compression.config import CompressionConfig
-from bklm.studies.compression.models import EXPERTS, INT8, calibration, load_model, score, sizes
+from bklm.studies.compression.models import EXPERTS, INT8, load_model, score, sizes
 
 TORCH_AO = "int8 products, torch.ao"
 PRODUCTS = "int8 products, "
@@ -84,7 +85,10 @@ def measure_methods(study: Session, family: str, seed: int) -> dict[str, Any]:
     config, text = study.config, study.text
     started = time.perf_counter()
     model = load_model(study.folder, config, family, seed)
-    batches, device = calibration(text, config.calibration_tokens), study.accelerator.device
+    batches, device = (
+        first_batches(text.train_loader(seed=0), config.calibration_tokens),
+        study.accelerator.device,
+    )
     rows = []
     for name, method in methods_of(config, family).items():
         made = method(model, batches)

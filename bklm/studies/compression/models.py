@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bklm.compression import Distilled, PrunedModel, RoundedModel, baked, file_sizes, narrower, quantise
 from bklm.compression.pruning import masks_of
@@ -200,14 +199,3 @@ def keep(folder: Path, arm: str, model: LanguageModel) -> None:
     place = place_of(folder, arm)
     place.parent.mkdir(exist_ok=True)
     save_compressed(model, place)
-
-
-def calibration(text: Any, tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """The first batches of training text with so many tokens."""
-    batches = []
-    for x, y in text.train_loader(seed=0):
-        batches.append((x, y))
-        tokens -= x.numel()
-        if tokens <= 0:
-            break
-    return batches

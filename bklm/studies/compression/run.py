@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bklm.compression import load_compressed
+from bklm.compression.calibration import first_batches
 from bklm.harness.arms import Arm, readable_verdicts, train_arms
 from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.report import Report, StudyResult, small_print
@@ -137,7 +138,7 @@ def _keep_recommended(study: Session, rows: list[dict[str, Any]]) -> None:
         if not models.place_of(study.folder, arm).exists() and source in models.first_arms(config) and method:
             model = models.load_model(study.folder, config, source, config.seeds[0])
             known = methods_of(config, source) if source in families(config) else {}
-            batches = models.calibration(study.text, config.calibration_tokens)
+            batches = first_batches(study.text.train_loader(seed=0), config.calibration_tokens)
             made = known[method](model, batches) if method in known else models.quantise(model)
             models.keep(study.folder, arm, made)
 
@@ -149,9 +150,7 @@ def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
     arms: dict[str, Arm] = found["arms"]
     judged_rows = judged(files, arms)
     timed = speed.measured(study, "speed.json", lambda: speed.speeds(study), {"models": dict})["models"]
-    counted = speed.measured(study, "counted.json", lambda: speed.count_model_sizes(study), {"rows": list})[
-        "rows"
-    ]
+    counted = speed.measured(study, "counted.json", lambda: speed.counted(study), {"rows": list})["rows"]
     speeds, shares = tables.speed_rows(timed), tables.shares_of(timed)
     chosen = tables.recommended(rows)
     _keep_recommended(study, chosen)

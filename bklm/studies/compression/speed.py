@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
 
+from bklm.compression.calibration import first_batches
 from bklm.compression.coded_model import outer_names
+from bklm.compression.counting import count_model_sizes
 from bklm.data.baselines import KneserNey, count_models
 from bklm.files.atomic import read_result, write_json
 from bklm.harness import measure as timing
@@ -20,13 +17,12 @@ from bklm.harness.session import Session
 from bklm.models import LanguageModel
 from bklm.models.resnet_bk_mixers import SolveCore
 from bklm.studies.compression.methods import products_of
-from bklm.studies.compression.models import EXPERTS, calibration, families, load_model, smaller
+from bklm.studies.compression.models import EXPERTS, families, load_model, smaller
 
 SECONDS = 10.0  # of timing, an arm at most
 SEQUENCES = 16
 WRITTEN = 32  # tokens
 FLOAT, HIDDEN, CORE = "float32", "blocks alone", "core alone"
-UNSIGNED = (np.uint8, np.uint16, np.uint32, np.uint64)
 
 
 def measured(
@@ -50,7 +46,7 @@ def _speed(study: Session, family: str) -> dict[str, Any]:
     seed = config.seeds[0]
     model = load_model(study.folder, config, family, seed)
     x, y = text.first_batch(min(SEQUENCES, text.batch_size))
-    batches = calibration(text, config.calibration_tokens)
+    batches = first_batches(text.train_loader(seed=0), config.calibration_tokens)
     made = {FLOAT: model} | {name: method(model, batches) for name, method in products_of(config).items()}
     made |= {f"width {w:g}": load_model(study.folder, config, smaller(family, w), seed) for w in config.widths}
     scored = {name: timing.Arm(_score(m, x, y)) for name, m in made.items()}
@@ -105,32 +101,14 @@ def _seconds(arms: dict[str, timing.Arm], repeats: int) -> dict[str, list[float]
     return {name: cell["total"] for name, cell in timing.time_arms(arms, repeats, SECONDS, "cpu").items()}
 
 
-def count_model_sizes(study: Session) -> dict[str, Any]:
-    """Bytes of the Kneser-Ney models of the same tokens, as files: keys as differences in the smallest unsigned type, the
-    rest in float32."""
-    tokens = study.text.tokens
+def counted(study: Session) -> dict[str, Any]:
+    """The Kneser-Ney models of the same tokens: perplexity and size."""
+    tokens, scored = study.text.tokens, {r["name"]: r["val_ppl"] for r in study.text.baselines}
     rows = []
     for name, model in count_models(tokens.train, tokens.vocab_size).items():
         if isinstance(model, KneserNey):
-            whole = _bytes_of(model)
-            ppl = next(r["val_ppl"] for r in study.text.baselines if r["name"] == name)
-            rows.append({
-                "arm": name, "val_ppl": ppl, "file_bytes": len(whole), "packed_file_bytes": len(zlib.compress(whole, 9)),
-            })  # fmt: skip
+            whole, packed = count_model_sizes(model)
+            rows.append(
+                {"arm": name, "val_ppl": scored[name], "file_bytes": whole, "packed_file_bytes": packed}
+            )
     return {"rows": rows}
-
-
-def _bytes_of(model: KneserNey) -> bytes:
-    tensors = {}
-    for i, (keys, gain, backoff) in enumerate(model.levels):
-        steps = np.diff(keys, prepend=0)
-        kind = next(t for t in UNSIGNED if steps.max() <= np.iinfo(t).max)
-        # As bytes: not every version of torch has all unsigned types.
-        tensors[f"{i}.keys.{np.dtype(kind).name}"] = torch.from_numpy(steps.astype(kind).view(np.uint8).copy())
-        tensors |= {
-            f"{i}.gain": torch.from_numpy(gain).float(),
-            f"{i}.backoff": torch.from_numpy(backoff).float(),
-        }
-    with tempfile.TemporaryDirectory() as folder:
-        save_file(tensors, str(place := Path(folder, "model")))
-        return place.read_bytes()
