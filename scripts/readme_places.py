@@ -14,6 +14,7 @@ import pandas as pd
 from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.studies.baseline import tables
 from bklm.studies.baseline.models import TITLES
+from bklm.studies.dialogue import tables as dialogue
 from bklm.studies.embedding_freeze.config import INEQUALITY
 from bklm.studies.embedding_freeze.tables import REPORTED
 from bklm.studies.koopman import tables as koopman
@@ -301,6 +302,15 @@ OF_RUNS: Places = {
         "claim_lines": claim_lines,
         "claims_table": lambda run: run.summary["claims"],
         **{name: physics_table(name) for name in ("verdicts", "energies", "steps", "stability", "memory")},
+    },
+    "dialogue": {
+        "claim_lines": claim_lines,
+        "claims_table": lambda run: run.summary["claims"],
+        "notes": lambda run: " ".join(run.summary["notes"]),
+        "contexts": lambda run: dialogue.readable_contexts(run.rows("contexts.csv")),
+        "facts": lambda run: dialogue.readable_facts(run.rows("facts.csv")),
+        "writing": lambda run: dialogue.readable_writing(run.rows("writing.csv")),
+        "replies": lambda run: run.rows("replies.csv")[:5],
     },
 }
 # Places of a study, which need several runs or none.

@@ -1,21 +1,22 @@
 """The grammar corpus: dialogues drawn from seeds in which the right reply needs a fact from k turns back.
 
-Every turn states a fact: an attribute that nobody has spoken of yet, and its value. The user then asks for an attribute whose
-fact was stated k turns before the reply, k uniform over 1 ... min(DISTANCES, turns so far); the reply says its value:
+Every turn tells of an animal that nobody has spoken of yet, and its name. The user then asks for an animal that was told of
+and not yet asked for, each as likely as another; the reply says its name:
 
-    user    my cat is red . what is the hat ?
-    system  well , it is blue . my lamp is green
+    user    my cat tom is here . which cat ?
+    system  well , cat tom . my hen lou is here
+    user    my dog max is here . which hen ?
 
-With A attributes, V values and O openings, turn t (from 0) of a dialogue, t facts stated before, has the cross-entropy, in
-nats, of the law that drew it
+With A animals, V names and O openings, turn t (from 0) of a dialogue has the cross-entropy, in nats, of the law that drew it
 
-    user    log(A - t) + log V + log min(DISTANCES, t + 1)
+    user    log(A - t) + log V + log(t / 2 + 1)
     system  log O + log(A - t) + log V
 
 All that is drawn is uniform, so these are not only means: each turn drawn has exactly this probability, and no model has a
-lower loss on replies but by chance. Of a reply of which the reader sees the last n turns alone, the value asked for costs
-log V more where k > n, and the attribute is one of A - s, s the number of attributes seen or asked for (by symmetry: which
-ones were used out of sight is unknown). ``reply_nats`` gives both.
+lower loss on replies but by chance. Of a reply of which the reader sees the last n turns alone, the name asked for costs
+log V more where it was told k > n turns back, the animal asked for log A where n = 0, and the new animal is one of A - s, s
+the number of animals that are seen (by symmetry: which ones were spoken of out of sight is unknown). ``reply_nats`` gives
+both. A dialogue of five exchanges asks from 1 to 8 turns back.
 """
 
 from __future__ import annotations
@@ -32,18 +33,33 @@ from bklm.data.corpus import SPLITS
 from bklm.data.dialogues import LICENCES, SYSTEM, USER, Dialogue, DialogueCorpus, Placed, as_text
 from bklm.data.hmm import Uniform
 
-ATTRIBUTES = ("cat", "dog", "car", "hat", "boat", "book", "cup", "door", "bike", "coat", "lamp", "room", "desk", "kite",
-              "sofa", "tent")  # fmt: skip
-VALUES = ("red", "blue", "green", "black", "white", "old", "new", "big")
+ANIMALS = (
+    "cat",
+    "dog",
+    "hen",
+    "cow",
+    "pig",
+    "fox",
+    "owl",
+    "bat",
+    "rat",
+    "bee",
+    "ant",
+    "elk",
+    "emu",
+    "ape",
+    "hare",
+    "goat",
+)
+NAMES = ("tom", "max", "lou", "ben", "sue", "kim", "joe", "ann")
 OPENINGS = ("well", "sure", "yes", "oh")
-DISTANCES = 8
 EXCHANGES = 5  # a dialogue: a turn of the user and a reply each
-DIALOGUES = {"train": 6000, "valid": 400, "test": 400}
+DIALOGUES = {"train": 6000, "valid": 500, "test": 500}
 
 
 @dataclass(frozen=True)
 class Fact:
-    """What a reply has to know: the value's place among the words of its text, and how many turns back it was stated."""
+    """What a reply has to know: the name's place among the words of its text, and how many turns back it was told."""
 
     turn: int
     word: int
@@ -52,23 +68,22 @@ class Fact:
 
 @dataclass(frozen=True)
 class Grammar:
-    """The law. ``attributes`` are at least as many as turns.
+    """The law. ``animals`` are at least as many as turns.
 
     Raises:
-        ValueError: fewer attributes than turns.
+        ValueError: fewer animals than turns.
     """
 
-    attributes: Sequence[str] = ATTRIBUTES
-    values: Sequence[str] = VALUES
+    animals: Sequence[str] = ANIMALS
+    names: Sequence[str] = NAMES
     openings: Sequence[str] = OPENINGS
     exchanges: int = EXCHANGES
-    distances: int = DISTANCES
 
     def __post_init__(self) -> None:
         require_whole("exchanges", self.exchanges, 1)
-        if len(self.attributes) < 2 * self.exchanges:
+        if len(self.animals) < 2 * self.exchanges:
             raise ValueError(
-                f"attributes: got {len(self.attributes)} for {2 * self.exchanges} turns, each of which states a new one; give "
+                f"animals: got {len(self.animals)} for {2 * self.exchanges} turns, each of which states a new one; give "
                 "at least as many."
             )
 
@@ -79,41 +94,36 @@ class Grammar:
         def one(choices: Sequence[str] | range) -> str | int:
             return choices[int(next(numbers) * len(choices))]
 
-        left, stated, turns, facts = list(self.attributes), [], [], []
-        for exchange in range(self.exchanges):
-            stated.append((one(left), one(self.values)))
-            left.remove(stated[-1][0])
-            # The reply is turn 2 * exchange + 1; before it stand as many facts.
-            distance = one(range(1, min(self.distances, len(stated)) + 1))
-            asked, value = stated[-distance]
-            turns.append((USER, f"my {stated[-1][0]} is {stated[-1][1]} . what is the {asked} ?"))
+        left, told, turns, facts = list(self.animals), [], [], []
+
+        def tell() -> str:
+            told.append((len(turns), one(left), one(self.names)))
+            left.remove(told[-1][1])
+            return f"my {told[-1][1]} {told[-1][2]} is here"
+
+        for _ in range(self.exchanges):
+            said = tell()
+            place, animal, name = told.pop(one(range(len(told))))
+            turns.append((USER, f"{said} . which {animal} ?"))
             opening = one(self.openings)
-            stated.append((one(left), one(self.values)))
-            left.remove(stated[-1][0])
-            turns.append((SYSTEM, f"{opening} , it is {value} . my {stated[-1][0]} is {stated[-1][1]}"))
-            facts.append(Fact(2 * exchange + 1, 4, distance))
+            facts.append(Fact(len(turns), 3, len(turns) - place))
+            turns.append((SYSTEM, f"{opening} , {animal} {name} . {tell()}"))
         return tuple(turns), tuple(facts)
 
     def turn_nats(self, turn: int) -> float:
         """-log probability of a turn (from 0) given all before it, in nats."""
-        stated = math.log(len(self.attributes) - turn) + math.log(len(self.values))
-        return stated + math.log(len(self.openings) if turn % 2 else min(self.distances, turn + 1))
+        told = math.log(len(self.animals) - turn) + math.log(len(self.names))
+        return told + math.log(len(self.openings) if turn % 2 else turn // 2 + 1)
 
     def reply_nats(self, dialogue: Dialogue, fact: Fact, turns: int | None = None) -> float:
         """-log probability of a reply given the last ``turns`` turns before it (None: all), in nats."""
         seen = min(fact.turn, fact.turn if turns is None else turns)
-        known = {
-            text.split()[-3 if speaker == SYSTEM else 1]
-            for speaker, text in dialogue[fact.turn - seen : fact.turn]
-        }
-        if seen:
-            known.add(dialogue[fact.turn - 1][1].split()[-2])
-        free = (
-            math.log(len(self.attributes) - len(known))
-            + math.log(len(self.values))
-            + math.log(len(self.openings))
-        )
-        return free + (math.log(len(self.values)) if fact.distance > seen else 0.0)
+        words = [text.split() for _, text in dialogue[fact.turn - seen : fact.turn]]
+        known = {said[place] for said in words for place in ((1, -2) if said[0] == "my" else (2, 6))}
+        known.add(dialogue[fact.turn][1].split()[2])
+        animals, names = len(self.animals), math.log(len(self.names))
+        free = math.log(animals - len(known)) + names + math.log(len(self.openings))
+        return free + (0.0 if seen else math.log(animals)) + (names if fact.distance > seen else 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +135,8 @@ class GrammarCorpus(DialogueCorpus):
 
     @cached_property
     def chance(self) -> float:
-        """Share of right values of who guesses."""
-        return 1 / len(self.grammar.values)
+        """Share of right names of who guesses."""
+        return 1 / len(self.grammar.names)
 
     def reply_nats(self, split: str, turns: int | None = None) -> np.ndarray:
         """-log probability of every reply of a split given the last ``turns`` turns (None: all), nats, float64 (replies,)."""
@@ -145,7 +155,7 @@ class GrammarCorpus(DialogueCorpus):
 def grammar_corpus(
     seed: int = 0, grammar: Grammar | None = None, sizes: dict[str, int] | None = None
 ) -> GrammarCorpus:
-    """The corpus "grammar": 6,000 / 400 / 400 dialogues of ten turns, the same for a seed everywhere."""
+    """The corpus "grammar": 6,000 / 500 / 500 dialogues of ten turns, the same for a seed everywhere."""
     law, sizes = grammar or Grammar(), sizes or DIALOGUES
     drawn: dict[str, list[tuple[Dialogue, tuple[Fact, ...]]]] = {}
     for number, split in enumerate(SPLITS):
@@ -153,9 +163,7 @@ def grammar_corpus(
         drawn[split] = [law.draw(uniform) for _ in range(sizes[split])]
     dialogues = {split: [dialogue for dialogue, _ in found] for split, found in drawn.items()}
     texts = {split: [as_text(d) for d in found] for split, found in dialogues.items()}
-    source = (
-        f"drawn from a grammar of {len(law.attributes)} attributes and {len(law.values)} values, seed {seed}"
-    )
+    source = f"drawn from a grammar of {len(law.animals)} animals and {len(law.names)} names, seed {seed}"
     return GrammarCorpus(
         "grammar", source, **texts, line_is_document=True, licence=LICENCES["grammar"], threshold=None, grammar=law,
         rows={split: Placed([("", d) for d in found]) for split, found in dialogues.items()},

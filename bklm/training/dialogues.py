@@ -53,30 +53,40 @@ def recalled_facts(
     A fact that a window does not reach back to is asked for all the same.
     """
     examples: list[tuple[np.ndarray, np.ndarray]] = []
-    distances: list[int] = []
+    asked: list[list[tuple[list[int], int]]] = []  # of each example: places of the targets, and the distance
     for dialogue, own in zip(dialogues, facts, strict=True):
         turns = vocabulary.encode_turns(dialogue)
-        for fact in own:
-            places = pieces_of_word(vocabulary, dialogue[fact.turn][1], fact.word)
-            before = np.concatenate(turns[: fact.turn])
-            ids = np.concatenate([before, turns[fact.turn][: places[-1] + 1]])
-            target = np.zeros(len(ids), bool)
-            target[[len(before) + place for place in places]] = True
-            examples.append((ids[-(seq_len + 1) :], target[-(seq_len + 1) :]))
-            distances.append(fact.distance)
+        starts = np.cumsum([0, *map(len, turns)])
+        ids = np.concatenate(turns)
+        found = [
+            (
+                [int(starts[f.turn]) + p - 1 for p in pieces_of_word(vocabulary, dialogue[f.turn][1], f.word)],
+                f.distance,
+            )
+            for f in own
+        ]
+        # One reading serves all facts of a dialogue that a window holds.
+        for some in [found] if len(ids) <= seq_len + 1 else [[one] for one in found]:
+            end = some[-1][0][-1] + 2
+            begin = max(0, end - (seq_len + 1))
+            target = np.zeros(end - begin, bool)
+            places = [([p - begin for p in one], distance) for one, distance in some]
+            target[[p + 1 for one, _ in places for p in one]] = True
+            examples.append((ids[begin:end], target))
+            asked.append(places)
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    right: list[bool] = []
+    counts: dict[int, list[int]] = {}
+    questions = iter(asked)
     for x, y in make_loader(Rows(examples, vocabulary.pad_id), min(ROWS, len(examples))):
-        x, y = x.to(device), y.to(device)
-        correct = model.token_losses(x, y).correct
-        right += (correct | (y < 0)).all(1).tolist()
+        correct = model.token_losses(x.to(device), y.to(device)).correct.cpu()
+        for row, some in zip(correct, questions, strict=False):
+            for places, distance in some:
+                count = counts.setdefault(distance, [0, 0])
+                count[0] += bool(row[places].all())
+                count[1] += 1
     model.train(was_training)
-    found = {str(k): [0, 0] for k in sorted(set(distances))}
-    for distance, is_right in zip(distances, right, strict=True):
-        found[str(distance)][0] += is_right
-        found[str(distance)][1] += 1
-    return found
+    return {str(k): counts[k] for k in sorted(counts)}
 
 
 @dataclass(frozen=True)
