@@ -72,10 +72,7 @@ COLUMNS = (
     (r"diverged", "number of trainings that ended without a finite loss"),
     (r"epoch|best_epoch|convergence_epoch", "number of passes over the training text"),
     (r"learning_rate(_at_start)?", "step size of the optimiser"),
-    (
-        r"gradient_norm(_\w+)?|gradient_variance",
-        "length of the gradient of all parameters (99: of 99 steps in 100)",
-    ),
+    (r"gradient_(norm(_\w+)?|variance)", "length of the gradient of all parameters (99: of 99 steps in 100)"),
     (
         r"ratio|gap|change|verdict|claim\w*|announced|measured|compared|short|where|factor|way|conserves|"
         r"distinct_\d|repeats_prompt|ended|recalled|asked|replied|written",

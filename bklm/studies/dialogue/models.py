@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -28,9 +28,6 @@ from bklm.training.dialogues import (
 )
 from bklm.training.evaluation import evaluate
 from bklm.training.weights import load_weights
-
-if TYPE_CHECKING:
-    from bklm.studies.dialogue.run import DialogueResult
 
 PRETRAINING, TUNING, LONGER, REPLAY = ".pretraining", ".tuning", ".longer", ".replay"
 """Folders of the trials. Hidden ones stay out of the zip: it takes along one model of each kind, below ``KEPT``."""
@@ -147,7 +144,7 @@ def load_kept(folder: Path, arm: str) -> LanguageModel:
 
 
 def write_sample(
-    result: DialogueResult, text: DialogueText, model: str = "", temperature: float = 0.8, seed: int = 0
+    result: Any, text: DialogueText, model: str = "", temperature: float = 0.8, seed: int = 0
 ) -> str:
     """What a kept model ("GPT tuned"; the best one when empty) replies to the first dialogues, each with its seed."""
     few = text.dialogues["valid"][:SHOWN]
