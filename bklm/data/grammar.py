@@ -3,14 +3,14 @@
 Every turn tells of an animal that nobody has spoken of yet, and its name. The user then asks for an animal that was told of
 and not yet asked for, each as likely as another; the reply says its name:
 
-    user    my cat tom is here . which cat ?
-    system  well , cat tom . my hen lou is here
-    user    my dog max is here . which hen ?
+    user    cat tom . which cat ?
+    system  cat tom . hen lou
+    user    dog max . which hen ?
 
-With A animals, V names and O openings, turn t (from 0) of a dialogue has the cross-entropy, in nats, of the law that drew it
+With A animals and V names, turn t (from 0) of a dialogue has the cross-entropy, in nats, of the law that drew it
 
     user    log(A - t) + log V + log(t / 2 + 1)
-    system  log O + log(A - t) + log V
+    system  log(A - t) + log V
 
 All that is drawn is uniform, so these are not only means: each turn drawn has exactly this probability, and no model has a
 lower loss on replies but by chance. Of a reply of which the reader sees the last n turns alone, the name asked for costs
@@ -33,26 +33,8 @@ from bklm.data.corpus import SPLITS
 from bklm.data.dialogues import LICENCES, SYSTEM, USER, Dialogue, DialogueCorpus, Placed, as_text
 from bklm.data.hmm import Uniform
 
-ANIMALS = (
-    "cat",
-    "dog",
-    "hen",
-    "cow",
-    "pig",
-    "fox",
-    "owl",
-    "bat",
-    "rat",
-    "bee",
-    "ant",
-    "elk",
-    "emu",
-    "ape",
-    "hare",
-    "goat",
-)
+ANIMALS = ("cat", "dog", "hen", "cow", "pig", "fox", "owl", "bat", "rat", "bee", "ant", "elk")
 NAMES = ("tom", "max", "lou", "ben", "sue", "kim", "joe", "ann")
-OPENINGS = ("well", "sure", "yes", "oh")
 EXCHANGES = 5  # a dialogue: a turn of the user and a reply each
 DIALOGUES = {"train": 6000, "valid": 500, "test": 500}
 
@@ -76,7 +58,6 @@ class Grammar:
 
     animals: Sequence[str] = ANIMALS
     names: Sequence[str] = NAMES
-    openings: Sequence[str] = OPENINGS
     exchanges: int = EXCHANGES
 
     def __post_init__(self) -> None:
@@ -89,7 +70,7 @@ class Grammar:
 
     def draw(self, uniform: Uniform) -> tuple[Dialogue, tuple[Fact, ...]]:
         """A dialogue, and of each reply the fact that it says."""
-        numbers = iter(uniform(8 * self.exchanges))
+        numbers = iter(uniform(5 * self.exchanges))
 
         def one(choices: Sequence[str] | range) -> str | int:
             return choices[int(next(numbers) * len(choices))]
@@ -99,30 +80,30 @@ class Grammar:
         def tell() -> str:
             told.append((len(turns), one(left), one(self.names)))
             left.remove(told[-1][1])
-            return f"my {told[-1][1]} {told[-1][2]} is here"
+            return f"{told[-1][1]} {told[-1][2]}"
 
         for _ in range(self.exchanges):
             said = tell()
             place, animal, name = told.pop(one(range(len(told))))
             turns.append((USER, f"{said} . which {animal} ?"))
-            opening = one(self.openings)
-            facts.append(Fact(len(turns), 3, len(turns) - place))
-            turns.append((SYSTEM, f"{opening} , {animal} {name} . {tell()}"))
+            facts.append(Fact(len(turns), 1, len(turns) - place))
+            turns.append((SYSTEM, f"{animal} {name} . {tell()}"))
         return tuple(turns), tuple(facts)
 
     def turn_nats(self, turn: int) -> float:
         """-log probability of a turn (from 0) given all before it, in nats."""
         told = math.log(len(self.animals) - turn) + math.log(len(self.names))
-        return told + math.log(len(self.openings) if turn % 2 else turn // 2 + 1)
+        return told + (0.0 if turn % 2 else math.log(turn // 2 + 1))
 
     def reply_nats(self, dialogue: Dialogue, fact: Fact, turns: int | None = None) -> float:
         """-log probability of a reply given the last ``turns`` turns before it (None: all), in nats."""
         seen = min(fact.turn, fact.turn if turns is None else turns)
-        words = [text.split() for _, text in dialogue[fact.turn - seen : fact.turn]]
-        known = {said[place] for said in words for place in ((1, -2) if said[0] == "my" else (2, 6))}
-        known.add(dialogue[fact.turn][1].split()[2])
+        # Every turn speaks of two animals: told and asked for, or answered and told.
+        seen_words = [text.split() for _, text in dialogue[fact.turn - seen : fact.turn]]
+        known = {word for words in seen_words for word in words if word in self.animals}
+        known.add(dialogue[fact.turn][1].split()[0])
         animals, names = len(self.animals), math.log(len(self.names))
-        free = math.log(animals - len(known)) + names + math.log(len(self.openings))
+        free = math.log(animals - len(known)) + names
         return free + (0.0 if seen else math.log(animals)) + (names if fact.distance > seen else 0.0)
 
 

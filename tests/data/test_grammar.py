@@ -11,7 +11,7 @@ from bklm.data import load_corpus
 from bklm.data.dialogues import SYSTEM, USER
 from bklm.data.grammar import Fact, Grammar, grammar_corpus
 
-SMALL = Grammar(animals=("a", "b", "c", "d", "e"), names=("x", "y"), openings=("o", "u"), exchanges=2)
+SMALL = Grammar(animals=("a", "b", "c", "d", "e"), names=("x", "y"), exchanges=2)
 
 
 def every_dialogue(law: Grammar):
@@ -28,13 +28,11 @@ def every_dialogue(law: Grammar):
             if t % 2 == 0:
                 open_ones = [n for n in range(len(now)) if n not in [t - k for t, k, _ in facts]]
                 for n in open_ones:
-                    said = f"my {a} {v} is here . which {now[n][0]} ?"
+                    said = f"{a} {v} . which {now[n][0]} ?"
                     known = [*facts, (t + 1, t + 1 - n, " ".join(now[n]))]
                     yield from go([*turns, (USER, said)], now, known, q / len(open_ones))
             else:
-                for o in law.openings:
-                    said = f"{o} , {facts[-1][2]} . my {a} {v} is here"
-                    yield from go([*turns, (SYSTEM, said)], now, facts, q / len(law.openings))
+                yield from go([*turns, (SYSTEM, f"{facts[-1][2]} . {a} {v}")], now, facts, q)
 
     yield from go([], [], [], 1.0)
 
@@ -53,7 +51,7 @@ def test_what_a_reply_costs_given_its_last_turns_is_what_enumeration_finds(table
             seen = dialogue[max(0, turn - (turn if turns is None else turns)) : turn]
             together[seen, dialogue[turn][1]] += p
             visible[seen] += p
-            costs.append((seen, dialogue, Fact(turn, 3, k)))
+            costs.append((seen, dialogue, Fact(turn, 1, k)))
     for seen, dialogue, fact in costs[:: max(1, len(costs) // 500)]:
         exact = -math.log(together[seen, dialogue[fact.turn][1]] / visible[seen])
         # A window that begins with the dialogue shows that it does: longer ones never look like it.
@@ -89,7 +87,7 @@ def test_the_fact_stands_where_it_says_and_was_stated_so_many_turns_back():
         for fact in facts:
             name = dialogue[fact.turn][1].split()[fact.word]
             asked = dialogue[fact.turn - 1][1].split()[-2]
-            assert f"my {asked} {name} is here" in dialogue[fact.turn - fact.distance][1]
+            assert f"{asked} {name}" in dialogue[fact.turn - fact.distance][1]
 
 
 def test_fewer_animals_than_turns_are_refused():
