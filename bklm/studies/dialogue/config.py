@@ -23,13 +23,13 @@ class DialogueConfig(TextStudyConfig):
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
             "pretraining": "embedded", "seeds": (0,), "epochs": 1, "pretraining_epochs": 1, "learning_rates": (3e-3,),
-            "max_dialogues": 48, "held_out_dialogues": 16, "max_pretraining_tokens": 2000, "vocab_size": 400, "seq_len": 128,
+            "max_dialogues": 48, "held_out_dialogues": 16, "max_pretraining_tokens": 2000, "vocab_size": 400, "seq_len": 64,
             "width": 16, "n_layers": 1, "context_replies": 10, "sample_dialogues": 2, "reply_tokens": 8,
         },
         "quick": {
-            "pretraining": "embedded", "seeds": (0,), "epochs": 4, "pretraining_epochs": 1, "learning_rates": (3e-3,),
-            "max_dialogues": 1200, "held_out_dialogues": 100, "max_pretraining_tokens": 60_000, "vocab_size": 1024,
-            "seq_len": 160, "width": 64, "n_layers": 2, "context_replies": 100, "sample_dialogues": 8, "reply_tokens": 24,
+            "pretraining": "embedded", "seeds": (0,), "epochs": 8, "pretraining_epochs": 1, "learning_rates": (3e-3,),
+            "max_dialogues": 2000, "held_out_dialogues": 100, "max_pretraining_tokens": 60_000, "vocab_size": 1024,
+            "seq_len": 96, "width": 64, "n_layers": 2, "context_replies": 100, "sample_dialogues": 8, "reply_tokens": 24,
         },
         "full": {
             "pretraining": "wikitext-2", "seeds": (0, 1, 2), "epochs": 6, "pretraining_epochs": 3,
@@ -50,7 +50,7 @@ class DialogueConfig(TextStudyConfig):
     )
     model: Literal["all", "newllm", "resnet_bk", "gpt"] = setting("all", help="one model, or all of equal size")
     batch_size: int = setting(
-        16, low=2, high=512, step=2, help="dialogues, or windows of text, per optimiser step"
+        8, low=2, high=512, step=2, help="dialogues, or windows of text, per optimiser step"
     )
     seq_len: int | None = setting(None, low=8, high=65536, help="tokens that a model reads at once")
     vocab_size: int | None = setting(
