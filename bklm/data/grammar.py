@@ -3,9 +3,9 @@
 Every turn tells of an animal that nobody has spoken of yet, and its name. The user then asks for an animal that was told of
 and not yet asked for, each as likely as another; the reply says its name:
 
-    user    cat tom . which cat ?
+    user    cat tom . which cat
     system  cat tom . hen lou
-    user    dog max . which hen ?
+    user    dog max . which hen
 
 With A animals and V names, turn t (from 0) of a dialogue has the cross-entropy, in nats, of the law that drew it
 
@@ -85,7 +85,7 @@ class Grammar:
         for _ in range(self.exchanges):
             said = tell()
             place, animal, name = told.pop(one(range(len(told))))
-            turns.append((USER, f"{said} . which {animal} ?"))
+            turns.append((USER, f"{said} . which {animal}"))
             facts.append(Fact(len(turns), 1, len(turns) - place))
             turns.append((SYSTEM, f"{animal} {name} . {tell()}"))
         return tuple(turns), tuple(facts)

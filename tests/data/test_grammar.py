@@ -28,7 +28,7 @@ def every_dialogue(law: Grammar):
             if t % 2 == 0:
                 open_ones = [n for n in range(len(now)) if n not in [t - k for t, k, _ in facts]]
                 for n in open_ones:
-                    said = f"{a} {v} . which {now[n][0]} ?"
+                    said = f"{a} {v} . which {now[n][0]}"
                     known = [*facts, (t + 1, t + 1 - n, " ".join(now[n]))]
                     yield from go([*turns, (USER, said)], now, known, q / len(open_ones))
             else:
@@ -86,7 +86,7 @@ def test_the_fact_stands_where_it_says_and_was_stated_so_many_turns_back():
     for dialogue, facts in zip(corpus.dialogues("valid"), corpus.facts["valid"], strict=True):
         for fact in facts:
             name = dialogue[fact.turn][1].split()[fact.word]
-            asked = dialogue[fact.turn - 1][1].split()[-2]
+            asked = dialogue[fact.turn - 1][1].split()[-1]
             assert f"{asked} {name}" in dialogue[fact.turn - fact.distance][1]
 
 

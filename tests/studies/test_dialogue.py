@@ -144,12 +144,12 @@ def test_a_kept_model_is_loaded_and_talks_and_another_run_has_none_to_talk_to(
     assert len(list(talk.say("and " * 100))) <= 5
     assert talk.saw.left_out > 0
     assert talk.saw.tokens == result.config.seq_len - 5
-    answers = iter(["which cat ?", ""])
+    answers = iter(["which cat", ""])
     monkeypatch.setattr("builtins.input", lambda words: next(answers))
     assert main(["chat", str(result.folder), "--tokens", "3", "--model", "NewLLM tuned"]) == 0
     said = capsys.readouterr().out
     assert "NewLLM tuned. An empty line ends the chat.\nmodel: " in said
-    assert "<user>which cat ?<end><system>)" in said
+    assert "<user>which cat<end><system>)" in said
     for wrong, words in (({"temperature": -1}, "temperature: got -1"), ({"most": 0}, "tokens is 0")):
         with pytest.raises(ValueError, match=words):
             Chat(trained, **wrong)

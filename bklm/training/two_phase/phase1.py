@@ -163,6 +163,15 @@ def train_context(
     return Phase1Result(rows, converged, steps, sweep)
 
 
+def leave_untrained(model: ContextTokenLM, token_ids: Any) -> Phase1Result:
+    """No phase 1 at all: the first sweep of one is recorded, and phase 2 will take the block as it was drawn."""
+    began = time.perf_counter()
+    ids, _ = checked_ids(model, token_ids, None)
+    first = corpus_contexts(model, ids)
+    model.context_block.fixed_point_iterations += 1
+    return Phase1Result([_row(1, first.final, began)], False, 0, str(first))
+
+
 @torch.no_grad()
 def effective_rank(contexts: Tensor, centred: bool = False, rows: int = 10_000) -> float:
     """exp(entropy of the singular values normalised to sum 1) / D of contexts (T, D): 1 / D to 1 (Roy and Vetterli 2007).
