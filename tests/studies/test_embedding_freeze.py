@@ -601,7 +601,7 @@ def test_the_model_of_an_arm_is_the_one_that_its_config_describes(config):
     ],
 )
 def test_bad_input_is_one_sentence_before_any_training(config, values, says, monkeypatch):
-    monkeypatch.setattr(embedding_freeze_runner, "train_context", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr(embedding_freeze_runner, "train_in_its_place", lambda *a, **k: pytest.fail("trained"))
     with pytest.raises((ValueError, OSError), match=says) as caught:
         run_embedding_freeze(dataclasses.replace(config, **values))
     assert "\n" not in str(caught.value)

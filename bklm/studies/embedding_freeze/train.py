@@ -32,8 +32,7 @@ from bklm.training.two_phase.phase1 import (
     FixedPointSettings,
     Phase1Result,
     effective_rank,
-    leave_untrained,
-    train_context,
+    train_in_its_place,
 )
 from bklm.training.two_phase.phase2 import build
 
@@ -215,13 +214,9 @@ class Trainer:
         return record
 
     def _train_context(self, model: ContextTokenLM, samples: int, seed: int, other: str = "") -> Phase1Result:
-        if other == "untrained":
-            return leave_untrained(model, self.text.train(samples))
         settings = dataclasses.replace(self.recipe.context, seed=seed)
-        if other == "diversity":
-            settings = dataclasses.replace(settings, diversity=1.0)
         try:
-            return train_context(model, self.text.train(samples), settings)
+            return train_in_its_place(model, self.text.train(samples), settings, other)
         except ArithmeticError as error:
             raise RuntimeError(
                 f"{error} It is context_learning_rate here; a smaller one needs another output_dir."
@@ -230,8 +225,10 @@ class Trainer:
     def _model(self, start: str, tied: bool, seed: int) -> ContextTokenLM:
         """A model before phase 1. Blocks of one seed start equal whatever the embedding and the head are."""
         initialisation, _, other = start.partition("-")
-        token_to = "first" if other == "first" else "every"
-        model = ContextTokenLM(dataclasses.replace(self.recipe.size, tied=tied, token_to=token_to))
+        size = dataclasses.replace(
+            self.recipe.size, tied=tied, token_to="first" if other == "first" else "every"
+        )
+        model = ContextTokenLM(size)
         torch.manual_seed(seed)
         model.reset_parameters()
         with torch.no_grad():

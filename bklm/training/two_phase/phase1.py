@@ -11,6 +11,7 @@ step an iteration, on the gradient of all tokens; iteration 1 is the sweep along
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -163,11 +164,18 @@ def train_context(
     return Phase1Result(rows, converged, steps, sweep)
 
 
-def leave_untrained(model: ContextTokenLM, token_ids: Any) -> Phase1Result:
-    """No phase 1 at all: the first sweep of one is recorded, and phase 2 will take the block as it was drawn."""
+def train_in_its_place(
+    model: ContextTokenLM, token_ids: Any, settings: FixedPointSettings, kind: str = ""
+) -> Phase1Result:
+    """Phase 1, or what can stand in for it: "diversity", its second term alone; "untrained", nothing but the first sweep, so
+    that phase 2 takes the block as it was drawn. Any other ``kind`` is phase 1 itself.
+    """
+    if kind == "diversity":
+        settings = dataclasses.replace(settings, diversity=1.0)
+    if kind != "untrained":
+        return train_context(model, token_ids, settings)
     began = time.perf_counter()
-    ids, _ = checked_ids(model, token_ids, None)
-    first = corpus_contexts(model, ids)
+    first = corpus_contexts(model, checked_ids(model, token_ids, None)[0])
     model.context_block.fixed_point_iterations += 1
     return Phase1Result([_row(1, first.final, began)], False, 0, str(first))
 
