@@ -12,6 +12,7 @@
     python scripts/readme.py embedding_freeze peps=FOLDER wikitext=FOLDER freeze_lm_embedding=TABLE.csv
     python scripts/readme.py koopman corrected=FOLDER original=FOLDER
     python scripts/readme.py physics corrected=FOLDER original=FOLDER
+    python scripts/readme.py compression FOLDER
     python scripts/readme.py dialogue grammar=FOLDER
 
 A page.md is prose with places: ``{finding}`` is a number or a table of `readme_places.py`, of the study's first run where it

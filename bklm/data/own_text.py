@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bklm.data.arrow_rows import ArrowRows
 from bklm.data.corpus import SPLIT_ALIASES, SPLITS, Corpus
 from bklm.data.dialogues import DIALOGUE_COLUMNS, DialogueCorpus, Placed, holds_turns, text_of_turns
 from bklm.data.rows import join_messages, text_of
@@ -189,9 +190,11 @@ def _of_parquet(path: Path, raw: bytes) -> Iterator[Paragraph]:
         raise ValueError(
             f"{str(path)!r} has the columns {table.column_names}; it needs one called text or messages"
         )
-    for number, value in enumerate(table.column(name).to_pylist()):
-        row, where = {name: value}, f"{str(path)!r}, row {number}"
-        yield Paragraph(_text_of_row(row, where), where, row)
+    rows = ArrowRows(table.select([name]))
+    for start in range(0, len(rows), 1000):
+        for number, value in enumerate(rows[start : start + 1000][name], start):
+            row, where = {name: value}, f"{str(path)!r}, row {number}"
+            yield Paragraph(_text_of_row(row, where), where, row)
 
 
 def _text_of_row(row: Any, where: str) -> str:

@@ -58,11 +58,11 @@ COLUMNS = (
     (r"generate_seconds_(\d+)", "seconds to write a token after {0} tokens"),
     (r"state_bytes_(\d+)", "bytes that a model keeps to go on after {0} tokens"),
     (r"seconds", "computing time, seconds"),
-    (r"file_bytes", "size of the file, bytes"),
+    (r"(packed_)?file_bytes", "size of the file, bytes; packed: by zlib"),
     (r"training_bytes|bytes_\d+", "memory of a training step at its peak (with so many blocks), bytes"),
     (r"peak_mb", "memory at its peak, MB (10^6 bytes)"),
     (r"(forward_)?ms|milliseconds", "time of a call, milliseconds, median"),
-    (r"times_faster", "how many times faster than the arm it is compared with"),
+    (r"(written_)?times_faster", "how many times faster than the arm it is compared with"),
     (r"(\w+_)?(tokens|bits)_per_(second|byte)", "{1} per {2}"),
     (r"tokens_per_parameter", "training tokens for each trained parameter"),
     (r"(?:train_)?(tokens|words)", "number of {0}"),
@@ -74,7 +74,7 @@ COLUMNS = (
     (r"learning_rate(_at_start)?", "step size of the optimiser"),
     (r"gradient_(norm(_\w+)?|variance)", "length of the gradient of all parameters (99: of 99 steps in 100)"),
     (
-        r"ratio|gap|change|verdict|claim\w*|announced|measured|compared|short|where|factor|way|conserves|"
+        r"ratio|gap|change|verdict|claim\w*|announced|measured|compared|short|where|factor|way|conserves|within|times_smaller|"
         r"distinct_\d|repeats_prompt|ended|recalled|asked|replied|written",
         "see the tables",
     ),
@@ -88,7 +88,7 @@ COLUMNS = (
     (r"spread_kept", "spread of the energy over its first one"),
     (r"drift|spread", "of an energy: mean change; standard deviation over states"),
     (r"work", "mean change of an energy with the causal drive, over its spread"),
-    (r"gradient_share", "the term's part of the gradient's length, 0 to 1"),
+    (r"gradient_share|(outer_parameter|head_time|core_time)_share", "part of the whole, 0 to 1"),
     (r"embedding_norm", "root mean square of the embedding's numbers"),
     (r"inverse_error", "largest error of states rebuilt from the last block's"),
     (r"reached", "seeds that reach the plain model's last loss"),
@@ -97,7 +97,7 @@ COLUMNS = (
     (r"growth", "memory of the most blocks over that of the fewest"),
     (r"mse|diversity|context_drift|contexts|first_contexts", "of phase 1; see docs/results.md"),
     (
-        r"alpha|arm|model|run|name|expert|direction|weights|reference|recursion|precision|status|note|format|support|why"
+        r"alpha|arm|family|model|run|name|expert|direction|weights|reference|recursion|precision|status|note|format|support|why"
         r"|block|replacement|against|initialisation|freezing|head|original|measured_on|trained|gradient|baseline|protocol",
         "what the row is about",
     ),
