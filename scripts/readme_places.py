@@ -16,6 +16,7 @@ from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.studies.baseline import tables
 from bklm.studies.baseline.models import TITLES
 from bklm.studies.compression import tables as compression
+from bklm.studies.dialogue import tables as dialogue
 from bklm.studies.embedding_freeze.config import INEQUALITY
 from bklm.studies.embedding_freeze.tables import REPORTED
 from bklm.studies.koopman import tables as koopman
@@ -313,6 +314,15 @@ OF_RUNS: Places = {
         "files": lambda run: compression.readable_files(run.summary["table"]),
         "verdicts": lambda run: readable_verdicts(run.summary["verdicts"]),
         "speed": lambda run: compression.readable_speed(run.summary["speed"]),
+    },
+    "dialogue": {
+        "claim_lines": claim_lines,
+        "claims_table": lambda run: run.summary["claims"],
+        "notes": lambda run: " ".join(run.summary["notes"]),
+        "contexts": lambda run: dialogue.readable_contexts(run.rows("contexts.csv")),
+        "facts": lambda run: dialogue.readable_facts(run.rows("facts.csv")),
+        "writing": lambda run: dialogue.readable_writing(run.rows("writing.csv")),
+        "replies": lambda run: run.rows("replies.csv")[:5],
     },
 }
 # Places of a study, which need several runs or none.
