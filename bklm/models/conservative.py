@@ -48,9 +48,8 @@ class ConservativeConfig:
     step: float = 1.0  # h
     every: int = 1  # a potential in one of so many blocks; a drive is in each
     dropout_p: float = 0.1
-    backward: str = (
-        "reversible"  # "reversible", "checkpoint" or "plain": the same gradients, less or more memory
-    )
+    # "reversible", "checkpoint" or "plain": the same gradients, less or more memory.
+    backward: str = "reversible"
     # "potential": of each position by itself. "free": a force of the same shape that is the gradient of nothing, a placebo:
     # reversible all the same. "coupled": of neighbouring positions; the model then sees the future. To show that, not to use.
     kind: str = "potential"
