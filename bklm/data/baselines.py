@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from bklm.data.checks import index_or_none, require_whole
+from bklm.data.checks import index_or_none, require_ids, require_whole
 
 LARGEST_VOCABULARY = 2**31  # ids of tokenised text are int32
 
@@ -92,11 +92,7 @@ def _as_vocab_size(vocab_size: int, tokens: int = 1) -> int:
 
 
 def _as_ids(ids: np.ndarray, vocab_size: int, least: int) -> np.ndarray:
-    ids = np.asarray(ids)
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise TypeError(
-            f"token ids must be a one-dimensional array of integers, not {ids.dtype} of shape {ids.shape}"
-        )
+    ids = require_ids(ids)
     if len(ids) < least:
         raise ValueError(f"{len(ids)} tokens are too few; give at least {least}")
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):

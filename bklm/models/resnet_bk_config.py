@@ -30,7 +30,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bklm.models.checks import check_choice, check_dropout, check_int
+from bklm.models.checks import check_choice, check_dropout, check_int, check_real
 
 MIXERS = ("diagonal", "solve")
 
@@ -82,6 +82,8 @@ class ResNetBKConfig:
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k: got {self.top_k}; it can be at most num_experts = {self.num_experts}.")
         check_dropout(self.dropout_p)
+        for name in ("grad_blend", "eta", "balance", "least_eta", "energy_span", "hopping"):
+            check_real(name, getattr(self, name))
         if not 0.0 <= self.grad_blend <= 1.0:
             raise ValueError(f"grad_blend: got {self.grad_blend}; it must lie between 0 and 1.")
         if not 0.0 < self.eta < float("inf"):
