@@ -5,6 +5,8 @@
 # bash colab_setup.sh generic     install, then run the fast tests with the code that an old processor would run
 # bash colab_setup.sh browser     install, then drive the notebooks in JupyterLab with headless Chromium
 # bash colab_setup.sh colab       install the versions that Colab has into .venv-colab, then run the notebooks there
+# bash colab_setup.sh compat END  install one end of the ranges of requirements.txt into .venv-END, then run the fast tests there:
+#                                 lowest (Python 3.10), colab (3.13, Colab's torch too) or newest; no part of CI
 # bash colab_setup.sh --help      print this
 #
 # Outside Colab everything goes into .venv; in a Colab runtime into the runtime, where torch and numpy are never changed.
@@ -129,7 +131,33 @@ run_like_colab() {
     PY="$PWD/.venv-colab/bin/python"
     make_environment .venv-colab test "$python" --like-colab --extra test
     step="running the notebooks on Colab's versions"
-    "$PY" -m pytest -m "slow or not slow" -W ignore::DeprecationWarning tests/notebooks --ignore tests/notebooks/test_study_run.py
+    # The second file writes data sets with one environment's version of datasets and reads them with the other's.
+    "$PY" -m pytest -m "slow or not slow" -W ignore::DeprecationWarning tests/notebooks tests/data/test_dataset_versions.py \
+        --ignore tests/notebooks/test_study_run.py
+}
+
+run_at_the_end() { # lowest, colab or newest; extra words go to pytest instead
+    local which=${1:-} wanted python="" candidate version
+    case "$which" in
+    lowest) wanted="3.10" ;;
+    colab) wanted="3.13" ;;
+    newest) wanted="3.15 3.14 3.13 3.12" ;;
+    *) fail "compat: got '$which'; allowed are lowest, colab and newest." 2 ;;
+    esac
+    shift
+    for version in $wanted; do
+        for candidate in "python$version" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version".*/bin/python; do
+            if [ -z "$python" ] && "$candidate" -c 'pass' 2>/dev/null; then python=$candidate; fi
+        done
+    done
+    [ -n "$python" ] || fail "compat $which: needs Python ${wanted// / or }; install one and run this again."
+    PY="$PWD/.venv-$which/bin/python"
+    [ "$which" != colab ] || PY="$PWD/.venv-compat-colab/bin/python"
+    make_environment "${PY%/bin/python}" "$which" "$python" --versions "$which" --extra test
+    step="running the fast tests with the $which versions"
+    "$PY" -m pip list --format freeze | tee "${PY%/bin/python}/versions.txt"
+    [ $# -gt 0 ] || set -- -m "not slow" --ignore tests/browser -W ignore::DeprecationWarning
+    OMP_NUM_THREADS=1 "$PY" -m pytest "$@"
 }
 
 case "${1:-}" in
@@ -139,6 +167,7 @@ test) shift && install test && run_tests "$@" ;;
 generic) shift && install test && run_generic_tests "$@" ;;
 browser) shift && install test,browser && step="driving the notebooks" && "$PY" -m pytest -m slow tests/browser "$@" ;;
 colab) run_like_colab ;;
+compat) shift && run_at_the_end "$@" ;;
 -h | --help | help) usage ;;
-*) fail "got '$1'; allowed are no word (install), 'run', 'test', 'generic', 'browser', 'colab' and '--help'." 2 ;;
+*) fail "got '$1'; allowed are no word (install), 'run', 'test', 'generic', 'browser', 'colab', 'compat' and '--help'." 2 ;;
 esac

@@ -4,6 +4,7 @@
     python scripts/install.py --extra test        and what its tests need
     python scripts/install.py --keep-installed    (Colab) add only what is missing; what is there keeps its version
     python scripts/install.py --like-colab        take the versions that Colab has
+    python scripts/install.py --versions lowest   take the ends of the ranges: lowest, newest; colab: Colab's, with its torch
 
 Requirements come from requirements.txt. On the Python versions for which constraints/tested.txt was made, the tested
 versions are taken.
@@ -22,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS_OF_SILENCE = 20  # after which a person wonders
 HEAVY = ("torch", "numpy", "scipy", "pandas", "numba", "triton", "pyarrow")
+COLAB_TORCH = ("torch==2.11.0", "triton==3.6.0")  # without Colab's own build for its driver
 TESTED_PYTHONS = ((3, 11), (3, 14))  # from, up to but without: constraints/tested.txt has wheels for these
 
 
@@ -82,18 +84,38 @@ def extra_requirements(extras: str) -> list[str]:
     return [r.split(";")[0].strip() for e in extras.split(",") for r in requirements if f'extra == "{e}"' in r]
 
 
+def lowest() -> list[str]:
+    """The lowest versions that requirements.txt allows, as constraints."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [line.replace(">=", "==") for line in lines if ">=" in line and not line.startswith("#")]
+
+
+def ends(which: str) -> list[str]:
+    """Words for pip that take one end of the ranges: "lowest", "newest", or "colab"."""
+    if which == "newest":
+        return ["--upgrade", "--upgrade-strategy", "eager"]
+    colab = (ROOT / "constraints" / "colab.txt").read_text(encoding="utf-8").splitlines()
+    pins = lowest() if which == "lowest" else [*colab, *COLAB_TORCH]
+    path = Path(tempfile.mkdtemp()) / "pins.txt"
+    path.write_text("\n".join(pins) + "\n", encoding="utf-8")
+    return ["-c", str(path)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--extra")
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--keep-installed", action="store_true")
     way.add_argument("--like-colab", action="store_true")
+    way.add_argument("--versions", choices=("lowest", "colab", "newest"))
     arguments = parser.parse_args()
     if arguments.keep_installed:
         add_missing(arguments.extra)
         return
     constraints: list[str] = []
-    if arguments.like_colab:
+    if arguments.versions:
+        constraints = ends(arguments.versions)
+    elif arguments.like_colab:
         # No index outside Colab has its torch: the tested one stands in for it.
         constraints = ["-c", str(ROOT / "constraints" / "colab.txt"), tested("torch")]
     elif TESTED_PYTHONS[0] <= sys.version_info[:2] < TESTED_PYTHONS[1]:

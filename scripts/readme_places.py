@@ -77,7 +77,7 @@ def versus_counting(run: Any) -> str:
 
 
 def claim_lines(run: Any) -> str:
-    """Rows of the README's first table: what was announced beside what was measured."""
+    """Rows of the first table in docs/findings.md: what was announced beside what was measured."""
     return "\n".join(
         f"| {c['announced'][0].upper()}{c['announced'][1:]} | {c['measured']} | {c['verdict']} |"
         for c in run.summary["claims"]
@@ -116,7 +116,7 @@ def revision(run: Any) -> str:
 
 
 def speeds(run: Any) -> dict[str, Row]:
-    """Every claimed speed-up in the words of the README's first table."""
+    """Every claimed speed-up in the words of the first table in docs/findings.md."""
     found = {}
     for name, group in groupby((r for r in run.rows("claims.csv") if r["short"]), key=lambda row: row["claim"]):
         rows = list(group)

@@ -1,24 +1,31 @@
 """Int8 copies: near the float model, smaller on disk, loadable, and honest about what they cannot do."""
 
+import copy as copying
 import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import bklm.models
 from bklm.compression.int8 import (
+    MODELS,
     load_quantised,
     quantisation_report,
     quantised,
     save_quantised,
     with_float_products,
 )
+from bklm.compression.int8_modules import with_modules
 from bklm.models import (
     GPT,
     LSTM,
+    Conservative,
+    ConservativeConfig,
     ContextTokenConfig,
     ContextTokenLM,
     GPTConfig,
+    LanguageModel,
     LinearContext,
     LinearContextConfig,
     LSTMConfig,
@@ -41,6 +48,12 @@ MAKERS = {
         ResNetBKConfig(VOCABULARY, d_model=32, n_layers=2, mixer="solve", n_heads=4, num_experts=1)
     ),
     "LinearContext": lambda: LinearContext(LinearContextConfig(VOCABULARY, d_model=32, n_layers=2)),
+    "LSTM": lambda: LSTM(LSTMConfig(VOCABULARY, d_model=32, n_layers=2)),
+    "LSTM untied": lambda: LSTM(LSTMConfig(VOCABULARY, d_model=24, n_layers=1, tied=False)),
+    "ContextTokenLM": lambda: ContextTokenLM(ContextTokenConfig(VOCABULARY, 24, 24, 2)),
+    "Conservative": lambda: Conservative(
+        ConservativeConfig(VOCABULARY, d_model=48, n_layers=2, n_heads=4, units=16)
+    ),
 }
 
 
@@ -67,7 +80,7 @@ def trained(request):
             for p in model.parameters():
                 p.mul_(4.0 if p.ndim == 2 else 1.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for x, y in batches_of(50):
+    for x, y in batches_of(150 if isinstance(model, LSTM) else 50):
         optimizer.zero_grad()
         model.loss(x, y).backward()
         optimizer.step()
@@ -142,10 +155,62 @@ def test_a_saved_copy_comes_back_the_same_and_is_smaller(trained, tmp_path):
     assert torch.equal(loaded(x), copy(x))
     state = load_file(tmp_path / "int8.safetensors")
     integers = sum(t.numel() for t in state.values() if t.dtype == torch.int8)
-    head = 0 if trained.head()[1] is not None else trained.head()[0].numel()  # a tied one is kept twice
-    assert 0 < integers <= trained.num_parameters() + head
-    if not isinstance(trained, ResNetBK):  # whose experts are no linear modules
+    assert 0 < integers <= trained.num_parameters()
+    if not isinstance(trained, ResNetBK | Conservative):  # whose experts or potentials are no linear modules
         assert integers > 0.7 * trained.num_parameters()
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name not in ("NewLLM", "LSTM untied", "ResNetBK")])
+def test_a_tied_model_holds_one_int8_matrix_and_looks_embeddings_up_in_it(name, tmp_path):
+    torch.manual_seed(0)
+    model = MAKERS[name]().eval()
+    table = model.embedding.weight
+    assert model.head()[0] is table
+    with torch.no_grad():  # rows of every size, one of zeros
+        table *= torch.logspace(-9, 3, VOCABULARY)[:, None]
+        table[7] = 0.0
+    copy = quantised(model)
+    integers, scales, _ = copy.int8_head.weight_and_bias()
+    ids = torch.arange(VOCABULARY).view(2, -1)
+    assert torch.equal(copy.embedding(ids), (integers * scales[:, None])[ids])
+    assert ((copy.embedding.weight - table).abs() <= 0.5001 * table.abs().amax(1, keepdim=True) / 127).all()
+    save_quantised(copy, tmp_path / "int8.safetensors")
+    state = load_file(tmp_path / "int8.safetensors")
+    large = [n for n, t in state.items() if t.numel() >= table.numel() and len(t) == VOCABULARY]
+    assert large == ["int8_head.int8"]
+    # A file that is loaded changes what was looked up before.
+    other = load_quantised(MAKERS[name](), tmp_path / "int8.safetensors")
+    assert torch.equal(other.embedding(ids), copy.embedding(ids))
+    plain = with_float_products(copy)
+    assert plain.embedding.weight is plain.int8_head.weight
+    save_file({**state, "embedding.weight": table.detach()}, tmp_path / "old.safetensors")
+    with pytest.raises(ValueError, match="as older versions wrote it; write it again"):
+        load_quantised(model, tmp_path / "old.safetensors")
+
+
+def test_a_tied_models_int8_file_takes_about_a_quarter(tmp_path):
+    model = GPT(GPTConfig(14_000, d_model=64, n_layers=1, n_heads=2, n_seq=16))
+    copy = quantised(model)
+    copy.embedding(torch.zeros(1, 1, dtype=torch.int64))
+    save_quantised(copy, tmp_path / "int8.safetensors")
+    size = (tmp_path / "int8.safetensors").stat().st_size
+    assert size < 0.28 * 4 * model.num_parameters()
+    # What the lookup keeps in memory is not pickled.
+    torch.save(copy, tmp_path / "int8.pt")
+    assert (tmp_path / "int8.pt").stat().st_size < 0.32 * 4 * model.num_parameters()
+
+
+@pytest.mark.parametrize("name", ["LSTM", "LSTM untied", "ContextTokenLM"])
+def test_modules_in_place_of_weights_leave_the_function_as_it_is(name):
+    torch.manual_seed(0)
+    model = MAKERS[name]().double().eval()
+    other = copying.deepcopy(model)
+    with_modules(other)
+    ids = torch.randint(VOCABULARY, (3, 9))
+    torch.testing.assert_close(other(ids), model(ids), rtol=1e-11, atol=1e-12)
+    logits, state = other.prefill(ids[:, :4])
+    torch.testing.assert_close(logits, model(ids)[:, 3], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(other.step(ids[:, 4], state)[0], model(ids)[:, 4], rtol=1e-11, atol=1e-12)
 
 
 def test_a_file_of_another_configuration_is_refused_naming_what_differs(tmp_path):
@@ -187,11 +252,14 @@ def test_without_int8_products_only_the_weights_are_rounded(trained):
 
 
 def test_models_that_cannot_be_quantised_are_named():
-    other = ContextTokenLM(ContextTokenConfig(50, 16, 16, 1))
-    with pytest.raises(TypeError, match="got ContextTokenLM; it takes a float NewLLM, GPT, ResNetBK"):
-        quantised(other)
-    with pytest.raises(TypeError, match="got LSTM; it takes a float NewLLM"):
-        quantised(LSTM(LSTMConfig(50, 16, 1)))
+    with pytest.raises(TypeError, match="got Linear; it takes a float NewLLM, GPT, ResNetBK"):
+        quantised(torch.nn.Linear(16, 16))
+    known = {
+        kind
+        for kind in vars(bklm.models).values()
+        if isinstance(kind, type) and issubclass(kind, LanguageModel)
+    }
+    assert set(MODELS) == known - {LanguageModel}
     copy = quantised(MAKERS["GPT"]())
     with pytest.raises(TypeError, match="got QuantisedGPT"):
         quantised(copy)

@@ -1,9 +1,11 @@
 """Int8 copies of trained models: smaller files, int8 products, and what both cost in perplexity.
 
 Dynamic quantisation by torch.ao: weights int8 with one scale per output unit, activations to 8 bits at each call with one
-scale per tensor, products and sums in integers, results float32. Embeddings, LayerNorms, biases and linear maps too
-small to gain stay float32. The kernels are the CPU's, so a copy lives there. ``bklm.int8_linear`` makes them as exact for
-small numbers as for large ones, so that no rescaling that leaves the model's function as it is changes a copy's.
+scale per tensor, products and sums in integers, results float32. A tied model's one matrix stays one: embeddings are rows
+of the int8 head, so a large vocabulary takes a quarter. Untied embeddings, positions, LayerNorms, biases, a mixture's experts
+and linear maps too small to gain stay float32. The kernels are the CPU's, so a copy lives there. ``int8_linear`` makes
+them as exact for small numbers as for large ones, so that no rescaling that leaves the model's function as it is changes a
+copy's.
 
 Where a few activations are far larger than the rest, one scale for all of them is coarse; ``with_float_products`` keeps the
 small file and multiplies in float32, which tells the cost of the weights' rounding from that of the activations'.
@@ -27,28 +29,29 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
-from bklm.compression.int8_linear import Int8Linear, row_exponents
+from bklm.compression.int8_linear import Int8Embedding, Int8Linear, row_exponents
 from bklm.compression.int8_model import HEAD, Quantised, class_of
-from bklm.models import GPT, LanguageModel, LinearContext, NewLLM, ResNetBK
+from bklm.compression.int8_modules import with_modules
+from bklm.models import GPT, LSTM, Conservative, ContextTokenLM, LanguageModel, LinearContext, NewLLM, ResNetBK
 from bklm.training.evaluation import evaluate
 
 SMALLEST = 16  # a linear map with fewer inputs or outputs stays float32
+MODELS = (NewLLM, GPT, ResNetBK, LSTM, LinearContext, ContextTokenLM, Conservative)
 
 
 def quantised(model: LanguageModel) -> LanguageModel:
     """An int8 copy of a trained model, on the CPU and in evaluation mode; the model itself is left as it is.
 
-    It is used as the model is (logits, token_losses, loss without a gradient, generate, step). A tied head becomes an
-    int8 matrix of its own; the embedding that it was tied to stays float32. Activations are scaled per call, so a
-    row's logits depend, within quantisation error, on what else is in the batch.
+    It is used as the model is (logits, token_losses, loss without a gradient, generate, step). The embedding of a tied
+    model is looked up in the int8 head (``Int8Embedding``). Activations are scaled per call, so a row's logits depend,
+    within quantisation error, on what else is in the batch.
 
     Raises:
-        TypeError: a model whose linear maps are not used as modules. ValueError: weights that are not finite.
+        TypeError: no model of ``MODELS``, or an int8 copy already. ValueError: weights that are not finite.
         RuntimeError: this torch has no int8 kernels.
     """
-    kinds = (NewLLM, GPT, ResNetBK, LinearContext)
-    if not isinstance(model, kinds) or isinstance(model, Quantised):
-        names = ", ".join(kind.__name__ for kind in kinds)
+    if not isinstance(model, MODELS) or isinstance(model, Quantised):
+        names = ", ".join(kind.__name__ for kind in MODELS)
         raise TypeError(f"quantised: got {type(model).__name__}; it takes a float {names}.")
     for name, p in model.named_parameters():
         if not bool(p.detach().isfinite().all()):
@@ -57,6 +60,8 @@ def quantised(model: LanguageModel) -> LanguageModel:
             )
     result = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     weight, bias = result.head()
+    tied = result.embedding.weight is weight
+    with_modules(result)
     head = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     head.weight, head.bias = nn.Parameter(weight, False), None if bias is None else nn.Parameter(bias, False)
     for name, child in list(result.named_children()):
@@ -81,6 +86,8 @@ def quantised(model: LanguageModel) -> LanguageModel:
         )
     for name, rows in exponents.items():
         _replace(result, name, Int8Linear(result.get_submodule(name), rows))
+    if tied:
+        result.embedding = Int8Embedding(result.get_submodule(HEAD))
     result.__class__ = class_of(type(model))
     result._counted = model.num_parameters()
     return result
@@ -95,11 +102,16 @@ def with_float_products(int8: LanguageModel) -> LanguageModel:
         plain.weight = nn.Parameter(integers.float() * scales.unsqueeze(1), False)
         plain.bias = None if bias is None else nn.Parameter(bias, False)
         _replace(result, name, plain)
+    if isinstance(result.embedding, Int8Embedding):
+        weight = result.get_submodule(HEAD).weight
+        result.embedding = nn.Embedding(*weight.shape, device="meta")
+        result.embedding.weight = weight
     return result
 
 
 def save_quantised(model: LanguageModel, path: Path | str) -> None:
-    """Write an int8 copy to a safetensors file: per int8 map its integers, scales and bias; the rest in float32."""
+    """Write an int8 copy to a safetensors file: per int8 map its integers, scales and bias; the rest in float32. The matrix of
+    a tied model is there once, as ``int8_head``."""
     state = {}
     for name, linear in _int8_linears(model):
         integers, scales, bias = linear.weight_and_bias()
@@ -129,6 +141,11 @@ def load_quantised(model: LanguageModel, path: Path | str) -> LanguageModel:
             tuple(x) if x is not None else "nothing"
             for x in (getattr(state.get(name), "shape", None), expected.get(name))
         )
+        if name == "embedding.weight" and wanted == "nothing":
+            raise ValueError(
+                f"{path}: holds the embedding in float32 beside the int8 matrix that it is tied to, as older versions wrote "
+                "it; write it again with save_quantised."
+            )
         if held != wanted:
             raise ValueError(
                 f"{path}: holds {held} for {name} where this {type(model).__name__} has {wanted}; "

@@ -8,6 +8,8 @@ and results divided again. Within that range, where almost all maps are, the ker
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,7 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = product.in_features, product.out_features
         factors = torch.pow(2.0, -exponents.double())
         self.register_buffer("factors", factors if bool(exponents.any()) else None, persistent=False)
+        self._rows: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
@@ -56,6 +59,13 @@ class Int8Linear(nn.Module):
         scales = scales if self.factors is None else scales.double() * self.factors
         return weight.int_repr(), scales.float(), None if bias is None else bias.detach()
 
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Integers (V, K) and scales (V,) to look rows up in. The kernel's layout has no rows: this is a second copy in
+        memory, made when it is first asked for, and in no file."""
+        if self._rows is None:
+            self._rows = self.weight_and_bias()[:2]
+        return self._rows
+
     def set_weight_and_bias(self, integers: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         """Take these in place of its own; shapes and dtypes as in ``weight_and_bias``."""
         exponents = row_exponents(scales)
@@ -64,6 +74,10 @@ class Int8Linear(nn.Module):
         zeros = torch.zeros_like(scales, dtype=torch.int64)
         weight = torch._make_per_channel_quantized_tensor(integers, within, zeros, 0)
         self.product.set_weight_bias(weight, bias)
+        self._rows = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": None}
 
     def _rescaled(self, y: Tensor, power: float) -> Tensor:
         """The result for the activations and rows as they are; the kernel adds the bias last, which no factor is for."""
@@ -71,3 +85,25 @@ class Int8Linear(nn.Module):
         bias = 0.0 if bias is None else bias.detach().double()
         factors = power if self.factors is None else self.factors * power
         return ((y.double() - bias) * factors + bias).to(y.dtype)
+
+
+class Int8Embedding(nn.Module):
+    """The embedding of a tied model: ids (...) -> rows (..., K) float32 of its head's int8 matrix, integers times scale.
+
+    It has no matrix of its own: what the head is given, it gives.
+    """
+
+    def __init__(self, head: Int8Linear) -> None:
+        super().__init__()
+        # Not a second submodule: the head is saved, counted and replaced under one name.
+        self._head = (head,)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        integers, scales = self._head[0].rows()
+        return integers[ids].float() * scales[ids].unsqueeze(-1)
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix (V, K) in float32, computed at each call."""
+        integers, scales = self._head[0].rows()
+        return integers.float() * scales.unsqueeze(1)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bklm.data.arrow_rows import ArrowRows, read_parquet, read_saved
 from bklm.data.corpus import SPLIT_ALIASES, SPLITS, Corpus
 from bklm.data.own_text import KINDS_IN_WORDS, own_corpus
 from bklm.data.rows import check_parts, join_messages, text_of
@@ -83,11 +84,11 @@ def _refuse_empty(texts: dict[str, Sequence[str]]) -> None:
             raise ValueError(f"{where!r} holds no text; every split needs some")
 
 
-def _saved_dataset(folder: Path, where: str) -> dict[str, Dataset] | None:
+def _saved_dataset(folder: Path, where: str) -> dict[str, Dataset] | dict[str, ArrowRows] | None:
     """The splits of a saved data set, None where there is none.
 
     It was written by ``DatasetDict.save_to_disk``, or is laid out as on the hub: Parquet files named after their split, in
-    the folder itself, in data/ or in wikitext-2-raw-v1/.
+    the folder itself, in data/ or in wikitext-2-raw-v1/. Column types of a newer ``datasets`` are read from the files alone.
     """
     if (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
         raise ValueError(
@@ -105,8 +106,27 @@ def _saved_dataset(folder: Path, where: str) -> dict[str, Dataset] | None:
             return dict(datasets.load_from_disk(str(folder)))
         return dict(datasets.load_dataset("parquet", data_files=files))
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        if "Feature type" in str(error):
+            return _of_newer_types(folder, files, where, error)
         reason = " ".join(str(error.__cause__ or error).split())
         raise OSError(f"the data set saved in {where} cannot be read ({reason}); save it again") from error
+
+
+def _of_newer_types(
+    folder: Path, files: dict[str, list[str]] | None, where: str, refusal: Exception
+) -> dict[str, ArrowRows]:
+    """The splits of a data set with column types of a newer ``datasets``, from its files alone."""
+    try:
+        return read_parquet(files) if files else read_saved(folder)
+    except (OSError, ValueError, KeyError) as error:
+        import datasets
+
+        kind = str(refusal).partition(" not found")[0]
+        raise OSError(
+            f"the data set saved in {where} was written by a newer version of datasets than the {datasets.__version__} here "
+            f"({kind} is unknown to it), and its files alone cannot be read ({error}); upgrade here with 'pip install -U "
+            "datasets', or save its rows there with to_json and give the .jsonl files"
+        ) from refusal
 
 
 def _parquet_files(place: Path, where: str) -> dict[str, list[str]]:
@@ -128,7 +148,7 @@ class Dialogues(Sequence[str]):
     ``where`` names them in errors; of the rows that it means, these are every ``step``-th from ``first``.
     """
 
-    def __init__(self, rows: Dataset, where: str = "a data set", first: int = 0, step: int = 1):
+    def __init__(self, rows: Dataset | ArrowRows, where: str = "a data set", first: int = 0, step: int = 1):
         self.rows, self.where, self.first, self.step = rows, where, first, step
 
     def __len__(self) -> int:
@@ -156,7 +176,7 @@ class Dialogues(Sequence[str]):
 
 
 def corpus_from_splits(
-    name: str, source: str, splits: Mapping[str, Dataset], max_documents: int | None = None
+    name: str, source: str, splits: Mapping[str, Dataset | ArrowRows], max_documents: int | None = None
 ) -> Corpus:
     """A corpus from the splits of a Hugging Face data set with a "text" or a "messages" column."""
     found = {

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bklm.data.arrow_rows import ArrowRows
 from bklm.data.corpus import SPLIT_ALIASES, SPLITS, Corpus
 from bklm.data.rows import join_messages, text_of
 
@@ -169,8 +170,10 @@ def _of_parquet(path: Path, raw: bytes) -> Iterator[str]:
         raise ValueError(
             f"{str(path)!r} has the columns {table.column_names}; it needs one called text or messages"
         )
-    for number, value in enumerate(table.column(name).to_pylist()):
-        yield _text_of_row({name: value}, f"{str(path)!r}, row {number}")
+    rows = ArrowRows(table.select([name]))
+    for start in range(0, len(rows), 1000):
+        for number, value in enumerate(rows[start : start + 1000][name], start):
+            yield _text_of_row({name: value}, f"{str(path)!r}, row {number}")
 
 
 def _text_of_row(row: Any, where: str) -> str:

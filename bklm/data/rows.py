@@ -10,6 +10,8 @@ from typing import Any
 _PART = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")
 # What browsers and desktops call the second file of a name.
 _SECOND = re.compile(r"(?:\s*\(\d+\)|\s+-\s+copy(?:\s*\(\d+\))?|\s+copy(?:\s+\d+)?)\.parquet$", re.IGNORECASE)
+# A message has one of them: what calls a tool may leave its content out.
+_CONTENT = {"content", "tool_calls", "function_call"}
 
 
 def text_of(value: Any, where: str) -> str:
@@ -35,8 +37,8 @@ def text_of(value: Any, where: str) -> str:
 def join_messages(messages: Any, where: str = "a dialogue") -> str:
     """The text of a dialogue: its messages in order, joined by a space.
 
-    A message's content is text, or a list of parts of the type "text"; one without content, as a tool's call has, adds
-    nothing.
+    A message's content is text, or a list of parts of the type "text"; null adds nothing, and may be left out where a tool is
+    called.
 
     Raises:
         ValueError: what is no list of messages with content; the sentence begins with ``where``: split and row.
@@ -46,10 +48,10 @@ def join_messages(messages: Any, where: str = "a dialogue") -> str:
     texts = []
     for number, message in enumerate(messages):
         place = f"{where}, message {number}"
-        if not isinstance(message, dict) or "content" not in message:
+        if not isinstance(message, dict) or not _CONTENT & message.keys():
             held = f"has the keys {sorted(message)}" if isinstance(message, dict) else f"is {_kind(message)}"
             raise ValueError(f"{place} {held}; every message needs role and content")
-        content = message["content"]
+        content = message.get("content")
         if isinstance(content, list | tuple):
             content = " ".join(
                 filter(None, (_part(part, f"{place}, part {n}") for n, part in enumerate(content)))
@@ -59,7 +61,8 @@ def join_messages(messages: Any, where: str = "a dialogue") -> str:
 
 
 def _part(part: Any, where: str) -> str:
-    if isinstance(part, dict) and part.get("type", "text") == "text" and "text" in part:
+    # Where other parts have a type and this one has none, Arrow fills in null.
+    if isinstance(part, dict) and (part.get("type") or "text") == "text" and "text" in part:
         return text_of(part["text"], where)
     if isinstance(part, str):
         return part

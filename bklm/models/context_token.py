@@ -72,7 +72,7 @@ class _Layers(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(out) for _ in range(n_layers))
 
     def __len__(self) -> int:
-        return len(self.linears)
+        return len(self.norms)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -94,11 +94,11 @@ class ContextBlock(_Layers):
 
     def forward(self, previous: Tensor, x: Tensor) -> Tensor:
         """Contexts of every layer (..., L, D_c) from left neighbours' final contexts (..., D_c) and x (..., D_e)."""
-        return torch.stack(self.from_inputs(previous, F.linear(x, *self.input_weights())), -2)
+        return torch.stack(self.from_inputs(previous, self.given(x)), -2)
 
     def final(self, previous: Tensor, x: Tensor) -> Tensor:
         """The last layer of ``forward`` alone, (..., D_c)."""
-        return self.from_inputs(previous, F.linear(x, *self.input_weights()))[-1]
+        return self.from_inputs(previous, self.given(x))[-1]
 
     def sweep(self, x: Tensor, start: Tensor) -> Tensor:
         """Contexts of every layer (B, N, L, D_c), token after token, from x (B, N, D_e) and the context before, (B, D_c)."""
@@ -107,22 +107,30 @@ class ContextBlock(_Layers):
 
     def steps(self, x: Tensor, start: Tensor) -> Iterator[list[Tensor]]:
         """``sweep``, one token at a time: the contexts of its layers, L tensors (B, D_c)."""
-        inputs, context = F.linear(x, *self.input_weights()), start
+        inputs, context = self.given(x), start
         for t in range(x.shape[1]):
             layers = self.from_inputs(context, inputs[:, t])
             context = layers[-1]
             yield layers
 
+    def given(self, x: Tensor) -> Tensor:
+        """What x (..., D_e) adds in all layers, (..., L D_c): ``from_inputs`` takes it."""
+        return F.linear(x, *self.input_weights())
+
+    def own(self, layer: int, context: Tensor) -> Tensor:
+        """What a context (..., D_c) adds in a layer, (..., D_c)."""
+        return F.linear(context, self.linears[layer].weight[:, : self.context_dim])
+
     def input_weights(self) -> tuple[Tensor, Tensor]:
-        """Weight (L D_c, D_e) and bias of one product that gives what x adds in all layers: ``from_inputs`` takes it."""
+        """Weight (L D_c, D_e) and bias of the one product of ``given``."""
         weight = torch.cat([linear.weight[:, self.context_dim :] for linear in self.linears])
         return weight, torch.cat([linear.bias for linear in self.linears])
 
     def from_inputs(self, context: Tensor, inputs: Tensor) -> list[Tensor]:
         """Contexts of the layers, L tensors (..., D_c), from the left neighbour's (..., D_c) and inputs (..., L D_c)."""
         outputs = []
-        for linear, norm, given in zip(self.linears, self.norms, inputs.chunk(len(self), -1), strict=True):
-            context = norm(context + F.relu(F.linear(context, linear.weight[:, : self.context_dim]) + given))
+        for layer, (norm, given) in enumerate(zip(self.norms, inputs.chunk(len(self), -1), strict=True)):
+            context = norm(context + F.relu(self.own(layer, context) + given))
             outputs.append(context)
         return outputs
 
@@ -214,7 +222,7 @@ class ContextTokenLM(LanguageModel):
         return self._continue(token.unsqueeze(1), state)
 
     def state_bytes(self, position: int) -> int:
-        return self.config.context_dim * self.embedding.weight.element_size()
+        return self.config.context_dim * self.norm.weight.element_size()
 
     def _continue(self, ids: Tensor, state: ContextTokenState) -> tuple[Tensor, ContextTokenState]:
         x = self.embed(ids)
@@ -224,4 +232,4 @@ class ContextTokenLM(LanguageModel):
         return self.logits(h), ContextTokenState(state.position + ids.shape[1], last[-1])
 
     def _zeros(self, batch_size: int) -> Tensor:
-        return self.embedding.weight.new_zeros(batch_size, self.config.context_dim)
+        return self.norm.weight.new_zeros(batch_size, self.config.context_dim)

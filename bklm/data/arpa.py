@@ -1,0 +1,88 @@
+"""A Kneser-Ney model as an ARPA file, which KenLM, SRILM and other tools of n-gram models read.
+
+The format (Doug Paul's, described in SRILM's ngram-format(5)): for each n-gram of training log10 P(w | h), its words, and
+log10 of what its history passes on to shorter ones. Interpolated Kneser-Ney has exactly this form, so nothing is lost but
+digits: a reader gives the probabilities of ``KneserNey.log_probs``, without sentence starts and ends, which ours has not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bklm.data.baselines import KneserNey
+
+# Readers ask for these words. No text here holds them, so they have no probability worth the name.
+SENTENCE = ("<s>", "</s>")
+NEVER = -99.0
+
+
+def write_arpa(model: KneserNey, words: Sequence[str], path: str | os.PathLike[str]) -> Path:
+    """Write a fitted model; ``words`` are those of the ids, V strings without white space. Returns the path.
+
+    Raises:
+        ValueError: a model that was not fitted, another number of words, words that the format cannot hold apart.
+    """
+    if not model.vocab_size:
+        raise ValueError("this KneserNey has not been fitted; call fit(train_ids, vocab_size) first")
+    if len(words) != model.vocab_size:
+        raise ValueError(f"got {len(words)} words; this model has {model.vocab_size} ids, a word for each")
+    if len(set(words)) < len(words):
+        raise ValueError("two of the words are the same; each id needs a word of its own")
+    if bad := [w for w in words if w in SENTENCE or len(w.split()) != 1 or w != w.strip()]:
+        raise ValueError(
+            f"the word {bad[0]!r} has white space, is empty, or is one of {' '.join(SENTENCE)}; an ARPA file cannot hold it"
+        )
+    path = Path(path)
+    levels = _levels(model)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write("\\data\\\n")
+        for order, (_, log_p, _) in enumerate(levels, 1):
+            file.write(f"ngram {order}={len(log_p) + (len(SENTENCE) if order == 1 else 0)}\n")
+        grams: list[str] = [""]
+        for order, (parents_and_words, log_p, backoff) in enumerate(levels, 1):
+            file.write(f"\n\\{order}-grams:\n")
+            if order == 1:
+                file.writelines(f"{NEVER}\t{word}\t0\n" for word in SENTENCE)
+            parents, own = parents_and_words
+            grams = [f"{grams[p]} {words[w]}".strip() for p, w in zip(parents, own, strict=True)]
+            ends = [""] * len(grams) if backoff is None else [f"\t{b:.7g}" for b in backoff.tolist()]
+            rows = zip(log_p.tolist(), grams, ends, strict=True)
+            file.writelines(f"{p:.7g}\t{gram}{end}\n" for p, gram, end in rows)
+        file.write("\n\\end\\\n")
+    return path
+
+
+def _levels(model: KneserNey) -> list[tuple[tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray | None]]:
+    """Per order: (number of the n-gram without its last word, last word), log10 P, log10 of the backoff (None at the top).
+
+    The first level holds all V words, the unseen ones too, and numbers them by their ids.
+    """
+    size = model.vocab_size
+    keys, gain, backoff = model.levels[0]
+    p = np.full(size, float(backoff[0]) / size)
+    p[keys] += gain
+    found = []
+    parents, own = np.zeros(size, np.int64), np.arange(size)
+    # Of each node: its number in the file, and the node of its n-gram without the first word.
+    number, suffix = keys, np.zeros(len(keys), np.int64)
+    above = p[keys]
+    for level in range(1, len(model.levels) + 1):
+        below = model.levels[level] if level < len(model.levels) else None
+        passed = None if below is None else np.zeros(len(p))
+        if below is not None:
+            passed[number] = np.log10(below[2])
+        found.append(((parents, own), np.log10(p), passed))
+        if below is None:
+            break
+        shorter_keys = model.levels[level - 1][0]
+        keys, gain, backoff = below
+        parent, word = keys // size, keys % size
+        suffix = np.searchsorted(shorter_keys, suffix[parent] * size + word)
+        p = gain + backoff[parent] * above[suffix]
+        parents, own = number[parent], word
+        number, above = np.arange(len(keys)), p
+    return found
