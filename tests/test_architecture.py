@@ -36,7 +36,13 @@ STUDY_LINES = {
 }  # fmt: skip
 # Compiled code cannot take a record of arguments, and one loop over a row is one loop; so is one over a training's epochs.
 # A kernel takes addresses and sizes one by one, and is one long loop.
-KERNELS = ("bk_core.", "moe.", "models.gate_kernels", "models.short_convolution")
+KERNELS = (
+    "bk_core.",
+    "moe.",
+    "models.gate_kernels",
+    "models.short_convolution",
+    "compression.rounding_kernels",
+)
 LONG_FUNCTIONS = {"training.loop.train": 118}
 MANY_PARAMETERS = {"training.loop.train": 13, "training.loop._train_epoch": 12}
 STUDY_FILES = {"config.py", "run.py", "tables.py", "figures.py", "__init__.py", "__main__.py", "page.md"}

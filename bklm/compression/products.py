@@ -19,52 +19,47 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bklm.compression.coding import Integers
+from bklm.compression.rounding_kernels import rounded, scaled
 from bklm.data.loaders import IGNORED
 from bklm.models import LanguageModel, TokenLosses
 
 HEAD = "int8_product_head"
-LEVELS = 127.0
 ROWS_AT_ONCE = 512  # of logits, while losses are computed
-LEAST = 1e-30  # of a scale: its inverse must be finite
 
 
 class Int8Product(nn.Module):
-    """(..., K) -> (..., V) by int8 products; ``per`` is "token" or "tensor"."""
+    """(..., K) -> (..., V) by int8 products on the CPU; ``per`` is "token" or "tensor".
+
+    A row with NaN or infinity has no int8 form: all that comes of it is NaN, and with one scale for all of every row.
+    """
 
     def __init__(self, weight: Integers, bias: Tensor | None, per: str, outliers: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.values.shape
         self.per = per
-        self.register_buffer("values", weight.values.t(), persistent=False)
-        self.register_buffer("scales", weight.scales[:, 0].clone(), persistent=False)
-        self.register_buffer("columns", weight.columns, persistent=False)
-        self.register_buffer("outliers", outliers, persistent=False)
-        plain = None
+        factors = torch.ones(self.in_features) if weight.columns is None else weight.columns
+        kept, plain = factors, None
         if outliers is not None:
-            plain = weight.values[:, outliers].float() * weight.scales
-        self.register_buffer("outlier_weight", plain, persistent=False)
+            kept = factors.index_fill(0, outliers, 0.0)
+            plain = (weight.values[:, outliers].float() * weight.scales * factors[outliers]).t().contiguous()
+        buffers = {
+            "values": weight.values.t(), "scales": weight.scales[:, 0].clone(), "factors": kept, "outliers": outliers,
+            "outlier_weight": plain, "none": torch.zeros(self.out_features),
+        }  # fmt: skip
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         if len(rows) == 0:
             return x.new_zeros(*x.shape[:-1], self.out_features)
-        rows = rows if self.columns is None else rows * self.columns
-        kept = rows
+        whole, steps = rounded(rows, self.factors, self.per)
+        y = scaled(
+            torch._int_mm(whole, self.values), steps, self.scales, self.none if self.bias is None else self.bias
+        )
         if self.outliers is not None:
-            kept = rows.index_fill(1, self.outliers, 0.0)
-        largest = kept.abs().amax(1, keepdim=True)
-        if self.per == "tensor":
-            largest = largest.amax().expand_as(largest)
-        step = largest.clamp_min(LEAST) / LEVELS
-        # A row with NaN or infinity has no int8 form: its scale is NaN, and so is all that comes of it.
-        step = torch.where(largest.isfinite(), step, torch.nan)
-        rounded = (kept / step).round_().nan_to_num_(0.0).to(torch.int8)
-        y = torch._int_mm(rounded, self.values).float().mul_(step).mul_(self.scales)
-        if self.outliers is not None:
-            y.addmm_(rows[:, self.outliers], self.outlier_weight.t())
-        if self.bias is not None:
-            y.add_(self.bias)
+            y.addmm_(rows[:, self.outliers], self.outlier_weight)
         return y.view(*x.shape[:-1], self.out_features)
 
 
