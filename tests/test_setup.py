@@ -1,7 +1,8 @@
 """The set-up script and requirements: what Colab has is kept, words are checked, commands are the README's."""
 
-from __future__ import importlib
+from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
