@@ -204,7 +204,7 @@ def kneser_ney_table(data_dir: Path) -> Iterator[Row]:
                 yield (
                     "kenlm", f"the same file, score() of each line, discount {discount}",
                     10 ** (-total / sum(len(line) + 1 for line in lines)),
-                    "score() puts <s> before each line and counts </s> after it, to which a model of a stream gives 10^-99",
+                    "score() begins each line with `<s>` and counts `</s>` after it, to which a model of a stream gives 10^-99",
                 )  # fmt: skip
     except ImportError:
         yield missing("kenlm")
@@ -235,7 +235,7 @@ def by_nltk(train: list[str], valid: list[str]) -> Iterator[Row]:
         yield (
             "nltk", f"KneserNeyInterpolated(3, discount={discount}), first {NLTK_TOKENS} tokens",
             2 ** (-log2 / (len(valid) - 1)),
-            "0.1 is its default and far too small" if discount == 0.1 else "the same discount as bklm's first row",
+            "0.1 is its default and far too small" if discount == 0.1 else "bklm's number of the same tokens",
         )  # fmt: skip
 
 
@@ -251,7 +251,8 @@ def page(rows: list[dict[str, str]]) -> None:
         begin, end = f"<!-- {table} -->\n", f"<!-- end of {table} -->"
         lines = ["| tool | what | number | why |", "|---|---|---|---|"]
         for row in (r for r in rows if r["table"] == table):
-            tool = f"{row['tool']} {row['version']}".strip()
+            name, comma, rest = row["tool"].partition(",")
+            tool = f"{name} {row['version']}".strip() + comma + rest
             lines.append(f"| {tool} | {row['what']} | {shown(row['value'])} | {row['why']} |")
         head, rest = text.split(begin)
         text = head + begin + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1]
