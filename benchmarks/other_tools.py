@@ -204,7 +204,7 @@ def kneser_ney_table(data_dir: Path) -> Iterator[Row]:
                 yield (
                     "kenlm", f"the same file, score() of each line, discount {discount}",
                     10 ** (-total / sum(len(line) + 1 for line in lines)),
-                    "score() begins each line with `<s>` and counts `</s>` after it, to which a model of a stream gives 10^-99",
+                    "score() begins a line with `<s>` and counts `</s>` after it, to which a model of a stream gives 10^-99",
                 )  # fmt: skip
     except ImportError:
         yield missing("kenlm")
