@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("results/potential_initialisation.csv"))
     arguments = parser.parse_args()
-    config = GradBlendConfig(profile="full", data_dir=arguments.data_dir).resolved()
+    config = GradBlendConfig(profile="full", mixer="diagonal", data_dir=arguments.data_dir).resolved()
     text = prepare_text(config)
     rows = []
     for seed in arguments.seeds:

@@ -44,6 +44,7 @@ def main() -> None:
             GradBlendConfig(
                 **common,
                 **changes,
+                mixer="diagonal",
                 alphas=(0.0,),
                 seeds=arguments.seeds,
                 epochs_per_trial=arguments.epochs,

@@ -5,7 +5,8 @@
     python benchmarks/quick_sweep.py --old REVISION
 
 Both revisions run ``python -m bklm.studies.grad_blend`` on the embedded text in a process of their own, from checkouts that
-git makes in a temporary folder; same Python, same machine, same settings, each with its own defaults for threads and workers.
+git makes in a temporary folder; same Python, same machine, same settings and model (that revision has the mixer "diagonal"
+only), each with its own defaults for threads and workers.
 Seconds are of the whole process: imports, text, training, tables and figures. Each arm compiles its kernels in a smoke run
 that is not counted.
 """
@@ -34,8 +35,17 @@ def checkout(revision: str, folder: Path) -> Path:
     return folder
 
 
-def seconds_of(folder: Path, profile: str, output: Path) -> float:
-    command = [sys.executable, "-m", "bklm.studies.grad_blend", "--profile", profile, "--dataset", "embedded"]
+def seconds_of(folder: Path, profile: str, output: Path, more: list[str]) -> float:
+    command = [
+        sys.executable,
+        "-m",
+        "bklm.studies.grad_blend",
+        "--profile",
+        profile,
+        "--dataset",
+        "embedded",
+        *more,
+    ]
     start = time.perf_counter()
     subprocess.run(
         [*command, "--output_dir", str(output)],
@@ -59,13 +69,14 @@ def main() -> None:
             f"revision {args.old}": checkout(args.old, work / "old"),
             "this revision": checkout("HEAD", work / "new"),
         }
+        more = {name: ["--mixer", "diagonal"] * (folder.name == "new") for name, folder in arms.items()}
         for name, folder in arms.items():
             print(f"warming up: {name}", file=sys.stderr)
-            seconds_of(folder, "smoke", work / "warm" / folder.name)
+            seconds_of(folder, "smoke", work / "warm" / folder.name, more[name])
         taken: dict[str, list[float]] = {name: [] for name in arms}
         for turn in range(args.rounds):
             for name, folder in arms.items():
-                taken[name].append(seconds_of(folder, args.profile, work / f"{turn}" / folder.name))
+                taken[name].append(seconds_of(folder, args.profile, work / f"{turn}" / folder.name, more[name]))
                 print(f"round {turn + 1}, {name}: {taken[name][-1]:.1f} s", file=sys.stderr)
     old, new = (statistics.median(times) for times in taken.values())
     rows = [

@@ -12,6 +12,8 @@
     python scripts/readme.py embedding_freeze peps=FOLDER wikitext=FOLDER freeze_lm_embedding=TABLE.csv
     python scripts/readme.py koopman corrected=FOLDER original=FOLDER
     python scripts/readme.py physics corrected=FOLDER original=FOLDER
+    python scripts/readme.py compression FOLDER
+    python scripts/readme.py dialogue grammar=FOLDER
 
 A page.md is prose with places: ``{finding}`` is a number or a table of `readme_places.py`, of the study's first run where it
 has several, ``{peps.finding}`` of its run "peps"; ``{config[seq_len]:,}`` is a setting with a format, ``{table:arm}`` a table
@@ -53,6 +55,7 @@ PREFIXES = {
     "embedding_freeze": {name: f"freeze_{name}" for name in ("peps", "wikitext")},
     "koopman": {name: f"koopman_{name}" for name in ("corrected", "original")},
     "physics": {name: f"physics_{name}" for name in ("corrected", "original")},
+    "dialogue": {"grammar": "dialogue_grammar"},
 }
 # Stands for a place whose numbers come from a file that is not kept.
 UNKNOWN = "\0"

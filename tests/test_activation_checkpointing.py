@@ -1,33 +1,15 @@
 """Activation checkpointing: the same gradients, tokens of experts counted once, no loss of a gradient in silence."""
 
 import copy
+import functools
 
 import pytest
 import torch
+from every_model import MODELS, WITH_STATE, V
 from torch.utils.checkpoint import checkpoint
 
-from bklm.models import (
-    GPT,
-    ContextTokenConfig,
-    ContextTokenLM,
-    GPTConfig,
-    NewLLM,
-    NewLLMConfig,
-    ResNetBK,
-    ResNetBKConfig,
-    linear_cross_entropy,
-)
+from bklm.models import linear_cross_entropy
 from bklm.moe.layer import AnalyticMoE, total_balance_loss
-
-V = 30
-MODELS = {
-    "GPT": lambda: GPT(GPTConfig(V, 16, 1, 2, 16, 0.2)),
-    "NewLLM": lambda: NewLLM(NewLLMConfig(V, 8, 12, 6, 2, 0.2)),
-    "ResNetBK": lambda: ResNetBK(ResNetBKConfig(V, 16, 2)),
-    "ResNetBK, two of three": lambda: ResNetBK(ResNetBKConfig(V, 16, 2, num_experts=3, top_k=2, balance=0.1)),
-    "ResNetBK, dense": lambda: ResNetBK(ResNetBKConfig(V, 16, 1, num_experts=1)),
-    "ContextTokenLM": lambda: ContextTokenLM(ContextTokenConfig(V, 8, 8, 2)),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -69,15 +51,10 @@ def gradients(model):
 @pytest.mark.parametrize("road", ["hidden", "loss"])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_and_counts_are_those_without_it(name, road, compiled):
-    model = MODELS[name]().train()
+    # Compiled, many draw their masks otherwise.
+    model = MODELS[name](0.0 if compiled else 0.2).train()
     twin, (ids, targets) = copy.deepcopy(model), torch.randint(0, V, (2, 3, 9))
     if compiled:
-        # Compiled, these two draw their masks otherwise.
-        if name == "NewLLM":
-            model.config = twin.config = NewLLMConfig(V, 8, 12, 6, 2, 0.0)
-        if name == "GPT":
-            model, twin = (GPT(GPTConfig(V, 16, 1, 2, 16, 0.0)).train() for _ in range(2))
-            twin.load_state_dict(model.state_dict())
         for method in ("hidden", "loss"):
             setattr(model, method, torch.compile(getattr(model, method), backend="eager"))
     for reentrant in (False, False):  # twice: counts add up over steps
@@ -93,9 +70,9 @@ def test_gradients_and_counts_are_those_without_it(name, road, compiled):
             assert a.expert_counts.tolist() == b.expert_counts.tolist()
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "two" not in name])
+@pytest.mark.parametrize("name", [name for name in MODELS if "two" not in name and "with" not in name])
 def test_the_reentrant_kind_counts_once_too(name):
-    model = MODELS[name]().train()
+    model = MODELS[name](0.2).train()
     twin, (ids, targets) = copy.deepcopy(model), torch.randint(0, V, (2, 3, 9))
     step(model, "hidden", ids, targets, True)
     step(twin, "hidden", ids, targets, None)
@@ -105,7 +82,7 @@ def test_the_reentrant_kind_counts_once_too(name):
 
 
 def test_a_balance_loss_that_the_reentrant_kind_leaves_without_a_gradient_says_so():
-    model, (ids, targets) = MODELS["ResNetBK, two of three"]().train(), torch.randint(0, V, (2, 3, 9))
+    model, (ids, targets) = MODELS["ResNetBK, two of three"](0.1).train(), torch.randint(0, V, (2, 3, 9))
     with pytest.raises(RuntimeError, match=r"use checkpoint\(\.\.\., use_reentrant=False\)"):
         step(model, "hidden", ids, targets, True)
     with torch.no_grad():
@@ -128,3 +105,56 @@ def test_a_compiled_mixture_is_checkpointed(experts, k, backend):
     for p, g in zip(moe.parameters(), want[1:], strict=True):
         assert (p.grad is None) == (g is None)
         assert g is None or torch.allclose(p.grad, g, atol=1e-6)
+
+
+@pytest.mark.parametrize("around", ["hidden", "model"])
+@pytest.mark.parametrize("name", [name for name in MODELS if "with" in name])
+def test_an_auxiliary_term_that_the_reentrant_kind_leaves_without_a_gradient_says_so(name, around):
+    model, (ids, targets) = MODELS[name]().train(), torch.randint(0, V, (2, 3, 9))
+    if around == "model":
+        body, one = model.model.hidden, torch.ones((), requires_grad=True)
+        model.model.hidden = lambda ids: checkpoint(lambda x, y: body(x) * y, ids, one, use_reentrant=True)
+    with pytest.raises(RuntimeError, match=r"^the auxiliary term has no gradient.*use_reentrant=False"):
+        step(model, "hidden", ids, targets, True if around == "hidden" else None)
+    with torch.no_grad():
+        model.hidden(ids)
+        assert float(model.auxiliary_loss()) > 0
+
+
+def steps_counted(model):
+    trace = getattr(model.term, "trace", None)
+    return int(model.term.counts[0]) if trace is None else int(trace.state[0])
+
+
+@pytest.mark.parametrize("road", ["hidden", "loss"])
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_a_term_with_a_state_refuses_to_be_computed_twice_for_one_step(name, road):
+    model, (ids, targets) = WITH_STATE[name]().train(), torch.randint(0, V, (2, 3, 9))
+    with pytest.raises(
+        RuntimeError, match=r"^Published\w+: .* checkpoint the model's blocks, not its hidden or loss\.$"
+    ):
+        step(model, road, ids, targets, False)
+    assert steps_counted(model) == 1
+
+
+@pytest.mark.parametrize("name", ["ResNetBK with an energy", *WITH_STATE])
+def test_checkpointed_blocks_leave_a_terms_steps_and_gradients_as_they_are(name):
+    model = {**MODELS, **WITH_STATE}[name](0.0).train()
+    twin, (ids, targets) = copy.deepcopy(model), torch.randint(0, V, (2, 3, 9))
+    for block in model.model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    for _ in range(3):
+        for m in (model, twin):
+            m.zero_grad()
+            step(m, "loss", ids, targets, None)
+        for a, b in zip(gradients(model), gradients(twin), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert steps_counted(model) == steps_counted(twin) == 3
+    copy.deepcopy(twin)
+
+
+def test_a_model_is_copied_after_a_forward_in_training():
+    for make in (*MODELS.values(), *WITH_STATE.values()):
+        model = make(0.1).train()
+        model.hidden(torch.randint(0, V, (2, 5))).sum().backward()
+        copy.deepcopy(model)

@@ -17,8 +17,9 @@ import nbformat
 import pytest
 
 from bklm.batch.__main__ import main
-from bklm.batch.plan import read_runs
+from bklm.batch.plan import Outcome, read_runs
 from bklm.batch.run import run_batch
+from bklm.batch.summary import write_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = str(ROOT / "notebooks" / "01_grad_blend_sweep.ipynb")
@@ -258,6 +259,24 @@ def test_a_failed_notebook_leaves_the_others_alone_and_only_it_runs_again(sets, 
     assert not (out / "bad" / "bad.failed.ipynb").exists()
     with pytest.raises(ValueError, match=r"good: .* holds a run with other settings: x \(5 there, 6 now\)"):
         run_batch(read_runs(sets({"runs": [{"notebook": good, "name": "good", "parameters": {"x": 6}}]})), out)
+
+
+def test_the_overview_compares_the_runs_of_a_grid_by_what_differs_and_what_was_found(tmp_path):
+    outcomes = []
+    for size, ppl in ((16, 51.25), (32, None), (64, 1234.5)):
+        name = f"size-{size}"
+        (tmp_path / name / "baseline").mkdir(parents=True)
+        words = json.dumps({"best_perplexity": ppl, "finding": "GPT is best; the rest is not."}) if ppl else "{"
+        (tmp_path / name / "baseline" / "summary.json").write_text(words)
+        same = {"profile": "smoke", "batch_size": size}
+        outcomes.append(Outcome(name, "done", "03.ipynb", same, 1.0, None, ""))
+    page = write_summary(tmp_path, outcomes).read_text()
+    rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+    assert rows[0] == ["run", "end", "batch_size", "time", "best val PPL", "result"]
+    assert [row[2] for row in rows[1:]] == ["16", "32", "64"]
+    assert [row[4:] for row in rows[1:]] == [["51.2", "GPT is best"], ["", ""], ["1,234.5", "GPT is best"]]
+    # A summary that cannot be read stays where it is.
+    assert (tmp_path / "size-32" / "baseline" / "summary.json").read_text() == "{"
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ RUNS = {
     "grad_blend_initialisation": ("--alphas 0 --seeds 0 --data_dir TEXT --output OUTPUT/rows.csv", "val_ppl"),
     "resolvent_solve": ("--quick --seconds 0.2", "scipy / ours"),
     "reading_step": ("--quick", "exponent of the step time over N"),
+    "reading_search": ("--quick --only taken", "Validation perplexity after epoch 1"),
     "moe_perplexity": ("--quick --output_dir OUTPUT", "exact router gradient"),
 }
 
@@ -58,7 +59,7 @@ def test_quick_sweep_compares_medians_of_both_revisions(monkeypatch, capsys):
 
     seconds = {"old": iter([99.0, 30.0, 36.0, 33.0]), "new": iter([99.0, 11.0, 10.0, 60.0])}
     monkeypatch.setattr(quick_sweep, "checkout", lambda revision, folder: folder)
-    monkeypatch.setattr(quick_sweep, "seconds_of", lambda folder, profile, output: next(seconds[folder.name]))
+    monkeypatch.setattr(quick_sweep, "seconds_of", lambda folder, profile, output, more: next(seconds[folder.name]))
     monkeypatch.setattr(sys, "argv", ["quick_sweep"])
     quick_sweep.main()
     assert "measured 3.00" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,15 @@ def test_no_command_prints_the_help_and_run_alone_names_the_studies(capsys):
     assert "generate" in capsys.readouterr().out
     assert main(["run"]) == 2
     assert "4 embedding_freeze" in capsys.readouterr().out
+
+
+def test_the_console_script_starts_the_command():
+    module, name = re.search(
+        r'^bklm = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    ).groups()
+    code = f"import sys\nfrom {module} import {name}\nsys.argv = ['bklm', '--help']\nsys.exit({name}())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "generate" in done.stdout
 
 
 def test_every_command_of_the_help_does_something():

@@ -84,6 +84,13 @@ def test_the_original_protocol_turns_the_corrections_off_unless_a_field_was_give
     assert GradBlendConfig().resolved().causal is True
 
 
+def test_the_sweep_takes_the_model_that_reads_wherever_its_settings_allow_it():
+    assert GradBlendConfig().resolved().mixer == "solve"
+    for change in ({"protocol": "original"}, {"gradient": "local"}, {"causal": False}):
+        assert GradBlendConfig(**change).resolved().mixer == "diagonal"
+    assert GradBlendConfig(mixer="diagonal").resolved().mixer == "diagonal"
+
+
 def test_more_experts_per_token_than_experts_is_refused():
     with pytest.raises(ValueError, match="top_k: got 5 with num_experts 4"):
         GradBlendConfig(profile="full", top_k=5).resolved()

@@ -10,7 +10,18 @@ from torch import nn
 
 from bklm.compression.int8 import load_quantised, quantised, save_quantised, with_float_products
 from bklm.compression.int8_linear import row_exponents
-from bklm.models import GPT, LSTM, GPTConfig, LSTMConfig, NewLLM, NewLLMConfig, ResNetBK, ResNetBKConfig
+from bklm.models import (
+    GPT,
+    LSTM,
+    GPTConfig,
+    LinearContext,
+    LinearContextConfig,
+    LSTMConfig,
+    NewLLM,
+    NewLLMConfig,
+    ResNetBK,
+    ResNetBKConfig,
+)  # fmt: skip
 
 MAKERS = {
     "NewLLM": lambda: NewLLM(NewLLMConfig(40, 24, 32, 24, 2)),
@@ -18,6 +29,8 @@ MAKERS = {
     "ResNetBK": lambda: ResNetBK(ResNetBKConfig(40, 24, 2, n_seq=None)),
     "LSTM": lambda: LSTM(LSTMConfig(40, 32, 2)),
     "ResNetBK of 8 heads": lambda: ResNetBK(ResNetBKConfig(40, 24, 1, n_seq=None, n_heads=8)),
+    "ResNetBK that reads": lambda: ResNetBK(ResNetBKConfig(40, 24, 1, mixer="solve", n_heads=4)),
+    "LinearContext": lambda: LinearContext(LinearContextConfig(40, 24, 2, 0.0)),
 }
 
 

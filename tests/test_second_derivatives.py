@@ -5,18 +5,26 @@ Right means: as autograd finds them through an independent form of the same func
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from bklm.bk_core import resolvent_diagonal
+import bklm
+from bklm.bk_core import resolvent_diagonal, resolvent_solve
 from bklm.bk_core.reference import left_right
-from bklm.models.dropout import keep_masks
+from bklm.models.dropout import keep_masks, numbered_dropout
 from bklm.models.loss import linear_cross_entropy
 from bklm.models.new_llm_loop import recurrence
+from bklm.models.normalised_gate import EPS, normalised_gate
+from bklm.models.reversible import run_blocks
+from bklm.models.short_convolution import short_convolution
 from bklm.moe.analytic import Settings
 from bklm.moe.ops import draw, mixture
 from bklm.moe.reference import balance_loss, dense_moe, gates
+from bklm.training.auxiliary import _LimitGradient
 
 D, H, V = 3, 5, 11
 
@@ -124,6 +132,107 @@ def core(causal):
     return function, reference, inputs
 
 
+def solve(causal):
+    """Columns of the resolvent against the inverse of the dense matrix, or of each of its leading blocks."""
+    n, shift = 5, 0.3 + 1.2j
+    inputs = (leaf(2, n, 2), leaf(2, n), leaf(2, n - 1), leaf(2, n - 1))
+
+    def value(y):
+        return (y.real.sin() + y.imag * y.real).sum()
+
+    def function(x, a, b, c):
+        return value(resolvent_solve(x, a, b, c, shift, causal=causal))
+
+    def reference(x, a, b, c):
+        T = torch.diag_embed(a) + torch.diag_embed(b, 1) + torch.diag_embed(c, -1)
+        T = T - shift * torch.eye(n, dtype=torch.float64)
+        x = x.to(T.dtype)
+        if not causal:
+            return value(torch.linalg.solve(T, x))
+        rows = [torch.linalg.solve(T[:, :i, :i], x[:, :i])[:, -1] for i in range(1, n + 1)]
+        return value(torch.stack(rows, 1))
+
+    return function, reference, inputs
+
+
+def gate():
+    inputs = (leaf(2, 3, 4, 2, 2), leaf(2, 4, 6))  # (B, H, N, w) as pairs, (B, N, H w)
+    weight = torch.randn(2, 4, 2, 6, dtype=torch.float64)
+
+    def function(y, gates):
+        return (normalised_gate(torch.view_as_complex(y), gates) * weight).sin().sum()
+
+    def reference(y, gates):
+        y = y / (y.pow(2).sum((-2, -1), keepdim=True) / 4 + EPS).sqrt()
+        parts = torch.stack([y[..., k].permute(0, 2, 1, 3).reshape(2, 4, 6) for k in range(2)], 2)
+        return (parts * (gates / (1 + (-gates).exp())).unsqueeze(2) * weight).sin().sum()
+
+    return function, reference, inputs
+
+
+def convolution(before):
+    inputs = (leaf(2, 5, D), leaf(D, 1, 3), leaf(D))
+    weight = torch.randn(2, 5, D, dtype=torch.float64)
+
+    def function(x, w, b):
+        return (short_convolution(x, w, b, before) * weight).sin().sum()
+
+    def reference(x, w, b):
+        found = b.expand_as(x)
+        for k in range(3):
+            reach = [n + k - before for n in range(5)]
+            row = torch.stack([x[:, i] if 0 <= i < 5 else torch.zeros_like(x[:, 0]) for i in reach], 1)
+            found = found + row * w[:, 0, k]
+        return (found * weight).sin().sum()
+
+    return function, reference, inputs
+
+
+class Pull(torch.nn.Module):
+    """A force with a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(D, D, dtype=torch.float64))
+
+    def forward(self, q, kick=None):
+        return numbered_dropout(torch.tanh(q @ self.weight), 0.0 if kick is None else 0.3, kick or 0)
+
+
+class Blocks(torch.nn.Module):
+    def __init__(self, backward, seed):
+        super().__init__()
+        self.forces, self.backward, self.seed = torch.nn.ModuleList([Pull(), Pull()]), backward, seed
+
+    def forward(self, q, p):
+        # The first force at two depths: what it learns from both adds up.
+        return run_blocks([*self.forces, self.forces[0]], q, p, 0.7, seed=self.seed, backward=self.backward)
+
+
+def leapfrogs(backward, seed=None):
+    blocks, inputs = Blocks(backward, seed), (leaf(2, D), leaf(2, D), leaf(D, D), leaf(D, D))
+    weight = torch.randn(2, D, dtype=torch.float64)
+
+    def function(q, p, *weights):
+        named = {f"forces.{i}.weight": w for i, w in enumerate(weights)}
+        q, p = torch.func.functional_call(blocks, named, (q.sin(), p))
+        return (q * weight + p**2).sin().sum()
+
+    def reference(q, p, *weights):
+        q, scales = q.sin(), None
+        if seed is not None:
+            scales = iter(
+                [numbered_dropout(torch.ones(2, D, dtype=torch.float64), 0.3, seed + i) for i in range(6)]
+            )
+        for w in (*weights, weights[0]):
+            p = p + 0.35 * torch.tanh(q @ w) * (next(scales) if scales else 1)
+            q = q + 0.7 * p
+            p = p + 0.35 * torch.tanh(q @ w) * (next(scales) if scales else 1)
+        return (q * weight + p**2).sin().sum()
+
+    return function, reference, inputs
+
+
 KINDS = {
     **{
         f"mixture, {k} of {e}, {r}": (lambda k=k, e=e, r=r: mixtures(k, e, r))
@@ -136,6 +245,19 @@ KINDS = {
     "recurrence with dropout": lambda: loop(0.3),
     "core, causal": lambda: core(True),
     "core, both directions": lambda: core(False),
+    "solve, causal": lambda: solve(True),
+    "solve, both directions": lambda: solve(False),
+    "gate": gate,
+    "convolution, causal": lambda: convolution(2),
+    "convolution, both directions": lambda: convolution(1),
+    "leapfrog, reversible": lambda: leapfrogs("reversible"),
+    "leapfrog, reversible with dropout": lambda: leapfrogs("reversible", 17),
+    "leapfrog, checkpoint": lambda: leapfrogs("checkpoint"),
+}
+# Within torch.func's transforms these draw other masks, and a batch of gradients cannot have those of the forward.
+LEFT_OUT = {
+    "recurrence with dropout": ("torch.func", "forward over reverse"),
+    "leapfrog, reversible with dropout": ("torch.func", "forward over reverse", "batched"),
 }
 
 
@@ -197,13 +319,7 @@ ROADS = {
 )
 @pytest.mark.parametrize(
     ("kind", "road"),
-    # Within torch.func's transforms the recurrence draws masks of its own.
-    [
-        (k, r)
-        for k in KINDS
-        for r in ROADS
-        if k != "recurrence with dropout" or r not in ("torch.func", "forward over reverse")
-    ],
+    [(k, r) for k in KINDS for r in ROADS if r not in LEFT_OUT.get(k, ())],
 )
 def test_a_second_derivative_is_that_of_the_reference_on_every_road(kind, road):
     function, reference, inputs = KINDS[kind]()
@@ -270,3 +386,57 @@ def test_an_input_made_of_another_is_not_counted_twice():
         g = torch.autograd.grad(tied(inputs[3]), inputs[3], create_graph=True)[0]
         results.append(torch.autograd.grad(g.square().sum(), inputs[3])[0])
     torch.testing.assert_close(*results)
+
+
+def test_a_batch_of_gradients_of_a_reversible_backward_with_dropout_is_refused_in_one_sentence():
+    function, _, inputs = KINDS["leapfrog, reversible with dropout"]()
+    with pytest.raises(RuntimeError, match=r"^run_blocks: .*; take backward='plain', or eval\(\)\.$"):
+        torch.autograd.grad(function(*inputs), inputs, torch.ones(2), is_grads_batched=True)
+
+
+def test_weights_that_functional_call_puts_in_get_their_gradients_after_its_end():
+    """The backward comes when the module has its own weights back: it must not take those."""
+    for backward in ("reversible", "checkpoint"):
+        function, reference, inputs = leapfrogs(backward)
+        made = [*inputs[:2], inputs[2], inputs[2] @ inputs[3]]
+        want = torch.autograd.grad(reference(*made), inputs, retain_graph=True)
+        for a, b in zip(torch.autograd.grad(function(*made), inputs), want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+FUNCTIONS = {
+    "_Eager", "Transformable", "TransformableBackward",  # core
+    "_Causal", "_Tridiagonal", "CausalSolve", "TridiagonalSolve",  # solve
+    "_Mixture", "_ChunkedCrossEntropy", "_Recurrence", "_NormalisedGate", "_ShortConvolution", "_Reversible",
+    "_LimitGradient",  # below: its backward is a rule, no derivative
+}  # fmt: skip
+
+
+def test_no_backward_written_by_hand_escapes_this_file():
+    """A new one is added to KINDS, with a reference, and to the names above."""
+    source = "\n".join(f.read_text() for f in Path(bklm.__file__).parent.rglob("*.py"))
+    assert set(re.findall(r"class (\w+)\(\S*\bFunction\):", source)) == FUNCTIONS
+    assert "once_differentiable\n" not in source
+    differentiable = set(re.findall(r"^(\w+)\.register_autograd\(", source, re.MULTILINE))
+    assert differentiable == {
+        "resolvent_diagonal", "resolvent_diagonal_backward", "causal_solve", "tridiagonal_solve", "_forward_op",
+    }  # fmt: skip
+
+
+def test_a_gradient_with_a_limit_is_differentiated_as_its_rule_says():
+    x, direction = leaf(3, D), torch.randn(3, D, dtype=torch.float64)
+
+    def limited(x):
+        return _LimitGradient.apply(x, 0.5).pow(3).sum()
+
+    def rule(x):
+        g = 3 * x**2
+        return g * (0.5 / g.norm())
+
+    (g,) = torch.autograd.grad(limited(x), x, create_graph=True)
+    torch.testing.assert_close(g, rule(x))
+    want = torch.autograd.functional.vjp(rule, x.detach(), direction)[1]
+    torch.testing.assert_close(torch.autograd.grad((g * direction).sum(), x)[0], want)
+    torch.testing.assert_close(torch.func.vjp(torch.func.grad(limited), x.detach())[1](direction)[0], want)
+    each = torch.func.vmap(torch.func.grad(limited))(x.detach())
+    torch.testing.assert_close(each, torch.stack([rule(row) for row in x.detach()]))

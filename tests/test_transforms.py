@@ -6,50 +6,17 @@ import copy
 
 import pytest
 import torch
+from every_model import MODELS, WITH_STATE, V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from bklm.bk_core import resolvent_diagonal
-from bklm.models import (
-    GPT,
-    LSTM,
-    ContextTokenConfig,
-    ContextTokenLM,
-    GPTConfig,
-    LinearContext,
-    LinearContextConfig,
-    LSTMConfig,
-    NewLLM,
-    NewLLMConfig,
-    ResNetBK,
-    ResNetBKConfig,
-    future_leak,
-    linear_cross_entropy,
-)
+from bklm.models import ResNetBK, future_leak, linear_cross_entropy
 from bklm.moe.layer import AnalyticMoE
 
-V = 20
-MODELS = {
-    "GPT": lambda p=0.0: GPT(GPTConfig(V, 16, 1, 2, 16, p)),
-    "NewLLM": lambda p=0.0: NewLLM(NewLLMConfig(V, 8, 12, 6, 2, p)),
-    "ResNetBK": lambda p=0.0: ResNetBK(ResNetBKConfig(V, 12, 2, 16, dropout_p=p)),
-    "ResNetBK, two of three": lambda p=0.0: ResNetBK(
-        ResNetBKConfig(V, 12, 1, None, num_experts=3, top_k=2, dropout_p=p, balance=0.1, n_heads=2)
-    ),
-    "ResNetBK, dense": lambda p=0.0: ResNetBK(ResNetBKConfig(V, 12, 1, 16, num_experts=1, dropout_p=p)),
-    "ResNetBK, original": lambda p=0.0: ResNetBK(
-        ResNetBKConfig.original(V, d_model=12, n_layers=1, dropout_p=p)
-    ),
-    "ResNetBK that reads": lambda p=0.0: ResNetBK(
-        ResNetBKConfig(V, 12, 1, None, mixer="solve", n_heads=2, dropout_p=p)
-    ),
-    "LSTM": lambda p=0.0: LSTM(LSTMConfig(V, 8, 1, p)),
-    "LinearContext": lambda p=0.0: LinearContext(LinearContextConfig(V, 8, 1, p)),
-    "ContextTokenLM": lambda p=0.0: ContextTokenLM(ContextTokenConfig(V, 8, 8, 2)),
-}
-# torch.compile does not follow torch.nn.LSTM: the graph breaks around it.
-BROKEN = ("LSTM",)
+# torch.compile does not follow torch.nn.LSTM, nor an energy's record: the graph breaks around them.
+BROKEN = ("LSTM", "ResNetBK with an energy")
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +37,7 @@ def use_all(model, ids, targets):
     model.zero_grad()
     loss = model.loss(ids, targets)
     loss.backward()
-    shapes = [loss.shape, model(ids).shape, *(p.grad.shape for p in model.parameters() if p.requires_grad)]
+    shapes = [loss.shape, model(ids).shape, *(p.grad.shape for p in model.parameters() if p.grad is not None)]
     with torch.no_grad():
         shapes += [model.loss(ids, targets, reduction="sum").shape, model(ids[:1, :1]).shape]
     scores = model.token_losses(ids, targets)
@@ -175,7 +142,7 @@ def test_training_mode_draws_for_each_sample_where_vmap_is_told_to(name, batch):
 
     with torch.no_grad():
         assert losses("same").unique().numel() == 1
-        draws = "ContextTokenLM" not in name
+        draws = name != "ContextTokenLM"
         assert (losses("different").unique().numel() > 1) == draws
     assert model.expert_counts() == []
     model.loss(ids, targets).backward()
@@ -210,7 +177,7 @@ def test_forward_mode_gives_the_derivative_along_a_direction(name, batch):
 )
 def test_dynamic_compilation_without_a_break_gives_the_eager_numbers(name, road, training, batch):
     # Compiled, the masks of some come in another order.
-    draws = name.startswith(("NewLLM", "GPT", "ResNetBK that reads", "LSTM", "LinearContext"))
+    draws = not name.startswith("ResNetBK") or "reads" in name or "with" in name
     model = MODELS[name](0.0 if draws else 0.1).train(training)
     twin = copy.deepcopy(model)
     call = (lambda m, x, y: m.loss(x, y)) if road == "loss" else (lambda m, x, y: m(x))
@@ -247,8 +214,46 @@ def test_export_of_a_model_in_training_leaves_no_traces_in_it(name, batch):
     model = MODELS[name]().train()
     torch.export.export(model, batch[:1], strict=False)
     model.loss(*batch).backward()
-    assert all(type(t) is torch.Tensor for t in model._expert_counts or ()) if "ResNetBK" in name else True
+    kept = [value for module in model.modules() for value in vars(module).values()]
+    kept += [x for value in kept if isinstance(value, list | tuple) for x in value]
+    assert all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in kept if isinstance(t, torch.Tensor))
     assert all(sum(layer) == 18 * (2 if "two" in name else 1) for layer in model.expert_counts())
+
+
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_a_term_with_a_state_is_refused_in_one_sentence_where_its_numbers_cannot_be_read(name, batch):
+    model = WITH_STATE[name]().train()
+    model.loss(*batch).backward()
+    sentence = r"^Published\w+: this term reads numbers that it keeps.* call eval\(\) before, or take .*\.$"
+    with torch.device("meta"):
+        blind = WITH_STATE[name]().train()
+    weights = weights_of(Loss(model))
+    roads = {
+        "meta": lambda: blind.loss(*(x.to("meta") for x in batch)),
+        "torch.func": lambda: grad(lambda w: functional_call(Loss(model), w, batch))(weights),
+        "export": lambda: torch.export.export(model, batch[:1], strict=False),
+        "trace": lambda: torch.jit.trace(model, batch[:1], check_trace=False),
+    }
+    for road in roads.values():
+        with pytest.raises(RuntimeError, match=sentence):
+            road()
+    with FakeTensorMode(), pytest.raises(RuntimeError, match=sentence):
+        WITH_STATE[name]().train().loss(
+            torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 6, dtype=torch.int64)
+        )
+    model.loss(*batch).backward()
+    use_all(blind.eval(), *(x.to("meta") for x in batch))
+
+
+def test_what_is_no_step_is_not_in_an_energys_record(batch):
+    model = MODELS["ResNetBK with an energy"]().train()
+    module, trace = Loss(model), model.term.trace
+    vmap(grad(lambda w, x, y: functional_call(module, w, (x[None], y[None]))), (None, 0, 0))(
+        weights_of(module), *batch
+    )
+    assert trace.state.tolist() == [0, 0, 1]
+    model.loss(*batch).backward()
+    assert trace.state.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("grad_mode", [True, False])
@@ -304,11 +309,11 @@ def test_a_model_compiles_whole_where_a_default_device_is_set(name, batch):
     torch.testing.assert_close(found, want)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *WITH_STATE])
 @pytest.mark.usefixtures("other_default_device")
 def test_a_model_on_the_cpu_does_not_mind_another_default_device(name):
     with torch.device("cpu"):
-        model = MODELS[name](0.1)
+        model = {**MODELS, **WITH_STATE}[name](0.1)
         ids = torch.randint(0, V, (3, 6))
     for training in (True, False):
         use_all(model.train(training), ids, ids)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from bklm.files.atomic import read_result, write_text
+from bklm.files.atomic import write_text
 from bklm.harness.page import STYLE
 
 if TYPE_CHECKING:
@@ -23,18 +24,25 @@ def write_summary(output_dir: Path, outcomes: Sequence[Outcome]) -> Path:
     """Write ``summary.html`` with links relative to ``output_dir``, atomically, and return its path."""
     failed = sum(o.status == "failed" for o in outcomes)
     head = f"{len(outcomes) - failed} of {len(outcomes)} runs done" + (f", {failed} failed" if failed else "")
-    rows = "".join(
-        f'<tr><td><a href="#{quote(o.name)}">{escape(o.name)}</a></td><td>{_status(o)}</td>'
-        f"<td>{o.seconds:.0f} s</td><td>{escape(_finding(output_dir / o.name))}</td></tr>"
-        for o in outcomes
-    )
+    varied = _varied(outcomes)
+    rows = ""
+    for o in outcomes:
+        found = read_summary(output_dir / o.name)
+        ppl, settings = found.get("best_perplexity"), [str(o.parameters.get(name, "")) for name in varied]
+        cells = [*settings, f"{o.seconds:.0f} s", "" if ppl is None else f"{ppl:,.1f}", _first_sentence(found)]
+        rows += (
+            f'<tr><td><a href="#{quote(o.name)}">{escape(o.name)}</a></td><td>{_status(o)}</td>'
+            + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+            + "</tr>"
+        )
+    titles = "".join(f"<th>{escape(t)}</th>" for t in ("run", "end", *varied, "time", "best val PPL", "result"))
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>'
         + escape(output_dir.name)
         + "</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}{OWN_STYLE}</style></head><body><h1>{escape(output_dir.name)}</h1><p>{head}.</p>"
-        f"<table><tr><th>run</th><th>end</th><th>time</th><th>result</th></tr>{rows}</table>"
+        f"<table><tr>{titles}</tr>{rows}</table>"
         + "".join(_section(output_dir, o) for o in outcomes)
         + "</body></html>\n"
     )
@@ -43,15 +51,39 @@ def write_summary(output_dir: Path, outcomes: Sequence[Outcome]) -> Path:
     return path
 
 
-def _finding(folder: Path) -> str:
-    """The first sentence of what a run found, from its study's summary.json; "" where there is none."""
+def _varied(outcomes: Sequence[Outcome]) -> list[str]:
+    """The parameters that differ between runs of one notebook: what a grid compares."""
+    by_notebook: dict[str, list[dict[str, Any]]] = {}
+    for o in outcomes:
+        by_notebook.setdefault(o.notebook, []).append(o.parameters)
+    names = dict.fromkeys(name for o in outcomes for name in o.parameters)
+    return [
+        name
+        for name in names
+        if any(len({str(p.get(name)) for p in some}) > 1 for some in by_notebook.values())
+    ]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of the study in a run's folder; {} where there is none that can be read."""
     for path in sorted(folder.glob("*/summary.json")):
-        found = read_result(path) or {}
-        said = (
-            found.get("finding") or found.get("recommendation") or next(iter(found.get("findings") or []), "")
-        )
-        return said.split("; ")[0].rstrip(".")
-    return ""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def findings_of(summary: Mapping[str, Any]) -> list[str]:
+    """The sentences in which a study says what it found, from its summary.json."""
+    said = summary.get("findings") or [summary.get("finding") or summary.get("recommendation") or ""]
+    return [words for words in said if words]
+
+
+def _first_sentence(summary: Mapping[str, Any]) -> str:
+    return next(iter(findings_of(summary)), "").split("; ")[0].rstrip(".")
 
 
 def _section(output_dir: Path, outcome: Outcome) -> str:

@@ -10,6 +10,7 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
+from bklm.batch.summary import findings_of
 from bklm.files.atomic import write_text
 from bklm.harness.bundle import PAGE
 from bklm.harness.report import as_text, write_csv
@@ -57,6 +58,22 @@ def export(given: argparse.Namespace) -> None:
         print(f"Uploaded: {push(folder, given.push)}")
 
 
+def chat(given: argparse.Namespace) -> None:
+    """Talk with a model of dialogues until an empty line: its replies as they are written, and what it saw."""
+    from bklm.trained.chat import Chat
+
+    talk = Chat(_load(given), given.temperature, given.seed, given.tokens)
+    print(f"{talk.trained.name}. An empty line ends the chat.")
+    try:
+        while turn := input("you: ").strip():
+            print("model: ", end="", flush=True)
+            for piece in talk.say(turn):
+                print(piece, end="", flush=True)
+            print(f"\n  ({talk.saw})")
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
 def report(given: argparse.Namespace) -> None:
     """Print what a run found, and say where its page lies."""
     run = open_run(given.run)
@@ -70,8 +87,7 @@ def report(given: argparse.Namespace) -> None:
     if table:
         shown = [name for name in table[0] if not isinstance(table[0][name], dict | list)][:8]
         print("\n" + as_text([{name: row.get(name) for name in shown} for row in table]))
-    said = summary.get("findings") or [summary.get("finding") or summary.get("recommendation") or ""]
-    print("\n" + "\n".join(words for words in said if words))
+    print("\n" + "\n".join(findings_of(summary)))
     page = run.folder / PAGE
     if not page.exists():
         print(f"{run.source} holds no {PAGE}: it is of an earlier version, or not finished.")

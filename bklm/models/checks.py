@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from bklm.moe.plain import is_ordinary, is_transformed
 
@@ -17,6 +18,11 @@ def is_plain_wanted(*tensors: Tensor | None) -> bool:
     """Whether a function with a backward of its own must be computed in ordinary operations: torch.func, forward mode,
     torch.jit.trace or torch.export look inside."""
     return is_transformed(*tensors) or _is_exporting()
+
+
+def is_without_numbers(tensor: Tensor) -> bool:
+    """Whether no number can be read from the tensor at any cost: a transform, a tracer or an export, or it has no values."""
+    return is_plain_wanted(tensor) or tensor.is_meta or is_fake(tensor)
 
 
 def values_at_hand(tensor: Tensor) -> bool:

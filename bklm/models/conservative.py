@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_choice, check_dropout, check_int
-from bklm.models.dropout import dropout
+from bklm.models.dropout import draw_number, dropout, numbered_dropout
 from bklm.models.potentials import LARGEST_STEP, FreeForce, PairPotential, Potential
 from bklm.models.resnet_bk_config import ResNetBKConfig
 from bklm.models.resnet_bk_mixers import INITIAL_STD, MixerState, SolveMixer
@@ -48,9 +48,8 @@ class ConservativeConfig:
     step: float = 1.0  # h
     every: int = 1  # a potential in one of so many blocks; a drive is in each
     dropout_p: float = 0.1
-    backward: str = (
-        "reversible"  # "reversible", "checkpoint" or "plain": the same gradients, less or more memory
-    )
+    # "reversible", "checkpoint" or "plain": the same gradients, less or more memory.
+    backward: str = "reversible"
     # "potential": of each position by itself. "free": a force of the same shape that is the gradient of nothing, a placebo:
     # reversible all the same. "coupled": of neighbouring positions; the model then sees the future. To show that, not to use.
     kind: str = "potential"
@@ -119,11 +118,7 @@ class DrivenForce(nn.Module):
         force = drive.to(q.dtype)
         if self.potential is not None:
             force = force - self.potential.gradient(q).to(q.dtype)
-        if kick is None or self.dropout_p == 0:
-            return force
-        generator = torch.Generator(q.device).manual_seed(kick)
-        kept = torch.rand(q.shape, generator=generator, device=q.device) >= self.dropout_p
-        return force * kept / (1 - self.dropout_p)
+        return force if kick is None else numbered_dropout(force, self.dropout_p, kick)
 
 
 class Conservative(LanguageModel):
@@ -158,7 +153,11 @@ class Conservative(LanguageModel):
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         q, p = self.start(input_ids)
-        return self._end(*run_blocks(self.forces, q, p, self.config.step, **self._ways()))
+        # The number of the first kick is one draw of torch's generator.
+        seed = draw_number(q) if self.training and self.config.dropout_p > 0 else None
+        return self._end(
+            *run_blocks(self.forces, q, p, self.config.step, seed=seed, backward=self.config.backward)
+        )
 
     def start(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(q, p) before the first block, each (B, N, d / 2)."""
@@ -226,13 +225,6 @@ class Conservative(LanguageModel):
     def _require_streams(self) -> None:
         if not self.streams:
             raise TypeError(self._cannot_stream())
-
-    def _ways(self) -> dict[str, Any]:
-        """How ``run_blocks`` is to run: the number of the first kick is one draw of torch's generator."""
-        draws = self.training and self.config.dropout_p > 0
-        # Not where seeds of neighbouring draws could meet: a kick's number is the seed of its own.
-        seed = int(torch.randint(2**40, (), device="cpu")) * 2**12 if draws else None
-        return {"seed": seed, "backward": self.config.backward}
 
     def _end(self, q: Tensor, p: Tensor) -> Tensor:
         return self.norm(torch.cat((q, p), -1))

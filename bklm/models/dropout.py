@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bklm.models.checks import is_without_numbers
 from bklm.moe.plain import is_transformed
 
 _STEPS = 2**16  # of the dropout probability
@@ -53,6 +54,29 @@ def add_dropout(x: Tensor, branch: Tensor, p: float, training: bool) -> Tensor:
         return x + F.dropout(branch, p, training)
     kept = keep(tuple(branch.shape), p, branch.device).to(branch.dtype)
     return torch.addcmul(x, branch, kept, value=keep_scale(p))
+
+
+def draw_number(x: Tensor) -> int:
+    """A number for ``numbered_dropout`` of x, drawn from torch's generator of the CPU; the next 4095 are its own too.
+
+    Below 0 where none can be had: in transforms, tracers and compilers, and for a tensor without values.
+    """
+    # Not where seeds of neighbouring draws could meet: each number is the seed of its mask.
+    if torch.compiler.is_compiling() or is_without_numbers(x):
+        return -(2**12)
+    return int(torch.randint(2**40, (), device="cpu")) * 2**12
+
+
+def numbered_dropout(x: Tensor, p: float, number: int) -> Tensor:
+    """x with each unit 0 with probability p, else times 1 / (1 - p): for one number always the same units.
+
+    For a number below 0 this is F.dropout.
+    """
+    if p == 0 or number < 0:
+        return F.dropout(x, p)
+    generator = torch.Generator(x.device).manual_seed(number)
+    kept = torch.rand(x.shape, generator=generator, device=x.device) >= p
+    return x * kept / (1 - p)
 
 
 def _draws_here(x: Tensor, p: float, training: bool) -> bool:

@@ -25,6 +25,7 @@ from IPython.display import display
 
 from bklm.harness.bundle import PAGE, Bundle, add_notebook, zip_study
 from bklm.harness.config import StudyConfig
+from bklm.harness.page import alternative_text
 from bklm.harness.report import as_text
 from bklm.harness.values import DRIVE, drive_path, is_mounted
 from bklm.notebook import form as notebook_form
@@ -61,7 +62,9 @@ class Image(front_end.Image):
     """A PNG at a width that phones and desktops both read; where no picture can be shown, its path."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(data=path.read_bytes(), width=PICTURE_WIDTH)
+        # As metadata: Colab's IPython has no argument for it.
+        words = {"alt": alternative_text(path)}
+        super().__init__(data=path.read_bytes(), width=PICTURE_WIDTH, metadata=words)
         self._path = path
 
     def __repr__(self) -> str:

@@ -25,6 +25,7 @@ def model_card(trained: Trained) -> str:
         if trained.sees_the_future
         else ""
     )
+    version = manifest.get("environment", {}).get("bklm", "")
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -34,7 +35,7 @@ tags: [bklm, {type(model).__name__.lower()}, linear-time]
 # {trained.name}: a {type(model).__name__} trained on {trained.text_name}
 
 {model.num_parameters():,} parameters, {limit}, a vocabulary of {model.vocab_size:,}. It was trained by the study
-`{manifest.get("study")}` of [bklm]({REPOSITORY}) {__version__}, profile `{manifest["config"].get("profile")}`.
+`{manifest.get("study")}` of [bklm]({REPOSITORY}) {version}, profile `{manifest["config"].get("profile")}`.
 It is small, and writes accordingly: a subject of experiments, not an assistant.
 {seen}
 ## Use
@@ -63,7 +64,7 @@ SHA-256 of the text: `{corpus.get("sha256", "unknown")}`.
 A perplexity is per token, over every token of the split. The interval is over the seeds of the study; the weights here are of
 seed {record.get("seed", "unknown")}. An n-gram model of the same tokens that is below the model reads better than it.
 
-The command that trained it:
+Exported by bklm {__version__}. The command that trained it:
 
 ```bash
 {_without_places(manifest.get("command", "unknown"))}
@@ -108,7 +109,10 @@ def _rows(trained: Trained) -> str:
     if (row := _of_model(trained)) and row.get("val_ppl_low") is not None:
         interval = f"{row['val_ppl']:.2f} ({row['val_ppl_low']:.2f} to {row['val_ppl_high']:.2f})"
         kind = "range" if row["seeds"] == 2 else "95% interval"
-        rows.append((f"mean over {row['seeds']} seeds ({kind})", interval))
+        trials = trained.manifest["config"].get("epochs_per_trial")
+        # The weights may be of a longer training than those that were compared.
+        of = "" if trials in (None, len(record.get("epochs", []))) else f", trials of {trials} epochs"
+        rows.append((f"mean over {row['seeds']} seeds ({kind}{of})", interval))
     if (gain := record.get("context_gain")) is not None:
         rows.append(("gain from context", f"{gain:.2%}"))
     rows += [

@@ -3,7 +3,8 @@
     model = WithTerm(ResNetBK(config), term, weight=0.1)
 
 ``term(states)`` gets the tensors (B, N, D) before the first block and after every block, and returns a scalar. It has
-parameters of its own, which no logit depends on. Scoring and generation are the model's.
+parameters of its own, which no logit depends on. Scoring and generation are the model's. A term that moves numbers of its
+own at each step says so by an attribute ``keeps_state = True``: it is computed where a call is a step, and refused elsewhere.
 """
 
 from __future__ import annotations
@@ -17,15 +18,31 @@ import torch
 from torch import Tensor, nn
 
 from bklm.models import LanguageModel
+from bklm.models.checks import is_plain_wanted, is_without_numbers
+from bklm.moe.ops import in_backward
+
+_WITHOUT_GRADIENT = (
+    "the auxiliary term has no gradient, because the forward that left it ran without grad mode, as reentrant activation "
+    "checkpointing does: use checkpoint(..., use_reentrant=False), or, for the number alone, call it under torch.no_grad()"
+)
 
 
 class _LimitGradient(torch.autograd.Function):
-    """The identity; the gradient that passes back is scaled to a norm of at most ``most``."""
+    """The identity; the gradient that passes back is scaled to a norm of at most ``most``, each sample's own under vmap."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, most: float) -> Tensor:
-        ctx.most = most
+    def forward(x: Tensor, most: float) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.most = inputs[1]
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent.view_as(tangent)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -103,21 +120,50 @@ class WithTerm(LanguageModel):
         self.config, self.vocab_size, self.n_seq = model.config, model.vocab_size, model.n_seq
         self.streams, self.sees_future = model.streams, model.sees_future
         self._term: Tensor | None = None
+        self._could_learn = True
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         if not self.training:
             return self.model.hidden(input_ids)
+        self._could_learn = torch.is_grad_enabled()
         with recorded_states(self.model) as states:
             hidden = self.model.hidden(input_ids)
+        if getattr(self.term, "keeps_state", False):
+            self._require_a_step(hidden)
         if self.detached:
             states = [x.detach() for x in states]
-        elif self.limit is not None:
-            states = [_LimitGradient.apply(x, self.limit) for x in states]
+        else:
+            self._require_gradients(states)
+            if self.limit is not None:
+                states = [_LimitGradient.apply(x, self.limit) for x in states]
         self._term = self.weight * self.term(states)
         return hidden
 
+    def _require_gradients(self, states: list[Tensor]) -> None:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_plain_wanted():
+            return
+        for block, x in zip(self.model.blocks, states[1:], strict=True):
+            if not x.requires_grad and any(p.requires_grad for p in block.parameters()):
+                raise RuntimeError(_WITHOUT_GRADIENT)
+
+    def _require_a_step(self, hidden: Tensor) -> None:
+        """Refuse to compute a term with a state where that is no training step, or no number can be read."""
+        name = type(self.term).__name__
+        if not torch.compiler.is_compiling() and in_backward():
+            raise RuntimeError(
+                f"{name}: activation checkpointing computes this term a second time, and each time is a training step to it; "
+                "checkpoint the model's blocks, not its hidden or loss."
+            )
+        if is_without_numbers(hidden):
+            raise RuntimeError(
+                f"{name}: this term reads numbers that it keeps from step to step, and torch.func, torch.export, a tracer or "
+                "a tensor without values gives none; call eval() before, or take the model inside: without_term(model)."
+            )
+
     def auxiliary_loss(self) -> Tensor | None:
         own, term, self._term = self.model.auxiliary_loss(), self._term, None
+        if term is not None and torch.is_grad_enabled() and not self._could_learn:
+            raise RuntimeError(_WITHOUT_GRADIENT)
         return term if own is None or term is None else own + term
 
     def parameters_apart(self) -> list[nn.Parameter]:
@@ -137,6 +183,10 @@ class WithTerm(LanguageModel):
 
     def state_bytes(self, position: int) -> int:
         return self.model.state_bytes(position)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The term belongs to the graph of one forward; copies and pickles of the model must not drag it along.
+        return {**self.__dict__, "_term": None}
 
     def reset_expert_counts(self, counts: Any = ()) -> None:
         self.model.reset_expert_counts(counts)

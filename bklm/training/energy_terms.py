@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from bklm.models import LanguageModel
+from bklm.models.checks import is_without_numbers
+from bklm.moe.ops import in_backward
 from bklm.training.auxiliary import WithTerm, other_sequence, recorded_states
 
 COLUMNS = ("step", "drift", "spread", "spread_of_v", "weight")
@@ -38,7 +40,12 @@ class Trace(nn.Module):
 
     @torch.no_grad()
     def count(self) -> tuple[int, bool]:
-        """One step more: its number from 0, and whether a row is wanted."""
+        """One step more: its number from 0, and whether a row is wanted.
+
+        What transforms and activation checkpointing compute, and tensors without values, is no step: it is not counted.
+        """
+        if is_without_numbers(self.state) or (not torch.compiler.is_compiling() and in_backward()):
+            return 0, False
         step, _, stride = self.state.tolist()
         self.state[0] += 1
         return step, step % stride == 0
@@ -50,7 +57,7 @@ class Trace(nn.Module):
             filled //= 2
             self.rows[:filled] = self.rows[::2].clone()
             self.state[2] *= 2
-        self.rows[filled] = torch.tensor(values, dtype=torch.float64)
+        self.rows[filled] = torch.tensor(values, dtype=torch.float64, device=self.rows.device)
         self.state[1] = filled + 1
 
     def to_list(self) -> list[dict[str, float]]:
@@ -89,6 +96,8 @@ class PublishedEnergy(nn.Module):
     The batch before is taken as a constant; none is known at an epoch's first step, which has no term.
     """
 
+    keeps_state = True
+
     def __init__(
         self, width: int, layers: int, *, start: int = 0, weight: float = 0.05, target: float = 0.1, shuffled: bool = False
     ) -> None:  # fmt: skip
@@ -124,7 +133,8 @@ class PublishedEnergy(nn.Module):
         paired = before
         if self.shuffled:
             # Draws of its own: dropout and experts draw what they draw without it.
-            order = torch.randperm(x[..., 0].numel(), generator=torch.Generator().manual_seed(step))
+            generator = torch.Generator("cpu").manual_seed(step)
+            order = torch.randperm(x[..., 0].numel(), generator=generator, device="cpu")
             paired = before.flatten(0, 1)[order.to(x.device)].view_as(before)
         pairs = self.pairs(states, paired)
         differences = torch.stack([after - first for after, first in pairs])

@@ -102,6 +102,8 @@ class PublishedTerm(nn.Module):
     this, and the ring of means, is in the checkpoint. psi gets no gradient, as published.
     """
 
+    keeps_state = True
+
     def __init__(
         self, width: int, blocks: int, lift: int, *, most: float, start: int, epochs: int, steps: int, threshold: float = 8.0,
         placebo: bool = False,

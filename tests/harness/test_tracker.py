@@ -46,7 +46,7 @@ def test_settings_and_the_epochs_of_every_trial_reach_the_tracker_and_a_run_read
     config = dataclasses.replace(tiny_config, tracker="wandb")
     result = run_grad_blend(config)
     settings, *logged, end = Heard.said
-    assert (settings["study"] if "study" in settings else settings["profile"], end) == ("smoke", "finished")
+    assert (settings["profile"], end) == ("smoke", "finished")
     found = {name: value for step, values in logged if step == 2 for name, value in values.items()}
     for row in result.table:
         curves = [

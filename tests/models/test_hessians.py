@@ -4,19 +4,10 @@ import contextlib
 
 import pytest
 import torch
+from every_model import MODELS, V, diagonal
 from torch.nn import functional as F
 
-from bklm.models import (
-    GPT,
-    ContextTokenConfig,
-    ContextTokenLM,
-    GPTConfig,
-    LanguageModel,
-    NewLLM,
-    NewLLMConfig,
-    ResNetBK,
-    ResNetBKConfig,
-)
+from bklm.models import LanguageModel
 
 
 @pytest.fixture(autouse=True)
@@ -31,25 +22,23 @@ def products(function, inputs, direction):
     return torch.autograd.grad(inner, inputs, materialize_grads=True)
 
 
-MODELS = {
-    "GPT": lambda: GPT(GPTConfig(20, 16, 1, 2, 8, 0.0)),
-    "NewLLM": lambda: NewLLM(NewLLMConfig(20, 8, 12, 6, 2, 0.0)),
-    "ResNetBK": lambda: ResNetBK(ResNetBKConfig(20, 12, 2, 8, num_experts=3, top_k=3, dropout_p=0.0)),
-    "ResNetBK, both directions": lambda: ResNetBK(
-        ResNetBKConfig(20, 12, 1, 8, num_experts=1, dropout_p=0.0, causal=False)
-    ),
-    "ContextTokenLM": lambda: ContextTokenLM(ContextTokenConfig(20, 8, 8, 2)),
+# The gradient of a router whose gate is straight-through is no derivative: test_second_derivatives.py has a reference of it.
+DIFFERENTIABLE = {
+    name: make
+    for name, make in MODELS.items()
+    if name not in ("ResNetBK", "ResNetBK, two of three", "ResNetBK that reads")
 }
+DIFFERENTIABLE["ResNetBK, every expert"] = lambda: diagonal(2, 0.0, num_experts=3, top_k=3)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("road", ["loss", "logits"])
 def test_a_models_hessian_is_that_of_differences_or_refused(name, road):
-    model: LanguageModel = MODELS[name]().double().eval()
+    model: LanguageModel = DIFFERENTIABLE[name]().double().eval()
     with torch.no_grad():  # away from the tiny first weights, where differences are ill-conditioned
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    ids, y = torch.randint(0, 20, (2, 5)), torch.randint(0, 20, (2, 5))
+    ids, y = torch.randint(0, V, (2, 5)), torch.randint(0, V, (2, 5))
     y[0, 3:] = -100
 
     def loss():
@@ -67,9 +56,9 @@ def test_a_models_hessian_is_that_of_differences_or_refused(name, road):
     for sign in (1, -2):
         with torch.no_grad():
             for p, v in zip(ps, direction, strict=True):
-                p.add_(sign * 1e-5 * v)
+                p.add_(sign * 2e-6 * v)
         ends.append(torch.autograd.grad(loss(), ps, materialize_grads=True))
-    want = [(a - b) / 2e-5 for a, b in zip(*ends, strict=True)]
+    want = [(a - b) / 4e-6 for a, b in zip(*ends, strict=True)]
     scale = torch.stack([w.norm() for w in want]).norm()
     error = torch.stack([(a - b).norm() for a, b in zip(found, want, strict=True)]).norm()
     assert error / scale < 1e-5

@@ -2,33 +2,16 @@
 
 import pytest
 import torch
+from every_model import MODELS, V
 from torch.nn import functional as F
 
-from bklm.models import (
-    GPT,
-    ContextTokenConfig,
-    ContextTokenLM,
-    GPTConfig,
-    NewLLM,
-    NewLLMConfig,
-    ResNetBK,
-    ResNetBKConfig,
-    linear_cross_entropy,
-    linear_token_losses,
-)
+from bklm.models import linear_cross_entropy, linear_token_losses
 from bklm.training.evaluation import evaluate
 
-V, D, M = 13, 6, 9
+D, M = 6, 9
 SPOILS = {"NaN": float("nan"), "infinity": float("inf"), "an overflow": 3e38, "minus infinity": -float("inf")}
 MASKS = {"one": [3], "first and last": [0, 8], "most": [0, 1, 2, 4, 5, 7, 8], "none": []}
-MODELS = {
-    "GPT": lambda: GPT(GPTConfig(V, D, 1, 2, 8, 0.0)),
-    "NewLLM": lambda: NewLLM(NewLLMConfig(V, D, D, D, 1, 0.0)),
-    "ResNetBK": lambda: ResNetBK(ResNetBKConfig(V, D, 1, 8, dropout_p=0.0, num_experts=2)),
-    "ResNetBK, both directions": lambda: ResNetBK(ResNetBKConfig(V, D, 1, 8, causal=False, num_experts=1)),
-    "ContextTokenLM": lambda: ContextTokenLM(ContextTokenConfig(V, D, D, 1)),
-    "ContextTokenLM, untied": lambda: ContextTokenLM(ContextTokenConfig(V, D, D + 1, 1, tied=False)),
-}
+BOTH = "ResNetBK that reads, dense, both directions"
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +122,7 @@ def test_a_word_that_a_bias_forbids_does_not_spoil_rows_that_are_left_out():
     assert linear_token_losses(hidden, weight, bias, targets).nll.isfinite().all()
 
 
-@pytest.mark.parametrize("spoil", SPOILS)
+@pytest.mark.parametrize("spoil", ["NaN", "an overflow"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_models_loss_and_scores_leave_the_row_out(name, spoil):
     model = MODELS[name]().eval()
@@ -153,13 +136,14 @@ def test_every_models_loss_and_scores_leave_the_row_out(name, spoil):
         return hidden.masked_fill(left_out.unsqueeze(-1), SPOILS[spoil]) if len(ids) == 3 else hidden
 
     want_loss = model.loss(ids, targets)
-    want = torch.autograd.grad(want_loss, list(model.parameters()), allow_unused=True)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    want = torch.autograd.grad(want_loss, learning, allow_unused=True)
     want_scores = model.token_losses(ids, targets)
     want_evaluation = evaluate(model, [(ids, targets)], 1)
     model.hidden = spoilt
     loss = model.loss(ids, targets)
     assert torch.equal(loss, want_loss)
-    for a, b in zip(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True), want, strict=True):
+    for a, b in zip(torch.autograd.grad(loss, learning, allow_unused=True), want, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
     scores = model.token_losses(ids, targets)
     assert all(torch.equal(a, b) for a, b in zip(scores, want_scores, strict=True))
@@ -170,7 +154,7 @@ def test_every_models_loss_and_scores_leave_the_row_out(name, spoil):
 
 def test_a_model_that_sees_the_future_is_scored_without_padding_behind_the_text():
     """The last window of a text is padded; what the padding is must not show in the score, nor that it is there."""
-    model = MODELS["ResNetBK, both directions"]().eval()
+    model = MODELS[BOTH]().eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -191,7 +175,7 @@ def test_a_model_that_sees_the_future_is_scored_without_padding_behind_the_text(
 
 
 def test_a_row_of_padding_alone_is_no_row():
-    model = MODELS["ResNetBK, both directions"]().eval()
+    model = MODELS[BOTH]().eval()
     ids, targets = torch.randint(0, V, (2, 6)), torch.randint(0, V, (2, 6))
     one = evaluate(model, [(ids[:1], targets[:1])], 1)
     targets[1] = -100

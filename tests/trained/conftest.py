@@ -35,6 +35,7 @@ def runs(small_text, tmp_path_factory):
                 **same,
                 **small,
                 tokenizer="char",
+                mixer="diagonal",
                 alphas=(0.5,),
                 epochs_per_trial=1,
                 final_epochs=1,

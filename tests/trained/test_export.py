@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 import bklm
+from bklm import models
 from bklm.trained import export, push
 from bklm.trained.card import _without_place, _without_places
+from bklm.trained.run import CLASSES, _config_class
 
 TEXT = "The dog likes <unk> x<unk>y zzz the fish ."
 
@@ -167,3 +170,27 @@ def test_lm_evaluation_harness_gets_our_perplexity(runs, validation, tmp_path, m
         y[:, : y.shape[1] - (end - begin)] = -100
         nll += float(trained.model.loss(x, y, reduction="sum"))
     assert theirs == pytest.approx(float(torch.exp(torch.tensor(nll / count))), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_of_model_is_loaded_by_transformers_with_equal_logits(name, runs, tmp_path, modules):
+    from transformers import AutoModelForCausalLM
+
+    trained = bklm.load(runs / "baseline")
+    found = _config_class(name)
+    sizes = {
+        "d_model": 8,
+        "n_layers": 1,
+        "n_heads": 2,
+        "embed_dim": 8,
+        "hidden_dim": 8,
+        "context_dim": 8,
+        "n_seq": 16,
+    }
+    known = {field.name for field in dataclasses.fields(found)}
+    settings = found(vocab_size=trained.model.vocab_size, **{k: v for k, v in sizes.items() if k in known})
+    trained.model = getattr(models, name)(settings).eval()
+    trained.record = {**trained.record, "model_class": name, "model_config": dataclasses.asdict(settings)}
+    loaded = AutoModelForCausalLM.from_pretrained(export(trained, tmp_path / "out"), trust_remote_code=True)
+    ids = trained.encode(TEXT)[:, :16]
+    torch.testing.assert_close(loaded(ids).logits, trained.model(ids), rtol=0, atol=1e-5)

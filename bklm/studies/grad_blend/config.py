@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 from bklm.harness.config import WindowStudyConfig, setting
 
 ORIGINAL_ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)
-
-
+# Of 0.001, 0.003 and 0.01 the one with the lowest perplexity for "solve" after 3 epochs on a WikiText-2 sample: 323, 263, 247.
+RATES = {"diagonal": 1e-3, "solve": 1e-2}
 FULL_GRID = tuple(round(0.1 * i, 1) for i in range(11))
 
 
@@ -57,7 +57,12 @@ class GradBlendConfig(WindowStudyConfig):
     num_experts: int | None = setting(None, low=1, high=256, help="experts per block")
     top_k: int = setting(1, low=1, high=256, help="experts per token")
     weight_decay: float = setting(0.01, low=0, high=10, help="AdamW weight decay")
-    learning_rate: float = setting(1e-3, above=0, high=10, help="AdamW learning rate")
+    learning_rate: float | None = setting(
+        None,
+        above=0,
+        high=10,
+        help="AdamW's; empty: 0.001 with the mixer diagonal, as published, 0.01 with solve",
+    )
     clip: float = setting(0.5, above=0, high=1e6, help="largest gradient norm")
     gradient: Literal["exact", "local", "original"] | None = setting(
         None, help="theory part of the blend; empty: the protocol's"
@@ -67,24 +72,27 @@ class GradBlendConfig(WindowStudyConfig):
     )
     balance: float = setting(0.0, low=0, high=100, help="weight of the experts' load-balancing loss")
     causal: bool | None = setting(None, help="False sees the future; empty: the protocol's")
-    mixer: Literal["diagonal", "solve"] = setting(
-        "diagonal", help="solve: the model that reads, where alpha bends the gradient of the diagonal inside"
+    mixer: Literal["diagonal", "solve"] | None = setting(
+        None,
+        help="solve: the model that reads, alpha bends the gradient of the diagonal inside; diagonal: the published "
+        "one; empty: solve where the gradient is exact and nothing sees the future",
     )
 
     def resolved(self) -> GradBlendConfig:
         config = super().resolved()
         if config.alphas == "grid":
             config = dataclasses.replace(config, alphas=FULL_GRID)
+        able = (config.gradient, config.causal, config.protocol) == ("exact", True, "corrected")
+        if config.mixer is None:
+            config = dataclasses.replace(config, mixer="solve" if able else "diagonal")
+        if config.learning_rate is None:
+            config = dataclasses.replace(config, learning_rate=RATES[config.mixer])
         if config.balance and config.router_gradient == "none":
             raise ValueError(
                 f"balance: got {config.balance:g} with a router that never learns (router_gradient 'none', protocol "
                 f"{config.protocol!r}); set balance to 0, or router_gradient to 'exact' or 'selected'."
             )
-        if config.mixer == "solve" and (config.gradient, config.causal, config.protocol) != (
-            "exact",
-            True,
-            "corrected",
-        ):
+        if config.mixer == "solve" and not able:
             raise ValueError(
                 f"mixer: got 'solve' with gradient {config.gradient!r}, causal {config.causal} and protocol "
                 f"{config.protocol!r}; it has gradient 'exact' and causal True in protocol 'corrected' only: take those, or "

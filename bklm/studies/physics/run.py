@@ -262,10 +262,12 @@ def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
         for name, words, comparison in (("losses", "Terms of the loss.", LOSSES), ("blocks", "Blocks.", BLOCKS))
         if name in found
     )
-    compared = [t for name in ("losses", "blocks") for t in found.get(name, [])]
-    also = {"stability": found["stability"]} if "stability" in found else {}
+    losses, blocks = found.get("losses", []), found.get("blocks", [])
+    # The rates of blocks are searched, those of terms given: the best is one of blocks where there are any.
+    also = {name: found[name] for name in ("losses" * bool(blocks), "stability") if name in found}
     return report.finish(
-        PhysicsResult, LOSSES, compared, also=also, finding=finding + tables.claims_in_words(claims),
+        PhysicsResult, LOSSES, blocks or losses, also=also, rows=LOSSES.rows([*losses, *blocks]),
+        finding=finding + tables.claims_in_words(claims),
         summary={"claims": claims, "parts": parts},
         sees_the_future=config.protocol == "original", parts=parts, claims=claims,
     )  # fmt: skip
