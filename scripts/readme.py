@@ -5,7 +5,7 @@
     python scripts/readme.py STUDY RUN=FOLDER ...         the same for a study with several runs, such as its texts
     python scripts/readme.py STUDY ... NAME=TABLE.csv     keep a benchmark's table, too, as docs/results/NAME.csv
 
-    python scripts/readme.py grad_blend corrected=FOLDER original=FOLDER potential_initialisation=TABLE.csv \\
+    python scripts/readme.py grad_blend corrected=FOLDER original=FOLDER reads=FOLDER potential_initialisation=TABLE.csv \\
         moe_perplexity=TABLE.csv
     python scripts/readme.py precision FOLDER
     python scripts/readme.py baseline wikitext=FOLDER peps=FOLDER original=FOLDER    (wikitext's holds int8.csv, of int8_table)
@@ -50,7 +50,7 @@ FIGURE = re.compile(r"\]\((?:([\w-]+)/)?([\w-]+\.png)\)")
 PART = re.compile(r"^<!-- (\S+) -->\n", re.MULTILINE)
 # A study's runs by name, and what their files in docs/results begin with; one run named as the study where it is not here.
 PREFIXES = {
-    "grad_blend": {"corrected": "corrected", "original": "original"},
+    "grad_blend": {"corrected": "corrected", "original": "original", "reads": "reads"},
     "baseline": {name: f"baseline_{name}" for name in ("wikitext", "peps", "original")},
     "embedding_freeze": {name: f"freeze_{name}" for name in ("peps", "wikitext")},
     "koopman": {name: f"koopman_{name}" for name in ("corrected", "original")},
@@ -71,6 +71,8 @@ def markdown_table(rows: list[dict[str, Any]], first: str = "") -> str:
     """
     head = [*([first] if first.strip("-") else list(rows[0])[:1]), *list(rows[0])[1:]]
     lines = [head, *(["" if v is None else str(v) for v in row.values()] for row in rows)]
+    # Markdown takes a bare <unk> for HTML, and shows nothing.
+    lines[0] = [re.sub("(?<!`)<unk>", "`<unk>`", title) for title in head]
     written = [f"| {' | '.join(line)} |" for line in lines]
     written.insert(1, f"|{('---|' if first == '-' else ' --- |') * len(head)}")
     return "\n".join(written)
