@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from bklm.data.dialogue_tokens import DialogueVocabulary
 from bklm.data.dialogue_windows import dialogue_rows
 from bklm.data.grammar import grammar_corpus
+from bklm.data.loaders import make_loader
 from bklm.models import GPT, GPTConfig, NewLLM, NewLLMConfig, ResNetBK, ResNetBKConfig
+from bklm.models.sizing import gpt_of_size
 from bklm.training.dialogues import (
     Reply,
     bits_per_byte,
@@ -20,6 +22,9 @@ from bklm.training.dialogues import (
     reply_tokens,
     write_replies,
 )
+from bklm.training.loop import train
+from bklm.training.processes import make_accelerator
+from bklm.training.schedules import TrainingSettings
 from bklm.training.weights import OtherModelError, load_weights, save_weights
 
 MODELS = {
@@ -151,3 +156,37 @@ def test_measures_of_replies_are_those_of_a_small_example():
     }  # fmt: skip
     assert describe_replies([Reply("a", "x", "b b b b", True)])["distinct_2"] == pytest.approx(1 / 3)
     assert bits_per_byte(math.log(2) * 12, 4) == pytest.approx(3)
+
+
+@pytest.mark.slow
+def test_a_gpt_learns_to_recall_what_was_told_and_what_enumeration_says_is_left_without_it():
+    corpus = grammar_corpus().first(4000, 100)
+    vocabulary = DialogueVocabulary.train(corpus.train, 400)
+    rows = {s: dialogue_rows(vocabulary.encode_dialogues(corpus.dialogues(s)), 96, vocabulary.pad_id, vocabulary.user_id)
+            for s in ("train", "valid")}  # fmt: skip
+    torch.manual_seed(0)
+    model = GPT(gpt_of_size(66_000, len(vocabulary), 96, n_layers=2, n_heads=2, dropout_p=0.0).config)
+    settings = TrainingSettings(4, learning_rate=4e-3, clip=1.0, schedule="cosine", warmup=0.025)
+    valid = make_loader(rows["valid"], 32)
+    records = train(
+        model,
+        make_loader(rows["train"], 8, shuffle=True),
+        valid,
+        settings,
+        accelerator=make_accelerator("cpu", "fp32"),
+    )
+    found = recalled_facts(model, vocabulary, corpus.dialogues("valid"), corpus.facts["valid"], 96)
+    right, asked = (sum(found[k][n] for k in ("1", "2")) for n in (0, 1))
+    assert right / asked > 2 * corpus.chance + 3 * math.sqrt(corpus.chance / asked)
+    # It does what no reader without the turns before can, and not what none can.
+    targets = rows["valid"].num_targets
+    assert (
+        corpus.reply_nats("valid").sum() / targets
+        < records[-1].val_loss
+        < corpus.reply_nats("valid", 1).sum() / targets
+    )
+    losses = loss_by_context(
+        model, vocabulary.encode_dialogues(corpus.dialogues("valid")), 96, vocabulary.pad_id
+    )
+    assert losses["all"] < losses["other"] - 0.05
+    assert losses["0"] > corpus.reply_nats("valid", 0).sum() / targets - 0.02
