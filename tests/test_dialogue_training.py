@@ -159,34 +159,23 @@ def test_measures_of_replies_are_those_of_a_small_example():
 
 
 @pytest.mark.slow
-def test_a_gpt_learns_to_recall_what_was_told_and_what_enumeration_says_is_left_without_it():
-    corpus = grammar_corpus().first(4000, 100)
+def test_a_model_learns_from_the_turn_before_what_enumeration_says_it_is_worth():
+    corpus = grammar_corpus().first(3000, 100)
     vocabulary = DialogueVocabulary.train(corpus.train, 400)
-    rows = {s: dialogue_rows(vocabulary.encode_dialogues(corpus.dialogues(s)), 96, vocabulary.pad_id, vocabulary.user_id)
-            for s in ("train", "valid")}  # fmt: skip
+    encoded = {split: vocabulary.encode_dialogues(corpus.dialogues(split)) for split in ("train", "valid")}
+    rows = {
+        split: dialogue_rows(found, 96, vocabulary.pad_id, vocabulary.user_id)
+        for split, found in encoded.items()
+    }
     torch.manual_seed(0)
     model = GPT(gpt_of_size(66_000, len(vocabulary), 96, n_layers=2, n_heads=2, dropout_p=0.0).config)
-    settings = TrainingSettings(4, learning_rate=4e-3, clip=1.0, schedule="cosine", warmup=0.025)
-    valid = make_loader(rows["valid"], 32)
-    records = train(
-        model,
-        make_loader(rows["train"], 8, shuffle=True),
-        valid,
-        settings,
-        accelerator=make_accelerator("cpu", "fp32"),
-    )
-    found = recalled_facts(model, vocabulary, corpus.dialogues("valid"), corpus.facts["valid"], 96)
-    right, asked = (sum(found[k][n] for k in ("1", "2")) for n in (0, 1))
-    assert right / asked > 2 * corpus.chance + 3 * math.sqrt(corpus.chance / asked)
-    # It does what no reader without the turns before can, and not what none can.
-    targets = rows["valid"].num_targets
-    assert (
-        corpus.reply_nats("valid").sum() / targets
-        < records[-1].val_loss
-        < corpus.reply_nats("valid", 1).sum() / targets
-    )
-    losses = loss_by_context(
-        model, vocabulary.encode_dialogues(corpus.dialogues("valid")), 96, vocabulary.pad_id
-    )
-    assert losses["all"] < losses["other"] - 0.05
-    assert losses["0"] > corpus.reply_nats("valid", 0).sum() / targets - 0.02
+    settings = TrainingSettings(4, learning_rate=4e-3, clip=1.0, schedule="cosine")
+    batches = make_loader(rows["train"], 8, shuffle=True), make_loader(rows["valid"], 32)
+    loss = train(model, *batches, settings, accelerator=make_accelerator("cpu", "fp32"))[-1].val_loss
+    law = {n: corpus.reply_nats("valid", n).sum() / rows["valid"].num_targets for n in (0, 1, None)}
+    # Nobody is better than the law by more than a sample's chance; who reads the question is better than who does not.
+    assert law[None] - 0.02 < loss < law[0] - 0.3 * (law[0] - law[1])
+    losses = loss_by_context(model, encoded["valid"], 96, vocabulary.pad_id)
+    assert losses["all"] == pytest.approx(loss, abs=1e-3)
+    assert losses["0"] > law[0] - 0.05
+    assert losses["other"] > losses["1 after other"] + 0.2
