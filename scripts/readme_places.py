@@ -11,9 +11,12 @@ from typing import Any
 
 import pandas as pd
 
+from bklm.harness.arms import readable_verdicts
 from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.studies.baseline import tables
 from bklm.studies.baseline.models import TITLES
+from bklm.studies.compression import tables as compression
+from bklm.studies.dialogue import tables as dialogue
 from bklm.studies.embedding_freeze.config import INEQUALITY
 from bklm.studies.embedding_freeze.tables import REPORTED
 from bklm.studies.koopman import tables as koopman
@@ -293,14 +296,33 @@ OF_RUNS: Places = {
     },
     "koopman": {
         "shares": lambda run: run.summary["shares"],
-        "verdicts": lambda run: koopman.readable_verdicts(run.rows("verdicts.csv")),
+        "verdicts": lambda run: readable_verdicts(run.rows("verdicts.csv")),
         "linearised": lambda run: koopman.readable_linearised(run.rows("linearised.csv")),
         "recall": lambda run: koopman.readable_recall(run.rows("recall.csv")),
     },
     "physics": {
         "claim_lines": claim_lines,
         "claims_table": lambda run: run.summary["claims"],
-        **{name: physics_table(name) for name in ("verdicts", "energies", "steps", "stability", "memory")},
+        "verdicts": lambda run: readable_verdicts(run.summary["parts"]["verdicts"]),
+        **{name: physics_table(name) for name in ("energies", "steps", "stability", "memory")},
+    },
+    "compression": {
+        "claim_lines": claim_lines,
+        "claims_table": lambda run: run.summary["claims"],
+        "shares": lambda run: run.summary["shares"],
+        "recommended": lambda run: compression.readable_recommended(run.summary["recommended"]),
+        "files": lambda run: compression.readable_files(run.summary["table"]),
+        "verdicts": lambda run: readable_verdicts(run.summary["verdicts"]),
+        "speed": lambda run: compression.readable_speed(run.summary["speed"]),
+    },
+    "dialogue": {
+        "claim_lines": claim_lines,
+        "claims_table": lambda run: run.summary["claims"],
+        "notes": lambda run: " ".join(run.summary["notes"]),
+        "contexts": lambda run: dialogue.readable_contexts(run.rows("contexts.csv")),
+        "facts": lambda run: dialogue.readable_facts(run.rows("facts.csv")),
+        "writing": lambda run: dialogue.readable_writing(run.rows("writing.csv")),
+        "replies": lambda run: run.rows("replies.csv")[:5],
     },
 }
 # Places of a study, which need several runs or none.

@@ -1,5 +1,7 @@
-"""Smaller models: int8 copies, what they cost in perplexity, and the files that hold them."""
+"""Smaller models: few bits, zeros, low rank, fewer parts, students; what each costs, and the files that hold them."""
 
+from bklm.compression.activations import with_int8_products
+from bklm.compression.distilling import Distilled, distil
 from bklm.compression.int8 import (
     QuantisationRow,
     load_quantised,
@@ -8,12 +10,32 @@ from bklm.compression.int8 import (
     save_quantised,
     with_float_products,
 )
+from bklm.compression.pruning import prune
+from bklm.compression.retraining import PrunedModel, RoundedModel, baked
+from bklm.compression.saving import file_sizes, load_compressed, save_compressed
+from bklm.compression.structure import narrower, remove_experts, skip_blocks
+from bklm.compression.weights import low_rank, quantise
 
 __all__ = [
+    "Distilled",
+    "PrunedModel",
     "QuantisationRow",
+    "RoundedModel",
+    "baked",
+    "distil",
+    "file_sizes",
+    "load_compressed",
     "load_quantised",
+    "low_rank",
+    "narrower",
+    "prune",
     "quantisation_report",
+    "quantise",
     "quantised",
+    "remove_experts",
+    "save_compressed",
     "save_quantised",
+    "skip_blocks",
     "with_float_products",
+    "with_int8_products",
 ]

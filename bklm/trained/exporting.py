@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders
 
 from bklm import __version__
+from bklm.compression.activations import activations_of
 from bklm.files.atomic import replacing, write_json, write_text
 from bklm.harness.values import in_colab
 from bklm.trained.card import model_card
@@ -29,10 +30,15 @@ def export(trained: Trained, output: str | os.PathLike[str], format: str = "tran
     The folder holds config.json, model.safetensors, the tokeniser, the code, and README.md, the model card.
 
     Raises:
-        ValueError: an unknown format, or a folder that holds other files.
+        ValueError: an unknown format, a folder that holds other files, a model with int8 products.
     """
     if format not in FORMATS:
         raise ValueError(f"format: got {format!r}; allowed is one of {', '.join(map(repr, FORMATS))}.")
+    if activations_of(trained.model) is not None:
+        raise ValueError(
+            f"export: {trained.name} multiplies in int8, which no other library knows of it; export the float model, or the "
+            "one of quantise, whose products are float."
+        )
     folder = Path(output).expanduser()
     is_ours = (folder / CODE[1]).exists()
     make_own_folder(folder, is_ours, "output")

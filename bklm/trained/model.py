@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from bklm.compression.coded_model import is_compressed
+from bklm.compression.saving import is_compressed_file, load_compressed, save_compressed
 from bklm.data.checks import require_whole
 from bklm.data.loaders import make_loader, windows
 from bklm.data.units import tidy
@@ -91,12 +93,16 @@ class Trained:
         self.models = list(dict.fromkeys(m.name for m in run.models()))
         self.summary = run.summary()
         self.tokenizer = _read_tokenizer(run)
-        self.model: LanguageModel = saved.build()
+        weights = saved.folder / WEIGHTS
         try:
-            load_model(self.model, str(saved.folder / WEIGHTS))
+            if is_compressed_file(weights):
+                self.model: LanguageModel = load_compressed(weights)
+            else:
+                self.model = saved.build()
+                load_model(self.model, str(weights))
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(
-                f"{saved.folder / WEIGHTS} does not hold the weights of a {saved.model_class} of these sizes "
+                f"{weights} does not hold the weights of a {saved.model_class} of these sizes "
                 f"({str(error).splitlines()[0]}); take the run's zip, or run the study again."
             ) from error
         self.model.eval()
@@ -217,9 +223,13 @@ class Trained:
             all((folder / n).exists() for n in (MANIFEST, RECORD, WEIGHTS)) and not (folder / PAGE).exists()
         )
         make_own_folder(folder, is_ours, "save")
-        with replacing(folder / WEIGHTS) as temporary:
-            save_model(self.model, str(temporary))
-        write_json(folder / RECORD, {**self.record, "model_class": type(self.model).__name__})
+        if is_compressed(self.model):
+            save_compressed(self.model, folder / WEIGHTS)
+        else:
+            with replacing(folder / WEIGHTS) as temporary:
+                save_model(self.model, str(temporary))
+        kind = getattr(self.model, "plain_class", type(self.model))
+        write_json(folder / RECORD, {**self.record, "model_class": kind.__name__})
         write_json(folder / MANIFEST, dict(self.manifest))
         with replacing(folder / TOKENIZER) as temporary:
             self.tokenizer.save(str(temporary))

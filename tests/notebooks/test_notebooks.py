@@ -246,3 +246,21 @@ def test_06_physics_informed_smoke_runs_headless_and_ends_with_claims(tmp_path):
     assert "largest stable rate" in printed
     assert "SHA-256" in printed
     assert (tmp_path / "results" / "physics.zip").exists()
+
+
+@pytest.mark.slow
+def test_07_compression_smoke_runs_headless_and_names_the_smallest_files(tmp_path):
+    values = {"profile": "smoke", "dataset": "embedded"}
+    printed = run(ROOT / "notebooks" / "07_compression.ipynb", tmp_path, **values)
+    for words in (
+        "Kneser-Ney 3-gram",
+        "of the parameters",
+        "smallest file",
+        "student at T 2",
+        "scored tokens/s",
+        "announced",
+    ):
+        assert words in printed
+    assert "100 times smaller for less than 15% of perplexity" in printed
+    assert "SHA-256" in printed
+    assert (tmp_path / "results" / "compression.zip").exists()

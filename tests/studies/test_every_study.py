@@ -35,6 +35,8 @@ CHANGED = {
     "embedding_freeze": ("noise", 0.1, 0.2),
     "koopman": ("clip", 0.5, 1.0),
     "physics": ("clip", 0.5, 1.0),
+    "compression": ("clip", 1.0, 2.0),
+    "dialogue": ("clip", 1.0, 2.0),
 }
 
 
@@ -227,6 +229,8 @@ def test_killed_with_signal_9_it_goes_on_and_ends_with_the_numbers_of_an_undistu
         "embedding_freeze": {"epochs": 12},
         "koopman": {"epochs": 12, "parts": "auxiliary"},
         "physics": {"epochs": 12, "parts": "loss"},
+        "compression": {"epochs": 12},
+        "dialogue": {"epochs": 12},
     }[study]
     if study == "embedding_freeze":
         longer["patience"] = 12

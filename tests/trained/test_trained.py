@@ -13,6 +13,8 @@ import torch
 
 import bklm
 from bklm.bk_core.reference import dense
+from bklm.compression import quantise, with_int8_products
+from bklm.models import ResNetBK, ResNetBKConfig
 
 
 @pytest.fixture(scope="module", params=["baseline", "grad_blend"])
@@ -195,3 +197,25 @@ def test_a_runs_own_folder_and_a_file_are_not_saved_over(trained, runs, tmp_path
             trained.save(place)
     assert before == {p: p.read_bytes() for p in other.rglob("*") if p.is_file()}
     assert trained.save(trained.save(tmp_path / "mine")) == tmp_path / "mine"
+
+
+def test_a_loaded_run_stays_one_and_keeps_its_small_model(runs, validation, tmp_path):
+    run = bklm.load(runs / "baseline")
+    small = quantise(run, 8)
+    assert run.model is not small.model
+    assert small.perplexity(validation) == pytest.approx(run.perplexity(validation), rel=0.02)
+    again = bklm.load(small.save(tmp_path / "small"))
+    assert again.perplexity(validation) == small.perplexity(validation)
+    assert again.generate("the cat", 5) == small.generate("the cat", 5)
+
+
+def test_a_run_whose_products_are_int8_is_saved_and_loaded_and_not_exported(runs, validation, tmp_path):
+    run = bklm.load(runs / "baseline")
+    wide = ResNetBKConfig(run.model.vocab_size, d_model=32, n_layers=1, mixer="solve", n_heads=4, num_experts=1)
+    run.model = ResNetBK(wide).eval()
+    small = with_int8_products(run)
+    again = bklm.load(small.save(tmp_path / "small"))
+    assert again.perplexity(validation) == small.perplexity(validation)
+    assert again.perplexity(validation) == pytest.approx(run.perplexity(validation), rel=0.05)
+    with pytest.raises(ValueError, match="multiplies in int8, which no other library knows of"):
+        bklm.trained.export(small, tmp_path / "out")

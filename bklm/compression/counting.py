@@ -1,0 +1,36 @@
+"""The size of a count model's file: what a compressed language model is to be compared with."""
+
+from __future__ import annotations
+
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from bklm.data.baselines import KneserNey
+
+UNSIGNED = (np.uint8, np.uint16, np.uint32, np.uint64)
+
+
+def count_model_sizes(model: KneserNey) -> tuple[int, int]:
+    """Bytes of a fitted model's file, and of that file packed by zlib.
+
+    The file holds all that scoring reads: sorted keys as differences in the smallest unsigned type, the rest in float32.
+    """
+    tensors = {}
+    for i, (keys, gain, backoff) in enumerate(model.levels):
+        steps = np.diff(keys, prepend=0)
+        kind = next(t for t in UNSIGNED if steps.max() <= np.iinfo(t).max)
+        # As bytes: not every version of torch has all unsigned types.
+        tensors[f"{i}.keys.{np.dtype(kind).name}"] = torch.from_numpy(steps.astype(kind).view(np.uint8).copy())
+        tensors |= {
+            f"{i}.gain": torch.from_numpy(gain).float(),
+            f"{i}.backoff": torch.from_numpy(backoff).float(),
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, str(place := Path(folder, "model")))
+        whole = place.read_bytes()
+    return len(whole), len(zlib.compress(whole, 9))

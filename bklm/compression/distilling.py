@@ -1,0 +1,146 @@
+"""Distillation: a student that learns the text and what a teacher makes of it (Hinton et al. 2015).
+
+    loss = a T^2 KL(p_T || p_S) + (1 - a) CE,   p = softmax(logits / T)
+
+a mean over the targets that are scored. The control is the same student from the text alone, at equal steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from bklm.compression.coded_model import like, model_of, put
+from bklm.data.loaders import IGNORED
+from bklm.models import LanguageModel, TokenLosses
+from bklm.training.loop import train
+from bklm.training.schedules import TrainingSettings
+
+ROWS_AT_ONCE = 512  # of two vocabularies of logits
+
+
+class Distilled(LanguageModel):
+    """A student whose training loss is the one above; it is scored and generates as itself.
+
+    The teacher is no part of it: its weights are in no checkpoint and no count, and it learns nothing.
+
+    Raises:
+        ValueError: a temperature that is not positive, a weight outside 0 to 1, or another vocabulary.
+    """
+
+    def __init__(
+        self, student: LanguageModel, teacher: LanguageModel, temperature: float = 2.0, weight: float = 0.7
+    ) -> None:
+        super().__init__()
+        if not 0.0 < temperature < math.inf:
+            raise ValueError(f"temperature: got {temperature}; it must be positive and finite.")
+        if not 0.0 <= weight <= 1.0:
+            raise ValueError(f"weight: got {weight}; the teacher's share of the loss lies between 0 and 1.")
+        if student.vocab_size != teacher.vocab_size:
+            raise ValueError(
+                f"student: it has {student.vocab_size} words and the teacher {teacher.vocab_size}; both must read the same "
+                "vocabulary."
+            )
+        self.model, self.temperature, self.weight = student, temperature, weight
+        self._teacher = (teacher.eval(),)
+        self.config, self.vocab_size, self.n_seq = student.config, student.vocab_size, student.n_seq
+        self.streams, self.sees_future = student.streams, student.sees_future
+
+    def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+        if not self.training:
+            return self.model.loss(input_ids, targets, reduction=reduction)
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean' and 'sum'.")
+        self.check_ids(input_ids)
+        self.check_targets(input_ids, targets)
+        scored = targets.flatten() != IGNORED
+        count = scored.sum()
+        if reduction == "mean" and count == 0:
+            raise ValueError(f"targets: all {targets.numel()} are {IGNORED} (ignored): no loss to average.")
+        (teacher,) = self._teacher
+        teacher = teacher.to(input_ids.device)
+        own = self.model.hidden(input_ids).flatten(0, 1)[scored]
+        with torch.no_grad():
+            told = teacher.hidden(input_ids).flatten(0, 1)[scored]
+        wanted = targets.flatten()[scored]
+        parts = zip(*(t.split(ROWS_AT_ONCE) for t in (own, told, wanted)), strict=True)
+        # Two vocabularies of logits a target are computed again in the backward rather than kept.
+        total = sum(checkpoint(self._part, *part, use_reentrant=False) for part in parts)
+        value = total / count if reduction == "mean" else total
+        extra = self.model.auxiliary_loss()
+        return value if extra is None else value + (extra if reduction == "mean" else extra * count)
+
+    def _part(self, own: Tensor, told: Tensor, wanted: Tensor) -> Tensor:
+        """The summed loss of some targets."""
+        logits = self.model.logits(own).float()
+        with torch.no_grad():
+            soft = F.log_softmax(self._teacher[0].logits(told).float() / self.temperature, -1)
+        near = F.kl_div(F.log_softmax(logits / self.temperature, -1), soft, reduction="sum", log_target=True)
+        hard = F.cross_entropy(logits, wanted, reduction="sum")
+        return self.weight * self.temperature**2 * near + (1 - self.weight) * hard
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        return self.model.hidden(input_ids)
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        return self.model.head()
+
+    @torch.no_grad()
+    def token_losses(self, input_ids: Tensor, targets: Tensor) -> TokenLosses:
+        return self.model.token_losses(input_ids, targets)
+
+    def init_state(self, batch_size: int) -> Any:
+        return self.model.init_state(batch_size)
+
+    def prefill(self, input_ids: Tensor) -> tuple[Tensor, Any]:
+        return self.model.prefill(input_ids)
+
+    def step(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self.model.step(token, state)
+
+    def state_bytes(self, position: int) -> int:
+        return self.model.state_bytes(position)
+
+    def reset_expert_counts(self, counts: Any = ()) -> None:
+        self.model.reset_expert_counts(counts)
+
+    def expert_counts(self) -> list[list[int]]:
+        return self.model.expert_counts()
+
+
+def distil(
+    teacher: Any,
+    student: LanguageModel,
+    train_batches: Any,
+    val_batches: Any,
+    settings: TrainingSettings,
+    *,
+    temperature: float = 2.0,
+    weight: float = 0.7,
+    accelerator: Any = None,
+) -> Any:
+    """Train a student of a language model, or of a run of ``bklm.load``, and return it: trained in place, in evaluation mode.
+
+    Args:
+        teacher: the trained model or run; of a run the result is a run with the student as its model.
+        student: an untrained model of the same vocabulary, such as one of ``narrower(teacher.config, 0.5)``.
+        train_batches, val_batches, settings: as ``bklm.training.train`` takes them; the control is the same call there.
+        accelerator: an ``accelerate.Accelerator``; a new one by default.
+
+    Raises:
+        TypeError, ValueError: as ``Distilled`` and ``train``.
+    """
+    from accelerate import Accelerator
+
+    plain, own = model_of(teacher, "distil"), model_of(student, "distil")
+    train(
+        Distilled(own, plain, temperature, weight), train_batches, val_batches, settings,
+        accelerator=accelerator or Accelerator(), label="student",
+    )  # fmt: skip
+    put(own.cpu().eval(), {})
+    return like(teacher, own)

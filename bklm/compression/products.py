@@ -1,0 +1,131 @@
+"""Int8 products whose activations are rounded per token or per tensor, with float columns for outliers.
+
+With X a row of activations and W the weights, both rounded to int8, and their scales s_x (one a row, or one for all rows) and
+s_w (one an output):
+
+    y = s_x s_w (round(X / s_x) . round(W / s_w)) + b
+
+summed in integers, so that the result is the same on every processor. Columns that are named as outliers are left out of X and
+of its scale, and multiplied in float (LLM.int8, Dettmers et al. 2022).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bklm.compression.coding import Integers
+from bklm.compression.rounding_kernels import rounded, scaled
+from bklm.data.loaders import IGNORED
+from bklm.models import LanguageModel, TokenLosses
+
+HEAD = "int8_product_head"
+ROWS_AT_ONCE = 512  # of logits, while losses are computed
+
+
+class Int8Product(nn.Module):
+    """(..., K) -> (..., V) by int8 products on the CPU; ``per`` is "token" or "tensor".
+
+    A row with NaN or infinity has no int8 form: all that comes of it is NaN, and with one scale for all of every row.
+    """
+
+    def __init__(self, weight: Integers, bias: Tensor | None, per: str, outliers: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.values.shape
+        self.per = per
+        factors = torch.ones(self.in_features) if weight.columns is None else weight.columns
+        kept, plain = factors, None
+        if outliers is not None:
+            kept = factors.index_fill(0, outliers, 0.0)
+            plain = (weight.values[:, outliers].float() * weight.scales * factors[outliers]).t().contiguous()
+        buffers = {
+            "values": weight.values.t(), "scales": weight.scales[:, 0].clone(), "factors": kept, "outliers": outliers,
+            "outlier_weight": plain, "none": torch.zeros(self.out_features),
+        }  # fmt: skip
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if len(rows) == 0:
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        whole, steps = rounded(rows, self.factors, self.per)
+        y = scaled(
+            torch._int_mm(whole, self.values), steps, self.scales, self.none if self.bias is None else self.bias
+        )
+        if self.outliers is not None:
+            y.addmm_(rows[:, self.outliers], self.outlier_weight)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class Int8Products:
+    """What a model with int8 products does differently from its class: its head, where that is int8; and it is not trained."""
+
+    plain_class: type[LanguageModel]
+    _counted: int
+
+    def num_parameters(self, trainable_only: bool = False) -> int:
+        """Of the model that was rounded; none is trainable."""
+        return 0 if trainable_only else self._counted
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        if hasattr(self, HEAD):
+            raise TypeError(
+                "a model whose head multiplies in int8 has no float head; use its logits() or token_losses()."
+            )
+        return super().head()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return getattr(self, HEAD)(hidden) if hasattr(self, HEAD) else super().logits(hidden)
+
+    @torch.no_grad()
+    def token_losses(self, input_ids: Tensor, targets: Tensor) -> TokenLosses:
+        if not hasattr(self, HEAD):
+            return super().token_losses(input_ids, targets)
+        self.check_ids(input_ids)
+        self.check_targets(input_ids, targets)
+        hidden = self.hidden(input_ids).flatten(0, 1)
+        losses, right = [], []
+        for rows, wanted in zip(hidden.split(ROWS_AT_ONCE), targets.flatten().split(ROWS_AT_ONCE), strict=True):
+            # Rows that are not scored would make a scale for all rows coarser.
+            logits = self.logits(rows.masked_fill((wanted == IGNORED).unsqueeze(1), 0.0))
+            losses.append(F.cross_entropy(logits, wanted, reduction="none", ignore_index=IGNORED))
+            right.append(logits.argmax(1) == wanted)
+        return TokenLosses(torch.cat(losses).view(targets.shape), torch.cat(right).view(targets.shape))
+
+    @torch.no_grad()
+    def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean' and 'sum'.")
+        count = (targets != IGNORED).sum()
+        if reduction == "mean" and count == 0:
+            raise ValueError(f"targets: all {targets.numel()} are {IGNORED} (ignored): no loss to average.")
+        total = self.token_losses(input_ids, targets).nll.sum()
+        return total / count if reduction == "mean" else total
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        if mode:
+            raise TypeError(
+                "a model with int8 products is not trained: train the float one, and round it again."
+            )
+        return super().train(False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Its class is made on the spot, so pickle cannot find it by name.
+        return _empty, (self.plain_class,), self.__dict__
+
+
+@functools.cache
+def class_with_int8_products(plain: type[LanguageModel]) -> type[LanguageModel]:
+    """The class of models of a class whose products are int8."""
+    return type(f"Int8{plain.__name__}", (Int8Products, plain), {"plain_class": plain})
+
+
+def _empty(plain: type[LanguageModel]) -> LanguageModel:
+    kind = class_with_int8_products(plain)
+    return kind.__new__(kind)

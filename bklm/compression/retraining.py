@@ -1,0 +1,193 @@
+"""Training under compression: weights that are rounded, or partly zero, whenever the model runs, while it goes on learning.
+
+Both are a model around a model. Its weights pass through a change before each forward; the gradient goes to the weights as
+they were (straight-through, Bengio et al. 2013). ``baked`` gives the plain model with the change made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bklm.compression.coded_model import copy_of, forget_codes, matrices, put
+from bklm.compression.coding import integers
+from bklm.compression.pruning import largest_kept, masks_of, scoped
+from bklm.compression.weights import quantise
+from bklm.models import LanguageModel, TokenLosses
+
+STEPS_BETWEEN = 20  # of training, after which scales or masks are found anew
+
+
+class _Rounded(torch.autograd.Function):
+    """round(w / s) s between -levels and levels; the gradient passes where nothing was clipped."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, levels: int) -> Tensor:
+        steps = (weight / scale).round()
+        ctx.save_for_backward(steps.abs() <= levels)
+        return steps.clamp(-levels, levels) * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient * ctx.saved_tensors[0], None, None
+
+
+def rounded(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Weights at the nearest of 2^bits - 1 steps of a scale (broadcastable, positive), differentiable straight through."""
+    return _Rounded.apply(weight, scale, 2 ** (bits - 1) - 1)
+
+
+class _Caller(nn.Module):
+    """A model as functional_call wants it: what is called is a forward."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, method: str, *given: Any, **options: Any) -> Any:
+        return getattr(self.model, method)(*given, **options)
+
+
+class Changed(LanguageModel):
+    """``model`` with its weights passed through ``change`` whenever it runs; a subclass says how."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.caller = _Caller(model)
+        forget_codes(model)
+        self.config, self.vocab_size, self.n_seq = model.config, model.vocab_size, model.n_seq
+        self.streams, self.sees_future = model.streams, model.sees_future
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        # In evaluation nothing changes between batches.
+        self._kept: dict[str, Tensor] | None = None
+
+    @property
+    def model(self) -> LanguageModel:
+        return self.caller.model
+
+    def change(self) -> dict[str, Tensor]:
+        """The weights that are another in use, by their name in the model."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Changed:
+        self._kept = None
+        return super().train(mode)
+
+    def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            self.steps += 1
+        return self._call("loss", input_ids, targets, reduction=reduction)
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        return self._call("hidden", input_ids)
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        return self._call("head")
+
+    @torch.no_grad()
+    def token_losses(self, input_ids: Tensor, targets: Tensor) -> TokenLosses:
+        return self._call("token_losses", input_ids, targets)
+
+    def num_parameters(self, trainable_only: bool = False) -> int:
+        return self.model.num_parameters(trainable_only)
+
+    def reset_expert_counts(self, counts: Any = ()) -> None:
+        self.model.reset_expert_counts(counts)
+
+    def expert_counts(self) -> list[list[int]]:
+        return self.model.expert_counts()
+
+    def _call(self, method: str, *given: Any, **options: Any) -> Any:
+        if self.training:
+            changed = self.change()
+        else:
+            with torch.no_grad():
+                self._kept = changed = self._kept or self.change()
+        weights = {f"model.{name}": weight for name, weight in changed.items()}
+        return torch.func.functional_call(self.caller, weights, (method, *given), options)
+
+
+class RoundedModel(Changed):
+    """Its matrices in ``bits`` bits, a scale a row or for every ``group`` inputs; scales follow every STEPS_BETWEEN steps."""
+
+    def __init__(self, model: LanguageModel, bits: int, group: int | None = None) -> None:
+        super().__init__(model)
+        self.bits, self.group = bits, group
+        self._scales: dict[str, Tensor] = {}
+
+    def change(self) -> dict[str, Tensor]:
+        weights = matrices(self.model)
+        if not self._scales or not self.training or int(self.steps) % STEPS_BETWEEN == 0:
+            self._scales = {n: _scale_of_each(w, self.bits, self.group) for n, w in weights.items()}
+        return {n: rounded(w, self._scales[n], self.bits) for n, w in weights.items()}
+
+
+class PrunedModel(Changed):
+    """Part of its weights zero: more and more of them, on the way to ``sparsity`` after ``steps`` steps (Zhu and Gupta 2017),
+
+        s_t = s_f + (s_i - s_f) (1 - t / T)^3,   s_i = 0
+
+    by magnitude; or, where masks are given, these from the start. What was set to zero stays zero.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        sparsity: float,
+        steps: int,
+        *,
+        scope: str = "body",
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(model)
+        masks_of(model, sparsity, scope=scope)
+        self.sparsity, self.whole, self.gradual = sparsity, steps, masks is None
+        self._names = list(scoped(model, scope))
+        for i, name in enumerate(self._names):
+            weight = scoped(model, scope)[name]
+            mask = torch.ones_like(weight, dtype=torch.bool) if masks is None else masks[name]
+            self.register_buffer(f"mask_{i}", mask)
+
+    def sparsity_at(self, step: int) -> float:
+        """s_t."""
+        return self.sparsity * (1 - (1 - min(1.0, step / max(1, self.whole))) ** 3)
+
+    def change(self) -> dict[str, Tensor]:
+        named = dict(self.model.named_parameters())
+        step = int(self.steps)
+        if self.gradual and (step % STEPS_BETWEEN == 0 or step >= self.whole or not self.training):
+            sizes = {n: named[n].detach().abs() * self._mask(i) for i, n in enumerate(self._names)}
+            for i, mask in enumerate(largest_kept(sizes, self.sparsity_at(step)).values()):
+                self._mask(i).copy_(mask)
+        return {name: named[name] * self._mask(i) for i, name in enumerate(self._names)}
+
+    def _mask(self, i: int) -> Tensor:
+        return getattr(self, f"mask_{i}")
+
+
+@torch.no_grad()
+def baked(model: LanguageModel) -> LanguageModel:
+    """The plain model of a ``RoundedModel`` or ``PrunedModel``, with the change made, on the CPU; any other as it is."""
+    if not isinstance(model, Changed):
+        return model
+    model.eval()
+    if isinstance(model, RoundedModel):
+        return quantise(model.model, model.bits, model.group, rest="float32")
+    changed = {name: weight.cpu() for name, weight in model.change().items()}
+    plain = copy_of(model.model)
+    for name, p in plain.named_parameters():
+        if name in changed:
+            p.copy_(changed[name])
+    put(plain, {})
+    return plain
+
+
+def _scale_of_each(weight: Tensor, bits: int, group: int | None) -> Tensor:
+    """The scale of every weight, of the weight's shape, as ``integers`` would choose it."""
+    coded = integers(weight, bits, group)
+    width = coded.values.shape[1]
+    each = coded.scales.repeat_interleave(coded.group, 1)[:, :width]
+    return each.clamp_min(torch.finfo(torch.float32).tiny).reshape(weight.shape).to(weight.device)

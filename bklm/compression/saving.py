@@ -1,0 +1,167 @@
+"""Files of compressed models: one safetensors file that says itself which model it holds, and loads again to equal logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bklm import models
+from bklm.compression.activations import Activations, activations_of, multiply
+from bklm.compression.coded_model import CLASSES, codes_of, model_of, put
+from bklm.compression.coding import Coded, pack_bits, read, unpack_bits
+from bklm.files.atomic import replacing
+from bklm.models import LanguageModel
+
+HEADER = "bklm"
+BYTES_OF_A_NUMBER = 4
+
+
+def save_compressed(model: Any, path: Path | str) -> Path:
+    """Write a model, compressed or not, to a safetensors file that ``load_compressed`` reads; return its path.
+
+    Coded tensors take their bits and scales; of others that hold many zeros, a mask of one bit a number and the numbers that
+    are not zero; the rest is float32.
+
+    Raises:
+        TypeError: no plain model. ValueError: a tensor was changed since it was coded, or the model's configuration does not
+            describe its tensors.
+    """
+    inside = model if isinstance(model, LanguageModel) else getattr(model, "model", model)
+    how = activations_of(inside) if isinstance(inside, LanguageModel) else None
+    model = inside if how is not None else model_of(model, "save_compressed")
+    kind = getattr(model, "plain_class", type(model))
+    tensors, facts = {}, {}
+    for name, held in _held(model, kind).items():
+        own, facts[name] = held.stored() if isinstance(held, Coded) else _plainly(held)
+        tensors |= {f"{name}.{key}": value.contiguous() for key, value in own.items()}
+    header = {
+        "class": kind.__name__,
+        "config": dataclasses.asdict(model.config),
+        "tensors": facts,
+        "activations": None if how is None else dataclasses.asdict(how),
+    }
+    path = Path(path)
+    with replacing(path) as temporary:
+        save_file(tensors, str(temporary), {HEADER: json.dumps(header)})
+    return path
+
+
+def load_compressed(path: Path | str) -> LanguageModel:
+    """The model in a file of ``save_compressed``, on the CPU in evaluation mode, with the codes that it was saved with.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is no file of ``save_compressed``, or a damaged one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a file that save_compressed wrote.")
+    try:
+        with safe_open(str(path), "pt") as file:
+            text = (file.metadata() or {}).get(HEADER)
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if text else {}  # noqa: SIM118
+        header = json.loads(text) if text else None
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); save the model again.") from error
+    if header is None:
+        raise ValueError(
+            f"{path} holds no compressed model of bklm; give a file of save_compressed, or load a run with bklm.load."
+        )
+    if header["class"] not in CLASSES:
+        raise ValueError(
+            f"{path} holds a {header['class']!r}, which this version of bklm does not have; update bklm."
+        )
+    model = _built(header).eval()
+    named = dict(model.named_parameters())
+    codes = {}
+    with torch.no_grad():
+        for name, facts in header["tensors"].items():
+            own = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
+            if facts["kind"] == "plain":
+                named[name].copy_(own["values"])
+            elif facts["kind"] == "masked":
+                count = named[name].numel()
+                alive = unpack_bits(own["mask"], 1, count).bool()
+                named[name].copy_(torch.zeros(count).masked_scatter(alive, own["values"]).view_as(named[name]))
+            else:
+                codes[name] = read(own, facts)
+    put(model, codes)
+    how = header["activations"]
+    return model if how is None else multiply(model, Activations(**how))
+
+
+def is_compressed_file(path: Path | str) -> bool:
+    """Whether a safetensors file is one of ``save_compressed``; False for one that cannot be read."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            return HEADER in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def file_sizes(model: Any) -> tuple[int, int]:
+    """Bytes of a model's file as ``save_compressed`` writes it, and of that file packed by zlib."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole = save_compressed(model, Path(folder, "model.safetensors")).read_bytes()
+    return len(whole), len(zlib.compress(whole, 9))
+
+
+def _plainly(values: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    alive = values != 0
+    zeros = values.numel() - int(alive.sum())
+    if zeros * 8 * BYTES_OF_A_NUMBER <= values.numel():
+        return {"values": values}, {"kind": "plain"}
+    return {"mask": pack_bits(alive.to(torch.uint8), 1), "values": values[alive]}, {"kind": "masked"}
+
+
+def _built(header: dict[str, Any]) -> LanguageModel:
+    """The model that a header describes, with fresh weights."""
+    name = header["class"]
+    config = getattr(models, "ContextTokenConfig" if name == "ContextTokenLM" else f"{name}Config")
+    return getattr(models, name)(config(**header["config"]))
+
+
+def _held(model: LanguageModel, kind: type[LanguageModel]) -> dict[str, Tensor | Coded]:
+    """What each tensor of a model's configuration is here: its code, or itself in float32.
+
+    Raises:
+        ValueError: as ``save_compressed`` does.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in kind(model.config).named_parameters()}
+    codes, named = codes_of(model), dict(model.named_parameters())
+    if activations_of(model) is None:
+        _require_described(model, {n: tuple(p.shape) for n, p in named.items()}, expected)
+    held: dict[str, Tensor | Coded] = {}
+    for name in expected:
+        plain = named[name].detach().to("cpu", torch.float32) if name in named else None
+        # A map that multiplies in int8 has its weight in its code alone.
+        if name in codes and (plain is None or torch.equal(codes[name].decode(), plain)):
+            held[name] = codes[name]
+        elif name in codes:
+            raise ValueError(
+                f"save_compressed: {name} was changed since it was coded; compress the model again, then save it."
+            )
+        else:
+            held[name] = model.__dict__.get("moved", {}).get(name) if plain is None else plain
+    return held
+
+
+def _require_described(
+    model: LanguageModel, own: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> None:
+    """Refuse a model whose tensors are not those of its configuration, such as one with blocks that share their weights."""
+    for name in sorted(own.keys() | expected.keys()):
+        if own.get(name) != expected.get(name):
+            raise ValueError(
+                f"save_compressed: {name} is {own.get(name, 'missing')} in this {type(model).__name__}, where its "
+                f"configuration makes it {expected.get(name, 'missing')}; a file holds what a configuration describes."
+            )

@@ -1,0 +1,68 @@
+"""Settings of the compression study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from bklm.harness.config import WindowStudyConfig, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionConfig(WindowStudyConfig):
+    """Settings of the study."""
+
+    study: ClassVar[str] = "compression"
+    notebook: ClassVar[str] = "07_compression"
+    basic: ClassVar[tuple[str, ...]] = (
+        "profile", "dataset", "data_dir", "output_dir", "device", "models", "bits", "sparsities", "seeds", "epochs",
+    )  # fmt: skip
+    profiles: ClassVar[dict[str, dict[str, Any]]] = {
+        "smoke": {
+            "seeds": (0,), "epochs": 2, "retrain_epochs": 1, "seq_len": 16, "vocab_size": 500, "d_model": 32, "n_layers": 2,
+            "max_train_tokens": 4096, "bits": (8, 4), "groups": (0, 32), "sparsities": (0.5,), "widths": (0.5,),
+            "temperatures": (2.0,), "calibration_tokens": 1024, "repeats": 3,
+        },
+        "quick": {
+            "seeds": (0,), "epochs": 3, "retrain_epochs": 1, "seq_len": 64, "vocab_size": 5000, "d_model": 64, "n_layers": 3,
+            "max_train_tokens": 60_000, "bits": (8, 4, 3), "groups": (0, 32), "sparsities": (0.5, 0.8),
+            "widths": (0.5, 0.25), "temperatures": (2.0,), "calibration_tokens": 8192, "repeats": 5,
+        },
+        "full": {
+            "seeds": (0, 1, 2), "epochs": 3, "retrain_epochs": 1, "seq_len": 128, "vocab_size": 30_000, "d_model": 64,
+            "n_layers": 4, "max_train_tokens": 0, "bits": (8, 4, 3), "groups": (0, 32, 128),
+            "sparsities": (0.3, 0.5, 0.7, 0.9), "widths": (0.5, 0.25, 0.125), "temperatures": (1.0, 2.0, 4.0),
+            "calibration_tokens": 16_384, "repeats": 11,
+        },
+    }  # fmt: skip
+
+    models: Literal["all", "resnet_bk", "newllm"] = setting(
+        "all", help="which are compressed; all: both, and a ResNetBK with experts, of which some are removed"
+    )
+    epochs: int | None = setting(None, low=1, high=1000, help="passes over the training text")
+    retrain_epochs: int | None = setting(None, low=1, high=1000, help="further passes, of every retrained arm")
+    d_model: int | None = setting(None, low=16, high=8192, help="model width")
+    n_heads: int = setting(4, low=1, high=256, help="heads, or as many as the width has in common with that")
+    num_experts: int = setting(4, low=3, high=64, help="of the ResNetBK with experts")
+    learning_rate: float = setting(1e-3, above=0, high=10, help="AdamW learning rate")
+    retrain_rate: float = setting(3e-4, above=0, high=10, help="AdamW learning rate of further passes")
+    weight_decay: float = setting(0.01, low=0, high=10, help="AdamW weight decay")
+    clip: float = setting(1.0, above=0, high=1e6, help="largest gradient norm")
+    bits: tuple[int, ...] | None = setting(None, low=2, high=8, help="of a weight; the fewest are trained, too")
+    groups: tuple[int, ...] | None = setting(
+        None, low=0, high=65536, help="inputs that share a scale; 0: a whole row"
+    )
+    sparsities: tuple[float, ...] | None = setting(
+        None, low=0.05, high=0.99, help="share of zeros in the body's weights; the largest is trained, too"
+    )
+    widths: tuple[float, ...] | None = setting(
+        None, above=0, high=0.9, help="of smaller models from scratch; students have the first"
+    )
+    temperatures: tuple[float, ...] | None = setting(None, above=0, high=100, help="of distillation")
+    teacher_weight: float = setting(0.7, low=0, high=1, help="the teacher's share of a student's loss")
+    smooth: float = setting(0.5, low=0, high=1, help="SmoothQuant's exponent")
+    outliers: int = setting(4, low=1, high=4096, help="columns of activations that stay in float")
+    calibration_tokens: int | None = setting(
+        None, low=16, high=10**9, help="training tokens that scales and scores are found on"
+    )
+    repeats: int | None = setting(None, low=3, high=1000, help="timed calls of each way to multiply")

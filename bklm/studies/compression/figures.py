@@ -1,0 +1,123 @@
+"""The compression study's figures; each title says what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from bklm.harness.figures import (
+    GREY,
+    MARKERS,
+    colours,
+    legend_below,
+    mean_with_error,
+    save_figure,
+    wide_range_axis,
+)
+from bklm.studies.compression.tables import BITS, KINDS, MEGA, SCRATCH, kind_of
+
+COUNTED = "Kneser-Ney"
+WORST = 3.0  # times the float model's perplexity: what is above says no more than that
+
+
+def draw_files(
+    path: Path, rows: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]], title: str, note: str
+) -> Path | None:
+    """Perplexity against the size of the file, a panel per model; the line to beat are smaller models and counting."""
+    families = list(dict.fromkeys(r["family"] for r in rows if r["seeds"]))
+    if not families:
+        return None
+    kinds = [BITS, *dict.fromkeys(kind for _, kind in KINDS)]
+    styles = dict(zip(kinds, zip(colours(len(kinds)), MARKERS, strict=False), strict=True))
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(len(families), 1, squeeze=False)[:, 0]
+        for axes, family in zip(panels, families, strict=True):
+            own = [r for r in rows if r["family"] == family and r["seeds"] and r["file_bytes"]]
+            whole = next(r for r in own if r["arm"] == family)
+            limit = WORST * whole["val_ppl"]
+            shown = [r for r in own if r["val_ppl"] <= limit]
+            for kind in kinds:
+                points = sorted((r for r in shown if kind_of(r["arm"]) == kind), key=lambda r: r["file_bytes"])
+                if points:
+                    colour, marker = styles[kind]
+                    style = {"color": colour, "marker": marker, "linestyle": "", "label": kind, "markersize": 5}
+                    _points(axes, points, **style)
+            dense = sorted(
+                (r for r in shown if kind_of(r["arm"]) == SCRATCH or r["arm"] in (family, f"{family}: int8")),
+                key=lambda r: r["file_bytes"],
+            )
+            for ending in ("int8", ""):
+                line = [r for r in dense if r["arm"].endswith("int8") == bool(ending)]
+                axes.plot(
+                    [r["file_bytes"] / MEGA for r in line], [r["val_ppl"] for r in line], color=styles[SCRATCH][0],
+                    linewidth=1, linestyle="-" if ending else ":",
+                )  # fmt: skip
+            near = [r for r in counted if r["val_ppl"] <= limit]
+            axes.plot(
+                [r["file_bytes"] / MEGA for r in near], [r["val_ppl"] for r in near], color="#000000", marker="*",
+                markersize=9, linestyle="", label=COUNTED,
+            )  # fmt: skip
+            for row in near:
+                order = row["arm"].removeprefix("Kneser-Ney ").partition("-")[0]
+                axes.annotate(
+                    order,
+                    (row["file_bytes"] / MEGA, row["val_ppl"]),
+                    (5, 4),
+                    textcoords="offset points",
+                    fontsize=9,
+                )
+            axes.axhline(whole["val_ppl"], color=GREY, linewidth=1, linestyle="--")
+            sizes = [r["file_bytes"] / MEGA for r in (*shown, *near)]
+            wide_range_axis(axes.xaxis, sizes, "file, MB")
+            axes.set_ylabel("validation PPL")
+            axes.set_title(family, fontsize=11)
+        # One legend for all panels: what others show and the last does not is added to it.
+        told = {label for axes in panels for label in axes.get_legend_handles_labels()[1]}
+        for kind in (k for k in kinds if k in told - set(panels[-1].get_legend_handles_labels()[1])):
+            panels[-1].plot([], [], color=styles[kind][0], marker=styles[kind][1], linestyle="", label=kind)
+        legend_below(panels[-1], ncols=3, fontsize=10)
+
+    return save_figure(path, draw, title=title, note=note, size=(7.2, 1.8 + 3.1 * len(families)))
+
+
+def _points(axes: Any, points: Sequence[Mapping[str, Any]], **style: Any) -> None:
+    mean_with_error(
+        axes,
+        [r["file_bytes"] / MEGA for r in points],
+        [r["val_ppl"] for r in points],
+        [(r["val_ppl_low"], r["val_ppl_high"]) for r in points],
+        **style,
+        elinewidth=0.8,
+        capsize=2,
+    )
+
+
+def draw_speed(path: Path, rows: Sequence[Mapping[str, Any]], title: str, note: str) -> Path | None:
+    """Scoring and writing, times as fast as in float32."""
+    families = list(dict.fromkeys(r["family"] for r in rows))
+    if not families:
+        return None
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(len(families), 1, squeeze=False)[:, 0]
+        for axes, family in zip(panels, families, strict=True):
+            own = [r for r in rows if r["family"] == family]
+            for k, (key, label) in enumerate(
+                (("times_faster", "scoring"), ("written_times_faster", "writing"))
+            ):
+                ends = [(r[f"{key}_low"], r[f"{key}_high"]) for r in own]
+                style = {"color": colours(2)[k], "marker": MARKERS[k], "linestyle": "", "label": label}
+                heights = [i + 0.2 * k for i in range(len(own))]
+                mean_with_error(axes, heights, [r[key] for r in own], ends, sideways=True, **style)
+            axes.axvline(1, color=GREY, linewidth=1, linestyle="--")
+            axes.set_yticks(range(len(own)), [r["arm"] for r in own])
+            axes.set(ylim=(len(own) - 0.4, -0.6), xlabel="times as fast as float32")
+            axes.set_title(family, fontsize=11)
+        legend_below(panels[-1], ncols=2)
+
+    height = 1.6 + sum(1.2 + 0.3 * sum(r["family"] == f for r in rows) for f in families)
+    return save_figure(path, draw, title=title, note=note, size=(7.2, height))

@@ -1,0 +1,201 @@
+"""The models of the compression study: three kinds, smaller ones from scratch, retrained ones and students."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bklm.compression import Distilled, PrunedModel, RoundedModel, baked, file_sizes, narrower, quantise
+from bklm.compression.pruning import masks_of
+from bklm.compression.saving import save_compressed
+from bklm.files.atomic import read_result
+from bklm.harness.arms import WEIGHTS, Arm
+from bklm.models import LanguageModel, NewLLM, NewLLMConfig, ResNetBK, ResNetBKConfig
+from bklm.studies.compression.config import CompressionConfig
+from bklm.training.evaluation import evaluate
+from bklm.training.weights import load_weights
+
+EXPERTS = "ResNetBK with experts"
+BY_NAME = {"resnet_bk": ("ResNetBK",), "newllm": ("NewLLM",), "all": ("ResNetBK", "NewLLM", EXPERTS)}
+MORE, ROUNDED, GRADUAL, RANDOM = (
+    "more steps",
+    "bits in training",
+    "zeros, gradual",
+    "zeros at random, retrained",
+)
+FILES = "files"  # folder of compressed models of the first seed
+INT8 = "int8"
+
+
+def families(config: CompressionConfig) -> tuple[str, ...]:
+    """The models that are compressed."""
+    return BY_NAME[config.models]
+
+
+def family_of(arm: str) -> str:
+    """The model that an arm comes from: "NewLLM" of "NewLLM, width 0.5: int8"."""
+    return arm.partition(":")[0].partition(",")[0]
+
+
+def smaller(family: str, width: float) -> str:
+    return f"{family}, width {width:g}"
+
+
+def model_config(config: CompressionConfig, family: str, vocabulary: int) -> Any:
+    """The configuration of the model that is compressed."""
+    d, p = config.d_model, config.dropout
+    if family == "NewLLM":
+        return NewLLMConfig(vocabulary, d, 2 * d, d, config.n_layers, p)
+    return ResNetBKConfig(
+        vocabulary, d, config.n_layers, mixer="solve", n_heads=math.gcd(config.n_heads, d), dropout_p=p,
+        num_experts=config.num_experts if family == EXPERTS else 1,
+    )  # fmt: skip
+
+
+def build(config: CompressionConfig, family: str, vocabulary: int, width: float = 1.0) -> LanguageModel:
+    """An untrained model, or a narrower one of its kind."""
+    made = model_config(config, family, vocabulary)
+    made = made if width == 1.0 else narrower(made, width)
+    return NewLLM(made) if family == "NewLLM" else ResNetBK(made)
+
+
+def first_arms(config: CompressionConfig) -> dict[str, Arm]:
+    """What is trained first: the models, and smaller ones from scratch."""
+    arms = {}
+    for family in families(config):
+        arms[family] = Arm(lambda vocabulary, family=family: build(config, family, vocabulary))
+        for width in config.widths if family != EXPERTS else ():
+            arms[smaller(family, width)] = Arm(
+                lambda vocabulary, family=family, width=width: build(config, family, vocabulary, width)
+            )
+    return arms
+
+
+def load_model(folder: Path, config: CompressionConfig, arm: str, seed: int) -> LanguageModel:
+    """A model of ``first_arms``, trained; on the CPU, in evaluation mode."""
+    # As a trial's folder is named.
+    place = Path(folder) / "trials" / f"arm_{re.sub('[^A-Za-z0-9.+-]+', '-', arm)}_seed_{seed}"
+    record = read_result(place / "result.json", {"vocabulary": int})
+    if record is None or not (place / WEIGHTS).exists():
+        raise FileNotFoundError(f"{place} holds no finished model; run the study (again) to its end first.")
+    model = first_arms(config)[arm].build(record["vocabulary"])
+    load_weights(model, place / WEIGHTS)
+    return model.eval()
+
+
+def retrained_arms(config: CompressionConfig, folder: Path, steps: int) -> dict[str, Arm]:
+    """Arms that go on from a trained model of their seed for as many steps each, one of them uncompressed."""
+    arms = {}
+    bits, sparsity = min(config.bits), max(config.sparsities)
+    for family in families(config):
+        if family == EXPERTS:
+            continue
+
+        def start(change: Callable[[LanguageModel], LanguageModel], family: str = family) -> Callable:
+            # An arm's seed is what torch's generator was seeded with before it is built.
+            return lambda vocabulary: change(load_model(folder, config, family, torch.initial_seed()))
+
+        def named(arm: str, made: Callable) -> Callable:
+            return lambda vocabulary: _named(made(vocabulary), arm)
+
+        def at_random(model: LanguageModel) -> LanguageModel:
+            masks = masks_of(model, sparsity, "random", seed=torch.initial_seed())
+            return PrunedModel(model, sparsity, steps, masks=masks)
+
+        changes = {
+            MORE: lambda model: model,
+            f"{bits} {ROUNDED}": lambda model: RoundedModel(model, bits, 32),
+            # The last quarter of the steps is for what is left to settle.
+            f"{sparsity:.0%} {GRADUAL}": lambda model: PrunedModel(model, sparsity, max(1, steps * 3 // 4)),
+            f"{sparsity:.0%} {RANDOM}": at_random,
+        }
+        against = {f"{sparsity:.0%} {GRADUAL}": f"{sparsity:.0%} {RANDOM}"}
+        for name, change in changes.items():
+            rivals = (against[name], MORE) if name in against else (MORE,) if name != MORE else ()
+            controls = tuple(f"{family}, {rival}" for rival in rivals)
+            arm = f"{family}, {name}"
+            arms[arm] = Arm(named(arm, start(change)), controls, kept=False)
+    return arms
+
+
+def _named(model: LanguageModel, arm: str) -> LanguageModel:
+    """The model, knowing its arm and the seed that torch's generator was seeded with: what is kept of it goes by these."""
+    model.__dict__["arm"] = (arm, torch.initial_seed())
+    return model
+
+
+def student_arms(config: CompressionConfig, folder: Path) -> dict[str, Arm]:
+    """Students with the first of the smaller widths; the control is the model of that width from the text alone."""
+    arms, width = {}, config.widths[0]
+    for family in (f for f in families(config) if f != EXPERTS):
+        for temperature in config.temperatures:
+
+            def made(vocabulary: int, family: str = family, temperature: float = temperature) -> LanguageModel:
+                seed = torch.initial_seed()
+                # Drawn first, so that it begins with the weights of its control.
+                student = build(config, family, vocabulary, width)
+                teacher = load_model(folder, config, family, seed)
+                made = Distilled(student, teacher, temperature, config.teacher_weight)
+                return _named(made, f"{family}, student at T {temperature:g}")
+
+            arms[f"{family}, student at T {temperature:g}"] = Arm(made, (smaller(family, width),), kept=False)
+    return arms
+
+
+def score(model: LanguageModel, text: Any, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Perplexity on the whole validation split, without <unk>, and accuracy."""
+    found = evaluate(model.to(device), text.val_loader(), text.unk_id)
+    return {
+        "val_ppl": found.perplexity,
+        "val_ppl_without_unk": found.perplexity_without_unk,
+        "val_accuracy": found.accuracy,
+    }
+
+
+def sizes(model: LanguageModel) -> dict[str, int]:
+    """Bytes of a model's file, and of that file packed by zlib."""
+    whole, packed = file_sizes(model)
+    return {"file_bytes": whole, "packed_file_bytes": packed}
+
+
+def measured(study: Any) -> Callable[[LanguageModel], dict[str, Any]]:
+    """What is recorded of a trained model: its file, and its file and perplexity in int8.
+
+    The files of retrained models and students of the first seed are kept: no other weights of theirs are.
+    """
+    text = study.text
+
+    def found(model: LanguageModel) -> dict[str, Any]:
+        device = next(model.parameters()).device
+        plain = baked(model.model if isinstance(model, Distilled) else model)
+        arm, seed = model.__dict__.get("arm", (None, None))
+        own = {"vocabulary": text.vocab_size, **sizes(plain), "int8": {}}
+        if not isinstance(model, RoundedModel):
+            small = quantise(plain, 8)
+            own["int8"] = {**sizes(small), **score(small, text, device)}
+            arm, plain = f"{arm}: {INT8}", small
+        if study.is_main and seed == study.config.seeds[0]:
+            keep(study.folder, arm, plain.cpu())
+        return own
+
+    return found
+
+
+NEEDED = {"vocabulary": int, "file_bytes": int, "packed_file_bytes": int, "int8": dict}
+
+
+def place_of(folder: Path, arm: str) -> Path:
+    """Where the first seed's file of an arm is kept."""
+    return Path(folder) / FILES / f"{re.sub('[^A-Za-z0-9.]+', '-', arm)}.safetensors"
+
+
+def keep(folder: Path, arm: str, model: LanguageModel) -> None:
+    """Write the first seed's file of an arm into the study's folder."""
+    place = place_of(folder, arm)
+    place.parent.mkdir(exist_ok=True)
+    save_compressed(model, place)

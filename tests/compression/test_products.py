@@ -1,0 +1,125 @@
+"""Int8 products: the integers of the formula, near the float model, independent of the batch, and loadable."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from bklm.compression import load_compressed, save_compressed, with_int8_products
+from bklm.compression.coding import integers
+from bklm.compression.products import Int8Product
+from bklm.models import LSTM, LSTMConfig
+from bklm.training.evaluation import evaluate
+
+
+def reference(x, coded, bias, per, outliers):
+    """The formula in double precision, row by row."""
+    x = x.double() if coded.columns is None else x.double() * coded.columns.double()
+    weight = coded.values.double() * coded.scales.double()
+    whole = x.clone()
+    whole[:, outliers] = 0.0
+    rows = []
+    for i, row in enumerate(whole):
+        largest = (whole if per == "tensor" else row).abs().max()
+        step = (largest / 127).float().double() if largest > 0 else torch.tensor(1.0)
+        rows.append((row / step).round() * step @ weight.t() + x[i, outliers] @ weight[:, outliers].t() + bias)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("per", ["token", "tensor"])
+@pytest.mark.parametrize("outliers", [[], [3, 20]])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 17, 19), (5, 64, 33), (40, 37, 16)])
+def test_a_product_is_that_of_the_rounded_numbers(per, outliers, rows, inputs, outputs):
+    x = torch.randn(rows, inputs) * torch.logspace(-3, 3, rows).unsqueeze(1)
+    if inputs <= max(outliers, default=0):
+        outliers = outliers[:1]
+    x[:, 3] *= 50
+    x[0] = 0.0
+    w, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+    coded = integers(w, 8, columns=torch.rand(inputs) + 0.5)
+    made = Int8Product(coded, bias, per, torch.tensor(outliers) if outliers else None)
+    expected = reference(x, coded, bias.double(), per, outliers)
+    # A number half-way between two steps may fall to either side in float32: one step of one input.
+    assert torch.allclose(made(x).double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    assert made(x.view(1, rows, inputs)).shape == (1, rows, outputs)
+
+
+def test_per_token_a_row_does_not_depend_on_its_neighbours_and_a_bad_one_spoils_itself_alone():
+    made = Int8Product(integers(torch.randn(20, 32)), None, "token")
+    x = torch.randn(6, 32)
+    alone = made(x[2:3])
+    x[4] = torch.nan
+    x[5, 0] = torch.inf
+    x[0] = 1e30
+    y = made(x)
+    assert torch.equal(y[2:3], alone)
+    assert y[4:].isnan().all()
+    assert y[:4].isfinite().all()
+    assert made(x[:0]).shape == (0, 20)
+
+
+KINDS = {
+    "per token": {},
+    "per tensor": {"per": "tensor"},
+    "SmoothQuant": {"smooth": 0.5},
+    "outlier columns": {"outliers": 2},
+    "int8 head": {"head": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_with_int8_products_is_near_the_float_one_and_loads_again(
+    model_with_maps, text, tmp_path, kind
+):
+    small = with_int8_products(model_with_maps, calibration=text, **KINDS[kind])
+    score = evaluate(model_with_maps, text, None)
+    assert evaluate(small, text, None).loss == pytest.approx(score.loss, abs=0.03)
+    assert small.num_parameters() == model_with_maps.num_parameters()
+    x, y = text[0]
+    again = load_compressed(save_compressed(small, tmp_path / "small"))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(small)))
+    for other in (again, copied):
+        assert torch.equal(small(x), other(x))
+    assert small.loss(x, y).item() == pytest.approx(small.token_losses(x, y).nll.mean().item())
+    logits, state = small.prefill(x[:, :5])
+    stepped, _ = small.step(x[:, 5], state)
+    assert torch.allclose(stepped, small(x[:, :6])[:, -1], atol=0.05 * float(stepped.detach().abs().max()))
+    assert logits.shape == stepped.shape
+
+
+def test_smoothing_saves_what_one_large_input_would_spoil(reading, text):
+    """An activation's column that is 300 times the others, its weight so much smaller: the function is the same."""
+    model = copy.deepcopy(reading)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.norm.weight[3] *= 300
+            block.norm.bias[3] *= 300
+            block.dense.up.weight[:, 3] /= 300
+    exact = evaluate(model, text, None).loss
+    assert exact == pytest.approx(evaluate(reading, text, None).loss, abs=1e-4)
+    loss = {
+        name: abs(evaluate(with_int8_products(model, calibration=text, **kw), text, None).loss - exact)
+        for name, kw in KINDS.items()
+        if name != "int8 head"
+    }
+    assert loss["SmoothQuant"] < 0.5 * loss["per token"]
+    assert loss["outlier columns"] < 0.5 * loss["per token"]
+
+
+def test_what_cannot_multiply_in_int8_is_refused_in_one_sentence(reading, text):
+    with pytest.raises(TypeError, match="got a LSTM without maps that are modules"):
+        with_int8_products(LSTM(LSTMConfig(30, 16, 1)))
+    with pytest.raises(ValueError, match="per: got 'row'; allowed are 'token', 'tensor'"):
+        with_int8_products(reading, "row")
+    with pytest.raises(ValueError, match="smooth: got 2; it must lie between"):
+        with_int8_products(reading, smooth=2, calibration=text)
+    with pytest.raises(ValueError, match="calibration holds no text; give some batches"):
+        with_int8_products(reading, smooth=0.5)
+    small = with_int8_products(reading, head=True)
+    with pytest.raises(TypeError, match="got a Int8ResNetBK; it takes a plain"):
+        with_int8_products(small)
+    with pytest.raises(TypeError, match="is not trained"):
+        small.train()
+    with pytest.raises(TypeError, match="no float head"):
+        small.head()

@@ -1,0 +1,171 @@
+"""Zeros: as many as asked for, the smallest by each method's own score, kept zero in training, and cheap on disk."""
+
+import pytest
+import torch
+
+from bklm.compression import (
+    PrunedModel,
+    RoundedModel,
+    baked,
+    file_sizes,
+    load_compressed,
+    prune,
+    quantise,
+    save_compressed,
+)
+from bklm.compression.coded_model import matrices, outer_names
+from bklm.compression.pruning import scoped
+from bklm.compression.retraining import rounded
+from bklm.training.evaluation import evaluate
+
+
+def zeros(model, scope):
+    weights = scoped(model, scope)
+    return sum(int((w == 0).sum()) for w in weights.values()), sum(w.numel() for w in weights.values())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+@pytest.mark.parametrize("scope", ["body", "outer", "all"])
+def test_a_scope_loses_as_many_weights_as_asked_for_and_the_rest_nothing(reading, method, scope):
+    made = prune(reading, 0.37, method, scope=scope)
+    count, whole = zeros(made, scope)
+    assert abs(count - round(0.37 * whole)) <= 1
+    chosen = scoped(made, scope)
+    for (name, w), (_, before) in zip(made.named_parameters(), reading.named_parameters(), strict=True):
+        assert name in chosen or torch.equal(w, before)
+        assert torch.equal(w[w != 0], before[w != 0])
+
+
+def test_magnitude_takes_the_smallest_of_all_matrices_together(reading):
+    made = prune(reading, 0.5)
+    lost = torch.cat([reading.get_parameter(n)[w == 0].abs() for n, w in scoped(made, "body").items()])
+    kept = torch.cat([w[w != 0].abs() for w in scoped(made, "body").values()])
+    assert lost.max() <= kept.min()
+
+
+def test_wanda_takes_the_smallest_products_of_weight_and_input_norm_in_each_row(reading, text):
+    """The inputs of one map, collected by hand."""
+    made = prune(reading, 0.5, "wanda", calibration=text)
+    linear, seen = reading.blocks[1].dense.up, []
+    hook = linear.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
+    with torch.no_grad():
+        for x, _ in text:
+            reading(x)
+    hook.remove()
+    norms = torch.cat([x.flatten(0, 1) for x in seen]).norm(dim=0)
+    scores, alive = linear.weight.detach().abs() * norms, made.blocks[1].dense.up.weight != 0
+    for row, keep in zip(scores, alive, strict=True):
+        assert int((~keep).sum()) == round(0.5 * len(row))
+        assert row[~keep].max() <= row[keep].min()
+
+
+def test_wanda_sees_the_maps_of_every_model_that_has_them(model_with_maps, text):
+    made = prune(model_with_maps, 0.5, "wanda", calibration=text)
+    count, whole = zeros(made, "body")
+    assert count == pytest.approx(0.5 * whole, rel=0.02)
+
+
+def test_at_equal_sparsity_random_is_the_floor(any_model, text):
+    loss = {
+        m: evaluate(prune(any_model, 0.6, m, scope="all"), text, None).loss for m in ("magnitude", "random")
+    }
+    assert loss["magnitude"] < loss["random"]
+
+
+def test_zeros_save_bytes_and_may_be_quantised(any_model, tmp_path, text):
+    made = prune(any_model, 0.75, scope="all")
+    numbers = sum(w.numel() for w in matrices(any_model).values())
+    saved = file_sizes(any_model)[0] - file_sizes(made)[0]
+    assert saved == pytest.approx(numbers * (4 * 0.75 - 1 / 8), rel=0.02, abs=1000)
+    both = quantise(made, 8)
+    assert file_sizes(both)[0] < file_sizes(quantise(any_model, 8))[0]
+    for model in (made, both):
+        again = load_compressed(save_compressed(model, tmp_path / "small"))
+        assert torch.equal(again(text[0][0]), model(text[0][0]))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: prune(m, 1.0), "sparsity: got 1.0; the share of zeros"),
+        (
+            lambda m: prune(m, 0.5, "sparsegpt"),
+            "method: got 'sparsegpt'; allowed are 'magnitude', 'wanda', 'random'",
+        ),
+        (lambda m: prune(m, 0.5, scope="head"), "scope: got 'head'; allowed are"),
+        (lambda m: prune(m, 0.5, "wanda"), "calibration holds no text"),
+    ],
+)
+def test_bad_values_are_refused_in_one_sentence(reading, call, words):
+    with pytest.raises(ValueError, match=words):
+        call(reading)
+
+
+def test_the_gradient_through_rounding_is_the_float_one_where_nothing_was_clipped():
+    w = torch.randn(6, 10).mul_(3).requires_grad_()
+    scale = torch.full((6, 1), 0.9)
+    target = torch.randn(6, 10)
+    found = rounded(w, scale, 3)
+    (found * target).sum().backward()
+    clipped = (w / scale).round().abs() > 3
+    assert clipped.any()
+    assert torch.equal(w.grad[~clipped], target[~clipped])
+    assert (w.grad[clipped] == 0).all()
+
+
+def step(model, optimizer, batch):
+    optimizer.zero_grad()
+    model.loss(*batch).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_a_model_learns_while_rounded_and_is_then_what_it_was_scored_as(model_with_maps, text, bits):
+    import copy
+
+    made = RoundedModel(copy.deepcopy(model_with_maps), bits).train()
+    started = evaluate(made, text, None).loss
+    assert started == pytest.approx(
+        evaluate(quantise(model_with_maps, bits, rest="float32"), text, None).loss, abs=1e-4
+    )
+    made.train()
+    made.loss(*text[0]).backward()
+    assert all(p.grad is not None for n, p in made.model.named_parameters() if n in matrices(made.model))
+    optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
+    for _ in range(15):
+        step(made, optimizer, text[0])
+    assert evaluate(made, text[:1], None).loss < evaluate(quantise(model_with_maps, bits), text[:1], None).loss
+    small = baked(made)
+    assert evaluate(small, text, None).loss == pytest.approx(evaluate(made, text, None).loss, abs=1e-4)
+    assert file_sizes(small)[0] < (0.5 if bits == 3 else 0.75) * file_sizes(model_with_maps)[0]
+
+
+def test_gradual_pruning_follows_its_law_and_what_is_zero_stays_zero(reading, text):
+    import copy
+
+    made = PrunedModel(copy.deepcopy(reading), 0.8, steps=60).train()
+    assert [round(made.sparsity_at(t), 4) for t in (0, 30, 60, 90)] == [0.0, 0.7, 0.8, 0.8]
+    optimizer = torch.optim.Adam(made.parameters(), lr=1e-3)
+    before = None
+    for t in range(61):
+        step(made, optimizer, text[t % 3])
+        masks = [b.clone() for n, b in made.named_buffers() if n.startswith("mask")]
+        if before is not None:
+            assert all(bool((old | ~new).all()) for old, new in zip(before, masks, strict=True))
+        before = masks
+    count, whole = zeros(baked(made), "body")
+    assert count == pytest.approx(0.8 * whole, abs=1)
+    assert evaluate(baked(made), text, None).loss < evaluate(prune(reading, 0.8), text, None).loss
+
+
+def test_given_masks_hold_from_the_first_step(reading, text):
+    import copy
+
+    masks = {n: torch.rand_like(w) < 0.5 for n, w in scoped(reading, "body").items()}
+    made = PrunedModel(copy.deepcopy(reading), 0.5, 10, masks=masks).train()
+    step(made, torch.optim.Adam(made.parameters(), lr=1e-2), text[0])
+    plain = baked(made)
+    for name, mask in masks.items():
+        assert (plain.get_parameter(name)[~mask] == 0).all()
+        assert not torch.equal(plain.get_parameter(name)[mask], reading.get_parameter(name)[mask])
+    assert outer_names(plain) == outer_names(reading)
