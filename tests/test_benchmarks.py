@@ -59,7 +59,9 @@ def test_quick_sweep_compares_medians_of_both_revisions(monkeypatch, capsys):
 
     seconds = {"old": iter([99.0, 30.0, 36.0, 33.0]), "new": iter([99.0, 11.0, 10.0, 60.0])}
     monkeypatch.setattr(quick_sweep, "checkout", lambda revision, folder: folder)
-    monkeypatch.setattr(quick_sweep, "seconds_of", lambda folder, profile, output, more: next(seconds[folder.name]))
+    monkeypatch.setattr(
+        quick_sweep, "seconds_of", lambda folder, profile, output, more: next(seconds[folder.name])
+    )
     monkeypatch.setattr(sys, "argv", ["quick_sweep"])
     quick_sweep.main()
     assert "measured 3.00" in capsys.readouterr().out

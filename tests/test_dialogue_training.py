@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from bklm.data.dialogue_tokens import DialogueVocabulary
 from bklm.data.dialogue_windows import dialogue_rows
 from bklm.data.grammar import grammar_corpus
+from bklm.data.loaders import make_loader
 from bklm.models import GPT, GPTConfig, NewLLM, NewLLMConfig, ResNetBK, ResNetBKConfig
+from bklm.models.sizing import gpt_of_size
 from bklm.training.dialogues import (
     Reply,
     bits_per_byte,
@@ -20,6 +22,9 @@ from bklm.training.dialogues import (
     reply_tokens,
     write_replies,
 )
+from bklm.training.loop import train
+from bklm.training.processes import make_accelerator
+from bklm.training.schedules import TrainingSettings
 from bklm.training.weights import OtherModelError, load_weights, save_weights
 
 MODELS = {
@@ -151,3 +156,26 @@ def test_measures_of_replies_are_those_of_a_small_example():
     }  # fmt: skip
     assert describe_replies([Reply("a", "x", "b b b b", True)])["distinct_2"] == pytest.approx(1 / 3)
     assert bits_per_byte(math.log(2) * 12, 4) == pytest.approx(3)
+
+
+@pytest.mark.slow
+def test_a_model_learns_from_the_turn_before_what_enumeration_says_it_is_worth():
+    corpus = grammar_corpus().first(3000, 100)
+    vocabulary = DialogueVocabulary.train(corpus.train, 400)
+    encoded = {split: vocabulary.encode_dialogues(corpus.dialogues(split)) for split in ("train", "valid")}
+    rows = {
+        split: dialogue_rows(found, 96, vocabulary.pad_id, vocabulary.user_id)
+        for split, found in encoded.items()
+    }
+    torch.manual_seed(0)
+    model = GPT(gpt_of_size(66_000, len(vocabulary), 96, n_layers=2, n_heads=2, dropout_p=0.0).config)
+    settings = TrainingSettings(4, learning_rate=4e-3, clip=1.0, schedule="cosine")
+    batches = make_loader(rows["train"], 8, shuffle=True), make_loader(rows["valid"], 32)
+    loss = train(model, *batches, settings, accelerator=make_accelerator("cpu", "fp32"))[-1].val_loss
+    law = {n: corpus.reply_nats("valid", n).sum() / rows["valid"].num_targets for n in (0, 1, None)}
+    # Nobody is better than the law by more than a sample's chance; who reads the question is better than who does not.
+    assert law[None] - 0.02 < loss < law[0] - 0.3 * (law[0] - law[1])
+    losses = loss_by_context(model, encoded["valid"], 96, vocabulary.pad_id)
+    assert losses["all"] == pytest.approx(loss, abs=1e-3)
+    assert losses["0"] > law[0] - 0.05
+    assert losses["other"] > losses["1 after other"] + 0.2

@@ -74,7 +74,11 @@ class DialogueCorpus(Corpus):
     threshold: float | None = field(kw_only=True, default=THRESHOLD)
 
     def dialogues(self, split: str) -> list[Dialogue]:
-        """A split's dialogues. Of the training split those are left out that nearly repeat one of the other two splits."""
+        """A split's dialogues. Of the training split those are left out that nearly repeat one of the other two splits.
+
+        Each is compared with all of those: seconds for DailyDialog, but minutes for the whole of UltraChat; ``first``, or
+        ``load_corpus``'s ``max_documents``, takes fewer.
+        """
         self.split(split)
         return self._clean if split == "train" else self._read[split]
 

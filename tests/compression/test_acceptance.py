@@ -62,7 +62,9 @@ def measured(request):
             times[name] = file_sizes(model)[0] / file_sizes(small)[0]
     found = {name: Perplexity.over_seeds(values) for name, values in ratios.items()}
     for name, r in found.items():
-        print(f"{request.param}, {name}: {times[name]:.2f} times smaller, PPL x{r.mean:.4f} ({r.low:.4f} to {r.high:.4f})")
+        print(
+            f"{request.param}, {name}: {times[name]:.2f} times smaller, PPL x{r.mean:.4f} ({r.low:.4f} to {r.high:.4f})"
+        )
     return found, times
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -66,3 +67,12 @@ class CompressionConfig(WindowStudyConfig):
         None, low=16, high=10**9, help="training tokens that scales and scores are found on"
     )
     repeats: int | None = setting(None, low=3, high=1000, help="timed calls of each way to multiply")
+    torchao: bool = setting(False, help="time int8 products through torchao, too, which must be installed")
+
+    def resolved(self) -> CompressionConfig:
+        config = super().resolved()
+        if config.torchao and importlib.util.find_spec("torchao") is None:
+            raise ValueError(
+                "torchao: got True, but it is not installed here; pip install torchao, or give False."
+            )
+        return config

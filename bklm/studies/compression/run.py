@@ -151,7 +151,7 @@ def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
     judged_rows = judged(files, arms)
     timed = speed.measured(study, "speed.json", lambda: speed.speeds(study), {"models": dict})["models"]
     counted = speed.measured(study, "counted.json", lambda: speed.counted(study), {"rows": list})["rows"]
-    speeds, shares = tables.speed_rows(timed), tables.shares_of(timed)
+    speeds, shares = tables.speed_rows(timed, rows), tables.shares_of(timed)
     chosen = tables.recommended(rows)
     _keep_recommended(study, chosen)
     finding = tables.recommended_in_words(chosen)

@@ -10,6 +10,7 @@ import torch
 from bklm.compression.calibration import first_batches
 from bklm.compression.coded_model import outer_names
 from bklm.compression.counting import count_model_sizes
+from bklm.compression.torchao_products import with_torchao_products
 from bklm.data.baselines import KneserNey, count_models
 from bklm.files.atomic import read_result, write_json
 from bklm.harness import measure as timing
@@ -18,11 +19,12 @@ from bklm.models import LanguageModel
 from bklm.models.resnet_bk_mixers import SolveCore
 from bklm.studies.compression.methods import products_of
 from bklm.studies.compression.models import EXPERTS, families, load_model, smaller
+from bklm.training.evaluation import evaluate
 
 SECONDS = 10.0  # of timing, an arm at most
 SEQUENCES = 16
 WRITTEN = 32  # tokens
-FLOAT, HIDDEN, CORE = "float32", "blocks alone", "core alone"
+FLOAT, HIDDEN, CORE, TORCHAO = "float32", "blocks alone", "core alone", "int8 products, torchao"
 
 
 def measured(
@@ -49,6 +51,10 @@ def _speed(study: Session, family: str) -> dict[str, Any]:
     batches = first_batches(text.train_loader(seed=0), config.calibration_tokens)
     made = {FLOAT: model} | {name: method(model, batches) for name, method in products_of(config).items()}
     made |= {f"width {w:g}": load_model(study.folder, config, smaller(family, w), seed) for w in config.widths}
+    reached = {}
+    if config.torchao:
+        made[TORCHAO] = with_torchao_products(model)
+        reached[TORCHAO] = evaluate(made[TORCHAO], text.val_loader(), text.unk_id).perplexity
     scored = {name: timing.Arm(_score(m, x, y)) for name, m in made.items()}
     scored[HIDDEN] = timing.Arm(_hidden(model, x))
     if (core := _core(model, x)) is not None:
@@ -58,7 +64,7 @@ def _speed(study: Session, family: str) -> dict[str, Any]:
     share = sum(p.numel() for n, p in model.named_parameters() if n in outer) / model.num_parameters()
     return {
         "scored": _seconds(scored, config.repeats), "generated": _seconds(written, config.repeats), "tokens": x.numel(),
-        "written": WRITTEN, "outer_share": share,
+        "written": WRITTEN, "outer_share": share, "val_ppl": reached,
     }  # fmt: skip
 
 

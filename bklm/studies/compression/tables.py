@@ -174,15 +174,18 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> Perplexity:
     return Perplexity.over_seeds([a / b for a, b in zip(slow, fast, strict=False)])
 
 
-def speed_rows(models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per model and arm: tokens a second, and over float32's in the same rounds."""
+def speed_rows(
+    models: Mapping[str, Mapping[str, Any]], files: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """Per model and arm: tokens a second, and over float32's in the same rounds; perplexity where a file of it is known."""
+    known = {r["arm"]: r["val_ppl"] for r in files}
     rows = []
     for family, found in models.items():
         for arm, seconds in found["generated"].items():
             scored, written = found["scored"], found["generated"]
             faster, written_faster = ratio(scored[FLOAT], scored[arm]), ratio(written[FLOAT], seconds)
             rows.append({
-                "family": family, "arm": arm,
+                "family": family, "arm": arm, "val_ppl": found["val_ppl"].get(arm) or known.get(_file_of(family, arm)),
                 "scored_tokens_per_second": found["tokens"] / statistics.median(scored[arm]),
                 "generated_tokens_per_second": found["written"] / statistics.median(seconds),
                 "times_faster": faster.mean, "times_faster_low": faster.low, "times_faster_high": faster.high,
@@ -192,10 +195,17 @@ def speed_rows(models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _file_of(family: str, arm: str) -> str:
+    if arm == FLOAT:
+        return family
+    return f"{family}, {arm}" if arm.startswith("width") else f"{family}: {arm}"
+
+
 def readable_speed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
-            "model": r["family"], "products": r["arm"], "scored tokens/s": f"{r['scored_tokens_per_second']:,.0f}",
+            "model": r["family"], "products": r["arm"], "val PPL": "-" if r["val_ppl"] is None else f"{r['val_ppl']:.2f}",
+            "scored tokens/s": f"{r['scored_tokens_per_second']:,.0f}",
             "times float's (95%)": str(Perplexity(r["times_faster"], r["times_faster_low"], r["times_faster_high"])),
             "generated tokens/s": f"{r['generated_tokens_per_second']:,.0f}",
             "times float's, generated (95%)": str(Perplexity(

@@ -133,7 +133,7 @@ def _best_kept(table: list[dict[str, Any]]) -> str:
 
 def _note(study: Session) -> str:
     config = study.config
-    own = f"{len(study.text.dialogues['train']):,} dialogues, {config.epochs} passes"
+    own = f"{len(study.text.dialogues['train']):,} dialogues, {config.epochs} pass{'es' * (config.epochs > 1)}"
     return small_print(study.text, len(config.seeds), own)
 
 

@@ -58,13 +58,16 @@ def readable_contexts(rows: Sequence[Mapping[str, Any]]) -> Rows:
         {"arm": r["arm"]}
         | {_context_in_words(k): f"{v:.2f}" for k, v in r.items() if k.startswith("turns_")}
         | {
-            "own turns less another's, nats (95%)": with_interval(
-                -r["own_turns_gain"], r["own_turns_gain_95"], 3
-            ),
-            "of those before the last": with_interval(-r["earlier_turns_gain"], r["earlier_turns_gain_95"], 3),
+            "own turns less another's, nats (95%)": _nats(-r["own_turns_gain"], r["own_turns_gain_95"]),
+            "of those before the last": _nats(-r["earlier_turns_gain"], r["earlier_turns_gain_95"]),
         }
         for r in rows
     ]
+
+
+def _nats(mean: float, half: float | None) -> str:
+    # Without the sign of a rounded zero.
+    return with_interval(round(mean, 3) + 0.0, half, 3)
 
 
 def _context_in_words(key: str) -> str:
@@ -156,7 +159,7 @@ def claims_table(
         told = (
             f"PPL {row['turns_all']:.2f} with its own turns, {row['turns_other']:.2f} with another dialogue's, "
         )
-        told += f"{row['turns_0']:.2f} with none: {with_interval(mean, half, 3)} nats"
+        told += f"{row['turns_0']:.2f} with none: {_nats(mean, half)} nats"
         holds = None if half is None else mean - half > 0
         rows.append(claim(f"{row['arm'].split()[0]} uses the turns before", told, holds))
     for row in (r for r in facts if r["arm"].endswith(" tuned")):
@@ -194,7 +197,7 @@ def _kept(trials: Sequence[Trial]) -> list[dict[str, str]]:
 
 def contexts_in_words(contexts: Rows) -> str:
     """What another dialogue's turns in place of its own cost each tuned model."""
-    told = [f"{r['arm'].split()[0]} {with_interval(r['own_turns_gain'], r['own_turns_gain_95'], 3)}"
+    told = [f"{r['arm'].split()[0]} {_nats(r['own_turns_gain'], r['own_turns_gain_95'])}"
             for r in contexts if r["arm"].endswith(" tuned")]  # fmt: skip
     return f"Another dialogue's turns in place of its own cost, in nats a token: {', '.join(told)}"
 
