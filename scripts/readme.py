@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from readme_places import KEEP_MORE, OF_RUNS, OF_STUDIES, list_scores
+from readme_places import KEEP_MORE, OF_RUNS, OF_STUDIES, list_scores, size_in_words
 
 from bklm.harness.comparison import Comparison
 from bklm.studies import STUDIES
@@ -104,6 +104,8 @@ OF_EVERY_RUN: dict[str, Callable[[Run], Any]] = {
     "finding": lambda run: run.summary["finding"],
     "table": study_table,
     "count_model": lambda run: min(run.summary["baselines"], key=lambda row: row["val_ppl"]),
+    # Empty for a run of the original's size.
+    "size": size_in_words,
     "count_models": lambda run: list_scores(run.summary["baselines"]),
 }
 

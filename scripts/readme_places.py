@@ -162,6 +162,16 @@ def in_their_epochs(study: Any) -> dict[str, Any]:
     return {"count": count, "before": before, "after": reported[reported.index(before) + 1]}
 
 
+def size_in_words(run: Any) -> str:
+    """That a run was a small one, and how small; nothing for a run of the original's size."""
+    if run.config["profile"] == "full":
+        return ""
+    used = run.config.get("max_train_tokens")
+    return f"**A small run**, profile {run.config['profile']}" + (
+        f", on the first {used:,} training tokens." if used else "."
+    )
+
+
 def sizes_in_words(run: Any) -> str:
     tokens = run.summary["tokens"]
     return " and ".join(f"{n} documents, {tokens[f'{n} samples']:,} tokens" for n in run.config["samples"])
