@@ -93,8 +93,9 @@ def by_transformers(model, ids: torch.Tensor) -> Iterator[Row]:
                 break
         yield (
             "transformers", f"recipe, stride {stride}", whole(sums, counts),
-            f"{tokens - 1 - counts:,} targets fewer than bklm's: the shift of labels loses the first new token of a window"
-            + ("" if stride == longest else f"; each target has at least {longest - stride} tokens of context"),
+            f"{tokens - 1 - counts:,} targets fewer than bklm's: the first of a window has nothing before it"
+            if stride == longest
+            else f"at least {longest - stride} tokens of context for each; a window weighs one target less than it has",
         )  # fmt: skip
         yield (
             "transformers", f"recipe as it stood before, stride {stride}", math.exp(sum(means) / len(means)),
@@ -103,6 +104,7 @@ def by_transformers(model, ids: torch.Tensor) -> Iterator[Row]:
 
 
 def by_lm_eval(model, tokenizer, documents: dict[str, list[str]]) -> Iterator[Row]:
+    from datasets import Dataset
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -118,7 +120,7 @@ def by_lm_eval(model, tokenizer, documents: dict[str, list[str]]) -> Iterator[Ro
     for name, texts in documents.items():
         task = {
             "task": f"perplexity_{len(texts)}",
-            "custom_dataset": lambda texts=texts, **_: {"test": [{"page": text} for text in texts]},
+            "custom_dataset": lambda texts=texts, **_: {"test": Dataset.from_dict({"page": texts})},
             "test_split": "test",
             "output_type": "loglikelihood_rolling",
             "doc_to_text": "",
@@ -155,7 +157,7 @@ def perplexity_table(trained, data_dir: Path) -> Iterator[Row]:
             yield missing("transformers")
             return
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         yield from by_transformers(model, torch.tensor([tokenizer(text)["input_ids"]]))
         documents = {
             "the whole file": [text],
@@ -178,7 +180,7 @@ def missing(tool: str) -> Row:
 
 def kneser_ney_table(data_dir: Path) -> Iterator[Row]:
     tokens = tokenize_corpus(load_corpus("wikitext-2", data_dir), vocab_size_limit=100_000)
-    words = tokens.vocabulary.words
+    words = tokens.vocab.words
     valid, start = tokens.valid, tokens.valid[:NLTK_TOKENS]
     models = {d: KneserNey(3, d).fit(tokens.train, len(words)) for d in (0.75, "modified")}
     for discount, model in models.items():
@@ -202,7 +204,7 @@ def kneser_ney_table(data_dir: Path) -> Iterator[Row]:
                 yield (
                     "kenlm", f"the same file, score() of each line, discount {discount}",
                     10 ** (-total / sum(len(line) + 1 for line in lines)),
-                    "score() puts <s> before and counts </s> after each line, words that the model never saw",
+                    "score() begins a line with `<s>` and counts `</s>` after it, to which a model of a stream gives 10^-99",
                 )  # fmt: skip
     except ImportError:
         yield missing("kenlm")
@@ -233,7 +235,7 @@ def by_nltk(train: list[str], valid: list[str]) -> Iterator[Row]:
         yield (
             "nltk", f"KneserNeyInterpolated(3, discount={discount}), first {NLTK_TOKENS} tokens",
             2 ** (-log2 / (len(valid) - 1)),
-            "0.1 is its default and far too small" if discount == 0.1 else "the same discount as bklm's first row",
+            "0.1 is its default and far too small" if discount == 0.1 else "bklm's number of the same tokens",
         )  # fmt: skip
 
 
@@ -249,7 +251,8 @@ def page(rows: list[dict[str, str]]) -> None:
         begin, end = f"<!-- {table} -->\n", f"<!-- end of {table} -->"
         lines = ["| tool | what | number | why |", "|---|---|---|---|"]
         for row in (r for r in rows if r["table"] == table):
-            tool = f"{row['tool']} {row['version']}".strip()
+            name, comma, rest = row["tool"].partition(",")
+            tool = f"{name} {row['version']}".strip() + comma + rest
             lines.append(f"| {tool} | {row['what']} | {shown(row['value'])} | {row['why']} |")
         head, rest = text.split(begin)
         text = head + begin + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1]

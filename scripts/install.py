@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import re
 import subprocess
 import sys
 import tempfile
@@ -85,9 +86,11 @@ def extra_requirements(extras: str) -> list[str]:
 
 
 def lowest() -> list[str]:
-    """The lowest versions that requirements.txt allows, as constraints."""
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    return [line.replace(">=", "==") for line in lines if ">=" in line and not line.startswith("#")]
+    """The lowest versions that requirements.txt and the extra "test" allow, as constraints."""
+    files = (ROOT / "requirements.txt", ROOT / "pyproject.toml")
+    lines = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    found = re.findall(r"^\W*([\w-]+)(?:\[\w+\])?>=([\d.]+)", lines, re.MULTILINE)
+    return list({name: f"{name}=={version}" for name, version in reversed(found)}.values())
 
 
 def ends(which: str) -> list[str]:

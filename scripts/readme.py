@@ -5,7 +5,7 @@
     python scripts/readme.py STUDY RUN=FOLDER ...         the same for a study with several runs, such as its texts
     python scripts/readme.py STUDY ... NAME=TABLE.csv     keep a benchmark's table, too, as docs/results/NAME.csv
 
-    python scripts/readme.py grad_blend corrected=FOLDER original=FOLDER potential_initialisation=TABLE.csv \\
+    python scripts/readme.py grad_blend corrected=FOLDER original=FOLDER reads=FOLDER potential_initialisation=TABLE.csv \\
         moe_perplexity=TABLE.csv
     python scripts/readme.py precision FOLDER
     python scripts/readme.py baseline wikitext=FOLDER peps=FOLDER original=FOLDER    (wikitext's holds int8.csv, of int8_table)
@@ -13,6 +13,7 @@
     python scripts/readme.py koopman corrected=FOLDER original=FOLDER
     python scripts/readme.py physics corrected=FOLDER original=FOLDER
     python scripts/readme.py compression FOLDER
+    python scripts/readme.py dialogue grammar=FOLDER
 
 A page.md is prose with places: ``{finding}`` is a number or a table of `readme_places.py`, of the study's first run where it
 has several, ``{peps.finding}`` of its run "peps"; ``{config[seq_len]:,}`` is a setting with a format, ``{table:arm}`` a table
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from readme_places import KEEP_MORE, OF_RUNS, OF_STUDIES, list_scores
+from readme_places import KEEP_MORE, OF_RUNS, OF_STUDIES, list_scores, size_in_words
 
 from bklm.harness.comparison import Comparison
 from bklm.studies import STUDIES
@@ -49,11 +50,12 @@ FIGURE = re.compile(r"\]\((?:([\w-]+)/)?([\w-]+\.png)\)")
 PART = re.compile(r"^<!-- (\S+) -->\n", re.MULTILINE)
 # A study's runs by name, and what their files in docs/results begin with; one run named as the study where it is not here.
 PREFIXES = {
-    "grad_blend": {"corrected": "corrected", "original": "original"},
+    "grad_blend": {"corrected": "corrected", "original": "original", "reads": "reads"},
     "baseline": {name: f"baseline_{name}" for name in ("wikitext", "peps", "original")},
     "embedding_freeze": {name: f"freeze_{name}" for name in ("peps", "wikitext")},
     "koopman": {name: f"koopman_{name}" for name in ("corrected", "original")},
     "physics": {name: f"physics_{name}" for name in ("corrected", "original")},
+    "dialogue": {"grammar": "dialogue_grammar"},
 }
 # Stands for a place whose numbers come from a file that is not kept.
 UNKNOWN = "\0"
@@ -69,6 +71,8 @@ def markdown_table(rows: list[dict[str, Any]], first: str = "") -> str:
     """
     head = [*([first] if first.strip("-") else list(rows[0])[:1]), *list(rows[0])[1:]]
     lines = [head, *(["" if v is None else str(v) for v in row.values()] for row in rows)]
+    # Markdown takes a bare <unk> for HTML, and shows nothing.
+    lines[0] = [re.sub("(?<!`)<unk>", "`<unk>`", title) for title in head]
     written = [f"| {' | '.join(line)} |" for line in lines]
     written.insert(1, f"|{('---|' if first == '-' else ' --- |') * len(head)}")
     return "\n".join(written)
@@ -100,6 +104,8 @@ OF_EVERY_RUN: dict[str, Callable[[Run], Any]] = {
     "finding": lambda run: run.summary["finding"],
     "table": study_table,
     "count_model": lambda run: min(run.summary["baselines"], key=lambda row: row["val_ppl"]),
+    # Empty for a run of the original's size.
+    "size": size_in_words,
     "count_models": lambda run: list_scores(run.summary["baselines"]),
 }
 

@@ -16,6 +16,7 @@ from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.studies.baseline import tables
 from bklm.studies.baseline.models import TITLES
 from bklm.studies.compression import tables as compression
+from bklm.studies.dialogue import tables as dialogue
 from bklm.studies.embedding_freeze.config import INEQUALITY
 from bklm.studies.embedding_freeze.tables import REPORTED
 from bklm.studies.koopman import tables as koopman
@@ -159,6 +160,16 @@ def in_their_epochs(study: Any) -> dict[str, Any]:
     count = run.row["steps"] / math.ceil(ORIGINAL_WINDOWS / run.config["batch_size"])
     before = [epoch for epoch in reported if epoch["epoch"] <= count][-1]
     return {"count": count, "before": before, "after": reported[reported.index(before) + 1]}
+
+
+def size_in_words(run: Any) -> str:
+    """That a run was a small one, and how small; nothing for a run of the original's size."""
+    if run.config["profile"] == "full":
+        return ""
+    used = run.config.get("max_train_tokens")
+    return f"**A small run**, profile {run.config['profile']}" + (
+        f", on the first {used:,} training tokens." if used else "."
+    )
 
 
 def sizes_in_words(run: Any) -> str:
@@ -313,6 +324,15 @@ OF_RUNS: Places = {
         "files": lambda run: compression.readable_files(run.summary["table"]),
         "verdicts": lambda run: readable_verdicts(run.summary["verdicts"]),
         "speed": lambda run: compression.readable_speed(run.summary["speed"]),
+    },
+    "dialogue": {
+        "claim_lines": claim_lines,
+        "claims_table": lambda run: run.summary["claims"],
+        "notes": lambda run: " ".join(run.summary["notes"]),
+        "contexts": lambda run: dialogue.readable_contexts(run.rows("contexts.csv")),
+        "facts": lambda run: dialogue.readable_facts(run.rows("facts.csv")),
+        "writing": lambda run: dialogue.readable_writing(run.rows("writing.csv")),
+        "replies": lambda run: run.rows("replies.csv")[:5],
     },
 }
 # Places of a study, which need several runs or none.

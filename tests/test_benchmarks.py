@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import importlib
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from bklm.models import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = {
@@ -18,6 +26,7 @@ RUNS = {
     "grad_blend_initialisation": ("--alphas 0 --seeds 0 --data_dir TEXT --output OUTPUT/rows.csv", "val_ppl"),
     "resolvent_solve": ("--quick --seconds 0.2", "scipy / ours"),
     "reading_step": ("--quick", "exponent of the step time over N"),
+    "reading_search": ("--quick --only taken", "Validation perplexity after epoch 1"),
     "moe_perplexity": ("--quick --output_dir OUTPUT", "exact router gradient"),
 }
 
@@ -50,7 +59,9 @@ def test_quick_sweep_compares_medians_of_both_revisions(monkeypatch, capsys):
 
     seconds = {"old": iter([99.0, 30.0, 36.0, 33.0]), "new": iter([99.0, 11.0, 10.0, 60.0])}
     monkeypatch.setattr(quick_sweep, "checkout", lambda revision, folder: folder)
-    monkeypatch.setattr(quick_sweep, "seconds_of", lambda folder, profile, output: next(seconds[folder.name]))
+    monkeypatch.setattr(
+        quick_sweep, "seconds_of", lambda folder, profile, output, more: next(seconds[folder.name])
+    )
     monkeypatch.setattr(sys, "argv", ["quick_sweep"])
     quick_sweep.main()
     assert "measured 3.00" in capsys.readouterr().out
@@ -60,3 +71,46 @@ def test_every_benchmark_is_run_by_a_test():
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py")} - {"bk_core_gpu"}  # wants a GPU
     assert [name for name in sorted(scripts) if name not in tests] == []
+
+
+@pytest.fixture
+def other_tools(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("other_tools")
+
+
+def test_the_page_of_other_tools_holds_the_rows_that_were_measured(other_tools, monkeypatch, tmp_path):
+    written = other_tools.PAGE.read_text(encoding="utf-8")
+    emptied = re.sub(r"(<!-- (\w+) -->\n).*?(<!-- end of \2 -->)", r"\1\3", written, flags=re.DOTALL)
+    assert len(emptied) < len(written) / 2
+    monkeypatch.setattr(other_tools, "PAGE", tmp_path / "numbers.md")
+    other_tools.PAGE.write_text(emptied, encoding="utf-8")
+    other_tools.page(list(csv.DictReader(other_tools.ROWS.open(encoding="utf-8"))))
+    assert other_tools.PAGE.read_text(encoding="utf-8") == written
+
+
+def test_other_tools_score_by_transformers_recipe_and_name_what_is_missing(other_tools):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(20, 16, 1, 2, n_seq=8)).eval()
+    ids = torch.randint(20, (1, 29))
+
+    class Wrapped:
+        config = SimpleNamespace(max_position_embeddings=8)
+
+        def __call__(self, part, labels):
+            logits, targets = model(part)[0, :-1], labels[0, 1:]
+            return SimpleNamespace(loss=torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100))
+
+    rows = {what: value for _, what, value, _ in other_tools.by_transformers(Wrapped(), ids)}
+    windows = [ids[:, i : i + 8] for i in range(0, 29, 8)]
+    losses = [model.token_losses(w[:, :-1], w[:, 1:]).nll for w in windows]
+    assert rows["recipe, stride 8"] == pytest.approx(float(torch.cat(losses, 1).mean().exp()), rel=1e-5)
+    means = float(torch.stack([part.mean() for part in losses]).mean().exp())
+    assert rows["recipe as it stood before, stride 8"] == pytest.approx(means, rel=1e-5)
+    arms = list(other_tools._int8_of_other_tools.rows(model, torch.randint(20, (8 * 9 + 1,))))
+    assert [arm[0] for arm in arms[:3]] == ["bklm, float32", "bklm", "torch"]
+    assert all(float(value) > 1 for _, _, value, _ in arms[:3])
+    absent = [arm[0] for arm in arms if arm[2] == "not installed"]
+    modules = {"torchao": "torchao", "optimum-quanto": "optimum", "bitsandbytes": "bitsandbytes"}
+    wanted = {tool for tool, module in modules.items() if importlib.util.find_spec(module) is None}
+    assert {tool.split(",")[0] for tool in absent} == wanted

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from every_model import MODELS, WITH_STATE, V
 from torch.utils.data import DataLoader, TensorDataset
 
 from bklm.data import make_loader, windows
@@ -236,3 +237,30 @@ def test_a_wrapped_model_is_unwrapped_in_the_refusal_too(tmp_path):
     run(fresh("GPT"), tmp_path, epochs=1)
     with pytest.raises(OtherModelError, match="in this GPT"):
         load_weights(whole(fresh("GPT", 31)), CheckpointFolder(tmp_path).newest() / "model.safetensors")
+
+
+# Models whose state is not weights and moments alone, or that no test above trains.
+GOING_ON = ["LSTM", "Conservative", "ResNetBK with an energy", *WITH_STATE]
+
+
+@pytest.mark.parametrize("name", GOING_ON)
+def test_every_kind_of_model_goes_on_with_the_same_bits_whatever_the_default_device(tmp_path, name):
+    def ran(folder, epochs):
+        with torch.device("cpu"):
+            torch.manual_seed(0)
+            model = {**MODELS, **WITH_STATE}[name](0.1)
+        text, accelerator = windows(IDS % V, 8), make_accelerator("cpu", "fp32")
+        loaders = make_loader(text, 4, shuffle=True), make_loader(text, 4)
+        records = train(model, *loaders, TrainingSettings(epochs), accelerator=accelerator, folder=folder)
+        return [r.val_loss for r in records], list(model.state_dict().values())
+
+    losses, want = ran(None, 3)
+    ran(tmp_path, 1)
+    # A tensor that is made there by mistake has no values.
+    torch.set_default_device("meta")
+    try:
+        went_on, found = ran(tmp_path, 3)
+    finally:
+        torch.set_default_device(None)
+    assert went_on == losses
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))

@@ -56,7 +56,9 @@ def parameters(words: list[str]) -> dict[str, str]:
 
 def check_setup(words: list[str]) -> None:
     word, *rest = words or [""]
-    assert word in ("", "run", "test", "generic", "browser", "colab")
+    assert word in ("", "run", "test", "generic", "browser", "colab", "compat")
+    if word == "compat":
+        assert rest[0] in ("lowest", "colab", "newest")
     if word == "run":
         check_parameters(ROOT / "notebooks" / "01_grad_blend_sweep.ipynb", parameters(rest), "the document")
 
@@ -162,6 +164,7 @@ def test_a_documents_command_exists_with_these_words(document, words, monkeypatc
     "words",
     [
         "bash colab_setup.sh fly",
+        "bash colab_setup.sh compat oldest",
         "bash colab_setup.sh run -p no_such_setting 1",
         "python -m bklm.studies.grad_blend --alphas 2",
         "python -m papermill notebooks/02_precision_benchmark.ipynb x.ipynb -p alphas 1",

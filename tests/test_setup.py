@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -52,12 +53,29 @@ def test_a_word_that_the_script_does_not_know_is_refused():
     assert "got 'fly'; allowed are" in done.stderr
 
 
+@pytest.mark.parametrize("end", ["", "oldest"])
+def test_an_end_of_the_ranges_that_there_is_not_is_refused(end):
+    done = subprocess.run(["bash", "colab_setup.sh", "compat", end], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"compat: got '{end}'; allowed are lowest, colab and newest" in done.stderr
+
+
+def test_the_lowest_versions_are_the_lower_bounds_of_every_range(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    found = importlib.import_module("install").lowest()
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    ranges = [line.replace(">=", "==") for line in lines if line and not line.startswith("#")]
+    assert set(ranges) <= set(found)
+    assert {"transformers==4.50", "triton==3.2", "pytest==8.3"} <= set(found)
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", pin) for pin in found)
+
+
 @pytest.mark.parametrize("word", ["--help", "-h", "help"])
 def test_help_prints_the_head_of_the_script_and_does_nothing(word, tmp_path):
     shutil.copy(ROOT / "colab_setup.sh", tmp_path)
     done = subprocess.run(["bash", str(tmp_path / "colab_setup.sh"), word], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for command in ("run", "test", "generic", "browser", "colab", "--help"):
+    for command in ("run", "test", "generic", "browser", "colab", "compat", "--help"):
         assert f"bash colab_setup.sh {command} " in done.stdout
     assert "set -" not in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["colab_setup.sh"]

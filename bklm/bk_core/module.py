@@ -70,6 +70,9 @@ class BKCore(nn.Module):
             gradient=self.gradient,
             grad_blend=self.grad_blend,
         )
+        if self.n_heads == 1:
+            # torch 2.6 takes the stride of the single head in the gradient for one that complex numbers cannot have.
+            return torch.view_as_real(G.squeeze(1))
         # (B, heads, N) complex -> (B, N, Re/Im, heads)
         return torch.view_as_real(G).permute(0, 2, 3, 1).flatten(2)
 

@@ -58,6 +58,22 @@ def export(given: argparse.Namespace) -> None:
         print(f"Uploaded: {push(folder, given.push)}")
 
 
+def chat(given: argparse.Namespace) -> None:
+    """Talk with a model of dialogues until an empty line: its replies as they are written, and what it saw."""
+    from bklm.trained.chat import Chat
+
+    talk = Chat(_load(given), given.temperature, given.seed, given.tokens)
+    print(f"{talk.trained.name}. An empty line ends the chat.")
+    try:
+        while turn := input("you: ").strip():
+            print("model: ", end="", flush=True)
+            for piece in talk.say(turn):
+                print(piece, end="", flush=True)
+            print(f"\n  ({talk.saw})")
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
 def report(given: argparse.Namespace) -> None:
     """Print what a run found, and say where its page lies."""
     run = open_run(given.run)

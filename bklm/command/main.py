@@ -55,6 +55,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("text", help="a sentence in quotes")
     made.add_argument("--figure", type=Path, default=Path("features.png"), help="where (default features.png)")
     made.add_argument("--csv", type=Path, help="write the table there instead of printing it")
+    made = add("chat", "talk with a model of dialogues: its replies token by token, and what it saw", "run")
+    made.add_argument("--tokens", type=int, default=60, help="most tokens of a reply (default 60)")
+    made.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest each time (default 0.8)")
+    made.add_argument(
+        "--seed", type=int, default=0, help="the same seed and turns, the same replies (default 0)"
+    )
     made = add("export", "write a trained model for another library", "run")
     made.add_argument("--format", choices=("transformers",), default="transformers")
     made.add_argument("--output", type=Path, required=True, help="a folder that is empty or new")

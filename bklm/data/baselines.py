@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from bklm.data.checks import index_or_none, require_whole
+from bklm.data.checks import index_or_none, require_ids, require_whole
 
 LARGEST_VOCABULARY = 2**31  # ids of tokenised text are int32
 
@@ -92,11 +92,7 @@ def _as_vocab_size(vocab_size: int, tokens: int = 1) -> int:
 
 
 def _as_ids(ids: np.ndarray, vocab_size: int, least: int) -> np.ndarray:
-    ids = np.asarray(ids)
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise TypeError(
-            f"token ids must be a one-dimensional array of integers, not {ids.dtype} of shape {ids.shape}"
-        )
+    ids = require_ids(ids)
     if len(ids) < least:
         raise ValueError(f"{len(ids)} tokens are too few; give at least {least}")
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
@@ -260,3 +256,20 @@ def _discounts(counts: np.ndarray, discount: float | str) -> np.ndarray:
             f"times: one would not be above 0; give a number as discount, or more text"
         )
     return by_count[np.minimum(counts, 3)]
+
+
+def mixing_weight(one: np.ndarray, other: np.ndarray, rounds: int = 100) -> float:
+    """The weight w in [0, 1] that makes w exp(one) + (1 - w) exp(other) likeliest: log-probabilities of the same targets.
+
+    The likelihood has one maximum; expectation-maximisation climbs to it (Jelinek and Mercer 1980).
+    """
+    weight = 0.5
+    for _ in range(rounds):
+        weight = float(np.mean(1 / (1 + (1 - weight) / max(weight, 1e-300) * np.exp(other - one))))
+    return weight
+
+
+def mixed(one: np.ndarray, other: np.ndarray, weight: float) -> np.ndarray:
+    """log(w exp(one) + (1 - w) exp(other)), of a weight between 0 and 1."""
+    with np.errstate(divide="ignore"):
+        return np.logaddexp(one + np.log(weight), other + np.log1p(-weight))

@@ -6,6 +6,8 @@ import operator
 from numbers import Integral
 from typing import Any
 
+import numpy as np
+
 
 def require_whole(name: str, value: int, least: int, why: str = "") -> int:
     """``value`` as an int; ValueError naming it unless it is a whole number from ``least``."""
@@ -22,3 +24,13 @@ def index_or_none(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def require_ids(ids: Any) -> np.ndarray:
+    """Token ids as an array, one that maps a file left as it is; TypeError unless they are integers in one dimension."""
+    ids = np.asanyarray(ids)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise TypeError(
+            f"token ids must be a one-dimensional array of integers, not {ids.dtype} of shape {ids.shape}"
+        )
+    return ids

@@ -8,7 +8,7 @@ from pathlib import Path
 from bklm.data.checks import require_whole
 from bklm.data.corpus import Corpus
 
-CORPUS_NAMES = ("wikitext-2", "ultrachat", "embedded", "hmm")
+CORPUS_NAMES = ("wikitext-2", "dailydialog", "ultrachat", "embedded", "hmm", "grammar")
 
 
 def load_corpus(
@@ -17,18 +17,20 @@ def load_corpus(
     """Load a corpus by name.
 
     Args:
-        name: "wikitext-2" (Hugging Face Salesforce/wikitext, wikitext-2-raw-v1), "ultrachat"
-            (HuggingFaceH4/ultrachat_200k), "embedded" (the language reference that comes with Python; for
-            demonstrations), or "hmm" (drawn from a hidden Markov model: the best possible perplexity is known).
+        name: "wikitext-2" (Hugging Face Salesforce/wikitext, wikitext-2-raw-v1), "dailydialog" (OpenRL/daily_dialog, a
+            Parquet copy; CC BY-NC-SA 4.0, not for commercial use), "ultrachat" (HuggingFaceH4/ultrachat_200k, MIT),
+            "embedded" (the language reference that comes with Python; for demonstrations), "hmm" (drawn from a hidden
+            Markov model: the best possible perplexity is known) or "grammar" (dialogues of known entropy). Dialogues are
+            read by ``corpus.dialogues(split)``, lists of turns (speaker, text); see ``bklm.data.dialogues``.
         data_dir: a folder or file to read instead of the network: train.txt, valid.txt and test.txt, or
             wiki.{train,valid,test}.{raw,tokens}, or a saved Hugging Face data set; or a text of one's own, a file or a
             folder of files, which is split 80/10/10 by paragraphs (``bklm.data.own_text``). The environment variable
-            BKLM_DATA_DIR stands in where it is not given (and does not touch "embedded" and "hmm", which need
-            no folder). The corpus is then named after the folder: what it holds is the caller's word.
+            BKLM_DATA_DIR stands in where it is not given (and does not touch "embedded", "hmm" and "grammar", which
+            need no folder). The corpus is then named after the folder: what it holds is the caller's word.
         max_documents: for dialogues, fetch no more than this many of them a split; other corpora are always whole.
 
     Raises:
-        ValueError: unknown name; data_dir with "embedded" or "hmm"; text that is not UTF-8; an empty split.
+        ValueError: unknown name; data_dir with a corpus made on the spot; text that is not UTF-8; an empty split.
         OSError: FileNotFoundError, NotADirectoryError or PermissionError for a folder that cannot be read;
             ConnectionError where the network is needed and cannot be reached.
     """
@@ -36,7 +38,7 @@ def load_corpus(
         raise ValueError(f"corpus {name!r} is unknown; choose one of {', '.join(map(repr, CORPUS_NAMES))}")
     if max_documents is not None:
         max_documents = require_whole("max_documents", max_documents, 1, ", or None for all")
-    if name in ("embedded", "hmm"):
+    if name in ("embedded", "hmm", "grammar"):
         if data_dir is not None and str(data_dir):
             raise ValueError(
                 f'corpus "{name}" is made on the spot and reads no folder, but data_dir is {str(data_dir)!r}; '
@@ -46,6 +48,10 @@ def load_corpus(
             from bklm.data.embedded import embedded_corpus
 
             return embedded_corpus()
+        if name == "grammar":
+            from bklm.data.grammar import grammar_corpus
+
+            return grammar_corpus().first(max_documents, None)
         from bklm.data.hmm import hmm_corpus
 
         return hmm_corpus()

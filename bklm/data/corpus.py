@@ -59,6 +59,18 @@ class Corpus:
             raise ValueError(f"split {split!r} is unknown; a corpus has {', '.join(SPLITS)}")
         return getattr(self, split)
 
+    def dialogues(self, split: str) -> list[tuple[tuple[str, str], ...]]:
+        """A split's dialogues, each a tuple of turns (speaker, text); see ``bklm.data.dialogues``.
+
+        Raises:
+            ValueError: this text holds none.
+        """
+        self.split(split)
+        raise ValueError(
+            f"{self.source or self.name} holds lines of text and no dialogues; give a .jsonl or .parquet whose rows are "
+            '{"turns": [...]} or {"messages": [...]}, or take the corpus "grammar".'
+        )
+
     def documents(self, split: str) -> Sequence[str]:
         """The texts of a split: cut at level-1 headings, or a line each for dialogues.
 

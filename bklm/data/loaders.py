@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from bklm.data.checks import index_or_none, require_whole
+from bklm.data.checks import index_or_none, require_ids, require_whole
 from bklm.data.corpora import load_corpus
 from bklm.data.tokenized import tokenize_corpus
 
@@ -32,6 +32,7 @@ class Windows(Dataset):
     def __init__(self, ids: np.ndarray, seq_len: int, layout: str = "every-target-once", pad_id: int = 0):
         _require_layout(layout)
         require_whole("seq_len", seq_len, 1)
+        ids = require_ids(ids)
         if len(ids) < seq_len + 1:
             raise ValueError(
                 f"seq_len {seq_len} is longer than the text: it has {len(ids)} tokens and a window takes seq_len + 1; "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bklm.data.arrow_rows import ArrowRows, read_parquet, read_saved
 from bklm.data.corpus import SPLIT_ALIASES, SPLITS, Corpus
+from bklm.data.dialogues import DIALOGUE_COLUMNS, LICENCES, DialogueCorpus, text_of_turns
 from bklm.data.own_text import KINDS_IN_WORDS, own_corpus
 from bklm.data.rows import check_parts, join_messages, text_of
 
@@ -143,36 +144,57 @@ def _parquet_files(place: Path, where: str) -> dict[str, list[str]]:
 
 
 class Dialogues(Sequence[str]):
-    """The dialogues of rows with a "messages" column, one text each, read as they are indexed: 200,000 cost no memory.
+    """The dialogues of rows, one text each, read as they are indexed: 200,000 cost no memory. ``rows`` is a data set, or a
+    list of records; ``column`` is the one of ``DIALOGUE_COLUMNS`` that holds the turns.
 
     ``where`` names them in errors; of the rows that it means, these are every ``step``-th from ``first``.
     """
 
-    def __init__(self, rows: Dataset | ArrowRows, where: str = "a data set", first: int = 0, step: int = 1):
-        self.rows, self.where, self.first, self.step = rows, where, first, step
+    def __init__(
+        self, rows: Dataset | ArrowRows | list[dict[str, Any]], column: str, where: str = "a data set", first: int = 0,
+        step: int = 1,
+    ):  # fmt: skip
+        self.rows, self.column, self.where, self.first, self.step = rows, column, where, first, step
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
-            numbers = range(len(self))[index]
-            found = self.rows[index]["messages"]
-            return [self._text(n, messages) for n, messages in zip(numbers, found, strict=True)]
+            return [
+                self._text(n, one) for n, one in zip(range(len(self))[index], self._turns(index), strict=True)
+            ]
         number = range(len(self))[index]
-        return self._text(number, self.rows[number]["messages"])
+        return self._text(number, self.rows[number][self.column])
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), 1000):
             yield from self[start : start + 1000]
 
+    def placed(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every row with the words that name it."""
+        for start in range(0, len(self), 1000):
+            for number, turns in enumerate(self._turns(slice(start, start + 1000)), start):
+                yield self._place(number), {self.column: turns}
+
     def every_second(self, first: int) -> Dialogues:
         """Those with even numbers (``first`` 0) or odd ones (1)."""
-        rows = self.rows.select(range(first, len(self), 2))
-        return Dialogues(rows, self.where, self.first + first * self.step, 2 * self.step)
+        is_list = isinstance(self.rows, list)
+        rows = self.rows[first::2] if is_list else self.rows.select(range(first, len(self), 2))
+        return Dialogues(rows, self.column, self.where, self.first + first * self.step, 2 * self.step)
 
-    def _text(self, number: int, messages: Any) -> str:
-        return join_messages(messages, f"{self.where}, row {self.first + self.step * number}: messages")
+    def _turns(self, index: slice) -> list[Any]:
+        found = self.rows[index]
+        return [row[self.column] for row in found] if isinstance(found, list) else found[self.column]
+
+    def _place(self, number: int) -> str:
+        return f"{self.where}, row {self.first + self.step * number}"
+
+    def _text(self, number: int, turns: Any) -> str:
+        place = f"{self._place(number)}: {self.column}"
+        if self.column == "messages":
+            return join_messages(turns, place)
+        return text_of_turns({self.column: turns}, self._place(number))
 
 
 def corpus_from_splits(
@@ -186,13 +208,13 @@ def corpus_from_splits(
     train, valid, test = found.values()
     present = [rows for rows in (train, valid, test) if rows is not None]
     kind = next(
-        (kind for kind in ("text", "messages") if all(kind in rows.column_names for rows in present)), None
+        (k for k in ("text", *DIALOGUE_COLUMNS) if all(k in rows.column_names for rows in present)), None
     )
     if train is None or test is None or kind is None or (kind == "text" and valid is None):
         columns = {split: rows.column_names for split, rows in splits.items()}
         raise ValueError(
             f"{source} has the splits and columns {columns}; it needs train, validation and test with a column text, or "
-            f"train_sft and test_sft with a column messages"
+            f"train and test (or train_sft and test_sft) with a column {', '.join(DIALOGUE_COLUMNS)}"
         )
     if kind == "text":
         texts = [
@@ -210,25 +232,26 @@ def corpus_from_splits(
         for aliases in SPLIT_ALIASES.values()
         if set(aliases) & set(splits)
     ]
-    dialogues = (Dialogues(r, f"{n} split of {source}") for n, r in zip(called, present, strict=True))
+    dialogues = (Dialogues(r, kind, f"{n} split of {source}") for n, r in zip(called, present, strict=True))
     return corpus_from_dialogues(name, source, *dialogues)
 
 
-def corpus_from_dialogues(name: str, source: str, train: Sequence[str], *held_out: Sequence[str]) -> Corpus:
+def corpus_from_dialogues(
+    name: str, source: str, train: Dialogues, *held_out: Dialogues, is_own: bool = False
+) -> DialogueCorpus:
     """A corpus of dialogues; ``held_out`` is validation and test, or one split that is shared between them.
 
     Its even rows become the validation split and its odd rows the test split, so that a limit on the number of rows
     moves no dialogue from one to the other.
     """
     if len(held_out) == 1:
-        (both,) = held_out
-        is_lazy = isinstance(both, Dialogues)
-        held_out = [both.every_second(first) if is_lazy else both[first::2] for first in (0, 1)]
+        held_out = [held_out[0].every_second(first) for first in (0, 1)]
     splits = dict(zip(SPLITS, (train, *held_out), strict=True))
     for split, texts in splits.items():
         if not len(texts):
             raise ValueError(f"the {split} split of {source} holds no dialogue; every split needs some")
-    return Corpus(name, source, **splits, line_is_document=True)
+    known = {} if is_own or name not in LICENCES else {"licence": LICENCES[name]}
+    return DialogueCorpus(name, source, **splits, line_is_document=True, is_own=is_own, rows=splits, **known)
 
 
 def _lines(texts: Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ Files that are named after the three splits are those splits.
 
 Read are .txt, .jsonl and .parquet, each also packed with gzip (.gz). A paragraph of a text file is what blank lines separate;
 of a file that has fewer than ten of those, each line is one. A row of the others is one, with a column "text" or a dialogue's
-column "messages".
+column "messages" (or "turns"); of a file or folder where all rows are dialogues, these can be had (``bklm.data.dialogues``).
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bklm.data.arrow_rows import ArrowRows
 from bklm.data.corpus import SPLIT_ALIASES, SPLITS, Corpus
+from bklm.data.dialogues import DIALOGUE_COLUMNS, DialogueCorpus, Placed, holds_turns, text_of_turns
 from bklm.data.rows import join_messages, text_of
 
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -55,27 +57,45 @@ def own_corpus(place: Path, called: str) -> Corpus | None:
     if not is_own_text(files[0]):
         raise ValueError(f"{called} {str(place)!r} is no text that can be read; give {KINDS_IN_WORDS}.")
     if place.is_dir() and (named := _named_splits(files, place, called)):
-        splits = {name: [p for file in named[name] for p in _paragraphs(file)] for name in SPLITS}
+        read = {name: [p for file in named[name] for p in _paragraphs(file)] for name in SPLITS}
+        splits = {name: [p.text for p in found] for name, found in read.items()}
         if empty := [name for name, found in splits.items() if not found]:
             raise ValueError(
                 f"{called} {str(place)!r}: the {' and '.join(empty)} split holds no text; give one that does."
             )
         source = f"{', '.join(file.name for name in SPLITS for file in named[name])} in {place.resolve()}"
-        return Corpus(_name_of(place), source, **splits, line_is_document=True, is_own=True)
+        return _corpus(_name_of(place), source, splits, [p for found in read.values() for p in found])
     paragraphs = [p for file in files for p in _paragraphs(file)]
     if len(paragraphs) < FEWEST_PARAGRAPHS:
         raise ValueError(
             f"{called} {str(place)!r} holds {len(paragraphs)} paragraph{'s' * (len(paragraphs) != 1)}; a split into training, "
             f"validation and test text needs {FEWEST_PARAGRAPHS}: give more text, or separate its paragraphs by blank lines."
         )
-    splits = split_paragraphs(paragraphs)
+    splits = split_paragraphs([p.text for p in paragraphs])
     counts = " / ".join(f"{len(splits[name]):,}" for name in SPLITS)
     where = files[0].name if len(files) == 1 else f"{len(files)} files"
     source = (
         f"{where} in {place.resolve().parent if place.is_file() else place.resolve()}, split 80/10/10 by paragraphs in their "
         f"order: {counts}"
     )
-    return Corpus(_name_of(place), source, **splits, line_is_document=True, is_own=True)
+    return _corpus(_name_of(place), source, splits, paragraphs)
+
+
+class Paragraph(NamedTuple):
+    """A text, and where it was a row of records, that row with the words that name it."""
+
+    text: str
+    where: str = ""
+    row: Any = None
+
+
+def _corpus(name: str, source: str, splits: dict[str, list[str]], read: list[Paragraph]) -> Corpus:
+    """The corpus of these splits, whose texts stand in ``read`` in the same order; one of dialogues where all are."""
+    if not all(holds_turns(p.row) for p in read):
+        return Corpus(name, source, **splits, line_is_document=True, is_own=True)
+    rows = iter([(p.where, p.row) for p in read])
+    placed = {split: Placed(list(islice(rows, len(texts)))) for split, texts in splits.items()}
+    return DialogueCorpus(name, source, **splits, line_is_document=True, is_own=True, rows=placed)
 
 
 def _named_splits(files: list[Path], place: Path, called: str) -> dict[str, list[Path]]:
@@ -113,7 +133,7 @@ def split_paragraphs(paragraphs: list[str]) -> dict[str, list[str]]:
     return splits
 
 
-def _paragraphs(path: Path) -> Iterator[str]:
+def _paragraphs(path: Path) -> Iterator[Paragraph]:
     """Paragraphs of a file, their lines without white space around them; blank ones are left out."""
     try:
         raw = path.read_bytes()
@@ -121,10 +141,10 @@ def _paragraphs(path: Path) -> Iterator[str]:
             raw = gzip.decompress(raw)
     except (OSError, EOFError, zlib.error) as error:
         raise OSError(f"{str(path)!r} cannot be read ({error}); check it, or copy it again.") from error
-    texts = {".txt": _of_text, ".jsonl": _of_rows, ".parquet": _of_parquet}[kind_of(path)](path, raw)
-    for text in texts:
-        if lines := [line.strip() for line in text.split("\n") if line.strip()]:
-            yield "\n".join(lines)
+    found = {".txt": _of_text, ".jsonl": _of_rows, ".parquet": _of_parquet}[kind_of(path)](path, raw)
+    for paragraph in found:
+        if lines := [line.strip() for line in paragraph.text.split("\n") if line.strip()]:
+            yield paragraph._replace(text="\n".join(lines))
 
 
 def _decoded(path: Path, raw: bytes) -> str:
@@ -136,13 +156,13 @@ def _decoded(path: Path, raw: bytes) -> str:
         ) from None
 
 
-def _of_text(path: Path, raw: bytes) -> list[str]:
+def _of_text(path: Path, raw: bytes) -> list[Paragraph]:
     text = _decoded(path, raw)
     blocks = [block for block in re.split(r"\n[^\S\n]*\n", text) if block.strip()]
-    return blocks if len(blocks) >= FEWEST_PARAGRAPHS else text.split("\n")
+    return [*map(Paragraph, blocks if len(blocks) >= FEWEST_PARAGRAPHS else text.split("\n"))]
 
 
-def _of_rows(path: Path, raw: bytes) -> Iterator[str]:
+def _of_rows(path: Path, raw: bytes) -> Iterator[Paragraph]:
     for number, line in enumerate(_decoded(path, raw).split("\n"), 1):
         if not line.strip():
             continue
@@ -153,10 +173,10 @@ def _of_rows(path: Path, raw: bytes) -> Iterator[str]:
             raise ValueError(
                 f"{where} is no JSON ({error}); a .jsonl file holds one JSON value a line"
             ) from None
-        yield _text_of_row(row, where)
+        yield Paragraph(_text_of_row(row, where), where, row)
 
 
-def _of_parquet(path: Path, raw: bytes) -> Iterator[str]:
+def _of_parquet(path: Path, raw: bytes) -> Iterator[Paragraph]:
     import pyarrow.parquet
 
     try:
@@ -165,7 +185,7 @@ def _of_parquet(path: Path, raw: bytes) -> Iterator[str]:
         raise OSError(
             f"{str(path)!r} is no Parquet file, or a damaged one ({error}); download it again."
         ) from error
-    name = next((n for n in ("text", "messages") if n in table.column_names), None)
+    name = next((n for n in ("text", "messages", *DIALOGUE_COLUMNS) if n in table.column_names), None)
     if name is None:
         raise ValueError(
             f"{str(path)!r} has the columns {table.column_names}; it needs one called text or messages"
@@ -173,7 +193,8 @@ def _of_parquet(path: Path, raw: bytes) -> Iterator[str]:
     rows = ArrowRows(table.select([name]))
     for start in range(0, len(rows), 1000):
         for number, value in enumerate(rows[start : start + 1000][name], start):
-            yield _text_of_row({name: value}, f"{str(path)!r}, row {number}")
+            row, where = {name: value}, f"{str(path)!r}, row {number}"
+            yield Paragraph(_text_of_row(row, where), where, row)
 
 
 def _text_of_row(row: Any, where: str) -> str:
@@ -183,5 +204,7 @@ def _text_of_row(row: Any, where: str) -> str:
         return text_of(row["text"], f"{where}: text")
     if isinstance(row, dict) and "messages" in row:
         return join_messages(row["messages"], f"{where}: messages")
+    if holds_turns(row):
+        return text_of_turns(row, where)
     held = f"has the keys {sorted(row)}" if isinstance(row, dict) else f"is {type(row).__name__}"
     raise ValueError(f"{where} {held}; every row needs a text or messages")

@@ -93,19 +93,23 @@ class Recall:
         require_whole("distance", distance, 2 * self.pairs)
         random = torch.Generator().manual_seed(10_007 + distance)
         x, answers = self._begin(self.tested, 2 * self.pairs + distance, random)
-        asked = torch.randint(self.pairs, (self.tested,), generator=random)
-        y, rows, places = torch.full_like(x, IGNORED), torch.arange(self.tested), 2 * asked + 1 + distance
+        asked = torch.randint(self.pairs, (self.tested,), generator=random, device="cpu")
+        y, rows, places = (
+            torch.full_like(x, IGNORED),
+            torch.arange(self.tested, device="cpu"),
+            2 * asked + 1 + distance,
+        )
         x[rows, places] = x[rows, 2 * asked]
         y[rows, places] = answers[rows, asked]
         return make_loader(Pairs(x, y), min(self.batch_size, self.tested))
 
     def _begin(self, count: int, length: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Sequences of pairs and fillers, and the pairs' values (count, pairs)."""
-        x = self.keys + self.values + torch.randint(FILLERS, (count, length), generator=random)
-        x[:, 0 : 2 * self.pairs : 2] = torch.rand(count, self.keys, generator=random).argsort(1)[
+        x = self.keys + self.values + torch.randint(FILLERS, (count, length), generator=random, device="cpu")
+        x[:, 0 : 2 * self.pairs : 2] = torch.rand(count, self.keys, generator=random, device="cpu").argsort(1)[
             :, : self.pairs
         ]
-        answers = self.keys + torch.randint(self.values, (count, self.pairs), generator=random)
+        answers = self.keys + torch.randint(self.values, (count, self.pairs), generator=random, device="cpu")
         x[:, 1 : 2 * self.pairs : 2] = answers
         return x, answers
 
@@ -113,13 +117,13 @@ class Recall:
         random = torch.Generator().manual_seed(seed)
         x, answers = self._begin(count, self.seq_len, random)
         y, begin = torch.full_like(x, IGNORED), 2 * self.pairs
-        asked = torch.randint(self.pairs, (count, self.queries), generator=random)
+        asked = torch.randint(self.pairs, (count, self.queries), generator=random, device="cpu")
         # As many in each octave behind the pairs: a model that can be taught by short distances alone learns from those first.
-        reach = torch.rand(count, self.queries, generator=random) * math.log(self.longest + 1)
+        reach = torch.rand(count, self.queries, generator=random, device="cpu") * math.log(self.longest + 1)
         places = begin - 1 + reach.exp().long().clamp(1, self.longest)
         # A value stands at 2 asked + 1: no distance is longer than ``longest``.
         places = torch.minimum(places, 2 * asked + 1 + self.longest)
-        rows = torch.arange(count)[:, None].expand_as(places)
+        rows = torch.arange(count, device="cpu")[:, None].expand_as(places)
         keys = x.gather(1, 2 * asked)
         for k in range(self.queries):
             # One after the other: of two queries at one place the later stands.

@@ -31,7 +31,7 @@ def text_of(value: Any, where: str) -> str:
             raise ValueError(
                 f"{where} holds bytes that are not UTF-8 (at offset {error.start}); save it as text"
             ) from None
-    raise ValueError(f"{where} is {_kind(value)}, not text; save the column as text")
+    raise ValueError(f"{where} is {kind_of_value(value)}, not text; save the column as text")
 
 
 def join_messages(messages: Any, where: str = "a dialogue") -> str:
@@ -44,20 +44,28 @@ def join_messages(messages: Any, where: str = "a dialogue") -> str:
         ValueError: what is no list of messages with content; the sentence begins with ``where``: split and row.
     """
     if not isinstance(messages, list | tuple):
-        raise ValueError(f"{where} is {_kind(messages)}, not a list of messages with role and content")
+        raise ValueError(f"{where} is {kind_of_value(messages)}, not a list of messages with role and content")
     texts = []
     for number, message in enumerate(messages):
         place = f"{where}, message {number}"
         if not isinstance(message, dict) or not _CONTENT & message.keys():
-            held = f"has the keys {sorted(message)}" if isinstance(message, dict) else f"is {_kind(message)}"
+            what = isinstance(message, dict)
+            held = f"has the keys {sorted(message)}" if what else f"is {kind_of_value(message)}"
             raise ValueError(f"{place} {held}; every message needs role and content")
-        content = message.get("content")
-        if isinstance(content, list | tuple):
-            content = " ".join(
-                filter(None, (_part(part, f"{place}, part {n}") for n, part in enumerate(content)))
-            )
-        texts.append(text_of(content, f"{place}, content"))
+        texts.append(content_of(message.get("content"), f"{place}, content"))
     return " ".join(filter(None, texts))
+
+
+def content_of(content: Any, where: str) -> str:
+    """The text of a message's content: text, or a list of parts of the type "text"; "" where there is none.
+
+    Raises:
+        ValueError: other parts, or what is no text; the sentence begins with ``where``.
+    """
+    if isinstance(content, list | tuple):
+        place = where.removesuffix(", content")
+        content = " ".join(filter(None, (_part(part, f"{place}, part {n}") for n, part in enumerate(content))))
+    return text_of(content, where)
 
 
 def _part(part: Any, where: str) -> str:
@@ -66,11 +74,12 @@ def _part(part: Any, where: str) -> str:
         return text_of(part["text"], where)
     if isinstance(part, str):
         return part
-    kind = f"of the type {part.get('type')!r}" if isinstance(part, dict) else _kind(part)
+    kind = f"of the type {part.get('type')!r}" if isinstance(part, dict) else kind_of_value(part)
     raise ValueError(f"{where} is {kind}; only parts of the type 'text' can be read")
 
 
-def _kind(value: Any) -> str:
+def kind_of_value(value: Any) -> str:
+    """A value in words, for an error: "null", "a number (3)"."""
     names = {
         type(None): "null",
         bool: "true or false",

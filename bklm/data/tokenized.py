@@ -37,7 +37,7 @@ class TokenizedCorpus:
     def kind(self) -> str:
         """What a token is: "word", "piece" or "character"."""
         names = {units.PieceVocabulary: "piece", units.CharacterVocabulary: "character"}
-        return names.get(type(self.vocab), "word")
+        return next((name for kind, name in names.items() if isinstance(self.vocab, kind)), "word")
 
     @property
     def unk_id(self) -> int:

@@ -41,8 +41,8 @@ class Arm:
     """One way to train.
 
     Attributes:
-        build: makes the untrained model of ``text.vocab_size`` words. torch's generator is seeded before, so arms that draw
-            the model first begin with equal weights.
+        build: makes the untrained model of ``text.vocab_size`` words. torch's generator is seeded before, by the trial's seed
+            (``torch.initial_seed()``), so arms that draw the model first begin with equal weights.
         against: names of the arms that this one must beat to be of use.
         kept: whether the trained model, without its term, stays in the trial's folder (and in the zip) as WEIGHTS.
     """
@@ -121,7 +121,7 @@ def _train(
     last = records[-1]
     if study.is_main and arm.kept:
         with replacing(folder / WEIGHTS) as temporary:
-            save_weights(without_term(model), temporary)
+            save_weights(without_term(model), temporary, getattr(text, "vocabulary_sha256", None))
     return {
         "val_ppl": last.val_perplexity,
         "val_ppl_without_unk": last.val_perplexity_without_unk,

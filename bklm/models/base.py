@@ -131,6 +131,18 @@ class LanguageModel(nn.Module):
             ValueError: an empty prompt, a negative count or temperature, or more than ``n_seq`` positions in
             all. TypeError: a count that is no integer, a temperature that is no number.
         """
+        tokens = list(self.stream(input_ids, max_new_tokens, temperature, generator))
+        return torch.cat([input_ids, torch.stack(tokens, 1)], 1) if tokens else input_ids.clone()
+
+    @torch.no_grad()
+    def stream(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """The new tokens of ``generate``, (B,) each, as they are drawn; whoever has seen enough stops asking."""
         self.check_prompt(input_ids)
         batch, length = input_ids.shape
         try:
@@ -165,9 +177,9 @@ class LanguageModel(nn.Module):
                 else:
                     logits, state = self.step(tokens[:, position - 1], state)
                 tokens[:, position] = _draw(logits, temperature, generator)
+                yield tokens[:, position].clone()
         finally:
             self.train(was_training)
-        return tokens
 
     def mixing_points(self) -> list[MixingPoint]:
         """Where the model's features of other positions pass; none where it has no such place, or does not say."""

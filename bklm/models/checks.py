@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -44,7 +45,14 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}; allowed are {', '.join(map(repr, allowed))}.")
 
 
+def check_real(name: str, value: Any, also: str = "") -> None:
+    """Refuse what is not a real number (TypeError)."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}; it must be a number{also}.")
+
+
 def check_dropout(value: float) -> None:
-    """Refuse a dropout probability outside [0, 1) (ValueError)."""
+    """Refuse what is not a number (TypeError), or a dropout probability outside [0, 1) (ValueError)."""
+    check_real("dropout_p", value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"dropout_p: got {value}; it must be at least 0 and below 1.")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bklm.models.base import LanguageModel
-from bklm.models.checks import check_choice, check_dropout, check_int
+from bklm.models.checks import check_choice, check_dropout, check_int, check_real
 from bklm.models.dropout import draw_number, dropout, numbered_dropout
 from bklm.models.potentials import LARGEST_STEP, FreeForce, PairPotential, Potential
 from bklm.models.resnet_bk_config import ResNetBKConfig
@@ -63,6 +63,7 @@ class ConservativeConfig:
                 f"d_model: got {self.d_model}; half of it is shared among n_heads = {self.n_heads}; take a multiple of "
                 f"{2 * self.n_heads}."
             )
+        check_real("step", self.step)
         if not 0.0 < self.step < LARGEST_STEP:
             raise ValueError(
                 f"step: got {self.step}; it must be positive, and leapfrog is unstable from {LARGEST_STEP:g} on: take a "

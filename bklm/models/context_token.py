@@ -6,6 +6,7 @@ With x_t = LayerNorm(embedding of token t), both streams in ``n_layers`` residua
     h_{t,0} = x_t,         h_{t,l} = LN(h_{t,l-1} + ReLU(U_l [c_{t,l}; h_{t,l-1}] + d_l))  token block
     logits_t = E h_{t,L}, with E the embedding itself where ``tied``
 
+With ``token_to="first"`` x_t enters context layer 1 alone: the weights on it of the layers above count for nothing.
 Token layer l reads the output of context layer l. The final context c_{t,L} is the whole state that token t + 1 needs.
 The two blocks are trained one after the other: the context block without labels, to a fixed point
 (``bklm.training.two_phase.phase1``), then the token block on contexts that no longer change
@@ -41,12 +42,14 @@ class ContextTokenConfig:
     context_dim: int = 768
     n_layers: int = 6
     tied: bool = True
+    token_to: str = "every"  # or "first": which layers of the context block read the token
 
     def __post_init__(self) -> None:
         check_int("vocab_size", self.vocab_size, 2)
         for name in ("embed_dim", "context_dim", "n_layers"):
             check_int(name, getattr(self, name), 1)
         check_choice("tied", self.tied, (True, False))
+        check_choice("token_to", self.token_to, ("every", "first"))
         if self.tied and self.embed_dim != self.context_dim:
             raise ValueError(
                 f"tied: a tied head reads token states of width context_dim = {self.context_dim} with an embedding of "
@@ -89,6 +92,7 @@ class ContextBlock(_Layers):
 
     def __init__(self, config: ContextTokenConfig) -> None:
         super().__init__(config.context_dim, config.embed_dim, config.context_dim, config.n_layers)
+        self.reading = 1 if config.token_to == "first" else config.n_layers
         # Kept with the weights: phase 2 refuses contexts of a block that no phase 1 has trained.
         self.register_buffer("fixed_point_iterations", torch.zeros((), dtype=torch.int64))
 
@@ -123,7 +127,8 @@ class ContextBlock(_Layers):
 
     def input_weights(self) -> tuple[Tensor, Tensor]:
         """Weight (L D_c, D_e) and bias of the one product of ``given``."""
-        weight = torch.cat([linear.weight[:, self.context_dim :] for linear in self.linears])
+        weights = [linear.weight[:, self.context_dim :] for linear in self.linears]
+        weight = torch.cat([w if n < self.reading else torch.zeros_like(w) for n, w in enumerate(weights)])
         return weight, torch.cat([linear.bias for linear in self.linears])
 
     def from_inputs(self, context: Tensor, inputs: Tensor) -> list[Tensor]:

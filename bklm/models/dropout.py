@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bklm.bk_core import pivots
 from bklm.models.checks import is_without_numbers
 from bklm.moe.plain import is_transformed
 
@@ -59,10 +60,11 @@ def add_dropout(x: Tensor, branch: Tensor, p: float, training: bool) -> Tensor:
 def draw_number(x: Tensor) -> int:
     """A number for ``numbered_dropout`` of x, drawn from torch's generator of the CPU; the next 4095 are its own too.
 
-    Below 0 where none can be had: in transforms, tracers and compilers, and for a tensor without values.
+    Below 0 where none can be had: in transforms, tracers, compilers and the capture of a CUDA graph, which would replay one
+    number for ever, and for a tensor without values.
     """
     # Not where seeds of neighbouring draws could meet: each number is the seed of its mask.
-    if torch.compiler.is_compiling() or is_without_numbers(x):
+    if torch.compiler.is_compiling() or is_without_numbers(x) or pivots.is_capturing(x.device):
         return -(2**12)
     return int(torch.randint(2**40, (), device="cpu")) * 2**12
 

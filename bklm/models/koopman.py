@@ -18,7 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bklm.data.checks import index_or_none
 from bklm.models.base import LanguageModel
+from bklm.models.checks import check_real
 
 
 def dmd(states: Tensor, following: Tensor, rank: int | None = None) -> Tensor:
@@ -28,9 +30,12 @@ def dmd(states: Tensor, following: Tensor, rank: int | None = None) -> Tensor:
         rank: singular values kept, the largest; None: all above rounding.
 
     Raises:
-        ValueError: fewer snapshots than that rank, or features; rows that do not pair up.
+        ValueError: fewer snapshots than that rank, or features; rows that do not pair up. TypeError: a rank that is no
+            whole number.
     """
     x, y = _paired(states, following)
+    if rank is not None and index_or_none(rank) is None:
+        raise TypeError(f"rank: got {rank!r}; it must be a whole number, or None for all above rounding.")
     if rank is not None and not 1 <= rank <= min(x.shape):
         raise ValueError(
             f"rank: got {rank} with {len(x)} snapshots of {x.shape[1]} features; it can be 1 to {min(x.shape)}: give a "
@@ -53,6 +58,7 @@ def edmd(features: Tensor, target: Tensor, ridge: float = 0.0) -> Tensor:
         ValueError: a ridge below 0; rows that do not pair up.
     """
     z, y = _paired(features, target)
+    check_real("ridge", ridge)
     if not 0.0 <= ridge < math.inf:
         raise ValueError(f"ridge: got {ridge}; it must be 0 or a positive, finite number.")
     if ridge == 0.0:
@@ -106,10 +112,10 @@ class Dictionary(nn.Module):
         width = sample.shape[-1]
         self.taps, self.size = taps, 1 + taps * width + units
         random = torch.Generator().manual_seed(seed)
-        weight = torch.randn(units, taps * width, generator=random) / math.sqrt(taps * width)
+        weight = torch.randn(units, taps * width, generator=random, device="cpu") / math.sqrt(taps * width)
         centre, spread = sample.mean(0), sample.std(0).clamp_min(1e-6)
         weight = weight.to(sample) / spread.repeat(taps)
-        bias = torch.randn(units, generator=random).to(sample) - weight @ centre.repeat(taps)
+        bias = torch.randn(units, generator=random, device="cpu").to(sample) - weight @ centre.repeat(taps)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
+from bklm.data.checks import index_or_none
 from bklm.models.base import LanguageModel
 
 
@@ -27,10 +28,14 @@ def future_leak(model: LanguageModel, input_ids: Tensor, position: int, new_toke
         ``.max()`` is the leak in one number, entry ``position - 1`` the one that predicts the changed token.
 
     Raises:
+        TypeError: a position that is no whole number.
         ValueError: a position with nothing before it or beyond the text, or a replacement that changes nothing.
     """
     model.check_ids(input_ids)
-    length = input_ids.shape[1]
+    length, place = input_ids.shape[1], index_or_none(position)
+    if place is None:
+        raise TypeError(f"position: got {position!r}; it must be a whole number, 1 to {length - 1}.")
+    position = place
     if not 1 <= position < length:
         raise ValueError(f"position: got {position}; with {length} tokens it must lie in 1 to {length - 1}.")
     changed = input_ids.clone()

@@ -67,12 +67,14 @@ def run_blocks(
     """(q, p) after one leapfrog step of each force.
 
     Args:
-        seed: number of the first kick, from which the forces draw their dropout; None: they draw none.
+        seed: number of the first kick, from which the forces draw their dropout; None: they draw none; below 0: they draw
+            other masks each time, so "plain" it is.
         backward: "reversible" keeps the last state alone, "checkpoint" each block's first, "plain" what autograd keeps. The
             gradients are the same, to any order. What looks inside (torch.func, tracers, compilers) is given "plain", and so
             is a gradient that will be differentiated again.
     """
     saves = torch.is_grad_enabled() and not (is_plain_wanted(q, p) or torch.compiler.is_compiling())
+    saves = saves and (seed is None or seed >= 0)
     if backward == "reversible" and saves:
         bound = [_Bound(force) for force in forces]
         return _Reversible.apply(bound, h, seed, q, p, *_parameters(bound))

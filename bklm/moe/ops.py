@@ -17,8 +17,9 @@ from torch.utils.flop_counter import register_flop_formula
 from bklm.moe.analytic import Settings, backward, block_tokens, forward, routing_dtype
 from bklm.moe.plain import is_ordinary, is_transformed, plain_draw, plain_gradients, plain_mixture
 
-# In CUDA graphs of torch.compile the operators stay outside: group sizes travel to the host.
-_TAGS = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
+# In CUDA graphs of torch.compile the operators stay outside: group sizes travel to the host. Where torch has no such tag
+# (2.6 cannot even be given one) nothing is said.
+_TAGGED = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
 def mixture(
@@ -146,7 +147,7 @@ _SETTINGS = "int top_k, float tau, str router_gradient, float keep_p, ScalarType
     "bklm::moe_forward",
     mutates_args=(),
     schema=f"({_PARAMETERS}, Tensor? noise, Tensor? keep, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    **_TAGGED,
 )
 def _forward_op(*args):
     return forward(*args[:9], Settings(*args[9:]))
@@ -171,7 +172,7 @@ def _(x, router_weight, router_bias, up_weight, up_bias, down_weight, down_bias,
     mutates_args=(),
     schema=f"(Tensor grad_y, Tensor grad_balance, {_PARAMETERS}, Tensor? keep, Tensor p, Tensor tokens, Tensor bounds, "
     f"{_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    **_TAGGED,
 )
 def _backward_op(*args):
     # An operator cannot return None: a router that learns nothing gets an empty tensor.

@@ -87,6 +87,7 @@ class Study:
         self.result: StudyResult | None = None
         self._prepared: tuple[StudyConfig, Any] | None = None
         self._bundle: Bundle | None = None
+        self._chat: tuple[Any, Any] | None = None
         self._button: StudyRun | None = None  # of the Run button, as the last run or reading back found it
         self.controls.show()
         before = [v for v in namespace.values() if isinstance(v, Study) and v._module is self._module]
@@ -177,6 +178,22 @@ class Study:
             cells.show_picture(trained.features(sentence).figure(folder / "features.png"))
         except ValueError as error:
             cells.say(str(error), self.headless)
+
+    def chat(self, turn: str, model: str = "", temperature: float = 0.8, start_again: bool = False) -> None:
+        """Say something to a trained model of dialogues; its reply comes token by token, with what it saw.
+
+        The dialogue goes on from call to call, until ``start_again`` or another model or temperature.
+        """
+        from bklm.trained.chat import Chat
+
+        key = (self._done().folder, model, temperature)
+        if start_again or self._chat is None or self._chat[0] != key:
+            self._chat = key, Chat(load(key[0], model or None), temperature)
+        talk = self._chat[1]
+        print(f"{talk.trained.name}: ", end="", flush=True)
+        for piece in talk.say(turn):
+            print(piece, end="", flush=True)
+        print(f"\n({talk.saw})")
 
     def zip(self) -> None:
         """Zip the study's folder with this notebook as executed so far; print path, size and SHA-256."""

@@ -84,9 +84,12 @@ def check_operator(n: int = 48, batch: int = 8) -> list[dict[str, Any]]:
         (compiling included), call_microseconds and ok.
     """
     generator = torch.Generator().manual_seed(0)
-    a = -2 + torch.randn(batch, n, generator=generator)
-    b, c = 1 + 0.3 * torch.rand(n - 1, generator=generator), 1 + 0.3 * torch.rand(n - 1, generator=generator)
-    target = torch.randn(batch, n, dtype=torch.complex64, generator=generator)
+    a = -2 + torch.randn(batch, n, generator=generator, device="cpu")
+    b, c = (
+        1 + 0.3 * torch.rand(n - 1, generator=generator, device="cpu"),
+        1 + 0.3 * torch.rand(n - 1, generator=generator, device="cpu"),
+    )
+    target = torch.randn(batch, n, dtype=torch.complex64, generator=generator, device="cpu")
     rows = []
     cases = [(backend, causal) for backend in available_backends() for causal in (True, False)]
     with tqdm(cases, desc="compiling and checking", unit="case", leave=False) as bar:
@@ -163,7 +166,7 @@ def draw_operator(path: Path, n: int = 64) -> Path:
     }
     cosines = {}
     for mode, causal in (("causal", True), ("bidirectional", False)):
-        upstream = torch.randn(16, n, 2, generator=torch.Generator().manual_seed(2))
+        upstream = torch.randn(16, n, 2, generator=torch.Generator().manual_seed(2), device="cpu")
         grads = {}
         for name, (rule, alpha) in names.items():
             v = potential.clone().requires_grad_(True)

@@ -10,6 +10,7 @@ STUDIES = {
     "koopman": "Koopman",
     "physics": "Physics",
     "compression": "Compression",
+    "dialogue": "Dialogue",
 }
 """Folder of a study, and what the names of its config and result begin with; in the order of the notebooks."""
 

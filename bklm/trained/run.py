@@ -122,7 +122,7 @@ class SavedRun:
         if not found:
             raise ValueError(
                 f"{self.source} holds no trained model: the run is not finished, or its study trains none that is kept; give "
-                "a finished run of 01, 03 or 04 (05 to 07 keep theirs for the study alone)."
+                "a finished run of 01, 03, 04 or 08 (05 to 07 keep theirs for the study alone)."
             )
         for saved in found:
             if model in (None, "", saved.name, saved.folder.name):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bklm.models import LanguageModel
-from bklm.models.checks import is_plain_wanted, is_without_numbers
+from bklm.models.checks import check_real, is_plain_wanted, is_without_numbers
 from bklm.moe.ops import in_backward
 
 _WITHOUT_GRADIENT = (
@@ -107,6 +107,9 @@ class WithTerm(LanguageModel):
         apart: bool = True,
     ) -> None:
         super().__init__()
+        check_real("weight", weight)
+        if limit is not None:
+            check_real("limit", limit, ", or None for no limit")
         if not 0.0 <= weight < math.inf:
             raise ValueError(f"weight: got {weight}; a term's weight is 0 or a positive, finite number.")
         if limit is not None and not limit > 0:

@@ -85,7 +85,7 @@ def compare_forces(width: int = 8, units: int = 32, seed: int = 0) -> list[Drift
     Random weights and 16 random sequences of 5 positions in double precision. A few seconds' work.
     """
     generator = torch.Generator().manual_seed(seed)
-    q, p = torch.randn(2, 16, 5, width, dtype=torch.float64, generator=generator)
+    q, p = torch.randn(2, 16, 5, width, dtype=torch.float64, generator=generator, device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         own, pair = Potential(width, units).double(), PairPotential(width, units).double()

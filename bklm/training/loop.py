@@ -223,7 +223,8 @@ def _train_epoch(
         )
         sum_gradients_over_processes(accelerator, trainable)
         norm = accelerator.clip_grad_norm_(together, settings.clip_at(epoch)).detach()
-        if apart:  # the call before has taken a loss scaler out of all gradients
+        # Of no gradient torch puts the norm on the default device. The call before took a loss scaler out of all gradients.
+        if any(p.grad is not None for p in apart):
             other = torch.nn.utils.clip_grad_norm_(apart, settings.clip_at(epoch)).detach()
             # A step that is skipped for either was not taken.
             norm = torch.where(other.isfinite(), norm, other)

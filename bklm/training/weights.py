@@ -1,4 +1,5 @@
-"""A model's weights in a safetensors file: the same whether or not torch.compile wraps it, and refused by another model."""
+"""A model's weights in a safetensors file: the same whether or not torch.compile wraps it, refused by another model, and by
+one of another vocabulary where the file says of which one it is."""
 
 from __future__ import annotations
 
@@ -13,18 +14,26 @@ class OtherModelError(ValueError):
     """A file holds the weights of another model; the message is one sentence that names the first difference."""
 
 
-def save_weights(model: torch.nn.Module, path: Path) -> None:
-    """Write the weights by the names of the plain model, a shared one once."""
-    save_model(_Uncompiled(model), str(path))
+def save_weights(model: torch.nn.Module, path: Path, vocabulary: str | None = None) -> None:
+    """Write the weights by the names of the plain model, a shared one once; ``vocabulary`` is the hash of theirs."""
+    save_model(_Uncompiled(model), str(path), {"vocabulary": vocabulary} if vocabulary else None)
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
+def load_weights(model: torch.nn.Module, path: Path, vocabulary: str | None = None) -> None:
     """Read what ``save_weights`` wrote, into a model that torch.compile may have wrapped.
 
     Raises:
-        OtherModelError: names or shapes differ; the model is then left as it is.
+        OtherModelError: names or shapes differ, or ``vocabulary`` is given and is not the one that the file names: its ids
+            would mean other words. The model is then left as it is.
     """
     with safe_open(str(path), "pt") as file:
+        named = (file.metadata() or {}).get("vocabulary")
+        if vocabulary is not None and named != vocabulary:
+            there = f"{named[:12]}..." if named else "none that it names"
+            raise OtherModelError(
+                f"{path} holds weights of another vocabulary ({there} there, {vocabulary[:12]}... here), whose ids mean other "
+                "words; take weights that were trained with this vocabulary, or train them again with it."
+            )
         held = {plain_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     own = _Uncompiled(model).state_dict()
     written = {own[name].data_ptr() for name in held.keys() & own.keys()}

@@ -61,14 +61,15 @@ def test_hash_is_that_of_the_stripped_lines_and_tells_splits_apart():
 
 def test_unknown_names_are_refused_with_the_choices():
     with pytest.raises(
-        ValueError, match="'wikitext-3' is unknown; choose one of 'wikitext-2', 'ultrachat', 'embedded', 'hmm'"
+        ValueError,
+        match="'wikitext-3' is unknown; choose one of 'wikitext-2', 'dailydialog', 'ultrachat', 'embedded', 'hmm', 'grammar'",
     ):
         load_corpus("wikitext-3")
     with pytest.raises(ValueError, match="split 'dev' is unknown; a corpus has train, valid, test"):
         Corpus("c", "made", ["a"], ["b"], ["c"]).documents("dev")
 
 
-@pytest.mark.parametrize("name", ["embedded", "hmm"])
+@pytest.mark.parametrize("name", ["embedded", "hmm", "grammar"])
 def test_made_corpora_refuse_a_folder_but_ignore_the_environment(name, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="reads no folder"):
         load_corpus(name, tmp_path)

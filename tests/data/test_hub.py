@@ -71,6 +71,14 @@ def hub_root(tmp_path):
         ]
         table = pa.table({"prompt": ["p"] * 6, "messages": messages})
         pq.write_table(table, ultrachat / "data" / f"{split}-00000-of-00001-a3ecf92756993583.parquet")
+    daily = tmp_path / "hub" / "OpenRL" / "daily_dialog" / "data"
+    daily.mkdir(parents=True)
+    for hub in SPLIT_NAMES.values():
+        turns = [[f" {hub} question {i} ", f" answer {i} "] for i in range(4)]
+        table = pa.table({"dialog": turns, "act": [[1, 2]] * 4})
+        pq.write_table(table, daily / f"{hub}-00000-of-00001.parquet")
+    described = card(default={hub: f"data/{hub}-*" for hub in SPLIT_NAMES.values()})
+    (daily.parent / "README.md").write_text(described)
     (ultrachat / "README.md").write_text(card(default={split: f"data/{split}-*" for split in splits}))
     return tmp_path / "hub"
 
@@ -143,6 +151,18 @@ def test_ultrachat_is_streamed_when_limited_and_fetched_without_its_other_splits
         assert few[split] == [f"test_sft {i}\nask answer" for i in limited]
         assert whole[split] == [f"test_sft {i}\nask answer" for i in kept]
     assert not any("_gen-" in request for request in hub.requests)
+
+
+@pytest.mark.slow
+def test_dailydialog_comes_as_parquet_with_its_revision(hub_root, load):
+    with serve_hub(hub_root) as hub:
+        whole = load(hub.url, "dailydialog")
+        few = load(hub.url, "dailydialog", 2)
+    assert whole["source"] == "Hugging Face OpenRL/daily_dialog, revision 0123456789ab"
+    assert [text.split() for text in whole["valid"]] == [
+        ["validation", "question", str(i), "answer", str(i)] for i in range(4)
+    ]
+    assert few["train"] == whole["train"][:2]
 
 
 @pytest.mark.slow

@@ -119,6 +119,19 @@ def test_dropout_draws_other_masks_each_time_and_the_same_for_one_seed():
     assert loss(1) == loss(1) != loss(2)
 
 
+@pytest.mark.parametrize("backward", ["reversible", "checkpoint"])
+def test_where_masks_cannot_be_drawn_again_none_is(backward, monkeypatch):
+    """As while a CUDA graph is captured: a number would be the same at every replay."""
+    monkeypatch.setattr("bklm.bk_core.pivots.is_capturing", lambda device: True)
+    ids, found = ids_of(), []
+    for way in ("plain", backward):
+        model = model_of(dropout_p=0.5, backward=way).train()
+        torch.manual_seed(5)
+        model.loss(ids, ids).backward()
+        found.append([x.grad for x in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_the_blocks_undo_with_their_dropout():
     model = model_of(dropout_p=0.4)
     q, p = model.start(ids_of())

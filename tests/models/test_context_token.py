@@ -24,7 +24,7 @@ def ids_of(batch, length, seed=1):
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-KINDS = [{}, {"tied": False}, {"tied": False, "embed_dim": 7}, {"n_layers": 1}]
+KINDS = [{}, {"tied": False}, {"tied": False, "embed_dim": 7}, {"n_layers": 1}, {"token_to": "first"}]
 
 
 # --- the architecture ------------------------------------------------------------------------------------------------
@@ -69,8 +69,9 @@ def test_logits_are_the_formula_written_token_by_token(changes):
             x = F.layer_norm(model.embedding.weight[word], (len(model.norm.weight),), *model.norm.parameters())
             h = token.project(x)
             for l in range(len(context)):
+                read = x if l == 0 or model.config.token_to == "every" else torch.zeros_like(x)
                 c = context.norms[l](
-                    c + (context.linears[l].weight @ torch.cat([c, x]) + context.linears[l].bias).relu()
+                    c + (context.linears[l].weight @ torch.cat([c, read]) + context.linears[l].bias).relu()
                 )
                 h = token.norms[l](
                     h + (token.linears[l].weight @ torch.cat([c, h]) + token.linears[l].bias).relu()

@@ -197,12 +197,13 @@ def test_the_text_cell_of_every_study_that_reads_one_says_source_and_sizes_and_c
     name, monkeypatch, capsys, tmp_path
 ):
     (config_class,) = (c for c in FORMS.values() if c.study == name)
-    config = config_class(profile="smoke", dataset="embedded", output_dir=str(tmp_path), device="cpu")
+    dataset = "grammar" if name == "dialogue" else "embedded"
+    config = config_class(profile="smoke", dataset=dataset, output_dir=str(tmp_path), device="cpu")
     study = notebook.study(name, variables(config))
     study.text()
     printed = capsys.readouterr().out
-    assert printed.startswith("embedded, from ")
-    assert re.search(r"[\d,]+ (training|tokens)", printed)
+    assert printed.startswith(f"{dataset}, from ")
+    assert re.search(r"[\d,]+ (training|tokens|dialogues)", printed)
     assert printed.count("Kneser-Ney 3-gram") == (
         len(config.resolved().samples) if name == "embedding_freeze" else 1
     )

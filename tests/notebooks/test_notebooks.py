@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import nbformat
@@ -264,3 +265,15 @@ def test_07_compression_smoke_runs_headless_and_names_the_smallest_files(tmp_pat
     assert "100 times smaller for less than 15% of perplexity" in printed
     assert "SHA-256" in printed
     assert (tmp_path / "results" / "compression.zip").exists()
+
+
+@pytest.mark.slow
+def test_08_dialogue_smoke_runs_headless_and_talks_at_its_end(tmp_path):
+    printed = run(ROOT / "notebooks" / "08_dialogue.ipynb", tmp_path, profile="smoke", model="gpt")
+    assert "true law, all turns" in printed
+    assert "Kneser-Ney of dialogues and text" in printed
+    assert "GPT: pretraining helps dialogue" in printed
+    assert "another dialogue's" in printed
+    assert re.search(r"(?s)GPT tuned: .*\n\(saw \d+ tokens: <user>cat tom \. which cat<end><system>\)", printed)
+    assert "SHA-256" in printed
+    assert (tmp_path / "results" / "dialogue.zip").exists()

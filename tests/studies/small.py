@@ -42,6 +42,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "vocab_size": 100, "d_model": 16, "n_layers": 2, "max_train_tokens": 300, "bits": (8,), "groups": (0,),
         "sparsities": (0.5,), "widths": (0.5,), "temperatures": (2.0,), "calibration_tokens": 64, "workers": 1,
     },
+    "dialogue": {
+        "dataset": "grammar", "pretraining": "wikitext-2", "seeds": (0, 1), "epochs": 1, "pretraining_epochs": 1,
+        "max_dialogues": 8, "held_out_dialogues": 4, "vocab_size": 320, "seq_len": 64, "batch_size": 8, "width": 8,
+        "max_pretraining_tokens": 600, "context_replies": 3, "sample_dialogues": 1, "reply_tokens": 2, "model": "resnet_bk",
+    },
 }  # fmt: skip
 
 
@@ -51,6 +56,8 @@ def small(study: str, folder: Path, text: Path, **changes: Any) -> Any:
     settings = {"profile": "smoke", "device": "cpu", "output_dir": str(folder), **SMALL[study]}
     if "data_dir" in config_class.names() and "dataset" not in settings:
         settings["data_dir"] = str(text)
+    if "pretraining_dir" in config_class.names():
+        settings["pretraining_dir"] = str(text)
     return config_class(**{**settings, **changes})
 
 

@@ -24,7 +24,7 @@ from bklm.studies.embedding_freeze import figures as embedding_freeze_figures
 from bklm.studies.embedding_freeze import run as embedding_freeze
 from bklm.studies.embedding_freeze import text as embedding_freeze_text
 from bklm.studies.embedding_freeze import train as embedding_freeze_runner
-from bklm.studies.embedding_freeze.config import INEQUALITY, EmbeddingFreezeConfig, arms_of
+from bklm.studies.embedding_freeze.config import INEQUALITY, PHASE1_ARMS, EmbeddingFreezeConfig, arms_of
 from bklm.studies.embedding_freeze.run import (
     estimated_minutes,
     prepare_text,
@@ -117,6 +117,43 @@ def test_every_arm_is_trained_and_the_zip_holds_tables_curves_figures_and_what_t
     }
     assert manifest["tokenizer"]["sha256"]
     assert "-m bklm.studies.embedding_freeze" in manifest["command"]
+
+
+def test_arms_that_tell_whether_phase_1_helps_are_added_and_move_no_other_number(config, tmp_path, monkeypatch):
+    blocks = {}
+    whole = embedding_freeze_runner.train_phase2
+
+    def spy(model, *args, **options):
+        blocks[options["label"].split(", seed")[0]] = model
+        return whole(model, *args, **options)
+
+    without = run_embedding_freeze(config)
+    monkeypatch.setattr(embedding_freeze_runner, "train_phase2", spy)
+    more = dataclasses.replace(config, phase1_arms=True, output_dir=str(tmp_path / "more"))
+    found = run_embedding_freeze(more)
+    rows = {row["arm"]: row for row in found.table}
+    base = arms_of(config.resolved())[0].name
+    added = [f"{base}, {words}" for words in PHASE1_ARMS.values()]
+    assert sorted(rows) == sorted([*added, *(row["arm"] for row in without.table)])
+    for row in without.table:
+        assert rows[row["arm"]]["val_ppl"] == row["val_ppl"]
+    own = [e for e in found.effects if e["factor"] != "phase 1"]
+    assert [e["ratio"] for e in own] == [e["ratio"] for e in without.effects]
+    ratios = {e["change"]: e["ratio"] for e in found.effects if e["factor"] == "phase 1"}
+    assert ratios.keys() == set(PHASE1_ARMS.values())
+    for words, ratio in ratios.items():
+        pairs = [[t["val_ppl"] for t in json.loads((found.folder / "summary.json").read_text())["table"]
+                  if t["arm"] == arm] for arm in (f"{base}, {words}", base)]  # fmt: skip
+        assert ratio == pytest.approx(pairs[0][0] / pairs[1][0], rel=1e-6)
+    said = next(s for s in found.findings if s.startswith("PPL of the same arm with something else"))
+    assert said.endswith("no verdict on phase 1.")
+    # Nothing trained the one; the others' layers read what they say.
+    named = {label.split(", 6 samples")[0].split(", 4 samples")[0]: m for label, m in blocks.items()}
+    iterations = {words: int(m.context_block.fixed_point_iterations) for label, m in named.items()
+                  for words in PHASE1_ARMS.values() if words in label}  # fmt: skip
+    assert iterations["untrained context block"] == 1 < iterations["phase 1 with diversity only"]
+    reading = {label: m.config.token_to for label, m in named.items() if "first layer" in label}
+    assert set(reading.values()) == {"first"}
 
 
 def test_near_duplicates_of_validation_documents_are_left_out_and_reported(config):
@@ -564,7 +601,7 @@ def test_the_model_of_an_arm_is_the_one_that_its_config_describes(config):
     ],
 )
 def test_bad_input_is_one_sentence_before_any_training(config, values, says, monkeypatch):
-    monkeypatch.setattr(embedding_freeze_runner, "train_context", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr(embedding_freeze_runner, "train_in_its_place", lambda *a, **k: pytest.fail("trained"))
     with pytest.raises((ValueError, OSError), match=says) as caught:
         run_embedding_freeze(dataclasses.replace(config, **values))
     assert "\n" not in str(caught.value)

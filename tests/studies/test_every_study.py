@@ -36,6 +36,7 @@ CHANGED = {
     "koopman": ("clip", 0.5, 1.0),
     "physics": ("clip", 0.5, 1.0),
     "compression": ("clip", 1.0, 2.0),
+    "dialogue": ("clip", 1.0, 2.0),
 }
 
 
@@ -229,6 +230,7 @@ def test_killed_with_signal_9_it_goes_on_and_ends_with_the_numbers_of_an_undistu
         "koopman": {"epochs": 12, "parts": "auxiliary"},
         "physics": {"epochs": 12, "parts": "loss"},
         "compression": {"epochs": 12},
+        "dialogue": {"epochs": 12},
     }[study]
     if study == "embedding_freeze":
         longer["patience"] = 12

@@ -85,7 +85,9 @@ def _step_arm(
     autocast = partial(torch.autocast, device, _DTYPES.get(precision), enabled=precision in _DTYPES)
     model = model.to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    x = torch.randint(vocab_size, (batch, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randint(
+        vocab_size, (batch, seq_len), generator=torch.Generator().manual_seed(0), device="cpu"
+    ).to(device)
 
     def step() -> bool:
         with autocast():

@@ -14,6 +14,12 @@ FACTORS = {
     "freezing": ("frozen", "trained"),
     "head": ("tied", "untied"),
 }
+# What stands in for phase 1 in arms that are otherwise the first one asked for.
+PHASE1_ARMS = {
+    "diversity": "phase 1 with diversity only",
+    "untrained": "untrained context block",
+    "first": "token to the first layer only",
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Arm:
         initialisation: "pretrained" or "random", of the input embedding. An untied head always starts random.
         freezing: "frozen" (the embedding and the LayerNorm after it stay as they are) or "trained".
         head: "tied" (the output weights are the embedding) or "untied".
-        original: "" or what the original called the arm: "frozen" or "trained".
+        original: "" or what the original called the arm: "frozen" or "trained"; or a key of ``PHASE1_ARMS``.
     """
 
     initialisation: str
@@ -34,6 +40,8 @@ class Arm:
 
     @property
     def name(self) -> str:
+        if self.original in PHASE1_ARMS:
+            return f"{self.initialisation}, {self.freezing}, {self.head}, {PHASE1_ARMS[self.original]}"
         if self.original:
             return f"original comparison: {self.original}"
         return f"{self.initialisation}, {self.freezing}, {self.head}"
@@ -42,6 +50,11 @@ class Arm:
     def slug(self) -> str:
         """The name as part of a path."""
         return self.name.replace(":", "").replace(",", "").replace(" ", "_")
+
+    @property
+    def start(self) -> str:
+        """What its phase 1 starts from, and where that is another one, which: "pretrained", "pretrained-untrained"."""
+        return f"{self.initialisation}-{self.original}" if self.original in PHASE1_ARMS else self.initialisation
 
     @property
     def trains_norm(self) -> bool:
@@ -116,6 +129,10 @@ class EmbeddingFreezeConfig(TextStudyConfig):
     initialisation: Literal["both", "pretrained", "random"] = setting("both", help="embedding to start from")
     freezing: Literal["both", "frozen", "trained"] = setting("both", help="the embedding in phase 2")
     head: Literal["both", "tied", "untied"] = setting("both", help="tied: the output weights are the embedding")
+    phase1_arms: bool | None = setting(
+        None,
+        help="add arms that tell whether phase 1 helps: diversity only, none at all, token to the first layer",
+    )
     original_comparison: bool = setting(True, help="add the original's two unequal arms, labelled so")
     batch_tokens: int = setting(512, low=64, high=4096, step=64, help="consecutive tokens per optimiser step")
     samples: tuple[int, ...] | None = setting(None, low=1, high=10**6, help="numbers of training documents")
@@ -189,4 +206,6 @@ def arms_of(config: EmbeddingFreezeConfig) -> list[Arm]:
         for factor, values in FACTORS.items()
     ]
     arms = [Arm(*values) for values in itertools.product(*chosen)]
+    if config.phase1_arms:
+        arms += [dataclasses.replace(arms[0], original=name) for name in PHASE1_ARMS]
     return arms + (list(ORIGINAL_ARMS) if config.original_comparison else [])

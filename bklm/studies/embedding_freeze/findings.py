@@ -10,8 +10,17 @@ from scipy import stats
 
 from bklm.harness.comparison import Trial
 from bklm.harness.statistics import FEWEST_SEEDS, Perplexity, interval95
-from bklm.studies.embedding_freeze.config import FACTORS, ORIGINAL_ARMS
-from bklm.studies.embedding_freeze.tables import ACTIONS, ARMS, arm_table, effect, in_cells, paired, verdict
+from bklm.studies.embedding_freeze.config import FACTORS, ORIGINAL_ARMS, PHASE1_ARMS
+from bklm.studies.embedding_freeze.tables import (
+    ACTIONS,
+    ARMS,
+    arm_table,
+    effect,
+    in_cells,
+    paired,
+    phase1_effects,
+    verdict,
+)
 
 # Training tokens per trained parameter; Hoffmann et al. 2022, for models trained once over their data.
 RULE = 20
@@ -105,6 +114,21 @@ def state_original(trials: Sequence[Trial]) -> str:
     return (
         f"The original's unequal comparison, repeated here: PPL of its frozen arm {_and(parts)} than of the other; "
         "reported by the original: 72% lower with 500, 67% lower with 1000."
+    )
+
+
+def state_phase1_arms(trials: Sequence[Trial]) -> str:
+    """Whether phase 1 helps: what other or no phase 1 does to the same arm; "" where that was not run."""
+    rows = phase1_effects(trials)
+    if not rows:
+        return ""
+    ratios = [Perplexity(r["ratio"], r["ratio_low"], r["ratio_high"]) for r in rows]
+    told = [f"{r['change']} x{ratio}, {r['verdict']}" for r, ratio in zip(rows, ratios, strict=True)]
+    judged = {r["verdict"] for r in rows if r["change"].startswith(PHASE1_ARMS["untrained"])}
+    known = {"higher": "phase 1 helps", "no difference": "phase 1 does not help", "lower": "phase 1 harms"}
+    said = known.get(judged.pop(), "no verdict on phase 1") if len(judged) == 1 else "no verdict on phase 1"
+    return (
+        f"PPL of the same arm with something else in place of phase 1, over its own: {'; '.join(told)}: {said}."
     )
 
 

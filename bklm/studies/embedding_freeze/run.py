@@ -127,7 +127,7 @@ def estimated_minutes(config: EmbeddingFreezeConfig) -> float:
     searched = 1 + (len(config.learning_rates) - 1) / (len(config.seeds) * len(config.samples))
     for samples in config.samples:
         train = about_tokens(*source, samples, "train")
-        starts = len({arm.initialisation for arm in arms})
+        starts = len({arm.start for arm in arms})
         seconds += starts * train * speed() * (SWEEPS + config.iterations * (1 + GRADIENT))
         for arm in arms:
             tokens = arm.train_share * train
@@ -232,13 +232,14 @@ def _draw(study: Session, trials: list[Trial]) -> Path | None:
 
 def _findings(study: Session, found: _Found) -> list[str]:
     config, text, trials = study.config, study.text, found.trials
-    said = [findings.state_phase1(found.phase1)]
+    said = [findings.state_phase1(tables.whole_phase1(found.phase1))]
     if trials:
         most = len(text.train(max(config.samples)))
         advantages = findings.state_advantages(text.source, text.pretraining_tokens, most)
         said = [
             findings.state_finding(trials),
             findings.state_original(trials),
+            findings.state_phase1_arms(trials),
             findings.state_rule(trials),
             findings.state_baselines(trials, text.baselines),
             findings.state_limits(trials, config.epochs, config.learning_rates),
@@ -264,7 +265,7 @@ def _report(study: Session, found: _Found) -> EmbeddingFreezeResult:
     steps = [{name: run[name] for name in point} | row for run in phase1 for row in run["rows"]]
     report.csv("phase1_iterations.csv", steps)
     report.csv("baselines.csv", text.baselines)
-    report.figure("phase1.png", figures.draw_phase1, phase1, note)
+    report.figure("phase1.png", figures.draw_phase1, tables.whole_phase1(phase1), note)
     best = None
     if trials:
         chosen = tables.best_trial(trials)

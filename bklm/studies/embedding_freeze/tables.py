@@ -9,7 +9,7 @@ from typing import Any
 from bklm.harness import text
 from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean, same
 from bklm.harness.statistics import Perplexity, is_off_the_scale, with_interval
-from bklm.studies.embedding_freeze.config import FACTORS, ORIGINAL_ARMS, Arm
+from bklm.studies.embedding_freeze.config import FACTORS, ORIGINAL_ARMS, PHASE1_ARMS, Arm
 
 # Reported by the original: UltraChat, GPT-2 sizes, an L4, one seed. The second arm did not train the embedding.
 REPORTED = {
@@ -169,7 +169,27 @@ def effect_table(trials: Sequence[Trial]) -> list[dict[str, Any]]:
                 row = {"factor": factor, "change": ACTIONS[factor], "where": where, "ratio": ratio.mean}
                 ends = {"ratio_low": ratio.low, "ratio_high": ratio.high}
                 rows.append(row | ends | {"verdict": verdict(ratio)})
+    return rows + phase1_effects(trials)
+
+
+def phase1_effects(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """What each stand-in for phase 1 does to the arm that it is otherwise equal to, by sample size; [] without such arms."""
+    cells, rows = in_cells(trials), []
+    arms = dict.fromkeys(
+        (t["arm"], t["original"], t["samples"]) for t in trials if t["original"] in PHASE1_ARMS
+    )
+    for arm, other, samples in arms:
+        words, several = PHASE1_ARMS[other], len(arms) > len(PHASE1_ARMS)
+        if ratio := ARMS.ratio(cells, (arm, samples), (arm.removesuffix(f", {words}"), samples)):
+            change = f"{words}, {samples} samples" if several else words
+            ends = {"ratio_low": ratio.low, "ratio_high": ratio.high, "verdict": verdict(ratio)}
+            rows.append({"factor": "phase 1", "change": change, "where": "all", "ratio": ratio.mean} | ends)
     return rows
+
+
+def whole_phase1(phase1: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of phase 1 as it is, without those that something stands in for."""
+    return [run for run in phase1 if run["initialisation"] in FACTORS["initialisation"]]
 
 
 def verdict(ratio: Perplexity) -> str:

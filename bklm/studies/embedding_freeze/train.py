@@ -21,14 +21,19 @@ from bklm.harness.comparison import Trial
 from bklm.harness.folder import INTERNALS, internal
 from bklm.harness.session import Session
 from bklm.models import ContextTokenConfig, ContextTokenLM
-from bklm.studies.embedding_freeze.config import Arm
+from bklm.studies.embedding_freeze.config import FACTORS, Arm
 from bklm.training.checkpoints import read_weights
 from bklm.training.loop import train
 from bklm.training.processes import broadcast
 from bklm.training.records import EPOCH_KEYS
 from bklm.training.schedules import TrainingSettings
 from bklm.training.two_phase.contexts import corpus_contexts
-from bklm.training.two_phase.phase1 import FixedPointSettings, Phase1Result, effective_rank, train_context
+from bklm.training.two_phase.phase1 import (
+    FixedPointSettings,
+    Phase1Result,
+    effective_rank,
+    train_in_its_place,
+)
 from bklm.training.two_phase.phase2 import build
 
 log = logging.getLogger(__name__)
@@ -69,7 +74,7 @@ class Trainer:
         self.study, self.text, self.recipe = study, study.text, recipe
         self.arms = {arm.name: arm for arm in arms}
         self.samples, self.seeds = samples, seeds
-        starts = list(dict.fromkeys(arm.initialisation for arm in arms))
+        starts = list(dict.fromkeys(arm.start for arm in arms))
         self._starts = {"initialisation": starts, "samples": samples, "seed": seeds}
         self._can_tie = recipe.size.embed_dim == recipe.size.context_dim
         self._keys = list(itertools.product(*self._starts.values()))
@@ -188,13 +193,15 @@ class Trainer:
         began = time.perf_counter()
         model = self._model(initialisation, self._can_tie, seed)
         model.freeze_embedding()
-        run = self._train_context(model, samples, seed)
+        run = self._train_context(model, samples, seed, initialisation.partition("-")[2])
         seconds = time.perf_counter() - began
         state = {name: value.cpu() for name, value in model.context_block.state_dict().items()}
         with replacing(folder / BLOCK) as temporary:
             save_file(state, temporary)
         unaffected = None
-        if (samples, seed) == (min(self.samples), self.seeds[0]):
+        if (samples, seed) == (min(self.samples), self.seeds[0]) and initialisation in FACTORS[
+            "initialisation"
+        ]:
             other = self._model(initialisation, self._can_tie, seed)
             self._train_context(other, samples, seed)
             repeated = other.context_block.state_dict()
@@ -206,18 +213,22 @@ class Trainer:
         write_json(folder / "result.json", record)
         return record
 
-    def _train_context(self, model: ContextTokenLM, samples: int, seed: int) -> Phase1Result:
+    def _train_context(self, model: ContextTokenLM, samples: int, seed: int, other: str = "") -> Phase1Result:
         settings = dataclasses.replace(self.recipe.context, seed=seed)
         try:
-            return train_context(model, self.text.train(samples), settings)
+            return train_in_its_place(model, self.text.train(samples), settings, other)
         except ArithmeticError as error:
             raise RuntimeError(
                 f"{error} It is context_learning_rate here; a smaller one needs another output_dir."
             ) from error
 
-    def _model(self, initialisation: str, tied: bool, seed: int) -> ContextTokenLM:
+    def _model(self, start: str, tied: bool, seed: int) -> ContextTokenLM:
         """A model before phase 1. Blocks of one seed start equal whatever the embedding and the head are."""
-        model = ContextTokenLM(dataclasses.replace(self.recipe.size, tied=tied))
+        initialisation, _, other = start.partition("-")
+        size = dataclasses.replace(
+            self.recipe.size, tied=tied, token_to="first" if other == "first" else "every"
+        )
+        model = ContextTokenLM(size)
         torch.manual_seed(seed)
         model.reset_parameters()
         with torch.no_grad():
@@ -227,10 +238,10 @@ class Trainer:
     def _train_arm(
         self, arm: Arm, samples: int, seed: int, rate: float, epochs: int | None, folder: Path
     ) -> tuple[ContextTokenLM, dict[str, Any]]:
-        start = (arm.initialisation, samples, seed)
+        start = (arm.start, samples, seed)
         place = f"{PHASE1}/{_name(*start)}"
         self._phase1(place, *start, needs_block=True)
-        model = self._model(arm.initialisation, arm.head == "tied", seed)
+        model = self._model(arm.start, arm.head == "tied", seed)
         model.context_block.load_state_dict(read_weights(self.study.folder / place / BLOCK))
         model.freeze_context()
         if arm.freezing == "frozen":

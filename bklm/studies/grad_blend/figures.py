@@ -56,7 +56,7 @@ def draw_analysis(
                 markersize=5,
                 linewidth=1.5,
             )
-        by_epoch.set(title="PPL per epoch, by alpha", xlabel="epoch")
+        by_epoch.set(title="PPL per epoch", xlabel="epoch")
         by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
         _perplexity_axis(by_epoch, [e["val_perplexity"] for t in ALPHAS.finished(trials) for e in t["epochs"]])
         legend_below(by_epoch, title="alpha", ncols=4, fontsize=9, title_fontsize=9)

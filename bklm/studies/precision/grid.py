@@ -59,8 +59,8 @@ class Problem:
         """A white-noise potential v ~ N(0, 1), a = v - 2, and upstream gradients whose rows alternate between size 1 and
         SMALL_GRADIENT; the same on every device."""
         generator = torch.Generator().manual_seed(seed)
-        a = torch.randn(rows, n, generator=generator) - 2
-        gbar = torch.randn(rows, n, dtype=torch.complex64, generator=generator)
+        a = torch.randn(rows, n, generator=generator, device="cpu") - 2
+        gbar = torch.randn(rows, n, dtype=torch.complex64, generator=generator, device="cpu")
         gbar[1::2] *= SMALL_GRADIENT
         return cls(
             {name: a.to(device, real) for name, (_, real, _) in _DTYPES.items()},

@@ -11,6 +11,7 @@ step an iteration, on the gradient of all tokens; iteration 1 is the sweep along
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -161,6 +162,22 @@ def train_context(
         100 * rows[-1]["effective_rank"], 100 * rows[-1]["effective_rank_centred"],
     )  # fmt: skip
     return Phase1Result(rows, converged, steps, sweep)
+
+
+def train_in_its_place(
+    model: ContextTokenLM, token_ids: Any, settings: FixedPointSettings, kind: str = ""
+) -> Phase1Result:
+    """Phase 1, or what can stand in for it: "diversity", its second term alone; "untrained", nothing but the first sweep, so
+    that phase 2 takes the block as it was drawn. Any other ``kind`` is phase 1 itself.
+    """
+    if kind == "diversity":
+        settings = dataclasses.replace(settings, diversity=1.0)
+    if kind != "untrained":
+        return train_context(model, token_ids, settings)
+    began = time.perf_counter()
+    first = corpus_contexts(model, checked_ids(model, token_ids, None)[0])
+    model.context_block.fixed_point_iterations += 1
+    return Phase1Result([_row(1, first.final, began)], False, 0, str(first))
 
 
 @torch.no_grad()

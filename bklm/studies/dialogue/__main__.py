@@ -1,0 +1,4 @@
+from bklm.harness import cli
+from bklm.studies.dialogue import DialogueConfig
+
+cli.main(DialogueConfig)

@@ -1,0 +1,99 @@
+"""The dialogue study's figures; each title says what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from bklm.harness.figures import (
+    GREY,
+    MARKERS,
+    colours,
+    legend_below,
+    mean_with_error,
+    save_figure,
+    wide_range_axis,
+)
+from bklm.studies.dialogue.tables import WAYS, distances
+
+Rows = Sequence[Mapping[str, Any]]
+CONTEXT_NAMES = (
+    "none",
+    "last turn",
+    "last two",
+    "all",
+    "all of another\ndialogue",
+    "its last turn,\nanother's before",
+)
+
+
+def draw_arms(path: Path, rows: Rows, baselines: Rows, title: str, note: str) -> Path | None:
+    """Perplexity of the replies per model and way of training, beside the best count model and the true law."""
+    shown = [r for r in rows if r["val_ppl"] is not None]
+    if not shown:
+        return None
+    names = list(dict.fromkeys(r["arm"].split()[0] for r in shown))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for k, (way, colour) in enumerate(zip(WAYS, colours(len(WAYS)), strict=True)):
+            own = [r for r in shown if r["arm"].endswith(f" {way}")]
+            ends = [(r["val_ppl_low"], r["val_ppl_high"]) for r in own]
+            style = {"color": colour, "marker": MARKERS[k], "linestyle": "", "label": way}
+            places = [names.index(r["arm"].split()[0]) + 0.14 * (k - 2) for r in own]
+            mean_with_error(axes, places, [r["val_ppl"] for r in own], ends, sideways=True, **style)
+        for line, style in zip(baselines, ("--", ":"), strict=False):
+            axes.axvline(line["val_ppl"], color=GREY, linewidth=1.5, linestyle=style, label=line["name"])
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        values = [r["val_ppl"] for r in shown] + [line["val_ppl"] for line in baselines]
+        wide_range_axis(axes.xaxis, values, "PPL of the replies")
+        legend_below(axes, ncols=3, fontsize=9)
+
+    return save_figure(path, draw, title=title, note=note, size=(7.2, 3.4 + 0.7 * len(names)))
+
+
+def draw_contexts(path: Path, rows: Rows, title: str, note: str) -> Path | None:
+    """Perplexity of the same replies behind six contexts, one line a tuned model."""
+    shown = [r for r in rows if r["arm"].endswith(" tuned")]
+    if not shown:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for row, colour, marker in zip(shown, colours(len(shown)), MARKERS, strict=False):
+            values = [v for k, v in row.items() if k.startswith("turns_")]
+            axes.plot(range(4), values[:4], color=colour, marker=marker, label=row["arm"].split()[0])
+            axes.plot(range(4, len(values)), values[4:], color=colour, marker=marker, linestyle="")
+        axes.set_xticks(range(len(CONTEXT_NAMES)), CONTEXT_NAMES, fontsize=10)
+        axes.set(ylabel="PPL of the replies", xlabel="turns before the reply that the model reads")
+        axes.legend()
+
+    return save_figure(path, draw, title=title, note=note, size=(8.0, 4.6))
+
+
+def draw_facts(path: Path, rows: Rows, chance: float, title: str, note: str) -> Path | None:
+    """Share of right facts by turns back, one line a tuned model."""
+    shown = [r for r in rows if r["arm"].endswith(" tuned")]
+    if not shown:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for row, colour, marker in zip(shown, colours(len(shown)), MARKERS, strict=False):
+            keys = distances(row)
+            halves = [row[f"{k}_95"] for k in keys]
+            ends = [
+                (None, None) if h is None else (row[k] - h, row[k] + h)
+                for k, h in zip(keys, halves, strict=True)
+            ]
+            style = {"color": colour, "marker": marker, "label": row["arm"].split()[0]}
+            mean_with_error(axes, [int(k[9:]) for k in keys], [row[k] for k in keys], ends, **style)
+        axes.axhline(chance, color=GREY, linewidth=1.5, linestyle="--", label="chance")
+        axes.set(ylim=(0, 1.02), xlabel="turns back", ylabel="share of right facts")
+        axes.legend()
+
+    return save_figure(path, draw, title=title, note=note)

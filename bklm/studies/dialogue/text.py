@@ -1,0 +1,200 @@
+"""What the dialogue study reads: dialogues, the text before them, one vocabulary fixed before both, and count models."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from bklm.data import SPLITS, Corpus, TokenizedCorpus, count_models, load_corpus, make_loader
+from bklm.data.baselines import CannotEstimateError, KneserNey, mixed, mixing_weight
+from bklm.data.dialogue_tokens import DialogueVocabulary, EncodedDialogues
+from bklm.data.dialogue_windows import Mixed, Rows, dialogue_rows
+from bklm.data.dialogues import Dialogue, DialogueCorpus
+from bklm.data.grammar import GrammarCorpus
+from bklm.harness.text import Baseline, StudyText, check_and_log
+from bklm.studies.dialogue.config import DialogueConfig
+
+FEWEST = 1000  # training dialogues from which on something can be concluded
+MIXTURE = "Kneser-Ney of dialogues and text"
+
+
+@dataclass(frozen=True, eq=False)
+class ProseText(StudyText):
+    """The text to pretrain on, in the pieces of the dialogues' vocabulary."""
+
+    @property
+    def vocabulary_sha256(self) -> str:
+        return self.tokens.vocab.sha256
+
+
+@dataclass(frozen=True, eq=False)
+class DialogueText(ProseText):
+    """Dialogues ready to train on: a row is a dialogue, its targets the replies. ``replay`` is the share of rows of ``prose``
+    in a training batch; ``notes`` says what was left out."""
+
+    prose: ProseText
+    dialogues: dict[str, list[Dialogue]]
+    encoded: dict[str, EncodedDialogues]
+    rows: dict[str, Rows]
+    notes: tuple[str, ...]
+    replay: float = 0.0
+
+    @property
+    def vocabulary(self) -> DialogueVocabulary:
+        return self.tokens.vocab
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.corpus.sha256} {self.prose.corpus.sha256}".encode()).hexdigest()
+
+    @property
+    def is_demonstration(self) -> bool:
+        return super().is_demonstration or len(self.dialogues["train"]) < FEWEST
+
+    @property
+    def vocabulary_in_words(self) -> str:
+        return f"vocabulary {self.vocab_size:,} pieces and marks, pretrained on {self.prose.corpus.name}"
+
+    def with_replay(self, share: float) -> DialogueText:
+        return dataclasses.replace(self, replay=share)
+
+    def train_loader(self, seed: int) -> DataLoader | Mixed:
+        loader = make_loader(self.rows["train"], self.batch_size, shuffle=True, seed=seed)
+        windows = self.prose._windows(self.prose.tokens.train)
+        return Mixed(loader, windows, self.replay, seed) if self.replay else loader
+
+    def val_loader(self) -> DataLoader:
+        return make_loader(self.rows["valid"], min(self.batch_size, len(self.rows["valid"])))
+
+    def all_tokens_loader(self) -> DataLoader:
+        """Validation dialogues with every token after the first as a target."""
+        own = self.vocabulary
+        rows = dialogue_rows(self.encoded["valid"], self.seq_len, own.pad_id, own.user_id, all_tokens=True)
+        return make_loader(rows, min(self.batch_size, len(rows)))
+
+
+def prepare_text(config: DialogueConfig) -> DialogueText:
+    """Dialogues and text of a resolved config, with count models scored on the replies.
+
+    Raises:
+        ValueError, OSError: see ``bklm.data.load_corpus``; a text without dialogues; too few for a batch.
+    """
+    most, held_out = config.max_dialogues or None, config.held_out_dialogues or None
+    larger = most and max(most, 2 * (held_out or most))  # a held-out split may be shared between two
+    corpus = load_corpus(config.dataset, config.data_dir, max_documents=larger)
+    if not isinstance(corpus, DialogueCorpus):
+        corpus.dialogues("train")  # says what is wrong
+    corpus = corpus.first(most, held_out)
+    dialogues = {split: corpus.dialogues(split) for split in SPLITS}
+    prose = load_corpus(config.pretraining, config.pretraining_dir)
+    said = [text for dialogue in dialogues["train"] for _, text in dialogue]
+    vocabulary = DialogueVocabulary.train([*said, *prose.train], config.vocab_size)
+    before = _prose(config, prose, vocabulary)
+    encoded = {split: vocabulary.encode_dialogues(found) for split, found in dialogues.items()}
+    rows = {
+        split: dialogue_rows(found, config.seq_len, vocabulary.pad_id, vocabulary.user_id)
+        for split, found in encoded.items()
+    }
+    tokens = _tokens(corpus, vocabulary, {split: found.ids for split, found in encoded.items()})
+    text = DialogueText(
+        corpus, tokens, config.seq_len, config.batch_size, "dialogues", _baselines(corpus, encoded, before, vocabulary),
+        prose=before, dialogues=dialogues, encoded=encoded, rows=rows, notes=_notes(corpus),
+    )  # fmt: skip
+    check_and_log(text, (before.train_loader(0), before.val_loader(), text.train_loader(0), text.val_loader()))
+    return text
+
+
+def _prose(config: DialogueConfig, corpus: Corpus, vocabulary: DialogueVocabulary) -> ProseText:
+    ids = {split: vocabulary.encode(corpus.split(split)) for split in SPLITS}
+    ids["train"] = ids["train"][: config.max_pretraining_tokens or None]
+    if config.max_pretraining_tokens:
+        ids["valid"] = ids["valid"][: max(config.seq_len + 1, config.max_pretraining_tokens // 4)]
+    return ProseText(
+        corpus, _tokens(corpus, vocabulary, ids), config.seq_len, config.batch_size, "every-target-once", []
+    )
+
+
+def _tokens(corpus: Corpus, vocabulary: DialogueVocabulary, ids: dict[str, np.ndarray]) -> TokenizedCorpus:
+    return TokenizedCorpus(**ids, vocab=vocabulary, name=corpus.name, sha256=corpus.sha256)
+
+
+def _notes(corpus: DialogueCorpus) -> tuple[str, ...]:
+    notes = [f"Licence of the dialogues: {corpus.licence}."]
+    if silent := sum(corpus.left_out.values()):
+        notes.append(f"Left out: {silent} dialogue{'s' * (silent > 1)} in which nobody replies.")
+    if copies := len(corpus.removed):
+        notes.append(f"Left out of training: {copies} that nearly repeat a held-out dialogue.")
+    return tuple(notes)
+
+
+def describe_text(text: DialogueText) -> list[str]:
+    """Where dialogues and text come from, and their sizes."""
+    counts = " / ".join(f"{len(text.dialogues[split]):,}" for split in SPLITS)
+    own, prose = text.encoded["valid"], text.prose
+    return [
+        f"{text.corpus.name}, from {text.corpus.source}: {counts} dialogues to train on, to validate and to test",
+        *text.notes,
+        f"{text.rows['train'].num_targets:,} reply tokens to train on; {text.rows['valid'].num_targets:,} to validate, which "
+        f"are {own.reply_bytes:,} bytes",
+        f"Before that {prose.corpus.name}, from {prose.corpus.source}: {prose.train_tokens:,} tokens",
+        f"One vocabulary of {text.vocab_size:,} pieces and marks for both, SHA-256 {text.vocabulary_sha256:.16}...",
+    ]
+
+
+def _baselines(
+    corpus: DialogueCorpus,
+    encoded: dict[str, EncodedDialogues],
+    prose: ProseText,
+    vocabulary: DialogueVocabulary,
+) -> list[Baseline]:
+    """Count models of the dialogues, the best one mixed with one of the text, and the grammar's own law: on the replies."""
+    valid, size = encoded["valid"], len(vocabulary)
+    asked, known = valid.target[1:], valid.ids[1:] != vocabulary.unk_id
+
+    def row(name: str, scores: np.ndarray) -> Baseline:
+        ppl, without = (math.exp(-float(scores[kept].mean())) for kept in (asked, asked & known))
+        return {"name": name, "val_ppl": ppl, "val_ppl_without_unk": without}
+
+    scores = {
+        name: model.log_probs(valid.ids) for name, model in count_models(encoded["train"].ids, size).items()
+    }
+    rows = [row(name, found) for name, found in scores.items()]
+    best = min((r for r in rows if r["name"] != "unigram"), key=lambda r: r["val_ppl"])["name"]
+    order = int(best.split("-gram")[0].split()[-1])
+    try:
+        other = KneserNey(order, "modified").fit(prose.tokens.train, size)
+    except CannotEstimateError:
+        other = KneserNey(order).fit(prose.tokens.train, size)
+    before = other.log_probs(valid.ids)
+    weight = mixing_weight(scores[best][asked], before[asked])
+    rows.append(row(f"{MIXTURE}, {order}-gram, weight {weight:.2f}", mixed(scores[best], before, weight)))
+    if isinstance(corpus, GrammarCorpus):
+        exact = math.exp(corpus.reply_nats("valid").sum() / valid.target.sum())
+        rows.append({"name": "true law, all turns", "val_ppl": exact, "val_ppl_without_unk": exact})
+    return rows
+
+
+def sizes(config: DialogueConfig) -> dict[str, float]:
+    """About how many tokens a resolved config's dialogues and text have, without fetching them; see ``PER_DIALOGUE``."""
+    known = None if config.data_dir else PER_DIALOGUE.get(config.dataset)
+    if known:
+        (train, held_out), tokens = known
+    else:
+        corpus: Any = load_corpus(config.dataset, config.data_dir)
+        train, held_out = len(corpus.train), len(corpus.valid)
+        tokens = sum(map(len, corpus.train[:100])) / min(100, train) / CHARACTERS
+    return {
+        "train": min(train, config.max_dialogues or train) * tokens,
+        "valid": min(held_out, config.held_out_dialogues or held_out) * tokens,
+    }
+
+
+CHARACTERS = 3.5  # a piece, of English text
+# Dialogues of the training and of the validation split, and tokens of one: as published.
+PER_DIALOGUE = {"dailydialog": ((11_118, 1000), 150), "ultrachat": ((207_865, 11_555), 1400)}

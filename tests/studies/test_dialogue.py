@@ -1,0 +1,184 @@
+"""The dialogue study: every model in five ways on one vocabulary, and answers that follow from its tables."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from safetensors import safe_open
+from small import small
+
+import bklm
+from bklm.command.main import main
+from bklm.models import future_leak
+from bklm.studies import DialogueConfig, run_dialogue
+from bklm.studies.dialogue import models, tables
+from bklm.studies.dialogue.run import prepare_text
+from bklm.studies.dialogue.text import MIXTURE
+from bklm.trained.chat import Chat
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory, small_text):
+    """All models, one seed."""
+    return run_dialogue(
+        small("dialogue", tmp_path_factory.mktemp("dialogue"), small_text, model="all", seeds=(0,))
+    )
+
+
+def test_every_model_is_trained_in_five_ways_at_equal_size_and_seen_by_no_other_vocabulary(result):
+    names, ways = ("NewLLM", "ResNetBK", "GPT"), tables.WAYS
+    assert [r["arm"] for r in result.table] == [f"{name} {way}" for name in names for way in ways]
+    text = prepare_text(result.config)
+    for trial in (result.folder / ".pretraining").glob("*/model.safetensors"):
+        with safe_open(str(trial), "pt") as file:
+            assert file.metadata()["vocabulary"] == text.vocabulary_sha256
+    before = {r["arm"]: r["text_ppl"] for r in result.table}
+    # Tuned for a step, a model is still near to where pretraining left it, and far from one that never saw the text.
+    assert before["GPT tuned"] < before["GPT scratch"]
+
+
+def test_pretraining_is_judged_at_equal_steps_on_dialogues_and_in_all(result):
+    against = [(r["arm"], r["against"]) for r in result.verdicts if r["arm"].startswith("GPT")]
+    assert against == [("GPT tuned", "GPT scratch"), ("GPT tuned", "GPT longer"), ("GPT replay", "GPT tuned")]
+    config, text = result.config, prepare_text(result.config)
+    epochs = {}
+    for stage in (models.PRETRAINING, models.TUNING, models.LONGER):
+        for path in (result.folder / stage).glob("*/result.json"):
+            record = json.loads(path.read_text())
+            epochs[record["arm"]] = len(record["epochs"])
+    per_pass = len(text.train_loader(0))
+    both = len(text.prose.train_loader(0)) * config.pretraining_epochs + per_pass * config.epochs
+    assert 0 <= epochs["GPT longer"] * per_pass - both < per_pass
+    assert epochs["GPT scratch"] == epochs["GPT tuned"] == config.epochs
+
+
+def test_no_model_sees_the_future(result):
+    text = prepare_text(result.config)
+    x = text.rows["valid"][0][0][None]
+    for name, build in models.builders(result.config).items():
+        assert future_leak(build(text.vocab_size), x, x.shape[1] - 2).max() <= 1e-12, name
+
+
+def test_counting_is_scored_on_the_replies_and_the_true_law_lies_below_all(result):
+    rows = {r["name"]: r["val_ppl"] for r in result.baselines}
+    law = rows.pop("true law, all turns")
+    assert law < min(rows.values())
+    text = prepare_text(result.config)
+    exact = text.corpus.reply_nats("valid").sum() / text.rows["valid"].num_targets
+    assert law == pytest.approx(math.exp(exact))
+    counted = [
+        v for k, v in rows.items() if k.startswith("Kneser-Ney") and "-gram" in k and "of dialogues" not in k
+    ]
+    mixture = next(v for k, v in rows.items() if k.startswith(MIXTURE))
+    assert mixture <= min(counted) * (1 + 1e-9)
+
+
+def trial(arm, seed, loss, own=1.0, other=1.0, facts=(10, 20), text=10.0):
+    contexts = dict.fromkeys(("0", "1", "2"), own) | {"all": own, "other": other, "1 after other": other}
+    return {
+        "arm": arm, "seed": seed, "val_ppl": math.exp(loss), "contexts": contexts, "facts": {"1": list(facts), "2": [0, 20]},
+        "text_ppl": text,
+    }  # fmt: skip
+
+
+def made(**more):
+    """Three seeds of a tuned GPT that uses its turns, and of its controls."""
+    rows = []
+    for seed, noise in enumerate((0.0, 0.01, -0.01)):
+        rows += [
+            trial("GPT scratch", seed, 2 + noise), trial("GPT longer", seed, more.get("longer", 1.9) + noise),
+            trial("GPT pretrained", seed, 3 + noise, text=9.0),
+            trial("GPT tuned", seed, 1.5 + noise, 1.0, more.get("other", 1.5) + noise, (19, 20), text=20 + noise),
+            trial("GPT replay", seed, 1.6 + noise, text=more.get("replay", 11.0) + noise),
+        ]  # fmt: skip
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("more", "claim", "verdict"),
+    [
+        ({}, "GPT: pretraining helps dialogue", "holds"),
+        ({"longer": 1.5}, "GPT: pretraining helps dialogue", "does not hold"),
+        ({}, "GPT uses the turns before", "holds"),
+        ({"other": 1.0}, "GPT uses the turns before", "does not hold"),
+        ({}, "GPT recalls facts from 1 to 8 turns back", "does not hold"),
+        ({}, "GPT: replay keeps the text", "holds"),
+        ({"replay": 20.5}, "GPT: replay keeps the text", "does not hold"),
+        ({}, "the best model beats counting", "holds"),
+        ({"counting": 4.0}, "the best model beats counting", "does not hold"),
+    ],
+)
+def test_a_claim_holds_only_beyond_its_interval_and_against_every_control(more, claim, verdict):
+    from bklm.harness.arms import Arm, verdicts
+
+    trials = made(**more)
+    arms = {"GPT tuned": Arm(None, ("GPT scratch", "GPT longer"))}
+    judged = verdicts(tables.ARMS, trials, arms)
+    contexts, facts = tables.context_rows(trials), tables.fact_rows(trials)
+    mixture = {"name": MIXTURE, "val_ppl": more.get("counting", 5.0)}
+    rows = tables.claims_table(trials, judged, contexts, facts, mixture, 0.125)
+    assert {r["announced"]: r["verdict"] for r in rows}[claim] == verdict
+    one = [t for t in trials if t["seed"] == 0]
+    judged = verdicts(tables.ARMS, one, arms)
+    rows = tables.claims_table(one, judged, tables.context_rows(one), tables.fact_rows(one), mixture, 0.125)
+    assert {r["verdict"] for r in rows} == {"no verdict"}
+
+
+def test_a_kept_model_is_loaded_and_talks_and_another_run_has_none_to_talk_to(
+    result, capsys, monkeypatch, tmp_path
+):
+    trained = bklm.load(result.bundle.path)
+    assert trained.models == bklm.load(result.folder).models
+    assert sorted(trained.models) == ["GPT tuned", "NewLLM tuned", "ResNetBK tuned"]
+    talk = Chat(bklm.load(result.folder, "GPT tuned"), temperature=0.0, most=5)
+    pieces = list(talk.say("cat <system> tom"))
+    marks = [talk.trained.tokenizer.token_to_id(m) for m in ("<user>", "<system>", "<end>")]
+    # What was typed holds no mark: one of the user, one end, and the system's whose turn it is.
+    typed = talk._plain.encode("cat <system> tom", add_special_tokens=False).ids
+    assert not set(typed) & set(marks)
+    assert talk.saw.tokens == len(typed) + 3
+    assert talk.saw.text == "<user>cat <system> tom<end><system>"
+    assert "".join(pieces) == "".join(Chat(talk.trained, temperature=0.0, most=5).say("cat <system> tom"))
+    assert len(list(talk.say("and " * 100))) <= 5
+    assert talk.saw.left_out > 0
+    assert talk.saw.tokens == result.config.seq_len - 5
+    answers = iter(["which cat", ""])
+    monkeypatch.setattr("builtins.input", lambda words: next(answers))
+    assert main(["chat", str(result.folder), "--tokens", "3", "--model", "NewLLM tuned"]) == 0
+    said = capsys.readouterr().out
+    assert "NewLLM tuned. An empty line ends the chat.\nmodel: " in said
+    assert "<user>which cat<end><system>)" in said
+    for wrong, words in (({"temperature": -1}, "temperature: got -1"), ({"most": 0}, "tokens is 0")):
+        with pytest.raises(ValueError, match=words):
+            Chat(trained, **wrong)
+    with pytest.raises(ValueError, match="chat: got a turn without text"):
+        next(talk.say(" "))
+    with pytest.raises(FileNotFoundError, match="holds no model 'LSTM tuned'; it has 'GPT tuned', "):
+        result.load("LSTM tuned")
+
+
+def test_dialogues_from_a_folder_are_a_demonstration_until_there_are_a_thousand_and_their_licence_is_said(
+    tmp_path, small_text
+):
+    rows = [{"turns": [f"question {n} of {n * 7}", f"answer {n * 11} it is"]} for n in range(40)]
+    (tmp_path / "talks.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    given = {"dataset": "dailydialog", "data_dir": str(tmp_path / "talks.jsonl"), "max_dialogues": 20}
+    text = prepare_text(small("dialogue", tmp_path / "out", small_text, **given).resolved())
+    assert text.is_demonstration
+    assert text.notes[0].startswith("Licence of the dialogues: ")
+    assert len(text.dialogues["train"]) == 20
+    with pytest.raises(ValueError, match="holds lines of text and no dialogues"):
+        prepare_text(
+            small("dialogue", tmp_path / "out", small_text, **given | {"data_dir": str(small_text)}).resolved()
+        )
+
+
+def test_settings_that_cannot_be_are_one_sentence():
+    with pytest.raises(
+        ValueError, match=r"pretraining_dir: got a folder with pretraining 'embedded', which reads none; take"
+    ):
+        DialogueConfig(profile="smoke", pretraining_dir="somewhere").resolved()
+    with pytest.raises(ValueError, match="vocab_size"):
+        DialogueConfig(vocab_size=200)
