@@ -222,6 +222,7 @@ def test_export_of_a_model_in_training_leaves_no_traces_in_it(name, batch):
     assert all(sum(layer) == 18 * (2 if "two" in name else 1) for layer in model.expert_counts())
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", WITH_STATE)
 def test_a_term_with_a_state_is_refused_in_one_sentence_where_its_numbers_cannot_be_read(name, batch):
     model = WITH_STATE[name]().train()
