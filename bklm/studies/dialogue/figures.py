@@ -69,7 +69,9 @@ def draw_contexts(path: Path, rows: Rows, title: str, note: str) -> Path | None:
             axes.plot(range(4), values[:4], color=colour, marker=marker, label=row["arm"].split()[0])
             axes.plot(range(4, len(values)), values[4:], color=colour, marker=marker, linestyle="")
         axes.set_xticks(range(len(CONTEXT_NAMES)), CONTEXT_NAMES, fontsize=10)
-        axes.set(ylabel="PPL of the replies", xlabel="turns before the reply that the model reads")
+        values = [v for row in shown for k, v in row.items() if k.startswith("turns_")]
+        wide_range_axis(axes.yaxis, values, "PPL of the replies")
+        axes.set_xlabel("turns before the reply that the model reads")
         axes.legend()
 
     return save_figure(path, draw, title=title, note=note, size=(8.0, 4.6))
