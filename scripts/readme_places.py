@@ -332,7 +332,9 @@ OF_RUNS: Places = {
         "contexts": lambda run: dialogue.readable_contexts(run.rows("contexts.csv")),
         "facts": lambda run: dialogue.readable_facts(run.rows("facts.csv")),
         "writing": lambda run: dialogue.readable_writing(run.rows("writing.csv")),
-        "replies": lambda run: run.rows("replies.csv")[:5],
+        "replies": lambda run: [
+            {k: str(v).replace("|", "\\|") for k, v in row.items()} for row in run.rows("replies.csv")[:5]
+        ],
     },
 }
 # Places of a study, which need several runs or none.

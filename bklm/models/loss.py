@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from bklm.data.loaders import IGNORED
 from bklm.models.checks import is_plain_wanted, values_at_hand
 from bklm.models.products import onednn_linear, onednn_serves, weight_gradient
-from bklm.moe.analytic import autocast_dtype, autocast_off
+from bklm.moe.autocast import autocast_dtype, autocast_off
 
 # Size of one chunk of logits. On a CPU it should stay near the last-level cache; a GPU wants matrix products
 # large enough to fill it. The time is flat around both values (benchmarks/train_step.py --chunks).

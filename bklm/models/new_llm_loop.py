@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from bklm.models.checks import is_plain_wanted
 from bklm.models.dropout import keep_masks, keep_scale
 from bklm.models.products import PreparedLinear, linear, weight_gradient
-from bklm.moe.analytic import autocast_dtype, autocast_off
+from bklm.moe.autocast import autocast_dtype, autocast_off
 
 CONTEXT_LIMIT = 10.0  # the original's clamp of the context
 

@@ -10,13 +10,14 @@ together for autograd and the compiler.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from bklm.moe.autocast import autocast_off
 
 # A block of hidden activations should stay in a CPU's cache and fill a GPU. Blocks of 512 to 2048 tokens were equally
 # fast on a CPU for D = 64 to 768; whole batches of 4096 took up to twice as long.
@@ -80,22 +81,6 @@ def choose(scores: Tensor, k: int) -> Tensor:
 def block_tokens(x: Tensor) -> int:
     """Number of tokens in a block."""
     return _BLOCK_TOKENS.get(x.device.type, _BLOCK_TOKENS["cuda"])
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives products of x; None where it is off, for double, and on devices without it ("meta")."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
-    """A block in which products keep the dtype of what they are given."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _route(x: Tensor, weight: Tensor, bias: Tensor, noise: Tensor | None, settings: Settings, block: int):

@@ -39,7 +39,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bklm.moe.analytic import Settings, autocast_dtype, mixture_of_few
+from bklm.moe.analytic import Settings, mixture_of_few
+from bklm.moe.autocast import autocast_dtype
 from bklm.moe.ops import draw, in_backward, mixture
 from bklm.moe.plain import is_ordinary, is_transformed
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from bklm.moe.analytic import Settings, autocast_off, choose, routing_dtype
+from bklm.moe.analytic import Settings, choose, routing_dtype
+from bklm.moe.autocast import autocast_off
 
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 """Of the vmap older than torch.func, which torch.autograd itself still maps with: its tensors show no other sign."""

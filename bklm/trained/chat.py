@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from bklm.data.checks import require_whole
 from bklm.data.dialogue_tokens import MARKS
 from bklm.trained.model import Trained
-from bklm.training.dialogues import reply_tokens
+from bklm.training.dialogues import positions_read, reply_tokens
 
 HALF_CHARACTER = "\ufffd"  # what bytes are decoded to that do not make a character yet
 
@@ -75,7 +75,7 @@ class Chat:
         own = [self.user_id, *self._plain.encode(turn.strip(), add_special_tokens=False).ids, self.end_id]
         before = np.array([*self._said, *own])
         room = self.trained.model.n_seq
-        read = len(before) + 1 if room is None else min(len(before) + 1, max(1, room - self.most))
+        read = len(before) + 1 if room is None else min(len(before) + 1, positions_read(room, self.most))
         shown = [*before.tolist(), self.system_id][-read:]
         self.saw = Saw(self.trained.decode(shown), read, len(before) + 1 - read)
         ids: list[int] = []

@@ -102,6 +102,11 @@ class Reply:
         return dict(vars(self))
 
 
+def positions_read(n_seq: int, most: int) -> int:
+    """Of a model's positions those that are left to read where a reply of ``most`` tokens is written: half of them or more."""
+    return max(1, n_seq - min(most, n_seq // 2))
+
+
 def reply_tokens(
     model: LanguageModel,
     vocabulary: Any,
@@ -112,13 +117,13 @@ def reply_tokens(
 ) -> Iterator[int]:
     """The ids of a reply to ``before`` (ids of whole turns), token by token, its ``<end>`` among them, at most ``most``.
 
-    Of a context that leaves no room for ``most`` tokens the beginning is left out. ``vocabulary`` has ``system_id`` and
-    ``end_id``.
+    A model that has so many positions and no more writes on half of them at most; of a context that leaves no room for that
+    the beginning is left out. ``vocabulary`` has ``system_id`` and ``end_id``.
     """
-    room = None if model.n_seq is None else max(1, model.n_seq - most)
     ids = np.concatenate([before, [vocabulary.system_id]]).astype(np.int64)
-    ids = ids if room is None else ids[-room:]
-    most = most if model.n_seq is None else min(most, model.n_seq - len(ids))
+    if model.n_seq is not None:
+        ids = ids[-positions_read(model.n_seq, most) :]
+        most = min(most, model.n_seq - len(ids))
     device = next(model.parameters()).device
     prompt = torch.from_numpy(np.ascontiguousarray(ids))[None].to(device)
     for token in model.stream(prompt, most, temperature, generator):

@@ -27,7 +27,10 @@ ARMS = Comparison(
         Column("bits_per_byte", "bits_per_byte", "bits per byte", ".3f", spread=True),
         Column("all_tokens_ppl", geometric_mean("all_tokens_ppl"), "PPL of all tokens", ".2f"),
         Column("text_ppl", geometric_mean("text_ppl"), "PPL of the text", ".1f"),
-        Column("other_context_loss", "other_context_loss", "gain from its own turns, nats", ".3f", spread=True),
+        Column(
+            "other_context_loss", "other_context_loss", "gain from its own turns, nats",
+            lambda row: "-" if row["other_context_loss"] is None else _nats(row["other_context_loss"], None), spread=True,
+        ),
         Column("recalled", _recalled, "facts recalled", ".1%"),
         Column("learning_rate", "learning_rate", "rate"),
         Column("parameters", "parameters", "parameters", ",.0f"),
@@ -137,7 +140,7 @@ def reply_table(trials: Sequence[Trial]) -> Rows:
                 "arm": arm,
                 "asked": r["prompt"][:160],
                 "replied": r["target"][:160],
-                "written": r["written"],
+                "written": " ".join(r["written"].split()),
             }
             for n, r in enumerate(group[0]["replies"])
         ]
