@@ -79,8 +79,10 @@ def versus_counting(run: Any) -> str:
 
 def claim_lines(run: Any) -> str:
     """Rows of the first table in docs/findings.md: what was announced beside what was measured."""
+    small = "" if run.config["profile"] == "full" else " (a small run)"
+    seen = " (as published: it sees the future)" if run.summary["sees_the_future"] else ""
     return "\n".join(
-        f"| {c['announced'][0].upper()}{c['announced'][1:]} | {c['measured']} | {c['verdict']} |"
+        f"| {c['announced'][0].upper()}{c['announced'][1:]}{seen} | {c['measured']}{small} | {c['verdict']} |"
         for c in run.summary["claims"]
     )
 
@@ -243,8 +245,7 @@ def side_claims(run: Any) -> str:
 
 
 def koopman_claims(study: Any) -> str:
-    rows = [row for run in study.runs.values() for row in run.summary["claims"]]
-    return "\n".join(f"| {row['announced']} | {row['measured']} | {row['verdict']} |" for row in rows)
+    return "\n".join(map(claim_lines, study.runs.values()))
 
 
 Places = dict[str, dict[str, Callable[[Any], Any]]]

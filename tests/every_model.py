@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from bklm.compression.distilling import Distilled
+from bklm.compression.retraining import PrunedModel, RoundedModel
 from bklm.models import (
     GPT,
     LSTM,
@@ -79,3 +81,16 @@ WITH_STATE: dict[str, Callable[..., LanguageModel]] = {
 def of(*names: str) -> dict[str, Callable[..., LanguageModel]]:
     """The models named."""
     return {name: MODELS[name] for name in names}
+
+
+def wide(p: float) -> ResNetBK:
+    """With matrices that are large enough to be compressed."""
+    return ResNetBK(ResNetBKConfig(V, 16, 1, None, mixer="solve", n_heads=2, num_experts=1, dropout_p=p))
+
+
+LEARNS_COMPRESSED: dict[str, Callable[..., LanguageModel]] = {
+    "rounded": lambda p=0.0: RoundedModel(wide(p), 4),
+    "pruned": lambda p=0.0: PrunedModel(wide(p), 0.5, 2),
+    "distilled": lambda p=0.0: Distilled(wide(p), diagonal(1, 0.0)),
+}
+"""Models around a model that learn under compression: they read numbers whenever they train."""

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from every_model import MODELS, WITH_STATE, V
+from every_model import LEARNS_COMPRESSED, MODELS, WITH_STATE, V
 from torch.utils.checkpoint import checkpoint
 
 from bklm.models import linear_cross_entropy
@@ -158,3 +158,19 @@ def test_a_model_is_copied_after_a_forward_in_training():
         model = make(0.1).train()
         model.hidden(torch.randint(0, V, (2, 5))).sum().backward()
         copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("name", LEARNS_COMPRESSED)
+def test_a_model_that_learns_under_compression_counts_a_step_once(name):
+    model = LEARNS_COMPRESSED[name](0.2).train()
+    twin, (ids, targets) = copy.deepcopy(model), torch.randint(0, V, (2, 3, 9))
+    for _ in range(3):
+        model.zero_grad()
+        twin.zero_grad()
+        torch.testing.assert_close(
+            step(model, "loss", ids, targets, False), step(twin, "loss", ids, targets, None)
+        )
+        for a, b in zip(gradients(model), gradients(twin), strict=True):
+            torch.testing.assert_close(a, b)
+    if name != "distilled":
+        assert int(model.steps) == int(twin.steps) == 3

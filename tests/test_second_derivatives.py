@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import bklm
 from bklm.bk_core import resolvent_diagonal, resolvent_solve
 from bklm.bk_core.reference import left_right
+from bklm.compression.retraining import rounded
 from bklm.models.dropout import keep_masks, numbered_dropout
 from bklm.models.loss import linear_cross_entropy
 from bklm.models.new_llm_loop import recurrence
@@ -408,7 +409,7 @@ FUNCTIONS = {
     "_Eager", "Transformable", "TransformableBackward",  # core
     "_Causal", "_Tridiagonal", "CausalSolve", "TridiagonalSolve",  # solve
     "_Mixture", "_ChunkedCrossEntropy", "_Recurrence", "_NormalisedGate", "_ShortConvolution", "_Reversible",
-    "_LimitGradient",  # below: its backward is a rule, no derivative
+    "_LimitGradient", "_Rounded",  # below: their backwards are rules, no derivatives
 }  # fmt: skip
 
 
@@ -440,3 +441,22 @@ def test_a_gradient_with_a_limit_is_differentiated_as_its_rule_says():
     torch.testing.assert_close(torch.func.vjp(torch.func.grad(limited), x.detach())[1](direction)[0], want)
     each = torch.func.vmap(torch.func.grad(limited))(x.detach())
     torch.testing.assert_close(each, torch.stack([rule(row) for row in x.detach()]))
+
+
+def test_rounding_passes_every_gradient_straight_through_on_every_road():
+    w, scale = leaf(2, D, scale=4.0), torch.ones(2, D, dtype=torch.float64)
+    direction = torch.randn(2, D, dtype=torch.float64)
+
+    def function(w):
+        return rounded(w, scale, 3).pow(3).sum()
+
+    inside = (w.detach().round().abs() <= 3).double()
+    assert 0 < inside.sum() < inside.numel()
+    r = w.detach().round().clamp(-3, 3)
+    (g,) = torch.autograd.grad(function(w), w, create_graph=True)
+    torch.testing.assert_close(g, 3 * r**2 * inside)
+    want = 6 * r * inside * direction
+    torch.testing.assert_close(torch.autograd.grad((g * direction).sum(), w)[0], want)
+    torch.testing.assert_close(torch.func.vjp(torch.func.grad(function), w.detach())[1](direction)[0], want)
+    each = torch.func.vmap(torch.func.grad(lambda x: rounded(x, scale[0], 3).pow(3).sum()))(w.detach())
+    torch.testing.assert_close(each, 3 * r**2 * inside)

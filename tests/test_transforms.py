@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from every_model import MODELS, WITH_STATE, V
+from every_model import LEARNS_COMPRESSED, MODELS, WITH_STATE, V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
@@ -246,6 +246,20 @@ def test_a_term_with_a_state_is_refused_in_one_sentence_where_its_numbers_cannot
         )
     model.loss(*batch).backward()
     use_all(blind.eval(), *(x.to("meta") for x in batch))
+
+
+@pytest.mark.parametrize("name", LEARNS_COMPRESSED)
+def test_a_model_that_learns_under_compression_is_refused_in_one_sentence_where_there_are_no_numbers(
+    name, batch
+):
+    model = LEARNS_COMPRESSED[name]().train()
+    weights = weights_of(Loss(model))
+    sentence = r"^\w+: this .* give (no numbers|none); .*\.$"
+    with pytest.raises(RuntimeError, match=sentence):
+        grad(lambda w: functional_call(Loss(model), w, batch))(weights)
+    with pytest.raises(RuntimeError, match=sentence):
+        LEARNS_COMPRESSED[name]().train().to("meta").loss(*(x.to("meta") for x in batch))
+    model.loss(*batch).backward()
 
 
 def test_what_is_no_step_is_not_in_an_energys_record(batch):

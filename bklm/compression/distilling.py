@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from bklm.compression.coded_model import like, model_of, put
 from bklm.data.loaders import IGNORED
 from bklm.models import LanguageModel, TokenLosses
+from bklm.models.checks import is_without_numbers
 from bklm.training.loop import train
 from bklm.training.schedules import TrainingSettings
 
@@ -58,6 +59,11 @@ class Distilled(LanguageModel):
             raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean' and 'sum'.")
         self.check_ids(input_ids)
         self.check_targets(input_ids, targets)
+        if is_without_numbers(targets):
+            raise RuntimeError(
+                "Distilled: this loss takes the rows that are scored by their numbers, and torch.func, torch.export, a tracer "
+                "or tensors without values give none; call eval() before, or take the student, model.model."
+            )
         scored = targets.flatten() != IGNORED
         count = scored.sum()
         if reduction == "mean" and count == 0:

@@ -17,6 +17,8 @@ from bklm.compression.coding import integers
 from bklm.compression.pruning import largest_kept, masks_of, scoped
 from bklm.compression.weights import quantise
 from bklm.models import LanguageModel, TokenLosses
+from bklm.models.checks import is_without_numbers
+from bklm.moe.ops import in_backward
 
 STEPS_BETWEEN = 20  # of training, after which scales or masks are found anew
 
@@ -24,11 +26,16 @@ STEPS_BETWEEN = 20  # of training, after which scales or masks are found anew
 class _Rounded(torch.autograd.Function):
     """round(w / s) s between -levels and levels; the gradient passes where nothing was clipped."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, levels: int) -> Tensor:
-        steps = (weight / scale).round()
-        ctx.save_for_backward(steps.abs() <= levels)
-        return steps.clamp(-levels, levels) * scale
+    def forward(weight: Tensor, scale: Tensor, levels: int) -> Tensor:
+        return (weight / scale).round().clamp(-levels, levels) * scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        weight, scale, levels = inputs
+        ctx.save_for_backward((weight / scale).round().abs() <= levels)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -77,7 +84,9 @@ class Changed(LanguageModel):
         return super().train(mode)
 
     def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
-        if self.training and torch.is_grad_enabled():
+        self._require_numbers()
+        # What activation checkpointing computes again is no other step.
+        if self.training and torch.is_grad_enabled() and not in_backward():
             self.steps += 1
         return self._call("loss", input_ids, targets, reduction=reduction)
 
@@ -100,7 +109,15 @@ class Changed(LanguageModel):
     def expert_counts(self) -> list[list[int]]:
         return self.model.expert_counts()
 
+    def _require_numbers(self) -> None:
+        if is_without_numbers(self.steps):
+            raise RuntimeError(
+                f"{type(self).__name__}: this model looks at its weights to change them, and torch.func, torch.export, a "
+                "tracer or tensors without values give no numbers; take the plain model, baked(model)."
+            )
+
     def _call(self, method: str, *given: Any, **options: Any) -> Any:
+        self._require_numbers()
         if self.training:
             changed = self.change()
         else:
@@ -185,6 +202,7 @@ def baked(model: LanguageModel) -> LanguageModel:
     return plain
 
 
+@torch.no_grad()
 def _scale_of_each(weight: Tensor, bits: int, group: int | None) -> Tensor:
     """The scale of every weight, of the weight's shape, as ``integers`` would choose it."""
     coded = integers(weight, bits, group)

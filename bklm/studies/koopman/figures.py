@@ -126,13 +126,15 @@ def draw_recall(
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for row, colour, marker in zip(shown, colours(len(shown)), MARKERS, strict=False):
+        for number, (row, colour, marker) in enumerate(zip(shown, colours(len(shown)), MARKERS, strict=False)):
             known = [k for k in places if row[k] is not None]
             ends = [
                 (None, None) if row[f"{k}_95"] is None else (row[k] - row[f"{k}_95"], row[k] + row[f"{k}_95"])
                 for k in known
             ]
-            x, y = [int(k[9:]) for k in known], [row[k] for k in known]
+            # Beside one another: bars of one distance would hide each other.
+            aside = 1.06 ** (number - (len(shown) - 1) / 2)
+            x, y = [aside * int(k[9:]) for k in known], [row[k] for k in known]
             mean_with_error(axes, x, y, ends, color=colour, marker=marker, label=row["arm"])
         axes.axhline(chance, color=GREY, linestyle=":", label="chance")
         axes.axvline(trained, color=GREY, linewidth=1, linestyle="--", label="longest in training")

@@ -97,9 +97,9 @@ def readable_linearised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
             "val PPL": f"{r['val_ppl']:.1f}",
             "PPL ratio (95%)": str(ppl_ratio(r)),
             "context gain kept": kept(r),
-            "ms": f"{r['milliseconds']:.2f}" if "milliseconds" in r else "-",
+            "ms": f"{r['milliseconds']:.2f}" if r.get("milliseconds") is not None else "-",
             "times faster (95%)": str(Perplexity(r["times_faster"], r["times_faster_low"], r["times_faster_high"]))
-            if "times_faster" in r else "-",
+            if r.get("times_faster") is not None else "-",
         }
         for r in rows
     ]  # fmt: skip
