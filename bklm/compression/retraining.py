@@ -205,6 +205,9 @@ def baked(model: LanguageModel) -> LanguageModel:
 @torch.no_grad()
 def _scale_of_each(weight: Tensor, bits: int, group: int | None) -> Tensor:
     """The scale of every weight, of the weight's shape, as ``integers`` would choose it."""
+    if not bool(weight.isfinite().all()):
+        # A model that diverges in training shows it by its loss, and the loop says so.
+        return torch.full_like(weight, torch.nan)
     coded = integers(weight, bits, group)
     width = coded.values.shape[1]
     each = coded.scales.repeat_interleave(coded.group, 1)[:, :width]

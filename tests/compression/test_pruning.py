@@ -1,5 +1,7 @@
 """Zeros: as many as asked for, the smallest by each method's own score, kept zero in training, and cheap on disk."""
 
+import copy
+
 import pytest
 import torch
 
@@ -121,8 +123,6 @@ def step(model, optimizer, batch):
 
 @pytest.mark.parametrize("bits", [3, 8])
 def test_a_model_learns_while_rounded_and_is_then_what_it_was_scored_as(model_with_maps, text, bits):
-    import copy
-
     made = RoundedModel(copy.deepcopy(model_with_maps), bits).train()
     started = evaluate(made, text, None).loss
     assert started == pytest.approx(
@@ -140,9 +140,14 @@ def test_a_model_learns_while_rounded_and_is_then_what_it_was_scored_as(model_wi
     assert file_sizes(small)[0] < (0.5 if bits == 3 else 0.75) * file_sizes(model_with_maps)[0]
 
 
-def test_gradual_pruning_follows_its_law_and_what_is_zero_stays_zero(reading, text):
-    import copy
+def test_a_rounded_model_that_diverges_shows_it_by_its_loss(model_with_maps, text):
+    made = RoundedModel(copy.deepcopy(model_with_maps), 4).train()
+    with torch.no_grad():
+        next(iter(matrices(made.model).values())).fill_(torch.nan)
+    assert made.loss(*text[0]).isnan()
 
+
+def test_gradual_pruning_follows_its_law_and_what_is_zero_stays_zero(reading, text):
     made = PrunedModel(copy.deepcopy(reading), 0.8, steps=60).train()
     assert [round(made.sparsity_at(t), 4) for t in (0, 30, 60, 90)] == [0.0, 0.7, 0.8, 0.8]
     optimizer = torch.optim.Adam(made.parameters(), lr=1e-3)
@@ -159,8 +164,6 @@ def test_gradual_pruning_follows_its_law_and_what_is_zero_stays_zero(reading, te
 
 
 def test_given_masks_hold_from_the_first_step(reading, text):
-    import copy
-
     masks = {n: torch.rand_like(w) < 0.5 for n, w in scoped(reading, "body").items()}
     made = PrunedModel(copy.deepcopy(reading), 0.5, 10, masks=masks).train()
     step(made, torch.optim.Adam(made.parameters(), lr=1e-2), text[0])

@@ -1,6 +1,8 @@
 """The compression study: what is compared with what, what is recommended, and when an announced number holds."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from small import run_of, small
 
 from bklm.compression import load_compressed
 from bklm.harness.arms import Arm
-from bklm.studies.compression import claims, figures, models, tables
+from bklm.harness.text import prepare_text
+from bklm.studies.compression import claims, figures, methods, models, run, speed, tables
 from bklm.training.evaluation import evaluate
 
 
@@ -48,8 +51,6 @@ def test_every_method_starts_from_the_trained_model_and_every_file_has_its_size(
 
 
 def test_a_recommended_file_is_kept_and_scores_as_its_row_says(result, small_text):
-    from bklm.harness.text import prepare_text
-
     text = prepare_text(result.config)
     row = next(r for r in result.recommended if r["family"] == "ResNetBK")
     model = load_compressed(models.place_of(result.folder, row["arm"]))
@@ -59,8 +60,34 @@ def test_a_recommended_file_is_kept_and_scores_as_its_row_says(result, small_tex
         model(torch.zeros(1, 4, dtype=torch.int64)),
         result.load(row["arm"])(torch.zeros(1, 4, dtype=torch.int64)),
     )
-    with pytest.raises(ValueError, match=r"model: got 'x'; kept are 'ResNetBK', 'ResNetBK, width 0\.5'"):
+    with pytest.raises(
+        ValueError, match=r"model: got 'x'; kept are 'ResNetBK', 'ResNetBK, width 0\.5'.*: int8'"
+    ):
         result.load("x")
+
+
+def test_int8_is_kept_whatever_is_recommended_and_a_file_of_another_kind_is_passed_over(result):
+    study = SimpleNamespace(config=result.config, folder=result.folder, text=prepare_text(result.config))
+    run._keep_recommended(study, [{"arm": f"NewLLM: {methods.TORCH_AO}"}])
+    assert not models.place_of(result.folder, f"NewLLM: {methods.TORCH_AO}").exists()
+    for family in models.families(result.config):
+        assert type(result.load(f"{family}: int8")) is type(result.load(family))
+
+
+def test_a_width_that_diverged_is_not_timed_and_the_others_are(result):
+    study = SimpleNamespace(config=result.config, folder=result.folder, text=prepare_text(result.config))
+    lost = [
+        {"arm": "NewLLM", "seed": 0, "val_ppl": 9.0},
+        {"arm": "NewLLM, width 0.5", "seed": 0, "val_ppl": None},
+    ]
+    timed = speed.speeds(study, lost)["models"]["NewLLM"]["scored"]
+    assert speed.FLOAT in timed
+    assert "width 0.5" not in timed
+
+
+def test_of_three_experts_two_are_left_because_fewer_are_another_kind_of_model(result):
+    few = dataclasses.replace(result.config, num_experts=3)
+    assert list(methods.methods_of(few, models.EXPERTS)) == ["int8", "2 experts left, int8"]
 
 
 def test_retrained_arms_go_on_from_their_seeds_model_and_students_begin_as_their_controls(result):

@@ -34,7 +34,7 @@ Method = Callable[[LanguageModel, Sequence[Any]], LanguageModel]
 def methods_of(config: CompressionConfig, family: str) -> dict[str, Method]:
     """Every method by name; each takes a trained model and calibration batches."""
     if family == EXPERTS:
-        left = sorted({config.num_experts - 1, config.num_experts // 2}, reverse=True)
+        left = sorted({config.num_experts - 1, max(2, config.num_experts // 2)}, reverse=True)
         removed = {
             f"{keep} experts left, int8": lambda m, text, keep=keep: quantise(remove_experts(m, keep, text))
             for keep in left

@@ -19,7 +19,7 @@ from bklm.models import LanguageModel
 from bklm.studies.compression import figures, models, speed, tables
 from bklm.studies.compression.claims import claims_table, judged
 from bklm.studies.compression.config import CompressionConfig
-from bklm.studies.compression.methods import KEYS, measure_methods, methods_of
+from bklm.studies.compression.methods import KEYS, TORCH_AO, measure_methods, methods_of
 from bklm.studies.compression.models import families
 from bklm.studies.compression.tables import ARMS
 from bklm.training.schedules import TrainingSettings
@@ -51,13 +51,14 @@ class CompressionResult(StudyResult):
         return {name: make for name, make in made.items() if name in ("files", "claims") or getattr(self, name)}
 
     def load(self, model: str | None = None) -> LanguageModel:
-        """A model of the first seed: a trained one by its arm's name, or a recommended file's; the first model when empty."""
+        """A model of the first seed: a trained one by its arm's name, or a kept file's: int8, retrained, recommended."""
         chosen = model or families(self.config)[0]
         if chosen in models.first_arms(self.config):
             return models.load_model(self.folder, self.config, chosen, self.config.seeds[0])
         place = models.place_of(self.folder, chosen)
         if not place.exists():
-            kept = [*models.first_arms(self.config), *dict.fromkeys(r["arm"] for r in self.recommended)]
+            files = {models.place_of(self.folder, r["arm"]): r["arm"] for r in self.table}
+            kept = [*models.first_arms(self.config), *(arm for file, arm in files.items() if file.exists())]
             raise ValueError(f"model: got {model!r}; kept are {', '.join(map(repr, kept))}.")
         return load_compressed(place)
 
@@ -131,10 +132,14 @@ def _train_all(study: Session) -> dict[str, Any]:
 
 
 def _keep_recommended(study: Session, rows: list[dict[str, Any]]) -> None:
-    """Write what is recommended of the first seed; files of retrained models and students are there already."""
+    """Write int8 and what is recommended of the first seed; files of retrained models and students are there already."""
     config = study.config
-    for arm in dict.fromkeys(r["arm"] for r in rows):
+    always = [f"{family}: {models.INT8}" for family in families(config)]
+    for arm in dict.fromkeys([*always, *(r["arm"] for r in rows)]):
         source, _, method = arm.partition(": ")
+        # PyTorch's own int8 copy has a file of another kind, which load_compressed does not read.
+        if method == TORCH_AO:
+            continue
         if not models.place_of(study.folder, arm).exists() and source in models.first_arms(config) and method:
             model = models.load_model(study.folder, config, source, config.seeds[0])
             known = methods_of(config, source) if source in families(config) else {}
@@ -149,7 +154,9 @@ def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
     rows = tables.file_rows(files)
     arms: dict[str, Arm] = found["arms"]
     judged_rows = judged(files, arms)
-    timed = speed.measured(study, "speed.json", lambda: speed.speeds(study), {"models": dict})["models"]
+    timed = speed.measured(study, "speed.json", lambda: speed.speeds(study, found["trials"]), {"models": dict})[
+        "models"
+    ]
     counted = speed.measured(study, "counted.json", lambda: speed.counted(study), {"rows": list})["rows"]
     speeds, shares = tables.speed_rows(timed, rows), tables.shares_of(timed)
     chosen = tables.recommended(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,19 +38,22 @@ def measured(
     return found
 
 
-def speeds(study: Session) -> dict[str, Any]:
+def speeds(study: Session, trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Seconds of each call on the CPU, by model and arm, of the first seed's models; and the shares of parameters."""
-    return {"models": {f: _speed(study, f) for f in families(study.config) if f != EXPERTS}}
+    first = study.config.seeds[0]
+    trained = {t["arm"] for t in trials if t["seed"] == first and t["val_ppl"] is not None}
+    return {"models": {f: _speed(study, f, trained) for f in families(study.config) if f != EXPERTS}}
 
 
-def _speed(study: Session, family: str) -> dict[str, Any]:
+def _speed(study: Session, family: str, trained: set[str]) -> dict[str, Any]:
     config, text = study.config, study.text
     seed = config.seeds[0]
     model = load_model(study.folder, config, family, seed)
     x, y = text.first_batch(min(SEQUENCES, text.batch_size))
     batches = first_batches(text.train_loader(seed=0), config.calibration_tokens)
     made = {FLOAT: model} | {name: method(model, batches) for name, method in products_of(config).items()}
-    made |= {f"width {w:g}": load_model(study.folder, config, smaller(family, w), seed) for w in config.widths}
+    for width in (w for w in config.widths if smaller(family, w) in trained):
+        made[f"width {width:g}"] = load_model(study.folder, config, smaller(family, width), seed)
     reached = {}
     if config.torchao:
         made[TORCHAO] = with_torchao_products(model)
