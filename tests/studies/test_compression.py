@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -160,25 +161,51 @@ def test_a_student_must_beat_the_same_student_from_the_text_alone():
         assert verdict_of(found, "better student", arms) == verdict
 
 
-def test_zeros_are_judged_against_chance_and_against_a_dense_model_of_no_more_bytes():
-    found = trials(
-        ("NewLLM", 100.0, 4000, 0.0), ("NewLLM, width 0.5", 120.0, 1800, 0.0), ("NewLLM, width 0.5: int8", 120.0, 450, 0.0),
-        ("NewLLM: 50% zeros, magnitude, int8", 105.0, 600, 0.0001), ("NewLLM: 50% zeros, random, int8", 150.0, 600, 0.0),
-    )  # fmt: skip
-    rows = claims.judged(found, {})
-    against = [r["against"] for r in rows if "magnitude" in r["arm"]]
-    assert against == ["NewLLM: 50% zeros, random, int8", "NewLLM, width 0.5: int8"]
-    assert verdict_of(found, "zeros beat a smaller dense model") == "holds"
-    # One whose file is larger than the pruned one's is no control at equal bytes.
-    larger = [{**t, "file_bytes": 700} if t["arm"].endswith("0.5: int8") else t for t in found]
-    assert not any("width" in r["against"] for r in claims.judged(larger, {}))
+def test_zeros_are_judged_against_chance_and_against_a_dense_model_of_as_many_bytes():
+    pruned = "NewLLM: 50% zeros, magnitude, int8"
+    dense = (
+        ("NewLLM", 100.0, 4000, 0.0),
+        ("NewLLM: int8", 100.0, 1000, 0.0),
+        ("NewLLM, width 0.5: int8", 121.0, 250, 0.0),
+    )
+    chance = (pruned.replace("magnitude", "random"), 150.0, 500, 0.0)
+    # Half-way in log bytes the dense line is at sqrt(100 * 121) = 110.
+    for ppl, verdict in ((105.0, "holds"), (111.0, "does not hold")):
+        found = trials(*dense, chance, (pruned, ppl, 500, 0.0001))
+        rows = {r["against"]: r for r in claims.judged(found, {}) if r["arm"] == pruned}
+        assert list(rows) == [chance[0], claims.DENSE]
+        assert rows[claims.DENSE]["loss_difference"] == pytest.approx(math.log(ppl / 110), abs=1e-3)
+        assert verdict_of(found, "zeros beat a smaller dense model") == verdict
+    # Beyond the files that were measured nothing is extended.
+    for size in (240, 1001):
+        found = trials(*dense, (pruned, 105.0, size, 0.0001))
+        assert not any(r["against"] == claims.DENSE for r in claims.judged(found, {}))
+    # One that was trained further had more steps than the dense models.
+    further = trials(*dense, ("NewLLM, 50% zeros, gradual: int8", 90.0, 500, 0.0001))
+    assert claims.judged(further, {}) == []
 
 
-@pytest.mark.parametrize(("share", "verdict"), [(0.05, "does not hold"), (0.6, "holds"), (1.0, "no verdict")])
-def test_a_sparse_core_is_bounded_by_the_cores_share_of_the_time(share, verdict):
+def test_one_lucky_pair_of_two_makes_no_claim_hold():
+    names = [f"NewLLM, student at T {t}" for t in (1, 2)]
+    arms = {name: Arm(None, ("NewLLM, width 0.5",)) for name in names}
+    base = (("NewLLM", 100.0, 4000, 0.0), ("NewLLM, width 0.5", 120.0, 1000, 0.0))
+    for second, verdict in ((125.0, "does not hold"), (92.0, "holds")):
+        found = trials(*base, (names[0], 90.0, 1000, 0.0002), (names[1], second, 1000, 0.0002))
+        assert verdict_of(found, "better student", arms) == verdict
+        assert verdict_of(found, "a distilled NewLLM", arms) == verdict
+
+
+def test_a_student_that_is_hardly_better_is_not_as_good_as_announced():
+    base = (("NewLLM", 100.0, 4000, 0.0), ("NewLLM, width 0.5", 120.0, 1000, 0.0))
+    for ppl, verdict in ((99.9, "does not hold"), (96.0, "holds")):
+        assert verdict_of(trials(*base, ("NewLLM, student at T 2", ppl, 1000, 0.0)), "a distilled") == verdict
+
+
+@pytest.mark.parametrize("share", [0.05, 0.6, 1.0])
+def test_a_sparse_core_is_bounded_by_the_cores_share_of_one_models_time_and_gets_no_verdict(share):
     found = trials(("ResNetBK", 100.0, 4000))
     shares = [{"family": "ResNetBK", "core_time_share": share, "outer_parameter_share": 0.5}]
-    assert verdict_of(found, "a sparse core", shares=shares) == verdict
+    assert verdict_of(found, "a sparse core", shares=shares) == "no verdict"
 
 
 def test_the_figure_is_drawn_without_kneser_ney_in_sight_and_not_at_all_without_a_model(tmp_path):

@@ -244,8 +244,8 @@ def shares_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         told.append(
             f"{r['family']}: embedding and head hold {outer:.0%} of the parameters, and the head takes {head:.0%} of the time "
-            f"of scoring; blocks of no bytes would make its file {1 / outer:.2f} times smaller at most, blocks of no time its "
-            f"scoring {faster}."
+            f"of scoring; compressing the blocks alone makes its file {1 / outer:.2f} times smaller at most, and its scoring "
+            f"{faster}."
         )
     return " ".join(told)
 
