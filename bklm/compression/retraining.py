@@ -147,7 +147,8 @@ class PrunedModel(Changed):
 
         s_t = s_f + (s_i - s_f) (1 - t / T)^3,   s_i = 0
 
-    by magnitude; or, where masks are given, these from the start. What was set to zero stays zero.
+    by magnitude; or, with a seed, on the same schedule at random; or, where masks are given, these from the start. What was
+    set to zero stays zero.
     """
 
     def __init__(
@@ -158,10 +159,14 @@ class PrunedModel(Changed):
         *,
         scope: str = "body",
         masks: Mapping[str, Tensor] | None = None,
+        seed: int | None = None,
     ) -> None:
         super().__init__(model)
         masks_of(model, sparsity, scope=scope)
+        if masks is not None and seed is not None:
+            raise ValueError(f"seed: got {seed} and masks, which leave nothing to draw; give one of them.")
         self.sparsity, self.whole, self.gradual = sparsity, steps, masks is None
+        self.scope, self.seed = scope, seed
         self._names = list(scoped(model, scope))
         for i, name in enumerate(self._names):
             weight = scoped(model, scope)[name]
@@ -176,10 +181,16 @@ class PrunedModel(Changed):
         named = dict(self.model.named_parameters())
         step = int(self.steps)
         if self.gradual and (step % STEPS_BETWEEN == 0 or step >= self.whole or not self.training):
-            sizes = {n: named[n].detach().abs() * self._mask(i) for i, n in enumerate(self._names)}
-            for i, mask in enumerate(largest_kept(sizes, self.sparsity_at(step)).values()):
+            for i, mask in enumerate(self._masks_at(self.sparsity_at(step), named).values()):
                 self._mask(i).copy_(mask)
         return {name: named[name] * self._mask(i) for i, name in enumerate(self._names)}
+
+    def _masks_at(self, sparsity: float, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.seed is not None:
+            # Of one seed's scores the smallest go first, so fewer zeros are among more.
+            return masks_of(self.model, sparsity, "random", scope=self.scope, seed=self.seed)
+        sizes = {n: named[n].detach().abs() * self._mask(i) for i, n in enumerate(self._names)}
+        return largest_kept(sizes, sparsity)
 
     def _mask(self, i: int) -> Tensor:
         return getattr(self, f"mask_{i}")

@@ -163,6 +163,30 @@ def test_gradual_pruning_follows_its_law_and_what_is_zero_stays_zero(reading, te
     assert evaluate(baked(made), text, None).loss < evaluate(prune(reading, 0.8), text, None).loss
 
 
+def test_zeros_at_random_come_on_the_same_schedule_and_differ_by_seed(reading, text):
+    made = {s: PrunedModel(copy.deepcopy(reading), 0.5, steps=40, seed=s).train() for s in (0, 1)}
+    for model in made.values():
+        model.change()
+        assert zeros(baked(model), "body")[0] == 0
+    counts, before = [], None
+    made[0].train()
+    for t in (20, 40):
+        made[0].steps.fill_(t)
+        made[0].change()
+        masks = [b.clone() for n, b in made[0].named_buffers() if n.startswith("mask")]
+        assert before is None or all(bool((old | ~new).all()) for old, new in zip(before, masks, strict=True))
+        before = masks
+        counts.append(sum(int((~mask).sum()) for mask in masks))
+    whole = zeros(reading, "body")[1]
+    assert counts == pytest.approx([0.4375 * whole, 0.5 * whole], abs=1)
+    made[1].steps.fill_(40)
+    made[1].change()
+    others = [b for n, b in made[1].named_buffers() if n.startswith("mask")]
+    assert not all(torch.equal(a, b) for a, b in zip(before, others, strict=True))
+    with pytest.raises(ValueError, match="seed: got 1 and masks"):
+        PrunedModel(copy.deepcopy(reading), 0.5, 10, masks={}, seed=1)
+
+
 def test_given_masks_hold_from_the_first_step(reading, text):
     masks = {n: torch.rand_like(w) < 0.5 for n, w in scoped(reading, "body").items()}
     made = PrunedModel(copy.deepcopy(reading), 0.5, 10, masks=masks).train()

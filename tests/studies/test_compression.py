@@ -10,6 +10,8 @@ import torch
 from small import run_of, small
 
 from bklm.compression import load_compressed
+from bklm.compression.activations import activations_of
+from bklm.compression.coded_model import matrices
 from bklm.harness.arms import Arm
 from bklm.harness.text import prepare_text
 from bklm.studies.compression import claims, figures, methods, models, run, speed, tables
@@ -84,6 +86,34 @@ def test_a_width_that_diverged_is_not_timed_and_the_others_are(result):
     timed = speed.speeds(study, lost)["models"]["NewLLM"]["scored"]
     assert speed.FLOAT in timed
     assert "width 0.5" not in timed
+
+
+def test_a_group_serves_a_model_with_wider_maps_and_one_that_serves_none_is_refused(result):
+    wide = dataclasses.replace(result.config, d_model=64, groups=(0, 128))
+    assert "int8 in groups of 128" in methods.methods_of(wide, "ResNetBK")
+    assert "int8 in groups of 128" not in methods.methods_of(wide, "NewLLM")
+    assert wide.widest_input("ResNetBK") == widest(models.build(wide, "ResNetBK", 20))
+    assert wide.widest_input("NewLLM") == widest(models.build(wide, "NewLLM", 20))
+    with pytest.raises(ValueError, match=r"groups: got 128, but at d_model 64 .* give groups below 128"):
+        dataclasses.replace(wide, models="newllm").resolved()
+
+
+def widest(model):
+    return max(weight.shape[-1] for weight in matrices(model).values())
+
+
+def test_products_have_their_head_in_int8_unless_their_name_says_otherwise(result):
+    model = models.build(result.config, "ResNetBK", 40)
+    made = methods.products_of(result.config)
+    for name in ("per tensor", "per token"):
+        assert activations_of(made[f"{methods.PRODUCTS}{name}"](model, ())).head
+    assert not activations_of(made[f"{methods.PRODUCTS}per token, head in float"](model, ())).head
+
+
+def test_zeros_at_random_are_others_for_another_seed(result):
+    model, name = result.load("ResNetBK"), "50% zeros, random, int8"
+    one, two = (methods.methods_of(result.config, "ResNetBK", seed)[name](model, ()) for seed in (0, 1))
+    assert any(not torch.equal(a == 0, b == 0) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
 def test_of_three_experts_two_are_left_because_fewer_are_another_kind_of_model(result):

@@ -51,7 +51,7 @@ class CompressionConfig(WindowStudyConfig):
     clip: float = setting(1.0, above=0, high=1e6, help="largest gradient norm")
     bits: tuple[int, ...] | None = setting(None, low=2, high=8, help="of a weight; the fewest are trained, too")
     groups: tuple[int, ...] | None = setting(
-        None, low=0, high=65536, help="inputs that share a scale; 0: a whole row"
+        None, low=0, high=65536, help="inputs that share a scale, fewer than the widest map has; 0: a whole row"
     )
     sparsities: tuple[float, ...] | None = setting(
         None, low=0.05, high=0.99, help="share of zeros in the body's weights; the largest is trained, too"
@@ -75,4 +75,14 @@ class CompressionConfig(WindowStudyConfig):
             raise ValueError(
                 "torchao: got True, but it is not installed here; pip install torchao, or give False."
             )
+        widest = config.widest_input("NewLLM" if config.models == "newllm" else "ResNetBK")
+        if max(config.groups) >= widest:
+            raise ValueError(
+                f"groups: got {max(config.groups)}, but at d_model {config.d_model} no map has more than {widest} inputs to "
+                f"share among; give groups below {widest}, or 0 for a whole row."
+            )
         return config
+
+    def widest_input(self, family: str) -> int:
+        """Inputs of the widest map of a kind of model, before it is made: the units of its dense layers."""
+        return (2 if family == "NewLLM" else 4) * self.d_model

@@ -31,8 +31,8 @@ KEYS = {"val_ppl": float, "seconds": float, "epochs": list, "methods": list}
 Method = Callable[[LanguageModel, Sequence[Any]], LanguageModel]
 
 
-def methods_of(config: CompressionConfig, family: str) -> dict[str, Method]:
-    """Every method by name; each takes a trained model and calibration batches."""
+def methods_of(config: CompressionConfig, family: str, seed: int = 0) -> dict[str, Method]:
+    """Every method by name; each takes a trained model and calibration batches. The seed is of random zeros."""
     if family == EXPERTS:
         left = sorted({config.num_experts - 1, max(2, config.num_experts // 2)}, reverse=True)
         removed = {
@@ -43,14 +43,14 @@ def methods_of(config: CompressionConfig, family: str) -> dict[str, Method]:
     found: dict[str, Method] = {"float16": lambda m, text: quantise(m, 16)}
     for bits in config.bits:
         for group in config.groups:
-            if not group or group < config.d_model:
+            if group < config.widest_input(family):
                 name = f"int{bits}" if not group else f"int{bits} in groups of {group}"
                 found[name] = lambda m, text, b=bits, g=group: quantise(m, b, g or None)
     found |= products_of(config)
     for sparsity in config.sparsities:
         for method in ("magnitude", "wanda", "random"):
             found[f"{sparsity:.0%} zeros, {method}, int8"] = lambda m, text, s=sparsity, k=method: quantise(
-                prune(m, s, k, calibration=text)
+                prune(m, s, k, calibration=text, seed=seed)
             )
         found[f"{sparsity:.0%} zeros everywhere, magnitude, int8"] = lambda m, text, s=sparsity: quantise(
             prune(m, s, scope="all")
@@ -68,14 +68,17 @@ def methods_of(config: CompressionConfig, family: str) -> dict[str, Method]:
 
 
 def products_of(config: CompressionConfig) -> dict[str, Method]:
-    """Ways to multiply in int8."""
+    """Ways to multiply in int8: the head as well, as torch.ao does it, but for the one whose name says otherwise."""
     return {
         TORCH_AO: lambda m, text: quantised(m),
-        f"{PRODUCTS}per tensor": lambda m, text: with_int8_products(m, "tensor"),
-        f"{PRODUCTS}per token": lambda m, text: with_int8_products(m),
-        f"{PRODUCTS}SmoothQuant": lambda m, text: with_int8_products(m, smooth=config.smooth, calibration=text),
+        f"{PRODUCTS}per tensor": lambda m, text: with_int8_products(m, "tensor", head=True),
+        f"{PRODUCTS}per token": lambda m, text: with_int8_products(m, head=True),
+        f"{PRODUCTS}per token, head in float": lambda m, text: with_int8_products(m, head=False),
+        f"{PRODUCTS}SmoothQuant": lambda m, text: with_int8_products(
+            m, smooth=config.smooth, calibration=text, head=True
+        ),
         f"{PRODUCTS}outlier columns": lambda m, text: with_int8_products(
-            m, outliers=config.outliers, calibration=text
+            m, outliers=config.outliers, calibration=text, head=True
         ),
     }
 
@@ -90,7 +93,7 @@ def measure_methods(study: Session, family: str, seed: int) -> dict[str, Any]:
         study.accelerator.device,
     )
     rows = []
-    for name, method in methods_of(config, family).items():
+    for name, method in methods_of(config, family, seed).items():
         made = method(model, batches)
         multiplies = name.startswith(PRODUCTS)
         weighed = _torch_ao_sizes(made) if name == TORCH_AO else sizes(made)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from bklm.compression import Distilled, PrunedModel, RoundedModel, baked, file_sizes, narrower, quantise
-from bklm.compression.pruning import masks_of
 from bklm.compression.saving import save_compressed
 from bklm.files.atomic import read_result
 from bklm.harness.arms import WEIGHTS, Arm
@@ -92,6 +91,8 @@ def retrained_arms(config: CompressionConfig, folder: Path, steps: int) -> dict[
     """Arms that go on from a trained model of their seed for as many steps each, one of them uncompressed."""
     arms = {}
     bits, sparsity = min(config.bits), max(config.sparsities)
+    # The last quarter of the steps is for what is left to settle.
+    pruning = max(1, steps * 3 // 4)
     for family in families(config):
         if family == EXPERTS:
             continue
@@ -103,16 +104,13 @@ def retrained_arms(config: CompressionConfig, folder: Path, steps: int) -> dict[
         def named(arm: str, made: Callable) -> Callable:
             return lambda vocabulary: _named(made(vocabulary), arm)
 
-        def at_random(model: LanguageModel) -> LanguageModel:
-            masks = masks_of(model, sparsity, "random", seed=torch.initial_seed())
-            return PrunedModel(model, sparsity, steps, masks=masks)
-
         changes = {
             MORE: lambda model: model,
             f"{bits} {ROUNDED}": lambda model: RoundedModel(model, bits, 32),
-            # The last quarter of the steps is for what is left to settle.
-            f"{sparsity:.0%} {GRADUAL}": lambda model: PrunedModel(model, sparsity, max(1, steps * 3 // 4)),
-            f"{sparsity:.0%} {RANDOM}": at_random,
+            f"{sparsity:.0%} {GRADUAL}": lambda model: PrunedModel(model, sparsity, pruning),
+            f"{sparsity:.0%} {RANDOM}": lambda model: PrunedModel(
+                model, sparsity, pruning, seed=torch.initial_seed()
+            ),
         }
         against = {f"{sparsity:.0%} {GRADUAL}": f"{sparsity:.0%} {RANDOM}"}
         for name, change in changes.items():

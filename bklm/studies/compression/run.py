@@ -142,7 +142,7 @@ def _keep_recommended(study: Session, rows: list[dict[str, Any]]) -> None:
             continue
         if not models.place_of(study.folder, arm).exists() and source in models.first_arms(config) and method:
             model = models.load_model(study.folder, config, source, config.seeds[0])
-            known = methods_of(config, source) if source in families(config) else {}
+            known = methods_of(config, source, config.seeds[0]) if source in families(config) else {}
             batches = first_batches(study.text.train_loader(seed=0), config.calibration_tokens)
             made = known[method](model, batches) if method in known else models.quantise(model)
             models.keep(study.folder, arm, made)
