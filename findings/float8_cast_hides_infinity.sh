@@ -10,7 +10,7 @@
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/env"
+python3 -m venv "$folder/env" || { echo "cannot tell: no virtual environment can be made" && exit 2; }
 "$folder/env/bin/pip" install --quiet torch==2.13.0 numpy==2.4.6 ml-dtypes==0.6.0 ||
     { echo "cannot tell: the packages could not be installed" && exit 2; }
 "$folder/env/bin/python" - <<'PY'

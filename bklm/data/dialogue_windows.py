@@ -162,9 +162,15 @@ class Mixed:
         epoch, self.epoch = self.epoch, self.epoch + 1
         set_epoch(self.loader, epoch)
         order = list(EpochOrder(len(self.windows), seed=self.seed, epoch=epoch))
-        taken = 0
+        taken, due = 0, 0.0
         for x, y in self.loader:
-            more = max(1, round(len(x) * self.share / (1 - self.share)))
+            # What is less than a row waits for the next batch: the share is that of all batches together.
+            due += len(x) * self.share / (1 - self.share)
+            more = int(due + 1e-9)
+            due -= more
+            if not more:
+                yield x, y
+                continue
             rows = [order[(taken + n) % len(order)] for n in range(more)]
             taken += more
             yield _stacked((x, y), self.windows.__getitems__(rows), self.windows.pad_id)

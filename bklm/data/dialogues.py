@@ -181,7 +181,16 @@ def _read_turns(row: Any, where: str) -> tuple[str, list[tuple[str | None, str]]
         raise ValueError(f'{where} {held}; a dialogue is {{"turns": [...]}} or {{"messages": [...]}}.')
     if not isinstance(row[column], list | tuple):
         raise ValueError(f"{where}: {column} is {kind_of_value(row[column])}, not a list of turns.")
-    return column, [_named(turn, f"{where}: {column}, turn {n}") for n, turn in enumerate(row[column])]
+    found = [_named(turn, f"{where}: {column}, turn {n}") for n, turn in enumerate(row[column])]
+    for n, (_, text) in enumerate(found):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: {column}, turn {n} holds half of a surrogate pair at character {error.start}, which no file can "
+                "hold as text; write the character whole, or leave it out."
+            ) from error
+    return column, found
 
 
 def _named(turn: Any, where: str) -> tuple[str | None, str]:

@@ -187,11 +187,18 @@ class Study:
         from bklm.trained.chat import Chat
 
         key = (self._done().folder, model, temperature)
-        if start_again or self._chat is None or self._chat[0] != key:
-            self._chat = key, Chat(load(key[0], model or None), temperature)
-        talk = self._chat[1]
-        print(f"{talk.trained.name}: ", end="", flush=True)
-        for piece in talk.say(turn):
+        try:
+            if start_again or self._chat is None or self._chat[0] != key:
+                self._chat = key, Chat(load(key[0], model or None), temperature)
+            talk = self._chat[1]
+            pieces = talk.say(turn)
+            first = next(pieces, "")
+        # A field that is wrong stops no cell below.
+        except (ValueError, OSError) as error:
+            cells.say(str(error), self.headless)
+            return
+        print(f"{talk.trained.name}: {first}", end="", flush=True)
+        for piece in pieces:
             print(piece, end="", flush=True)
         print(f"\n({talk.saw})")
 

@@ -115,6 +115,9 @@ def test_a_batch_with_replay_holds_its_share_of_the_other_text_in_an_order_of_it
     x, y = first[0]
     assert torch.equal(x[9, 1:20], y[9, :19])
     assert (y[9, 20:] == IGNORED).all()
+    # A share of less than a row a batch is kept over batches.
+    few = [len(x) - 9 for x, _ in Mixed(make_loader(rows, 9), prose, 0.02, 0)]
+    assert set(few[:-1]) <= {0, 1}
     with pytest.raises(ValueError, match="replay: got 1; allowed is a share between 0 and 1"):
         Mixed(loader, prose, 1, 0)
 

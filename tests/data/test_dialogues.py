@@ -48,6 +48,7 @@ REFUSED = {
     "a picture": (said(("user", [{"type": "image"}])), r"part 0 is of the type 'image'; only parts of the type 'text'"),
     "an unknown role": (said(("narrator", "hi")), r"turn 0 has the role 'narrator'; known are user, assistant"),
     "three speakers": ({"turns": [["a", "x"], ["b", "y"], ["c", "z"]]}, r"has 3 speakers \('a', 'b', 'c'\); a dial"),
+    "half a surrogate pair": ({"turns": ["hi", "so \ud83d"]}, r"row 1: turns, turn 1 holds half of a surrogate .* 3, wh"),
     "half named": ({"turns": [["a", "x"], "y"]}, r"names the speaker of some turns and not of others"),
 }  # fmt: skip
 

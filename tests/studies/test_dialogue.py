@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+import torch
 from safetensors import safe_open
 from small import small
 
@@ -17,6 +18,7 @@ from bklm.studies.dialogue import models, tables
 from bklm.studies.dialogue.run import prepare_text
 from bklm.studies.dialogue.text import MIXTURE
 from bklm.trained.chat import Chat
+from bklm.training.non_finite import NonFiniteError
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +77,8 @@ def test_counting_is_scored_on_the_replies_and_the_true_law_lies_below_all(resul
     assert mixture <= min(counted) * (1 + 1e-9)
 
 
-def trial(arm, seed, loss, own=1.0, other=1.0, facts=(10, 20), text=10.0):
-    contexts = dict.fromkeys(("0", "1", "2"), own) | {"all": own, "other": other, "1 after other": other}
+def trial(arm, seed, loss, own=1.0, other=1.0, facts=(10, 20), text=10.0, earlier=1.0):
+    contexts = dict.fromkeys(("0", "1", "2"), own) | {"all": own, "other": other, "1 after other": earlier}
     return {
         "arm": arm, "seed": seed, "val_ppl": math.exp(loss), "contexts": contexts, "facts": {"1": list(facts), "2": [0, 20]},
         "text_ppl": text,
@@ -90,7 +92,8 @@ def made(**more):
         rows += [
             trial("GPT scratch", seed, 2 + noise), trial("GPT longer", seed, more.get("longer", 1.9) + noise),
             trial("GPT pretrained", seed, 3 + noise, text=9.0),
-            trial("GPT tuned", seed, 1.5 + noise, 1.0, more.get("other", 1.5) + noise, (19, 20), text=20 + noise),
+            trial("GPT tuned", seed, 1.5 + noise, 1.0, more.get("other", 1.5) + noise, (19, 20), text=20 + noise,
+                  earlier=more.get("earlier", 1.0) + noise),
             trial("GPT replay", seed, 1.6 + noise, text=more.get("replay", 11.0) + noise),
         ]  # fmt: skip
     return rows
@@ -101,8 +104,10 @@ def made(**more):
     [
         ({}, "GPT: pretraining helps dialogue", "holds"),
         ({"longer": 1.5}, "GPT: pretraining helps dialogue", "does not hold"),
-        ({}, "GPT uses the turns before", "holds"),
-        ({"other": 1.0}, "GPT uses the turns before", "does not hold"),
+        ({}, "GPT uses its context, the turn that it answers included", "holds"),
+        ({"other": 1.0}, "GPT uses its context, the turn that it answers included", "does not hold"),
+        ({}, "GPT uses the turns before that", "does not hold"),
+        ({"earlier": 1.5}, "GPT uses the turns before that", "holds"),
         ({}, "GPT recalls facts from 1 to 8 turns back", "does not hold"),
         ({}, "GPT: replay keeps the text", "holds"),
         ({"replay": 20.5}, "GPT: replay keeps the text", "does not hold"),
@@ -124,6 +129,30 @@ def test_a_claim_holds_only_beyond_its_interval_and_against_every_control(more, 
     judged = verdicts(tables.ARMS, one, arms)
     rows = tables.claims_table(one, judged, tables.context_rows(one), tables.fact_rows(one), mixture, 0.125)
     assert {r["verdict"] for r in rows} == {"no verdict"}
+
+
+def test_facts_are_recalled_as_far_as_every_distance_before_is_above_chance_beyond_its_interval():
+    def of(*shares, seeds=3):
+        return [
+            trial("GPT tuned", seed, 1.0) | {"facts": {str(n): share for n, share in enumerate(shares, 1)}}
+            for seed in range(seeds)
+        ]
+
+    told = [tables.facts_in_words(tables.fact_rows(of(*shares)), 0.125) for shares in (
+        [(9, 10), (8, 10), (1, 10)], [(9, 10), (1, 10), (3, 3)], [(1, 10), (9, 10)])]  # fmt: skip
+    assert [words.split(": ")[1] for words in told] == [
+        "GPT up to 2 turns back",
+        "GPT up to 1 turn back",
+        "GPT nowhere",
+    ]
+    assert "no verdict" in tables.facts_in_words(tables.fact_rows(of((9, 10), seeds=1)), 0.125)
+
+
+def test_a_tuning_whose_pretraining_diverged_is_lost_as_diverged(tmp_path):
+    begun = models.pretrained(lambda vocabulary: torch.nn.Linear(1, 1), "GPT", tmp_path, "")
+    torch.manual_seed(7)
+    with pytest.raises(NonFiniteError, match="GPT, seed 7: its pretraining diverged"):
+        begun(10)
 
 
 def test_a_kept_model_is_loaded_and_talks_and_another_run_has_none_to_talk_to(

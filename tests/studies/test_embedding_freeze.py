@@ -145,8 +145,11 @@ def test_arms_that_tell_whether_phase_1_helps_are_added_and_move_no_other_number
         pairs = [[t["val_ppl"] for t in json.loads((found.folder / "summary.json").read_text())["table"]
                   if t["arm"] == arm] for arm in (f"{base}, {words}", base)]  # fmt: skip
         assert ratio == pytest.approx(pairs[0][0] / pairs[1][0], rel=1e-6)
-    said = next(s for s in found.findings if s.startswith("PPL of the same arm with something else"))
-    assert said.endswith("no verdict on phase 1.")
+    said = next(s for s in found.findings if s.startswith("PPL with something else in place of phase 1"))
+    assert (
+        "no verdict on phase 1, no verdict on its fixed point; with phase 1 and another wiring: token to"
+        in said
+    )
     # Nothing trained the one; the others' layers read what they say.
     named = {label.split(", 6 samples")[0].split(", 4 samples")[0]: m for label, m in blocks.items()}
     iterations = {words: int(m.context_block.fixed_point_iterations) for label, m in named.items()

@@ -27,6 +27,7 @@ from bklm.training.dialogues import (
     write_replies,
 )
 from bklm.training.evaluation import evaluate
+from bklm.training.non_finite import NonFiniteError
 from bklm.training.weights import load_weights
 
 PRETRAINING, TUNING, LONGER, REPLAY = ".pretraining", ".tuning", ".longer", ".replay"
@@ -74,7 +75,11 @@ def pretrained(
 
     def made(vocabulary: int) -> LanguageModel:
         seed, model = torch.initial_seed(), build(vocabulary)
-        load_weights(model, folder / PRETRAINING / f"arm_{name}_seed_{seed}" / WEIGHTS, vocabulary_sha256)
+        weights = folder / PRETRAINING / f"arm_{name}_seed_{seed}" / WEIGHTS
+        # What cannot begin is lost as its pretraining is; the other seeds are worth reporting.
+        if not weights.exists():
+            raise NonFiniteError(f"{name}, seed {seed}: its pretraining diverged")
+        load_weights(model, weights, vocabulary_sha256)
         return model
 
     return made

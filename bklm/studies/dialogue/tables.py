@@ -164,7 +164,13 @@ def claims_table(
         )
         told += f"{row['turns_0']:.2f} with none: {_nats(mean, half)} nats"
         holds = None if half is None else mean - half > 0
-        rows.append(claim(f"{row['arm'].split()[0]} uses the turns before", told, holds))
+        name = row["arm"].split()[0]
+        rows.append(claim(f"{name} uses its context, the turn that it answers included", told, holds))
+        mean, half = row["earlier_turns_gain"], row["earlier_turns_gain_95"]
+        told = f"{_nats(mean, half)} nats over the turn that it answers behind another dialogue's"
+        rows.append(
+            claim(f"{name} uses the turns before that", told, None if half is None else mean - half > 0)
+        )
     for row in (r for r in facts if r["arm"].endswith(" tuned")):
         above = [
             k[9:] for k in distances(row) if row[f"{k}_95"] is not None and row[k] - row[f"{k}_95"] > chance
@@ -206,9 +212,11 @@ def contexts_in_words(contexts: Rows) -> str:
 
 
 def facts_in_words(facts: Rows, chance: float) -> str:
-    """How far back each tuned model's facts are recalled twice as often as by chance."""
+    """Up to how many turns back each tuned model recalls facts above chance: beyond the interval, at every distance before."""
     told = []
     for row in (r for r in facts if r["arm"].endswith(" tuned")):
-        far = [int(k[9:]) for k in distances(row) if row[k] > 2 * chance]
-        told.append(f"{row['arm'].split()[0]} {'up to ' + str(max(far)) + ' turns back' if far else 'nowhere'}")
-    return f"Facts recalled at least twice as often as by chance ({chance:.1%}): {', '.join(told)}"
+        ends = [None if row[f"{k}_95"] is None else row[k] - row[f"{k}_95"] for k in distances(row)]
+        far = next((n for n, end in enumerate(ends) if end is None or end <= chance), len(ends))
+        said = f"up to {far} turn{'s' * (far > 1)} back" if far else "nowhere"
+        told.append(f"{row['arm'].split()[0]} {'no verdict' if None in ends else said}")
+    return f"Facts recalled above chance ({chance:.1%}) beyond the interval: {', '.join(told)}"

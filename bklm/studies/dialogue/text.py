@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,9 @@ class DialogueText(ProseText):
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self.corpus.sha256} {self.prose.corpus.sha256}".encode()).hexdigest()
+        # Who says what, too: the corpus's own sum knows the words alone.
+        said = json.dumps(self.dialogues)
+        return hashlib.sha256(f"{self.corpus.sha256} {self.prose.corpus.sha256} {said}".encode()).hexdigest()
 
     @property
     def is_demonstration(self) -> bool:
@@ -86,7 +89,8 @@ def prepare_text(config: DialogueConfig) -> DialogueText:
         ValueError, OSError: see ``bklm.data.load_corpus``; a text without dialogues; too few for a batch.
     """
     most, held_out = config.max_dialogues or None, config.held_out_dialogues or None
-    larger = most and max(most, 2 * (held_out or most))  # a held-out split may be shared between two
+    # A held-out split may be shared between two; all of it is asked for by no limit at all.
+    larger = most and held_out and max(most, 2 * held_out)
     corpus = load_corpus(config.dataset, config.data_dir, max_documents=larger)
     if not isinstance(corpus, DialogueCorpus):
         corpus.dialogues("train")  # says what is wrong

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scipy import stats
@@ -124,12 +124,23 @@ def state_phase1_arms(trials: Sequence[Trial]) -> str:
         return ""
     ratios = [Perplexity(r["ratio"], r["ratio_low"], r["ratio_high"]) for r in rows]
     told = [f"{r['change']} x{ratio}, {r['verdict']}" for r, ratio in zip(rows, ratios, strict=True)]
-    judged = {r["verdict"] for r in rows if r["change"].startswith(PHASE1_ARMS["untrained"])}
-    known = {"higher": "phase 1 helps", "no difference": "phase 1 does not help", "lower": "phase 1 harms"}
-    said = known.get(judged.pop(), "no verdict on phase 1") if len(judged) == 1 else "no verdict on phase 1"
-    return (
-        f"PPL of the same arm with something else in place of phase 1, over its own: {'; '.join(told)}: {said}."
+    said = (
+        _of_stand_in(rows, "untrained", "phase 1") + ", " + _of_stand_in(rows, "diversity", "its fixed point")
     )
+    # Another model, trained by the whole of phase 1.
+    first = [t for t in told if t.startswith(PHASE1_ARMS["first"])]
+    others = [t for t in told if t not in first]
+    return (
+        f"PPL with something else in place of phase 1, over the same arm's: {'; '.join(others)}: {said}; with phase 1 and "
+        f"another wiring: {'; '.join(first)}."
+    )
+
+
+def _of_stand_in(rows: Sequence[Mapping[str, Any]], arm: str, name: str) -> str:
+    """What the name does by the verdicts on that stand-in, where all sample sizes agree."""
+    judged = {r["verdict"] for r in rows if r["change"].startswith(PHASE1_ARMS[arm])}
+    known = {"higher": f"{name} helps", "no difference": f"{name} does not help", "lower": f"{name} harms"}
+    return known.get(judged.pop(), f"no verdict on {name}") if len(judged) == 1 else f"no verdict on {name}"
 
 
 def _controlled(trials: Sequence[Trial]) -> list[dict[str, Any]]:
