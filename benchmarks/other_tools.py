@@ -152,12 +152,14 @@ def perplexity_table(trained, data_dir: Path) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         export(trained, folder)
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import PreTrainedTokenizerFast
+
+            from bklm.trained.transformers_files.modeling_bklm import BklmForCausalLM
         except ImportError:
             yield missing("transformers")
             return
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        model = BklmForCausalLM.from_pretrained(folder).eval()
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         yield from by_transformers(model, torch.tensor([tokenizer(text)["input_ids"]]))
         documents = {
             "the whole file": [text],

@@ -77,7 +77,9 @@ def masks_of(
         return _wanda(model, weights, sparsity, calibration)
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
-        scores = {n: torch.rand(w.shape, generator=generator) for n, w in weights.items()}
+        scores = {
+            n: torch.rand(w.shape, generator=generator, device="cpu").to(w.device) for n, w in weights.items()
+        }
     else:
         scores = {n: w.detach().abs() for n, w in weights.items()}
     return largest_kept(scores, sparsity)

@@ -284,7 +284,7 @@ def test_a_damaged_config_does_not_let_other_settings_into_the_folder(tiny_confi
     first = run_grad_blend(tiny_config)
     (first.folder / "config.json").write_text('{"config": {"alph')
     with pytest.raises(ValueError, match=r"config\.json is missing or damaged"):
-        run_grad_blend(dataclasses.replace(tiny_config, learning_rate=0.01))
+        run_grad_blend(dataclasses.replace(tiny_config, learning_rate=0.02))
     again = run_grad_blend(tiny_config)
     assert again.table == first.table
     assert (

@@ -129,8 +129,8 @@ class EmbeddingFreezeConfig(TextStudyConfig):
     initialisation: Literal["both", "pretrained", "random"] = setting("both", help="embedding to start from")
     freezing: Literal["both", "frozen", "trained"] = setting("both", help="the embedding in phase 2")
     head: Literal["both", "tied", "untied"] = setting("both", help="tied: the output weights are the embedding")
-    phase1_arms: bool | None = setting(
-        None,
+    phase1_arms: bool = setting(
+        False,
         help="add arms that tell whether phase 1 helps: diversity only, none at all, token to the first layer",
     )
     original_comparison: bool = setting(True, help="add the original's two unequal arms, labelled so")
