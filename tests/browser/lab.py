@@ -88,25 +88,6 @@ class LabPage:
         edges = "rows => Math.max(...rows.map(row => row.getBoundingClientRect().right))"
         return self.page.locator(".widget-vbox > .jupyter-widgets:visible").evaluate_all(edges)
 
-    def pictures(self) -> int:
-        """How many figures stand in the notebook; each has words for those who cannot see it."""
-        found = self.page.locator(".jp-RenderedImage img")
-        words = found.evaluate_all("images => images.map(image => image.alt)")
-        assert all(words), words
-        return len(words)
-
-    def wider_than_the_page(self) -> list[str]:
-        """Outputs that are cut off at the right and cannot be scrolled to."""
-        cut = """outputs => outputs.filter(output => {
-            const room = output.getBoundingClientRect().right;
-            return [...output.querySelectorAll('img, table, p, pre')].some(part => {
-                for (let box = part; box && box !== output.parentElement; box = box.parentElement)
-                    if (['auto', 'scroll'].includes(getComputedStyle(box).overflowX)) return false;
-                return part.getBoundingClientRect().right > room + 1;
-            });
-        }).map(output => output.textContent.slice(0, 60))"""
-        return self.page.locator(".jp-OutputArea-output").evaluate_all(cut)
-
     def screenshot(self, path: Path) -> None:
         """The whole notebook in one tall picture."""
         self.page.locator(".jp-WindowedPanel-outer").first.evaluate("panel => panel.scrollTo(0, 0)")
