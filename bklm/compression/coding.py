@@ -143,6 +143,16 @@ def read(tensors: Stored, facts: dict[str, Any]) -> Coded:
     return {"integers": Integers, "half": Half, "factors": Factors}[facts["kind"]].read(tensors, facts)
 
 
+def check_rounding(bits: int, group: int | None) -> None:
+    """Refuse, by a ValueError, bits other than 2 to 8 and a group below 1."""
+    if bits not in BITS:
+        raise ValueError(f"bits: got {bits}; a weight is rounded to {BITS[0]} to {BITS[-1]} bits.")
+    if group is not None and group < 1:
+        raise ValueError(
+            f"group: got {group}; give the number of inputs that share a scale, or None for a whole row."
+        )
+
+
 def integers(
     weight: Tensor, bits: int = 8, group: int | None = None, columns: Tensor | None = None
 ) -> Integers:
@@ -155,12 +165,7 @@ def integers(
     Raises:
         ValueError: bits not 2 to 8, a group below 1, weights that are not finite.
     """
-    if bits not in BITS:
-        raise ValueError(f"bits: got {bits}; a weight is rounded to {BITS[0]} to {BITS[-1]} bits.")
-    if group is not None and group < 1:
-        raise ValueError(
-            f"group: got {group}; give the number of inputs that share a scale, or None for a whole row."
-        )
+    check_rounding(bits, group)
     if not bool(weight.isfinite().all()):
         raise ValueError("weights hold NaN or infinity, so the model has diverged; take an earlier checkpoint.")
     width = weight.shape[-1]
