@@ -32,19 +32,21 @@ Method = Callable[[LanguageModel, Sequence[Any]], LanguageModel]
 
 
 def methods_of(config: CompressionConfig, family: str, seed: int = 0) -> dict[str, Method]:
-    """Every method by name; each takes a trained model and calibration batches. The seed is of random zeros."""
+    """Every method by name but int8, which every trained model is measured in; each takes a model and calibration batches.
+
+    The seed is of random zeros.
+    """
     if family == EXPERTS:
         left = sorted({config.num_experts - 1, max(2, config.num_experts // 2)}, reverse=True)
-        removed = {
+        return {
             f"{keep} experts left, int8": lambda m, text, keep=keep: quantise(remove_experts(m, keep, text))
             for keep in left
         }
-        return {INT8: lambda m, text: quantise(m), **removed}
     found: dict[str, Method] = {"float16": lambda m, text: quantise(m, 16)}
     for bits in config.bits:
         for group in config.groups:
-            if group < config.widest_input(family):
-                name = f"int{bits}" if not group else f"int{bits} in groups of {group}"
+            name = f"int{bits}" if not group else f"int{bits} in groups of {group}"
+            if name != INT8 and group < config.widest_input(family):
                 found[name] = lambda m, text, b=bits, g=group: quantise(m, b, g or None)
     found |= products_of(config)
     for sparsity in config.sparsities:

@@ -14,20 +14,19 @@ from bklm.compression import Distilled, PrunedModel, RoundedModel, baked, file_s
 from bklm.compression.saving import save_compressed
 from bklm.files.atomic import read_result
 from bklm.harness.arms import WEIGHTS, Arm
+from bklm.harness.session import place_of as place_of_trial
 from bklm.models import LanguageModel, NewLLM, NewLLMConfig, ResNetBK, ResNetBKConfig
 from bklm.studies.compression.config import CompressionConfig
 from bklm.training.evaluation import evaluate
+from bklm.training.non_finite import NonFiniteError
 from bklm.training.weights import load_weights
 
 EXPERTS = "ResNetBK with experts"
 BY_NAME = {"resnet_bk": ("ResNetBK",), "newllm": ("NewLLM",), "all": ("ResNetBK", "NewLLM", EXPERTS)}
-MORE, ROUNDED, GRADUAL, RANDOM = (
-    "more steps",
-    "bits in training",
-    "zeros, gradual",
-    "zeros at random, retrained",
-)
-FILES = "files"  # folder of compressed models of the first seed
+GROUP = 32  # inputs that share a scale, in training
+MORE, GRADUAL, RANDOM = "more steps", "zeros, gradual", "zeros at random, retrained"
+ROUNDED = f"bits in training, groups of {GROUP}"
+FILES = "files"  # folder of compressed models of one seed
 INT8 = "int8"
 
 
@@ -75,16 +74,32 @@ def first_arms(config: CompressionConfig) -> dict[str, Arm]:
     return arms
 
 
-def load_model(folder: Path, config: CompressionConfig, arm: str, seed: int) -> LanguageModel:
-    """A model of ``first_arms``, trained; on the CPU, in evaluation mode."""
-    # As a trial's folder is named.
-    place = Path(folder) / "trials" / f"arm_{re.sub('[^A-Za-z0-9.+-]+', '-', arm)}_seed_{seed}"
-    record = read_result(place / "result.json", {"vocabulary": int})
-    if record is None or not (place / WEIGHTS).exists():
+def _trained(folder: Path, arm: str, seed: int) -> tuple[Path, dict[str, Any]]:
+    """Folder and record of a finished first training; without a perplexity where it diverged."""
+    place = Path(folder) / "trials" / place_of_trial({"arm": arm, "seed": seed})
+    record = read_result(place / "result.json", {"val_ppl": float | None})
+    if record is None or (record["val_ppl"] is not None and not (place / WEIGHTS).exists()):
         raise FileNotFoundError(f"{place} holds no finished model; run the study (again) to its end first.")
+    return place, record
+
+
+def load_model(folder: Path, config: CompressionConfig, arm: str, seed: int) -> LanguageModel:
+    """A model of ``first_arms``, trained; on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: it was not trained yet. NonFiniteError: it diverged, and what goes on from it is lost with it.
+    """
+    place, record = _trained(folder, arm, seed)
+    if record["val_ppl"] is None:
+        raise NonFiniteError(f"{arm}, seed {seed}: its first training diverged")
     model = first_arms(config)[arm].build(record["vocabulary"])
     load_weights(model, place / WEIGHTS)
     return model.eval()
+
+
+def kept_seed(folder: Path, config: CompressionConfig, arm: str) -> int | None:
+    """The seed whose files of an arm are kept: the first one whose model did not diverge; None where all did."""
+    return next((s for s in config.seeds if _trained(folder, arm, s)[1]["val_ppl"] is not None), None)
 
 
 def retrained_arms(config: CompressionConfig, folder: Path, steps: int) -> dict[str, Arm]:
@@ -106,7 +121,7 @@ def retrained_arms(config: CompressionConfig, folder: Path, steps: int) -> dict[
 
         changes = {
             MORE: lambda model: model,
-            f"{bits} {ROUNDED}": lambda model: RoundedModel(model, bits, 32),
+            f"{bits} {ROUNDED}": lambda model: RoundedModel(model, bits, GROUP),
             f"{sparsity:.0%} {GRADUAL}": lambda model: PrunedModel(model, sparsity, pruning),
             f"{sparsity:.0%} {RANDOM}": lambda model: PrunedModel(
                 model, sparsity, pruning, seed=torch.initial_seed()
@@ -164,7 +179,7 @@ def sizes(model: LanguageModel) -> dict[str, int]:
 def measured(study: Any) -> Callable[[LanguageModel], dict[str, Any]]:
     """What is recorded of a trained model: its file, and its file and perplexity in int8.
 
-    The files of retrained models and students of the first seed are kept: no other weights of theirs are.
+    The files of retrained models and students are kept of their model's ``kept_seed``: no other weights of theirs are.
     """
     text = study.text
 
@@ -176,8 +191,8 @@ def measured(study: Any) -> Callable[[LanguageModel], dict[str, Any]]:
         if not isinstance(model, RoundedModel):
             small = quantise(plain, 8)
             own["int8"] = {**sizes(small), **score(small, text, device)}
-            arm, plain = f"{arm}: {INT8}", small
-        if study.is_main and seed == study.config.seeds[0]:
+            arm, plain = arm and f"{arm}: {INT8}", small
+        if study.is_main and arm and seed == kept_seed(study.folder, study.config, family_of(arm)):
             keep(study.folder, arm, plain.cpu())
         return own
 
@@ -188,12 +203,12 @@ NEEDED = {"vocabulary": int, "file_bytes": int, "packed_file_bytes": int, "int8"
 
 
 def place_of(folder: Path, arm: str) -> Path:
-    """Where the first seed's file of an arm is kept."""
+    """Where the file of an arm is kept."""
     return Path(folder) / FILES / f"{re.sub('[^A-Za-z0-9.]+', '-', arm)}.safetensors"
 
 
 def keep(folder: Path, arm: str, model: LanguageModel) -> None:
-    """Write the first seed's file of an arm into the study's folder."""
+    """Write the file of an arm into the study's folder."""
     place = place_of(folder, arm)
     place.parent.mkdir(exist_ok=True)
     save_compressed(model, place)
