@@ -53,6 +53,8 @@ def test_one_expert_may_be_left_where_it_is_the_same_layer(text):
     assert remove_experts(model, 1, text).blocks[0].moe.router is None
     with pytest.raises(ValueError, match="keep: got 4; each mixture can keep 1 to 3 experts"):
         remove_experts(model, 4, text)
+    with pytest.raises(ValueError, match="remove_experts: calibration holds no text; give some batches"):
+        remove_experts(model, 1, [])
     with pytest.raises(TypeError, match="this GPT has no mixture of experts"):
         remove_experts(GPT(GPTConfig(120, 16, 1, 2, 16)), 1, text)
 

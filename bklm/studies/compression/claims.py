@@ -83,9 +83,7 @@ def _all_win(announced: str, own: Sequence[Mapping[str, Any]]) -> dict[str, str]
         told.append(f"beyond the interval in {wins} of {len(own)}")
         return claim(announced, "; ".join(told), wins == len(own))
     lost = [r["arm"] for r in own if r["loss_difference"] is None]
-    return claim(
-        announced, "; ".join([*told, *(f"{arm}: a seed diverged" for arm in lost[:1])]), None
-    )
+    return claim(announced, "; ".join([*told, *(f"{arm}: a seed diverged" for arm in lost[:1])]), None)
 
 
 def _four_times(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
