@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from bklm.compression import (
@@ -98,15 +95,8 @@ def measure_methods(study: Session, family: str, seed: int) -> dict[str, Any]:
     for name, method in methods_of(config, family, seed).items():
         made = method(model, batches)
         multiplies = name.startswith(PRODUCTS)
-        weighed = _torch_ao_sizes(made) if name == TORCH_AO else sizes(made)
+        weighed = sizes(made, save_quantised) if name == TORCH_AO else sizes(made)
         scored = score(made, text, "cpu" if multiplies else device)
         rows.append({"name": name, "parameters": made.num_parameters(), **weighed, **scored})
     whole = score(model, text, device)["val_ppl"]
     return {"val_ppl": whole, "seconds": time.perf_counter() - started, "epochs": [], "methods": rows}
-
-
-def _torch_ao_sizes(model: LanguageModel) -> dict[str, int]:
-    with tempfile.TemporaryDirectory() as folder:
-        save_quantised(model, place := Path(folder, "model"))
-        whole = place.read_bytes()
-    return {"file_bytes": len(whole), "packed_file_bytes": len(zlib.compress(whole, 9))}

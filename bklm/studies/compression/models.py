@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from bklm.compression import Distilled, PrunedModel, RoundedModel, baked, file_sizes, narrower, quantise
-from bklm.compression.saving import save_compressed
+from bklm.compression import Distilled, PrunedModel, RoundedModel, baked, narrower, quantise
+from bklm.compression.saving import save_compressed, sizes_of
 from bklm.files.atomic import read_result
 from bklm.harness.arms import WEIGHTS, Arm
 from bklm.harness.session import place_of as place_of_trial
@@ -170,9 +170,9 @@ def score(model: LanguageModel, text: Any, device: torch.device | str = "cpu") -
     }
 
 
-def sizes(model: LanguageModel) -> dict[str, int]:
+def sizes(model: LanguageModel, save: Callable[..., Any] = save_compressed) -> dict[str, int]:
     """Bytes of a model's file, and of that file packed by zlib."""
-    whole, packed = file_sizes(model)
+    whole, packed = sizes_of(lambda place: save(model, place))
     return {"file_bytes": whole, "packed_file_bytes": packed}
 
 
