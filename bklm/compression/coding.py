@@ -135,12 +135,33 @@ class Factors:
         ))  # fmt: skip
 
 
-Coded = Integers | Half | Factors
+@dataclass(frozen=True)
+class Tied:
+    """A matrix (V, D) as another tensor (V, e) of its model times right (e, D), which is float16."""
+
+    source: str  # that tensor's name
+    right: Tensor
+    left: Tensor | None = None  # the tensor itself, once the model is known
+
+    def decode(self) -> Tensor:
+        return self.left.detach().cpu().float() @ self.right.float()
+
+    def stored(self) -> tuple[Stored, dict[str, Any]]:
+        return {"right": self.right}, {"kind": "tied", "source": self.source}
+
+    @staticmethod
+    def read(tensors: Stored, facts: dict[str, Any]) -> Tied:
+        return Tied(facts["source"], tensors["right"])
+
+
+Coded = Integers | Half | Factors | Tied
 
 
 def read(tensors: Stored, facts: dict[str, Any]) -> Coded:
     """What ``stored`` gave."""
-    return {"integers": Integers, "half": Half, "factors": Factors}[facts["kind"]].read(tensors, facts)
+    return {"integers": Integers, "half": Half, "factors": Factors, "tied": Tied}[facts["kind"]].read(
+        tensors, facts
+    )
 
 
 def check_rounding(bits: int, group: int | None) -> None:

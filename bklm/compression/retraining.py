@@ -79,6 +79,16 @@ class Changed(LanguageModel):
         """The weights that are another in use, by their name in the model."""
         raise NotImplementedError
 
+    def plain(self) -> LanguageModel:
+        """A copy of the model with the change made, on the CPU."""
+        changed = {name: weight.cpu() for name, weight in self.change().items()}
+        made = copy_of(self.model)
+        for name, p in made.named_parameters():
+            if name in changed:
+                p.copy_(changed[name])
+        put(made, {})
+        return made
+
     def train(self, mode: bool = True) -> Changed:
         self._kept = None
         return super().train(mode)
@@ -180,6 +190,9 @@ class RoundedModel(Changed):
             self._scales = {n: _scale_of_each(w, self.bits, self.group) for n, w in weights.items()}
         return {n: rounded(w, self._scales[n], self.bits) for n, w in weights.items()}
 
+    def plain(self) -> LanguageModel:
+        return quantise(self.model, self.bits, self.group, rest="float32")
+
 
 class PrunedModel(Changed):
     """Part of its weights zero: more and more of them, on the way to ``sparsity`` after ``steps`` steps (Zhu and Gupta 2017),
@@ -275,19 +288,8 @@ def _check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> 
 
 @torch.no_grad()
 def baked(model: LanguageModel) -> LanguageModel:
-    """The plain model of a ``RoundedModel`` or ``PrunedModel``, with the change made, on the CPU; any other as it is."""
-    if not isinstance(model, Changed):
-        return model
-    model.eval()
-    if isinstance(model, RoundedModel):
-        return quantise(model.model, model.bits, model.group, rest="float32")
-    changed = {name: weight.cpu() for name, weight in model.change().items()}
-    plain = copy_of(model.model)
-    for name, p in plain.named_parameters():
-        if name in changed:
-            p.copy_(changed[name])
-    put(plain, {})
-    return plain
+    """The plain model of a ``Changed`` one, with the change made, on the CPU; any other as it is."""
+    return model.eval().plain() if isinstance(model, Changed) else model
 
 
 @torch.no_grad()

@@ -69,6 +69,10 @@ def test_every_method_starts_from_the_trained_model_and_every_file_has_its_size(
         < rows["ResNetBK with experts"]["parameters"]
     )
     assert any("block skipped" in arm for arm in rows)
+    # Of NewLLM alone there is a head to tie.
+    tied = ["NewLLM: tied head, int8", "NewLLM, tied head in training: int8"]
+    assert {arm for arm in rows if "tied head" in arm and arm.endswith("int8")} == set(tied)
+    assert [tables.kind_of(arm) for arm in tied] == ["parts removed", tables.RETRAINED]
 
 
 def test_a_recommended_file_is_kept_and_scores_as_its_row_says(result, small_text):

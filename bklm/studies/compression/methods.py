@@ -14,6 +14,7 @@ from bklm.compression import (
     remove_experts,
     save_quantised,
     skip_blocks,
+    tie_head,
     with_int8_products,
 )
 from bklm.compression.calibration import first_batches
@@ -58,7 +59,10 @@ def methods_of(config: CompressionConfig, family: str, seed: int = 0) -> dict[st
         found[f"head of rank 1/{share}, int8"] = lambda m, text, s=share: quantise(
             low_rank(m, max(1, min(m.head()[0].shape) // s), bits=8)
         )
-    if family != "NewLLM":
+    if family == "NewLLM":
+        # The others' is tied from the start.
+        found["tied head, int8"] = lambda m, text: quantise(tie_head(m))
+    else:
         for count in sorted({1, config.n_layers // 2} & set(range(1, config.n_layers))):
             found[f"{count} block{'s' * (count > 1)} skipped, int8"] = lambda m, text, c=count: quantise(
                 skip_blocks(m, c, text)

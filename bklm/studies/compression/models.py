@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bklm.compression import Distilled, PrunedModel, RoundedModel, baked, narrower, quantise
+from bklm.compression import Distilled, PrunedModel, RoundedModel, TiedModel, baked, narrower, quantise
 from bklm.compression.saving import save_compressed, sizes_of
 from bklm.files.atomic import read_result
 from bklm.harness.arms import WEIGHTS, Arm
@@ -25,6 +25,7 @@ EXPERTS = "ResNetBK with experts"
 BY_NAME = {"resnet_bk": ("ResNetBK",), "newllm": ("NewLLM",), "all": ("ResNetBK", "NewLLM", EXPERTS)}
 GROUP = 32  # inputs that share a scale, in training
 MORE, GRADUAL, RANDOM = "more steps", "zeros, gradual", "zeros at random, retrained"
+TIED = "tied head in training"
 ROUNDED = f"bits in training, groups of {GROUP}"
 FILES = "files"  # folder of compressed models of one seed
 INT8 = "int8"
@@ -127,6 +128,8 @@ def retrained_arms(config: CompressionConfig, folder: Path, steps: int) -> dict[
                 model, sparsity, pruning, seed=torch.initial_seed()
             ),
         }
+        if family == "NewLLM":
+            changes[TIED] = TiedModel
         against = {f"{sparsity:.0%} {GRADUAL}": f"{sparsity:.0%} {RANDOM}"}
         for name, change in changes.items():
             rivals = (against[name], MORE) if name in against else (MORE,) if name != MORE else ()

@@ -91,7 +91,7 @@ def estimated_minutes(config: CompressionConfig) -> float:
         # A student costs its own step and the teacher's forward; a narrower model up to its width's share.
         share = sum(config.widths) + len(config.temperatures) * (config.widths[0] + METHODS)
         epochs = config.epochs * (1 + share * (family != models.EXPERTS))
-        epochs += 4 * config.retrain_epochs * (family != models.EXPERTS)
+        epochs += (4 + (family == "NewLLM")) * config.retrain_epochs * (family != models.EXPERTS)
         runs.append(Run((f"compression {family}", config), made, seeds * epochs, used, val_tokens))
         runs.append(Run((f"compression {family}", config), made, seeds * count, 0, val_tokens))
     return minutes(config, runs)

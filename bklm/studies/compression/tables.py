@@ -23,6 +23,7 @@ KINDS = (
     ("zeros", "zeros"),
     ("products", "int8 products"),
     ("rank", "parts removed"),
+    ("tied head", "parts removed"),
     ("skipped", "parts removed"),
     ("left", "parts removed"),
 )
