@@ -28,8 +28,8 @@ def partly_lost(tmp_path_factory, small_text):
     """Of two seeds the first one's NewLLM diverges; the smaller one of that seed does not."""
     plain = models.build
 
-    def build(config, family, vocabulary, width=1.0):
-        model = plain(config, family, vocabulary, width)
+    def build(config, family, vocabulary, width=1.0, layers=None):
+        model = plain(config, family, vocabulary, width, layers)
         if torch.initial_seed() == 0 and width == 1.0:
             next(model.parameters()).data.fill_(torch.nan)
         return model
@@ -109,9 +109,8 @@ def test_int8_is_kept_whatever_is_recommended_and_what_is_not_kept_is_not_recomm
 
 def test_a_seed_that_diverged_is_a_row_and_the_other_seeds_go_on(partly_lost):
     rows = {r["arm"]: (r["seeds"], r["diverged"]) for r in partly_lost.table}
-    whole = {"NewLLM, width 0.5", "NewLLM, width 0.5: int8"}
     for arm, found in rows.items():
-        assert found == ((2, 0) if arm in whole else (1, 0) if ":" in arm else (1, 1)), arm
+        assert found == ((2, 0) if ", width" in arm else (1, 0) if ":" in arm else (1, 1)), arm
     assert {
         "NewLLM",
         "NewLLM, more steps",
@@ -187,12 +186,21 @@ def test_retrained_arms_go_on_from_their_seeds_model_and_students_begin_as_their
         inside = getattr(made, "model", made)
         if name.startswith("NewLLM"):
             assert all(torch.equal(a, b) for a, b in zip(inside.parameters(), base.parameters(), strict=True))
-    student_arm = models.student_arms(config, folder)["NewLLM, student at T 2"]
-    torch.manual_seed(0)
-    student = student_arm.build(vocabulary).model
-    torch.manual_seed(0)
-    control = models.first_arms(config)[student_arm.against[0]].build(vocabulary)
-    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), control.parameters(), strict=True))
+    students = models.student_arms(config, folder)
+    for name, against in (
+        ("NewLLM, student at T 2", "NewLLM, width 0.5"),
+        ("NewLLM, student at T 2, 1 of 2 layers", "NewLLM, width 0.5, 1 of 2 layers"),
+        ("ResNetBK, student at T 2, 1 of 2 layers", "ResNetBK, width 0.5, 1 of 2 layers"),
+    ):
+        torch.manual_seed(0)
+        student = students[name].build(vocabulary).model
+        assert students[name].against == (against,)
+        assert student.config.n_layers == (1 if "layers" in name else 2)
+        torch.manual_seed(0)
+        control = models.first_arms(config)[against].build(vocabulary)
+        assert student.config == control.config
+        assert all(torch.equal(a, b) for a, b in zip(student.parameters(), control.parameters(), strict=True))
+    assert list(models.smaller(dataclasses.replace(config, n_layers=1))) == ["width 0.5"]
 
 
 def test_what_was_trained_further_is_compared_with_the_model_after_as_many_steps_more():

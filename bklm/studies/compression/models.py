@@ -41,8 +41,13 @@ def family_of(arm: str) -> str:
     return arm.partition(":")[0].partition(",")[0]
 
 
-def smaller(family: str, width: float) -> str:
-    return f"{family}, width {width:g}"
+def smaller(config: CompressionConfig) -> dict[str, tuple[float, int | None]]:
+    """Width's share and layers of the smaller models from scratch, by what follows the family's name in theirs."""
+    found: dict[str, tuple[float, int | None]] = {f"width {width:g}": (width, None) for width in config.widths}
+    if half := config.n_layers // 2:
+        width = config.widths[0]
+        found[f"width {width:g}, {half} of {config.n_layers} layers"] = (width, half)
+    return found
 
 
 def model_config(config: CompressionConfig, family: str, vocabulary: int) -> Any:
@@ -56,10 +61,12 @@ def model_config(config: CompressionConfig, family: str, vocabulary: int) -> Any
     )  # fmt: skip
 
 
-def build(config: CompressionConfig, family: str, vocabulary: int, width: float = 1.0) -> LanguageModel:
-    """An untrained model, or a narrower one of its kind."""
+def build(
+    config: CompressionConfig, family: str, vocabulary: int, width: float = 1.0, layers: int | None = None
+) -> LanguageModel:
+    """An untrained model, or a smaller one of its kind."""
     made = model_config(config, family, vocabulary)
-    made = made if width == 1.0 else narrower(made, width)
+    made = made if width == 1.0 else narrower(made, width, layers)
     return NewLLM(made) if family == "NewLLM" else ResNetBK(made)
 
 
@@ -68,9 +75,9 @@ def first_arms(config: CompressionConfig) -> dict[str, Arm]:
     arms = {}
     for family in families(config):
         arms[family] = Arm(lambda vocabulary, family=family: build(config, family, vocabulary))
-        for width in config.widths if family != EXPERTS else ():
-            arms[smaller(family, width)] = Arm(
-                lambda vocabulary, family=family, width=width: build(config, family, vocabulary, width)
+        for name, size in smaller(config).items() if family != EXPERTS else ():
+            arms[f"{family}, {name}"] = Arm(
+                lambda vocabulary, family=family, size=size: build(config, family, vocabulary, *size)
             )
     return arms
 
@@ -146,20 +153,29 @@ def _named(model: LanguageModel, arm: str) -> LanguageModel:
 
 
 def student_arms(config: CompressionConfig, folder: Path) -> dict[str, Arm]:
-    """Students with the first of the smaller widths; the control is the model of that width from the text alone."""
-    arms, width = {}, config.widths[0]
+    """Students with the first of the smaller widths, and with half the layers, too; the control is the model of that size from
+    the text alone."""
+    arms, sizes_of_all = {}, smaller(config)
+    control = f"width {config.widths[0]:g}"
+    wanted = {f"student at T {t:g}": (t, control) for t in config.temperatures}
+    # Half the layers at one temperature, the one in the middle.
+    middle = config.temperatures[len(config.temperatures) // 2]
+    for deeper in (name for name in sizes_of_all if name.startswith(f"{control}, ")):
+        wanted[f"student at T {middle:g}{deeper.removeprefix(control)}"] = (middle, deeper)
     for family in (f for f in families(config) if f != EXPERTS):
-        for temperature in config.temperatures:
+        for name, (temperature, like) in wanted.items():
+            arm, size = f"{family}, {name}", sizes_of_all[like]
 
-            def made(vocabulary: int, family: str = family, temperature: float = temperature) -> LanguageModel:
+            def made(
+                vocabulary: int, family: str = family, arm: str = arm, temperature: float = temperature, size: Any = size
+            ) -> LanguageModel:  # fmt: skip
                 seed = torch.initial_seed()
                 # Drawn first, so that it begins with the weights of its control.
-                student = build(config, family, vocabulary, width)
+                student = build(config, family, vocabulary, *size)
                 teacher = load_model(folder, config, family, seed)
-                made = Distilled(student, teacher, temperature, config.teacher_weight)
-                return _named(made, f"{family}, student at T {temperature:g}")
+                return _named(Distilled(student, teacher, temperature, config.teacher_weight), arm)
 
-            arms[f"{family}, student at T {temperature:g}"] = Arm(made, (smaller(family, width),), kept=False)
+            arms[arm] = Arm(made, (f"{family}, {like}",), kept=False)
     return arms
 
 

@@ -89,7 +89,9 @@ def estimated_minutes(config: CompressionConfig) -> float:
             len(methods_of(config, family)),
         )
         # A student costs its own step and the teacher's forward; a narrower model up to its width's share.
-        share = sum(config.widths) + len(config.temperatures) * (config.widths[0] + METHODS)
+        sizes = [width for width, _ in models.smaller(config).values()]
+        students = len(config.temperatures) + len(sizes) - len(config.widths)
+        share = sum(sizes) + students * (config.widths[0] + METHODS)
         epochs = config.epochs * (1 + share * (family != models.EXPERTS))
         epochs += (4 + (family == "NewLLM")) * config.retrain_epochs * (family != models.EXPERTS)
         runs.append(Run((f"compression {family}", config), made, seeds * epochs, used, val_tokens))

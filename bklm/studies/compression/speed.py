@@ -43,8 +43,8 @@ def _speed(study: Session, family: str, trained: set[str], seed: int) -> dict[st
     x, y = text.first_batch(min(SEQUENCES, text.batch_size))
     batches = first_batches(text.train_loader(seed=0), config.calibration_tokens)
     made = {FLOAT: model} | {name: method(model, batches) for name, method in products_of(config).items()}
-    for width in (w for w in config.widths if smaller(family, w) in trained):
-        made[f"width {width:g}"] = load_model(study.folder, config, smaller(family, width), seed)
+    for name in (n for n in smaller(config) if f"{family}, {n}" in trained):
+        made[name] = load_model(study.folder, config, f"{family}, {name}", seed)
     reached = {}
     if config.torchao:
         made[TORCHAO] = with_torchao_products(model)
