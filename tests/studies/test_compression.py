@@ -279,7 +279,7 @@ def test_zeros_are_judged_against_chance_and_against_a_dense_model_of_as_many_by
         ("NewLLM, student at T 2: int8", 90.0, 540, 0.0),
     )
     chance = (pruned.replace("magnitude", "random"), 150.0, 540, 0.0)
-    words = "zeros beat a smaller dense model"
+    words = "zeros beat a dense model"
     for ppl, verdict in ((115.0, "holds"), (122.0, "does not hold")):
         found = trials(*dense, chance, (pruned, ppl, 540, 0.0001))
         rows = {r["against"]: r for r in claims.judged(found, {}) if r["arm"] == pruned}
@@ -325,7 +325,7 @@ def test_where_a_seed_of_one_arm_diverged_its_claim_has_no_verdict_and_says_so()
         ("better student", students[1]),
         ("a distilled", students[1]),
         ("Wanda prunes", wanda[1]),
-        ("smaller dense", wanda[1]),
+        ("zeros beat a dense", wanda[1]),
     ):
         assert verdict_of(found, words, arms) == "holds"
         lost = lost_seed_of(found, arm)

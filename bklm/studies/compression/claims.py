@@ -67,7 +67,7 @@ def claims_table(
         if own := [r for r in verdict_rows if part in r["arm"] and rival in r["against"]]:
             found.append(_all_win(words, own))
     if pruned := [r["arm"] for r in rows if _is_pruned(r["arm"])]:
-        words = "zeros beat a smaller dense model of as many bytes"
+        words = "zeros beat a dense model of as many bytes"
         near = [r for r in verdict_rows if r["arm"] in pruned and _is_dense(r["against"])]
         none = claim(words, f"no dense int8 file lies within {NEAR:.0%} of a pruned file's bytes", None)
         found.append(_all_win(words, near) if near else none)
