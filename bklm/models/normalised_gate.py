@@ -25,7 +25,8 @@ EPS = 1e-5
 
 def normalised(y: Tensor) -> Tensor:
     """[r Re y, r Im y], (B, N, 2, H w), of y (B, H, N, w); plain torch operations."""
-    parts = torch.view_as_real(y)
+    # Not view_as_real: in torch 2.6 its gradient fails where all of y is one number a row.
+    parts = torch.stack([y.real, y.imag], -1)
     parts = parts * torch.rsqrt(parts.square().mean((-2, -1), keepdim=True) + EPS)
     return parts.permute(0, 2, 4, 1, 3).flatten(3)
 
