@@ -13,11 +13,12 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from bklm.data import SPLITS, Corpus, TokenizedCorpus, count_models, load_corpus, make_loader
-from bklm.data.baselines import CannotEstimateError, KneserNey, mixed, mixing_weight
+from bklm.data.baselines import CannotEstimateError, KneserNey
 from bklm.data.dialogue_tokens import DialogueVocabulary, EncodedDialogues
 from bklm.data.dialogue_windows import Mixed, Rows, dialogue_rows
 from bklm.data.dialogues import Dialogue, DialogueCorpus
 from bklm.data.grammar import GrammarCorpus
+from bklm.data.mixtures import mixed, mixing_weight
 from bklm.harness.text import Baseline, StudyText, check_and_log
 from bklm.studies.dialogue.config import DialogueConfig
 
