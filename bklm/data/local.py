@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from bklm.data.arrow_rows import ArrowRows, read_parquet, read_saved
 from bklm.data.corpus import SPLIT_ALIASES, SPLITS, Corpus
-from bklm.data.dialogues import DIALOGUE_COLUMNS, LICENCES, DialogueCorpus, text_of_turns
+from bklm.data.dialogues import LICENCES, DialogueCorpus
 from bklm.data.own_text import KINDS_IN_WORDS, own_corpus
-from bklm.data.rows import check_parts, join_messages, text_of
+from bklm.data.rows import DIALOGUE_COLUMNS, check_parts, column_of, text_of, text_of_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -191,10 +191,7 @@ class Dialogues(Sequence[str]):
         return f"{self.where}, row {self.first + self.step * number}"
 
     def _text(self, number: int, turns: Any) -> str:
-        place = f"{self._place(number)}: {self.column}"
-        if self.column == "messages":
-            return join_messages(turns, place)
-        return text_of_turns({self.column: turns}, self._place(number))
+        return text_of_row({self.column: turns}, self._place(number))
 
 
 def corpus_from_splits(
@@ -207,9 +204,7 @@ def corpus_from_splits(
     }
     train, valid, test = found.values()
     present = [rows for rows in (train, valid, test) if rows is not None]
-    kind = next(
-        (k for k in ("text", *DIALOGUE_COLUMNS) if all(k in rows.column_names for rows in present)), None
-    )
+    kind = column_of(set.intersection(*(set(rows.column_names) for rows in present)) if present else ())
     if train is None or test is None or kind is None or (kind == "text" and valid is None):
         columns = {split: rows.column_names for split, rows in splits.items()}
         raise ValueError(

@@ -279,7 +279,7 @@ def test_messages_without_content_or_in_parts_are_read_as_their_writer_meant_the
 @pytest.mark.parametrize(
     ("bad", "sentence"),
     [
-        (None, r"row 3: messages is null, not a list of messages"),
+        (None, r"row 3: messages is null, not a list of turns"),
         (
             [{"role": "user", "content": [{"type": "image", "text": None}]}],
             r"row 3: .* part 0 is of the type 'image'",
