@@ -270,6 +270,7 @@ def test_the_page_shows_the_tree_as_it_is(house):
     page = house.PAGE.read_text(encoding="utf-8")
     written = page.split(house.BEGIN)[1].split(house.END)[0].strip()
     assert written == house.tree().strip(), "run: python scripts/architecture.py"
+    assert [path.stem for path in (ROOT / "notebooks").glob("*.ipynb") if path.stem not in page] == []
 
 
 def test_every_file_says_what_it_holds(house):

@@ -16,16 +16,17 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bklm.compression.coded_model import like, model_of, put
-from bklm.data.loaders import IGNORED
 from bklm.models import LanguageModel, TokenLosses
 from bklm.models.checks import is_without_numbers
+from bklm.models.loss import scored_targets
+from bklm.models.wrapped import Wrapped
 from bklm.training.loop import train
 from bklm.training.schedules import TrainingSettings
 
 ROWS_AT_ONCE = 512  # of two vocabularies of logits
 
 
-class Distilled(LanguageModel):
+class Distilled(Wrapped):
     """A student whose training loss is the one above; it is scored and generates as itself.
 
     The teacher is no part of it: its weights are in no checkpoint and no count, and it learns nothing.
@@ -37,7 +38,7 @@ class Distilled(LanguageModel):
     def __init__(
         self, student: LanguageModel, teacher: LanguageModel, temperature: float = 2.0, weight: float = 0.7
     ) -> None:
-        super().__init__()
+        super().__init__(student)
         if not 0.0 < temperature < math.inf:
             raise ValueError(f"temperature: got {temperature}; it must be positive and finite.")
         if not 0.0 <= weight <= 1.0:
@@ -47,16 +48,12 @@ class Distilled(LanguageModel):
                 f"student: it has {student.vocab_size} words and the teacher {teacher.vocab_size}; both must read the same "
                 "vocabulary."
             )
-        self.model, self.temperature, self.weight = student, temperature, weight
+        self.temperature, self.weight = temperature, weight
         self._teacher = (teacher.eval(),)
-        self.config, self.vocab_size, self.n_seq = student.config, student.vocab_size, student.n_seq
-        self.streams, self.sees_future = student.streams, student.sees_future
 
     def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         if not self.training:
             return self.model.loss(input_ids, targets, reduction=reduction)
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean' and 'sum'.")
         self.check_ids(input_ids)
         self.check_targets(input_ids, targets)
         if is_without_numbers(targets):
@@ -64,10 +61,7 @@ class Distilled(LanguageModel):
                 "Distilled: this loss takes the rows that are scored by their numbers, and torch.func, torch.export, a tracer "
                 "or tensors without values give none; call eval() before, or take the student, model.model."
             )
-        scored = targets.flatten() != IGNORED
-        count = scored.sum()
-        if reduction == "mean" and count == 0:
-            raise ValueError(f"targets: all {targets.numel()} are {IGNORED} (ignored): no loss to average.")
+        scored, count = scored_targets(targets.flatten(), reduction)
         (teacher,) = self._teacher
         teacher = teacher.to(input_ids.device)
         own = self.model.hidden(input_ids).flatten(0, 1)[scored]
@@ -90,33 +84,9 @@ class Distilled(LanguageModel):
         hard = F.cross_entropy(logits, wanted, reduction="sum")
         return self.weight * self.temperature**2 * near + (1 - self.weight) * hard
 
-    def hidden(self, input_ids: Tensor) -> Tensor:
-        return self.model.hidden(input_ids)
-
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        return self.model.head()
-
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor, targets: Tensor) -> TokenLosses:
         return self.model.token_losses(input_ids, targets)
-
-    def init_state(self, batch_size: int) -> Any:
-        return self.model.init_state(batch_size)
-
-    def prefill(self, input_ids: Tensor) -> tuple[Tensor, Any]:
-        return self.model.prefill(input_ids)
-
-    def step(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
-        return self.model.step(token, state)
-
-    def state_bytes(self, position: int) -> int:
-        return self.model.state_bytes(position)
-
-    def reset_expert_counts(self, counts: Any = ()) -> None:
-        self.model.reset_expert_counts(counts)
-
-    def expert_counts(self) -> list[list[int]]:
-        return self.model.expert_counts()
 
 
 def distil(

@@ -9,20 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bklm.compression.scored_only import ScoredOnly
 from bklm.data.loaders import IGNORED
 from bklm.models import LanguageModel, TokenLosses
 
 HEAD = "int8_head"  # the head's name among a copy's modules
 
 
-class Quantised:
+class Quantised(ScoredOnly):
     """What an int8 copy does differently from the model whose class it also has: its head, and that it does not train."""
 
-    _counted: int
-
-    def num_parameters(self, trainable_only: bool = False) -> int:
-        """Of the model that was quantised; none is trainable."""
-        return 0 if trainable_only else self._counted
+    NOT_TRAINED = "an int8 model is not trained: its weights have no gradient; train the float one."
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         raise TypeError("an int8 model has no float head; use its logits() or token_losses().")
@@ -40,30 +37,15 @@ class Quantised:
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
         return TokenLosses(nll.view(targets.shape), logits.argmax(-1) == targets)
 
-    @torch.no_grad()
-    def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean' and 'sum'.")
-        count = (targets != IGNORED).sum()
-        if reduction == "mean" and count == 0:
-            raise ValueError(f"targets: all {targets.numel()} are {IGNORED} (ignored): no loss to average.")
-        total = self.token_losses(input_ids, targets).nll.sum()
-        return total / count if reduction == "mean" else total
-
-    def train(self, mode: bool = True) -> LanguageModel:
-        if mode:
-            raise TypeError("an int8 model is not trained: its weights have no gradient; train the float one.")
-        return super().train(False)
-
     def __reduce__(self) -> tuple[Any, ...]:
         # Its class is made on the spot, for models of other people's classes too, so pickle cannot find it by name.
-        return _empty_copy, (type(self).__mro__[2],), self.__dict__
+        return _empty_copy, (type(self).plain_class,), self.__dict__
 
 
 @functools.cache
 def class_of(model: type[LanguageModel]) -> type[LanguageModel]:
     """The class of the int8 copies of models of a class."""
-    return type(f"Quantised{model.__name__}", (Quantised, model), {})
+    return type(f"Quantised{model.__name__}", (Quantised, model), {"plain_class": model})
 
 
 def _empty_copy(model: type[LanguageModel]) -> LanguageModel:

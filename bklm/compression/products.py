@@ -5,8 +5,8 @@ s_w (one an output):
 
     y = s_x s_w (round(X / s_x) . round(W / s_w)) + b
 
-summed in integers, so that the result is the same on every processor. Columns that are named as outliers are left out of X and
-of its scale, and multiplied in float (LLM.int8, Dettmers et al. 2022).
+summed as integers are, so that the result is the same on every processor. Columns that are named as outliers are left out of X
+and of its scale, and multiplied in float (LLM.int8, Dettmers et al. 2022).
 """
 
 from __future__ import annotations
@@ -20,11 +20,33 @@ from torch.nn import functional as F
 
 from bklm.compression.coding import Integers
 from bklm.compression.rounding_kernels import rounded, scaled
+from bklm.compression.scored_only import ScoredOnly
 from bklm.data.loaders import IGNORED
 from bklm.models import LanguageModel, TokenLosses
 
 HEAD = "int8_product_head"
 ROWS_AT_ONCE = 512  # of logits, while losses are computed
+EXACT_IN_FLOAT = 1024  # products of two int8 numbers whose sum, at most 2**24, float32 holds exactly
+
+
+@functools.cache
+def _multiplies_exactly() -> bool:
+    """Whether torch's int8 product is right here.
+
+    Without VNNI, or kept from it by ONEDNN_MAX_CPU_ISA, oneDNN adds pairs of products in 16 bits, and large ones saturate.
+    """
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    return all(bool((torch._int_mm(largest[:rows], largest.t()) == 64 * 127**2).all()) for rows in (1, 32))
+
+
+def _product(whole: Tensor, values: Tensor) -> Tensor:
+    """whole (T, K) int8 times values (K, V) int8, exact: int32 (T, V)."""
+    if _multiplies_exactly():
+        return torch._int_mm(whole, values)
+    sums = torch.zeros(len(whole), values.shape[1], dtype=torch.int32)
+    for x, w in zip(whole.split(EXACT_IN_FLOAT, 1), values.split(EXACT_IN_FLOAT), strict=True):
+        sums += (x.float() @ w.float()).int()
+    return sums
 
 
 class Int8Product(nn.Module):
@@ -56,22 +78,18 @@ class Int8Product(nn.Module):
             return x.new_zeros(*x.shape[:-1], self.out_features)
         whole, steps = rounded(rows, self.factors, self.per)
         y = scaled(
-            torch._int_mm(whole, self.values), steps, self.scales, self.none if self.bias is None else self.bias
+            _product(whole, self.values), steps, self.scales, self.none if self.bias is None else self.bias
         )
         if self.outliers is not None:
             y.addmm_(rows[:, self.outliers], self.outlier_weight)
         return y.view(*x.shape[:-1], self.out_features)
 
 
-class Int8Products:
+class Int8Products(ScoredOnly):
     """What a model with int8 products does differently from its class: its head, where that is int8; and it is not trained."""
 
     plain_class: type[LanguageModel]
-    _counted: int
-
-    def num_parameters(self, trainable_only: bool = False) -> int:
-        """Of the model that was rounded; none is trainable."""
-        return 0 if trainable_only else self._counted
+    NOT_TRAINED = "a model with int8 products is not trained: train the float one, and round it again."
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         if hasattr(self, HEAD):
@@ -97,23 +115,6 @@ class Int8Products:
             losses.append(F.cross_entropy(logits, wanted, reduction="none", ignore_index=IGNORED))
             right.append(logits.argmax(1) == wanted)
         return TokenLosses(torch.cat(losses).view(targets.shape), torch.cat(right).view(targets.shape))
-
-    @torch.no_grad()
-    def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean' and 'sum'.")
-        count = (targets != IGNORED).sum()
-        if reduction == "mean" and count == 0:
-            raise ValueError(f"targets: all {targets.numel()} are {IGNORED} (ignored): no loss to average.")
-        total = self.token_losses(input_ids, targets).nll.sum()
-        return total / count if reduction == "mean" else total
-
-    def train(self, mode: bool = True) -> LanguageModel:
-        if mode:
-            raise TypeError(
-                "a model with int8 products is not trained: train the float one, and round it again."
-            )
-        return super().train(False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Its class is made on the spot, so pickle cannot find it by name.

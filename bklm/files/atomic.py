@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -194,6 +194,15 @@ def read_result(path: Path, needed: Mapping[str, Any] | None = None) -> dict[str
     except (ValueError, RecursionError) as error:
         set_aside(path, str(error))
         return None
+    return found
+
+
+def kept_result(path: Path, make: Callable[[], dict[str, Any]], needed: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier run left in a JSON file, see ``read_result``, or what ``make`` finds now, which is then kept there."""
+    found = read_result(path, needed)
+    if found is None:
+        found = make()
+        write_json(path, found)
     return found
 
 

@@ -162,7 +162,7 @@ def nats_in_words(row: Mapping[str, Any], digits: int = 4) -> str:
     if row["loss_difference"] is None:
         return "-"
     ends = "" if row["low"] is None else f" ({row['low']:+.{digits}f} to {row['high']:+.{digits}f})"
-    return f"{row['loss_difference']:+.{digits}f}{ends}"
+    return f"{round(row['loss_difference'], digits) + 0.0:+.{digits}f}{ends}"
 
 
 def readable_verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

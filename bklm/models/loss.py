@@ -44,6 +44,25 @@ class TokenLosses(NamedTuple):
     correct: Tensor  # bool: the largest logit is the target's
 
 
+def scored_targets(targets: Tensor, reduction: str, ignore_index: int = IGNORED) -> tuple[Tensor, Tensor]:
+    """Which targets are scored, bool of their shape, and how many, int64.
+
+    Raises:
+        ValueError: a reduction other than "mean" and "sum"; a mean of which every target is ignored, where its values are at
+            hand without waiting for a device.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean' and 'sum'.")
+    valid = targets != ignore_index
+    count = valid.sum()
+    if reduction == "mean" and values_at_hand(targets) and count == 0:
+        raise ValueError(
+            f"targets: all {targets.numel()} are {ignore_index} (ignored), so there is no loss to average; "
+            "leave such a batch out."
+        )
+    return valid, count
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -74,17 +93,9 @@ def linear_cross_entropy(
 
     A second derivative, and what torch.func asks for (vmap, grad), is right too; there the logits exist as a whole.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction: got {reduction!r}; allowed are 'mean' and 'sum'.")
     rows, targets = _flatten(hidden, weight, bias, targets)
-    valid = targets != ignore_index
-    count = valid.sum()
+    valid, count = scored_targets(targets, reduction, ignore_index)
     readable = values_at_hand(targets)
-    if reduction == "mean" and readable and count == 0:
-        raise ValueError(
-            f"targets: all {targets.numel()} are {ignore_index} (ignored), so there is no loss to average; "
-            "leave such a batch out."
-        )
     chunk_rows = chunk_rows or _rows_per_chunk(weight)
     if is_plain_wanted(rows, weight, bias):
         product = autocast_dtype(rows) or rows.dtype

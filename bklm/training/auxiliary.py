@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bklm.models import LanguageModel
 from bklm.models.checks import check_real, is_plain_wanted, is_without_numbers
+from bklm.models.wrapped import Wrapped
 from bklm.moe.ops import in_backward
 
 _WITHOUT_GRADIENT = (
@@ -82,7 +83,7 @@ def other_sequence(x: Tensor) -> Tensor:
     return x.roll(1, 0) if len(x) > 1 else x.roll(max(1, x.shape[1] // 2), 1)
 
 
-class WithTerm(LanguageModel):
+class WithTerm(Wrapped):
     """``model`` with ``weight * term(states)`` added to its training loss.
 
     Args:
@@ -106,7 +107,6 @@ class WithTerm(LanguageModel):
         limit: float | None = None,
         apart: bool = True,
     ) -> None:
-        super().__init__()
         check_real("weight", weight)
         if limit is not None:
             check_real("limit", limit, ", or None for no limit")
@@ -118,10 +118,9 @@ class WithTerm(LanguageModel):
             )
         with recorded_states(model):
             pass
-        self.model, self.term, self.weight = model, term, weight
+        super().__init__(model)
+        self.term, self.weight = term, weight
         self.detached, self.limit, self.apart = detached, limit, apart
-        self.config, self.vocab_size, self.n_seq = model.config, model.vocab_size, model.n_seq
-        self.streams, self.sees_future = model.streams, model.sees_future
         self._term: Tensor | None = None
         self._could_learn = True
 
@@ -172,30 +171,9 @@ class WithTerm(LanguageModel):
     def parameters_apart(self) -> list[nn.Parameter]:
         return list(self.term.parameters()) if self.apart else []
 
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        return self.model.head()
-
-    def init_state(self, batch_size: int) -> Any:
-        return self.model.init_state(batch_size)
-
-    def prefill(self, input_ids: Tensor) -> tuple[Tensor, Any]:
-        return self.model.prefill(input_ids)
-
-    def step(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
-        return self.model.step(token, state)
-
-    def state_bytes(self, position: int) -> int:
-        return self.model.state_bytes(position)
-
     def __getstate__(self) -> dict[str, Any]:
         # The term belongs to the graph of one forward; copies and pickles of the model must not drag it along.
         return {**self.__dict__, "_term": None}
-
-    def reset_expert_counts(self, counts: Any = ()) -> None:
-        self.model.reset_expert_counts(counts)
-
-    def expert_counts(self) -> list[list[int]]:
-        return self.model.expert_counts()
 
 
 def without_term(model: LanguageModel) -> LanguageModel:

@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 
-from bklm.compression import load_compressed, save_compressed, with_int8_products
+from bklm.compression import load_compressed, products, save_compressed, with_int8_products
 from bklm.compression.coding import integers
-from bklm.compression.products import Int8Product
+from bklm.compression.products import Int8Product, _multiplies_exactly, _product
 from bklm.models import LSTM, LSTMConfig
 from bklm.training.evaluation import evaluate
 
@@ -43,6 +43,17 @@ def test_a_product_is_that_of_the_rounded_numbers(per, outliers, rows, inputs, o
     # A number half-way between two steps may fall to either side in float32: one step of one input.
     assert torch.allclose(made(x).double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
     assert made(x.view(1, rows, inputs)).shape == (1, rows, outputs)
+
+
+@pytest.mark.parametrize("exactly", [True, False])
+def test_the_sums_are_exact_also_where_torchs_int8_product_saturates(exactly, monkeypatch):
+    """At the ends of int8, and of more inputs than float32 sums exactly at once."""
+    monkeypatch.setattr(products, "_multiplies_exactly", lambda: exactly and _multiplies_exactly())
+    for rows, inputs, outputs in [(1, 17, 19), (40, 37, 16), (33, 2500, 17)]:
+        x = torch.randint(-128, 128, (rows, inputs), dtype=torch.int8)
+        w = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
+        x[0], w[0] = 127, -128
+        assert torch.equal(_product(x, w.t()).long(), x.long() @ w.t().long())
 
 
 def test_per_token_a_row_does_not_depend_on_its_neighbours_and_a_bad_one_spoils_itself_alone():

@@ -9,6 +9,7 @@ from typing import Any
 
 from bklm.compression import load_compressed
 from bklm.compression.calibration import first_batches
+from bklm.files.atomic import kept_result
 from bklm.harness.arms import Arm, readable_verdicts, train_arms
 from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.report import Report, StudyResult, small_print
@@ -154,10 +155,11 @@ def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
     rows = tables.file_rows(files)
     arms: dict[str, Arm] = found["arms"]
     judged_rows = judged(files, arms)
-    timed = speed.measured(study, "speed.json", lambda: speed.speeds(study, found["trials"]), {"models": dict})[
-        "models"
-    ]
-    counted = speed.measured(study, "counted.json", lambda: speed.counted(study), {"rows": list})["rows"]
+    made = kept_result(
+        study.folder / "speed.json", lambda: speed.speeds(study, found["trials"]), {"models": dict}
+    )
+    timed = made["models"]
+    counted = kept_result(study.folder / "counted.json", lambda: speed.counted(study), {"rows": list})["rows"]
     speeds, shares = tables.speed_rows(timed, rows), tables.shares_of(timed)
     chosen = tables.recommended(rows)
     _keep_recommended(study, chosen)

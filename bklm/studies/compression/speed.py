@@ -12,7 +12,6 @@ from bklm.compression.coded_model import outer_names
 from bklm.compression.counting import count_model_sizes
 from bklm.compression.torchao_products import with_torchao_products
 from bklm.data.baselines import KneserNey, count_models
-from bklm.files.atomic import read_result, write_json
 from bklm.harness import measure as timing
 from bklm.harness.session import Session
 from bklm.models import LanguageModel
@@ -25,17 +24,6 @@ SECONDS = 10.0  # of timing, an arm at most
 SEQUENCES = 16
 WRITTEN = 32  # tokens
 FLOAT, HIDDEN, CORE, TORCHAO = "float32", "blocks alone", "core alone", "int8 products, torchao"
-
-
-def measured(
-    study: Session, name: str, make: Callable[[], dict[str, Any]], keys: dict[str, Any]
-) -> dict[str, Any]:
-    """What an earlier run left in a file of the study's folder, or what is measured now."""
-    found = read_result(study.folder / name, keys)
-    if found is None:
-        found = make()
-        write_json(study.folder / name, found)
-    return found
 
 
 def speeds(study: Session, trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -68,15 +68,19 @@ def draw_analysis(
         convergence.plot(alphas, [r["convergence_epoch"] for r in table], **style)
         convergence.set(title="Convergence", xlabel="alpha", ylabel="epoch of 90% improvement")
         convergence.set_ylim(bottom=0)
+        never = [r["alpha"] for r in table if r["convergence_epoch"] is None]
         variances = [r["gradient_variance"] for r in table]
         variance.plot(alphas, variances, **style)
         variance.set(title="Gradient-norm variance", xlabel="alpha")
         wide_range_axis(variance.yaxis, variances, "variance over steps")
         for axes in (final, convergence, variance):
             axes.set_xticks(every_alpha if len(every_alpha) <= 6 else every_alpha[::2])
-            for alpha in lost:
+            said = dict.fromkeys(never if axes is convergence else (), "never") | dict.fromkeys(
+                lost, "diverged"
+            )
+            for alpha, word in said.items():
                 place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "center"}
-                axes.text(alpha, 0.5, "diverged", rotation=90, color=GREY, fontsize=10, **place)
+                axes.text(alpha, 0.5, word, rotation=90, color=GREY, fontsize=10, **place)
 
     return save_figure(path, draw, title=title, note=note, size=(8.4, 7.8))
 
@@ -122,7 +126,10 @@ def draw_training(path: Path, final: Trial, baselines: list[dict[str, Any]], not
 def draw_directions(path: Path, directions: list[dict[str, Any]], note: str) -> Path:
     """Cosine with the exact gradient and length against alpha, at the weights after one epoch and at the end."""
     blends = [r for r in directions if r["direction"].startswith("alpha ")]
-    early = {r["direction"]: r["cosine"] for r in directions if r["weights"] == WHEN_MEASURED[0]}
+    # Without the sign of a rounded zero.
+    early = {
+        r["direction"]: round(r["cosine"], 2) + 0.0 for r in directions if r["weights"] == WHEN_MEASURED[0]
+    }
 
     def draw(figure: Figure) -> None:
         cosine, ratio = figure.subplots(1, 2)

@@ -141,7 +141,7 @@ def draw_recall(
         axes.set(
             xscale="log",
             xlabel="distance, positions (log scale)",
-            ylabel="share of right answers",
+            ylabel="share of right answers, bars to 0 and 1",
             ylim=(0, 1.03),
         )
         axes.set_xticks([int(k[9:]) for k in places], [k[9:] for k in places])

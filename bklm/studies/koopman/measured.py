@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bklm.data.recall import Recall
-from bklm.files.atomic import read_result, write_json
+from bklm.files.atomic import read_result
 from bklm.harness import measure as timing
 from bklm.harness.arms import WEIGHTS
 from bklm.harness.comparison import Trial
@@ -45,17 +45,6 @@ def recall_task(config: KoopmanConfig) -> Recall:
     """The recall task of a resolved config."""
     batches = -(-config.recall_steps // RECALL_EPOCHS)
     return Recall(batches * config.batch_size, config.batch_size, config.trained_distance, config.recall_pairs)
-
-
-def measured(
-    study: Session, name: str, make: Callable[[], dict[str, Any]], keys: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What an earlier run left in a file of the study's folder, or what is measured now."""
-    found = read_result(study.folder / name, keys)
-    if found is None:
-        found = make()
-        write_json(study.folder / name, found)
-    return found
 
 
 def linearise(study: Session, trials: list[Trial]) -> dict[str, Any]:

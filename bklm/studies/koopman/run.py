@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bklm.files.atomic import kept_result
 from bklm.harness.arms import Arm, readable_verdicts, require_one_process, train_arms, verdicts
 from bklm.harness.comparison import Trial
 from bklm.harness.estimate import Run, minutes, text_size
@@ -24,7 +25,6 @@ from bklm.studies.koopman.measured import (
     SEQUENCES,
     linearise,
     load_model,
-    measured,
     recall_steps,
     recall_task,
     spectrum_of,
@@ -164,25 +164,24 @@ def _report(study: Session, found: dict[str, Any]) -> KoopmanResult:
         told.append(term_in_words(judged))
         report.figure("arms.png", figures.draw_arms, judged, told[0] or ARMS.headline(trials), note)
     if "tied" in found and ARMS.groups(trials).get("none"):
-        made = measured(
-            study,
-            "linearised.json",
-            lambda: linearise(study, trials),
-            {"scores": list, "times": dict, "outer_share": float},
-        )
+        place, needed = study.folder / "linearised.json", {"scores": list, "times": dict, "outer_share": float}
+        made = kept_result(place, lambda: linearise(study, trials), needed)
         linearised = tables.linearised_rows(made["scores"], made["times"])
         shares = tables.shares_in_words(made["times"], made["outer_share"])
         told.append(operators_in_words(linearised))
         report.figure("linearised.png", figures.draw_linearised, linearised, told[-1], note)
         report.path("linearised.json")
         if any(t["val_ppl"] is not None and t["seed"] == config.seeds[0] for t in found["tied"]):
-            eigenvalues = measured(study, "spectrum.json", lambda: spectrum_of(study), {"rows": list})["rows"]
+            eigenvalues = kept_result(
+                study.folder / "spectrum.json", lambda: spectrum_of(study), {"rows": list}
+            )["rows"]
             reached = next(t["val_ppl"] for t in found["tied"] if t["seed"] == config.seeds[0])
             tied_note = f"{_note(study, 1)} This model's PPL: {reached:.1f}."
             report.figure("spectrum.png", figures.draw_spectrum, eigenvalues, tied_note)
     if RECALL.finished(found.get("recall", [])):
         recalled = tables.recall_rows(found["recall"])
-        steps = measured(study, "recall_steps.json", lambda: recall_steps(study), {"steps": dict})["steps"]
+        place = study.folder / "recall_steps.json"
+        steps = kept_result(place, lambda: recall_steps(study), {"steps": dict})["steps"]
         task = recall_task(config)
         pairs, seeds = f"{task.pairs} pair{'s' * (task.pairs > 1)}", len(config.seeds)
         small = f"{pairs}, {task.sequences:,} training sequences {RECALL_EPOCHS} times, {task.tested} at each distance; "

@@ -16,6 +16,8 @@ LONG = 128  # distances from here on are what "long range" means
 def _lifting(key: str, title: str, form: str = ".2f") -> Column:
     def mean(group: Sequence[Trial]) -> float | None:
         values = [t["lifting"][key] for t in group if key in t["lifting"]]
+        if key.endswith("_ppl") and values:
+            return Perplexity.over_seeds(values).mean
         return interval95(values)[0] if values else None
 
     return Column(key, mean, title, form)

@@ -40,8 +40,10 @@ def draw_arms(path: Path, rows: Sequence[Mapping[str, Any]], title: str, note: s
     return save_figure(path, draw, title=title, note=note, size=(7.2, 2.2 + 0.4 * len(shown)))
 
 
-def draw_energies(path: Path, traces: Mapping[str, Sequence[Mapping[str, float]]], note: str) -> Path | None:
-    """Drift and the energy's own spread over a training, of one seed."""
+def draw_energies(
+    path: Path, traces: Mapping[str, Any], energies: Sequence[Mapping[str, Any]], note: str
+) -> Path | None:
+    """Drift and the energy's own spread over a training of one seed, rows of each arm; ``energies``: what is left over all."""
     shown = {arm: rows for arm, rows in traces.items() if len(rows) > 1}
     if not shown:
         return None
@@ -61,9 +63,8 @@ def draw_energies(path: Path, traces: Mapping[str, Sequence[Mapping[str, float]]
                 axes.axhline(CONSERVED, color=GREY, linewidth=1, linestyle="--")
         legend_below(figure.axes[0], ncols=3, fontsize=9)
 
-    kept = {arm: rows[-1]["spread"] / rows[0]["spread"] for arm, rows in shown.items()}
     title = "What is left of the energy's spread: " + ", ".join(
-        f"{arm} {kept_in_words(k)}" for arm, k in kept.items()
+        f"{row['arm']} {kept_in_words(row['spread_kept'])}" for row in energies if row["arm"] in shown
     )
     return save_figure(path, draw, title=title, note=note, size=(8.4, 4.4))
 
@@ -104,7 +105,7 @@ def draw_drift(path: Path, forces: Sequence[DriftBySteps]) -> Path:
             label = found.name + ", SEES THE FUTURE" * found.sees_future
             style = {"color": colour, "marker": marker, "linestyle": line, "label": label}
             axes.plot(found.steps, found.drifts, **style)
-        axes.set(xscale="log", yscale="log", xlabel="step h", ylabel="largest drift of H / its spread")
+        axes.set(xscale="log", yscale="log", xlabel="step h", ylabel="largest drift of H / spread")
         axes.set_xticks(forces[0].steps, [f"{h:g}" for h in forces[0].steps])
         axes.xaxis.minorticks_off()
         legend_below(axes, fontsize=9)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from bklm.files.atomic import read_result, write_json
+from bklm.files.atomic import kept_result, read_result
 from bklm.harness.arms import WEIGHTS, Arm, readable_verdicts, require_one_process, train_arms, verdicts
-from bklm.harness.comparison import Trial
+from bklm.harness.comparison import Trial, not_beaten_in_short
 from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.folder import INTERNALS
 from bklm.harness.measure import MemoryMeter
@@ -186,11 +186,8 @@ def _first_energies(study: Session, arms: dict[str, Arm]) -> dict[str, dict[str,
     return made
 
 
-def _memory(study: Session) -> list[dict[str, Any]]:
-    """Peak bytes of a training step by depth; measured once, and read back."""
-    place = study.folder / "memory.json"
-    if (known := read_result(place, {"rows": list})) is not None:
-        return known["rows"]
+def _memory(study: Session) -> dict[str, Any]:
+    """Peak bytes of a training step by depth, a row a way."""
     rows: dict[str, dict[str, Any]] = {}
     with MemoryMeter(study.accelerator.device.type) as meter:
         for layers in sorted(study.config.memory_layers):
@@ -201,19 +198,14 @@ def _memory(study: Session) -> list[dict[str, Any]]:
                 rows.setdefault(way, {"way": way, "why": why})[f"bytes_{layers}"] = taken
     for row in rows.values():
         row["growth"] = tables.growth({int(k[6:]): v for k, v in row.items() if k.startswith("bytes_")})
-    write_json(place, {"rows": list(rows.values())})
-    return list(rows.values())
+    return {"rows": list(rows.values())}
 
 
-def _note(study: Session, *more: str, seeds: int | None = None) -> str:
+def _note(study: Session, *more: str, seeds: int | None = None, bars: bool = True) -> str:
     config = study.config
-    return small_print(
-        study.text,
-        seeds or len(config.seeds),
-        f"{config.protocol} protocol",
-        *more,
-        sees_the_future=config.protocol == "original",
-    )
+    future = config.protocol == "original"
+    more = (f"{config.protocol} protocol", *more)
+    return small_print(study.text, seeds or len(config.seeds), *more, sees_the_future=future, bars=bars)
 
 
 def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
@@ -239,16 +231,19 @@ def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
             study, f"learning rate {config.learning_rate:g}" if name == "losses" else "learning rates searched"
         )
         comparison = {"losses": LOSSES, "blocks": BLOCKS}[name]
-        report.figure(
-            f"{name}.png", figures.draw_arms, comparison.rows(trials), comparison.headline(trials), note
-        )
+        best = comparison.perplexity(comparison.groups(trials)[comparison.best(trials)]).mean
+        title = comparison.headline(trials) + not_beaten_in_short(best, study.text.baselines)
+        report.figure(f"{name}.png", figures.draw_arms, comparison.rows(trials), title, note)
+        note = _note(study, "means over the seeds", bars=False)
         report.figure(f"{name}_curves.png", figures.draw_curves, trials, found["piece"], note)
     traces = {t["arm"]: t["energy"]["trace"] for t in found.get("losses", [])
               if t["seed"] == config.seeds[0] and t["val_ppl"] is not None and "trace" in t["energy"]}  # fmt: skip
-    report.figure("energies.png", figures.draw_energies, traces, _note(study, "the first one", seeds=1))
+    note = _note(study, "the first one", seeds=1)
+    report.figure("energies.png", figures.draw_energies, traces, parts["energies"], note)
     if "blocks" in found:
         parts["stability"] = tables.stability_rows(found["stability"], unigram)
-        parts["memory"] = _memory(study)
+        place = study.folder / "memory.json"
+        parts["memory"] = kept_result(place, lambda: _memory(study), {"rows": list})["rows"]
         report.path("memory.json")
         note = f"Batch {MEMORY_BATCH} x {MEMORY_LENGTH}, width {MEMORY_WIDTH}, gradients of the weights not counted."
         report.figure("memory.png", figures.draw_memory, parts["memory"], note)
