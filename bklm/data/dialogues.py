@@ -31,11 +31,6 @@ log = logging.getLogger(__name__)
 USER, SYSTEM = "user", "system"
 Turn = tuple[str, str]
 Dialogue = tuple[Turn, ...]
-LICENCES = {
-    "dailydialog": "CC BY-NC-SA 4.0: not for commercial use",
-    "ultrachat": "MIT",
-    "grammar": "drawn on the spot; free of any licence",
-}
 THRESHOLD = (
     0.5  # Jaccard similarity of 5-word shingles from which on a training dialogue repeats a held-out one
 )
@@ -44,7 +39,7 @@ _ASKS = ("user", "human", "prompter", "customer")
 _READ = ("system", "developer", "tool", "function", "observation")  # of messages: read, never foretold
 
 
-class Rows(Protocol):
+class PlacedRows(Protocol):
     """Rows that say where they stand."""
 
     def placed(self) -> Iterator[tuple[str, Any]]: ...
@@ -62,15 +57,14 @@ class Placed:
 
 @dataclass(frozen=True, eq=False)
 class DialogueCorpus(Corpus):
-    """A corpus whose documents are dialogues; ``licence`` is the data's. ``rows`` holds what was read of each split: an
-    object whose ``placed()`` gives pairs of the words that name a row and the row.
+    """A corpus whose documents are dialogues. ``rows`` holds what was read of each split: an object whose ``placed()`` gives
+    pairs of the words that name a row and the row.
 
     Raises:
         ValueError: by ``dialogues``: a row that is no dialogue, or a split in which nobody replies.
     """
 
-    rows: Mapping[str, Rows] = field(kw_only=True, repr=False)
-    licence: str = field(kw_only=True, default="unknown; see where the data come from")
+    rows: Mapping[str, PlacedRows] = field(kw_only=True, repr=False)
     threshold: float | None = field(kw_only=True, default=THRESHOLD)
 
     def dialogues(self, split: str) -> list[Dialogue]:

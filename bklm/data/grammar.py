@@ -29,8 +29,8 @@ from functools import cached_property
 import numpy as np
 
 from bklm.data.checks import require_whole
-from bklm.data.corpus import SPLITS
-from bklm.data.dialogues import LICENCES, SYSTEM, USER, Dialogue, DialogueCorpus, Placed, as_text
+from bklm.data.corpus import LICENCES, SPLITS
+from bklm.data.dialogues import SYSTEM, USER, Dialogue, DialogueCorpus, Placed, as_text
 from bklm.data.hmm import Uniform
 
 ANIMALS = ("cat", "dog", "hen", "cow", "pig", "fox", "owl", "bat", "rat", "bee", "ant", "elk")

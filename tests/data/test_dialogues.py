@@ -143,6 +143,41 @@ def test_a_text_beside_a_dialogue_is_read_alone_in_every_container(tmp_path):
             corpus.dialogues("train")
 
 
+def few_of_a_grammar(tmp_path):
+    return "grammar", None
+
+
+def few_of_one_file(tmp_path):
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(f"{json.dumps(talk(n))}\n" for n in range(40)))
+    return "dailydialog", path
+
+
+def few_of_three_files(tmp_path):
+    rows = [talk(n) for n in range(4)]
+    return "dailydialog", write(tmp_path / "d", train=rows, valid=rows, test=rows)
+
+
+def few_of_a_saved_data_set(tmp_path):
+    rows = pytest.importorskip("datasets").Dataset.from_list([talk(n) for n in range(7)])
+    (tmp_path / "saved").mkdir()
+    for split in ("train", "test"):
+        rows.to_parquet(tmp_path / "saved" / f"{split}-00000-of-00001.parquet")
+    return "ultrachat", tmp_path / "saved"
+
+
+@pytest.mark.parametrize(
+    "made", [few_of_a_grammar, few_of_one_file, few_of_three_files, few_of_a_saved_data_set]
+)
+def test_a_limit_takes_the_first_dialogues_of_each_split_wherever_they_come_from(made, tmp_path):
+    name, place = made(tmp_path)
+    whole, few = load_corpus(name, place), load_corpus(name, place, max_documents=2)
+    for split in ("train", "valid", "test"):
+        assert list(few.split(split)) == whole.split(split)[:2]
+        assert len(few.split(split)) == 2
+    assert few.rows["test"].placed().__next__() == next(iter(whole.rows["test"].placed()))
+
+
 def test_a_turn_of_a_hundred_thousand_words_is_read_whole(tmp_path):
     row = {"turns": ["hi", " ".join(["word"] * 100_000)]}
     corpus = load_corpus("dailydialog", write(tmp_path / "d", train=[row], valid=[talk(1)], test=[talk(2)]))
@@ -174,8 +209,8 @@ def test_a_data_set_of_dialogues_is_read_by_its_column_and_its_licence_is_named(
     hf = pytest.importorskip("datasets")
     splits = {s: hf.Dataset.from_list([{"dialog": talk(n)["turns"]} for n in range(k, k + 3)])
               for s, k in (("train", 0), ("validation", 10), ("test", 20))}  # fmt: skip
-    corpus = corpus_from_splits("dailydialog", "here", splits, 2)
-    assert [len(corpus.dialogues(s)) for s in ("train", "valid", "test")] == [2, 2, 2]
+    corpus = corpus_from_splits("dailydialog", "here", splits)
+    assert [len(corpus.dialogues(s)) for s in ("train", "valid", "test")] == [3, 3, 3]
     assert corpus.train[1] == " ".join(talk(1)["turns"])
     assert "CC BY-NC-SA 4.0" in corpus.licence
     # The classic id is a loading script, which datasets 4 and later refuse.

@@ -196,7 +196,8 @@ def test_dialogues_are_documents_read_as_they_are_indexed(hf, tmp_path):
     with pytest.raises(IndexError):
         documents[7]
     few = load_corpus("ultrachat", tmp_path / "chat", max_documents=3)
-    assert [len(few.split(split)) for split in SPLITS] == [3, 2, 1]
+    assert [list(few.split(split)) for split in SPLITS] == [corpus.split(split)[:3] for split in SPLITS]
+    assert [len(few.split(split)) for split in SPLITS] == [3, 3, 2]
     assert len(tokenize_corpus(few).train) == 3 * 6
 
 

@@ -12,6 +12,7 @@ from small import small
 
 import bklm
 from bklm.command.main import main
+from bklm.data.corpus import LICENCES
 from bklm.models import future_leak
 from bklm.studies import DialogueConfig, run_dialogue
 from bklm.studies.dialogue import models, tables
@@ -179,6 +180,12 @@ def test_a_kept_model_is_loaded_and_talks_and_another_run_has_none_to_talk_to(
     said = capsys.readouterr().out
     assert "NewLLM tuned. An empty line ends the chat.\nmodel: " in said
     assert "<user>which cat<end><system>)" in said
+    assert (
+        main(["export", str(result.folder), "--model", "GPT tuned", "--output", str(tmp_path / "exported")])
+        == 0
+    )
+    card = (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
+    assert f"Licence of the text: {LICENCES['grammar']}." in card
     for wrong, words in (({"temperature": -1}, "temperature: got -1"), ({"most": 0}, "tokens is 0")):
         with pytest.raises(ValueError, match=words):
             Chat(trained, **wrong)

@@ -90,8 +90,7 @@ def prepare_text(config: DialogueConfig) -> DialogueText:
         ValueError, OSError: see ``bklm.data.load_corpus``; a text without dialogues; too few for a batch.
     """
     most, held_out = config.max_dialogues or None, config.held_out_dialogues or None
-    # A held-out split may be shared between two; all of it is asked for by no limit at all.
-    larger = most and held_out and max(most, 2 * held_out)
+    larger = most and held_out and max(most, held_out)
     corpus = load_corpus(config.dataset, config.data_dir, max_documents=larger)
     if not isinstance(corpus, DialogueCorpus):
         corpus.dialogues("train")  # says what is wrong
