@@ -171,6 +171,12 @@ def test_a_kept_model_is_loaded_and_talks_and_another_run_has_none_to_talk_to(
     assert talk.saw.tokens == len(typed) + 3
     assert talk.saw.text == "<user>cat <system> tom<end><system>"
     assert "".join(pieces) == "".join(Chat(talk.trained, temperature=0.0, most=5).say("cat <system> tom"))
+    broken_off = Chat(talk.trained, temperature=2.0, most=5)
+    kept = broken_off.say("cat")
+    first = next(kept)
+    list(broken_off.say("dog"))
+    assert broken_off.saw.text.startswith(f"<user>cat<end><system>{first}")
+    assert broken_off.saw.text.endswith("<end><user>dog<end><system>")
     assert len(list(talk.say("and " * 100))) <= 5
     assert talk.saw.left_out > 0
     assert talk.saw.tokens == result.config.seq_len - 5
@@ -190,7 +196,7 @@ def test_a_kept_model_is_loaded_and_talks_and_another_run_has_none_to_talk_to(
         with pytest.raises(ValueError, match=words):
             Chat(trained, **wrong)
     with pytest.raises(ValueError, match="chat: got a turn without text"):
-        next(talk.say(" "))
+        talk.say(" ")
     with pytest.raises(FileNotFoundError, match="holds no model 'LSTM tuned'; it has 'GPT tuned', "):
         result.load("LSTM tuned")
 
