@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -29,14 +30,14 @@ class LabPage:
         prompts = self.page.locator(".jp-CodeCell .jp-InputPrompt")
         pending = prompts.filter(has_text="[ ]").or_(prompts.filter(has_text="[*]"))
         failed = self.page.locator(ERROR).first
+        # A cell whose code is hidden has no number in the page: the first that is seen may be any.
+        done = prompts.filter(has_text=re.compile(r"\[\d+\]"))
         # Asked for when the kernel is slow to come.
         choose = self.page.get_by_role("button", name="Select Kernel")
-        expect(prompts.filter(has_text="[2]").or_(failed).or_(choose).first).to_be_visible(
-            timeout=seconds * SECOND
-        )
+        expect(done.or_(failed).or_(choose).first).to_be_visible(timeout=seconds * SECOND)
         if choose.is_visible():
             choose.click()
-            expect(prompts.filter(has_text="[2]").first).to_be_visible(timeout=seconds * SECOND)
+            expect(done.or_(failed).first).to_be_visible(timeout=seconds * SECOND)
         end = time.monotonic() + seconds
         while pending.count() and not self.errors():
             assert time.monotonic() < end, f"{pending.count()} cells still wait: {pending.all_inner_texts()}"
@@ -87,6 +88,22 @@ class LabPage:
         """The rightmost pixel of any widget."""
         edges = "rows => Math.max(...rows.map(row => row.getBoundingClientRect().right))"
         return self.page.locator(".widget-vbox > .jupyter-widgets:visible").evaluate_all(edges)
+
+    def pictures(self) -> int:
+        """How many figures stand in the notebook."""
+        return self.page.locator(".jp-RenderedImage img").count()
+
+    def wider_than_the_page(self) -> list[str]:
+        """Outputs that are cut off at the right and cannot be scrolled to."""
+        cut = """outputs => outputs.filter(output => {
+            const room = output.getBoundingClientRect().right;
+            return [...output.querySelectorAll('img, table, p, pre')].some(part => {
+                for (let box = part; box && box !== output.parentElement; box = box.parentElement)
+                    if (['auto', 'scroll'].includes(getComputedStyle(box).overflowX)) return false;
+                return part.getBoundingClientRect().right > room + 1;
+            });
+        }).map(output => output.textContent.slice(0, 60))"""
+        return self.page.locator(".jp-OutputArea-output").evaluate_all(cut)
 
     def screenshot(self, path: Path) -> None:
         """The whole notebook in one tall picture."""

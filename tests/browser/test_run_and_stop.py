@@ -1,4 +1,5 @@
-"""Notebooks 01 and 03 as a user has them: run all, move a slider, choose values, Run, look at the figure, Stop.
+"""Notebooks 01 and 03 as a user has them: run all, move a slider, choose values, Run, look at the figure, Stop; 00, 02 and 04
+are run and read, at a desk and on a phone.
 
 $BKLM_SCREENSHOTS keeps what was seen.
 """
@@ -69,3 +70,24 @@ def test_run_all_then_sliders_run_figure_and_stop(name, open_notebook, screensho
     lab.page.set_viewport_size({"width": 390, "height": 844})  # a phone
     lab.screenshot(screenshots / f"{stem}_4_phone.png")
     assert 0 < lab.right_edge_of_controls() <= 390
+
+
+# Form values of the notebooks that are run and read.
+WALKS = {
+    "00_setup.ipynb": {},
+    "02_precision_benchmark.ipynb": {"profile": "smoke"},
+    "04_embedding_freeze_study.ipynb": {"profile": "smoke", "dataset": "embedded"},
+}
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_run_all_has_no_error_and_all_of_it_can_be_read_on_a_phone(name, open_notebook, screenshots):
+    stem = name.removesuffix(".ipynb")
+    lab = open_notebook(name, **WALKS[name], output_dir=f"results/{stem}")
+    lab.run_all(420)
+    assert lab.errors() == []
+    lab.screenshot(screenshots / f"{stem}_1_run_all.png")
+    assert lab.pictures() > 0
+    lab.page.set_viewport_size({"width": 390, "height": 844})  # a phone
+    lab.screenshot(screenshots / f"{stem}_2_phone.png")
+    assert lab.wider_than_the_page() == []
