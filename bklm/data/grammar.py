@@ -1,15 +1,19 @@
 """The grammar corpus: dialogues drawn from seeds in which the right reply needs a fact from k turns back.
 
 Every turn tells of an animal that nobody has spoken of yet, and its name. The user then asks for an animal that was told of
-and not yet asked for, each as likely as another; the reply says its name:
+and not yet asked for, each of c(t) as likely as another; the reply says its name:
 
-    user    cat tom . which cat
-    system  cat tom . hen lou
-    user    dog max . which hen
+    user    the cat tom . which cat
+    system  the cat tom . the hen lou
+    user    the dog max . which hen
+
+From the third question on it is not for the animal of the same turn, c(t) = max(t / 2, min(t / 2 + 1, 2)): where half of all
+questions were for that one, models learned to copy it and nothing else. "the" stands before every animal but the one asked
+for, so that each is the same piece of a BPE wherever it stands: a word that begins a text is another piece.
 
 With A animals and V names, turn t (from 0) of a dialogue has the cross-entropy, in nats, of the law that drew it
 
-    user    log(A - t) + log V + log(t / 2 + 1)
+    user    log(A - t) + log V + log c(t)
     system  log(A - t) + log V
 
 All that is drawn is uniform, so these are not only means: each turn drawn has exactly this probability, and no model has a
@@ -80,20 +84,25 @@ class Grammar:
         def tell() -> str:
             told.append((len(turns), one(left), one(self.names)))
             left.remove(told[-1][1])
-            return f"{told[-1][1]} {told[-1][2]}"
+            return f"the {told[-1][1]} {told[-1][2]}"
 
         for _ in range(self.exchanges):
             said = tell()
-            place, animal, name = told.pop(one(range(len(told))))
+            place, animal, name = told.pop(one(range(self.choices(len(turns)))))
             turns.append((USER, f"{said} . which {animal}"))
-            facts.append(Fact(len(turns), 1, len(turns) - place))
-            turns.append((SYSTEM, f"{animal} {name} . {tell()}"))
+            facts.append(Fact(len(turns), 2, len(turns) - place))
+            turns.append((SYSTEM, f"the {animal} {name} . {tell()}"))
         return tuple(turns), tuple(facts)
+
+    @staticmethod
+    def choices(turn: int) -> int:
+        """Of how many animals the user may ask for one in a turn (even, from 0)."""
+        return max(turn // 2, min(turn // 2 + 1, 2))
 
     def turn_nats(self, turn: int) -> float:
         """-log probability of a turn (from 0) given all before it, in nats."""
         told = math.log(len(self.animals) - turn) + math.log(len(self.names))
-        return told + (0.0 if turn % 2 else math.log(turn // 2 + 1))
+        return told + (0.0 if turn % 2 else math.log(self.choices(turn)))
 
     def reply_nats(self, dialogue: Dialogue, fact: Fact, turns: int | None = None) -> float:
         """-log probability of a reply given the last ``turns`` turns before it (None: all), in nats."""
@@ -101,7 +110,7 @@ class Grammar:
         # Every turn speaks of two animals: told and asked for, or answered and told.
         seen_words = [text.split() for _, text in dialogue[fact.turn - seen : fact.turn]]
         known = {word for words in seen_words for word in words if word in self.animals}
-        known.add(dialogue[fact.turn][1].split()[0])
+        known.add(dialogue[fact.turn][1].split()[1])
         animals, names = len(self.animals), math.log(len(self.names))
         free = math.log(animals - len(known)) + names
         return free + (0.0 if seen else math.log(animals)) + (names if fact.distance > seen else 0.0)
