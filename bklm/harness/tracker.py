@@ -28,7 +28,7 @@ def check_tracker(name: str) -> None:
 
 
 def start_tracker(accelerator: Accelerator, config: Any, folder: Path) -> None:
-    """Begin a run named after the study in the tracker of a resolved config; files of a local one go to ``folder``/tracker.
+    """Begin a run in a resolved config's tracker; TensorBoard's goes to ``folder``/tracker, the others' to their own places.
 
     Raises:
         ValueError: this version of Accelerate does not know it.
