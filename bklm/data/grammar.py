@@ -28,7 +28,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 
@@ -45,11 +44,16 @@ DIALOGUES = {"train": 6000, "valid": 500, "test": 500}
 
 @dataclass(frozen=True)
 class Fact:
-    """What a reply has to know: the name's place among the words of its text, and how many turns back it was told."""
+    """What a reply has to know: the name's place among the words of its text, and how many turns back it was told.
+
+    ``guess`` is the probability that the commonest name of the animals that may be asked for is the right one: what a reader
+    reaches who knows what was told and not of whom.
+    """
 
     turn: int
     word: int
     distance: int
+    guess: float
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,11 @@ class Grammar:
 
         for _ in range(self.exchanges):
             said = tell()
-            place, animal, name = told.pop(one(range(self.choices(len(turns)))))
+            open_names = [name for _, _, name in told[: self.choices(len(turns))]]
+            guess = max(map(open_names.count, open_names)) / len(open_names)
+            place, animal, name = told.pop(one(range(len(open_names))))
             turns.append((USER, f"{said} . which {animal}"))
-            facts.append(Fact(len(turns), 2, len(turns) - place))
+            facts.append(Fact(len(turns), 2, len(turns) - place, guess))
             turns.append((SYSTEM, f"the {animal} {name} . {tell()}"))
         return tuple(turns), tuple(facts)
 
@@ -123,10 +129,12 @@ class GrammarCorpus(DialogueCorpus):
     grammar: Grammar = field(kw_only=True, repr=False)
     facts: dict[str, list[tuple[Fact, ...]]] = field(kw_only=True, repr=False)
 
-    @cached_property
-    def chance(self) -> float:
-        """Share of right names of who guesses."""
-        return 1 / len(self.grammar.names)
+    def guessed(self, split: str) -> dict[str, float]:
+        """By turns back, as text: the expected share of right names of who guesses among those of the animals asked about."""
+        found: dict[int, list[float]] = {}
+        for fact in (fact for facts in self.facts[split] for fact in facts):
+            found.setdefault(fact.distance, []).append(fact.guess)
+        return {str(k): float(np.mean(found[k])) for k in sorted(found)}
 
     def reply_nats(self, split: str, turns: int | None = None) -> np.ndarray:
         """-log probability of every reply of a split given the last ``turns`` turns (None: all), nats, float64 (replies,)."""

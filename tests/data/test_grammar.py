@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_what_a_reply_costs_given_its_last_turns_is_what_enumeration_finds(law, 
             seen = dialogue[max(0, turn - (turn if turns is None else turns)) : turn]
             together[seen, dialogue[turn][1]] += p
             visible[seen] += p
-            costs.append((seen, dialogue, Fact(turn, 2, k)))
+            costs.append((seen, dialogue, Fact(turn, 2, k, 0.0)))
     for seen, dialogue, fact in costs[:: max(1, len(costs) // 500)]:
         exact = -math.log(together[seen, dialogue[fact.turn][1]] / visible[seen])
         # A window that begins with the dialogue shows that it does: longer ones never look like it.
@@ -78,7 +79,6 @@ def test_the_corpus_is_the_same_for_a_seed_and_drawn_by_its_law():
     assert one.sha256 == grammar_corpus().sha256 != grammar_corpus(1).sha256
     assert [len(one.dialogues(s)) for s in ("train", "valid", "test")] == [6000, 500, 500]
     assert one.removed == []
-    assert one.chance == 1 / 8
     kinds = Counter(fact.distance for facts in one.facts["train"] for fact in facts)
     assert sorted(kinds) == list(range(1, 9))
     # The same turn's fact is asked for first, and then for every second time; the reply's of turn 1 must wait for the last
@@ -98,6 +98,27 @@ def test_the_fact_stands_where_it_says_and_was_stated_so_many_turns_back():
             name = dialogue[fact.turn][1].split()[fact.word]
             asked = dialogue[fact.turn - 1][1].split()[-1]
             assert f"{asked} {name}" in dialogue[fact.turn - fact.distance][1]
+
+
+def test_who_guesses_among_the_names_told_is_as_often_right_as_it_says():
+    corpus = load_corpus("grammar").first(1, None)
+    shares = {}
+    for dialogue, facts in zip(corpus.dialogues("valid"), corpus.facts["valid"], strict=True):
+        told = {}  # animal -> (turn, name), those asked for taken out
+        for turn, (speaker, text) in enumerate(dialogue):
+            animal, name = re.findall(r"the (\w+) (\w+)", text)[-1]
+            told[animal] = turn, name
+            if speaker == USER:
+                fact, asked = facts[turn // 2], text.split()[-1]
+                names = [n for t, n in told.values() if turn < 4 or t < turn]
+                assert fact.guess == max(Counter(names).values()) / len(names)
+                shares.setdefault(str(fact.distance), []).append(fact.guess)
+                assert told.pop(asked)[1] in names
+    found = corpus.guessed("valid")
+    assert found == pytest.approx({k: sum(v) / len(v) for k, v in shares.items()})
+    assert list(found) == [str(k) for k in range(1, 9)]
+    # The first question leaves no choice, and the second one of two: no lookup is needed for most of k = 1.
+    assert found["1"] > 0.8 > 0.6 > found["8"] > 1 / 8
 
 
 def test_fewer_animals_than_turns_are_refused():

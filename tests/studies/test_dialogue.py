@@ -86,6 +86,9 @@ def trial(arm, seed, loss, own=1.0, other=1.0, facts=(10, 20), text=10.0, earlie
     }  # fmt: skip
 
 
+GUESSED = {"1": 0.5, "2": 0.25, "3": 0.5}
+
+
 def made(**more):
     """Three seeds of a tuned GPT that uses its turns, and of its controls."""
     rows = []
@@ -125,29 +128,29 @@ def test_a_claim_holds_only_beyond_its_interval_and_against_every_control(more, 
     judged = verdicts(tables.ARMS, trials, arms)
     contexts, facts = tables.context_rows(trials), tables.fact_rows(trials)
     mixture = {"name": MIXTURE, "val_ppl": more.get("counting", 5.0)}
-    rows = tables.claims_table(trials, judged, contexts, facts, mixture, 0.125)
+    rows = tables.claims_table(trials, judged, contexts, facts, mixture, GUESSED)
     assert {r["announced"]: r["verdict"] for r in rows}[claim] == verdict
     one = [t for t in trials if t["seed"] == 0]
     judged = verdicts(tables.ARMS, one, arms)
-    rows = tables.claims_table(one, judged, tables.context_rows(one), tables.fact_rows(one), mixture, 0.125)
+    rows = tables.claims_table(one, judged, tables.context_rows(one), tables.fact_rows(one), mixture, GUESSED)
     assert {r["verdict"] for r in rows} == {"no verdict"}
 
 
-def test_facts_are_recalled_as_far_as_every_distance_before_is_above_chance_beyond_its_interval():
+def test_facts_are_recalled_as_far_as_every_distance_before_beats_guessing_beyond_its_interval():
     def of(*shares, seeds=3):
         return [
             trial("GPT tuned", seed, 1.0) | {"facts": {str(n): share for n, share in enumerate(shares, 1)}}
             for seed in range(seeds)
         ]
 
-    told = [tables.facts_in_words(tables.fact_rows(of(*shares)), 0.125) for shares in (
-        [(9, 10), (8, 10), (1, 10)], [(9, 10), (1, 10), (3, 3)], [(1, 10), (9, 10)])]  # fmt: skip
+    told = [tables.facts_in_words(tables.fact_rows(of(*shares)), GUESSED) for shares in (
+        [(9, 10), (8, 10), (4, 10)], [(9, 10), (1, 10), (3, 3)], [(1, 10), (9, 10)])]  # fmt: skip
     assert [words.split(": ")[1] for words in told] == [
         "GPT up to 2 turns back",
         "GPT up to 1 turn back",
         "GPT nowhere",
     ]
-    assert "no verdict" in tables.facts_in_words(tables.fact_rows(of((9, 10), seeds=1)), 0.125)
+    assert "no verdict" in tables.facts_in_words(tables.fact_rows(of((9, 10), seeds=1)), GUESSED)
 
 
 def test_a_tuning_whose_pretraining_diverged_is_lost_as_diverged(tmp_path):
