@@ -112,7 +112,7 @@ def made(**more):
         ({"other": 1.0}, "GPT uses its context, the turn that it answers included", "does not hold"),
         ({}, "GPT uses the turns before that", "does not hold"),
         ({"earlier": 1.5}, "GPT uses the turns before that", "holds"),
-        ({}, "GPT recalls facts from 1 to 8 turns back", "does not hold"),
+        ({}, "GPT recalls facts from 1 to 2 turns back", "does not hold"),
         ({}, f"GPT {tables.FORGETS_LESS}", "holds"),
         ({"replay": 19.9}, f"GPT {tables.FORGETS_LESS}", "holds"),
         ({"replay": 20.5}, f"GPT {tables.FORGETS_LESS}", "does not hold"),

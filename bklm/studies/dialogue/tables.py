@@ -186,7 +186,13 @@ def claims_table(
         told += f"{len(distances(row))} distances in turns: "
         told += ", ".join(f"{row[k]:.0%} ({guessed[k[9:]]:.0%})" for k in distances(row))
         holds = len(above) == len(distances(row)) if judged else None
-        rows.append(claim(f"{row['arm'].split()[0]} recalls facts from 1 to 8 turns back", told, holds))
+        rows.append(
+            claim(
+                f"{row['arm'].split()[0]} recalls facts from 1 to {distances(row)[-1][9:]} turns back",
+                told,
+                holds,
+            )
+        )
     best = ARMS.best(trials)
     reached = ARMS.perplexity(ARMS.groups(trials)[best])
     told = f"{best} {reached}; {mixture['name']} {mixture['val_ppl']:.2f}"
