@@ -24,6 +24,7 @@ from bklm.harness.folder import claim, fingerprint, logging_to, study_folder
 from bklm.harness.launch import is_to_launch, launch
 from bklm.harness.session import Session
 from bklm.harness.tracker import start_tracker
+from bklm.training.denormals import flushed_denormals
 from bklm.training.processes import broadcast, main_first, make_accelerator
 
 log = logging.getLogger(__name__)
@@ -67,9 +68,7 @@ def run_study(
         return report(study, found) if study.is_main and workers.link is None else None
 
 
-def _work_only(
-    config: StudyConfig, work: Callable[[Session], Any], prepare: Callable[[Any], Any] | None
-) -> None:
+def _work_only(config: StudyConfig, work: Callable[[Session], Any], prepare: Any) -> None:
     """In each launched process: the trainings."""
     with _open(config, prepare, None, None) as study:
         work(study)
@@ -83,7 +82,8 @@ def _open(
     text: Any,
 ) -> Iterator[Session]:
     accelerator = make_accelerator(config.device, getattr(config, "precision", "fp32"))
-    with _folder(config, accelerator) as folder:
+    # A study without a text is one of precision, which asks what becomes of small numbers.
+    with flushed_denormals(prepare is not None), _folder(config, accelerator) as folder:
         log.info("Settings: %s", ", ".join(f"{k}={v}" for k, v in config.to_dict().items() if v is not None))
         if prepare is not None and text is None:
             with main_first(accelerator):  # the others read the tokens that the main process has cached
