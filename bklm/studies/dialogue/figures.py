@@ -95,14 +95,8 @@ def draw_facts(path: Path, rows: Rows, guessed: Mapping[str, float], title: str,
             style = {"color": colour, "marker": marker, "label": row["arm"].split()[0]}
             mean_with_error(axes, [int(k[9:]) for k in keys], [row[k] for k in keys], ends, **style)
         far = [int(k) for k in guessed]
-        axes.plot(
-            far,
-            [*guessed.values()],
-            color=GREY,
-            linewidth=1.5,
-            linestyle="--",
-            label="guessing among the names told",
-        )
+        style = {"color": GREY, "linewidth": 1.5, "linestyle": "--", "label": "guessing among the names told"}
+        axes.plot(far, [*guessed.values()], **style)
         axes.set(ylim=(0, 1.02), xlabel="turns back", ylabel="share of right facts")
         axes.legend()
 

@@ -215,8 +215,7 @@ class Trainer:
 
     def _train_context(self, model: ContextTokenLM, samples: int, seed: int, other: str = "") -> Phase1Result:
         settings = dataclasses.replace(self.recipe.context, seed=seed)
-        # Where the token goes to the first layer only, the model differs and phase 1 does not.
-        kind = "" if other == "first" else other
+        kind = "" if other == "first" else other  # there the model differs, and phase 1 does not
         try:
             return train_in_its_place(model, self.text.train(samples), settings, kind)
         except ArithmeticError as error:
