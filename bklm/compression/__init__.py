@@ -14,6 +14,7 @@ from bklm.compression.pruning import prune
 from bklm.compression.retraining import PrunedModel, RoundedModel, baked
 from bklm.compression.saving import file_sizes, load_compressed, save_compressed
 from bklm.compression.structure import narrower, remove_experts, skip_blocks
+from bklm.compression.tying import TiedModel, tie_head
 from bklm.compression.weights import low_rank, quantise
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PrunedModel",
     "QuantisationRow",
     "RoundedModel",
+    "TiedModel",
     "baked",
     "distil",
     "file_sizes",
@@ -36,6 +38,7 @@ __all__ = [
     "save_compressed",
     "save_quantised",
     "skip_blocks",
+    "tie_head",
     "with_float_products",
     "with_int8_products",
 ]

@@ -33,7 +33,7 @@ from bklm.models import GPT, LanguageModel, LinearContext, NewLLM, ResNetBK
 
 PER = ("token", "tensor")
 KINDS = (NewLLM, GPT, ResNetBK, LinearContext)  # the others use weights of maps past the maps
-HEAD_INPUTS = 128
+HEAD_INPUTS = 64
 LEAST = 1e-5  # of a column's size, before it divides
 
 
@@ -67,8 +67,8 @@ def with_int8_products(
         smooth: SmoothQuant's a, between 0 and 1, for all maps but a tied head, whose columns are also its embedding's.
         outliers: so many columns of each map, those of the largest activations, stay in float.
         calibration: batches (x, y) of training text, which ``smooth`` and ``outliers`` need.
-        head: whether the output head multiplies in int8, too; None: where it has at least 128 inputs, since with fewer the
-            scaling of as many numbers as there are words takes longer than the products save.
+        head: whether the output head multiplies in int8, too; None: where it has at least 64 inputs, since with fewer the
+            scaling of as many numbers as there are words takes most of what the products save.
 
     Raises:
         TypeError: a model without such maps. ValueError: a value outside what is allowed, or no calibration where one is

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bklm import models
-from bklm.compression.coding import Coded, half
+from bklm.compression.coding import Coded, Tied, half
 from bklm.models import LanguageModel
 
 CLASSES = ("ResNetBK", "NewLLM", "GPT", "LSTM", "LinearContext", "ContextTokenLM", "Conservative")
@@ -69,10 +69,16 @@ def is_compressed(model: nn.Module) -> bool:
 @torch.no_grad()
 def put(model: LanguageModel, codes: Mapping[str, Coded]) -> None:
     """Give tensors the values of these codes, and remember the codes."""
-    named = dict(model.named_parameters())
+    named, held = dict(model.named_parameters()), codes_of(model) | dict(codes)
     for name, coded in codes.items():
-        named[name].copy_(coded.decode())
-    model.__dict__["codes"] = codes_of(model) | dict(codes)
+        if not isinstance(coded, Tied):
+            named[name].copy_(coded.decode())
+    # What is tied to another follows it.
+    for name, coded in held.items():
+        if isinstance(coded, Tied):
+            held[name] = dataclasses.replace(coded, left=named[coded.source])
+            named[name].copy_(held[name].decode())
+    model.__dict__["codes"] = held
 
 
 def forget_codes(model: LanguageModel) -> None:

@@ -135,12 +135,43 @@ class Factors:
         ))  # fmt: skip
 
 
-Coded = Integers | Half | Factors
+@dataclass(frozen=True)
+class Tied:
+    """A matrix (V, D) as another tensor (V, e) of its model times right (e, D), which is float16."""
+
+    source: str  # that tensor's name
+    right: Tensor
+    left: Tensor | None = None  # the tensor itself, once the model is known
+
+    def decode(self) -> Tensor:
+        return self.left.detach().cpu().float() @ self.right.float()
+
+    def stored(self) -> tuple[Stored, dict[str, Any]]:
+        return {"right": self.right}, {"kind": "tied", "source": self.source}
+
+    @staticmethod
+    def read(tensors: Stored, facts: dict[str, Any]) -> Tied:
+        return Tied(facts["source"], tensors["right"])
+
+
+Coded = Integers | Half | Factors | Tied
 
 
 def read(tensors: Stored, facts: dict[str, Any]) -> Coded:
     """What ``stored`` gave."""
-    return {"integers": Integers, "half": Half, "factors": Factors}[facts["kind"]].read(tensors, facts)
+    return {"integers": Integers, "half": Half, "factors": Factors, "tied": Tied}[facts["kind"]].read(
+        tensors, facts
+    )
+
+
+def check_rounding(bits: int, group: int | None) -> None:
+    """Refuse, by a ValueError, bits other than 2 to 8 and a group below 1."""
+    if bits not in BITS:
+        raise ValueError(f"bits: got {bits}; a weight is rounded to {BITS[0]} to {BITS[-1]} bits.")
+    if group is not None and group < 1:
+        raise ValueError(
+            f"group: got {group}; give the number of inputs that share a scale, or None for a whole row."
+        )
 
 
 def integers(
@@ -155,12 +186,7 @@ def integers(
     Raises:
         ValueError: bits not 2 to 8, a group below 1, weights that are not finite.
     """
-    if bits not in BITS:
-        raise ValueError(f"bits: got {bits}; a weight is rounded to {BITS[0]} to {BITS[-1]} bits.")
-    if group is not None and group < 1:
-        raise ValueError(
-            f"group: got {group}; give the number of inputs that share a scale, or None for a whole row."
-        )
+    check_rounding(bits, group)
     if not bool(weight.isfinite().all()):
         raise ValueError("weights hold NaN or infinity, so the model has diverged; take an earlier checkpoint.")
     width = weight.shape[-1]

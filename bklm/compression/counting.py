@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
-import zlib
-from pathlib import Path
-
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from bklm.compression.saving import sizes_of
 from bklm.data.baselines import KneserNey
 
 UNSIGNED = (np.uint8, np.uint16, np.uint32, np.uint64)
@@ -30,7 +27,4 @@ def count_model_sizes(model: KneserNey) -> tuple[int, int]:
             f"{i}.gain": torch.from_numpy(gain).float(),
             f"{i}.backoff": torch.from_numpy(backoff).float(),
         }
-    with tempfile.TemporaryDirectory() as folder:
-        save_file(tensors, str(place := Path(folder, "model")))
-        whole = place.read_bytes()
-    return len(whole), len(zlib.compress(whole, 9))
+    return sizes_of(lambda place: save_file(tensors, str(place)))

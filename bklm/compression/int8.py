@@ -29,13 +29,13 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
+from bklm.compression.coded_model import SMALLEST
 from bklm.compression.int8_linear import Int8Embedding, Int8Linear, row_exponents
 from bklm.compression.int8_model import HEAD, Quantised, class_of
 from bklm.compression.int8_modules import with_modules
 from bklm.models import GPT, LSTM, Conservative, ContextTokenLM, LanguageModel, LinearContext, NewLLM, ResNetBK
 from bklm.training.evaluation import evaluate
 
-SMALLEST = 16  # a linear map with fewer inputs or outputs stays float32
 MODELS = (NewLLM, GPT, ResNetBK, LSTM, LinearContext, ContextTokenLM, Conservative)
 
 

@@ -3,8 +3,7 @@
     magnitude   |w| over all matrices together                       (Han et al. 2015)
     Wanda       |w_ij| * norm of input j over a text, row by row     (Sun et al. 2023)
 
-Zeros save bytes, not time: ``save_compressed`` keeps a mask of one bit a weight and the rest, and no library for CPU or GPU
-multiplies an unstructured sparse matrix faster than a dense one at these sparsities.
+Zeros save bytes: ``save_compressed`` keeps a mask of one bit a weight and the weights that are not zero. Products stay dense.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bklm.compression.coded_model import copy_of, forget_codes, matrices, put
-from bklm.compression.coding import integers
+from bklm.compression.coding import check_rounding, integers
 from bklm.compression.pruning import largest_kept, masks_of, scoped
 from bklm.compression.weights import quantise
 from bklm.models import LanguageModel, TokenLosses
@@ -68,7 +68,7 @@ class Changed(LanguageModel):
         self.config, self.vocab_size, self.n_seq = model.config, model.vocab_size, model.n_seq
         self.streams, self.sees_future = model.streams, model.sees_future
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        # In evaluation nothing changes between batches.
+        # In evaluation nothing changes between batches, unless weights are loaded or moved.
         self._kept: dict[str, Tensor] | None = None
 
     @property
@@ -79,9 +79,32 @@ class Changed(LanguageModel):
         """The weights that are another in use, by their name in the model."""
         raise NotImplementedError
 
+    def plain(self) -> LanguageModel:
+        """A copy of the model with the change made, on the CPU."""
+        changed = {name: weight.cpu() for name, weight in self.change().items()}
+        made = copy_of(self.model)
+        for name, p in made.named_parameters():
+            if name in changed:
+                p.copy_(changed[name])
+        put(made, {})
+        return made
+
     def train(self, mode: bool = True) -> Changed:
         self._kept = None
         return super().train(mode)
+
+    def _forget(self) -> None:
+        """What was found of the weights as they were, or where they were."""
+        self._kept = None
+
+    def _apply(self, *given: Any, **options: Any) -> Changed:
+        self._forget()
+        return super()._apply(*given, **options)
+
+    def _load_from_state_dict(self, *given: Any, **options: Any) -> None:
+        # What ``load_state_dict`` calls, of this module or of one around it.
+        self._forget()
+        super()._load_from_state_dict(*given, **options)
 
     def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         self._require_numbers()
@@ -99,6 +122,18 @@ class Changed(LanguageModel):
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor, targets: Tensor) -> TokenLosses:
         return self._call("token_losses", input_ids, targets)
+
+    def init_state(self, batch_size: int) -> Any:
+        return self._call("init_state", batch_size)
+
+    def prefill(self, input_ids: Tensor) -> tuple[Tensor, Any]:
+        return self._call("prefill", input_ids)
+
+    def step(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self._call("step", token, state)
+
+    def state_bytes(self, position: int) -> int:
+        return self._call("state_bytes", position)
 
     def num_parameters(self, trainable_only: bool = False) -> int:
         return self.model.num_parameters(trainable_only)
@@ -128,18 +163,35 @@ class Changed(LanguageModel):
 
 
 class RoundedModel(Changed):
-    """Its matrices in ``bits`` bits, a scale a row or for every ``group`` inputs; scales follow every STEPS_BETWEEN steps."""
+    """Its matrices in ``bits`` bits, a scale a row or for every ``group`` inputs; scales follow every STEPS_BETWEEN steps.
+
+    Args:
+        model: learns in place; its matrices with at least 16 inputs and outputs are rounded.
+        bits: of a weight, 2 to 8.
+        group: inputs that share a scale; None: a scale a row.
+
+    Raises:
+        ValueError: bits or group outside what is allowed.
+    """
 
     def __init__(self, model: LanguageModel, bits: int, group: int | None = None) -> None:
+        check_rounding(bits, group)
         super().__init__(model)
         self.bits, self.group = bits, group
         self._scales: dict[str, Tensor] = {}
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._scales = {}
 
     def change(self) -> dict[str, Tensor]:
         weights = matrices(self.model)
         if not self._scales or not self.training or int(self.steps) % STEPS_BETWEEN == 0:
             self._scales = {n: _scale_of_each(w, self.bits, self.group) for n, w in weights.items()}
         return {n: rounded(w, self._scales[n], self.bits) for n, w in weights.items()}
+
+    def plain(self) -> LanguageModel:
+        return quantise(self.model, self.bits, self.group, rest="float32")
 
 
 class PrunedModel(Changed):
@@ -149,6 +201,18 @@ class PrunedModel(Changed):
 
     by magnitude; or, with a seed, on the same schedule at random; or, where masks are given, these from the start. What was
     set to zero stays zero.
+
+    Args:
+        model: learns in place.
+        sparsity: of the matrices in scope, 0 to below 1; masks that are given say themselves how many.
+        steps: of training, after which no more weights become zero.
+        scope: "body": all but embeddings and head; "outer": these; "all".
+        masks: which weights stay, bool of each matrix's shape, by its name in the model: of all in scope and of no other.
+        seed: of zeros at random.
+
+    Raises:
+        ValueError: sparsity, steps or scope outside what is allowed; masks of other names, shapes or dtypes; both masks and a
+            seed.
     """
 
     def __init__(
@@ -161,26 +225,38 @@ class PrunedModel(Changed):
         masks: Mapping[str, Tensor] | None = None,
         seed: int | None = None,
     ) -> None:
-        super().__init__(model)
-        masks_of(model, sparsity, scope=scope)
         if masks is not None and seed is not None:
             raise ValueError(f"seed: got {seed} and masks, which leave nothing to draw; give one of them.")
+        if steps < 0:
+            raise ValueError(f"steps: got {steps}; the schedule ends after 0 or more steps of training.")
+        masks_of(model, sparsity, scope=scope)
+        weights = scoped(model, scope)
+        if masks is not None:
+            _check_masks(masks, weights)
+        super().__init__(model)
         self.sparsity, self.whole, self.gradual = sparsity, steps, masks is None
         self.scope, self.seed = scope, seed
-        self._names = list(scoped(model, scope))
-        for i, name in enumerate(self._names):
-            weight = scoped(model, scope)[name]
-            mask = torch.ones_like(weight, dtype=torch.bool) if masks is None else masks[name]
-            self.register_buffer(f"mask_{i}", mask)
+        self._names, self._has_ended = list(weights), False
+        for i, (name, weight) in enumerate(weights.items()):
+            whole = torch.ones_like(weight, dtype=torch.bool)
+            self.register_buffer(f"mask_{i}", whole if masks is None else whole & masks[name].to(weight.device))
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._has_ended = False
 
     def sparsity_at(self, step: int) -> float:
         """s_t."""
-        return self.sparsity * (1 - (1 - min(1.0, step / max(1, self.whole))) ** 3)
+        done = 1.0 if step >= self.whole else step / self.whole
+        return self.sparsity * (1 - (1 - done) ** 3)
 
     def change(self) -> dict[str, Tensor]:
         named = dict(self.model.named_parameters())
         step = int(self.steps)
-        if self.gradual and (step % STEPS_BETWEEN == 0 or step >= self.whole or not self.training):
+        ends = step >= self.whole
+        due = not self._has_ended if ends else step % STEPS_BETWEEN == 0 or not self.training
+        if self.gradual and due:
+            self._has_ended = ends
             for i, mask in enumerate(self._masks_at(self.sparsity_at(step), named).values()):
                 self._mask(i).copy_(mask)
         return {name: named[name] * self._mask(i) for i, name in enumerate(self._names)}
@@ -196,21 +272,24 @@ class PrunedModel(Changed):
         return getattr(self, f"mask_{i}")
 
 
+def _check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    if other := sorted(masks.keys() ^ weights.keys()):
+        what = "no mask of" if other[0] in weights else "one of"
+        raise ValueError(
+            f"masks: got {what} {other[0]!r}; give one of each matrix in scope and of no other, as masks_of does."
+        )
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool or mask.shape != weights[name].shape:
+            raise ValueError(
+                f"masks: that of {name!r} is {mask.dtype} of shape {tuple(mask.shape)}; it must be torch.bool of the weight's "
+                f"shape, {tuple(weights[name].shape)}."
+            )
+
+
 @torch.no_grad()
 def baked(model: LanguageModel) -> LanguageModel:
-    """The plain model of a ``RoundedModel`` or ``PrunedModel``, with the change made, on the CPU; any other as it is."""
-    if not isinstance(model, Changed):
-        return model
-    model.eval()
-    if isinstance(model, RoundedModel):
-        return quantise(model.model, model.bits, model.group, rest="float32")
-    changed = {name: weight.cpu() for name, weight in model.change().items()}
-    plain = copy_of(model.model)
-    for name, p in plain.named_parameters():
-        if name in changed:
-            p.copy_(changed[name])
-    put(plain, {})
-    return plain
+    """The plain model of a ``Changed`` one, with the change made, on the CPU; any other as it is."""
+    return model.eval().plain() if isinstance(model, Changed) else model
 
 
 @torch.no_grad()

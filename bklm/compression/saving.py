@@ -6,6 +6,7 @@ import dataclasses
 import json
 import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bklm import models
 from bklm.compression.activations import Activations, activations_of, multiply
 from bklm.compression.coded_model import CLASSES, codes_of, model_of, put
 from bklm.compression.coding import Coded, pack_bits, read, unpack_bits
 from bklm.files.atomic import replacing
 from bklm.models import LanguageModel
+from bklm.models.by_name import built
 
 HEADER = "bklm"
 BYTES_OF_A_NUMBER = 4
@@ -79,7 +80,7 @@ def load_compressed(path: Path | str) -> LanguageModel:
         raise ValueError(
             f"{path} holds a {header['class']!r}, which this version of bklm does not have; update bklm."
         )
-    model = _built(header).eval()
+    model = built(header["class"], header["config"]).eval()
     named = dict(model.named_parameters())
     codes = {}
     with torch.no_grad():
@@ -109,8 +110,14 @@ def is_compressed_file(path: Path | str) -> bool:
 
 def file_sizes(model: Any) -> tuple[int, int]:
     """Bytes of a model's file as ``save_compressed`` writes it, and of that file packed by zlib."""
+    return sizes_of(lambda place: save_compressed(model, place))
+
+
+def sizes_of(write: Callable[[Path], Any]) -> tuple[int, int]:
+    """Bytes of the file that ``write`` writes where it is told, and of that file packed by zlib."""
     with tempfile.TemporaryDirectory() as folder:
-        whole = save_compressed(model, Path(folder, "model.safetensors")).read_bytes()
+        write(place := Path(folder, "model.safetensors"))
+        whole = place.read_bytes()
     return len(whole), len(zlib.compress(whole, 9))
 
 
@@ -120,13 +127,6 @@ def _plainly(values: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if zeros * 8 * BYTES_OF_A_NUMBER <= values.numel():
         return {"values": values}, {"kind": "plain"}
     return {"mask": pack_bits(alive.to(torch.uint8), 1), "values": values[alive]}, {"kind": "masked"}
-
-
-def _built(header: dict[str, Any]) -> LanguageModel:
-    """The model that a header describes, with fresh weights."""
-    name = header["class"]
-    config = getattr(models, "ContextTokenConfig" if name == "ContextTokenLM" else f"{name}Config")
-    return getattr(models, name)(config(**header["config"]))
 
 
 def _held(model: LanguageModel, kind: type[LanguageModel]) -> dict[str, Tensor | Coded]:

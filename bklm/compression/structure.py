@@ -21,7 +21,11 @@ WIDTHS = ("d_model", "embed_dim", "hidden_dim", "context_dim", "dense_width", "u
 
 @torch.no_grad()
 def expert_use(model: LanguageModel, batches: Batches) -> list[list[int]]:
-    """Positions that each expert of each mixture is given by its router without noise, one list a mixture."""
+    """Positions that each expert of each mixture is given by its router without noise, one list a mixture.
+
+    Raises:
+        ValueError: no batches.
+    """
     mixtures = [m for m in model.modules() if isinstance(m, AnalyticMoE) and m.router is not None]
     counts = [torch.zeros(m.num_experts, dtype=torch.int64) for m in mixtures]
 
@@ -44,6 +48,10 @@ def expert_use(model: LanguageModel, batches: Batches) -> list[list[int]]:
         for hook in hooks:
             hook.remove()
         model.train(was_training)
+    if not any(int(c.sum()) for c in counts):
+        raise ValueError(
+            "remove_experts: calibration holds no text; give some batches (x, y) of the training text."
+        )
     return [c.tolist() for c in counts]
 
 
@@ -53,7 +61,8 @@ def remove_experts(model: Any, keep: int, calibration: Batches) -> Any:
     The others are gone, and their parameters with them; the router takes its softmax over what is left.
 
     Raises:
-        TypeError: a model without mixtures of experts. ValueError: more experts than there are, or fewer than its block has.
+        TypeError: a model without mixtures of experts. ValueError: more experts than there are, or fewer than its block has; a
+            calibration without text.
     """
     plain = model_of(model, "remove_experts")
     config = plain.config

@@ -1,7 +1,11 @@
 """A second way to multiply in int8: through torchao, where it is installed; to be measured beside the package's own.
 
-torchao is the successor of torch.ao. It rounds weights per output and activations per token, as ``with_int8_products`` does.
-It is no dependency: ``pip install torchao``.
+torchao is the successor of torch.ao. It rounds weights per output and activations per token, as ``with_int8_products`` does;
+the head stays in float. It is no dependency: ``pip install torchao``.
+
+It sums through torch's int8 product, which may saturate on a processor without VNNI; ``bklm.compression.products`` guards its
+own products against that, and nothing guards torchao's. Measured with torchao 0.18.0 and torch 2.13 on normal numbers, 33 rows
+of 256 inputs: a relative error of 0.008, and of 0.14 where ONEDNN_MAX_CPU_ISA=AVX2 keeps oneDNN from VNNI.
 """
 
 from __future__ import annotations

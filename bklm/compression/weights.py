@@ -15,7 +15,7 @@ from bklm.compression.coded_model import (
     outer_names,
     put,
 )
-from bklm.compression.coding import Factors, factors, integers
+from bklm.compression.coding import Factors, Tied, factors, integers
 
 HALF = 16  # bits
 
@@ -30,8 +30,8 @@ def quantise(
 
     Args:
         model: a language model, or a run of ``bklm.load``; the result is of the same kind.
-        bits: 2 to 8, of every matrix with at least 16 inputs and outputs, but a head of ``low_rank``, which keeps its factors;
-            16: half precision for everything.
+        bits: 2 to 8, of every matrix with at least 16 inputs and outputs, but a head of ``low_rank`` or ``tie_head``, which
+            keeps its factors; 16: half precision for everything.
         group: inputs that share a scale, such as 32 or 128; None: a scale an output.
         outer_bits: of embeddings and head, where they differ.
         rest: "float16" or "float32", for vectors and small matrices.
@@ -49,7 +49,7 @@ def quantise(
     else:
         put(made, {
             name: integers(p, (outer_bits or bits) if name in outer else bits, group)
-            for name, p in matrices(made).items() if not isinstance(held.get(name), Factors)
+            for name, p in matrices(made).items() if not isinstance(held.get(name), Factors | Tied)
         })  # fmt: skip
     if rest == "float16":
         halve_the_rest(made)

@@ -175,7 +175,7 @@ class Session:
         internal(self.folder, name)
 
         def folder_of(point: Point) -> str:
-            return f"{name}/{(place or _place)(point)}".rstrip("/")
+            return f"{name}/{(place or place_of)(point)}".rstrip("/")
 
         def run(point: Point) -> dict[str, Any]:
             key = tuple(point.values())
@@ -303,7 +303,7 @@ class Session:
         return self._pool
 
 
-def _place(point: Mapping[str, Any]) -> str:
+def place_of(point: Mapping[str, Any]) -> str:
     """A trial's folder, such as "alpha_0.5_seed_1"."""
     return "_".join(f"{key}_{re.sub('[^A-Za-z0-9.+-]+', '-', _in_name(value))}" for key, value in point.items())
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bklm import models
+from bklm.models import LanguageModel
+from bklm.models.by_name import built, config_class
 
 MANIFEST, WEIGHTS, RECORD = "manifest.json", "best_model.safetensors", "result.json"
 TOKENIZER, OLD_TOKENIZER = "tokenizer.json", "vocabulary.json"
@@ -46,9 +47,9 @@ class SavedModel:
         if known := self.record.get("model_class"):
             return known
         keys = set(self.record["model_config"])
-        fit = [c for c in CLASSES if keys <= {f.name for f in dataclasses.fields(_config_class(c))}]
+        fit = [c for c in CLASSES if keys <= {f.name for f in dataclasses.fields(config_class(c))}]
         # The fewest fields besides: NewLLM's are no ResNetBK's, but an older ResNetBK had fewer than today's.
-        fit.sort(key=lambda c: len(dataclasses.fields(_config_class(c))))
+        fit.sort(key=lambda c: len(dataclasses.fields(config_class(c))))
         return _BY_NAME.get(self.record.get("model", ""), fit[0]) if fit else "of no known class"
 
     @property
@@ -56,7 +57,7 @@ class SavedModel:
         """Whether it has a BK-core, whose potential and resolvent can be shown."""
         return self.model_class == "ResNetBK"
 
-    def build(self) -> models.LanguageModel:
+    def build(self) -> LanguageModel:
         """The model with fresh weights.
 
         Raises:
@@ -68,16 +69,11 @@ class SavedModel:
                 f"{self.folder}: its model is {name!r}, which bklm {_version()} does not have; update bklm."
             )
         try:
-            config = _config_class(name)(**self.record["model_config"])
+            return built(name, self.record["model_config"])
         except TypeError as error:
             raise ValueError(
                 f"{self.folder}: its {name} has settings that bklm {_version()} does not know ({error}); update bklm."
             ) from error
-        return getattr(models, name)(config)
-
-
-def _config_class(name: str) -> type:
-    return getattr(models, "ContextTokenConfig" if name == "ContextTokenLM" else f"{name}Config")
 
 
 def _version() -> str:

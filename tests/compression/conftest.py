@@ -25,6 +25,7 @@ MAKERS = {
     "ContextTokenLM": lambda: models.ContextTokenLM(models.ContextTokenConfig(VOCABULARY, 24, 24, 2)),
     "Conservative": lambda: models.Conservative(models.ConservativeConfig(VOCABULARY, 32, 2)),
 }
+UNTIED = ("NewLLM", "ResNetBK")  # whose head is no embedding
 WITH_MAPS = ("NewLLM", "ResNetBK that reads", "GPT", "LinearContext")
 
 
@@ -69,6 +70,11 @@ def any_model(request: pytest.FixtureRequest) -> models.LanguageModel:
 
 @pytest.fixture(params=WITH_MAPS)
 def model_with_maps(request: pytest.FixtureRequest) -> models.LanguageModel:
+    return trained_model(request.param)
+
+
+@pytest.fixture(params=UNTIED)
+def untied(request: pytest.FixtureRequest) -> models.LanguageModel:
     return trained_model(request.param)
 
 

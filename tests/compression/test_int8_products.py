@@ -99,6 +99,36 @@ def test_a_model_with_int8_products_is_near_the_float_one_and_loads_again(
     assert logits.shape == stepped.shape
 
 
+@pytest.mark.parametrize("per", ["token", "tensor"])
+def test_losses_do_not_depend_on_how_many_rows_are_scored_at_once(reading, text, per, monkeypatch):
+    small, (x, y) = with_int8_products(reading, per, head=True), text[0]
+    y = y.clone()
+    y[1:3] = -100
+    found = []
+    for count in (1, 7 * reading.vocab_size, 2**30):
+        monkeypatch.setattr(products, "LOGITS_AT_ONCE", count)
+        found.append(small.token_losses(x, y))
+    scored = y != -100
+    logits = small.logits(small.hidden(x).masked_fill(~scored.unsqueeze(2), 0.0))
+    expected = torch.nn.functional.cross_entropy(logits[scored], y[scored], reduction="none")
+    for losses in found:
+        assert torch.allclose(losses.nll[scored], expected, atol=1e-5)
+        assert (losses.nll[~scored] == 0).all()
+        assert torch.equal(losses.correct, (logits.argmax(2) == y) & scored)
+
+
+def test_of_words_with_equal_logits_the_first_is_the_likeliest(reading, text):
+    model, x = copy.deepcopy(reading), text[0][0]
+    with torch.no_grad():
+        model.embedding.weight[7] = model.embedding.weight[6]
+        model.embedding.weight[6:8] *= 30
+    small = with_int8_products(model, head=True)
+    first = small(x).argmax(2)
+    assert (first == 6).any()
+    assert small.token_losses(x, first).correct.all()
+    assert not small.token_losses(x, torch.where(first == 6, 7, first)).correct[first == 6].any()
+
+
 def test_smoothing_saves_what_one_large_input_would_spoil(reading, text):
     """An activation's column that is 300 times the others, its weight so much smaller: the function is the same."""
     model = copy.deepcopy(reading)

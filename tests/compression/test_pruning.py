@@ -196,3 +196,74 @@ def test_given_masks_hold_from_the_first_step(reading, text):
         assert (plain.get_parameter(name)[~mask] == 0).all()
         assert not torch.equal(plain.get_parameter(name)[mask], reading.get_parameter(name)[mask])
     assert outer_names(plain) == outer_names(reading)
+
+
+CHANGED = {"rounded": lambda m: RoundedModel(m, 3, 8), "pruned": lambda m: PrunedModel(m, 0.5, 0)}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_a_model_that_learns_under_compression_writes_as_the_plain_one_it_becomes(model_with_maps, kind, text):
+    made = CHANGED[kind](copy.deepcopy(model_with_maps))
+    plain, prompt = baked(made), text[0][0][:2, :4]
+    assert made.streams == plain.streams == model_with_maps.streams
+    made.train()
+    assert torch.equal(made.generate(prompt, 5, 0.0), plain.generate(prompt, 5, 0.0))
+    assert made.training
+    made.eval()
+    if made.streams:
+        (logits, state), (own, own_state) = made.prefill(prompt), plain.prefill(prompt)
+        assert torch.allclose(logits, own, atol=1e-5)
+        assert not torch.allclose(logits, model_with_maps.prefill(prompt)[0], atol=1e-3)
+        next_token = prompt[:, 0]
+        assert torch.allclose(made.step(next_token, state)[0], plain.step(next_token, own_state)[0], atol=1e-5)
+        first = made.step(next_token, made.init_state(2))[0]
+        assert torch.allclose(first, plain(next_token.unsqueeze(1))[:, -1], atol=1e-5)
+        assert made.state_bytes(7) == plain.state_bytes(7)
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_weights_that_are_loaded_or_moved_are_changed_anew(reading, kind, text):
+    made, x = CHANGED[kind](copy.deepcopy(reading)).eval(), text[0][0]
+    before = made(x)
+    other = CHANGED[kind](type(reading)(reading.config))
+    made.load_state_dict(other.state_dict())
+    assert not torch.allclose(made(x), before, atol=1e-3)
+    assert torch.allclose(made(x), other.eval()(x), atol=1e-6)
+    assert made.double()(x).dtype == torch.float64
+    made.train()
+    made.loss(*text[0])
+    assert made.double().loss(*text[0]).dtype == torch.float64
+
+
+def test_masks_are_found_once_at_the_schedules_end(reading, text, monkeypatch):
+    made, found = PrunedModel(copy.deepcopy(reading), 0.5, 3).train(), []
+    find = made._masks_at
+    monkeypatch.setattr(made, "_masks_at", lambda *given: found.append(int(made.steps)) or find(*given))
+    for _ in range(6):
+        made.loss(*text[0])
+    assert found == [3]
+    count, whole = zeros(baked(made), "body")
+    assert count == pytest.approx(0.5 * whole, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: RoundedModel(m, 9), "bits: got 9; a weight is rounded to 2 to 8 bits"),
+        (lambda m: RoundedModel(m, 4, 0), "group: got 0; give the number of inputs"),
+        (lambda m: PrunedModel(m, 1.0, 5), "sparsity: got 1.0; the share of zeros"),
+        (lambda m: PrunedModel(m, 0.5, -1), "steps: got -1; the schedule ends"),
+        (lambda m: PrunedModel(m, 0.5, 5, masks={}), "masks: got no mask of 'blocks"),
+        (
+            lambda m: PrunedModel(m, 0.5, 5, masks={n: w != 0 for n, w in scoped(m, "all").items()}),
+            "masks: got one of 'embedding",
+        ),
+        (
+            lambda m: PrunedModel(m, 0.5, 5, masks=scoped(m, "body")),
+            r"masks: that of 'blocks.* is torch.float32 of shape .*; it must be torch.bool",
+        ),
+    ],
+)
+def test_bad_values_of_training_under_compression_are_refused_in_one_sentence(reading, call, words):
+    with pytest.raises(ValueError, match=words):
+        call(copy.deepcopy(reading))

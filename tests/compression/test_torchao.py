@@ -17,6 +17,7 @@ def test_a_model_through_torchao_is_near_the_float_one_which_stays(model_with_ma
         evaluate(model_with_maps, text, None).loss, abs=0.03
     )
     assert not torch.equal(small(text[0][0]), model_with_maps(text[0][0]))
+    assert torch.equal(small.head()[0], model_with_maps.head()[0])
     assert all(torch.equal(a, b) for a, b in zip(before, model_with_maps.parameters(), strict=True))
     assert small.generate(text[0][0][:1, :3], 3).shape == (1, 6)
 

@@ -11,9 +11,10 @@ import torch
 
 import bklm
 from bklm import models
+from bklm.models.by_name import config_class
 from bklm.trained import export, push
 from bklm.trained.card import _without_place, _without_places
-from bklm.trained.run import CLASSES, _config_class
+from bklm.trained.run import CLASSES
 
 TEXT = "The dog likes <unk> x<unk>y zzz the fish ."
 
@@ -177,7 +178,7 @@ def test_every_class_of_model_is_loaded_by_transformers_with_equal_logits(name, 
     from transformers import AutoModelForCausalLM
 
     trained = bklm.load(runs / "baseline")
-    found = _config_class(name)
+    found = config_class(name)
     sizes = {
         "d_model": 8,
         "n_layers": 1,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bklm.harness.arms import Arm, claim, helps, nats_in_words, verdicts
+from bklm.harness.arms import Arm, claim, nats_in_words, verdicts
 from bklm.harness.comparison import Trial
 from bklm.studies.compression.models import GRADUAL, INT8, RANDOM, family_of
 from bklm.studies.compression.tables import ARMS, is_judged, ratio_in_words, upper
@@ -16,28 +14,24 @@ FOUR_TIMES, MOST_OF_IT = 3.5, 1.03
 HUNDRED, BELOW = 100.0, 1.15
 STUDENT, BETTER = 2.10, -0.0355
 CORE_SPEED = 1.8
-DENSE = "dense int8 of as many bytes"  # between the two nearest that were trained
+NEAR = 0.1  # of a file's bytes, within which another has as many
 
 
 def judged(trials: Sequence[Trial], arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
     """Paired verdicts: retrained arms and students against their controls; Wanda against magnitude, both against chance.
 
-    Zeros without further training are compared with ``DENSE`` as well, where it lies within the range measured.
+    Zeros without further training are compared as well with the dense int8 file that is nearest in bytes, if it is ``NEAR``.
     """
-    names = {t["arm"] for t in trials}
-    own = {name: arm for name, arm in arms.items() if arm.against}
-    for name in sorted(names):
+    sizes = {row["arm"]: row["file_bytes"] for row in ARMS.rows(trials) if row["file_bytes"]}
+    own = {name: arm.against for name, arm in arms.items() if arm.against}
+    for name in sorted(sizes):
         for kind, rivals in (("wanda", ("magnitude", "random")), ("magnitude", ("random",))):
             if f"zeros, {kind}," in name:
                 against = [name.replace(f", {kind},", f", {rival},") for rival in rivals]
-                own[name] = Arm(None, tuple(a for a in against if a in names))
-    found = verdicts(ARMS, trials, own)
-    for name in dict.fromkeys(t["arm"] for t in trials if _is_pruned(t["arm"])):
-        mine = [t for t in trials if t["arm"] == name]
-        dense = [_dense_of_size(trials, t) for t in mine if t["val_ppl"] is not None]
-        if dense and None not in dense:
-            found += verdicts(ARMS, [*mine, *dense], {name: Arm(None, (DENSE,))})
-    return found
+                own[name] = tuple(a for a in against if a in sizes)
+        if _is_pruned(name) and (dense := _dense_of_size(name, sizes)):
+            own[name] = (*own.get(name, ()), dense)
+    return verdicts(ARMS, trials, {name: Arm(None, against) for name, against in own.items()})
 
 
 def _is_pruned(name: str) -> bool:
@@ -46,21 +40,16 @@ def _is_pruned(name: str) -> bool:
     return chosen and GRADUAL not in name
 
 
-def _dense_of_size(trials: Sequence[Trial], pruned: Trial) -> Trial | None:
-    """``DENSE`` of one seed: log PPL linear in log bytes between the two nearest dense int8 files; None outside of all."""
-    family = family_of(pruned["arm"])
-    points = sorted(
-        (math.log(t["file_bytes"]), math.log(t["val_ppl"]))
-        for t in trials
-        if t["seed"] == pruned["seed"] and t["val_ppl"] is not None
-        and (t["arm"] == f"{family}: {INT8}" or (t["arm"].startswith(f"{family}, width") and t["arm"].endswith(INT8)))
-    )  # fmt: skip
-    size = math.log(pruned["file_bytes"])
-    for (small, worse), (large, better) in itertools.pairwise(points):
-        if small <= size <= large:
-            part = (size - small) / (large - small) if large > small else 0.0
-            return pruned | {"arm": DENSE, "val_ppl": math.exp(worse + part * (better - worse))}
-    return None
+def _is_dense(name: str) -> bool:
+    """Int8 of a trained model, whole or smaller from scratch, and of nothing else."""
+    return name == f"{family_of(name)}: {INT8}" or (", width" in name and name.endswith(f": {INT8}"))
+
+
+def _dense_of_size(pruned: str, sizes: Mapping[str, float]) -> str | None:
+    dense = [n for n in sizes if _is_dense(n) and family_of(n) == family_of(pruned)]
+    away = {n: abs(sizes[n] / sizes[pruned] - 1) for n in dense}
+    nearest = min(dense, key=away.__getitem__, default=None)
+    return nearest if nearest and away[nearest] <= NEAR else None
 
 
 def claims_table(
@@ -70,20 +59,31 @@ def claims_table(
 ) -> list[dict[str, str]]:
     """Rows announced, measured, verdict."""
     found = [*_four_times(rows), _hundred(rows), *_student(rows)]
-    for words, part in (
-        ("distillation makes a better student than the text alone", "student at T"),
-        ("pruning while training keeps more than as many zeros at random", GRADUAL),
-        ("Wanda prunes better than magnitude", "zeros, wanda"),
+    for words, part, rival in (
+        ("distillation makes a better student than the text alone", "student at T", ", width"),
+        ("pruning while training keeps more than as many zeros at random", GRADUAL, RANDOM),
+        ("Wanda prunes better than magnitude", "zeros, wanda", "zeros, magnitude"),
     ):
-        if row := _pairs(words, part, verdict_rows):
-            found.append(row)
-    pruned = [r for r in verdict_rows if r["against"] == DENSE and r["low"] is not None]
-    if pruned:
-        best = min(pruned, key=lambda r: r["loss_difference"])
-        wins = sum(r["high"] < 0 for r in pruned)
-        told = f"{best['arm']} - {DENSE}: {nats_in_words(best, 3)} nats; beyond the interval in {wins} of {len(pruned)}"
-        found.append(claim("zeros beat a smaller dense model of as many bytes", told, wins == len(pruned)))
+        if own := [r for r in verdict_rows if part in r["arm"] and rival in r["against"]]:
+            found.append(_all_win(words, own))
+    if pruned := [r["arm"] for r in rows if _is_pruned(r["arm"])]:
+        words = "zeros beat a dense model of as many bytes"
+        near = [r for r in verdict_rows if r["arm"] in pruned and _is_dense(r["against"])]
+        none = claim(words, f"no dense int8 file lies within {NEAR:.0%} of a pruned file's bytes", None)
+        found.append(_all_win(words, near) if near else none)
     return found + [_core(row) for row in shares if row["core_time_share"] is not None]
+
+
+def _all_win(announced: str, own: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Whether every pair of a kind is won beyond its interval; told is the best one, and which gave no verdict."""
+    known = sorted((r for r in own if r["loss_difference"] is not None), key=lambda r: r["loss_difference"])
+    told = [f"{r['arm']} - {r['against']}: {nats_in_words(r, 3)} nats" for r in known[:1]]
+    if all(r["low"] is not None for r in own):
+        wins = sum(r["high"] < 0 for r in own)
+        told.append(f"beyond the interval in {wins} of {len(own)}")
+        return claim(announced, "; ".join(told), wins == len(own))
+    lost = [r["arm"] for r in own if r["loss_difference"] is None]
+    return claim(announced, "; ".join([*told, *(f"{arm}: a seed diverged" for arm in lost[:1])]), None)
 
 
 def _four_times(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -99,56 +99,37 @@ def _four_times(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 def _hundred(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     announced = "100 times smaller for less than 15% of perplexity"
-    within = [r for r in rows if upper(r) is not None and upper(r) <= BELOW and r["times_smaller"]]
-    if not within:
-        return claim(announced, "no file is within 15%", False)
-    best = max(within, key=lambda r: r["times_smaller"])
-    told = f"{best['arm']}: {best['times_smaller']:.1f} times smaller, PPL x{ratio_in_words(best)}"
-    return claim(announced, told, best["times_smaller"] >= HUNDRED if is_judged(best) else None)
+    made = [r for r in rows if r["times_smaller"]]
+    within = [r for r in made if upper(r) is not None and upper(r) <= BELOW]
+    best = max(within, key=lambda r: r["times_smaller"], default=None)
+    told = "no file is within 15%"
+    if best:
+        told = f"{best['arm']}: {best['times_smaller']:.1f} times smaller, PPL x{ratio_in_words(best)}"
+        if best["times_smaller"] >= HUNDRED:
+            return claim(announced, told, True if is_judged(best) else None)
+    # Another that is as small and has no interval might be near.
+    open_ones = [r["arm"] for r in made if r["times_smaller"] >= HUNDRED and not is_judged(r)]
+    told += "".join(f"; {arm} has no interval" for arm in open_ones[:1])
+    return claim(announced, told, None if open_ones or not any(map(is_judged, made)) else False)
 
 
 def _student(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     found = []
     for family in dict.fromkeys(r["family"] for r in rows if "student" in r["arm"]):
-        own = [r for r in rows if r["family"] == family and "student" in r["arm"] and INT8 not in r["arm"]
-               and upper(r) is not None]  # fmt: skip
-        if not own:
-            continue
-        best = min(own, key=upper)
-        told = f"{best['arm']}: {best['times_smaller']:.2f} times smaller, PPL x{ratio_in_words(best)}"
-        reached = sum(upper(r) <= 1 + BETTER and r["times_smaller"] >= STUDENT for r in own)
-        holds = reached == len(own) if is_judged(best) else None
-        told += f"; both in {reached} of {len(own)}" if is_judged(best) else ""
-        found.append(
-            claim(
-                f"a distilled {family} is {STUDENT:.2f} times smaller and {BETTER:+.2%} in perplexity",
-                told,
-                holds,
-            )
-        )
+        own = [r for r in rows if r["family"] == family and "student" in r["arm"] and INT8 not in r["arm"]]
+        known = sorted((r for r in own if upper(r) is not None), key=upper)
+        told = [
+            f"{r['arm']}: {r['times_smaller']:.2f} times smaller, PPL x{ratio_in_words(r)}" for r in known[:1]
+        ]
+        told += [f"{r['arm']}: a seed diverged" for r in own if upper(r) is None][:1]
+        holds = None
+        if all(map(is_judged, own)):
+            reached = sum(upper(r) <= 1 + BETTER and r["times_smaller"] >= STUDENT for r in own)
+            holds = reached == len(own)
+            told.append(f"both in {reached} of {len(own)}")
+        announced = f"a distilled {family} is {STUDENT:.2f} times smaller and {BETTER:+.2%} in perplexity"
+        found.append(claim(announced, "; ".join(told), holds))
     return found
-
-
-def _pairs(announced: str, part: str, verdict_rows: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
-    """Whether every arm of a kind beats all its controls; told is the one that comes nearest."""
-    names = [n for n in dict.fromkeys(r["arm"] for r in verdict_rows) if part in n and RANDOM not in n]
-    if part == GRADUAL:
-        names = [n for n in names if not n.endswith(INT8)]
-    own = {n: [r for r in verdict_rows if r["arm"] == n and r["against"] != DENSE] for n in names}
-    own = {n: rows for n, rows in own.items() if rows and all(r["loss_difference"] is not None for r in rows)}
-    if part == GRADUAL:
-        own = {n: [r for r in rows if RANDOM in r["against"]] for n, rows in own.items()}
-    if part == "zeros, wanda":
-        own = {n: [r for r in rows if "magnitude" in r["against"]] for n, rows in own.items()}
-    own = {n: rows for n, rows in own.items() if rows}
-    if not own:
-        return None
-    found = {n: helps(rows, n) for n, rows in own.items()}
-    best = min(own, key=lambda n: max(r["loss_difference"] for r in own[n]))
-    told = "; ".join(f"{r['arm']} - {r['against']}: {nats_in_words(r, 3)} nats" for r in own[best])
-    wins = sum(v is True for v in found.values())
-    told += f"; beyond the interval in {wins} of {len(found)}" if None not in found.values() else ""
-    return claim(announced, told, None if None in found.values() else wins == len(found))
 
 
 def _core(row: Mapping[str, Any]) -> dict[str, str]:

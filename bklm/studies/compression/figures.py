@@ -27,7 +27,7 @@ def draw_files(
     path: Path, rows: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]], title: str, note: str
 ) -> Path | None:
     """Perplexity against the size of the file, a panel per model; the line to beat are smaller models and counting."""
-    families = list(dict.fromkeys(r["family"] for r in rows if r["seeds"]))
+    families = list(dict.fromkeys(r["family"] for r in rows if r["seeds"] and r["arm"] == r["family"]))
     if not families:
         return None
     kinds = [BITS, *dict.fromkeys(kind for _, kind in KINDS)]

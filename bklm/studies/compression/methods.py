@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from bklm.compression import (
@@ -17,6 +14,7 @@ from bklm.compression import (
     remove_experts,
     save_quantised,
     skip_blocks,
+    tie_head,
     with_int8_products,
 )
 from bklm.compression.calibration import first_batches
@@ -32,19 +30,21 @@ Method = Callable[[LanguageModel, Sequence[Any]], LanguageModel]
 
 
 def methods_of(config: CompressionConfig, family: str, seed: int = 0) -> dict[str, Method]:
-    """Every method by name; each takes a trained model and calibration batches. The seed is of random zeros."""
+    """Every method by name but int8, which every trained model is measured in; each takes a model and calibration batches.
+
+    The seed is of random zeros.
+    """
     if family == EXPERTS:
         left = sorted({config.num_experts - 1, max(2, config.num_experts // 2)}, reverse=True)
-        removed = {
+        return {
             f"{keep} experts left, int8": lambda m, text, keep=keep: quantise(remove_experts(m, keep, text))
             for keep in left
         }
-        return {INT8: lambda m, text: quantise(m), **removed}
     found: dict[str, Method] = {"float16": lambda m, text: quantise(m, 16)}
     for bits in config.bits:
         for group in config.groups:
-            if group < config.widest_input(family):
-                name = f"int{bits}" if not group else f"int{bits} in groups of {group}"
+            name = f"int{bits}" if not group else f"int{bits} in groups of {group}"
+            if name != INT8 and group < config.widest_input(family):
                 found[name] = lambda m, text, b=bits, g=group: quantise(m, b, g or None)
     found |= products_of(config)
     for sparsity in config.sparsities:
@@ -59,7 +59,10 @@ def methods_of(config: CompressionConfig, family: str, seed: int = 0) -> dict[st
         found[f"head of rank 1/{share}, int8"] = lambda m, text, s=share: quantise(
             low_rank(m, max(1, min(m.head()[0].shape) // s), bits=8)
         )
-    if family != "NewLLM":
+    if family == "NewLLM":
+        # The others' is tied from the start.
+        found["tied head, int8"] = lambda m, text: quantise(tie_head(m))
+    else:
         for count in sorted({1, config.n_layers // 2} & set(range(1, config.n_layers))):
             found[f"{count} block{'s' * (count > 1)} skipped, int8"] = lambda m, text, c=count: quantise(
                 skip_blocks(m, c, text)
@@ -96,15 +99,8 @@ def measure_methods(study: Session, family: str, seed: int) -> dict[str, Any]:
     for name, method in methods_of(config, family, seed).items():
         made = method(model, batches)
         multiplies = name.startswith(PRODUCTS)
-        weighed = _torch_ao_sizes(made) if name == TORCH_AO else sizes(made)
+        weighed = sizes(made, save_quantised) if name == TORCH_AO else sizes(made)
         scored = score(made, text, "cpu" if multiplies else device)
         rows.append({"name": name, "parameters": made.num_parameters(), **weighed, **scored})
     whole = score(model, text, device)["val_ppl"]
     return {"val_ppl": whole, "seconds": time.perf_counter() - started, "epochs": [], "methods": rows}
-
-
-def _torch_ao_sizes(model: LanguageModel) -> dict[str, int]:
-    with tempfile.TemporaryDirectory() as folder:
-        save_quantised(model, place := Path(folder, "model"))
-        whole = place.read_bytes()
-    return {"file_bytes": len(whole), "packed_file_bytes": len(zlib.compress(whole, 9))}

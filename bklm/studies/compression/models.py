@@ -10,24 +10,24 @@ from typing import Any
 
 import torch
 
-from bklm.compression import Distilled, PrunedModel, RoundedModel, baked, file_sizes, narrower, quantise
-from bklm.compression.saving import save_compressed
+from bklm.compression import Distilled, PrunedModel, RoundedModel, TiedModel, baked, narrower, quantise
+from bklm.compression.saving import save_compressed, sizes_of
 from bklm.files.atomic import read_result
 from bklm.harness.arms import WEIGHTS, Arm
+from bklm.harness.session import place_of as place_of_trial
 from bklm.models import LanguageModel, NewLLM, NewLLMConfig, ResNetBK, ResNetBKConfig
 from bklm.studies.compression.config import CompressionConfig
 from bklm.training.evaluation import evaluate
+from bklm.training.non_finite import NonFiniteError
 from bklm.training.weights import load_weights
 
 EXPERTS = "ResNetBK with experts"
 BY_NAME = {"resnet_bk": ("ResNetBK",), "newllm": ("NewLLM",), "all": ("ResNetBK", "NewLLM", EXPERTS)}
-MORE, ROUNDED, GRADUAL, RANDOM = (
-    "more steps",
-    "bits in training",
-    "zeros, gradual",
-    "zeros at random, retrained",
-)
-FILES = "files"  # folder of compressed models of the first seed
+GROUP = 32  # inputs that share a scale, in training
+MORE, GRADUAL, RANDOM = "more steps", "zeros, gradual", "zeros at random, retrained"
+TIED = "tied head in training"
+ROUNDED = f"bits in training, groups of {GROUP}"
+FILES = "files"  # folder of compressed models of one seed
 INT8 = "int8"
 
 
@@ -41,8 +41,13 @@ def family_of(arm: str) -> str:
     return arm.partition(":")[0].partition(",")[0]
 
 
-def smaller(family: str, width: float) -> str:
-    return f"{family}, width {width:g}"
+def smaller(config: CompressionConfig) -> dict[str, tuple[float, int | None]]:
+    """Width's share and layers of the smaller models from scratch, by what follows the family's name in theirs."""
+    found: dict[str, tuple[float, int | None]] = {f"width {width:g}": (width, None) for width in config.widths}
+    if half := config.n_layers // 2:
+        width = config.widths[0]
+        found[f"width {width:g}, {half} of {config.n_layers} layers"] = (width, half)
+    return found
 
 
 def model_config(config: CompressionConfig, family: str, vocabulary: int) -> Any:
@@ -56,10 +61,12 @@ def model_config(config: CompressionConfig, family: str, vocabulary: int) -> Any
     )  # fmt: skip
 
 
-def build(config: CompressionConfig, family: str, vocabulary: int, width: float = 1.0) -> LanguageModel:
-    """An untrained model, or a narrower one of its kind."""
+def build(
+    config: CompressionConfig, family: str, vocabulary: int, width: float = 1.0, layers: int | None = None
+) -> LanguageModel:
+    """An untrained model, or a smaller one of its kind."""
     made = model_config(config, family, vocabulary)
-    made = made if width == 1.0 else narrower(made, width)
+    made = made if width == 1.0 else narrower(made, width, layers)
     return NewLLM(made) if family == "NewLLM" else ResNetBK(made)
 
 
@@ -68,23 +75,39 @@ def first_arms(config: CompressionConfig) -> dict[str, Arm]:
     arms = {}
     for family in families(config):
         arms[family] = Arm(lambda vocabulary, family=family: build(config, family, vocabulary))
-        for width in config.widths if family != EXPERTS else ():
-            arms[smaller(family, width)] = Arm(
-                lambda vocabulary, family=family, width=width: build(config, family, vocabulary, width)
+        for name, size in smaller(config).items() if family != EXPERTS else ():
+            arms[f"{family}, {name}"] = Arm(
+                lambda vocabulary, family=family, size=size: build(config, family, vocabulary, *size)
             )
     return arms
 
 
-def load_model(folder: Path, config: CompressionConfig, arm: str, seed: int) -> LanguageModel:
-    """A model of ``first_arms``, trained; on the CPU, in evaluation mode."""
-    # As a trial's folder is named.
-    place = Path(folder) / "trials" / f"arm_{re.sub('[^A-Za-z0-9.+-]+', '-', arm)}_seed_{seed}"
-    record = read_result(place / "result.json", {"vocabulary": int})
-    if record is None or not (place / WEIGHTS).exists():
+def _trained(folder: Path, arm: str, seed: int) -> tuple[Path, dict[str, Any]]:
+    """Folder and record of a finished first training; without a perplexity where it diverged."""
+    place = Path(folder) / "trials" / place_of_trial({"arm": arm, "seed": seed})
+    record = read_result(place / "result.json", {"val_ppl": float | None})
+    if record is None or (record["val_ppl"] is not None and not (place / WEIGHTS).exists()):
         raise FileNotFoundError(f"{place} holds no finished model; run the study (again) to its end first.")
+    return place, record
+
+
+def load_model(folder: Path, config: CompressionConfig, arm: str, seed: int) -> LanguageModel:
+    """A model of ``first_arms``, trained; on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: it was not trained yet. NonFiniteError: it diverged, and what goes on from it is lost with it.
+    """
+    place, record = _trained(folder, arm, seed)
+    if record["val_ppl"] is None:
+        raise NonFiniteError(f"{arm}, seed {seed}: its first training diverged")
     model = first_arms(config)[arm].build(record["vocabulary"])
     load_weights(model, place / WEIGHTS)
     return model.eval()
+
+
+def kept_seed(folder: Path, config: CompressionConfig, arm: str) -> int | None:
+    """The seed whose files of an arm are kept: the first one whose model did not diverge; None where all did."""
+    return next((s for s in config.seeds if _trained(folder, arm, s)[1]["val_ppl"] is not None), None)
 
 
 def retrained_arms(config: CompressionConfig, folder: Path, steps: int) -> dict[str, Arm]:
@@ -106,12 +129,14 @@ def retrained_arms(config: CompressionConfig, folder: Path, steps: int) -> dict[
 
         changes = {
             MORE: lambda model: model,
-            f"{bits} {ROUNDED}": lambda model: RoundedModel(model, bits, 32),
+            f"{bits} {ROUNDED}": lambda model: RoundedModel(model, bits, GROUP),
             f"{sparsity:.0%} {GRADUAL}": lambda model: PrunedModel(model, sparsity, pruning),
             f"{sparsity:.0%} {RANDOM}": lambda model: PrunedModel(
                 model, sparsity, pruning, seed=torch.initial_seed()
             ),
         }
+        if family == "NewLLM":
+            changes[TIED] = TiedModel
         against = {f"{sparsity:.0%} {GRADUAL}": f"{sparsity:.0%} {RANDOM}"}
         for name, change in changes.items():
             rivals = (against[name], MORE) if name in against else (MORE,) if name != MORE else ()
@@ -128,20 +153,29 @@ def _named(model: LanguageModel, arm: str) -> LanguageModel:
 
 
 def student_arms(config: CompressionConfig, folder: Path) -> dict[str, Arm]:
-    """Students with the first of the smaller widths; the control is the model of that width from the text alone."""
-    arms, width = {}, config.widths[0]
+    """Students with the first of the smaller widths, and with half the layers, too; the control is the model of that size from
+    the text alone."""
+    arms, sizes_of_all = {}, smaller(config)
+    control = f"width {config.widths[0]:g}"
+    wanted = {f"student at T {t:g}": (t, control) for t in config.temperatures}
+    # Half the layers at one temperature, the one in the middle.
+    middle = config.temperatures[len(config.temperatures) // 2]
+    for deeper in (name for name in sizes_of_all if name.startswith(f"{control}, ")):
+        wanted[f"student at T {middle:g}{deeper.removeprefix(control)}"] = (middle, deeper)
     for family in (f for f in families(config) if f != EXPERTS):
-        for temperature in config.temperatures:
+        for name, (temperature, like) in wanted.items():
+            arm, size = f"{family}, {name}", sizes_of_all[like]
 
-            def made(vocabulary: int, family: str = family, temperature: float = temperature) -> LanguageModel:
+            def made(
+                vocabulary: int, family: str = family, arm: str = arm, temperature: float = temperature, size: Any = size
+            ) -> LanguageModel:  # fmt: skip
                 seed = torch.initial_seed()
                 # Drawn first, so that it begins with the weights of its control.
-                student = build(config, family, vocabulary, width)
+                student = build(config, family, vocabulary, *size)
                 teacher = load_model(folder, config, family, seed)
-                made = Distilled(student, teacher, temperature, config.teacher_weight)
-                return _named(made, f"{family}, student at T {temperature:g}")
+                return _named(Distilled(student, teacher, temperature, config.teacher_weight), arm)
 
-            arms[f"{family}, student at T {temperature:g}"] = Arm(made, (smaller(family, width),), kept=False)
+            arms[arm] = Arm(made, (f"{family}, {like}",), kept=False)
     return arms
 
 
@@ -155,16 +189,16 @@ def score(model: LanguageModel, text: Any, device: torch.device | str = "cpu") -
     }
 
 
-def sizes(model: LanguageModel) -> dict[str, int]:
+def sizes(model: LanguageModel, save: Callable[..., Any] = save_compressed) -> dict[str, int]:
     """Bytes of a model's file, and of that file packed by zlib."""
-    whole, packed = file_sizes(model)
+    whole, packed = sizes_of(lambda place: save(model, place))
     return {"file_bytes": whole, "packed_file_bytes": packed}
 
 
 def measured(study: Any) -> Callable[[LanguageModel], dict[str, Any]]:
     """What is recorded of a trained model: its file, and its file and perplexity in int8.
 
-    The files of retrained models and students of the first seed are kept: no other weights of theirs are.
+    The files of retrained models and students are kept of their model's ``kept_seed``: no other weights of theirs are.
     """
     text = study.text
 
@@ -176,8 +210,8 @@ def measured(study: Any) -> Callable[[LanguageModel], dict[str, Any]]:
         if not isinstance(model, RoundedModel):
             small = quantise(plain, 8)
             own["int8"] = {**sizes(small), **score(small, text, device)}
-            arm, plain = f"{arm}: {INT8}", small
-        if study.is_main and seed == study.config.seeds[0]:
+            arm, plain = arm and f"{arm}: {INT8}", small
+        if study.is_main and arm and seed == kept_seed(study.folder, study.config, family_of(arm)):
             keep(study.folder, arm, plain.cpu())
         return own
 
@@ -188,12 +222,12 @@ NEEDED = {"vocabulary": int, "file_bytes": int, "packed_file_bytes": int, "int8"
 
 
 def place_of(folder: Path, arm: str) -> Path:
-    """Where the first seed's file of an arm is kept."""
+    """Where the file of an arm is kept."""
     return Path(folder) / FILES / f"{re.sub('[^A-Za-z0-9.]+', '-', arm)}.safetensors"
 
 
 def keep(folder: Path, arm: str, model: LanguageModel) -> None:
-    """Write the first seed's file of an arm into the study's folder."""
+    """Write the file of an arm into the study's folder."""
     place = place_of(folder, arm)
     place.parent.mkdir(exist_ok=True)
     save_compressed(model, place)

@@ -9,6 +9,7 @@ from typing import Any
 
 from bklm.compression import load_compressed
 from bklm.compression.calibration import first_batches
+from bklm.compression.saving import is_compressed_file
 from bklm.files.atomic import kept_result
 from bklm.harness.arms import Arm, readable_verdicts, train_arms
 from bklm.harness.estimate import Run, minutes, text_size
@@ -52,14 +53,18 @@ class CompressionResult(StudyResult):
         return {name: make for name, make in made.items() if name in ("files", "claims") or getattr(self, name)}
 
     def load(self, model: str | None = None) -> LanguageModel:
-        """A model of the first seed: a trained one by its arm's name, or a kept file's: int8, retrained, recommended."""
-        chosen = model or families(self.config)[0]
-        if chosen in models.first_arms(self.config):
-            return models.load_model(self.folder, self.config, chosen, self.config.seeds[0])
+        """A model of one seed: a trained one by its arm's name, or a kept file's: int8, retrained, recommended."""
+        firsts = {
+            arm: models.kept_seed(self.folder, self.config, arm) for arm in models.first_arms(self.config)
+        }
+        trained = {arm: seed for arm, seed in firsts.items() if seed is not None}
+        chosen = model or next(f for f in families(self.config) if f in trained)
+        if chosen in trained:
+            return models.load_model(self.folder, self.config, chosen, trained[chosen])
         place = models.place_of(self.folder, chosen)
         if not place.exists():
             files = {models.place_of(self.folder, r["arm"]): r["arm"] for r in self.table}
-            kept = [*models.first_arms(self.config), *(arm for file, arm in files.items() if file.exists())]
+            kept = [*trained, *(arm for file, arm in files.items() if file.exists())]
             raise ValueError(f"model: got {model!r}; kept are {', '.join(map(repr, kept))}.")
         return load_compressed(place)
 
@@ -84,9 +89,11 @@ def estimated_minutes(config: CompressionConfig) -> float:
             len(methods_of(config, family)),
         )
         # A student costs its own step and the teacher's forward; a narrower model up to its width's share.
-        share = sum(config.widths) + len(config.temperatures) * (config.widths[0] + METHODS)
+        sizes = [width for width, _ in models.smaller(config).values()]
+        students = len(config.temperatures) + len(sizes) - len(config.widths)
+        share = sum(sizes) + students * (config.widths[0] + METHODS)
         epochs = config.epochs * (1 + share * (family != models.EXPERTS))
-        epochs += 4 * config.retrain_epochs * (family != models.EXPERTS)
+        epochs += (4 + (family == "NewLLM")) * config.retrain_epochs * (family != models.EXPERTS)
         runs.append(Run((f"compression {family}", config), made, seeds * epochs, used, val_tokens))
         runs.append(Run((f"compression {family}", config), made, seeds * count, 0, val_tokens))
     return minutes(config, runs)
@@ -112,14 +119,8 @@ def _train_all(study: Session) -> dict[str, Any]:
             study, some, settings, name=name, measure=models.measured(study), needed=models.NEEDED
         )
         if name == "trials":
-            ARMS.require_any(found[name])
-            # What is left goes on from these.
-            whole = {(t["arm"], t["seed"]) for t in found[name] if t["val_ppl"] is not None}
-            lost = [f"{f}, seed {s}" for f in families(config) for s in config.seeds if (f, s) not in whole]
-            if lost:
-                raise RuntimeError(
-                    f"{lost[0]} diverged, and there is nothing to compress; take a lower learning_rate, in another output_dir."
-                )
+            # What is left goes on from these; where one is lost, so is what would.
+            ARMS.require_any([t for t in found[name] if t["arm"] in families(config)])
         found["arms"] |= some
     found["methods"] = study.grid(
         {"arm": families(config), "seed": config.seeds},
@@ -132,21 +133,23 @@ def _train_all(study: Session) -> dict[str, Any]:
     return found
 
 
-def _keep_recommended(study: Session, rows: list[dict[str, Any]]) -> None:
-    """Write int8 and what is recommended of the first seed; files of retrained models and students are there already."""
-    config = study.config
-    always = [f"{family}: {models.INT8}" for family in families(config)]
-    for arm in dict.fromkeys([*always, *(r["arm"] for r in rows)]):
-        source, _, method = arm.partition(": ")
-        # PyTorch's own int8 copy has a file of another kind, which load_compressed does not read.
-        if method == TORCH_AO:
-            continue
-        if not models.place_of(study.folder, arm).exists() and source in models.first_arms(config) and method:
-            model = models.load_model(study.folder, config, source, config.seeds[0])
-            known = methods_of(config, source, config.seeds[0]) if source in families(config) else {}
-            batches = first_batches(study.text.train_loader(seed=0), config.calibration_tokens)
-            made = known[method](model, batches) if method in known else models.quantise(model)
-            models.keep(study.folder, arm, made)
+def _is_kept(study: Session, arm: str) -> bool:
+    """Whether a file of an arm is in the results: since it was trained, or made now of one seed's model."""
+    config, (source, _, method) = study.config, arm.partition(": ")
+    if is_compressed_file(models.place_of(study.folder, arm)):
+        return True
+    seed = models.kept_seed(study.folder, config, source) if source in models.first_arms(config) else None
+    # PyTorch's own int8 copy has a file of another kind, which load_compressed does not read.
+    if seed is None or method == TORCH_AO:
+        return False
+    if method:
+        model = models.load_model(study.folder, config, source, seed)
+        known = {models.INT8: lambda m, text: models.quantise(m)} | methods_of(
+            config, models.family_of(source), seed
+        )
+        batches = first_batches(study.text.train_loader(seed=0), config.calibration_tokens)
+        models.keep(study.folder, arm, known[method](model, batches))
+    return True
 
 
 def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
@@ -161,8 +164,9 @@ def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
     timed = made["models"]
     counted = kept_result(study.folder / "counted.json", lambda: speed.counted(study), {"rows": list})["rows"]
     speeds, shares = tables.speed_rows(timed, rows), tables.shares_of(timed)
-    chosen = tables.recommended(rows)
-    _keep_recommended(study, chosen)
+    for family in families(config):
+        _is_kept(study, f"{family}: {models.INT8}")
+    chosen = tables.recommended(rows, lambda arm: _is_kept(study, arm))
     finding = tables.recommended_in_words(chosen)
     claims = claims_table(rows, judged_rows, shares)
     note = small_print(
@@ -170,7 +174,7 @@ def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
     )
     report.figure("files.png", figures.draw_files, rows, counted, tables.headline(chosen), note)
     rows_at_once = min(speed.SEQUENCES, config.batch_size)
-    own = f"One CPU, in turns; the first seed's models; batch {rows_at_once} x {study.text.seq_len}."
+    own = f"One CPU, in turns; one seed's models; batch {rows_at_once} x {study.text.seq_len}."
     report.figure("speed.png", figures.draw_speed, speeds, tables.speed_headline(speeds), own)
     for name, part in (
         ("recommended", chosen), ("verdicts", judged_rows), ("speed", speeds), ("shares", shares), ("counted", counted),

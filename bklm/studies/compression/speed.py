@@ -17,31 +17,34 @@ from bklm.harness.session import Session
 from bklm.models import LanguageModel
 from bklm.models.resnet_bk_mixers import SolveCore
 from bklm.studies.compression.methods import products_of
-from bklm.studies.compression.models import EXPERTS, families, load_model, smaller
+from bklm.studies.compression.models import EXPERTS, families, kept_seed, load_model, smaller
 from bklm.training.evaluation import evaluate
 
 SECONDS = 10.0  # of timing, an arm at most
 SEQUENCES = 16
 WRITTEN = 32  # tokens
-FLOAT, HIDDEN, CORE, TORCHAO = "float32", "blocks alone", "core alone", "int8 products, torchao"
+FLOAT, HIDDEN, CORE, TORCHAO = "float32", "blocks alone", "core alone", "int8 products, torchao, head in float"
 
 
 def speeds(study: Session, trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Seconds of each call on the CPU, by model and arm, of the first seed's models; and the shares of parameters."""
-    first = study.config.seeds[0]
-    trained = {t["arm"] for t in trials if t["seed"] == first and t["val_ppl"] is not None}
-    return {"models": {f: _speed(study, f, trained) for f in families(study.config) if f != EXPERTS}}
+    """Seconds of each call on the CPU, by model and arm, of one seed's models; and the shares of parameters."""
+    found = {}
+    for family in (f for f in families(study.config) if f != EXPERTS):
+        seed = kept_seed(study.folder, study.config, family)
+        trained = {t["arm"] for t in trials if t["seed"] == seed and t["val_ppl"] is not None}
+        if family in trained:
+            found[family] = _speed(study, family, trained, seed)
+    return {"models": found}
 
 
-def _speed(study: Session, family: str, trained: set[str]) -> dict[str, Any]:
+def _speed(study: Session, family: str, trained: set[str], seed: int) -> dict[str, Any]:
     config, text = study.config, study.text
-    seed = config.seeds[0]
     model = load_model(study.folder, config, family, seed)
     x, y = text.first_batch(min(SEQUENCES, text.batch_size))
     batches = first_batches(text.train_loader(seed=0), config.calibration_tokens)
     made = {FLOAT: model} | {name: method(model, batches) for name, method in products_of(config).items()}
-    for width in (w for w in config.widths if smaller(family, w) in trained):
-        made[f"width {width:g}"] = load_model(study.folder, config, smaller(family, width), seed)
+    for name in (n for n in smaller(config) if f"{family}, {n}" in trained):
+        made[name] = load_model(study.folder, config, f"{family}, {name}", seed)
     reached = {}
     if config.torchao:
         made[TORCHAO] = with_torchao_products(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean
@@ -23,6 +23,7 @@ KINDS = (
     ("zeros", "zeros"),
     ("products", "int8 products"),
     ("rank", "parts removed"),
+    ("tied head", "parts removed"),
     ("skipped", "parts removed"),
     ("left", "parts removed"),
 )
@@ -130,15 +131,14 @@ def is_judged(row: Mapping[str, Any]) -> bool:
     return row["ppl_ratio_high"] is not None
 
 
-def recommended(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per model and bound: the smallest file whose perplexity's upper end is within it."""
+def recommended(rows: Sequence[Mapping[str, Any]], is_kept: Callable[[str], bool]) -> list[dict[str, Any]]:
+    """Per model and bound: the smallest file, of those that are kept, whose perplexity's upper end is within it."""
     found = []
     for family in dict.fromkeys(r["family"] for r in rows):
         own = [r for r in rows if r["family"] == family and r["file_bytes"] and upper(r) is not None]
         for bound in BOUNDS:
-            within = [r for r in own if upper(r) <= 1 + bound]
-            if within:
-                best = min(within, key=lambda r: r["file_bytes"])
+            within = sorted((r for r in own if upper(r) <= 1 + bound), key=lambda r: r["file_bytes"])
+            if best := next((r for r in within if is_kept(r["arm"])), None):
                 found.append({"family": family, "within": bound, **{k: best[k] for k in _KEPT}})
     return found
 
@@ -262,6 +262,8 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def speed_headline(rows: Sequence[Mapping[str, Any]]) -> str:
     """The figure's title: the fastest int8 products of the first model."""
+    if not rows:
+        return "No model was timed"
     own = [r for r in rows if r["family"] == rows[0]["family"] and "products" in r["arm"]]
     best = max(own, key=lambda r: r["times_faster"])
     return f"{best['family']}: the fastest int8 products ({best['arm'].partition(', ')[2]}) score x{best['times_faster']:.2f}"

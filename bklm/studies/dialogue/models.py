@@ -15,7 +15,9 @@ from bklm.data.grammar import GrammarCorpus
 from bklm.files.atomic import replacing, write_json
 from bklm.harness.arms import WEIGHTS
 from bklm.harness.comparison import Trial
+from bklm.harness.session import place_of
 from bklm.models import GPT, LanguageModel, NewLLM, NewLLMConfig, ResNetBK
+from bklm.models.by_name import built
 from bklm.models.sizing import gpt_of_size, resnet_bk_of_size
 from bklm.studies.dialogue.config import DialogueConfig
 from bklm.studies.dialogue.text import DialogueText
@@ -75,7 +77,7 @@ def pretrained(
 
     def made(vocabulary: int) -> LanguageModel:
         seed, model = torch.initial_seed(), build(vocabulary)
-        weights = folder / PRETRAINING / f"arm_{name}_seed_{seed}" / WEIGHTS
+        weights = folder / PRETRAINING / place_of({"arm": name, "seed": seed}) / WEIGHTS
         # What cannot begin is lost as its pretraining is; the other seeds are worth reporting.
         if not weights.exists():
             raise NonFiniteError(f"{name}, seed {seed}: its pretraining diverged")
@@ -140,10 +142,7 @@ def load_kept(folder: Path, arm: str) -> LanguageModel:
             f"{folder} holds no model {arm!r}; it has {', '.join(map(repr, held)) or 'none'}."
         )
     record = json.loads((place / "result.json").read_text(encoding="utf-8"))
-    from bklm import models
-
-    config = getattr(models, f"{record['model_class']}Config")(**record["model_config"])
-    model = getattr(models, record["model_class"])(config)
+    model = built(record["model_class"], record["model_config"])
     load_weights(model, place / BEST)
     return model.eval()
 

@@ -12,7 +12,7 @@ from bklm.harness.arms import Arm, readable_verdicts, train_arms, verdicts
 from bklm.harness.comparison import Trial
 from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.report import Report, StudyResult, small_print
-from bklm.harness.session import Session
+from bklm.harness.session import Session, place_of
 from bklm.harness.study import run_study
 from bklm.models import LanguageModel
 from bklm.studies.dialogue import figures, models, tables
@@ -166,7 +166,7 @@ def _report(study: Session, found: dict[str, Any]) -> DialogueResult:
         report.csv(f"{name}.csv", rows)
     first = [t for t in stages[TUNING] if t["seed"] == config.seeds[0] and t["val_ppl"] is not None]
     kept = [t for t in first if t["arm"].endswith(" tuned")]
-    places = {t["arm"]: f"{TUNING}/arm_{t['arm'].replace(' ', '-')}_seed_{t['seed']}" for t in kept}
+    places = {t["arm"]: f"{TUNING}/{place_of({k: t[k] for k in ('arm', 'seed')})}" for t in kept}
     for path in models.keep(study.folder, kept, places):
         report.path(str(path.relative_to(study.folder)))
     table = ARMS.rows(trials)

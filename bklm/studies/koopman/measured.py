@@ -14,7 +14,7 @@ from bklm.files.atomic import read_result
 from bklm.harness import measure as timing
 from bklm.harness.arms import WEIGHTS
 from bklm.harness.comparison import Trial
-from bklm.harness.session import Session
+from bklm.harness.session import Session, place_of
 from bklm.models import LanguageModel
 from bklm.models.koopman import Dictionary, spectrum
 from bklm.studies.koopman import models
@@ -31,7 +31,7 @@ SEQUENCES = 32  # that a lifting is described on, and a block is timed on
 
 def load_model(folder: Path, config: KoopmanConfig, arm: str, seed: int) -> LanguageModel:
     """A trained model of the arm "none" or "tied"; on the CPU, in evaluation mode."""
-    place = Path(folder) / {"none": "trials", "tied": "tied"}[arm] / f"arm_{arm}_seed_{seed}"
+    place = Path(folder) / {"none": "trials", "tied": "tied"}[arm] / place_of({"arm": arm, "seed": seed})
     record = read_result(place / "result.json", {"vocabulary": int})
     if record is None or not (place / WEIGHTS).exists():
         raise FileNotFoundError(f"{place} holds no finished model; run the study (again) to its end first.")

@@ -19,7 +19,7 @@ from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.folder import INTERNALS
 from bklm.harness.measure import MemoryMeter
 from bklm.harness.report import Report, StudyResult, small_print
-from bklm.harness.session import Session
+from bklm.harness.session import Session, place_of
 from bklm.harness.study import run_study
 from bklm.harness.text import prepare_text as prepare_plain_text
 from bklm.models import LanguageModel
@@ -108,7 +108,7 @@ def load_model(folder: Path, config: PhysicsConfig, arm: str) -> LanguageModel:
     if arm.startswith("decay-"):
         known = {arm.replace("-", "_", 1): {arm: Arm(models.plain(config))}}
     for name, arms in known.items():
-        place = Path(folder) / name / f"arm_{arm}_seed_{config.seeds[0]}"
+        place = Path(folder) / name / place_of({"arm": arm, "seed": config.seeds[0]})
         if arm in arms and (record := read_result(place / "result.json", {"vocabulary": int})):
             model = without_term(arms[arm].build(record["vocabulary"]))
             load_weights(model, place / WEIGHTS)

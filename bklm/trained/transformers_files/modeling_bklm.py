@@ -4,8 +4,8 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from bklm import models
 from bklm.data import IGNORED
+from bklm.models.by_name import built
 
 from .configuration_bklm import BklmConfig
 
@@ -20,9 +20,7 @@ class BklmForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        names = {"ContextTokenLM": "ContextTokenConfig"}
-        settings = getattr(models, names.get(config.bklm_class, f"{config.bklm_class}Config"))
-        self.model = getattr(models, config.bklm_class)(settings(**config.bklm_settings))
+        self.model = built(config.bklm_class, config.bklm_settings)
         self.post_init()
 
     def _init_weights(self, module):
