@@ -137,7 +137,7 @@ run_like_colab() {
 }
 
 run_at_the_end() { # lowest, colab or newest; extra words go to pytest instead
-    local which=${1:-} wanted python="" candidate version
+    local which=${1:-} wanted python="" candidate version folder status=0
     case "$which" in
     lowest) wanted="3.10" ;;
     colab) wanted="3.13" ;;
@@ -153,11 +153,15 @@ run_at_the_end() { # lowest, colab or newest; extra words go to pytest instead
     [ -n "$python" ] || fail "compat $which: needs Python ${wanted// / or }; install one and run this again."
     PY="$PWD/.venv-$which/bin/python"
     [ "$which" != colab ] || PY="$PWD/.venv-compat-colab/bin/python"
-    make_environment "${PY%/bin/python}" "$which" "$python" --versions "$which" --extra test
+    folder=${PY%/bin/python}
+    make_environment "$folder" "$which" "$python" --versions "$which" --extra test
     step="running the fast tests with the $which versions"
-    "$PY" -m pip list --format freeze | tee "${PY%/bin/python}/versions.txt"
+    "$PY" -m pip list --format freeze | tee "$folder/versions.txt"
     [ $# -gt 0 ] || set -- -m "not slow" --ignore tests/browser -W ignore::DeprecationWarning
-    OMP_NUM_THREADS=1 "$PY" -m pytest "$@"
+    OMP_NUM_THREADS=1 "$PY" -m pytest "$@" | tee "$folder/pytest.txt" || status=$?
+    # A row of docs/compatibility.md: what pytest counted, with the day and the words it was given.
+    echo "$(date -u +%F), $(uname -s), $("$PY" --version), pytest $*: $(tail -n 1 "$folder/pytest.txt")" | tee -a "$folder/outcomes.txt"
+    return "$status"
 }
 
 case "${1:-}" in

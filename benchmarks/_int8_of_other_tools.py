@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
@@ -57,17 +58,12 @@ def rows(model: LanguageModel, ids: torch.Tensor) -> Iterator[tuple[str, str, fl
             failed.append((name, "-", "not installed", "pip could not install it here, or it was not asked to"))
     losses: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in made}
-    for _ in range(ROUNDS):
-        for name, (arm, _, _) in made.items():
-            start, total = time.perf_counter(), 0.0
-            with torch.no_grad():
-                for ids_in, ids_out in zip(x.split(8), y.split(8), strict=True):
-                    logits = arm(ids_in).float()
-                    total += float(
-                        nn.functional.cross_entropy(logits.flatten(0, 1), ids_out.flatten(), reduction="sum")
-                    )
-            seconds[name].append(time.perf_counter() - start)
-            losses[name] = total / y.numel()
+    with one_thread():
+        for _ in range(ROUNDS):
+            for name, (arm, _, _) in made.items():
+                start = time.perf_counter()
+                losses[name] = loss(arm, x, y)
+                seconds[name].append(time.perf_counter() - start)
     plain = next(iter(made))
     for name, (_, bytes_, why) in made.items():
         factor = statistics.median(a / b for a, b in zip(seconds[name], seconds[plain], strict=True))
@@ -75,6 +71,27 @@ def rows(model: LanguageModel, ids: torch.Tensor) -> Iterator[tuple[str, str, fl
         what = f"{bytes_ / 1e6:.2f} MB, perplexity {change:+.2%}, time x{factor:.2f}"
         yield name, what, math.exp(losses[name]), why
     yield from failed
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the block torch computes with one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def loss(arm: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> float:
+    """Mean cross-entropy in nats of the targets y, eight windows at a time."""
+    total = 0.0
+    for ids_in, ids_out in zip(x.split(8), y.split(8), strict=True):
+        logits = arm(ids_in).float().flatten(0, 1)
+        total += float(nn.functional.cross_entropy(logits, ids_out.flatten(), reduction="sum"))
+    return total / y.numel()
 
 
 def _float32(model: LanguageModel):

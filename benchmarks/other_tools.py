@@ -33,6 +33,7 @@ ROWS = ROOT / "docs" / "results" / "other_tools.csv"
 PAGE = ROOT / "docs" / "numbers.md"
 FIELDS = ("table", "tool", "version", "what", "value", "why")
 NLTK_TOKENS = 400  # nltk takes a tenth of a second a word
+INT8_TOKENS = 6144
 Row = tuple[str, str, float | str, str]  # tool, what, value, why
 
 
@@ -48,10 +49,10 @@ def whole(nll: float, count: int) -> float:
 
 
 def by_ours(trained: bklm.trained.model.Trained, file: Path) -> Iterator[Row]:
-    score = trained.score(file)
+    score, longest = trained.score(file), trained.model.n_seq
     yield (
         "bklm", "score of the file", score.perplexity,
-        "every token after the first is a target once; windows of 128 overlap by one token",
+        f"every token after the first is a target once; windows of {longest} overlap by one token",
     )  # fmt: skip
     yield (
         "bklm", "score of the file, without unknown words", score.perplexity_without_unk,
@@ -61,13 +62,13 @@ def by_ours(trained: bklm.trained.model.Trained, file: Path) -> Iterator[Row]:
     nll, count, first = 0.0, 0, 0
     with torch.no_grad():
         for line in lines:
-            ids = trained.encode(line)[:, :128]
+            ids = trained.encode(line)[:, :longest]
             first += 1
             if ids.shape[1] > 1:
                 losses = trained.model.token_losses(ids[:, :-1], ids[:, 1:]).nll
                 nll, count = nll + float(losses.sum()), count + losses.numel()
     yield (
-        "bklm", "each line by itself (its first 128 tokens)", whole(nll, count),
+        "bklm", f"each line by itself (its first {longest} tokens)", whole(nll, count),
         f"no context from the line before; the first token of each of the {first:,} lines is no target",
     )  # fmt: skip
 
@@ -242,7 +243,8 @@ def by_nltk(train: list[str], valid: list[str]) -> Iterator[Row]:
 
 
 def int8_table(trained, data_dir: Path) -> Iterator[Row]:
-    ids = trained.encode((data_dir / "valid.txt").read_text(encoding="utf-8"))[0, : 128 * 48 + 1]
+    ids = trained.encode((data_dir / "valid.txt").read_text(encoding="utf-8"))[0, : INT8_TOKENS + 1]
+    ids = ids[: (len(ids) - 1) // trained.model.n_seq * trained.model.n_seq + 1]
     yield from _int8_of_other_tools.rows(trained.model, ids.long())
 
 

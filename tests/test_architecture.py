@@ -228,6 +228,14 @@ def test_scripts_and_benchmarks_import_what_a_package_hands_out(house, folder):
     assert taken == set()
 
 
+def test_findings_import_what_a_library_hands_out():
+    lines = [
+        (p.name, line) for p in (ROOT / "findings").glob("*.sh") for line in p.read_text("utf-8").splitlines()
+    ]
+    assert lines
+    assert [(name, line) for name, line in lines if re.match(r"\s*(from \S+ )?import .*\b_[a-z]", line)] == []
+
+
 def test_comments_hang_behind_no_lone_bracket():
     hanging = [
         f"{path.relative_to(ROOT)}:{number}"

@@ -6,6 +6,7 @@ import csv
 import importlib
 import importlib.util
 import os
+import random
 import re
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 from bklm.models import GPT, GPTConfig
+from bklm.studies import BaselineConfig, run_baseline
+from bklm.studies.baseline import run as baseline
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = {
@@ -67,10 +70,15 @@ def test_quick_sweep_compares_medians_of_both_revisions(monkeypatch, capsys):
     assert "measured 3.00" in capsys.readouterr().out
 
 
+EXCUSED = {"bk_core_gpu": "wants a GPU, and ends with a sentence without one"}
+
+
 def test_every_benchmark_is_run_by_a_test():
+    """In ``RUNS``, or a test starts its file, or calls its main: to be named somewhere is not enough."""
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    scripts = {path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py")} - {"bk_core_gpu"}  # wants a GPU
-    assert [name for name in sorted(scripts) if name not in tests] == []
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py")}
+    run = {name for name in scripts if re.search(rf'"(benchmarks/)?{name}\.py"|\b{name}\.main\(', tests)}
+    assert scripts - run - RUNS.keys() == EXCUSED.keys()
 
 
 @pytest.fixture
@@ -114,3 +122,60 @@ def test_other_tools_score_by_transformers_recipe_and_name_what_is_missing(other
     modules = {"torchao": "torchao", "optimum-quanto": "optimum", "bitsandbytes": "bitsandbytes"}
     wanted = {tool for tool, module in modules.items() if importlib.util.find_spec(module) is None}
     assert {tool.split(",")[0] for tool in absent} == wanted
+
+
+@pytest.fixture
+def run_of_a_gpt(tmp_path, monkeypatch):
+    """A folder of text, its words as frequent as English ones, and the results of study 03 with a GPT on it."""
+    monkeypatch.setenv("BKLM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(baseline, "measure_models", lambda *runs, **settings: {})
+    words, rng = [f"w{n}" for n in range(120)], random.Random(0)
+    for name, lines in (("train", 300), ("valid", 40), ("test", 20)):
+        drawn = (rng.choices(words, [1 / (1 + n) for n in range(120)], k=10) for _ in range(lines))
+        (tmp_path / f"{name}.txt").write_text(
+            " = Words = \n" + "".join(f" {' '.join(line)} \n" for line in drawn)
+        )
+    run_baseline(
+        BaselineConfig(
+            profile="smoke", data_dir=str(tmp_path), output_dir=str(tmp_path / "out"), device="cpu", workers=1, model="gpt",
+            seeds=(0,), epochs=1, learning_rates=(1e-2,), batch_size=8, n_layers=1, max_train_tokens=800, vocab_size=100,
+            embed_dim=16, hidden_dim=16, context_dim=16, generate_tokens=2, context_tokens=100, seq_len=16,
+        )
+    )  # fmt: skip
+    return tmp_path, tmp_path / "out" / "baseline"
+
+
+@pytest.mark.slow
+def test_other_tools_write_a_row_for_every_tool_and_one_that_says_so_where_it_is_missing(
+    other_tools, run_of_a_gpt, monkeypatch, tmp_path
+):
+    text, run = run_of_a_gpt
+    page = other_tools.PAGE.read_text(encoding="utf-8")
+    monkeypatch.setattr(other_tools, "ROWS", tmp_path / "rows.csv")
+    monkeypatch.setattr(other_tools, "PAGE", tmp_path / "numbers.md")
+    other_tools.PAGE.write_text(page, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["other_tools", "--data_dir", str(text), "--run", str(run)])
+    threads, during = torch.get_num_threads(), []
+    scored = other_tools._int8_of_other_tools.loss
+    monkeypatch.setattr(
+        other_tools._int8_of_other_tools,
+        "loss",
+        lambda *a: during.append(torch.get_num_threads()) or scored(*a),
+    )
+    other_tools.main()
+    assert set(during) == {1}
+    assert torch.get_num_threads() == threads
+    rows = list(csv.DictReader(other_tools.ROWS.open(encoding="utf-8")))
+    assert {row["table"] for row in rows if row["tool"].startswith("bklm")} == set(other_tools.TABLES)
+    absent = {row["tool"].split(",")[0] for row in rows if row["value"] == "not installed"}
+    tools = {"optimum-quanto": "optimum"} | {
+        name: name for name in ("transformers", "lm_eval", "kenlm", "nltk", "torchao", "bitsandbytes")
+    }
+    missing = {tool for tool, module in tools.items() if importlib.util.find_spec(module) is None}
+    # Without transformers there is no model for lm_eval to score.
+    assert absent == missing - ({"lm_eval"} if "transformers" in missing else set())
+    assert {row["tool"].split(",")[0] for row in rows} >= tools.keys() - (
+        {"lm_eval"} if "transformers" in missing else set()
+    )
+    written = other_tools.PAGE.read_text(encoding="utf-8")
+    assert all(f"| {row['what']} |" in written for row in rows)

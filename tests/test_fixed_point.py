@@ -15,7 +15,7 @@ from bklm.models import ContextTokenConfig, ContextTokenLM
 from bklm.training.two_phase import contexts as corpus_contexts_module
 from bklm.training.two_phase import phase1 as fixed_point
 from bklm.training.two_phase.contexts import corpus_contexts
-from bklm.training.two_phase.phase1 import FixedPointSettings, effective_rank, train_context
+from bklm.training.two_phase.phase1 import FixedPointSettings, effective_rank, train_context, train_in_its_place
 
 VOCABULARY = 40
 
@@ -346,3 +346,14 @@ def test_contexts_without_spread_have_no_rank_and_it_is_said(contexts, centred):
         effective_rank(contexts, centred)
     with pytest.raises(ValueError, match="got shape"):
         effective_rank(contexts[0])
+
+
+@pytest.mark.parametrize("kind", ["first", "Diversity", None])
+def test_an_unknown_stand_in_for_phase_1_is_refused_with_the_known_ones(kind):
+    model = model_of()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(
+        ValueError, match=r"^kind: got .*; allowed are '' \(phase 1\) and 'diversity' and 'untrained'\.$"
+    ):
+        train_in_its_place(model, ids_of(30), FixedPointSettings(iterations=2), kind)
+    assert all(map(torch.equal, before, model.parameters()))

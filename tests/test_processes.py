@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from bklm.data import make_loader, windows
-from bklm.models import NewLLM, NewLLMConfig
+from bklm.models import GPT, GPTConfig, NewLLM, NewLLMConfig
+from bklm.training.auxiliary import WithTerm
 from bklm.training.checkpoints import CheckpointFolder
+from bklm.training.energy_terms import PublishedEnergy
 from bklm.training.evaluation import evaluate
 from bklm.training.loop import train
 from bklm.training.processes import (
@@ -121,6 +123,25 @@ def test_a_run_of_two_processes_goes_on_from_its_checkpoint(tmp_path):
     found, _ = in_two_processes(resume_and_tell, tmp_path)
     alone = train(model(), batches(True), batches(False), SETTINGS, accelerator=make_accelerator("cpu", "fp32"))
     assert found["train"] == pytest.approx([r.train_loss for r in alone], rel=1e-5)
+
+
+def refused_with_a_state(accelerator, folder: Path) -> str:
+    torch.manual_seed(0)
+    net = WithTerm(GPT(GPTConfig(VOCABULARY, 8, 1, 2, 6, dropout_p=0.0)), PublishedEnergy(8, 1), 1.0)
+    settings = TrainingSettings(**{**vars(SETTINGS), "accumulate": 1 + (accelerator.num_processes == 1)})
+    with pytest.raises(ValueError) as refused:
+        train(net, batches(True), batches(False), settings, accelerator=accelerator)
+    assert int(net.term.trace.state[0]) == 0
+    return str(refused.value)
+
+
+def test_a_term_that_keeps_numbers_from_step_to_step_is_trained_in_one_process_and_whole_batches(tmp_path):
+    said = in_two_processes(refused_with_a_state, tmp_path)
+    assert said == 2 * [
+        "PublishedEnergy: this term keeps numbers from step to step, but a batch is shared by 2 process(es) in 1 part(s); "
+        "train it in one process with accumulate 1, or take the model inside: without_term(model)."
+    ]
+    assert "1 process(es) in 2 part(s)" in refused_with_a_state(make_accelerator("cpu", "fp32"), tmp_path)
 
 
 def add_and_tell(accelerator, folder: Path) -> dict:

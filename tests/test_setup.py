@@ -221,6 +221,31 @@ def test_a_missing_python_is_said_in_one_sentence(tmp_path):
     assert "needs Python 3.10 or newer" in done.stderr
 
 
+def test_an_end_of_the_ranges_tells_and_keeps_what_pytest_counted(tmp_path):
+    for name in ("colab_setup.sh", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "constraints").mkdir()
+    (tmp_path / "constraints" / "x.txt").touch()
+    python = tmp_path / "python3.10"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in "-m venv"*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python";; *freeze) echo torch==2.6.0;; '
+        '--version) echo Python 3.10.1;; *pytest*) echo .F; echo "1 failed, 9 passed in 2.00s"; exit 1;; esac\n'
+    )
+    python.chmod(0o755)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "install.py").touch()
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", "colab_setup.sh", "compat", "lowest", "tests/data"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(
+        r"20\d\d-\d\d-\d\d, \w+, Python 3\.10\.1, pytest tests/data: 1 failed, 9 passed in 2\.00s", last
+    )
+    assert (tmp_path / ".venv-lowest" / "outcomes.txt").read_text() == last + "\n"
+    assert (tmp_path / ".venv-lowest" / "versions.txt").read_text() == "torch==2.6.0\n"
+
+
 @pytest.mark.slow
 def test_in_a_prepared_runtime_nothing_installed_changes_its_version():
     before = subprocess.run([sys.executable, "-m", "pip", "freeze"], capture_output=True, text=True).stdout

@@ -256,20 +256,3 @@ def _discounts(counts: np.ndarray, discount: float | str) -> np.ndarray:
             f"times: one would not be above 0; give a number as discount, or more text"
         )
     return by_count[np.minimum(counts, 3)]
-
-
-def mixing_weight(one: np.ndarray, other: np.ndarray, rounds: int = 100) -> float:
-    """The weight w in [0, 1] that makes w exp(one) + (1 - w) exp(other) likeliest: log-probabilities of the same targets.
-
-    The likelihood has one maximum; expectation-maximisation climbs to it (Jelinek and Mercer 1980).
-    """
-    weight = 0.5
-    for _ in range(rounds):
-        weight = float(np.mean(1 / (1 + (1 - weight) / max(weight, 1e-300) * np.exp(other - one))))
-    return weight
-
-
-def mixed(one: np.ndarray, other: np.ndarray, weight: float) -> np.ndarray:
-    """log(w exp(one) + (1 - w) exp(other)), of a weight between 0 and 1."""
-    with np.errstate(divide="ignore"):
-        return np.logaddexp(one + np.log(weight), other + np.log1p(-weight))

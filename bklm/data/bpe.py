@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bklm.data.checks import require_whole
-from bklm.data.tokens import UNK, WORDS_AT_ONCE
+from bklm.data.tokens import UNK, WORDS_AT_ONCE, dtype_of_ids
 
 GPT2_FILES = ("vocab.json", "merges.txt")
 GPT2_SIZE = 50_257
@@ -40,7 +40,7 @@ class Bpe:
     @property
     def dtype(self) -> np.dtype:
         """The smaller of uint16 and int32 that holds every id."""
-        return np.dtype(np.uint16 if len(self) <= 1 << 16 else np.int32)
+        return dtype_of_ids(len(self))
 
     @cached_property
     def sha256(self) -> str:

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from bklm.data.checks import require_whole
-from bklm.data.corpus import Corpus
+from bklm.data.corpus import MADE_HERE, Corpus
 
-CORPUS_NAMES = ("wikitext-2", "dailydialog", "ultrachat", "embedded", "hmm", "grammar")
+CORPUS_NAMES = ("wikitext-2", "dailydialog", "ultrachat", *MADE_HERE)
 
 
 def load_corpus(
@@ -27,7 +27,8 @@ def load_corpus(
             folder of files, which is split 80/10/10 by paragraphs (``bklm.data.own_text``). The environment variable
             BKLM_DATA_DIR stands in where it is not given (and does not touch "embedded", "hmm" and "grammar", which
             need no folder). The corpus is then named after the folder: what it holds is the caller's word.
-        max_documents: for dialogues, fetch no more than this many of them a split; other corpora are always whole.
+        max_documents: of dialogues, whatever they come from, no more than the first so many rows of each of the three splits
+            (and of UltraChat no more are fetched); text that holds no dialogues is always whole.
 
     Raises:
         ValueError: unknown name; data_dir with a corpus made on the spot; text that is not UTF-8; an empty split.
@@ -38,7 +39,16 @@ def load_corpus(
         raise ValueError(f"corpus {name!r} is unknown; choose one of {', '.join(map(repr, CORPUS_NAMES))}")
     if max_documents is not None:
         max_documents = require_whole("max_documents", max_documents, 1, ", or None for all")
-    if name in ("embedded", "hmm", "grammar"):
+    corpus = _corpus(name, data_dir, max_documents)
+    if max_documents is None:
+        return corpus
+    from bklm.data.dialogues import DialogueCorpus
+
+    return corpus.first(max_documents, max_documents) if isinstance(corpus, DialogueCorpus) else corpus
+
+
+def _corpus(name: str, data_dir: str | os.PathLike[str] | None, max_documents: int | None) -> Corpus:
+    if name in MADE_HERE:
         if data_dir is not None and str(data_dir):
             raise ValueError(
                 f'corpus "{name}" is made on the spot and reads no folder, but data_dir is {str(data_dir)!r}; '
@@ -51,7 +61,7 @@ def load_corpus(
         if name == "grammar":
             from bklm.data.grammar import grammar_corpus
 
-            return grammar_corpus().first(max_documents, None)
+            return grammar_corpus()
         from bklm.data.hmm import hmm_corpus
 
         return hmm_corpus()
@@ -61,7 +71,7 @@ def load_corpus(
 
         # A study's config has taken the variable into its data_dir; who set it looks for its name in an error.
         called = "BKLM_DATA_DIR" if ambient and _place(folder) == _place(ambient) else "data_dir"
-        return corpus_from_folder(Path(folder).expanduser(), max_documents, called)
+        return corpus_from_folder(Path(folder).expanduser(), called)
     from bklm.data.hub import corpus_from_hub
 
     return corpus_from_hub(name, max_documents)

@@ -15,7 +15,17 @@ SPLIT_ALIASES = {
     "valid": ("validation", "valid", "dev"),
     "test": ("test", "test_sft"),
 }
-
+# Made on the spot: they read no folder and need no network.
+MADE_HERE = ("embedded", "hmm", "grammar")
+UNKNOWN_LICENCE = "unknown; see where the data come from"
+LICENCES = {
+    "wikitext-2": "CC BY-SA",
+    "dailydialog": "CC BY-NC-SA 4.0: not for commercial use",
+    "ultrachat": "MIT",
+    "embedded": "that of Python's documentation (PSF License)",
+    "hmm": "drawn on the spot; free of any licence",
+    "grammar": "drawn on the spot; free of any licence",
+}
 
 # WikiText writes a title as `` = Title = `` and a section as `` = = Section = = ``: one ``=`` only on either side.
 _TITLE = re.compile(r"\s*= (?!=)(?:.*\S )?= *")
@@ -35,7 +45,8 @@ class Corpus:
 
     ``train``, ``valid`` and ``test`` are sequences of lines (str, without line end). For dialogues a line is a whole
     dialogue, ``line_is_document`` is true, and the sequence may read from disk as it is indexed. ``source`` says in
-    words where the text came from; it goes into a study's manifest. ``is_own``: from a folder or file that the user named.
+    words where the text came from, and ``licence`` what may be done with it; both go into a study's manifest. ``is_own``:
+    from a folder or file that the user named.
     """
 
     name: str
@@ -45,6 +56,12 @@ class Corpus:
     test: Sequence[str] = field(repr=False)
     line_is_document: bool = False
     is_own: bool = False
+    licence: str = field(kw_only=True, default=UNKNOWN_LICENCE)
+
+    @property
+    def is_made_here(self) -> bool:
+        """Whether it is one of ``MADE_HERE``, too small or too artificial to support a claim."""
+        return self.name in MADE_HERE and not self.is_own
 
     @property
     def is_wikitext2(self) -> bool:

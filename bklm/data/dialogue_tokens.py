@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 from bklm.data.bpe import SMALLEST, Bpe, train_bpe
 from bklm.data.checks import require_whole
 from bklm.data.dialogues import SYSTEM, USER, Dialogue
+from bklm.data.tokens import dtype_of_ids
 from bklm.data.units import PieceVocabulary, tidy
 
 MARKS = ("<user>", "<system>", "<end>")
@@ -60,7 +61,7 @@ class DialogueVocabulary(PieceVocabulary):
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype(np.uint16 if len(self) <= 1 << 16 else np.int32)
+        return dtype_of_ids(len(self))
 
     def __len__(self) -> int:
         return len(self.bpe) + len(MARKS)
@@ -87,8 +88,8 @@ class DialogueVocabulary(PieceVocabulary):
         turns = _turns(self, dialogues)
         flat = [turn for one in turns for turn in one]
         speakers = [speaker for dialogue in dialogues for speaker, _ in dialogue]
-        counts = np.concatenate([[0], np.cumsum([len(one) for one in turns])])
-        first = set(counts.tolist())
+        first_turns = np.concatenate([[0], np.cumsum([len(one) for one in turns])])
+        first = set(first_turns.tolist())
         # A turn of the system that begins a dialogue replies to nothing.
         replies = np.array([s == SYSTEM and n not in first for n, s in enumerate(speakers)], bool)
         lengths = np.array([len(turn) for turn in flat], np.int64)
@@ -101,7 +102,7 @@ class DialogueVocabulary(PieceVocabulary):
             if is_reply
         )
         return EncodedDialogues(
-            np.concatenate(flat).astype(self.dtype), target, starts, counts, replies, nbytes
+            np.concatenate(flat).astype(self.dtype), target, starts, first_turns, replies, nbytes
         )
 
 
@@ -110,22 +111,23 @@ class EncodedDialogues:
     """Dialogues as one stream: ``ids`` (tokens,) and ``target`` (tokens,), whether a token is to be foretold.
 
     Turn t is ``ids[starts[t] : starts[t + 1]]`` and ``replies[t]`` says whether it is a reply; dialogue d has the turns
-    ``counts[d]`` to ``counts[d + 1]``. ``reply_bytes`` counts the UTF-8 bytes of all replies, an end as one.
+    ``first_turns[d]`` to ``first_turns[d + 1] - 1``. ``reply_bytes`` counts the UTF-8 bytes of all replies, an end
+    as one.
     """
 
     ids: np.ndarray
     target: np.ndarray
     starts: np.ndarray
-    counts: np.ndarray
+    first_turns: np.ndarray
     replies: np.ndarray
     reply_bytes: int
 
     def __len__(self) -> int:
-        return len(self.counts) - 1
+        return len(self.first_turns) - 1
 
     def turns(self, dialogue: int) -> list[np.ndarray]:
         """The ids of each of its turns."""
-        bounds = self.starts[self.counts[dialogue] : self.counts[dialogue + 1] + 1]
+        bounds = self.starts[self.first_turns[dialogue] : self.first_turns[dialogue + 1] + 1]
         return [self.ids[begin:end] for begin, end in pairwise(bounds.tolist())]
 
 

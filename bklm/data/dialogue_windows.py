@@ -64,7 +64,7 @@ def dialogue_rows(
     require_whole("seq_len", seq_len, 2)
     rows = []
     for d in range(len(encoded)):
-        begin, end = encoded.starts[encoded.counts[d]], encoded.starts[encoded.counts[d + 1]]
+        begin, end = encoded.starts[encoded.first_turns[d]], encoded.starts[encoded.first_turns[d + 1]]
         ids, target = encoded.ids[begin:end], encoded.target[begin:end]
         if all_tokens:
             target = np.arange(len(ids)) > 0
@@ -101,7 +101,9 @@ def replies_in_context(
     rows = []
     for d in range(len(encoded)):
         turns = encoded.turns(d)
-        for place in np.flatnonzero(encoded.replies[encoded.counts[d] : encoded.counts[d + 1]]).tolist():
+        for place in np.flatnonzero(
+            encoded.replies[encoded.first_turns[d] : encoded.first_turns[d + 1]]
+        ).tolist():
             reply = turns[place][: 1 + seq_len // 2]
             before = _before(encoded, d, turns, place, context)
             ids = np.concatenate([*before, reply])[-(seq_len + 1) :]
@@ -127,10 +129,10 @@ def _before(
 def _turns_of_another(encoded: EncodedDialogues, dialogue: int, place: int) -> list[np.ndarray]:
     """The turns before a reply at this place of the next dialogue that has one; of the longest where none does."""
     count = len(encoded)
-    lengths = np.diff(encoded.counts)
+    lengths = np.diff(encoded.first_turns)
     for step in range(1, count):
         other = (dialogue + step) % count
-        if lengths[other] > place and encoded.replies[encoded.counts[other] + place]:
+        if lengths[other] > place and encoded.replies[encoded.first_turns[other] + place]:
             return encoded.turns(other)[:place]
     others = np.delete(np.arange(count), dialogue)
     if not len(others):

@@ -3,12 +3,14 @@
 A dialogue is a tuple of turns (speaker, text), the speakers "user" and "system" taking turns. One row is one dialogue:
 
 - {"turns": [...]}, or DailyDialog's own {"dialog": [...]}: texts of two speakers in turn, or pairs [speaker, text], or records
-  with a speaker (also "role", "from") and a text (also "content", "value"). Who speaks first is the user, whatever the name.
+  with a speaker (also "role", "from") and a text (also "content", "value"). Names of which one says who is whom ("assistant",
+  "bot", "system" reply; "user", "human" ask) say it for both; else who speaks first is the user. Upper and lower case are one.
 - {"messages": [...]}: records with role and content. "assistant" is who replies. What the roles "system" and "developer" say
   is an instruction, and what "tool" and "function" say a result: both are read with the user's turn and never foretold.
 
 Turns without text (empty ones, null contents, calls of a tool) say nothing and are left out; what one speaker says in
-several turns is one. A dialogue in which nothing is replied teaches nothing and is left out, too.
+several turns is one. A dialogue in which nothing is replied teaches nothing and is left out, too. Which column of a row is
+read, and what a turn is made of, says ``bklm.data.rows``, for a text's rows and for these.
 """
 
 from __future__ import annotations
@@ -22,29 +24,22 @@ from typing import Any, Protocol
 
 from bklm.data.corpus import SPLITS, Corpus
 from bklm.data.near_duplicates import NearDuplicate, near_duplicates
-from bklm.data.rows import content_of, kind_of_value, text_of
+from bklm.data.rows import column_of, turns_of
 
 log = logging.getLogger(__name__)
 
 USER, SYSTEM = "user", "system"
 Turn = tuple[str, str]
 Dialogue = tuple[Turn, ...]
-DIALOGUE_COLUMNS = ("turns", "dialog", "messages")
-LICENCES = {
-    "dailydialog": "CC BY-NC-SA 4.0: not for commercial use",
-    "ultrachat": "MIT",
-    "grammar": "drawn on the spot; free of any licence",
-}
 THRESHOLD = (
     0.5  # Jaccard similarity of 5-word shingles from which on a training dialogue repeats a held-out one
 )
 _REPLIES = ("assistant", "gpt", "bot", "model", "chatbot", "ai")
 _ASKS = ("user", "human", "prompter", "customer")
 _READ = ("system", "developer", "tool", "function", "observation")  # of messages: read, never foretold
-_SPEAKER, _TEXT = ("speaker", "role", "from"), ("text", "content", "value")
 
 
-class Rows(Protocol):
+class PlacedRows(Protocol):
     """Rows that say where they stand."""
 
     def placed(self) -> Iterator[tuple[str, Any]]: ...
@@ -62,15 +57,14 @@ class Placed:
 
 @dataclass(frozen=True, eq=False)
 class DialogueCorpus(Corpus):
-    """A corpus whose documents are dialogues; ``licence`` is the data's. ``rows`` holds what was read of each split: an
-    object whose ``placed()`` gives pairs of the words that name a row and the row.
+    """A corpus whose documents are dialogues. ``rows`` holds what was read of each split: an object whose ``placed()`` gives
+    pairs of the words that name a row and the row.
 
     Raises:
         ValueError: by ``dialogues``: a row that is no dialogue, or a split in which nobody replies.
     """
 
-    rows: Mapping[str, Rows] = field(kw_only=True, repr=False)
-    licence: str = field(kw_only=True, default="unknown; see where the data come from")
+    rows: Mapping[str, PlacedRows] = field(kw_only=True, repr=False)
     threshold: float | None = field(kw_only=True, default=THRESHOLD)
 
     def dialogues(self, split: str) -> list[Dialogue]:
@@ -146,73 +140,29 @@ def dialogue_of(row: Any, where: str) -> Dialogue:
     """
     if isinstance(row, tuple) and all(isinstance(turn, tuple) and len(turn) == 2 for turn in row):
         return _of_said(list(row))
-    column, named = _read_turns(row, where)
-    where = f"{where}: {column}"
-    if column == "messages":
-        return _of_said([(_of_role(name, f"{where}, turn {n}"), text) for n, (name, text) in enumerate(named)])
-    names = list(dict.fromkeys(name for name, _ in named if name is not None))
-    if names and any(name is None for name, _ in named):
+    turns = turns_of(row, where)
+    where = f"{where}: {column_of(row)}"
+    if column_of(row) == "messages":
+        return _of_said([(_of_role(name, f"{where}, turn {n}"), text) for n, (name, text) in enumerate(turns)])
+    said = [(name and name.strip(), text) for name, text in turns if text.strip()]
+    # Of a name that is spelt in several ways the first is told.
+    names = {name.casefold(): name for name, _ in reversed(said) if name is not None}
+    order = list(dict.fromkeys(name.casefold() for name, _ in said if name is not None))
+    if names and any(name is None for name, _ in said):
         raise ValueError(f"{where} names the speaker of some turns and not of others; name all or none.")
     if len(names) > 2:
+        told = ", ".join(repr(names[name]) for name in order[:4])
         raise ValueError(
-            f"{where} has {len(names)} speakers ({', '.join(map(repr, names[:4]))}); a dialogue here has two: join or "
-            "leave out the others."
+            f"{where} has {len(names)} speakers ({told}); a dialogue here has two: join or leave out the others."
         )
     if not names:
-        return _of_said([((USER, SYSTEM)[n % 2], text) for n, (_, text) in enumerate(named)])
-    return _of_said([(_speakers(names)[name], text) for name, text in named])
+        return _of_said([((USER, SYSTEM)[n % 2], text) for n, (_, text) in enumerate(turns)])
+    who = _speakers(order)
+    return _of_said([(who[name.casefold()], text) for name, text in said])
 
 
-def text_of_turns(row: Any, where: str) -> str:
-    """All that is said in a row, joined by spaces; errors as ``dialogue_of``."""
-    return " ".join(text for _, text in _read_turns(row, where)[1] if text)
-
-
-def holds_turns(row: Any) -> bool:
-    """Whether a row has a dialogue's column."""
-    return isinstance(row, dict) and "text" not in row and any(c in row for c in DIALOGUE_COLUMNS)
-
-
-def _read_turns(row: Any, where: str) -> tuple[str, list[tuple[str | None, str]]]:
-    """The name of the column, and who says what."""
-    column = next((c for c in DIALOGUE_COLUMNS if isinstance(row, dict) and c in row), None)
-    if column is None:
-        held = f"has the keys {sorted(row)}" if isinstance(row, dict) else f"is {kind_of_value(row)}"
-        raise ValueError(f'{where} {held}; a dialogue is {{"turns": [...]}} or {{"messages": [...]}}.')
-    if not isinstance(row[column], list | tuple):
-        raise ValueError(f"{where}: {column} is {kind_of_value(row[column])}, not a list of turns.")
-    found = [_named(turn, f"{where}: {column}, turn {n}") for n, turn in enumerate(row[column])]
-    for n, (_, text) in enumerate(found):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{where}: {column}, turn {n} holds half of a surrogate pair at character {error.start}, which no file can "
-                "hold as text; write the character whole, or leave it out."
-            ) from error
-    return column, found
-
-
-def _named(turn: Any, where: str) -> tuple[str | None, str]:
-    """Who speaks, None where that is not said, and what."""
-    if turn is None or isinstance(turn, str | bytes):
-        return None, text_of(turn, where)
-    if isinstance(turn, list | tuple) and len(turn) == 2 and isinstance(turn[0], str):
-        return turn[0], content_of(turn[1], where)
-    if isinstance(turn, dict):
-        speaker = next((turn[k] for k in _SPEAKER if isinstance(turn.get(k), str)), None)
-        if speaker is not None and (
-            any(k in turn for k in _TEXT) or "tool_calls" in turn or "function_call" in turn
-        ):
-            return speaker, content_of(next((turn[k] for k in _TEXT if k in turn), None), f"{where}, text")
-        raise ValueError(
-            f"{where} has the keys {sorted(turn)}; a turn needs a speaker (or role) and a text (or content)."
-        )
-    raise ValueError(f"{where} is {kind_of_value(turn)}; a turn is a text, or has a speaker and a text.")
-
-
-def _of_role(role: str, where: str) -> str:
-    name = role.lower()
+def _of_role(role: str | None, where: str) -> str:
+    name = (role or "").strip().casefold()
     if name in _REPLIES:
         return SYSTEM
     if name in _ASKS or name in _READ:
@@ -221,10 +171,9 @@ def _of_role(role: str, where: str) -> str:
 
 
 def _speakers(names: Sequence[str]) -> dict[str, str]:
-    """Who is whom: by the usual names where they say it, else the first one is the user."""
-    lower = [name.lower() for name in names]
-    replies = [n for n, name in enumerate(lower) if name in (*_REPLIES, SYSTEM)]
-    asks = [n for n, name in enumerate(lower) if name in _ASKS]
+    """Who is whom of one or two names, their case folded: by the usual names, else who speaks first is the user."""
+    replies = [n for n, name in enumerate(names) if name in (*_REPLIES, SYSTEM)]
+    asks = [n for n, name in enumerate(names) if name in _ASKS]
     second = replies[0] if len(replies) == 1 else 1 - asks[0] if len(asks) == 1 else 1
     return {name: SYSTEM if n == second else USER for n, name in enumerate(names)}
 

@@ -12,7 +12,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping
 
-from bklm.data.corpus import SPLITS, Corpus
+from bklm.data.corpus import LICENCES, SPLITS, Corpus
 
 SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
 
@@ -35,7 +35,8 @@ def embedded_corpus() -> Corpus:
         split: [line for topic, body in chosen.items() for line in (f" = {topic} = ", *body)]
         for split, chosen in splits.items()
     }
-    return Corpus("embedded", f"pydoc_data.topics of Python {platform.python_version()}", **lines)
+    source = f"pydoc_data.topics of Python {platform.python_version()}"
+    return Corpus("embedded", source, **lines, licence=LICENCES["embedded"])
 
 
 def distinct_paragraphs(topics: Mapping[str, str]) -> dict[str, list[str]]:

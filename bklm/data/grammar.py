@@ -1,15 +1,19 @@
 """The grammar corpus: dialogues drawn from seeds in which the right reply needs a fact from k turns back.
 
 Every turn tells of an animal that nobody has spoken of yet, and its name. The user then asks for an animal that was told of
-and not yet asked for, each as likely as another; the reply says its name:
+and not yet asked for, each of c(t) as likely as another; the reply says its name:
 
-    user    cat tom . which cat
-    system  cat tom . hen lou
-    user    dog max . which hen
+    user    the cat tom . which cat
+    system  the cat tom . the hen lou
+    user    the dog max . which hen
+
+From the third question on it is not for the animal of the same turn, c(t) = max(t / 2, min(t / 2 + 1, 2)): where half of all
+questions were for that one, models learned to copy it and nothing else. "the" stands before every animal but the one asked
+for, so that each is the same piece of a BPE wherever it stands: a word that begins a text is another piece.
 
 With A animals and V names, turn t (from 0) of a dialogue has the cross-entropy, in nats, of the law that drew it
 
-    user    log(A - t) + log V + log(t / 2 + 1)
+    user    log(A - t) + log V + log c(t)
     system  log(A - t) + log V
 
 All that is drawn is uniform, so these are not only means: each turn drawn has exactly this probability, and no model has a
@@ -24,13 +28,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 
 from bklm.data.checks import require_whole
-from bklm.data.corpus import SPLITS
-from bklm.data.dialogues import LICENCES, SYSTEM, USER, Dialogue, DialogueCorpus, Placed, as_text
+from bklm.data.corpus import LICENCES, SPLITS
+from bklm.data.dialogues import SYSTEM, USER, Dialogue, DialogueCorpus, Placed, as_text
 from bklm.data.hmm import Uniform
 
 ANIMALS = ("cat", "dog", "hen", "cow", "pig", "fox", "owl", "bat", "rat", "bee", "ant", "elk")
@@ -41,11 +44,16 @@ DIALOGUES = {"train": 6000, "valid": 500, "test": 500}
 
 @dataclass(frozen=True)
 class Fact:
-    """What a reply has to know: the name's place among the words of its text, and how many turns back it was told."""
+    """What a reply has to know: the name's place among the words of its text, and how many turns back it was told.
+
+    ``guess`` is the probability that the commonest name of the animals that may be asked for is the right one: what a reader
+    reaches who knows what was told and not of whom.
+    """
 
     turn: int
     word: int
     distance: int
+    guess: float
 
 
 @dataclass(frozen=True)
@@ -80,20 +88,27 @@ class Grammar:
         def tell() -> str:
             told.append((len(turns), one(left), one(self.names)))
             left.remove(told[-1][1])
-            return f"{told[-1][1]} {told[-1][2]}"
+            return f"the {told[-1][1]} {told[-1][2]}"
 
         for _ in range(self.exchanges):
             said = tell()
-            place, animal, name = told.pop(one(range(len(told))))
+            open_names = [name for _, _, name in told[: self.choices(len(turns))]]
+            guess = max(map(open_names.count, open_names)) / len(open_names)
+            place, animal, name = told.pop(one(range(len(open_names))))
             turns.append((USER, f"{said} . which {animal}"))
-            facts.append(Fact(len(turns), 1, len(turns) - place))
-            turns.append((SYSTEM, f"{animal} {name} . {tell()}"))
+            facts.append(Fact(len(turns), 2, len(turns) - place, guess))
+            turns.append((SYSTEM, f"the {animal} {name} . {tell()}"))
         return tuple(turns), tuple(facts)
+
+    @staticmethod
+    def choices(turn: int) -> int:
+        """Of how many animals the user may ask for one in a turn (even, from 0)."""
+        return max(turn // 2, min(turn // 2 + 1, 2))
 
     def turn_nats(self, turn: int) -> float:
         """-log probability of a turn (from 0) given all before it, in nats."""
         told = math.log(len(self.animals) - turn) + math.log(len(self.names))
-        return told + (0.0 if turn % 2 else math.log(turn // 2 + 1))
+        return told + (0.0 if turn % 2 else math.log(self.choices(turn)))
 
     def reply_nats(self, dialogue: Dialogue, fact: Fact, turns: int | None = None) -> float:
         """-log probability of a reply given the last ``turns`` turns before it (None: all), in nats."""
@@ -101,7 +116,7 @@ class Grammar:
         # Every turn speaks of two animals: told and asked for, or answered and told.
         seen_words = [text.split() for _, text in dialogue[fact.turn - seen : fact.turn]]
         known = {word for words in seen_words for word in words if word in self.animals}
-        known.add(dialogue[fact.turn][1].split()[0])
+        known.add(dialogue[fact.turn][1].split()[1])
         animals, names = len(self.animals), math.log(len(self.names))
         free = math.log(animals - len(known)) + names
         return free + (0.0 if seen else math.log(animals)) + (names if fact.distance > seen else 0.0)
@@ -114,10 +129,12 @@ class GrammarCorpus(DialogueCorpus):
     grammar: Grammar = field(kw_only=True, repr=False)
     facts: dict[str, list[tuple[Fact, ...]]] = field(kw_only=True, repr=False)
 
-    @cached_property
-    def chance(self) -> float:
-        """Share of right names of who guesses."""
-        return 1 / len(self.grammar.names)
+    def guessed(self, split: str) -> dict[str, float]:
+        """By turns back, as text: the expected share of right names of who guesses among those of the animals asked about."""
+        found: dict[int, list[float]] = {}
+        for fact in (fact for facts in self.facts[split] for fact in facts):
+            found.setdefault(fact.distance, []).append(fact.guess)
+        return {str(k): float(np.mean(found[k])) for k in sorted(found)}
 
     def reply_nats(self, split: str, turns: int | None = None) -> np.ndarray:
         """-log probability of every reply of a split given the last ``turns`` turns (None: all), nats, float64 (replies,)."""

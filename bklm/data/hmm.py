@@ -24,7 +24,7 @@ from itertools import product
 import numpy as np
 
 from bklm.data.checks import require_whole
-from bklm.data.corpus import SPLITS, Corpus
+from bklm.data.corpus import LICENCES, SPLITS, Corpus
 
 TOPICS = 8
 FUNCTION_CLASSES, CONTENT_CLASSES = 3, 5
@@ -150,7 +150,7 @@ def hmm_corpus(seed: int = 0) -> HmmCorpus:
     lines = {split: _lines([names[word] for word in ids[split].tolist()]) for split in SPLITS}
     states, words = model.emission.shape
     source = f"drawn from a hidden Markov model of {states} states and {words:,} words, seed {seed}"
-    return HmmCorpus("hmm", source, **lines, model=model, ids=ids)
+    return HmmCorpus("hmm", source, **lines, model=model, ids=ids, licence=LICENCES["hmm"])
 
 
 def topic_grammar_model(seed: int) -> HiddenMarkovModel:

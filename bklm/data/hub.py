@@ -39,6 +39,8 @@ DATASETS = {
 def corpus_from_hub(name: str, max_documents: int | None = None) -> Corpus:
     """The corpus ``name`` through ``datasets.load_dataset``, from the hub or, where that cannot be reached, its local cache.
 
+    Where a beginning can be fetched by itself, that of ``max_documents`` of each split is; the corpus may have more.
+
     Raises:
         ConnectionError: the hub cannot be reached and the cache does not hold the data set.
         OSError: the download cannot be stored.
@@ -67,13 +69,11 @@ def corpus_from_hub(name: str, max_documents: int | None = None) -> Corpus:
         if unreachable:
             with _offline():
                 splits = _download(dataset)
-            return corpus_from_splits(
-                name, f"Hugging Face {dataset}, from the local cache", splits, max_documents
-            )
+            return corpus_from_splits(name, f"Hugging Face {dataset}, from the local cache", splits)
         source = f"Hugging Face {dataset}, revision {revision}"
         if dataset.splits and max_documents is not None:
             return corpus_from_dialogues(name, source, *_first_dialogues(dataset, max_documents))
-        return corpus_from_splits(name, source, _download(dataset), max_documents)
+        return corpus_from_splits(name, source, _download(dataset))
     except failures as error:
         raise _in_one_sentence(name, dataset, unreachable or error) from (None if unreachable else error)
 
@@ -96,15 +96,20 @@ def _download(dataset: HubDataset) -> dict[str, Any]:
 
 
 def _first_dialogues(dataset: HubDataset, number: int) -> list[Dialogues]:
-    """The first ``number`` dialogues of each split, streamed: only the files' beginnings are fetched."""
+    """The first dialogues of each split, ``number`` for each of ours, streamed: only the files' beginnings are fetched."""
     import datasets
+
+    # One held-out split is shared by two of ours.
+    most = {
+        split: number * (2 if n and len(dataset.splits) == 2 else 1) for n, split in enumerate(dataset.splits)
+    }
 
     streams = {
         split: datasets.load_dataset(dataset.repository, split=split, streaming=True)
         for split in dataset.splits
     }
     return [
-        Dialogues(list(stream.take(number)), "messages", f"{split} split of {dataset}")
+        Dialogues(list(stream.take(most[split])), "messages", f"{split} split of {dataset}")
         for split, stream in streams.items()
     ]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bklm.data.arrow_rows import ArrowRows, read_parquet, read_saved
-from bklm.data.corpus import SPLIT_ALIASES, SPLITS, Corpus
-from bklm.data.dialogues import DIALOGUE_COLUMNS, LICENCES, DialogueCorpus, text_of_turns
+from bklm.data.corpus import LICENCES, SPLIT_ALIASES, SPLITS, UNKNOWN_LICENCE, Corpus
+from bklm.data.dialogues import DialogueCorpus
 from bklm.data.own_text import KINDS_IN_WORDS, own_corpus
-from bklm.data.rows import check_parts, join_messages, text_of
+from bklm.data.rows import DIALOGUE_COLUMNS, check_parts, column_of, text_of, text_of_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,7 +22,7 @@ LAYOUTS_IN_WORDS = (
 )
 
 
-def corpus_from_folder(folder: Path, max_documents: int | None = None, called: str = "data_dir") -> Corpus:
+def corpus_from_folder(folder: Path, called: str = "data_dir") -> Corpus:
     """The corpus in ``folder``, which errors call ``called``; see ``load_corpus`` for the layouts and the errors."""
     where = f"{called} {str(folder)!r}"
     try:
@@ -47,9 +47,7 @@ def corpus_from_folder(folder: Path, max_documents: int | None = None, called: s
             return Corpus(name, f"{', '.join(files)} in {folder.resolve()}", *texts, is_own=True)
     splits = _saved_dataset(folder, where)
     if splits is not None:
-        return corpus_from_splits(
-            name, f"saved Hugging Face data set in {folder.resolve()}", splits, max_documents
-        )
+        return corpus_from_splits(name, f"saved Hugging Face data set in {folder.resolve()}", splits)
     for layout in TEXT_LAYOUTS:
         files = [layout.format(split) for split in SPLITS]
         if not present.isdisjoint(files):
@@ -191,25 +189,18 @@ class Dialogues(Sequence[str]):
         return f"{self.where}, row {self.first + self.step * number}"
 
     def _text(self, number: int, turns: Any) -> str:
-        place = f"{self._place(number)}: {self.column}"
-        if self.column == "messages":
-            return join_messages(turns, place)
-        return text_of_turns({self.column: turns}, self._place(number))
+        return text_of_row({self.column: turns}, self._place(number))
 
 
-def corpus_from_splits(
-    name: str, source: str, splits: Mapping[str, Dataset | ArrowRows], max_documents: int | None = None
-) -> Corpus:
-    """A corpus from the splits of a Hugging Face data set with a "text" or a "messages" column."""
+def corpus_from_splits(name: str, source: str, splits: Mapping[str, Dataset | ArrowRows]) -> Corpus:
+    """A corpus from the splits of a Hugging Face data set with a column of text or of dialogues."""
     found = {
         split: next((splits[alias] for alias in aliases if alias in splits), None)
         for split, aliases in SPLIT_ALIASES.items()
     }
     train, valid, test = found.values()
     present = [rows for rows in (train, valid, test) if rows is not None]
-    kind = next(
-        (k for k in ("text", *DIALOGUE_COLUMNS) if all(k in rows.column_names for rows in present)), None
-    )
+    kind = column_of(set.intersection(*(set(rows.column_names) for rows in present)) if present else ())
     if train is None or test is None or kind is None or (kind == "text" and valid is None):
         columns = {split: rows.column_names for split, rows in splits.items()}
         raise ValueError(
@@ -224,9 +215,7 @@ def corpus_from_splits(
             for split, rows in zip(SPLITS, present, strict=True)
         ]
         _refuse_empty({f"{split} split of {source}": lines for split, lines in zip(SPLITS, texts, strict=True)})
-        return Corpus(name, source, *texts)
-    if max_documents is not None:
-        present = [rows.select(range(min(max_documents, len(rows)))) for rows in present]
+        return Corpus(name, source, *texts, licence=LICENCES.get(name, UNKNOWN_LICENCE))
     called = [
         next(a for a in aliases if a in splits)
         for aliases in SPLIT_ALIASES.values()
@@ -236,9 +225,7 @@ def corpus_from_splits(
     return corpus_from_dialogues(name, source, *dialogues)
 
 
-def corpus_from_dialogues(
-    name: str, source: str, train: Dialogues, *held_out: Dialogues, is_own: bool = False
-) -> DialogueCorpus:
+def corpus_from_dialogues(name: str, source: str, train: Dialogues, *held_out: Dialogues) -> DialogueCorpus:
     """A corpus of dialogues; ``held_out`` is validation and test, or one split that is shared between them.
 
     Its even rows become the validation split and its odd rows the test split, so that a limit on the number of rows
@@ -250,8 +237,8 @@ def corpus_from_dialogues(
     for split, texts in splits.items():
         if not len(texts):
             raise ValueError(f"the {split} split of {source} holds no dialogue; every split needs some")
-    known = {} if is_own or name not in LICENCES else {"licence": LICENCES[name]}
-    return DialogueCorpus(name, source, **splits, line_is_document=True, is_own=is_own, rows=splits, **known)
+    licence = LICENCES.get(name, UNKNOWN_LICENCE)
+    return DialogueCorpus(name, source, **splits, line_is_document=True, rows=splits, licence=licence)
 
 
 def _lines(texts: Sequence[str]) -> list[str]:

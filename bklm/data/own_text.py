@@ -3,8 +3,9 @@
 Files that are named after the three splits are those splits.
 
 Read are .txt, .jsonl and .parquet, each also packed with gzip (.gz). A paragraph of a text file is what blank lines separate;
-of a file that has fewer than ten of those, each line is one. A row of the others is one, with a column "text" or a dialogue's
-column "messages" (or "turns"); of a file or folder where all rows are dialogues, these can be had (``bklm.data.dialogues``).
+of a file that has fewer than ten of those, each line is one. A row of the others is one, with a column "text" or else a
+dialogue's ("turns", "dialog" or "messages"); of a file or folder whose rows are all dialogues, these can be had
+(``bklm.data.dialogues``).
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Any, NamedTuple
 
 from bklm.data.arrow_rows import ArrowRows
 from bklm.data.corpus import SPLIT_ALIASES, SPLITS, Corpus
-from bklm.data.dialogues import DIALOGUE_COLUMNS, DialogueCorpus, Placed, holds_turns, text_of_turns
-from bklm.data.rows import join_messages, text_of
+from bklm.data.dialogues import DialogueCorpus, Placed
+from bklm.data.rows import COLUMNS, column_of, holds_turns, text_of_row
 
 KINDS = (".txt", ".jsonl", ".parquet")
 KINDS_IN_WORDS = "one .txt, .jsonl or .parquet file, each also as .gz, or a folder with any of them"
@@ -173,7 +174,7 @@ def _of_rows(path: Path, raw: bytes) -> Iterator[Paragraph]:
             raise ValueError(
                 f"{where} is no JSON ({error}); a .jsonl file holds one JSON value a line"
             ) from None
-        yield Paragraph(_text_of_row(row, where), where, row)
+        yield Paragraph(text_of_row(row, where), where, row)
 
 
 def _of_parquet(path: Path, raw: bytes) -> Iterator[Paragraph]:
@@ -185,26 +186,12 @@ def _of_parquet(path: Path, raw: bytes) -> Iterator[Paragraph]:
         raise OSError(
             f"{str(path)!r} is no Parquet file, or a damaged one ({error}); download it again."
         ) from error
-    name = next((n for n in ("text", "messages", *DIALOGUE_COLUMNS) if n in table.column_names), None)
-    if name is None:
+    if (name := column_of(table.column_names)) is None:
         raise ValueError(
-            f"{str(path)!r} has the columns {table.column_names}; it needs one called text or messages"
+            f"{str(path)!r} has the columns {table.column_names}; it needs one called {', '.join(COLUMNS)}"
         )
     rows = ArrowRows(table.select([name]))
     for start in range(0, len(rows), 1000):
         for number, value in enumerate(rows[start : start + 1000][name], start):
             row, where = {name: value}, f"{str(path)!r}, row {number}"
-            yield Paragraph(_text_of_row(row, where), where, row)
-
-
-def _text_of_row(row: Any, where: str) -> str:
-    if isinstance(row, str):
-        return row
-    if isinstance(row, dict) and "text" in row:
-        return text_of(row["text"], f"{where}: text")
-    if isinstance(row, dict) and "messages" in row:
-        return join_messages(row["messages"], f"{where}: messages")
-    if holds_turns(row):
-        return text_of_turns(row, where)
-    held = f"has the keys {sorted(row)}" if isinstance(row, dict) else f"is {type(row).__name__}"
-    raise ValueError(f"{where} {held}; every row needs a text or messages")
+            yield Paragraph(text_of_row(row, where), where, row)

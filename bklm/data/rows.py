@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
+
+DIALOGUE_COLUMNS = ("turns", "dialog", "messages")
+# Of the columns of a row, or of a data set, the first one of these is read, whoever asks.
+COLUMNS = ("text", *DIALOGUE_COLUMNS)
 
 # "train-00000-of-00002.parquet", the hub's own with a hash behind it.
 _PART = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")
 # What browsers and desktops call the second file of a name.
 _SECOND = re.compile(r"(?:\s*\(\d+\)|\s+-\s+copy(?:\s*\(\d+\))?|\s+copy(?:\s+\d+)?)\.parquet$", re.IGNORECASE)
-# A message has one of them: what calls a tool may leave its content out.
-_CONTENT = {"content", "tool_calls", "function_call"}
+# Of what a turn is made. What calls a tool may leave its text out.
+_SPEAKER, _TEXT, _CALLS = (
+    ("speaker", "role", "from"),
+    ("text", "content", "value"),
+    ("tool_calls", "function_call"),
+)
 
 
 def text_of(value: Any, where: str) -> str:
@@ -34,37 +42,87 @@ def text_of(value: Any, where: str) -> str:
     raise ValueError(f"{where} is {kind_of_value(value)}, not text; save the column as text")
 
 
-def join_messages(messages: Any, where: str = "a dialogue") -> str:
-    """The text of a dialogue: its messages in order, joined by a space.
+def column_of(names: Collection[str]) -> str | None:
+    """The column that is read of those that a row or a data set has: the first of ``COLUMNS``, None without any."""
+    return next((column for column in COLUMNS if column in names), None)
 
-    A message's content is text, or a list of parts of the type "text"; null adds nothing, and may be left out where a tool is
-    called.
+
+def holds_turns(row: Any) -> bool:
+    """Whether what is read of a row are the turns of a dialogue."""
+    return isinstance(row, dict) and column_of(row) in DIALOGUE_COLUMNS
+
+
+def text_of_row(row: Any, where: str) -> str:
+    """The text of a row: the row itself, its "text", or all that is said in its dialogue, joined by spaces.
 
     Raises:
-        ValueError: what is no list of messages with content; the sentence begins with ``where``: split and row.
+        ValueError: what has none of ``COLUMNS``, or what ``text_of`` and ``turns_of`` refuse.
     """
-    if not isinstance(messages, list | tuple):
-        raise ValueError(f"{where} is {kind_of_value(messages)}, not a list of messages with role and content")
-    texts = []
-    for number, message in enumerate(messages):
-        place = f"{where}, message {number}"
-        if not isinstance(message, dict) or not _CONTENT & message.keys():
-            what = isinstance(message, dict)
-            held = f"has the keys {sorted(message)}" if what else f"is {kind_of_value(message)}"
-            raise ValueError(f"{place} {held}; every message needs role and content")
-        texts.append(content_of(message.get("content"), f"{place}, content"))
-    return " ".join(filter(None, texts))
+    if isinstance(row, str):
+        return row
+    if isinstance(row, dict) and column_of(row) == "text":
+        return text_of(row["text"], f"{where}: text")
+    return " ".join(text for _, text in turns_of(row, where) if text)
+
+
+def turns_of(row: Any, where: str) -> list[tuple[str | None, str]]:
+    """Who says what in a row's dialogue, a speaker None where none is named.
+
+    A turn is a text, a pair [speaker, text], or a record with a speaker (also "role", "from") and a text (also "content",
+    "value"), which null may stand for, and which may be missing where a tool is called.
+
+    Raises:
+        ValueError: a row without a dialogue's column, what is no list of turns, half of a surrogate pair; the sentence begins
+            with ``where``: split and row.
+    """
+    if not holds_turns(row):
+        held = f"has the keys {sorted(row)}" if isinstance(row, dict) else f"is {kind_of_value(row)}"
+        raise ValueError(
+            f'{where} {held}; a row needs a text, {{"text": "..."}}, or a dialogue, {{"turns": [...]}} or '
+            '{"messages": [...]}.'
+        )
+    column = column_of(row)
+    where = f"{where}: {column}"
+    if not isinstance(row[column], list | tuple):
+        raise ValueError(f"{where} is {kind_of_value(row[column])}, not a list of turns.")
+    found = [_named(turn, f"{where}, turn {n}") for n, turn in enumerate(row[column])]
+    for n, (_, text) in enumerate(found):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}, turn {n} holds half of a surrogate pair at character {error.start}, which no file can hold as "
+                "text; write the character whole, or leave it out."
+            ) from error
+    return found
+
+
+def _named(turn: Any, where: str) -> tuple[str | None, str]:
+    """Who speaks, None where that is not said, and what."""
+    if turn is None or isinstance(turn, str | bytes):
+        return None, text_of(turn, where)
+    if isinstance(turn, list | tuple) and len(turn) == 2 and isinstance(turn[0], str):
+        return turn[0], content_of(turn[1], where)
+    if isinstance(turn, dict):
+        speaker = next((turn[k] for k in _SPEAKER if isinstance(turn.get(k), str)), None)
+        if speaker is not None and {*_TEXT, *_CALLS} & turn.keys():
+            # Where rows differ in their keys, Arrow fills the others with null.
+            said = next((turn[k] for k in _TEXT if turn.get(k) is not None), None)
+            return speaker, content_of(said, where)
+        raise ValueError(
+            f"{where} has the keys {sorted(turn)}; a turn needs a speaker (or role) and a text (or content)."
+        )
+    raise ValueError(f"{where} is {kind_of_value(turn)}; a turn is a text, or has a speaker and a text.")
 
 
 def content_of(content: Any, where: str) -> str:
-    """The text of a message's content: text, or a list of parts of the type "text"; "" where there is none.
+    """The text of a turn: text, or a list of parts of the type "text"; "" where there is none.
 
     Raises:
         ValueError: other parts, or what is no text; the sentence begins with ``where``.
     """
     if isinstance(content, list | tuple):
-        place = where.removesuffix(", content")
-        content = " ".join(filter(None, (_part(part, f"{place}, part {n}") for n, part in enumerate(content))))
+        content = " ".join(filter(None, (_part(part, f"{where}, part {n}") for n, part in enumerate(content))))
     return text_of(content, where)
 
 

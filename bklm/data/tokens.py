@@ -15,6 +15,11 @@ WORDS_AT_ONCE = 10_000
 SMALLEST = f": {PAD}, {UNK} and one word"  # why a vocabulary has at least 3 entries
 
 
+def dtype_of_ids(entries: int) -> np.dtype:
+    """The smaller of uint16 and int32 that holds the ids of a vocabulary of so many entries."""
+    return np.dtype(np.uint16 if entries <= 1 << 16 else np.int32)
+
+
 class Vocabulary:
     """Words and their ids: ``<pad>`` 0, ``<unk>`` 1, then the training words from the most to the least frequent.
 
@@ -60,7 +65,7 @@ class Vocabulary:
     @property
     def dtype(self) -> np.dtype:
         """The smaller of uint16 and int32 that holds every id."""
-        return np.dtype(np.uint16 if len(self) <= 1 << 16 else np.int32)
+        return dtype_of_ids(len(self))
 
     @property
     def tokenizer(self) -> Tokenizer:

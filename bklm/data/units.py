@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from bklm.data.bpe import Bpe, train_bpe
 from bklm.data.checks import require_whole
-from bklm.data.tokens import PAD, SMALLEST, UNK, Vocabulary
+from bklm.data.tokens import PAD, SMALLEST, UNK, Vocabulary, dtype_of_ids
 
 TOKENIZERS = ("word", "bpe", "char")
 SMALLEST_BPE = 258  # 256 bytes, <unk> and one merge
@@ -111,7 +111,7 @@ class CharacterVocabulary:
     @property
     def dtype(self) -> np.dtype:
         """The smaller of uint16 and int32 that holds every id."""
-        return np.dtype(np.uint16 if len(self) <= 1 << 16 else np.int32)
+        return dtype_of_ids(len(self))
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -18,7 +18,7 @@ from bklm.harness.tracker import check_tracker
 from bklm.harness.values import anchored, as_path, is_empty
 
 SMALLEST_BPE = 258  # entries of a byte-level BPE
-WITHOUT_FOLDER = ("embedded", "hmm", "grammar")  # texts made on the spot: they read no folder
+WITHOUT_FOLDER = ("embedded", "hmm", "grammar")  # MADE_HERE of bklm.data, which imports torch
 
 Profile = Literal["smoke", "quick", "full"]
 

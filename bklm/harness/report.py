@@ -61,7 +61,7 @@ def write_manifest(path: Path, *, config: Any, corpus: Any, seconds: float, **ex
         "begun": begun,
         "finished": finished,
         "config": config.to_dict(),
-        "corpus": corpus and {n: getattr(corpus, n) for n in ("name", "source", "sha256", "is_own")},
+        "corpus": corpus and {n: getattr(corpus, n) for n in ("name", "source", "sha256", "licence", "is_own")},
         "git_revision": git_revision(),
         "environment": environment(),
         "seconds": round(seconds, 1),

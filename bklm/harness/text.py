@@ -80,7 +80,7 @@ class StudyText:
     @property
     def is_demonstration(self) -> bool:
         """Whether the text is too small or too artificial to support a claim."""
-        return self.corpus.name in ("embedded", "hmm", "grammar") and not self.corpus.is_own
+        return self.corpus.is_made_here
 
     def train_loader(self, seed: int) -> DataLoader:
         """Shuffled by (seed, epoch) alone: two models of one seed see identical batches."""

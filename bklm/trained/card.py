@@ -8,6 +8,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from bklm import __version__
+from bklm.data.corpus import UNKNOWN_LICENCE
 
 if TYPE_CHECKING:
     from bklm.trained.model import Trained
@@ -54,6 +55,7 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))
 
 {corpus.get("name", "unnamed")}, from {_without_place(corpus.get("source", "an unknown source"))}.
 SHA-256 of the text: `{corpus.get("sha256", "unknown")}`.
+Licence of the text: {corpus.get("licence", UNKNOWN_LICENCE)}.
 
 ## What was measured
 

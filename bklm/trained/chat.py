@@ -67,17 +67,23 @@ class Chat:
     def say(self, turn: str) -> Iterator[str]:
         """The reply to a turn of the user, in pieces of text as they are written.
 
+        What was written of a reply that is broken off, the chat remembers as the reply.
+
         Raises:
-            ValueError: a turn without text, or one that the model has no positions for.
+            ValueError: a turn without text, at the call.
         """
         if not turn.strip():
             raise ValueError("chat: got a turn without text; write something.")
         own = [self.user_id, *self._plain.encode(turn.strip(), add_special_tokens=False).ids, self.end_id]
-        before = np.array([*self._said, *own])
+        return self._reply(np.array([*self._said, *own]))
+
+    def _reply(self, before: np.ndarray) -> Iterator[str]:
         room = self.trained.model.n_seq
         read = len(before) + 1 if room is None else min(len(before) + 1, positions_read(room, self.most))
         shown = [*before.tolist(), self.system_id][-read:]
         self.saw = Saw(self.trained.decode(shown), read, len(before) + 1 - read)
+        # Remembered as it grows: whoever breaks off may hold this generator and never end it.
+        self._said = [*before.tolist(), self.system_id, self.end_id]
         ids: list[int] = []
         told = ""
         for token in reply_tokens(
@@ -86,10 +92,11 @@ class Chat:
             if token == self.end_id:
                 break
             ids.append(token)
+            self._said.insert(-1, token)
+            # Not tokenizers' DecodeStream: that of 0.21.0, which is allowed, panics at bytes that make no character.
             text = self.trained.decode(ids)
             if not text.endswith(HALF_CHARACTER):
                 yield text[len(told) :]
                 told = text
         if ids and (rest := self.trained.decode(ids)[len(told) :]):
             yield rest
-        self._said = [*before.tolist(), self.system_id, *ids, self.end_id]

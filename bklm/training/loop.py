@@ -26,7 +26,12 @@ from bklm.training.checkpoints import CheckpointFolder
 from bklm.training.evaluation import evaluate
 from bklm.training.memory import BatchParts, memory_shortage_explained
 from bklm.training.non_finite import FiniteCheck
-from bklm.training.processes import rows_of_this_process, sum_gradients_over_processes, sum_over_processes
+from bklm.training.processes import (
+    require_steps_of_its_own,
+    rows_of_this_process,
+    sum_gradients_over_processes,
+    sum_over_processes,
+)
 from bklm.training.records import EpochRecord, describe_experts
 from bklm.training.resuming import find_checkpoint, restore, trainable_names
 from bklm.training.schedules import TrainingSettings, epochs_without_improvement, learning_rate_factor
@@ -77,7 +82,8 @@ def train(
     Raises:
         NonFiniteError: the loss or the gradient norm became infinite or NaN; see ``bklm.training.non_finite`` for fp16.
         OutOfMemoryError: one sequence at a time does not fit; before that, batches are worked through in more parts.
-        ValueError: a checkpoint of another run, model or frozen part, or of more epochs; a batch without any target.
+        ValueError: a checkpoint of another run, model or frozen part, or of more epochs; a batch without any target; a term
+            with a state (``keeps_state``) and several processes, or batches in parts.
     """
     _require_batches(train_batches, val_batches)
     steps = len(train_batches)
@@ -86,6 +92,7 @@ def train(
         raise ValueError(
             f"model: no parameter of this {type(model).__name__} is trained; call requires_grad_(True) on what should be."
         )
+    require_steps_of_its_own(model, accelerator, settings.accumulate)
     optimizer = torch.optim.AdamW(
         trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )

@@ -45,6 +45,22 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
     return Accelerator(cpu=not on_gpu, mixed_precision={"fp32": "no"}.get(precision, precision))
 
 
+def require_steps_of_its_own(model: nn.Module, accelerator: Accelerator, parts: int) -> None:
+    """Refuse a term that keeps numbers from step to step where one forward is not one step of the training.
+
+    Raises:
+        ValueError: with several processes, each of which would keep numbers of its own; or where a batch has several parts.
+    """
+    name = next((type(m).__name__ for m in model.modules() if getattr(m, "keeps_state", False)), None)
+    if name is None or (accelerator.num_processes == 1 and parts == 1):
+        return
+    raise ValueError(
+        f"{name}: this term keeps numbers from step to step, but a batch is shared by {accelerator.num_processes} "
+        f"process(es) in {parts} part(s); train it in one process with accumulate 1, or take the model inside: "
+        "without_term(model)."
+    )
+
+
 def require_launch(processes: int, device: str) -> None:
     """Refuse to launch ``processes`` from this one where they could not work.
 

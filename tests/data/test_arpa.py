@@ -74,3 +74,13 @@ def test_words_that_the_format_cannot_hold_are_one_sentence(words, sentence, tmp
         write_arpa(model, words, tmp_path / "model.arpa")
     with pytest.raises(ValueError, match="has not been fitted"):
         write_arpa(KneserNey(2), WORDS, tmp_path / "model.arpa")
+
+
+def test_a_write_that_breaks_off_leaves_the_file_of_before(tmp_path):
+    path = tmp_path / "model.arpa"
+    model = KneserNey(2, 0.75).fit(np.array([0, 1, 2, 1, 3]), len(WORDS))
+    before = write_arpa(model, WORDS, path).read_bytes()
+    with pytest.raises(UnicodeEncodeError):
+        write_arpa(model, [*WORDS[:-1], "\ud800"], path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

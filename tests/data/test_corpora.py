@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bklm.data import SPLITS, Corpus, load_corpus
-from bklm.data.corpus import is_title
+from bklm.data.corpus import MADE_HERE, is_title
+from bklm.harness.config import WITHOUT_FOLDER
 
 LINE = st.text(st.characters(blacklist_characters="\n\r", blacklist_categories=["Cs"]), max_size=30)
 
@@ -69,12 +70,17 @@ def test_unknown_names_are_refused_with_the_choices():
         Corpus("c", "made", ["a"], ["b"], ["c"]).documents("dev")
 
 
-@pytest.mark.parametrize("name", ["embedded", "hmm", "grammar"])
+@pytest.mark.parametrize("name", MADE_HERE)
 def test_made_corpora_refuse_a_folder_but_ignore_the_environment(name, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="reads no folder"):
         load_corpus(name, tmp_path)
     monkeypatch.setenv("BKLM_DATA_DIR", str(tmp_path / "missing"))
     assert load_corpus(name).name == name
+
+
+def test_the_settings_know_the_same_corpora_without_a_folder():
+    """Settings hold them themselves: they are read before torch, which ``bklm.data`` imports."""
+    assert WITHOUT_FOLDER == MADE_HERE
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "many"])

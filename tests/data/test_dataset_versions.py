@@ -10,7 +10,7 @@ import pytest
 
 from bklm.data import load_corpus
 from bklm.data.arrow_rows import ArrowRows, read_parquet, read_saved
-from bklm.data.rows import join_messages
+from bklm.data.rows import text_of_row
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 USER = {"role": "user", "content": "weather"}
@@ -106,7 +106,7 @@ def test_the_files_alone_give_what_datasets_gives(written):
         assert isinstance(rows, ArrowRows)
         assert rows.column_names == ["messages"]
         found = rows[:]["messages"]
-        assert [join_messages(row) for row in found] == texts
+        assert [text_of_row({"messages": row}, "a row") for row in found] == texts
         assert [rows[i]["messages"] for i in range(len(rows))] == found
         assert rows[-1]["messages"] == found[-1]
         assert rows[2:0:-1]["messages"] == found[2:0:-1]
@@ -139,9 +139,9 @@ def test_a_type_that_this_version_does_not_know_is_read_around_or_named(written,
 
 def test_a_message_without_content_is_refused_unless_it_calls_a_tool(tmp_path):
     path = tmp_path / "rows.jsonl"
-    bad = {"from": "gpt", "value": "hi"}
+    bad = {"role": "assistant", "name": "hi"}
     path.write_text("\n".join(json.dumps({"messages": [USER, bad]}) for _ in range(12)), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"message 1 has the keys \['from', 'value'\]; every message needs"):
+    with pytest.raises(ValueError, match=r"turn 1 has the keys \['name', 'role'\]; a turn needs a speaker"):
         load_corpus("ultrachat", path)
 
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from bklm.data.baselines import mixed, mixing_weight
 from bklm.data.dialogue_tokens import MARKS, DialogueVocabulary, pieces_of_word
 from bklm.data.dialogue_windows import CONTEXTS, Mixed, dialogue_rows, replies_in_context
 from bklm.data.grammar import grammar_corpus
@@ -132,15 +131,3 @@ def test_a_words_pieces_are_found_by_their_place():
                 ids = vocabulary.encode_turns(dialogue)[fact.turn]
                 pieces = ids[pieces_of_word(vocabulary, text, fact.word)]
                 assert spoken(vocabulary, pieces).strip() == text.split()[fact.word]
-
-
-def test_the_weight_of_two_models_is_the_likeliest_one():
-    random = np.random.default_rng(0)
-    one, other = -random.exponential(2, 500), -random.exponential(2.2, 500)
-    grid = np.linspace(0.001, 0.999, 999)
-    best = grid[np.argmax([mixed(one, other, w).mean() for w in grid])]
-    weight = mixing_weight(one, other)
-    assert weight == pytest.approx(best, abs=2e-3)
-    assert mixed(one, other, weight).mean() >= max(one.mean(), other.mean())
-    assert mixing_weight(one, one - 5) == pytest.approx(1, abs=1e-6)
-    assert mixed(one, other, 1.0) == pytest.approx(one)

@@ -196,7 +196,8 @@ def test_dialogues_are_documents_read_as_they_are_indexed(hf, tmp_path):
     with pytest.raises(IndexError):
         documents[7]
     few = load_corpus("ultrachat", tmp_path / "chat", max_documents=3)
-    assert [len(few.split(split)) for split in SPLITS] == [3, 2, 1]
+    assert [list(few.split(split)) for split in SPLITS] == [corpus.split(split)[:3] for split in SPLITS]
+    assert [len(few.split(split)) for split in SPLITS] == [3, 3, 2]
     assert len(tokenize_corpus(few).train) == 3 * 6
 
 
@@ -279,7 +280,7 @@ def test_messages_without_content_or_in_parts_are_read_as_their_writer_meant_the
 @pytest.mark.parametrize(
     ("bad", "sentence"),
     [
-        (None, r"row 3: messages is null, not a list of messages"),
+        (None, r"row 3: messages is null, not a list of turns"),
         (
             [{"role": "user", "content": [{"type": "image", "text": None}]}],
             r"row 3: .* part 0 is of the type 'image'",

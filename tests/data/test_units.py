@@ -149,7 +149,7 @@ def test_files_named_after_splits_are_those_splits_and_never_mixed(tmp_path, end
         ("a.txt", b"\n \n", r"holds 0 paragraphs"),
         ("a.txt", b"\xff\xfe", r"is not UTF-8 \(byte 0xff at offset 0\)"),
         ("a.jsonl", b'{"text": 1}', r"line 1: text is a number"),
-        ("a.jsonl", b'{"words": "x"}', r"line 1 has the keys \['words'\]; every row needs a text or messages"),
+        ("a.jsonl", b'{"words": "x"}', r"line 1 has the keys \['words'\]; a row needs a text, .* or a dialogue"),
         ("a.jsonl", b"{", r"line 1 is no JSON"),
         ("a.parquet", b"x", r"is no Parquet file, or a damaged one"),
         ("a.txt.gz", b"x", r"cannot be read"),

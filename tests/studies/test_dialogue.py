@@ -12,6 +12,7 @@ from small import small
 
 import bklm
 from bklm.command.main import main
+from bklm.data.corpus import LICENCES
 from bklm.models import future_leak
 from bklm.studies import DialogueConfig, run_dialogue
 from bklm.studies.dialogue import models, tables
@@ -85,6 +86,9 @@ def trial(arm, seed, loss, own=1.0, other=1.0, facts=(10, 20), text=10.0, earlie
     }  # fmt: skip
 
 
+GUESSED = {"1": 0.5, "2": 0.25, "3": 0.5}
+
+
 def made(**more):
     """Three seeds of a tuned GPT that uses its turns, and of its controls."""
     rows = []
@@ -108,9 +112,10 @@ def made(**more):
         ({"other": 1.0}, "GPT uses its context, the turn that it answers included", "does not hold"),
         ({}, "GPT uses the turns before that", "does not hold"),
         ({"earlier": 1.5}, "GPT uses the turns before that", "holds"),
-        ({}, "GPT recalls facts from 1 to 8 turns back", "does not hold"),
-        ({}, "GPT: replay keeps the text", "holds"),
-        ({"replay": 20.5}, "GPT: replay keeps the text", "does not hold"),
+        ({}, "GPT recalls facts from 1 to 2 turns back", "does not hold"),
+        ({}, f"GPT {tables.FORGETS_LESS}", "holds"),
+        ({"replay": 19.9}, f"GPT {tables.FORGETS_LESS}", "holds"),
+        ({"replay": 20.5}, f"GPT {tables.FORGETS_LESS}", "does not hold"),
         ({}, "the best model beats counting", "holds"),
         ({"counting": 4.0}, "the best model beats counting", "does not hold"),
     ],
@@ -123,29 +128,29 @@ def test_a_claim_holds_only_beyond_its_interval_and_against_every_control(more, 
     judged = verdicts(tables.ARMS, trials, arms)
     contexts, facts = tables.context_rows(trials), tables.fact_rows(trials)
     mixture = {"name": MIXTURE, "val_ppl": more.get("counting", 5.0)}
-    rows = tables.claims_table(trials, judged, contexts, facts, mixture, 0.125)
+    rows = tables.claims_table(trials, judged, contexts, facts, mixture, GUESSED)
     assert {r["announced"]: r["verdict"] for r in rows}[claim] == verdict
     one = [t for t in trials if t["seed"] == 0]
     judged = verdicts(tables.ARMS, one, arms)
-    rows = tables.claims_table(one, judged, tables.context_rows(one), tables.fact_rows(one), mixture, 0.125)
+    rows = tables.claims_table(one, judged, tables.context_rows(one), tables.fact_rows(one), mixture, GUESSED)
     assert {r["verdict"] for r in rows} == {"no verdict"}
 
 
-def test_facts_are_recalled_as_far_as_every_distance_before_is_above_chance_beyond_its_interval():
+def test_facts_are_recalled_as_far_as_every_distance_before_beats_guessing_beyond_its_interval():
     def of(*shares, seeds=3):
         return [
             trial("GPT tuned", seed, 1.0) | {"facts": {str(n): share for n, share in enumerate(shares, 1)}}
             for seed in range(seeds)
         ]
 
-    told = [tables.facts_in_words(tables.fact_rows(of(*shares)), 0.125) for shares in (
-        [(9, 10), (8, 10), (1, 10)], [(9, 10), (1, 10), (3, 3)], [(1, 10), (9, 10)])]  # fmt: skip
+    told = [tables.facts_in_words(tables.fact_rows(of(*shares)), GUESSED) for shares in (
+        [(9, 10), (8, 10), (4, 10)], [(9, 10), (1, 10), (3, 3)], [(1, 10), (9, 10)])]  # fmt: skip
     assert [words.split(": ")[1] for words in told] == [
         "GPT up to 2 turns back",
         "GPT up to 1 turn back",
         "GPT nowhere",
     ]
-    assert "no verdict" in tables.facts_in_words(tables.fact_rows(of((9, 10), seeds=1)), 0.125)
+    assert "no verdict" in tables.facts_in_words(tables.fact_rows(of((9, 10), seeds=1)), GUESSED)
 
 
 def test_a_tuning_whose_pretraining_diverged_is_lost_as_diverged(tmp_path):
@@ -170,6 +175,12 @@ def test_a_kept_model_is_loaded_and_talks_and_another_run_has_none_to_talk_to(
     assert talk.saw.tokens == len(typed) + 3
     assert talk.saw.text == "<user>cat <system> tom<end><system>"
     assert "".join(pieces) == "".join(Chat(talk.trained, temperature=0.0, most=5).say("cat <system> tom"))
+    broken_off = Chat(talk.trained, temperature=2.0, most=5)
+    kept = broken_off.say("cat")
+    first = next(kept)
+    list(broken_off.say("dog"))
+    assert broken_off.saw.text.startswith(f"<user>cat<end><system>{first}")
+    assert broken_off.saw.text.endswith("<end><user>dog<end><system>")
     assert len(list(talk.say("and " * 100))) <= 5
     assert talk.saw.left_out > 0
     assert talk.saw.tokens == result.config.seq_len - 5
@@ -179,11 +190,17 @@ def test_a_kept_model_is_loaded_and_talks_and_another_run_has_none_to_talk_to(
     said = capsys.readouterr().out
     assert "NewLLM tuned. An empty line ends the chat.\nmodel: " in said
     assert "<user>which cat<end><system>)" in said
+    assert (
+        main(["export", str(result.folder), "--model", "GPT tuned", "--output", str(tmp_path / "exported")])
+        == 0
+    )
+    card = (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
+    assert f"Licence of the text: {LICENCES['grammar']}." in card
     for wrong, words in (({"temperature": -1}, "temperature: got -1"), ({"most": 0}, "tokens is 0")):
         with pytest.raises(ValueError, match=words):
             Chat(trained, **wrong)
     with pytest.raises(ValueError, match="chat: got a turn without text"):
-        next(talk.say(" "))
+        talk.say(" ")
     with pytest.raises(FileNotFoundError, match="holds no model 'LSTM tuned'; it has 'GPT tuned', "):
         result.load("LSTM tuned")
 

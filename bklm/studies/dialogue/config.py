@@ -27,8 +27,8 @@ class DialogueConfig(TextStudyConfig):
             "width": 16, "n_layers": 1, "context_replies": 10, "sample_dialogues": 2, "reply_tokens": 8,
         },
         "quick": {
-            "pretraining": "embedded", "seeds": (0,), "epochs": 4, "pretraining_epochs": 1, "learning_rates": (4e-3,),
-            "max_dialogues": 2000, "held_out_dialogues": 100, "max_pretraining_tokens": 60_000, "vocab_size": 1024,
+            "pretraining": "embedded", "seeds": (0,), "epochs": 3, "pretraining_epochs": 1, "learning_rates": (2e-3,),
+            "max_dialogues": 1600, "held_out_dialogues": 200, "max_pretraining_tokens": 60_000, "vocab_size": 1024,
             "seq_len": 96, "width": 64, "n_layers": 2, "context_replies": 100, "sample_dialogues": 8, "reply_tokens": 24,
         },
         "full": {

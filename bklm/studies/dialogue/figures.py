@@ -77,7 +77,7 @@ def draw_contexts(path: Path, rows: Rows, title: str, note: str) -> Path | None:
     return save_figure(path, draw, title=title, note=note, size=(8.0, 4.6))
 
 
-def draw_facts(path: Path, rows: Rows, chance: float, title: str, note: str) -> Path | None:
+def draw_facts(path: Path, rows: Rows, guessed: Mapping[str, float], title: str, note: str) -> Path | None:
     """Share of right facts by turns back, one line a tuned model."""
     shown = [r for r in rows if r["arm"].endswith(" tuned")]
     if not shown:
@@ -94,7 +94,9 @@ def draw_facts(path: Path, rows: Rows, chance: float, title: str, note: str) -> 
             ]
             style = {"color": colour, "marker": marker, "label": row["arm"].split()[0]}
             mean_with_error(axes, [int(k[9:]) for k in keys], [row[k] for k in keys], ends, **style)
-        axes.axhline(chance, color=GREY, linewidth=1.5, linestyle="--", label="chance")
+        far = [int(k) for k in guessed]
+        style = {"color": GREY, "linewidth": 1.5, "linestyle": "--", "label": "guessing among the names told"}
+        axes.plot(far, [*guessed.values()], **style)
         axes.set(ylim=(0, 1.02), xlabel="turns back", ylabel="share of right facts")
         axes.legend()
 

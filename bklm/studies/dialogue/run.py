@@ -149,17 +149,18 @@ def _report(study: Session, found: dict[str, Any]) -> DialogueResult:
     )
     judged, note = verdicts(ARMS, trials, found["arms"]), _note(study)
     contexts, facts = tables.context_rows(trials), tables.fact_rows(trials)
-    chance = getattr(text.corpus, "chance", None)
+    guessed = text.corpus.guessed("valid") if facts else {}
     mixture = next(row for row in text.baselines if row["name"].startswith(MIXTURE))
     shown = [row for row in text.baselines if row is mixture or row["name"].startswith("true law")]
-    told = [tables.contexts_in_words(contexts), *([tables.facts_in_words(facts, chance)] if facts else [])]
+    told = [tables.contexts_in_words(contexts), *([tables.facts_in_words(facts, guessed)] if facts else [])]
     report.figure("arms.png", figures.draw_arms, ARMS.rows(trials), shown, ARMS.headline(trials), note)
     report.figure("contexts.png", figures.draw_contexts, contexts, told[0], note)
     if facts:
-        report.figure("facts.png", figures.draw_facts, facts, chance, told[1], note)
+        report.figure("facts.png", figures.draw_facts, facts, guessed, told[1], note)
     parts = {
         "verdicts": judged, "contexts": contexts, "facts": facts, "writing": tables.writing_rows(trials),
-        "replies": tables.reply_table(trials), "claims": tables.claims_table(trials, judged, contexts, facts, mixture, chance),
+        "replies": tables.reply_table(trials),
+        "claims": tables.claims_table(trials, judged, contexts, facts, mixture, guessed),
     }  # fmt: skip
     for name, rows in parts.items():
         report.csv(f"{name}.csv", rows)

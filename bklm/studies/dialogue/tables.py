@@ -11,6 +11,7 @@ from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean
 from bklm.harness.statistics import Perplexity, interval95, with_interval
 
 WAYS = ("scratch", "longer", "pretrained", "tuned", "replay")
+FORGETS_LESS = "forgets less of the text with replay than tuned alone"
 OTHERS = "all", "other", "1 after other"
 WRITING = ("distinct_1", "distinct_2", "repeats_prompt", "ended", "words")
 Rows = list[dict[str, Any]]
@@ -149,9 +150,12 @@ def reply_table(trials: Sequence[Trial]) -> Rows:
 
 def claims_table(
     trials: Sequence[Trial], verdicts: Sequence[Mapping[str, Any]], contexts: Rows, facts: Rows, mixture: Mapping[str, Any],
-    chance: float | None,
+    guessed: Mapping[str, float],
 ) -> list[dict[str, str]]:  # fmt: skip
-    """Rows announced, measured, verdict: what pretraining brings, who uses earlier turns, who beats counting, what stays."""
+    """Rows announced, measured, verdict: what pretraining brings, who uses earlier turns, who beats counting, what stays.
+
+    ``guessed`` holds by turns back the share of right facts of who guesses among the names told.
+    """
     rows = []
     for name in dict.fromkeys(r["arm"].split()[0] for r in contexts):
         own = [r for r in verdicts if r["arm"] == f"{name} tuned"]
@@ -173,21 +177,31 @@ def claims_table(
         )
     for row in (r for r in facts if r["arm"].endswith(" tuned")):
         above = [
-            k[9:] for k in distances(row) if row[f"{k}_95"] is not None and row[k] - row[f"{k}_95"] > chance
+            k[9:]
+            for k in distances(row)
+            if row[f"{k}_95"] is not None and row[k] - row[f"{k}_95"] > guessed[k[9:]]
         ]
         judged = all(row[f"{k}_95"] is not None for k in distances(row))
-        told = f"above chance ({chance:.1%}) beyond the interval at {', '.join(above) or 'none'} of {len(distances(row))} "
-        told += "distances in turns: " + ", ".join(f"{row[k]:.0%}" for k in distances(row))
+        told = f"above guessing among the names told beyond the interval at {', '.join(above) or 'none'} of "
+        told += f"{len(distances(row))} distances in turns: "
+        told += ", ".join(f"{row[k]:.0%} ({guessed[k[9:]]:.0%})" for k in distances(row))
         holds = len(above) == len(distances(row)) if judged else None
-        rows.append(claim(f"{row['arm'].split()[0]} recalls facts from 1 to 8 turns back", told, holds))
+        rows.append(
+            claim(
+                f"{row['arm'].split()[0]} recalls facts from 1 to {distances(row)[-1][9:]} turns back",
+                told,
+                holds,
+            )
+        )
     best = ARMS.best(trials)
     reached = ARMS.perplexity(ARMS.groups(trials)[best])
     told = f"{best} {reached}; {mixture['name']} {mixture['val_ppl']:.2f}"
     beats = reached.high < mixture["val_ppl"] if reached.is_judged else None
-    return [*rows, claim("the best model beats counting", told, beats), *_kept(trials)]
+    return [*rows, claim("the best model beats counting", told, beats), *_forgotten(trials)]
 
 
-def _kept(trials: Sequence[Trial]) -> list[dict[str, str]]:
+def _forgotten(trials: Sequence[Trial]) -> list[dict[str, str]]:
+    """Per model: whether replay costs less of the text than tuning alone does. That nothing is lost is no claim."""
     rows, groups = [], ARMS.groups(trials)
     for name in dict.fromkeys(arm.split()[0] for arm in groups):
         scores = [groups.get(f"{name} {way}") for way in ("pretrained", "tuned", "replay")]
@@ -199,8 +213,9 @@ def _kept(trials: Sequence[Trial]) -> list[dict[str, str]]:
             f"{way} {Perplexity.over_seeds(v)}"
             for way, v in (("pretrained", before), ("tuned", tuned), ("replay", replay))
         )
+        told = f"PPL of the text: {told}; tuned alone {ratio} times that with replay"
         holds = ratio.low > 1 if ratio.is_judged else None
-        rows.append(claim(f"{name}: replay keeps the text", f"PPL of the text: {told}", holds))
+        rows.append(claim(f"{name} {FORGETS_LESS}", told, holds))
     return rows
 
 
@@ -211,12 +226,15 @@ def contexts_in_words(contexts: Rows) -> str:
     return f"Another dialogue's turns in place of its own cost, in nats a token: {', '.join(told)}"
 
 
-def facts_in_words(facts: Rows, chance: float) -> str:
-    """Up to how many turns back each tuned model recalls facts above chance: beyond the interval, at every distance before."""
+def facts_in_words(facts: Rows, guessed: Mapping[str, float]) -> str:
+    """Up to how many turns back each tuned model recalls facts better than guessing among the names told: beyond the
+    interval, at every distance before."""
     told = []
     for row in (r for r in facts if r["arm"].endswith(" tuned")):
-        ends = [None if row[f"{k}_95"] is None else row[k] - row[f"{k}_95"] for k in distances(row)]
-        far = next((n for n, end in enumerate(ends) if end is None or end <= chance), len(ends))
+        ends = [
+            None if row[f"{k}_95"] is None else row[k] - row[f"{k}_95"] - guessed[k[9:]] for k in distances(row)
+        ]
+        far = next((n for n, end in enumerate(ends) if end is None or end <= 0), len(ends))
         said = f"up to {far} turn{'s' * (far > 1)} back" if far else "nowhere"
         told.append(f"{row['arm'].split()[0]} {'no verdict' if None in ends else said}")
-    return f"Facts recalled above chance ({chance:.1%}) beyond the interval: {', '.join(told)}"
+    return f"Facts recalled better than by guessing among the names told: {', '.join(told)}"

@@ -13,11 +13,12 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from bklm.data import SPLITS, Corpus, TokenizedCorpus, count_models, load_corpus, make_loader
-from bklm.data.baselines import CannotEstimateError, KneserNey, mixed, mixing_weight
+from bklm.data.baselines import CannotEstimateError, KneserNey
 from bklm.data.dialogue_tokens import DialogueVocabulary, EncodedDialogues
 from bklm.data.dialogue_windows import Mixed, Rows, dialogue_rows
 from bklm.data.dialogues import Dialogue, DialogueCorpus
 from bklm.data.grammar import GrammarCorpus
+from bklm.data.mixtures import mixed, mixing_weight
 from bklm.harness.text import Baseline, StudyText, check_and_log
 from bklm.studies.dialogue.config import DialogueConfig
 
@@ -89,8 +90,7 @@ def prepare_text(config: DialogueConfig) -> DialogueText:
         ValueError, OSError: see ``bklm.data.load_corpus``; a text without dialogues; too few for a batch.
     """
     most, held_out = config.max_dialogues or None, config.held_out_dialogues or None
-    # A held-out split may be shared between two; all of it is asked for by no limit at all.
-    larger = most and held_out and max(most, 2 * held_out)
+    larger = most and held_out and max(most, held_out)
     corpus = load_corpus(config.dataset, config.data_dir, max_documents=larger)
     if not isinstance(corpus, DialogueCorpus):
         corpus.dialogues("train")  # says what is wrong

@@ -91,8 +91,8 @@ def prepare_text(config: EmbeddingFreezeConfig) -> FreezeText:
     # A BPE of the text's own is trained on them too, and so is the same whatever embedding is compared.
     needs_spare = embedding.is_factorised or config.tokenizer == "corpus"
     spare = config.pretraining_documents * needs_spare
-    # Room for near-duplicates that are left out; the dialogues' validation split is every other held-out dialogue.
-    fetched = max(max(config.samples) + spare + config.val_documents, 2 * config.val_documents)
+    # Room for near-duplicates that are left out.
+    fetched = max(config.samples) + spare + config.val_documents
     corpus = load_corpus(config.dataset, config.data_dir, max_documents=fetched)
     split = split_documents(
         corpus, config.samples, config.val_documents, spare=spare, threshold=config.duplicate_threshold

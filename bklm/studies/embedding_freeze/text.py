@@ -77,7 +77,7 @@ class FreezeText:
     @property
     def is_demonstration(self) -> bool:
         """Whether the text is too small to support a claim."""
-        return self.corpus.name == "embedded"
+        return self.corpus.is_made_here
 
     @property
     def source(self) -> str:

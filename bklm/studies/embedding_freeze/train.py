@@ -215,8 +215,9 @@ class Trainer:
 
     def _train_context(self, model: ContextTokenLM, samples: int, seed: int, other: str = "") -> Phase1Result:
         settings = dataclasses.replace(self.recipe.context, seed=seed)
+        kind = "" if other == "first" else other  # there the model differs, and phase 1 does not
         try:
-            return train_in_its_place(model, self.text.train(samples), settings, other)
+            return train_in_its_place(model, self.text.train(samples), settings, kind)
         except ArithmeticError as error:
             raise RuntimeError(
                 f"{error} It is context_learning_rate here; a smaller one needs another output_dir."

@@ -29,6 +29,7 @@ from bklm.training.two_phase.contexts import checked_ids, corpus_contexts
 log = logging.getLogger(__name__)
 
 CHUNK = 2048  # tokens whose activations are held for the gradient at once; noise is drawn chunk by chunk
+STAND_INS = ("diversity", "untrained")
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,13 @@ def train_context(
 def train_in_its_place(
     model: ContextTokenLM, token_ids: Any, settings: FixedPointSettings, kind: str = ""
 ) -> Phase1Result:
-    """Phase 1, or what can stand in for it: "diversity", its second term alone; "untrained", nothing but the first sweep, so
-    that phase 2 takes the block as it was drawn. Any other ``kind`` is phase 1 itself.
+    """Phase 1 (""), or one of ``STAND_INS`` for it: its second term alone, or nothing but the first sweep, so that phase 2
+    takes the block as it was drawn. ValueError: another ``kind``.
     """
+    if kind not in ("", *STAND_INS):
+        raise ValueError(
+            f"kind: got {kind!r}; allowed are '' (phase 1) and {' and '.join(map(repr, STAND_INS))}."
+        )
     if kind == "diversity":
         settings = dataclasses.replace(settings, diversity=1.0)
     if kind != "untrained":
@@ -297,13 +302,7 @@ def _row(iteration: int, contexts: Tensor, began: float, **measured: float) -> d
         "effective_rank": effective_rank(contexts),
         "effective_rank_centred": effective_rank(contexts, centred=True),
     }
-    return {
-        "iteration": iteration,
-        **empty,
-        **measured,
-        **ranks,
-        "seconds": time.perf_counter() - began,
-    }
+    return {"iteration": iteration, **empty, **measured, **ranks, "seconds": time.perf_counter() - began}
 
 
 def _refuse_if_too_large(model: ContextTokenLM, tokens: int) -> None:
