@@ -76,10 +76,10 @@ def postgresql(address: str) -> Iterator[BaseStorage]:
     engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool, **options)
     try:
         connection = engine.connect()
-    except sqlalchemy.exc.DBAPIError as error:  # nobody there, or a setting that the driver refuses
+    except (sqlalchemy.exc.DBAPIError, ValueError) as error:  # nobody there, or a setting that is refused
+        why = " ".join(str(getattr(error, "orig", error)).split())
         raise ConnectionError(
-            f"storage: {address} does not answer ({' '.join(str(error.orig).split())}); start the database, mend the "
-            "address, or leave storage empty to work alone."
+            f"storage: {address} does not answer ({why}); start the database, mend the address, or leave storage empty."
         ) from None
     with connection:
         # Workers that start together would make the same tables, and the same study, at once. The lock ends with the
