@@ -25,7 +25,7 @@ from bklm.bk_core.cpu.scratch import LANES, LONGEST_TILE, SCRATCH_LENGTH
 
 SHORT_ROW = 256
 LONG_ROW_TILE = 64
-SWEEP_LANES = 64
+SWEEP_LANES = 256
 SHORTEST_CHUNK = 8
 """Tiles; polishing redoes one or two of them at eta ~ 1."""
 THREADS_FROM = 2**17

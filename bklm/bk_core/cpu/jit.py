@@ -36,3 +36,7 @@ def jit(function: Callable, **settings: Any) -> Callable:
         if "cannot cache function" not in str(error):
             raise
         return njit(**settings)(function)
+
+
+inlined = functools.partial(jit, forceinline=True)
+"""For small functions: part of whatever calls them."""

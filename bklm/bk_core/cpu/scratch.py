@@ -23,9 +23,9 @@ from numba.extending import intrinsic
 
 from bklm.bk_core.cpu.jit import jit
 
-LANES = 32  # two AVX-512 registers of float32: one step of a recursion waits less for the one before it
+LANES = 64
 LONGEST_TILE = 512
-SCRATCH_LENGTH = 14 * (LONGEST_TILE + 2) * LANES  # 14 fields
+SCRATCH_LENGTH = 12 * (LONGEST_TILE + 2) * LANES  # 14 fields
 
 _LANES = np.uintp(LANES)
 _STEPS = np.uintp(LONGEST_TILE + 2)
