@@ -228,9 +228,9 @@ def backward_tiles(
     """The adjoint recursions of groups ``first <= group < last`` of the M n_tiles tiles.
 
     With ``summarise`` the SUMMARY reals of each tile that cpu_sweep.join needs; otherwise Re D (M, N), the sum of D over
-    each tile (M, n_tiles) complex and, with ``needs_k``, K (M, N - 1) complex. ``enter_s`` and ``enter_t`` (M, n_tiles)
-    complex are the adjoint states that enter each tile from the right and from the left, from that join. G is used in
-    causal mode, a, z, enter_left and enter_right in bidirectional mode; other addresses as in ``forward_tiles``.
+    each tile (M, n_tiles) complex (unless its address is 0) and, with ``needs_k``, K (M, N - 1) complex. ``enter_s`` and
+    ``enter_t`` (M, n_tiles) complex are the adjoint states that enter each tile from the right and from the left, from
+    that join. G is used in causal mode, a, z, enter_left and enter_right in bidirectional mode; other addresses as in ``forward_tiles``.
     """
     p, places = pointer(s.ctypes.data, s), places_in(s)
     a_at, k_at, z_at = pointer(a, s), pointer(k, s), pointer(z, s)
@@ -271,7 +271,7 @@ def backward_tiles(
             continue
         # Second pass: dL/da = Re D back into rows, the tile's sum of D for the gradient of z, K for those of b and c.
         unpack_real(p, REAL, grad_at, places, count, vectors)
-        for w in range(used):
+        for w in range(used if Dsum else 0):
             item, single = places[ITEM + w], singles(p, tile, vectors) + lane(p, w, SINGLES)
             sum_at[2 * item], sum_at[2 * item + 1] = get(p, single + SUM * lanes)
         if needs_k:
