@@ -18,6 +18,7 @@ from bklm.bk_core.cpu.groups import (
     ITEM,
     LANES,
     LEFT,
+    NO,
     REAL,
     RIGHT,
     SINGLES,
@@ -260,7 +261,7 @@ def backward_tiles(
                 continue
             load_diagonal(p, places, count, a_at, z_at, tile, vectors)
             load_states(p, places, left_at, right_at, tile, n_tiles, vectors)
-            bad = recursion(p, tile, vectors, False, scaled)
+            bad = recursion(p, tile, vectors, NO, scaled)
             bad |= _descend(p, tile, vectors, summarise, scaled)
             again, scaled = bad and not scaled, True
         if not causal:

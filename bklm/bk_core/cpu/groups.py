@@ -17,36 +17,55 @@ All arrays are passed as addresses (a tenth of the cost of an array argument; th
 
 from __future__ import annotations
 
+import numpy as np
+
 from bklm.bk_core.cpu.jit import inlined, jit
 from bklm.bk_core.cpu.scratch import LANES, SCRATCH_LENGTH
 from bklm.bk_core.cpu.transpose import pack, unpack
-from bklm.bk_core.cpu.vectors import any_of, integers, lanes_of, load, nowhere, outside, power_for, splat, store
+from bklm.bk_core.cpu.vectors import (
+    any_of,
+    apart,
+    integers,
+    lanes_of,
+    load,
+    nowhere,
+    outside,
+    power_for,
+    splat,
+    store,
+)
 
 # Vectors of a record; a complex field takes two.
-REAL = 0  # Re d; in the backward Re D
-COUPLING = 1  # coupling of a step to the next
-LEFT = 2  # L; in the forward then G
-SOURCE = 4  # gbar, then P, then t
-RIGHT = 6
-ADJOINT = 8  # s; in causal mode u = L^2 m
-FIELDS = 10
+REAL = np.intp(0)  # Re d; in the backward Re D
+COUPLING = np.intp(1)  # coupling of a step to the next
+LEFT = np.intp(2)  # L; in the forward then G
+SOURCE = np.intp(4)  # gbar, then P, then t
+RIGHT = np.intp(6)
+ADJOINT = np.intp(8)  # s; in causal mode u = L^2 m
+FIELDS = np.intp(10)
 # Vectors behind the steps.
-IMAGINARY = 0  # Im d
-SHIFT = 1  # Re z
-NIL = 2
-STATE = 3  # of a recursion under way
-FACTOR_S = 5
-FACTOR_T = 7
-SUM = 9  # of D
-SINGLES = 11
-# What a group knows of its lanes: LANES whole numbers each, behind all else in scratch.
-ITEM = 0 * LANES
-ROW = 1 * LANES
-AT = 2 * LANES  # where the tile begins in an array (M, N)
-AT_COUPLING = 3 * LANES  # in k
-AT_BETWEEN = 4 * LANES  # in an array (M, N - 1)
-COUNT = 5 * LANES  # positions of the tile, and places between them and behind the last one, that the row has
-BETWEEN = 6 * LANES
+IMAGINARY = np.intp(0)  # Im d
+SHIFT = np.intp(1)  # Re z
+NIL = np.intp(2)
+STATE = np.intp(3)  # of a recursion under way
+FACTOR_S = np.intp(5)
+FACTOR_T = np.intp(7)
+SUM = np.intp(9)  # of D
+SINGLES = np.intp(11)
+REALS, COMPLEX = np.intp(1), np.intp(2)  # numbers of an element
+_0 = np.intp(0)
+NO, YES = np.bool_(False), np.bool_(True)
+# What a group knows of its lanes: LANES whole numbers each, behind all else in scratch. (numba compiles a function again
+# for every literal that is passed to it, not for numbers of numpy.)
+ITEM = np.intp(0 * LANES)
+ROW = np.intp(1 * LANES)
+AT = np.intp(2 * LANES)  # where the tile begins in an array (M, N)
+AT_COUPLING = np.intp(3 * LANES)  # in k
+AT_BETWEEN = np.intp(4 * LANES)  # in an array (M, N - 1)
+COUNT = np.intp(
+    5 * LANES
+)  # positions of the tile, and places between them and behind the last one, that the row has
+BETWEEN = np.intp(6 * LANES)
 _PLACES = SCRATCH_LENGTH - 20 * LANES  # 64-bit numbers take the room of two of 32 bits
 
 
@@ -162,32 +181,39 @@ def set_place(places, w, item, row, begin, n, tile, k_stride):
 @jit
 def pack_complex(p, field, source, places, same, tile, vectors):
     """A complex array (M, N) into a field of steps 1 ... tile."""
+    apart()
     lanes, step = lanes_of(p), stride(p, vectors)
     nil = singles(p, tile, vectors) + NIL * lanes
     for w in range(lanes):
         p[nil + w] = 0
     pack(
-        p, step + field * lanes, lanes, step, tile, source, places, AT, 2, same, COUNT, nil, vectors, FIELDS * lanes, 0
+        p, step + field * lanes, lanes, step, tile, source, places, AT, COMPLEX, same, COUNT, nil, vectors, FIELDS * lanes, _0
     )  # fmt: skip
 
 
 @jit
 def unpack_complex(p, field, target, places, at, same, count, vectors):
     """The reverse, for arrays (M, N), or (M, N - 1) with AT_BETWEEN and BETWEEN."""
+    apart()
     lanes, step = lanes_of(p), stride(p, vectors)
-    unpack(p, step + field * lanes, lanes, step, target, places, at, 2, same, count, vectors, FIELDS * lanes)
+    unpack(
+        p, step + field * lanes, lanes, step, target, places, at, COMPLEX, same, count, vectors, FIELDS * lanes
+    )
 
 
 @jit
 def unpack_real(p, field, target, places, same, vectors):
     """A real field into an array (M, N)."""
     lanes, step = lanes_of(p), stride(p, vectors)
-    unpack(p, step + field * lanes, step, 2 * step, target, places, AT, 1, same, COUNT, vectors, FIELDS * lanes)
+    unpack(
+        p, step + field * lanes, step, 2 * step, target, places, AT, REALS, same, COUNT, vectors, FIELDS * lanes
+    )
 
 
 @jit
 def load_coupling(p, places, between, k, k_stride, n, tile, n_tiles, vectors):
     """k of a group's tiles."""
+    apart()
     lanes, step = lanes_of(p), stride(p, vectors)
     first = COUPLING * lanes
     if n_tiles == 1 and k_stride == 0:  # one row of k, whole, in every lane
@@ -204,7 +230,7 @@ def load_coupling(p, places, between, k, k_stride, n, tile, n_tiles, vectors):
     for w in range(lanes):
         p[nil + w] = 0
     pack(
-        p, first + step, step, 2 * step, tile, k, places, AT_COUPLING, 1, between, BETWEEN, nil, vectors, FIELDS * lanes, 0
+        p, first + step, step, 2 * step, tile, k, places, AT_COUPLING, REALS, between, BETWEEN, nil, vectors, FIELDS * lanes, _0
     )  # fmt: skip
 
 
@@ -217,7 +243,7 @@ def load_diagonal(p, places, count, a, z, tile, vectors):
         p[at + SHIFT * lanes] = z[2 * row]
         p[at + IMAGINARY * lanes] = -z[2 * row + 1]
     pack(
-        p, step + REAL * lanes, step, 2 * step, tile, a, places, AT, 1, count, COUNT, once + SHIFT * lanes, vectors,
+        p, step + REAL * lanes, step, 2 * step, tile, a, places, AT, REALS, count, COUNT, once + SHIFT * lanes, vectors,
         FIELDS * lanes, SINGLES * lanes,
     )  # fmt: skip
 
@@ -245,6 +271,7 @@ def recursion(p, tile, vectors, reverse, scaled):
 
     Returns whether a square was out of range.
     """
+    apart()
     lanes, step, once = lanes_of(p), stride(p, vectors), singles(p, tile, vectors)
     one = splat(p, 1.0)
     bad = nowhere(p)

@@ -27,6 +27,8 @@ from bklm.bk_core.cpu.groups import (
     ITEM,
     LANES,
     LEFT,
+    NO,
+    YES,
     get,
     lane,
     load_coupling,
@@ -98,8 +100,8 @@ def sweep(
                 break
             load_diagonal(p, places, same, a_at, z_at, tile, vectors)
             load_coupling(p, places, same, k_at, k_stride, n, tile, n_tiles, vectors)
-            if recursion(p, tile, vectors, reverse, False):
-                recursion(p, tile, vectors, reverse, True)
+            if recursion(p, tile, vectors, reverse, NO):
+                recursion(p, tile, vectors, reverse, YES)
             # The tile's end is the state that enters the next one.
             for w in range(used):
                 if q >= rounds[w]:

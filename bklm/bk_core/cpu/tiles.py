@@ -17,10 +17,12 @@ from bklm.bk_core.cpu.groups import (
     IMAGINARY,
     LANES,
     LEFT,
+    NO,
     REAL,
     RIGHT,
     SINGLES,
     STATE,
+    YES,
     load_coupling,
     load_diagonal,
     load_pair,
@@ -36,12 +38,13 @@ from bklm.bk_core.cpu.groups import (
     vectors_for,
 )
 from bklm.bk_core.cpu.jit import jit
-from bklm.bk_core.cpu.vectors import any_of, lanes_of, load, nowhere, pointer, splat
+from bklm.bk_core.cpu.vectors import any_of, apart, lanes_of, load, nowhere, pointer, splat
 
 
 @jit
 def _right_and_diagonal(p, tile, vectors, scaled):
     """R, from the last step to the first, and G in place of L; whether a square was out of range."""
+    apart()
     lanes, step, once = lanes_of(p), stride(p, vectors), singles(p, tile, vectors)
     one = splat(p, 1.0)
     bad = nowhere(p)
@@ -69,7 +72,7 @@ def _right_and_diagonal(p, tile, vectors, scaled):
 
 @jit
 def _diagonal(p, tile, vectors, causal, scaled):
-    bad = recursion(p, tile, vectors, False, scaled)
+    bad = recursion(p, tile, vectors, NO, scaled)
     if causal or (bad and not scaled):
         return bad
     return _right_and_diagonal(p, tile, vectors, scaled)
@@ -97,8 +100,8 @@ def forward_tiles(
         load_coupling(p, places, between, k_at, k_stride, n, tile, n_tiles, vectors)
         load_states(p, places, left_at, right_at, tile, n_tiles, vectors)
         # L is all that the causal form needs; the other takes R and G in one sweep back.
-        if _diagonal(p, tile, vectors, causal, False):
-            _diagonal(p, tile, vectors, causal, True)
+        if _diagonal(p, tile, vectors, causal, NO):
+            _diagonal(p, tile, vectors, causal, YES)
             again += 1
         # G back into rows, without the padding.
         unpack_complex(p, LEFT, G_at, places, AT, count, COUNT, vectors)

@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from bklm.bk_core.cpu.jit import inlined, jit
-from bklm.bk_core.cpu.vectors import Vector, ir_load, ir_store, lanes_of, load
+from bklm.bk_core.cpu.vectors import Vector, apart, ir_load, ir_store, lanes_of, load
 
 
 def _transposed(builder, rows):
@@ -89,6 +89,18 @@ def _place_of(builder, offsets, first, lane, size, shift):
 
 
 @jit
+def _move_in(source, offsets, first, size, shift, minus, target, place, odd, pair):
+    apart()
+    _block_to_lanes(source, offsets, first, size, shift, load(target, minus), target, place, odd, pair)
+
+
+@jit
+def _move_out(source, place, odd, pair, target, offsets, first, size, shift):
+    apart()
+    _block_to_rows(source, place, odd, pair, target, offsets, first, size, shift)
+
+
+@jit
 def _least(places, count, lanes):
     """What all of these lanes have."""
     least = places[count]
@@ -115,19 +127,19 @@ def pack(
     ``minus_record``.
     ``p`` and ``source`` point to reals, ``places`` to integers.
     """
+    apart()
     lanes = lanes_of(p)
     for v in range(vectors):
         first, into, from_minus = v * lanes, target + v * record, minus + v * minus_record
-        less = load(p, from_minus)
         have = size * (same if same >= 0 else _least(places, count + first, lanes))
         done = 0
         while done + lanes <= have:
             place = into + done // 2 * pair
-            _block_to_lanes(source, places, at + first, size, done, less, p, place, odd, pair)
+            _move_in(source, places, at + first, size, done, from_minus, p, place, odd, pair)
             done += lanes
         if done < have and have >= lanes:
             place = into + _row_at(have - lanes, odd, pair)
-            _block_to_lanes(source, places, at + first, size, have - lanes, less, p, place, odd, pair)
+            _move_in(source, places, at + first, size, have - lanes, from_minus, p, place, odd, pair)
             done = have
         for w in range(lanes if done < size * length else 0):
             end = size * (same if same >= 0 else places[count + first + w])
@@ -142,17 +154,18 @@ def pack(
 @jit
 def unpack(p, source, odd, pair, target, places, at, size, same, count, vectors, record):
     """The lanes of scratch back into rows of memory, up to element places[count + w]; arguments as in :func:`pack`."""
+    apart()
     lanes = lanes_of(p)
     for v in range(vectors):
         first, out = v * lanes, source + v * record
         have = size * (same if same >= 0 else _least(places, count + first, lanes))
         done = 0
         while done + lanes <= have:
-            _block_to_rows(p, out + done // 2 * pair, odd, pair, target, places, at + first, size, done)
+            _move_out(p, out + done // 2 * pair, odd, pair, target, places, at + first, size, done)
             done += lanes
         if done < have and have >= lanes:
             done = have - lanes
-            _block_to_rows(p, out + _row_at(done, odd, pair), odd, pair, target, places, at + first, size, done)
+            _move_out(p, out + _row_at(done, odd, pair), odd, pair, target, places, at + first, size, done)
             done = have
         for w in range(lanes if done < have or same < 0 else 0):
             end = size * (same if same >= 0 else places[count + first + w])

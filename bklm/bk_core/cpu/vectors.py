@@ -136,6 +136,17 @@ def ir_store(builder, value, pointer, index, vector):
 
 
 @intrinsic
+def apart(typingctx):
+    """Keeps the function that calls it one function: inlined, it would be compiled again in every place."""
+
+    def codegen(context, builder, signature, args):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.none(), codegen
+
+
+@intrinsic
 def pointer(typingctx, address, like):
     """An integer address as a pointer to the element type of the array ``like``."""
     kind = types.CPointer(like.dtype)
