@@ -18,7 +18,6 @@ from bklm.bk_core.cpu.groups import (
     ITEM,
     LANES,
     LEFT,
-    NO,
     REAL,
     RIGHT,
     SINGLES,
@@ -43,7 +42,7 @@ from bklm.bk_core.cpu.groups import (
     unpack_real,
     vectors_for,
 )
-from bklm.bk_core.cpu.jit import inlined, jit
+from bklm.bk_core.cpu.jit import NO, inlined, jit
 from bklm.bk_core.cpu.vectors import any_of, kept, lanes_of, load, nowhere, pointer, splat, store
 
 SUMMARY = 8  # reals that describe the adjoint recursions of a tile: s, its factor, t, its factor
@@ -231,7 +230,8 @@ def backward_tiles(
     With ``summarise`` the SUMMARY reals of each tile that cpu_sweep.join needs; otherwise Re D (M, N), the sum of D over
     each tile (M, n_tiles) complex (unless its address is 0) and, with ``needs_k``, K (M, N - 1) complex. ``enter_s`` and
     ``enter_t`` (M, n_tiles) complex are the adjoint states that enter each tile from the right and from the left, from
-    that join. G is used in causal mode, a, z, enter_left and enter_right in bidirectional mode; other addresses as in ``forward_tiles``.
+    that join. G is used in causal mode, a, z, enter_left and enter_right in bidirectional mode; other addresses as in
+    ``forward_tiles``.
     """
     p, places = pointer(s.ctypes.data, s), places_in(s)
     a_at, k_at, z_at = pointer(a, s), pointer(k, s), pointer(z, s)

@@ -54,9 +54,7 @@ SUM = np.intp(9)  # of D
 SINGLES = np.intp(11)
 REALS, COMPLEX = np.intp(1), np.intp(2)  # numbers of an element
 _0 = np.intp(0)
-NO, YES = np.bool_(False), np.bool_(True)
-# What a group knows of its lanes: LANES whole numbers each, behind all else in scratch. (numba compiles a function again
-# for every literal that is passed to it, not for numbers of numpy.)
+# What a group knows of its lanes: LANES whole numbers each, behind all else in scratch. (Numbers of numpy: see jit.NO.)
 ITEM = np.intp(0 * LANES)
 ROW = np.intp(1 * LANES)
 AT = np.intp(2 * LANES)  # where the tile begins in an array (M, N)
@@ -230,7 +228,8 @@ def load_coupling(p, places, between, k, k_stride, n, tile, n_tiles, vectors):
     for w in range(lanes):
         p[nil + w] = 0
     pack(
-        p, first + step, step, 2 * step, tile, k, places, AT_COUPLING, REALS, between, BETWEEN, nil, vectors, FIELDS * lanes, _0
+        p, first + step, step, 2 * step, tile, k, places, AT_COUPLING, REALS, between, BETWEEN, nil, vectors,
+        FIELDS * lanes, _0,
     )  # fmt: skip
 
 

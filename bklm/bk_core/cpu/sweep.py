@@ -27,8 +27,6 @@ from bklm.bk_core.cpu.groups import (
     ITEM,
     LANES,
     LEFT,
-    NO,
-    YES,
     get,
     lane,
     load_coupling,
@@ -40,7 +38,7 @@ from bklm.bk_core.cpu.groups import (
     stride,
     vectors_for,
 )
-from bklm.bk_core.cpu.jit import jit
+from bklm.bk_core.cpu.jit import NO, YES, jit
 from bklm.bk_core.cpu.vectors import lanes_of, pointer
 
 

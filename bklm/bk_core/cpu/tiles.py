@@ -17,12 +17,10 @@ from bklm.bk_core.cpu.groups import (
     IMAGINARY,
     LANES,
     LEFT,
-    NO,
     REAL,
     RIGHT,
     SINGLES,
     STATE,
-    YES,
     load_coupling,
     load_diagonal,
     load_pair,
@@ -37,7 +35,7 @@ from bklm.bk_core.cpu.groups import (
     unpack_complex,
     vectors_for,
 )
-from bklm.bk_core.cpu.jit import jit
+from bklm.bk_core.cpu.jit import NO, YES, jit
 from bklm.bk_core.cpu.vectors import any_of, apart, lanes_of, load, nowhere, pointer, splat
 
 
