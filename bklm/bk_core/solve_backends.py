@@ -8,7 +8,7 @@ complex, left (M, N) complex (L of operator.py, left to right), b and c (1 or M,
     tridiagonal_rows(x, left, b, c) -> y
         w_i = L_i (x_i - c_{i-1} w_{i-1}), y_i = w_i - L_i b_i y_{i+1}
 
-and, where one pass can do it (so far the CPU's), the first derivatives. gbar (M, N, D) is dl/dRe y + i dl/dIm y; g (M, N, D) is the
+and, where one pass can do it ("cpu"), the first derivatives. gbar (M, N, D) is dl/dRe y + i dl/dIm y; g (M, N, D) is the
 gradient of x in the same convention, its real part where ``real``; the sums, None without ``sums``, run over D columns:
 
     causal_adjoint(gbar, left, c, y, reverse, real, sums) -> (g, S, C)

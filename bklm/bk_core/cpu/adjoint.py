@@ -42,7 +42,7 @@ from bklm.bk_core.cpu.groups import (
     unpack_real,
     vectors_for,
 )
-from bklm.bk_core.cpu.jit import NO, inlined, jit
+from bklm.bk_core.cpu.jit import NO, inlined, jit, part
 from bklm.bk_core.cpu.vectors import any_of, kept, lanes_of, load, nowhere, pointer, splat, store
 
 SUMMARY = 8  # reals that describe the adjoint recursions of a tile: s, its factor, t, its factor
@@ -79,7 +79,7 @@ def _add(p, at, re, im):
     store_pair(p, at, x + re, y + im)
 
 
-@jit
+@part
 def _start(p, tile, vectors):
     """Products at one, the sum of D at zero."""
     lanes, once = lanes_of(p), singles(p, tile, vectors)
@@ -91,7 +91,7 @@ def _start(p, tile, vectors):
         store_pair(p, single + SUM * lanes, nil, nil)
 
 
-@jit
+@part
 def _descend(p, tile, vectors, summarise, scaled):
     """R, P = conj(gbar) G^2 in place of gbar, and s, from the last step to the first; whether a square was out of range.
 
@@ -127,7 +127,7 @@ def _descend(p, tile, vectors, summarise, scaled):
     return any_of(bad)
 
 
-@jit
+@part
 def _ascend(p, tile, vectors, summarise):
     """t in place of P, from the first step to the last; Re D in place of Re d; the sum of D."""
     lanes, step, once = lanes_of(p), stride(p, vectors), singles(p, tile, vectors)
@@ -151,7 +151,7 @@ def _ascend(p, tile, vectors, summarise):
             _add(p, single + SUM * lanes, re, im)
 
 
-@jit
+@part
 def _descend_causal(p, tile, vectors, summarise):
     """u_j = L_j^2 conj(gbar_j) + k_j L_j^2 u_{j+1}, from the last step to the first; D_j = -u_j."""
     lanes, step, once = lanes_of(p), stride(p, vectors), singles(p, tile, vectors)
@@ -173,7 +173,7 @@ def _descend_causal(p, tile, vectors, summarise):
             _add(p, single + SUM * lanes, -re, -im)
 
 
-@jit
+@part
 def _couplings(p, tile, vectors, causal):
     """K_j = L_j s_{j+1} + R_{j+1} t_j (causal: L_j u_{j+1}) in place of L."""
     lanes, step = lanes_of(p), stride(p, vectors)
@@ -191,7 +191,7 @@ def _couplings(p, tile, vectors, causal):
             store_pair(p, now + LEFT * lanes, k_re, k_im)
 
 
-@jit
+@part
 def _enter(p, places, enter_s, enter_t, joined, tile, vectors):
     """What enters from the right, s (causal: u) after the tile's last position, and from the left, t before its first."""
     lanes = lanes_of(p)
@@ -207,7 +207,7 @@ def _enter(p, places, enter_s, enter_t, joined, tile, vectors):
             put(p, left + at, 0, 0)
 
 
-@jit
+@part
 def _write_summaries(p, places, summary, used, tile, vectors, causal):
     """s (or u) at the first step, its factor, t at the last step, its factor: what a tile adds to what enters it."""
     lanes, step, once = lanes_of(p), stride(p, vectors), singles(p, tile, vectors)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bklm.bk_core.cpu.jit import inlined, jit
+from bklm.bk_core.cpu.jit import inlined, part
 from bklm.bk_core.cpu.scratch import LANES, SCRATCH_LENGTH
 from bklm.bk_core.cpu.transpose import pack, unpack
 from bklm.bk_core.cpu.vectors import (
@@ -142,7 +142,7 @@ def reciprocal(re, im, one, scaled):
     return re * scale, -(im * scale), outside(square)
 
 
-@jit
+@part
 def place(places, first_item, items, lanes, n, tile, n_tiles, k_stride):
     """Fill ``places`` for the tiles ``first_item``, ... of ``items``.
 
@@ -176,7 +176,7 @@ def set_place(places, w, item, row, begin, n, tile, k_stride):
     return n - 1 - begin < tile
 
 
-@jit
+@part
 def pack_complex(p, field, source, places, same, tile, vectors):
     """A complex array (M, N) into a field of steps 1 ... tile."""
     apart()
@@ -189,7 +189,7 @@ def pack_complex(p, field, source, places, same, tile, vectors):
     )  # fmt: skip
 
 
-@jit
+@part
 def unpack_complex(p, field, target, places, at, same, count, vectors):
     """The reverse, for arrays (M, N), or (M, N - 1) with AT_BETWEEN and BETWEEN."""
     apart()
@@ -199,7 +199,7 @@ def unpack_complex(p, field, target, places, at, same, count, vectors):
     )
 
 
-@jit
+@part
 def unpack_real(p, field, target, places, same, vectors):
     """A real field into an array (M, N)."""
     lanes, step = lanes_of(p), stride(p, vectors)
@@ -208,7 +208,7 @@ def unpack_real(p, field, target, places, same, vectors):
     )
 
 
-@jit
+@part
 def load_coupling(p, places, between, k, k_stride, n, tile, n_tiles, vectors):
     """k of a group's tiles."""
     apart()
@@ -233,7 +233,7 @@ def load_coupling(p, places, between, k, k_stride, n, tile, n_tiles, vectors):
     )  # fmt: skip
 
 
-@jit
+@part
 def load_diagonal(p, places, count, a, z, tile, vectors):
     """Re d and Im d of a group's tiles."""
     lanes, step, once = lanes_of(p), stride(p, vectors), singles(p, tile, vectors)
@@ -247,7 +247,7 @@ def load_diagonal(p, places, count, a, z, tile, vectors):
     )  # fmt: skip
 
 
-@jit
+@part
 def load_states(p, places, enter_left, enter_right, tile, n_tiles, vectors):
     """The L and the R that enter a group's tiles; none where a row is one tile."""
     lanes = lanes_of(p)
@@ -264,7 +264,7 @@ def load_states(p, places, enter_left, enter_right, tile, n_tiles, vectors):
             put(p, right + at, 0, 0)
 
 
-@jit
+@part
 def recursion(p, tile, vectors, reverse, scaled):
     """L (with ``reverse`` R) in LEFT, steps 1 ... tile, from the state before (after) them.
 

@@ -44,7 +44,12 @@ def jit(function: Callable, **settings: Any) -> Callable:
         return njit(**settings)(function)
 
 
-inlined = functools.partial(jit, forceinline=True)
+def part(function: Callable, **settings: Any) -> Callable:
+    """As :func:`jit` for what only kernels call: without a way in from Python, and cached with the kernels alone."""
+    return njit(**_SETTINGS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True} | settings)(function)
+
+
+inlined = functools.partial(part, forceinline=True)
 """For small functions: part of whatever calls them."""
 
 

@@ -38,11 +38,11 @@ from bklm.bk_core.cpu.groups import (
     stride,
     vectors_for,
 )
-from bklm.bk_core.cpu.jit import NO, YES, jit
+from bklm.bk_core.cpu.jit import NO, YES, jit, part
 from bklm.bk_core.cpu.vectors import lanes_of, pointer
 
 
-@jit
+@part
 def _same(re, im, old_re, old_im, tolerance):
     """Equal to a few units in the last place, or NaN where the other is."""
     if abs(re - old_re) + abs(im - old_im) <= tolerance * (abs(re) + abs(im)):
@@ -147,7 +147,7 @@ def hand_over(s, entering, chunk_ends, moved, active, rows, n_tiles, chunk_tiles
     return n_active
 
 
-@jit
+@part
 def _passed_on(tiles, at_tile, re, im):
     """What leaves a tile that (re, im) enters: its own part + factor * (re, im), and its own part where nothing enters."""
     own_re, own_im = np.float64(tiles[at_tile]), np.float64(tiles[at_tile + 1])

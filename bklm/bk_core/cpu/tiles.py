@@ -35,11 +35,11 @@ from bklm.bk_core.cpu.groups import (
     unpack_complex,
     vectors_for,
 )
-from bklm.bk_core.cpu.jit import NO, YES, jit
+from bklm.bk_core.cpu.jit import NO, YES, jit, part
 from bklm.bk_core.cpu.vectors import any_of, apart, lanes_of, load, nowhere, pointer, splat
 
 
-@jit
+@part
 def _right_and_diagonal(p, tile, vectors, scaled):
     """R, from the last step to the first, and G in place of L; whether a square was out of range."""
     apart()
@@ -68,7 +68,7 @@ def _right_and_diagonal(p, tile, vectors, scaled):
     return any_of(bad)
 
 
-@jit
+@part
 def _diagonal(p, tile, vectors, causal, scaled):
     bad = recursion(p, tile, vectors, NO, scaled)
     if causal or (bad and not scaled):

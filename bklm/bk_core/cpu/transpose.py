@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from bklm.bk_core.cpu.jit import inlined, jit
+from bklm.bk_core.cpu.jit import inlined, part
 from bklm.bk_core.cpu.vectors import Vector, apart, ir_load, ir_store, lanes_of, load
 
 
@@ -88,19 +88,19 @@ def _place_of(builder, offsets, first, lane, size, shift):
     return builder.add(builder.mul(offset, size), shift)
 
 
-@jit
+@part
 def _move_in(source, offsets, first, size, shift, minus, target, place, odd, pair):
     apart()
     _block_to_lanes(source, offsets, first, size, shift, load(target, minus), target, place, odd, pair)
 
 
-@jit
+@part
 def _move_out(source, place, odd, pair, target, offsets, first, size, shift):
     apart()
     _block_to_rows(source, place, odd, pair, target, offsets, first, size, shift)
 
 
-@jit
+@part
 def _least(places, count, lanes):
     """What all of these lanes have."""
     least = places[count]
@@ -115,7 +115,7 @@ def _row_at(i, odd, pair):
     return i // 2 * pair + i % 2 * odd
 
 
-@jit
+@part
 def pack(
     p, target, odd, pair, length, source, places, at, size, same, count, minus, vectors, record, minus_record
 ):
@@ -151,7 +151,7 @@ def pack(
                 p[into + _row_at(i, odd, pair) + w] = 0
 
 
-@jit
+@part
 def unpack(p, source, odd, pair, target, places, at, size, same, count, vectors, record):
     """The lanes of scratch back into rows of memory, up to element places[count + w]; arguments as in :func:`pack`."""
     apart()
