@@ -74,4 +74,5 @@ class _Notice(numba.core.event.Listener):
     said = False
 
 
-numba.core.event.register("numba:compile", _Notice())
+NOTICE = _Notice()
+numba.core.event.register("numba:compile", NOTICE)
