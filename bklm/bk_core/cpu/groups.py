@@ -60,9 +60,8 @@ ROW = np.intp(1 * LANES)
 AT = np.intp(2 * LANES)  # where the tile begins in an array (M, N)
 AT_COUPLING = np.intp(3 * LANES)  # in k
 AT_BETWEEN = np.intp(4 * LANES)  # in an array (M, N - 1)
-COUNT = np.intp(
-    5 * LANES
-)  # positions of the tile, and places between them and behind the last one, that the row has
+# Of the tile, what the row has: positions, and places behind them that have a position behind.
+COUNT = np.intp(5 * LANES)
 BETWEEN = np.intp(6 * LANES)
 _PLACES = SCRATCH_LENGTH - 20 * LANES  # 64-bit numbers take the room of two of 32 bits
 
