@@ -30,6 +30,7 @@ RUNS = {
     "resolvent_solve": ("--quick --seconds 0.2", "scipy / ours"),
     "reading_step": ("--quick", "exponent of the step time over N"),
     "reading_search": ("--quick --only taken", "Validation perplexity after epoch 1"),
+    "data_scale": ("--quick", "KenLM trie"),
     "moe_perplexity": ("--quick --output_dir OUTPUT", "exact router gradient"),
 }
 
