@@ -45,8 +45,12 @@ class Sweep:
         self.points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
         self._kinds = {key: CategoricalDistribution(list(values)) for key, values in grid.items()}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        with database.postgresql(address) as storage:
-            self._trials = Trials(storage, name)
+
+        def open_trials() -> Trials:
+            with database.postgresql(address) as storage:
+                return Trials(storage, name)
+
+        self._trials = patiently(open_trials)
         self._is_dealt = self._trials.count() >= len(self.points)
         self._first_seen: dict[int, float] = {}
 

@@ -34,14 +34,14 @@ class Trials:
     """The trials of the study ``name``, which is made where it is missing."""
 
     def __init__(self, database: RDBStorage, name: str) -> None:
-        self._engine = database.engine
+        self.engine = database.engine
         self.storage = optuna.storages.get_storage(database)
         self._study = optuna.create_study(study_name=name, storage=self.storage, load_if_exists=True)
-        self._id = self.storage.get_study_id_from_name(name)
+        self.id = self.storage.get_study_id_from_name(name)
 
     def create(self, template: FrozenTrial | None = None) -> tuple[int, int]:
         """A new trial: its id, and its number."""
-        trial = self.storage.create_new_trial(self._id, template)
+        trial = self.storage.create_new_trial(self.id, template)
         return trial, self._ask("SELECT number FROM trials WHERE trial_id = :trial", trial=trial)[0][0]
 
     def count(self, *, completed: bool = False) -> int:
@@ -74,7 +74,7 @@ class Trials:
         """Record that a trial is alive, and hold no connection until the next time: a server has few."""
         with suppress(StorageInternalError, sqlalchemy.exc.SQLAlchemyError):
             self.storage.record_heartbeat(trial)
-        self._engine.dispose()
+        self.engine.dispose()
 
     def fail_silent(self) -> None:
         """Mark what workers left running that have not been heard of for the grace period."""
@@ -83,5 +83,5 @@ class Trials:
             patiently(fail_stale_trials, self._study)
 
     def _ask(self, query: str, **words: Any) -> list[Any]:
-        with self._engine.connect() as connection:
-            return list(connection.execute(sqlalchemy.text(query), {"study": self._id} | words))
+        with self.engine.connect() as connection:
+            return list(connection.execute(sqlalchemy.text(query), {"study": self.id} | words))
