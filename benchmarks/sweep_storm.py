@@ -1,12 +1,12 @@
 """A sweep through PostgreSQL whose trials cost nothing, in a storm: what does the database bear, and what is lost?
 
-    python benchmarks/sweep_storm.py                  # about four minutes on two cores; starts a server of its own
+    python benchmarks/sweep_storm.py                  # a minute and a half on two quiet cores; starts a server of its own
     python benchmarks/sweep_storm.py --quick          # 2 workers, 100 points
 
 1. 16 worker processes, 2,000 points; a worker is killed with signal 9 every half second on average, and another started in
    its place; the server is stopped in the middle as if it crashed, and started anew. Then every point is looked for.
-2. The same without kills: 1, 4 and 16 workers; 200, 2,000 and 20,000 points, of which the first 18,000 are put there
-   beforehand; statements and processor time per point.
+2. The same without kills: 1, 4 and 16 workers on the last 500 points of 500, 2,000 and 20,000, of which those before are
+   put there beforehand; statements and processor time per point.
 3. From these costs, when the database becomes the limit: exact mean value analysis of a closed queueing network (Reiser and
    Lavenberg 1980) of workers that train for a time, then queue for the lock of the study, and for the server's cores.
 
@@ -41,7 +41,6 @@ fork = multiprocessing.get_context("fork")
 SERVER_CORES = 8  # of the database's machine in part 3
 TRIALS = {"1 s": 1.0, "1 min": 60.0, "1 h": 3600.0}
 WORKERS = (10, 100, 1000)
-RUN_AT_MOST = 2_000
 FILL = """
 INSERT INTO trials (number, study_id, state, datetime_start, datetime_complete)
     SELECT n, :study, 'COMPLETE', now(), now() FROM generate_series(0, :last) n;
@@ -97,14 +96,14 @@ def work(address: str, name: str, points: int, journal: Path, spent: Any, slot: 
 class Storm:
     """Workers on one sweep, until all of them have ended."""
 
-    def __init__(self, server: Server, folder: Path, workers: int, points: int) -> None:
+    def __init__(self, server: Server, folder: Path, workers: int, points: int, there: int = 0) -> None:
         self.server, self.points, self.count = server, points, workers
         self.name = f"storm_{workers}_{points}_{time.time_ns()}"
         self.address = server.create(self.name)
         self.journal = folder / self.name
         self.spent = RawArray("d", 3 * 1_000)
         self.started: list[Any] = []
-        self.there = max(0, points - RUN_AT_MOST)
+        self.there = there
         if self.there:
             self.fill()
 
@@ -226,7 +225,7 @@ def show_costs(found: list[dict[str, Any]], lock: float) -> None:
                 "workers": one["workers"],
                 "points": f"{one['points']:,}",
                 "there before": f"{one['there before']:,}",
-                "points/s": f"{one['points'] / one['seconds']:.0f}",
+                "points/s": f"{one['begun'] / one['seconds']:.0f}",
                 "by the model": f"{expected:.0f}",
                 "in the first and last tenth": f"{one['first tenth']:.0f}, {one['last tenth']:.0f}",
                 "statements a point": f"{cost.statements:.1f}",
@@ -258,11 +257,13 @@ def show_limits(cost: Cost, lock: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--points", type=int, nargs="+", default=[200, 2_000, 20_000])
+    parser.add_argument("--points", type=int, nargs="+", default=[500, 2_000, 20_000])
+    parser.add_argument("--storm", type=int, default=2_000, help="points of part 1 (default 2,000)")
     parser.add_argument("--quick", action="store_true", help="2 workers, 100 points")
     arguments = parser.parse_args()
-    workers, points = ([1, 2], [50, 100]) if arguments.quick else (arguments.workers, arguments.points)
-    most, middle = max(workers), points[len(points) // 2]
+    if arguments.quick:
+        arguments.storm, arguments.workers, arguments.points = 100, [1, 2], [50, 100]
+    workers, points, most = arguments.workers, arguments.points, max(arguments.workers)
     database.HEARTBEAT_SECONDS, database.GRACE_SECONDS = 1, 4
     memory = psutil.virtual_memory().total / 2**30
     print(f"{processor()}, {memory:.0f} GiB, 1 thread a worker")
@@ -271,14 +272,11 @@ def main() -> None:
     except NotInstalledError as missing:
         raise SystemExit(f"{missing}.") from None
     with server, tempfile.TemporaryDirectory() as folder:
-
-        def storm(workers: int, points: int, **kind: Any) -> dict[str, Any]:
-            return Storm(server, Path(folder), workers, points).run(**kind)
-
-        show_storm(storm(most, middle, kill_every=0.5, restart=True))
+        storm = Storm(server, Path(folder), most, arguments.storm)
+        show_storm(storm.run(kill_every=2.0 if arguments.quick else 0.5, restart=True))
         lock = seconds_under_lock(server)
-        sizes = [(n, middle) for n in workers] + [(most, n) for n in points if n != middle]
-        found = [storm(*size) for size in sizes]
+        sizes = [(n, points[0]) for n in workers] + [(most, n) for n in points[1:]]
+        found = [Storm(server, Path(folder), *size, there=size[1] - points[0]).run() for size in sizes]
         show_costs(found, lock)
         show_limits(max((one["cost"] for one in found), key=lambda cost: cost.server), lock)
 

@@ -30,6 +30,7 @@ RUNS = {
     "resolvent_solve": ("--quick --seconds 0.2", "scipy / ours"),
     "reading_step": ("--quick", "exponent of the step time over N"),
     "reading_search": ("--quick --only taken", "Validation perplexity after epoch 1"),
+    "sweep_storm": ("--quick", "under the study's lock"),
     "data_scale": ("--quick", "KenLM trie"),
     "moe_perplexity": ("--quick --output_dir OUTPUT", "exact router gradient"),
 }
@@ -52,6 +53,8 @@ def test_a_benchmark_runs_to_its_end(name, small_text, tmp_path):
         text=True,
         timeout=500,
     )
+    if "PostgreSQL is not installed here" in done.stderr:
+        pytest.skip("PostgreSQL is not installed here")
     assert done.returncode == 0, done.stderr[-2000:]
     assert printed in done.stdout
 
