@@ -72,7 +72,7 @@ def place(point: dict[str, int], points: int) -> int:
     return (point["mixer"] * 10 + point["rate"]) * (points // 50) + point["seed"]
 
 
-def work(address: str, name: str, points: int, journal: Path, spent: Any, slot: int) -> None:
+def work(address: str, name: str, points: int, journal: Path, spent: Any, slot: int, gate: Any) -> None:
     """One worker: in ``spent`` its statements, its processor seconds and its evaluations, from ``slot`` on."""
 
     @sqlalchemy.event.listens_for(sqlalchemy.Engine, "before_cursor_execute")
@@ -80,6 +80,8 @@ def work(address: str, name: str, points: int, journal: Path, spent: Any, slot: 
         spent[slot] += 1
 
     sweep = Sweep(address, name, grid(points))
+    if gate is not None:
+        gate.wait()
     spent[slot], begun = 0, time.process_time()
     file = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -103,6 +105,7 @@ class Storm:
         self.journal = folder / self.name
         self.spent = RawArray("d", 3 * 1_000)
         self.started: list[Any] = []
+        self.gate: Any = None
         self.there = there
         if self.there:
             self.fill()
@@ -121,7 +124,7 @@ class Storm:
         slot = 3 * len(self.started)
         if slot >= len(self.spent):
             raise SystemExit("the workers end with an error again and again: see above")
-        words = (self.address, "storm", self.points, self.journal, self.spent, slot)
+        words = (self.address, "storm", self.points, self.journal, self.spent, slot, self.gate)
         process = fork.Process(target=work, args=words)
         process.start()
         self.started.append(process)
@@ -132,7 +135,11 @@ class Storm:
 
     def run(self, kill_every: float = 0.0, restart: bool = False) -> dict[str, Any]:
         draw, killed, restarted = random.Random(0), 0, not restart
+        # What is measured without kills begins when all have opened the sweep, which takes more than a point.
+        self.gate = None if kill_every else fork.Barrier(self.count + 1)
         alive = [self.start_one() for _ in range(self.count)]
+        if self.gate is not None:
+            self.gate.wait()
         before = self.server.cpu_seconds()
         next_kill = time.monotonic() + 2.0
         while alive:
