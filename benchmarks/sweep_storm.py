@@ -3,7 +3,7 @@
     python benchmarks/sweep_storm.py                  # a minute and a half on two quiet cores; starts a server of its own
     python benchmarks/sweep_storm.py --quick          # 2 workers, 100 points
 
-1. 16 worker processes, 2,000 points; a worker is killed with signal 9 every half second on average, and another started in
+1. 16 worker processes, 2,000 points; a worker is killed with signal 9 every second on average, and another started in
    its place; the server is stopped in the middle as if it crashed, and started anew. Then every point is looked for.
 2. The same without kills: 1, 4 and 16 workers on the last 500 points of 500, 2,000 and 20,000, of which those before are
    put there beforehand; statements and processor time per point.
@@ -21,6 +21,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -219,6 +220,7 @@ def show_storm(found: dict[str, Any]) -> None:
     keys = ("workers", "points", "killed", "ended with an error", "begun twice", "lost", "stored twice")
     row = {key: f"{found[key]:,}" for key in keys} | {"seconds": f"{found['seconds']:.0f}"}
     print_table("the storm: workers killed at random, the server crashed and started anew once", [row])
+    sys.stdout.flush()
 
 
 def show_costs(found: list[dict[str, Any]], lock: float) -> None:
@@ -279,9 +281,10 @@ def main() -> None:
     except NotInstalledError as missing:
         raise SystemExit(f"{missing}.") from None
     with server, tempfile.TemporaryDirectory() as folder:
-        storm = Storm(server, Path(folder), most, arguments.storm)
-        show_storm(storm.run(kill_every=2.0 if arguments.quick else 0.5, restart=True))
+        # First, so that the workers, which are forks of this process, find SQLAlchemy's mappings made.
         lock = seconds_under_lock(server)
+        storm = Storm(server, Path(folder), most, arguments.storm)
+        show_storm(storm.run(kill_every=2.0 if arguments.quick else 1.0, restart=True))
         sizes = [(n, points[0]) for n in workers] + [(most, n) for n in points[1:]]
         found = [Storm(server, Path(folder), *size, there=size[1] - points[0]).run() for size in sizes]
         show_costs(found, lock)
