@@ -252,7 +252,7 @@ def show_limits(cost: Cost, lock: float) -> None:
         row: dict[str, Any] = {"a trial takes": name}
         for workers in WORKERS:
             rate = throughput(workers, think, lock, cost.server, SERVER_CORES)
-            row[f"{workers:,} workers"] = f"{rate:.3g}/s, {rate * think / workers:.1%}"
+            row[f"{workers:,} workers"] = f"{rate:.3g}/s, {rate * seconds / workers:.1%}"
         slowest = max(lock, cost.server / SERVER_CORES)
         row["limit from"] = f"{(think + lock + cost.server) / slowest:,.0f} workers"
         rows.append(row)

@@ -128,7 +128,8 @@ def test_what_a_point_costs_the_database_does_not_grow_with_the_points_that_are_
     assert len(costs) == 29
     # The first point also asks what kind of parameters the study has.
     assert set(costs[1:]) == {costs[-1]}
-    assert costs[-1] <= 16
+    # 15 with optuna 5.0, 18 with 4.3.
+    assert costs[-1] <= 18
 
 
 class Away(Exception):

@@ -120,6 +120,30 @@ def test_a_worker_that_was_only_asleep_gives_way_and_finishes_without_an_error(
 
 
 @pytest.mark.slow
+def test_a_worker_holds_no_connection_while_it_trains(database, monkeypatch):
+    monkeypatch.setattr(sweep_storage, "HEARTBEAT_SECONDS", 0.2)
+    engine = sqlalchemy.create_engine(sqlalchemy.make_url(database).set(drivername="postgresql+psycopg"))
+    others = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+
+    def connections() -> int:
+        with engine.connect() as connection:
+            return connection.execute(sqlalchemy.text(others)).scalar()
+
+    def train(point: dict) -> float:
+        deadline = time.monotonic() + 20
+        while connections() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        left.append(connections())
+        return 0.0
+
+    left: list[int] = []
+    Sweep(database, "test", {"seed": [0, 1]}).run(train)
+    assert left == [0, 0]
+
+
+@pytest.mark.slow
 def test_four_workers_of_which_one_is_killed_give_the_table_of_one(database, tiny_config, tmp_path):
     alone = run_grad_blend(dataclasses.replace(tiny_config, epochs_per_trial=3))
     shorter = "from bklm.sharing import database as s; s.HEARTBEAT_SECONDS, s.GRACE_SECONDS = 1, 4"
