@@ -153,6 +153,6 @@ def _published_core() -> dict[str, str]:
     told = (
         f"the published one, run here: a mean error of {whole['error']:.0%} with nothing masked and of {alone['error']:.0%} "
         f"with half; what is masked in one row is in all, so with {batch['batch']} rows {batch['skipped']:.0%} of the "
-        f"positions are, and no |G - 1| is above {batch['from_one']:.1g}"
+        f"positions are, and G differs from 1 by {batch['from_one']:.1g} at most"
     )
     return claim("a sparse core gives the resolvent's diagonal", told, alone["error"] < 0.01)
