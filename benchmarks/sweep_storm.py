@@ -16,6 +16,7 @@ Workers say that they live every second and are taken for dead after four (15 an
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import random
@@ -42,6 +43,7 @@ fork = multiprocessing.get_context("fork")
 SERVER_CORES = 8  # of the database's machine in part 3
 TRIALS = {"1 s": 1.0, "1 min": 60.0, "1 h": 3600.0}
 WORKERS = (10, 100, 1000)
+HELD_SECONDS = database.HEARTBEAT_SECONDS  # of a trial, for which its worker holds a connection
 FILL = """
 INSERT INTO trials (number, study_id, state, datetime_start, datetime_complete)
     SELECT n, :study, 'COMPLETE', now(), now() FROM generate_series(0, :last) n;
@@ -252,12 +254,14 @@ def show_limits(cost: Cost, lock: float) -> None:
         row: dict[str, Any] = {"a trial takes": name}
         for workers in WORKERS:
             rate = throughput(workers, think, lock, cost.server, SERVER_CORES)
-            row[f"{workers:,} workers"] = f"{rate:.3g}/s, {rate * seconds / workers:.1%}"
+            held = math.ceil(workers * min(1.0, HELD_SECONDS / seconds))
+            row[f"{workers:,} workers"] = f"{rate:.3g}/s, {rate * seconds / workers:.1%}, {held:,}"
         slowest = max(lock, cost.server / SERVER_CORES)
         row["limit from"] = f"{(think + lock + cost.server) / slowest:,.0f} workers"
         rows.append(row)
     print_table(
-        f"points per second, and how much of its time a worker trains; each worker on a machine of its own, the server with "
+        f"points per second, how much of its time a worker trains, and connections held on average (PostgreSQL allows 100 "
+        f"unless told otherwise); each worker on a machine of its own, the server with "
         f"{SERVER_CORES} cores; a point costs {duration(lock)} under the study's lock and {duration(cost.server)} of a core",
         rows,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import importlib.util
+import math
 import os
 import random
 import re
@@ -72,6 +73,20 @@ def test_quick_sweep_compares_medians_of_both_revisions(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["quick_sweep"])
     quick_sweep.main()
     assert "measured 3.00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [1, 3, 40])
+def test_the_storms_model_is_that_of_workers_who_queue_for_one_lock(monkeypatch, workers):
+    """Against the stationary law of that queue (M/M/1 with so many customers), of which k workers wait with weight w_k."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    storm = pytest.importorskip("sweep_storm")
+    think, lock = 2.0, 0.1
+    weights = [math.perm(workers, k) * (lock / think) ** k for k in range(workers + 1)]
+    expected = (1 - weights[0] / sum(weights)) / lock
+    assert storm.throughput(workers, think, lock, 0.0, 8) == pytest.approx(expected)
+    # A core that serves ten times as long is the limit in its place; eight of them are a little faster than the lock.
+    assert storm.throughput(1000, think, lock, 1.0, 1) == pytest.approx(1.0, rel=0.01)
+    assert storm.throughput(1000, think, lock, 0.7, 8) == pytest.approx(1 / lock, rel=0.01)
 
 
 EXCUSED = {"bk_core_gpu": "wants a GPU, and ends with a sentence without one"}
