@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import random
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,7 +51,7 @@ class Sweep:
                 return Trials(storage, name)
 
         self._trials = patiently(open_trials)
-        self._is_dealt = self._trials.count() >= len(self.points)
+        self._is_dealt = patiently(self._trials.count) >= len(self.points)
         self._first_seen: dict[int, float] = {}
 
     def results(self) -> list[tuple[dict[str, Any], Any]]:
@@ -121,7 +121,8 @@ class Sweep:
                 told = True
                 time.sleep(POLL_SECONDS)
                 continue
-            place = random.choice(lost)
+            # Not by ``random``, whose state belongs to the trainings.
+            place = secrets.choice(lost)
             template = create_trial(state=TrialState.RUNNING, user_attrs={RESULT: [place, None]})
             trial, number = patiently(self._trials.create, template)
             alive, _ = self._alive_and_lost()
