@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bklm.models import NewLLM, NewLLMConfig
-from bklm.models.new_llm_loop import CONTEXT_LIMIT
+from bklm.models.new_llm_plain import CONTEXT_LIMIT
 from bklm.models.products import PreparedLinear, linear, weight_gradient
 
 BKLM, LITERAL, HEAD_OUTSIDE = "bklm", "literal", "literal, head outside the loop"

@@ -40,6 +40,7 @@ KERNELS = (
     "bk_core.",
     "moe.",
     "models.gate_kernels",
+    "models.new_llm_kernels",
     "models.short_convolution",
     "compression.rounding_kernels",
 )

@@ -28,8 +28,18 @@ def keep_masks(shape: tuple[int, ...], dropout_p: float, like: Tensor) -> Tensor
 def keep(shape: tuple[int, ...], dropout_p: float, device: torch.device) -> Tensor:
     """Which units stay: a mask of booleans."""
     count = torch.Size(shape).numel()
-    noise = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
-    return noise.view(torch.int16)[:count].view(shape) >= dropped_steps(dropout_p) - _STEPS // 2
+    return draws(1, count, device)[0, :count].view(shape) >= dropped_from(dropout_p)
+
+
+def draws(masks: int, count: int, device: torch.device) -> Tensor:
+    """The 16-bit draws of ``keep`` for so many masks of ``count`` units, one after the other: (masks, at least count)."""
+    noise = torch.empty(masks, -(-count // 4), dtype=torch.int64, device=device)
+    return noise.random_(-(2**63), None).view(torch.int16)
+
+
+def dropped_from(dropout_p: float) -> int:
+    """The least of the 16-bit draws that keeps its unit."""
+    return dropped_steps(dropout_p) - _STEPS // 2
 
 
 def dropped_steps(dropout_p: float) -> int:
