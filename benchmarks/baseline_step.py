@@ -2,12 +2,14 @@
 
     python benchmarks/baseline_step.py                  # the published size: batch 32, 63 positions, vocabulary 1,000
     python benchmarks/baseline_step.py --model advanced
+    python benchmarks/baseline_step.py --batch 1 --length 4096 --arms bklm steps
     python benchmarks/baseline_step.py --quick          # a small size, for CI
     python benchmarks/baseline_step.py --device cuda
 
 A step is forward, loss, backward, clip and Adam, with dropout. The literal arm is the published description as a loop
 over positions through torch's modules, under autograd: embedding, six layers, head and gates at each position, then
-one cross-entropy. A second literal arm takes the head out of the loop. Before anything is timed, losses and gradients of
+one cross-entropy. A second literal arm takes the head out of the loop. "steps" is bklm's own engine for other devices, which
+takes one position after the other where the CPU's sweeps windows. Before anything is timed, losses and gradients of
 all arms are compared without dropout. Arms take turns in one process; medians with quartiles.
 
 The floor is the matrix products alone, on the same library as bklm's: at each position the layers' and gates' thin
@@ -19,17 +21,18 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from unittest import mock
 
 import torch
-from _timing import Timing, duration, print_table, take_turns
+from _timing import Timing, duration, print_table, processor, take_turns
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bklm.models import NewLLM, NewLLMConfig
+from bklm.models import NewLLM, NewLLMConfig, new_llm_loop, new_llm_steps
 from bklm.models.new_llm_plain import CONTEXT_LIMIT
 from bklm.models.products import PreparedLinear, linear, weight_gradient
 
-BKLM, LITERAL, HEAD_OUTSIDE = "bklm", "literal", "literal, head outside the loop"
+BKLM, STEPS, LITERAL, HEAD_OUTSIDE = "bklm", "steps", "literal", "literal, head outside the loop"
 
 
 def literal_loss(model: NewLLM, ids: Tensor, targets: Tensor, head_in_loop: bool) -> Tensor:
@@ -49,8 +52,14 @@ def literal_loss(model: NewLLM, ids: Tensor, targets: Tensor, head_in_loop: bool
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+def steps_loss(model: NewLLM, ids: Tensor, targets: Tensor) -> Tensor:
+    with mock.patch.object(new_llm_loop, "_engine", return_value=new_llm_steps):
+        return model.loss(ids, targets)
+
+
 LOSSES: dict[str, Callable[[NewLLM, Tensor, Tensor], Tensor]] = {
     BKLM: lambda model, x, y: model.loss(x, y),
+    STEPS: steps_loss,
     LITERAL: lambda model, x, y: literal_loss(model, x, y, head_in_loop=True),
     HEAD_OUTSIDE: lambda model, x, y: literal_loss(model, x, y, head_in_loop=False),
 }
@@ -137,6 +146,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=63)
     parser.add_argument("--vocab-size", type=int, default=1000)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--arms", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--seconds", type=float, default=60.0, help="about how long to measure")
     args = parser.parse_args()
     if args.quick:
@@ -145,16 +155,16 @@ def main() -> None:
     config = make(args.vocab_size)
     tokens = torch.randint(0, args.vocab_size, (args.batch, args.length + 1), device=args.device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    check_arms_agree(config, x, y)
+    check_arms_agree(config, x[:, :64], y[:, :64])
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    place = torch.cuda.get_device_name() if x.is_cuda else f"CPU, {torch.get_num_threads()} threads"
+    place = torch.cuda.get_device_name() if x.is_cuda else f"{processor()}, {torch.get_num_threads()} threads"
     print(f"{config}, batch {args.batch}, {args.length} positions; torch {torch.__version__}, {place}{load}")
     floor, operations = floor_step(config, x)
-    arms = {arm: training_step(config, arm, x, y) for arm in LOSSES}
+    arms = {arm: training_step(config, arm, x, y) for arm in args.arms}
     found = take_turns({**arms, "floor": floor}, args.seconds)
-    bottom, reference = found["floor"].median, found[LITERAL].median
-    rows = [row(name, found[name], x.numel(), reference, bottom) for name in LOSSES]
-    print_table(f"against the {LITERAL} implementation", rows)
+    bottom, slowest = found["floor"].median, args.arms[-1]
+    rows = [row(name, found[name], x.numel(), found[slowest].median, bottom) for name in args.arms]
+    print_table(f"speed against: {slowest}", rows)
     print(
         f"\nfloor: {duration(bottom)} for the matrix products alone ({operations / bottom / 1e9:.0f} GFLOP/s)"
     )

@@ -29,10 +29,10 @@ from bklm.models.products import PreparedLinear, linear
 TOLERANCE = 8
 """How far a context may lie from the one that its gates were computed with, in rounding errors of the dtype, relative to
 the context in the 2-norm. Products in another order differ by as much."""
-FIRST_WINDOW, LONGEST_WINDOW = 32, 256
-SWEPT_SEQUENCES = 4
+FIRST_WINDOW, LONGEST_WINDOW = 16, 256
+SWEPT_SEQUENCES = 3
 """With more sequences the loop's products have rows enough, and sweeping them again costs more than it spares."""
-SWEEP_ROWS = 16
+SWEEP_ROWS = 32
 """A product of few rows takes as long as one of so many more whose weights are at hand: they must be read."""
 
 
