@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from bklm.models import NewLLM, NewLLMConfig, new_llm_loop, new_llm_steps
 from bklm.models.new_llm_plain import CONTEXT_LIMIT
 from bklm.models.products import PreparedLinear, linear, weight_gradient
+from bklm.training.allocator import keep_freed_memory
 
 BKLM, STEPS, LITERAL, HEAD_OUTSIDE = "bklm", "steps", "literal", "literal, head outside the loop"
 
@@ -159,6 +160,7 @@ def main() -> None:
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     place = torch.cuda.get_device_name() if x.is_cuda else f"{processor()}, {torch.get_num_threads()} threads"
     print(f"{config}, batch {args.batch}, {args.length} positions; torch {torch.__version__}, {place}{load}")
+    keep_freed_memory()  # as training does
     floor, operations = floor_step(config, x)
     arms = {arm: training_step(config, arm, x, y) for arm in args.arms}
     found = take_turns({**arms, "floor": floor}, args.seconds)
