@@ -42,6 +42,7 @@ KERNELS = (
     "models.gate_kernels",
     "models.new_llm_kernels",
     "models.short_convolution",
+    "models.solve_features_kernels",
     "compression.rounding_kernels",
 )
 LONG_FUNCTIONS = {"training.loop.train": 119}
