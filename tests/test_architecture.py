@@ -39,6 +39,7 @@ STUDY_LINES = {
 KERNELS = (
     "bk_core.",
     "moe.",
+    "models.dropout_kernels",
     "models.gate_kernels",
     "models.new_llm_kernels",
     "models.short_convolution",
