@@ -41,6 +41,7 @@ KERNELS = (
     "moe.",
     "models.dropout_kernels",
     "models.gate_kernels",
+    "models.loss_kernels",
     "models.new_llm_kernels",
     "models.short_convolution",
     "models.solve_features_kernels",

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bklm.models import solve_features as module
+from bklm.models.exponential import exponential
 from bklm.models.solve_features import is_fused, plain_features, solve_features
-from bklm.models.solve_features_kernels import exponential
 
 # Sequences, positions, heads, channels of a head.
 SHAPES = [(1, 1, 1, 1), (2, 7, 3, 5), (1, 130, 2, 16), (3, 40, 8, 28)]
