@@ -17,7 +17,7 @@ from bklm.bk_core.cpu.jit import jit
 from bklm.bk_core.cpu.scratch import reals_at
 from bklm.models.exponential import exponential
 
-THREADS_FROM = 2**15  # elements of y
+THREADS_FROM = 2**19  # elements of read; fewer take as long as sharing them
 _0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
 _NUMPY = {torch.float32: np.zeros(0, np.float32), torch.float64: np.zeros(0, np.float64)}
 # A sum over the channels in vector registers adds them in another order than one after the other.
