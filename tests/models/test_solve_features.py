@@ -1,5 +1,7 @@
 """The mixer's features in one pass equal those of the operator and torch, with every gradient to any order."""
 
+import time
+
 import pytest
 import torch
 
@@ -83,3 +85,17 @@ def test_the_kernels_exponential_is_within_two_rounding_errors():
     assert out[1] < 1e-37
     assert out[2] > 1e38
     assert out[3].isnan()
+
+
+def test_one_pass_is_faster_than_the_operator_and_torch():
+    given = inputs_of(4, 256, 8, 28, torch.float32)
+    roads = {"fused": lambda *t: solve_features(*t)[0], "plain": plain_features}
+    seconds = {name: [] for name in roads}
+    for _ in range(6):
+        for name, road in roads.items():
+            start = time.perf_counter()
+            out = road(*given)
+            torch.autograd.grad(out, given, out)
+            seconds[name].append(time.perf_counter() - start)
+    # Four times on a quiet machine.
+    assert min(seconds["fused"]) < min(seconds["plain"]) / 1.5
