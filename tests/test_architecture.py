@@ -40,11 +40,15 @@ STUDY_LINES = {
 KERNELS = (
     "bk_core.",
     "moe.",
+    "models.dropout_kernels",
     "models.gate_kernels",
+    "models.loss_kernels",
+    "models.new_llm_kernels",
     "models.short_convolution",
+    "models.solve_features_kernels",
     "compression.rounding_kernels",
 )
-LONG_FUNCTIONS = {"training.loop.train": 118}
+LONG_FUNCTIONS = {"training.loop.train": 119}
 MANY_PARAMETERS = {"training.loop.train": 13, "training.loop._train_epoch": 12}
 STUDY_FILES = {"config.py", "run.py", "tables.py", "figures.py", "__init__.py", "__main__.py", "page.md"}
 
