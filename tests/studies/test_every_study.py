@@ -37,6 +37,7 @@ CHANGED = {
     "physics": ("clip", 0.5, 1.0),
     "compression": ("clip", 1.0, 2.0),
     "dialogue": ("clip", 1.0, 2.0),
+    "integration": ("clip", 0.5, 1.0),
 }
 
 
@@ -231,6 +232,7 @@ def test_killed_with_signal_9_it_goes_on_and_ends_with_the_numbers_of_an_undistu
         "physics": {"epochs": 12, "parts": "loss"},
         "compression": {"epochs": 12},
         "dialogue": {"epochs": 12},
+        "integration": {"epochs": 12, "scores": 12, "budgets": "steps"},
     }[study]
     if study == "embedding_freeze":
         longer["patience"] = 12
