@@ -123,7 +123,15 @@ def rows(loss, ms, timed=()):
     steps = [{"arm": arm, "against": "full", **found} for arm, found in base.items()]
     time = [r | {"loss_difference": x, "low": x - 0.1, "high": x + 0.1} for x in timed for r in steps]
     table = [{"arm": arm, "parameters": 5} for arm in ("full", "less a")]
-    milliseconds = {"full": [10.0, 11.0, 10.5], "less a": [10.0 * ms, 11.1 * ms, 10.5 * ms]}
+    # The last round was disturbed.
+    rounds, apart = (
+        [10.0, 11.0, 10.5, 10.2, 10.8, 10.1, 10.4, 9.8, 900.0],
+        (-0.2, -0.1, 0.1, 0.2, 0.1, -0.1, 0.2, 0.1),
+    )
+    milliseconds = {
+        "full": rounds,
+        "less a": [ms * (x + y) for x, y in zip(rounds, apart, strict=False)] + [8.0],
+    }
     (row,) = tables.switch_rows({"a": SWITCHES["gradient"]}, steps, time, milliseconds, table)
     return row["stays"], row["verdict"]
 
@@ -151,7 +159,7 @@ def test_the_interaction_is_what_single_effects_do_not_add_up_to():
 
 
 def test_seconds_to_the_plain_loss_are_steps_times_milliseconds_and_claims_are_read_off_them():
-    milliseconds = {"none": [10.0, 10.0, 10.0], "full": [20.0, 20.0, 20.0]}
+    milliseconds = {"none": [10.0] * 6, "full": [20.0] * 6}
     costs = tables.cost_rows(trials({"none": 4.0, "full": 3.5}), milliseconds, 100, 6.0)
     assert costs[0]["seconds"] == pytest.approx(2.0)
     # Its first score is at the plain arm's last: half the steps, of twice the time.

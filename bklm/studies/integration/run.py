@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from bklm.harness.comparison import Trial, not_beaten_in_short
 from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.report import Report, StudyResult, small_print
 from bklm.harness.session import Session, place_of
-from bklm.harness.statistics import FEWEST_SEEDS, interval95
+from bklm.harness.statistics import FEWEST_SEEDS
 from bklm.harness.study import run_study
 from bklm.harness.text import StudyText
 from bklm.harness.text import prepare_text as prepare_plain_text
@@ -231,7 +232,7 @@ def _report(study: Session, found: dict[str, Any]) -> IntegrationResult:
     adds = tables.interaction(trials, tuple(SWITCHES))
     kept = tables.kept_in_words(found["switches"])
     report.figure("switches.png", figures.draw_switches, found["switches"], kept, _note(study))
-    seconds = {arm: found["portion"] * interval95(ms)[0] / 1e3 for arm, ms in milliseconds.items()}
+    seconds = {arm: found["portion"] * statistics.median(ms) / 1e3 for arm, ms in milliseconds.items()}
     best = ARMS.perplexity(ARMS.groups(trials)[ARMS.best(trials)]).mean
     title = ARMS.headline(trials) + not_beaten_in_short(best, study.text.baselines)
     report.figure("curves.png", figures.draw_curves, trials, seconds, title, _note(study, bars=False))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from scipy.special import bdtr
 
 from bklm.harness.arms import nats_in_words
 from bklm.harness.comparison import Column, Comparison, Trial
@@ -15,6 +18,8 @@ from bklm.training.stability import steps_to_loss
 NONE, FULL, LESS, KEPT, RIVAL = "none", "full", "less ", "integrated", "GPT"
 Rows = list[dict[str, Any]]
 Row = Mapping[str, Any]
+Milliseconds = Mapping[str, Sequence[float]]
+"""Of an arm's steps, round by round."""
 
 ARMS = Comparison(
     by="arm", title=str, other="other arm",
@@ -27,12 +32,19 @@ ARMS = Comparison(
 )  # fmt: skip
 
 
-def time_ratio(milliseconds: Mapping[str, Sequence[float]], arm: str, to: str) -> Perplexity:
-    """How many times as long as ``to``'s an arm's step takes: over rounds in which both took a turn, with 95% interval."""
-    return Perplexity.over_seeds([a / b for a, b in zip(milliseconds[arm], milliseconds[to], strict=False)])
+def time_ratio(milliseconds: Milliseconds, arm: str, to: str) -> Perplexity:
+    """How many times as long as ``to``'s an arm's step takes: the median over rounds in which both took a turn.
+
+    Its interval is the sign test's, between two of the ordered ratios: one round that was disturbed moves neither end. Below
+    six rounds there is none.
+    """
+    ratios = sorted(a / b for a, b in zip(milliseconds[arm], milliseconds[to], strict=False))
+    outside = sum(bdtr(k, len(ratios), 0.5) <= 0.025 for k in range(len(ratios)))
+    ends = (ratios[outside - 1], ratios[-outside]) if outside else (None, None)
+    return Perplexity(statistics.median(ratios), *ends)
 
 
-def steps_that_fit(milliseconds: Mapping[str, Sequence[float]], arm: str, steps: int) -> int:
+def steps_that_fit(milliseconds: Milliseconds, arm: str, steps: int) -> int:
     """Steps of an arm in the time of ``steps`` of the plain one."""
     return max(1, round(steps / time_ratio(milliseconds, arm, NONE).mean))
 
@@ -41,7 +53,7 @@ def switch_rows(
     switches: Mapping[str, Any],
     steps: Rows,
     time: Rows,
-    milliseconds: Mapping[str, Sequence[float]],
+    milliseconds: Milliseconds,
     table: Rows,
 ) -> Rows:
     """One row a switch: what its removal from the full set does to loss, time and parameters, and whether it stays.
@@ -62,7 +74,7 @@ def switch_rows(
             keys = {"loss_difference": "loss_difference", "low": "loss_low", "high": "loss_high"}
             row |= {words + new: found.get(old) for old, new in keys.items()}
         ratio = time_ratio(milliseconds, arm, FULL)
-        row |= {"milliseconds": interval95(milliseconds[arm])[0], "ms_ratio": ratio.mean}
+        row |= {"milliseconds": statistics.median(milliseconds[arm]), "ms_ratio": ratio.mean}
         row |= {"ms_ratio_low": ratio.low, "ms_ratio_high": ratio.high}
         known = None not in (counts.get(FULL), counts.get(arm))
         row["more_parameters"] = counts[FULL] - counts[arm] if known else None
@@ -72,7 +84,7 @@ def switch_rows(
 
 def _judge(row: Row) -> tuple[bool | None, str]:
     """Whether a switch stays, and why."""
-    if row["loss_low"] is None:
+    if row["loss_low"] is None or row["ms_ratio_low"] is None:
         return None, "no verdict"
     worse = {"loss": row["loss_low"] > 0, "time": row["ms_ratio_low"] > 1}
     better = {"loss": row["loss_high"] < 0, "time": row["ms_ratio_high"] < 1}
@@ -144,9 +156,7 @@ def interaction_in_words(found: Mapping[str, Any] | None) -> str:
     )
 
 
-def cost_rows(
-    trials: Sequence[Trial], milliseconds: Mapping[str, Sequence[float]], steps: int, first_loss: float
-) -> Rows:
+def cost_rows(trials: Sequence[Trial], milliseconds: Milliseconds, steps: int, first_loss: float) -> Rows:
     """Seconds to the plain arm's last loss of the same seed, one row an arm; ``steps`` lie between two scores."""
     groups = ARMS.groups(trials)
     goals = {t["seed"]: t["epochs"][-1]["val_loss"] for t in groups.get(NONE, [])}
@@ -169,12 +179,12 @@ def cost_rows(
                 for e, t in zip(ratio.interval, (time.low, time.high), strict=True)
             ]
             ratio = Perplexity(ratio.mean * time.mean, *ends)
-        mean = interval95(milliseconds[arm])[0]
+        each = statistics.median(milliseconds[arm])
         rows.append(
             {
-                "arm": arm, "milliseconds": mean, "reached": len(reached), "seeds": len(goals),
+                "arm": arm, "milliseconds": each, "reached": len(reached), "seeds": len(goals),
                 "steps": steps * interval95(reached)[0] if whole else None,
-                "seconds": steps * interval95(reached)[0] * mean / 1e3 if whole else None,
+                "seconds": steps * interval95(reached)[0] * each / 1e3 if whole else None,
                 "ratio": ratio.mean, "low": ratio.low, "high": ratio.high,
             }
         )  # fmt: skip
