@@ -104,7 +104,7 @@ def prepare_text(config: BaselineConfig) -> BaselineText:
     """
     same = ("lowercase", "validation", "vocab_size", "max_train_tokens", "seq_len", "batch_size")
     return make_text(
-        load_corpus(config.dataset, config.data_dir),
+        load_corpus(config.dataset, config.data_dir, max_tokens=config.max_train_tokens or None),
         tokenizer=LINES if config.protocol == "original" else config.tokenizer,
         search_tokens=config.search_tokens if len(config.learning_rates) > 1 else None,
         **{name: getattr(config, name) for name in same},
