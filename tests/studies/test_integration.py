@@ -89,7 +89,7 @@ def test_no_arm_sees_the_future_and_each_begins_at_a_uniform_guess(config, train
 
 def test_the_design_is_all_each_left_out_and_none_and_a_gpt_of_equal_size(config, training):
     arms = _arms(config, training)
-    assert list(arms) == ["none", "full", *(f"less {name}" for name in SWITCHES), "GPT"]
+    assert list(arms) == ["none", "plain", "full", *(f"less {name}" for name in SWITCHES), "GPT"]
     assert 6 <= len(SWITCHES) <= 9
     assert together({"convolution"}) == frozenset()
     full, gpt = build(config, {"reading", "convolution", "tying"}, training)(V), rival(config)(V)
@@ -159,8 +159,8 @@ def test_the_interaction_is_what_single_effects_do_not_add_up_to():
 
 
 def test_seconds_to_the_plain_loss_are_steps_times_milliseconds_and_claims_are_read_off_them():
-    milliseconds = {"none": [10.0] * 6, "full": [20.0] * 6}
-    costs = tables.cost_rows(trials({"none": 4.0, "full": 3.5}), milliseconds, 100, 6.0)
+    milliseconds = {"plain": [10.0] * 6, "full": [20.0] * 6}
+    costs = tables.cost_rows(trials({"plain": 4.0, "full": 3.5}), milliseconds, 100, 6.0)
     assert costs[0]["seconds"] == pytest.approx(2.0)
     # Its first score is at the plain arm's last: half the steps, of twice the time.
     assert costs[1]["seconds"] == pytest.approx(2.0, rel=0.02)
@@ -177,7 +177,7 @@ def test_seconds_to_the_plain_loss_are_steps_times_milliseconds_and_claims_are_r
     assert verdicts(1 / 12)["17.5 times faster"] == "does not hold"
     assert verdicts(None)["10 times faster"] == "does not hold"
     assert verdicts(1.0)["a loss of 22.52 is a complete success"] == "does not hold"
-    full = {"arm": "full", "against": "none", "loss_difference": -1.0, "low": -1.1, "high": -0.9}
+    full = {"arm": "full", "against": "plain", "loss_difference": -1.0, "low": -1.1, "high": -0.9}
     gpt = {"arm": "GPT", "against": "full", "loss_difference": -0.2, "low": -0.3, "high": -0.1}
     found = verdicts(1.0, [full, gpt])
     assert found["all optimisations together help, at equal steps"] == "holds"

@@ -33,7 +33,7 @@ class IntegrationConfig(WindowStudyConfig):
     }  # fmt: skip
 
     budgets: Literal["both", "steps"] = setting(
-        "both", help="both: every arm once more, for as long as the arm without a switch takes"
+        "both", help="both: every arm once more, for as long as the plain arm takes"
     )
     epochs: int | None = setting(None, low=1, high=1000, help="passes over the training text, of equal steps")
     scores: int | None = setting(None, low=1, high=1000, help="scores in a training, for the time to a loss")

@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bklm.harness.figures import GREY, MARKERS, colours, legend_below, mean_with_error, save_figure
-from bklm.studies.integration.tables import ARMS, FULL, KEPT, NONE, RIVAL
+from bklm.studies.integration.tables import ARMS, FULL, KEPT, NONE, PLAIN, RIVAL
 
+LABELS = {NONE: " (as published, made causal)", PLAIN: " (its exact gradient)"}
 SHIFT = 0.16  # between the two budgets of a switch
-CURVES = (NONE, FULL, KEPT, RIVAL)
+CURVES = (NONE, PLAIN, FULL, KEPT, RIVAL)
 
 
 def draw_switches(path: Path, rows: Sequence[Mapping[str, Any]], title: str, note: str) -> Path | None:
@@ -70,7 +71,7 @@ def draw_curves(
             curves = [[e["val_loss"] for e in t["epochs"]] for t in group]
             means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
             times = [seconds[arm] * (i + 1) for i in range(len(means))]
-            label = f"{arm} (as published, made causal)" if arm == NONE else arm
+            label = arm + LABELS.get(arm, "")
             axes.plot(times, means, color=colour, marker=marker, label=label)
         axes.set(xlabel="seconds of training steps", ylabel="validation loss, nats")
         legend_below(axes, ncols=2, fontsize=10)

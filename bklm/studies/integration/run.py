@@ -1,6 +1,6 @@
 """The integration study: what studies 01 to 07 changed, as switches of one model: all on, each left out, none.
 
-Every arm is trained for equal steps, then for the time that the arm without a switch takes. A switch stays in what is called
+Every arm is trained for equal steps, then for the time that the plain arm takes. A switch stays in what is called
 integrated where its removal costs loss or time beyond the interval over seeds.
 """
 
@@ -32,7 +32,7 @@ from bklm.studies.integration.claims import claims_table
 from bklm.studies.integration.config import IntegrationConfig
 from bklm.studies.integration.measured import HEAD, of_models, step_times, with_later
 from bklm.studies.integration.switches import SWITCHES, Training, build, co_occurrences, rival, together
-from bklm.studies.integration.tables import ARMS, FULL, KEPT, LESS, NONE, RIVAL
+from bklm.studies.integration.tables import ARMS, FULL, KEPT, LESS, NONE, PLAIN, RIVAL
 from bklm.training.auxiliary import without_term
 from bklm.training.schedules import TrainingSettings
 from bklm.training.weights import load_weights
@@ -126,7 +126,7 @@ def estimated_minutes(config: IntegrationConfig) -> float:
     times = dict.fromkeys(arms, seeds + (rates if rates > 1 else 0))
     times[FULL] += seeds  # the integrated one, which no arm costs more than
     if config.budgets != "steps":
-        times[NONE] += seeds * len(arms)
+        times[PLAIN] += seeds * len(arms)
     return minutes(config, [
         Run((f"integration {name}", config), lambda name=name: arms[name].build(vocabulary), count, used,
             val_tokens * config.scores)
@@ -141,8 +141,9 @@ def _arms(config: IntegrationConfig, training: Training, kept: Collection[str] =
         return Arm(build(config, names, training), against)
 
     less = {LESS + name: arm(set(SWITCHES) - {name}, FULL) for name in SWITCHES}
-    made = {NONE: arm(()), FULL: arm(SWITCHES, NONE), **less, RIVAL: Arm(rival(config), (FULL,))}
-    return made | ({KEPT: arm(kept, FULL, NONE)} if kept else {})
+    made = {NONE: arm(()), PLAIN: arm(("gradient",), NONE), FULL: arm(SWITCHES, PLAIN, NONE), **less}
+    made[RIVAL] = Arm(rival(config), (FULL,))
+    return made | ({KEPT: arm(kept, FULL, PLAIN)} if kept else {})
 
 
 def _train_all(study: Session) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def _train_all(study: Session) -> dict[str, Any]:
     arms = _arms(config, Training(table, steps))
     rates, seeds = config.learning_rates, len(config.seeds)
     study.expect(steps * len(arms) * (seeds + (len(rates) if len(rates) > 1 else 0)))
-    found = {"arms": arms, "portion": portion, "times": step_times(study, arms, NONE)}
+    found = {"arms": arms, "portion": portion, "times": step_times(study, arms, PLAIN)}
     settings = TrainingSettings(
         config.scores, learning_rate=rates[0], weight_decay=config.weight_decay, clip=config.clip,
         schedule=config.schedule,
@@ -175,8 +176,8 @@ def _train_all(study: Session) -> dict[str, Any]:
     def train_for_as_long(name: str) -> list[Trial]:
         if config.budgets == "steps":
             return []
-        if name == NONE:
-            return [t for t in found["steps"] if t["arm"] == NONE]
+        if name == PLAIN:
+            return [t for t in found["steps"] if t["arm"] == PLAIN]
         fit = tables.steps_that_fit(found["milliseconds"], name, steps)
         batches = max(1, round(fit / config.scores))
         study.expect(study.progress.total + batches * config.scores * seeds)
@@ -191,8 +192,8 @@ def _train_all(study: Session) -> dict[str, Any]:
     # With fewer seeds nothing is judged; a set that was trained under another name is not trained again.
     if seeds >= FEWEST_SEEDS and len(SWITCHES) - 1 > len(found["kept"]) > 0:
         arms |= _arms(config, Training(table, steps), found["kept"])
-        later = step_times(study, {n: arms[n] for n in (NONE, KEPT)}, NONE, f"times_{KEPT}")["milliseconds"]
-        found["milliseconds"] = with_later(found["milliseconds"], later, KEPT, NONE)
+        later = step_times(study, {n: arms[n] for n in (PLAIN, KEPT)}, PLAIN, f"times_{KEPT}")["milliseconds"]
+        found["milliseconds"] = with_later(found["milliseconds"], later, KEPT, PLAIN)
         study.expect(study.progress.total + steps * seeds)
         best[KEPT] = best[FULL]
         found["steps"] += train({KEPT: arms[KEPT]}, TRIALS, portion, best[KEPT])
@@ -212,7 +213,7 @@ def _note(study: Session, bars: bool = True) -> str:
         if len(rates) == 1
         else f"each arm's rate the best of {len(rates)}"
     )
-    plain = f"{NONE}: the published operator, made causal, alpha {study.config.blend:g}"
+    plain = f"{NONE}: as published, made causal, alpha {study.config.blend:g}; {PLAIN}: the same with alpha 0"
     return small_print(study.text, len(study.config.seeds), rate, plain, bars=bars)
 
 
@@ -225,7 +226,7 @@ def _report(study: Session, found: dict[str, Any]) -> IntegrationResult:
     }  # fmt: skip
     first_loss = math.log(study.text.vocab_size)
     parts["costs"] = tables.cost_rows(trials, milliseconds, found["portion"], first_loss)
-    head = tables.time_ratio(milliseconds, HEAD, NONE).mean
+    head = tables.time_ratio(milliseconds, HEAD, PLAIN).mean
     shares = {"outer_parameter_share": found["times"]["outer_parameter_share"], "head_time_share": head}
     table, unigram = ARMS.rows(trials), study.text.baselines[0]["val_ppl"]
     claims = claims_table(parts["verdicts"], parts["timed_verdicts"], parts["costs"], shares, table, unigram)
@@ -240,7 +241,7 @@ def _report(study: Session, found: dict[str, Any]) -> IntegrationResult:
     for name, rows in files.items():
         report.csv(f"{name}.csv", rows)
     report.csv("claims.csv", claims)
-    again = {"timed": [t for t in timed if t["arm"] != NONE]} if timed else {}
+    again = {"timed": [t for t in timed if t["arm"] != PLAIN]} if timed else {}
     return report.finish(
         IntegrationResult, ARMS, trials, also=again, rows=table,
         finding=f"{ARMS.finding(trials)} {kept} {tables.interaction_in_words(adds)}",

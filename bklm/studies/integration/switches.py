@@ -22,8 +22,7 @@ from bklm.training.energy_terms import DepthEnergy
 from bklm.training.koopman import KoopmanTerm
 
 Build = Callable[[int], LanguageModel]
-# Of the diagonal mixer with several heads, and of the short convolution of the one that reads.
-ETA, POSITIONS = 0.3, 4
+POSITIONS = 4  # of the short convolution
 
 
 class Switch(NamedTuple):
@@ -92,7 +91,7 @@ def build(config: IntegrationConfig, names: Collection[str], training: Training)
 
 
 def _config(config: IntegrationConfig, on: Collection[str], vocabulary: int) -> ResNetBKConfig:
-    mixer = {"mixer": "diagonal", "eta": ETA, "n_seq": config.seq_len}
+    mixer = {"mixer": "diagonal", "n_seq": config.seq_len}
     if "reading" in on:
         mixer = {"mixer": "solve", "convolution": POSITIONS if "convolution" in on else 0}
     return ResNetBKConfig(

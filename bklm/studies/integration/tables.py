@@ -15,7 +15,9 @@ from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.training.context_gain import gain_in_words
 from bklm.training.stability import steps_to_loss
 
-NONE, FULL, LESS, KEPT, RIVAL = "none", "full", "less ", "integrated", "GPT"
+# The published operator, made causal: without a switch; and with the gradient alone, which is what this package calls plain.
+NONE, PLAIN = "none", "plain"
+FULL, LESS, KEPT, RIVAL = "full", "less ", "integrated", "GPT"
 Rows = list[dict[str, Any]]
 Row = Mapping[str, Any]
 Milliseconds = Mapping[str, Sequence[float]]
@@ -46,7 +48,7 @@ def time_ratio(milliseconds: Milliseconds, arm: str, to: str) -> Perplexity:
 
 def steps_that_fit(milliseconds: Milliseconds, arm: str, steps: int) -> int:
     """Steps of an arm in the time of ``steps`` of the plain one."""
-    return max(1, round(steps / time_ratio(milliseconds, arm, NONE).mean))
+    return max(1, round(steps / time_ratio(milliseconds, arm, PLAIN).mean))
 
 
 def switch_rows(
@@ -159,7 +161,7 @@ def interaction_in_words(found: Mapping[str, Any] | None) -> str:
 def cost_rows(trials: Sequence[Trial], milliseconds: Milliseconds, steps: int, first_loss: float) -> Rows:
     """Seconds to the plain arm's last loss of the same seed, one row an arm; ``steps`` lie between two scores."""
     groups = ARMS.groups(trials)
-    goals = {t["seed"]: t["epochs"][-1]["val_loss"] for t in groups.get(NONE, [])}
+    goals = {t["seed"]: t["epochs"][-1]["val_loss"] for t in groups.get(PLAIN, [])}
     taken = {
         arm: {t["seed"]: steps_to_loss(t["epochs"], goals[t["seed"]], first_loss) for t in group if t["seed"] in goals}
         for arm, group in groups.items()
@@ -168,12 +170,12 @@ def cost_rows(trials: Sequence[Trial], milliseconds: Milliseconds, steps: int, f
     for arm, found in taken.items():
         reached = [n for n in found.values() if n is not None]
         whole = bool(goals) and len(reached) == len(goals)
-        time = time_ratio(milliseconds, arm, NONE)
+        time = time_ratio(milliseconds, arm, PLAIN)
         ratio = Perplexity(None, None, None)
-        if whole and len(taken[NONE]) == len(goals):
+        if whole and len(taken[PLAIN]) == len(goals):
             # Steps differ from seed to seed and milliseconds from round to round: the ends of both together are no narrower
             # than the interval of the product.
-            ratio = Perplexity.over_seeds([max(found[s], 1e-9) / taken[NONE][s] for s in goals])
+            ratio = Perplexity.over_seeds([max(found[s], 1e-9) / taken[PLAIN][s] for s in goals])
             ends = [
                 None if e is None or t is None else e * t
                 for e, t in zip(ratio.interval, (time.low, time.high), strict=True)
