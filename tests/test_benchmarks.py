@@ -29,7 +29,7 @@ RUNS = {
     "grad_blend_initialisation": ("--alphas 0 --seeds 0 --data_dir TEXT --output OUTPUT/rows.csv", "val_ppl"),
     "resolvent_solve": ("--quick --seconds 0.2", "scipy / ours"),
     "reading_step": ("--quick", "exponent of the step time over N"),
-    "reading_search": ("--quick --only taken", "Validation perplexity after epoch 1"),
+    "reading_search": ("--quick --model gpt --only taken", "Validation perplexity after epoch 1"),
     "moe_perplexity": ("--quick --output_dir OUTPUT", "exact router gradient"),
 }
 
