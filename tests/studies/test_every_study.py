@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 from small import SMALL, run_of, small
 
 from bklm.harness import folder as folder_module
@@ -156,6 +157,25 @@ def test_its_tables_have_rows_and_every_column_a_name(runs, study):
     for name, make in tables.items():
         for row in make():
             assert all(isinstance(column, str) and column for column in row), name
+
+
+# Of the others one trains nothing; dialogue asks for the gain from turns, and two judge what is done to one trained model.
+@pytest.mark.parametrize("study", ["grad_blend", "baseline", "koopman", "physics", "integration"])
+def test_its_main_table_says_what_each_model_gains_from_context(runs, study):
+    rows = next(
+        rows for make in runs(study).tables().values() if (rows := make()) and "val PPL (95%)" in rows[0]
+    )
+    told = [row.get("context gain", row.get("gain from context")) for row in rows]
+    assert all(told)
+    assert any("%" in words for words in told)
+
+
+@pytest.mark.parametrize("study", ["grad_blend", "koopman", "physics"])
+def test_every_figure_of_what_was_published_says_that_it_sees_the_future(study, tmp_path, small_text):
+    result = run_of(study)(small(study, tmp_path, small_text, protocol="original"))
+    drawn = {p.name: Image.open(p).text["Description"] for p in result.folder.glob("*.png")}
+    assert drawn
+    assert [name for name, note in drawn.items() if "THIS MODEL SEES THE FUTURE" not in note] == []
 
 
 @pytest.mark.parametrize("study", STUDIES)

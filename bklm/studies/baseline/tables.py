@@ -102,7 +102,7 @@ MODELS = Comparison(
             "context_gain",
             partial(_mean_or_none, key="context_gain"),
             "gain from context",
-            lambda row: gain_in_words(row.get("context_gain")),
+            lambda row: gain_in_words(row["context_gain"]),
         ),
         *(
             Column(f"val_ppl_context_{length}", partial(_by_context, length=length))
@@ -138,9 +138,6 @@ def search_rows(searched: Sequence[Trial], steps: int) -> list[dict[str, Any]]:
 def readable_quality(rows: Rows, baselines: Rows, is_wikitext2: bool = True) -> list[dict[str, Any]]:
     """Perplexities and accuracy for people, the n-gram baselines below; on WikiText-2 the original's report, too."""
     found = MODELS.readable(rows)
-    if not any("context_gain" in row for row in rows):
-        # A summary that an earlier version wrote knows nothing of it.
-        found = [{k: v for k, v in row.items() if k != "gain from context"} for row in found]
     empty = dict.fromkeys(found[0], "-")
     titles = {"val_ppl": "val PPL (95%)", "val_ppl_without_unk": "without <unk>"}
     for row in baselines:
