@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from small import SMALL, run_of, small
 
@@ -183,6 +184,13 @@ def test_every_column_of_its_csv_files_is_explained_in_the_report(runs, study):
     files = list(runs(study).folder.glob("*.csv"))
     assert files
     assert [c for file in files for c in pd.read_csv(file, nrows=0).columns if not meaning(c)] == []
+
+
+@pytest.mark.parametrize("study", TRAINED)
+def test_its_best_model_comes_back_from_the_folder(runs, study):
+    model = runs(study).load()
+    assert not model.training
+    assert model(torch.zeros(1, 4, dtype=torch.int64)).shape == (1, 4, model.vocab_size)
 
 
 @pytest.mark.parametrize("study", TRAINED)

@@ -9,10 +9,12 @@ from small import small
 
 from bklm.bk_core import backends, solve_backends
 from bklm.data import Portions, make_loader, set_epoch, windows
-from bklm.models import future_leak
+from bklm.models import GPT, ResNetBK, future_leak
+from bklm.studies import run_integration
 from bklm.studies.integration import claims, tables
-from bklm.studies.integration.run import _arms
+from bklm.studies.integration.run import _arms, prepare_text
 from bklm.studies.integration.switches import NEEDS, SWITCHES, Training, build, co_occurrences, rival, together
+from bklm.training.evaluation import evaluate
 
 V = 60
 
@@ -85,6 +87,24 @@ def test_no_arm_sees_the_future_and_each_begins_at_a_uniform_guess(config, train
         model = arm.build(V).double().eval()
         assert future_leak(model, ids[:1], 9).max() <= 1e-12, name
         assert model.loss(ids, targets).item() == pytest.approx(math.log(V), rel=0.02), name
+
+
+def test_every_arm_comes_back_as_the_plain_model_that_was_scored(small_text, tmp_path):
+    result = run_integration(small("integration", tmp_path, small_text, budgets="steps"))
+    text = prepare_text(result.config)
+    for row in result.table:
+        model = result.load(row["arm"])
+        assert isinstance(model, ResNetBK | GPT)
+        assert evaluate(model, text.val_loader(), text.unk_id).perplexity == pytest.approx(
+            row["val_ppl"], rel=1e-4
+        )
+    zeros = [
+        float((result.load(arm).blocks[0].dense.up.weight == 0).float().mean())
+        for arm in ("full", "less pruning")
+    ]
+    assert zeros[0] > 0.2 > zeros[1] == 0
+    with pytest.raises(ValueError, match="model: got 'fuller'; this study trained 'none', 'plain', 'full'"):
+        result.load("fuller")
 
 
 def test_the_design_is_all_each_left_out_and_none_and_a_gpt_of_equal_size(config, training):

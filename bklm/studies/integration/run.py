@@ -69,14 +69,15 @@ class IntegrationResult(StudyResult):
 
     def load(self, model: str | None = None) -> LanguageModel:
         """An arm's model of the first seed, its terms left out and its zeros made; on the CPU, evaluating."""
-        names = model or self.best
-        place = self.folder / TRIALS / place_of({"arm": names, "seed": self.config.seeds[0]})
+        name = model or self.best
+        trials = _place_of_kept(self.kept) if name == KEPT else TRIALS
+        place = self.folder / trials / place_of({"arm": name, "seed": self.config.seeds[0]})
         record = read_result(place / "result.json", {**NEEDED, "val_ppl": float})
         if record is None or not (place / WEIGHTS).exists():
             known = ", ".join(repr(row["arm"]) for row in self.table)
             raise ValueError(f"model: got {model!r}; this study trained {known}, those that diverged excepted.")
         training = Training(None, record["steps_per_score"] * self.config.scores)
-        made = _arms(self.config, training, self.kept)[names].build(record["vocabulary"])
+        made = _arms(self.config, training, self.kept)[name].build(record["vocabulary"])
         load_weights(without_term(made), place / WEIGHTS)
         return without_term(baked(without_term(made))).eval()
 
@@ -147,6 +148,7 @@ def _arms(config: IntegrationConfig, training: Training, kept: Collection[str] =
 
 
 def _train_all(study: Session) -> dict[str, Any]:
+    """The trials at equal steps and at equal time, what a step of each arm takes, and the switches with those that stay."""
     config, text = study.config, study.text
     portion = len(text.train_loader(seed=0)) * config.epochs // config.scores
     steps, table = portion * config.scores, co_occurrences(text.tokens.train, text.vocab_size, config.d_model)
@@ -168,12 +170,7 @@ def _train_all(study: Session) -> dict[str, Any]:
             study, chosen, with_rate, text=own, name=name, measure=of_models(own), needed=NEEDED, **more
         )
 
-    found["steps"] = train(arms, TRIALS, portion, rates=rates if len(rates) > 1 else ())
-    ARMS.require_any(found["steps"])
-    best = {t["arm"]: t["learning_rate"] for t in found["steps"]}
-    found["time"] = [t for t in found["steps"] if t["arm"] == NONE]
-
-    def train_for_as_long(name: str) -> list[Trial]:
+    def train_for_as_long(name: str, place: str = TIMED) -> list[Trial]:
         if config.budgets == "steps":
             return []
         if name == PLAIN:
@@ -182,9 +179,13 @@ def _train_all(study: Session) -> dict[str, Any]:
         batches = max(1, round(fit / config.scores))
         study.expect(study.progress.total + batches * config.scores * seeds)
         arm = _arms(config, Training(table, batches * config.scores), found["kept"])[name]
-        return train({name: dataclasses.replace(arm, kept=False)}, TIMED, batches, best[name])
+        best = next(t["learning_rate"] for t in found["steps"] if t["arm"] == name)
+        return train({name: dataclasses.replace(arm, kept=False)}, place, batches, best)
 
+    searched = rates if len(rates) > 1 else ()
     found |= {"kept": (), "milliseconds": found["times"]["milliseconds"]}
+    found["steps"] = train(arms, TRIALS, portion, rates=searched)
+    ARMS.require_any(found["steps"])
     found["time"] = [trial for name in arms for trial in train_for_as_long(name)]
     found["switches"] = _judged(study, found)
     names = {r["switch"] for r in found["switches"] if r["stays"]}
@@ -192,13 +193,18 @@ def _train_all(study: Session) -> dict[str, Any]:
     # With fewer seeds nothing is judged; a set that was trained under another name is not trained again.
     if seeds >= FEWEST_SEEDS and len(SWITCHES) - 1 > len(found["kept"]) > 0:
         arms |= _arms(config, Training(table, steps), found["kept"])
-        later = step_times(study, {n: arms[n] for n in (PLAIN, KEPT)}, PLAIN, f"times_{KEPT}")["milliseconds"]
+        place = _place_of_kept(found["kept"])
+        later = step_times(study, {n: arms[n] for n in (PLAIN, KEPT)}, PLAIN, f"times_{place}")["milliseconds"]
         found["milliseconds"] = with_later(found["milliseconds"], later, KEPT, PLAIN)
-        study.expect(study.progress.total + steps * seeds)
-        best[KEPT] = best[FULL]
-        found["steps"] += train({KEPT: arms[KEPT]}, TRIALS, portion, best[KEPT])
-        found["time"] += train_for_as_long(KEPT)
+        study.expect(study.progress.total + steps * (seeds + len(searched)))
+        found["steps"] += train({KEPT: arms[KEPT]}, place, portion, rates=searched)
+        found["time"] += train_for_as_long(KEPT, f"{place}_{TIMED}")
     return found
+
+
+def _place_of_kept(kept: Collection[str]) -> str:
+    """Folder of the integrated arm's trials, which another choice of switches does not find."""
+    return f"{KEPT}_{'_'.join(kept)}"
 
 
 def _judged(study: Session, found: dict[str, Any]) -> list[dict[str, Any]]:
