@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from bklm.harness.figures import GREY, MARKERS, colours, legend_below, mean_with_error, save_figure
 from bklm.studies.integration.tables import ARMS, FULL, KEPT, NONE, PLAIN, RIVAL
 
-LABELS = {NONE: " (as published, made causal)", PLAIN: " (its exact gradient)"}
+LABELS = {NONE: " (as published, made causal)", PLAIN: " (exact gradient, fused kernel)"}
 SHIFT = 0.16  # between the two budgets of a switch
 CURVES = (NONE, PLAIN, FULL, KEPT, RIVAL)
 

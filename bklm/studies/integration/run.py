@@ -31,7 +31,15 @@ from bklm.studies.integration import figures, tables
 from bklm.studies.integration.claims import claims_table
 from bklm.studies.integration.config import IntegrationConfig
 from bklm.studies.integration.measured import HEAD, of_models, step_times, with_later
-from bklm.studies.integration.switches import SWITCHES, Training, build, co_occurrences, rival, together
+from bklm.studies.integration.switches import (
+    OF_PLAIN,
+    SWITCHES,
+    Training,
+    build,
+    co_occurrences,
+    rival,
+    together,
+)
 from bklm.studies.integration.tables import ARMS, FULL, KEPT, LESS, NONE, PLAIN, RIVAL
 from bklm.training.auxiliary import without_term
 from bklm.training.schedules import TrainingSettings
@@ -142,7 +150,7 @@ def _arms(config: IntegrationConfig, training: Training, kept: Collection[str] =
         return Arm(build(config, names, training), against)
 
     less = {LESS + name: arm(set(SWITCHES) - {name}, FULL) for name in SWITCHES}
-    made = {NONE: arm(()), PLAIN: arm(("gradient",), NONE), FULL: arm(SWITCHES, PLAIN, NONE), **less}
+    made = {NONE: arm(()), PLAIN: arm(OF_PLAIN, NONE), FULL: arm(SWITCHES, PLAIN, NONE), **less}
     made[RIVAL] = Arm(rival(config), (FULL,))
     return made | ({KEPT: arm(kept, FULL, PLAIN)} if kept else {})
 
@@ -191,7 +199,8 @@ def _train_all(study: Session) -> dict[str, Any]:
     names = {r["switch"] for r in found["switches"] if r["stays"]}
     found["kept"] = tuple(n for n in SWITCHES if n in together(names))
     # With fewer seeds nothing is judged; a set that was trained under another name is not trained again.
-    if seeds >= FEWEST_SEEDS and len(SWITCHES) - 1 > len(found["kept"]) > 0:
+    is_new = len(SWITCHES) - 1 > len(found["kept"]) > 0 and set(found["kept"]) != OF_PLAIN
+    if seeds >= FEWEST_SEEDS and is_new:
         arms |= _arms(config, Training(table, steps), found["kept"])
         place = _place_of_kept(found["kept"])
         later = step_times(study, {n: arms[n] for n in (PLAIN, KEPT)}, PLAIN, f"times_{place}")["milliseconds"]
@@ -219,7 +228,7 @@ def _note(study: Session, bars: bool = True) -> str:
         if len(rates) == 1
         else f"each arm's rate the best of {len(rates)}"
     )
-    plain = f"{NONE}: as published, made causal, alpha {study.config.blend:g}; {PLAIN}: the same with alpha 0"
+    plain = f"{NONE}: as published, made causal, alpha {study.config.blend:g}; {PLAIN}: alpha 0, fused kernel"
     return small_print(study.text, len(study.config.seeds), rate, plain, bars=bars)
 
 
@@ -241,7 +250,8 @@ def _report(study: Session, found: dict[str, Any]) -> IntegrationResult:
     report.figure("switches.png", figures.draw_switches, found["switches"], kept, _note(study))
     seconds = {arm: found["portion"] * statistics.median(ms) / 1e3 for arm, ms in milliseconds.items()}
     best = ARMS.perplexity(ARMS.groups(trials)[ARMS.best(trials)]).mean
-    title = ARMS.headline(trials) + not_beaten_in_short(best, study.text.baselines)
+    title = tables.costs_in_words(parts["costs"], figures.CURVES)
+    title += not_beaten_in_short(best, study.text.baselines).replace("; not", "; no arm is", 1)
     report.figure("curves.png", figures.draw_curves, trials, seconds, title, _note(study, bars=False))
     files = {"switches": found["switches"], **parts}
     for name, rows in files.items():

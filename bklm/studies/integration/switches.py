@@ -44,6 +44,8 @@ SWITCHES = {
     "energy": Switch("06", "energy term in the loss", "none"),
     "pruning": Switch("07", "body pruned while it learns", "all weights kept"),
 }
+# What the published operator has in this package without being asked: its gradient, and the kernel that computes it.
+OF_PLAIN = frozenset({"gradient", "kernel"})
 # The diagonal mixer has no short convolution: without the first there is no second.
 NEEDS = {"convolution": "reading"}
 
