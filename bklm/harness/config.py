@@ -146,7 +146,7 @@ class TextStudyConfig(StudyConfig):
         check_tracker(config.tracker)
         if config.storage:
             # SQLAlchemy takes half a second to import, and nobody else needs it.
-            from bklm.harness.grid_storage import check_address
+            from bklm.sharing.database import check_address
 
             check_address(config.storage)
         shared = [n for n, is_on in (("storage", config.storage), ("processes", config.processes > 1)) if is_on]
