@@ -249,9 +249,10 @@ def _report(study: Session, found: dict[str, Any]) -> IntegrationResult:
     kept = tables.kept_in_words(found["switches"])
     report.figure("switches.png", figures.draw_switches, found["switches"], kept, _note(study))
     seconds = {arm: found["portion"] * statistics.median(ms) / 1e3 for arm, ms in milliseconds.items()}
-    best = ARMS.perplexity(ARMS.groups(trials)[ARMS.best(trials)]).mean
-    title = tables.costs_in_words(parts["costs"], figures.CURVES)
-    title += not_beaten_in_short(best, study.text.baselines).replace("; not", "; no arm is", 1)
+    best = ARMS.best(trials)
+    reached = ARMS.perplexity(ARMS.groups(trials)[best]).mean
+    title = f"{tables.costs_in_words(parts['costs'], figures.CURVES)}; lowest PPL of all arms: {best}, {reached:.1f}"
+    title += not_beaten_in_short(reached, study.text.baselines)
     report.figure("curves.png", figures.draw_curves, trials, seconds, title, _note(study, bars=False))
     files = {"switches": found["switches"], **parts}
     for name, rows in files.items():
