@@ -153,9 +153,14 @@ class SolveMixer(nn.Module):
         return F.pad(u, (0, 0, short, 0)) if short > 0 else u[:, u.shape[1] - self._reach :]
 
     def _is_fused(self, read: Tensor) -> bool:
-        """Whether the features are computed in one pass: where nobody looks at the core or at what was mixed."""
-        plain = self.config.causal and not self.config.grad_blend and read.shape[1] > 0
+        """Whether one pass computes the features: nobody chose the core's backend, or looks at it or at what was mixed."""
         core = self.core
+        plain = (
+            self.config.causal
+            and not self.config.grad_blend
+            and read.shape[1] > 0
+            and core.backend == SolveCore.backend
+        )
         watched = core._forward_hooks or core._forward_pre_hooks or core._backward_hooks
         return plain and self.mixed.idle and not watched and is_fused(read, self.log_eta)
 
