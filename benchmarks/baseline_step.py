@@ -1,14 +1,18 @@
 """What does one training step of NewLLM cost, and what does it cost written position by position?
 
-    python benchmarks/baseline_step.py                  # the published size: batch 32, 63 positions, vocabulary 1,000
+    python benchmarks/baseline_step.py                  # the published size: 16 x 64 and 1 x 4,096 positions, vocabulary 1,000
     python benchmarks/baseline_step.py --model advanced
+    python benchmarks/baseline_step.py --batch 32 --length 63 --arms bklm literal
     python benchmarks/baseline_step.py --quick          # a small size, for CI
     python benchmarks/baseline_step.py --device cuda
 
 A step is forward, loss, backward, clip and Adam, with dropout. The literal arm is the published description as a loop
 over positions through torch's modules, under autograd: embedding, six layers, head and gates at each position, then
-one cross-entropy. A second literal arm takes the head out of the loop. Before anything is timed, losses and gradients of
+one cross-entropy. A second literal arm takes the head out of the loop. "steps" is bklm's own engine for other devices, which
+takes one position after the other where the CPU's sweeps windows. Before anything is timed, losses and gradients of
 all arms are compared without dropout. Arms take turns in one process; medians with quartiles.
+
+Of a long text only bklm's two are timed: the literal ones would take minutes a step.
 
 The floor is the matrix products alone, on the same library as bklm's: at each position the layers' and gates' thin
 products, once forward and once backward; all else as single products over all positions.
@@ -19,17 +23,19 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from unittest import mock
 
 import torch
-from _timing import Timing, duration, print_table, take_turns
+from _timing import duration, print_table, processor, take_turns
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bklm.models import NewLLM, NewLLMConfig
-from bklm.models.new_llm_loop import CONTEXT_LIMIT
+from bklm.models import NewLLM, NewLLMConfig, new_llm_loop, new_llm_steps
+from bklm.models.new_llm_plain import CONTEXT_LIMIT
 from bklm.models.products import PreparedLinear, linear, weight_gradient
+from bklm.training.allocator import keep_freed_memory
 
-BKLM, LITERAL, HEAD_OUTSIDE = "bklm", "literal", "literal, head outside the loop"
+BKLM, STEPS, LITERAL, HEAD_OUTSIDE = "bklm", "steps", "literal", "literal, head outside the loop"
 
 
 def literal_loss(model: NewLLM, ids: Tensor, targets: Tensor, head_in_loop: bool) -> Tensor:
@@ -49,8 +55,14 @@ def literal_loss(model: NewLLM, ids: Tensor, targets: Tensor, head_in_loop: bool
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+def steps_loss(model: NewLLM, ids: Tensor, targets: Tensor) -> Tensor:
+    with mock.patch.object(new_llm_loop, "_engine", return_value=new_llm_steps):
+        return model.loss(ids, targets)
+
+
 LOSSES: dict[str, Callable[[NewLLM, Tensor, Tensor], Tensor]] = {
     BKLM: lambda model, x, y: model.loss(x, y),
+    STEPS: steps_loss,
     LITERAL: lambda model, x, y: literal_loss(model, x, y, head_in_loop=True),
     HEAD_OUTSIDE: lambda model, x, y: literal_loss(model, x, y, head_in_loop=False),
 }
@@ -119,45 +131,59 @@ def check_arms_agree(config: NewLLMConfig, x: Tensor, y: Tensor) -> None:
             )
 
 
-def row(name: str, timing: Timing, tokens: int, reference: float, floor: float) -> dict[str, str]:
-    return {
-        "training step": name,
-        "time (quartiles)": str(timing),
-        "tokens/s": f"{tokens / timing.median:,.0f}",
-        "speed": f"{reference / timing.median:.2f}x",
-        "of the floor": f"{timing.median / floor:.2f}x",
-    }
+def measure(config: NewLLMConfig, batch: int, length: int, names: list[str], args: argparse.Namespace) -> None:
+    tokens = torch.randint(0, args.vocab_size, (batch, length + 1), device=args.device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    arms = {arm: training_step(config, arm, x, y) for arm in names}
+    # A sweep's products are others than a loop's.
+    floor, operations = floor_step(config, x) if LITERAL in names else (None, 0)
+    found = take_turns({**arms, "floor": floor} if floor else arms, args.seconds)
+    slowest = found[names[-1]].median
+    table = [
+        {
+            "training step": name,
+            "time (quartiles)": str(found[name]),
+            "tokens/s": f"{x.numel() / found[name].median:,.0f}",
+            f"speed against {names[-1]}": f"{slowest / found[name].median:.2f}x",
+            "of the floor": f"{found[name].median / found['floor'].median:.2f}x" if floor else "",
+        }
+        for name in names
+    ]
+    print_table(f"{batch} x {length} positions", table)
+    if floor:
+        bottom = found["floor"].median
+        print(
+            f"  floor: {duration(bottom)} for the matrix products alone ({operations / bottom / 1e9:.0f} GFLOP/s)"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small size and few rounds, for CI")
     parser.add_argument("--model", choices=("baseline", "advanced"), default="baseline")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--length", type=int, default=63)
+    parser.add_argument("--batch", type=int, help="one size only, with --length")
+    parser.add_argument("--length", type=int)
     parser.add_argument("--vocab-size", type=int, default=1000)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, default=60.0, help="about how long to measure")
+    parser.add_argument("--arms", nargs="+", choices=LOSSES, help="which, the reference last")
+    parser.add_argument("--seconds", type=float, default=12.0, help="about how long to measure each size")
     args = parser.parse_args()
+    if (args.batch is None) != (args.length is None):
+        parser.error("--batch, --length: give both or neither.")
+    sizes = [(args.batch, args.length)] if args.batch else [(16, 64), (1, 4096)]
     if args.quick:
-        args.batch, args.length, args.seconds = 8, 12, 2.0
+        sizes, args.seconds = [(8, 12), (1, 200)], min(args.seconds, 2.0)
     make = NewLLMConfig.advanced if args.model == "advanced" else NewLLMConfig
     config = make(args.vocab_size)
-    tokens = torch.randint(0, args.vocab_size, (args.batch, args.length + 1), device=args.device)
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    x, y = torch.randint(0, args.vocab_size, (2, 2, 64), device=args.device)
     check_arms_agree(config, x, y)
+    keep_freed_memory()  # as training does
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    place = torch.cuda.get_device_name() if x.is_cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{config}, batch {args.batch}, {args.length} positions; torch {torch.__version__}, {place}{load}")
-    floor, operations = floor_step(config, x)
-    arms = {arm: training_step(config, arm, x, y) for arm in LOSSES}
-    found = take_turns({**arms, "floor": floor}, args.seconds)
-    bottom, reference = found["floor"].median, found[LITERAL].median
-    rows = [row(name, found[name], x.numel(), reference, bottom) for name in LOSSES]
-    print_table(f"against the {LITERAL} implementation", rows)
-    print(
-        f"\nfloor: {duration(bottom)} for the matrix products alone ({operations / bottom / 1e9:.0f} GFLOP/s)"
-    )
+    place = torch.cuda.get_device_name() if x.is_cuda else f"{processor()}, {torch.get_num_threads()} threads"
+    print(f"{config}; torch {torch.__version__}, {place}{load}")
+    for batch, length in sizes:
+        short = length <= 128
+        measure(config, batch, length, args.arms or (list(LOSSES) if short else [BKLM, STEPS]), args)
 
 
 if __name__ == "__main__":

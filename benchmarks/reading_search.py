@@ -1,29 +1,38 @@
-"""Which defaults of the mixer "solve" read best? One training per variant, the table in `bklm/models/resnet_bk_config.py`.
+"""Which defaults of a model read best? One training per variant, for the tables in `bklm/models/resnet_bk_config.py` and
+docs/benchmarks.md.
 
     python benchmarks/reading_search.py --data_dir FOLDER                         # every variant at 1e-3, one epoch each
     python benchmarks/reading_search.py --data_dir FOLDER --rate 3e-3 --epochs 4 --only taken "4 heads"
+    python benchmarks/reading_search.py --data_dir FOLDER --model gpt --parameters 2740000 --epochs 8 --schedule 8
     python benchmarks/reading_search.py --quick                                   # embedded text, a tiny model, for CI
 
-Validation perplexity on words in lower case (1,000 of them), windows of 64, batch 16, 3 layers of width 128, 8 heads, a dense
-layer; AdamW without decay, clip 1, a cosine over ``--schedule`` epochs after 5% warm-up, of which ``--epochs`` are trained.
+Validation perplexity on words in lower case (1,000 of them), windows of 64, batch 16; AdamW without decay, clip 1, a cosine
+over ``--schedule`` epochs after 5% warm-up, of which ``--epochs`` are trained. The model that reads has 3 layers of width 128,
+8 heads and a dense layer; GPT, 5 layers, 4 heads and ``--parameters``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from _timing import print_table
+from torch import Tensor, nn
 
 from bklm.harness.text import prepare_text
-from bklm.models import ResNetBK, ResNetBKConfig
+from bklm.models import GPT, GPTConfig, LanguageModel, ResNetBK, ResNetBKConfig
+from bklm.models.sizing import gpt_of_size
 from bklm.studies.baseline.config import BaselineConfig
+from bklm.training.denormals import flushed_denormals
 from bklm.training.loop import train
 from bklm.training.processes import make_accelerator
 from bklm.training.schedules import TrainingSettings
 
-VARIANTS = {
+READERS: dict[str, dict[str, Any]] = {
     "taken": {},
     "convolution 0": {"convolution": 0},
     "least_eta 0.1": {"least_eta": 0.1},
@@ -34,46 +43,114 @@ VARIANTS = {
     "4 heads": {"n_heads": 4},
     "16 heads": {"n_heads": 16},
 }
+GPTS: dict[str, dict[str, Any]] = {
+    "taken": {},
+    "no warm-up": {"warmup": 0.0},
+    "branches not scaled down": {"last_scale": True},
+    "head of its own": {"untied": True},
+    "embedding N(0, 1)": {"wide_start": True},
+    "no dropout": {"dropout_p": 0.0},
+    "dropout 0.2": {"dropout_p": 0.2},
+    "8 heads": {"n_heads": 8},
+    "3 layers": {"n_layers": 3},
+    "8 layers": {"n_layers": 8},
+}
+
+
+class UntiedGPT(GPT):
+    """GPT whose output head is not its embedding."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        nn.init.normal_(self.output.weight, std=0.02)
+
+    def head(self) -> tuple[Tensor, None]:
+        return self.output.weight, None
+
+
+def build_reader(vocabulary: int, given: argparse.Namespace, **options: Any) -> ResNetBK:
+    size = {"d_model": 16, "n_layers": 1} if given.quick else {"d_model": 128, "n_layers": 3}
+    fields = {"n_heads": 8, "num_experts": 1, **options}
+    return ResNetBK(ResNetBKConfig(vocabulary, **size, mixer="solve", **fields))
+
+
+@torch.no_grad()
+def build_gpt(
+    vocabulary: int, given: argparse.Namespace, *, last_scale: bool = False, untied: bool = False,
+    wide_start: bool = False, **options: Any,
+) -> GPT:  # fmt: skip
+    config = gpt_of_size(given.parameters, vocabulary, given.seq_len, **options).config
+    if untied:
+        # What its own head has is taken from the blocks: the size stays.
+        size = given.parameters - vocabulary * config.d_model
+        config = gpt_of_size(size, vocabulary, given.seq_len, **options).config
+    model = (UntiedGPT if untied else GPT)(config)
+    if last_scale:
+        for block in model.blocks:
+            for layer in (block.attention_output, block.down):
+                layer.weight.mul_(math.sqrt(2 * config.n_layers))
+    if wide_start:
+        nn.init.normal_(model.embedding.weight)
+    return model
+
+
+MODELS: dict[str, tuple[dict[str, dict[str, Any]], Callable[..., LanguageModel]]] = {
+    "resnet_bk": (READERS, build_reader),
+    "gpt": (GPTS, build_gpt),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--model", choices=MODELS, default="resnet_bk")
+    parser.add_argument("--only", nargs="+", help="names of variants")
+    parser.add_argument("--parameters", type=int, default=2_740_000, help="of GPT")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--schedule", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
+    variants, build = MODELS[given.model]
+    if unknown := [name for name in given.only or () if name not in variants]:
+        parser.error(f"--only: got {', '.join(unknown)}; {given.model} has {', '.join(variants)}.")
     source = {"dataset": "embedded"} if given.data_dir is None else {"data_dir": given.data_dir}
     small = {"profile": "smoke"} if given.quick else {"profile": "full", "seq_len": 64, "vocab_size": 1000}
-    text = prepare_text(BaselineConfig(**source, **small, batch_size=16).resolved())
-    sizes = {"d_model": 128, "n_layers": 3} if not given.quick else {"d_model": 16, "n_layers": 1}
-    settings = TrainingSettings(
-        max(given.schedule, given.epochs), learning_rate=given.rate, weight_decay=0.0, clip=1.0, schedule="cosine", warmup=0.05
-    )  # fmt: skip
+    config = BaselineConfig(**source, **small, batch_size=16).resolved()
+    given.seq_len = config.seq_len
+    given.parameters = 20_000 if given.quick else given.parameters
+    text = prepare_text(config)
     rows = []
-    for name in given.only:
+    for name in given.only or variants:
+        options = dict(variants[name])
+        settings = TrainingSettings(
+            max(given.schedule, given.epochs), learning_rate=given.rate, weight_decay=0.0, clip=1.0, schedule="cosine",
+            warmup=options.pop("warmup", 0.05),
+        )  # fmt: skip
         row = {"variant": name}
         for seed in given.seeds:
             torch.manual_seed(seed)
-            options = {"n_heads": 8, "num_experts": 1, **VARIANTS[name]}
-            model = ResNetBK(ResNetBKConfig(text.vocab_size, **sizes, mixer="solve", **options))
+            model = build(text.vocab_size, given, **options)
             row |= {
                 "parameters": f"{model.num_parameters():,}",
                 f"seed {seed}": _perplexity(model, text, settings, seed, given),
             }
+            print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row)
     last = f"after epoch {given.epochs} of {settings.epochs}, rate {given.rate:g}"
-    print_table(f"Validation perplexity {last}, {text.corpus.name}", rows)
+    print_table(f"Validation perplexity {last}, {given.model}, {text.corpus.name}", rows)
 
 
 class _Enough(Exception):
     """The epochs that were asked for are over."""
 
 
-def _perplexity(model: ResNetBK, text, settings: TrainingSettings, seed: int, given: argparse.Namespace) -> str:
+def _perplexity(
+    model: LanguageModel, text, settings: TrainingSettings, seed: int, given: argparse.Namespace
+) -> str:
+    """The lowest up to the last epoch, and where it was."""
     found = []
 
     def after(record) -> None:
@@ -81,12 +158,12 @@ def _perplexity(model: ResNetBK, text, settings: TrainingSettings, seed: int, gi
         if record.epoch == given.epochs:
             raise _Enough
 
-    with contextlib.suppress(_Enough):
+    with contextlib.suppress(_Enough), flushed_denormals():
         train(
             model, text.train_loader(seed), text.val_loader(), settings, accelerator=make_accelerator("cpu", "fp32"),
             unk_id=text.unk_id, on_epoch=after,
         )  # fmt: skip
-    return f"{found[-1]:.2f}"
+    return f"{min(found):.2f} (epoch {1 + found.index(min(found))})"
 
 
 if __name__ == "__main__":

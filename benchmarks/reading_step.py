@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from bklm.models import GPT, LSTM, LanguageModel, ResNetBK
 from bklm.models.gpt import GPTState, KVCache
 from bklm.models.sizing import gpt_of_size, lstm_of_size, resnet_bk_of_size
+from bklm.training.allocator import keep_freed_memory
 
 SOLVE, PRODUCTS = "ResNetBK (solve)", "its products"
 TOKENS = 4096
@@ -171,6 +172,7 @@ def main() -> None:
     positions = positions if options.positions is None else options.positions
     if min([*windows, *positions]) < 1:
         parser.error("--windows, --positions: at least 1 position is needed.")
+    keep_freed_memory()  # as training does
     print(processor())
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the start"

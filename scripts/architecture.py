@@ -19,7 +19,7 @@ BEGIN, END = "<!-- tree -->", "<!-- end of tree -->"
 # From the bottom to the top. A file may import from its own room and from rooms of lower floors; rooms of one floor share
 # nothing.
 FLOORS = (
-    ("files", "bk_core", "moe", "data"),
+    ("files", "bk_core", "moe", "data", "sharing"),
     ("models",),
     ("training",),
     ("compression",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import importlib.util
+import math
 import os
 import random
 import re
@@ -29,7 +30,9 @@ RUNS = {
     "grad_blend_initialisation": ("--alphas 0 --seeds 0 --data_dir TEXT --output OUTPUT/rows.csv", "val_ppl"),
     "resolvent_solve": ("--quick --seconds 0.2", "scipy / ours"),
     "reading_step": ("--quick", "exponent of the step time over N"),
-    "reading_search": ("--quick --only taken", "Validation perplexity after epoch 1"),
+    "reading_search": ("--quick --model gpt --only taken", "Validation perplexity after epoch 1"),
+    "sweep_storm": ("--quick", "under the study's lock"),
+    "data_scale": ("--quick", "KenLM trie"),
     "moe_perplexity": ("--quick --output_dir OUTPUT", "exact router gradient"),
 }
 
@@ -51,6 +54,8 @@ def test_a_benchmark_runs_to_its_end(name, small_text, tmp_path):
         text=True,
         timeout=500,
     )
+    if "PostgreSQL is not installed here" in done.stderr:
+        pytest.skip("PostgreSQL is not installed here")
     assert done.returncode == 0, done.stderr[-2000:]
     assert printed in done.stdout
 
@@ -68,6 +73,20 @@ def test_quick_sweep_compares_medians_of_both_revisions(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["quick_sweep"])
     quick_sweep.main()
     assert "measured 3.00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [1, 3, 40])
+def test_the_storms_model_is_that_of_workers_who_queue_for_one_lock(monkeypatch, workers):
+    """Against the stationary law of that queue (M/M/1 with so many customers), of which k workers wait with weight w_k."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    storm = pytest.importorskip("sweep_storm")
+    think, lock = 2.0, 0.1
+    weights = [math.perm(workers, k) * (lock / think) ** k for k in range(workers + 1)]
+    expected = (1 - weights[0] / sum(weights)) / lock
+    assert storm.throughput(workers, think, lock, 0.0, 8) == pytest.approx(expected)
+    # A core that serves ten times as long is the limit in its place; eight of them are a little faster than the lock.
+    assert storm.throughput(1000, think, lock, 1.0, 1) == pytest.approx(1.0, rel=0.01)
+    assert storm.throughput(1000, think, lock, 0.7, 8) == pytest.approx(1 / lock, rel=0.01)
 
 
 EXCUSED = {"bk_core_gpu": "wants a GPU, and ends with a sentence without one"}

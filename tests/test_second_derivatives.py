@@ -16,12 +16,13 @@ import bklm
 from bklm.bk_core import resolvent_diagonal, resolvent_solve
 from bklm.bk_core.reference import left_right
 from bklm.compression.retraining import rounded
-from bklm.models.dropout import keep_masks, numbered_dropout
+from bklm.models.dropout import add_dropout, keep_masks, numbered_dropout
 from bklm.models.loss import linear_cross_entropy
 from bklm.models.new_llm_loop import recurrence
 from bklm.models.normalised_gate import EPS, normalised_gate
 from bklm.models.reversible import run_blocks
 from bklm.models.short_convolution import short_convolution
+from bklm.models.solve_features import is_fused, plain_features, solve_features
 from bklm.moe.analytic import Settings
 from bklm.moe.ops import draw, mixture
 from bklm.moe.reference import balance_loss, dense_moe, gates
@@ -171,6 +172,47 @@ def gate():
     return function, reference, inputs
 
 
+def features():
+    """Two heads of two channels: values, gates (4 each), potentials, bonds (2 each)."""
+    inputs = (leaf(2, 4, 12), leaf(2))
+    weight = torch.randn(2, 4, 2, 4, dtype=torch.float64)
+
+    def function(read, log_eta):
+        found = solve_features(read, log_eta)[0] if is_fused(read, log_eta) else plain_features(read, log_eta)
+        return (found * weight).sin().sum()
+
+    def reference(read, log_eta):
+        x, g, v, beta = read[..., :4].unflatten(-1, (2, 2)), read[..., 4:8], read[..., 8:10], read[..., 10:]
+        bond, eta, rows, left, y = 1 / (1 + (-beta).exp()), log_eta.exp(), [], 0, 0
+        for n in range(4):
+            couple = bond[:, n] if n else torch.zeros_like(eta)
+            left = 1 / (v[:, n] - 1j * eta - couple**2 * left)
+            y = left[..., None] * (x[:, n] - couple[..., None] * y)
+            size = (y.real.square() + y.imag.square()).sum(-1, keepdim=True) / 4
+            scaled = y / (size + EPS).sqrt() * (g[:, n] / (1 + (-g[:, n]).exp())).unflatten(-1, (2, 2))
+            rows.append(torch.stack([scaled.real.flatten(1), scaled.imag.flatten(1)], 1))
+        return (torch.stack(rows, 1) * weight).sin().sum()
+
+    return function, reference, inputs
+
+
+def dropped():
+    inputs = (leaf(3, 6), leaf(3, 6))
+
+    def value(x):
+        return (x**2).sin().sum()
+
+    def function(x, branch):
+        torch.manual_seed(4)
+        return value(add_dropout(x, branch, 0.3, True))
+
+    def reference(x, branch):
+        torch.manual_seed(4)
+        return value(x + branch * keep_masks((3, 6), 0.3, branch.detach()))
+
+    return function, reference, inputs
+
+
 def convolution(before):
     inputs = (leaf(2, 5, D), leaf(D, 1, 3), leaf(D))
     weight = torch.randn(2, 5, D, dtype=torch.float64)
@@ -249,6 +291,8 @@ KINDS = {
     "solve, causal": lambda: solve(True),
     "solve, both directions": lambda: solve(False),
     "gate": gate,
+    "features": features,
+    "dropout": dropped,
     "convolution, causal": lambda: convolution(2),
     "convolution, both directions": lambda: convolution(1),
     "leapfrog, reversible": lambda: leapfrogs("reversible"),
@@ -258,6 +302,7 @@ KINDS = {
 # Within torch.func's transforms these draw other masks, and a batch of gradients cannot have those of the forward.
 LEFT_OUT = {
     "recurrence with dropout": ("torch.func", "forward over reverse"),
+    "dropout": ("torch.func", "forward over reverse"),
     "leapfrog, reversible with dropout": ("torch.func", "forward over reverse", "batched"),
 }
 
@@ -409,6 +454,7 @@ FUNCTIONS = {
     "_Eager", "Transformable", "TransformableBackward",  # core
     "_Causal", "_Tridiagonal", "CausalSolve", "TridiagonalSolve",  # solve
     "_Mixture", "_ChunkedCrossEntropy", "_Recurrence", "_NormalisedGate", "_ShortConvolution", "_Reversible",
+    "_SolveFeatures", "_Dropout",
     "_LimitGradient", "_Rounded",  # below: their backwards are rules, no derivatives
 }  # fmt: skip
 

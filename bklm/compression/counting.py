@@ -18,13 +18,14 @@ def count_model_sizes(model: KneserNey) -> tuple[int, int]:
     The file holds all that scoring reads: sorted keys as differences in the smallest unsigned type, the rest in float32.
     """
     tensors = {}
-    for i, (keys, gain, backoff) in enumerate(model.levels):
-        steps = np.diff(keys, prepend=0)
+    for i, level in enumerate(model.levels):
+        histories = level.histories()
+        steps = np.diff(histories * model.vocab_size + level.words, prepend=0)
         kind = next(t for t in UNSIGNED if steps.max() <= np.iinfo(t).max)
         # As bytes: not every version of torch has all unsigned types.
         tensors[f"{i}.keys.{np.dtype(kind).name}"] = torch.from_numpy(steps.astype(kind).view(np.uint8).copy())
         tensors |= {
-            f"{i}.gain": torch.from_numpy(gain).float(),
-            f"{i}.backoff": torch.from_numpy(backoff).float(),
+            f"{i}.gain": torch.from_numpy(level.gain(slice(None), histories)).float(),
+            f"{i}.backoff": torch.from_numpy(level.backoff).float(),
         }
     return sizes_of(lambda place: save_file(tensors, str(place)))

@@ -76,28 +76,24 @@ def _levels(model: KneserNey) -> list[_Level]:
 
     The first level holds all V words, the unseen ones too, and numbers them by their ids.
     """
-    size = model.vocab_size
-    keys, gain, backoff = model.levels[0]
-    p = np.full(size, float(backoff[0]) / size)
-    p[keys] += gain
+    size, root = model.vocab_size, model.levels[0]
+    p = np.full(size, float(root.backoff[0]) / size)
+    p[root.words] += root.gain(slice(None), 0)
     found = []
     parents, own = np.zeros(size, np.int64), np.arange(size)
     # Of each node: its number in the file, and the node of its n-gram without the first word.
-    number, suffix = keys, np.zeros(len(keys), np.int64)
-    above = p[keys]
-    for level in range(1, len(model.levels) + 1):
-        below = model.levels[level] if level < len(model.levels) else None
-        passed = None if below is None else np.zeros(len(p))
-        if below is not None:
-            passed[number] = np.log10(below[2])
+    number, suffix = root.words, np.zeros(len(root.words), np.int64)
+    above = p[number]
+    for shorter, level in zip(model.levels, [*model.levels[1:], None], strict=True):
+        passed = None if level is None else np.zeros(len(p))
+        if level is not None:
+            passed[number] = np.log10(level.backoff)
         found.append(((parents, own), np.log10(p), passed))
-        if below is None:
+        if level is None:
             break
-        shorter_keys = model.levels[level - 1][0]
-        keys, gain, backoff = below
-        parent, word = keys // size, keys % size
-        suffix = np.searchsorted(shorter_keys, suffix[parent] * size + word)
-        p = gain + backoff[parent] * above[suffix]
-        parents, own = number[parent], word
-        number, above = np.arange(len(keys)), p
+        parent = level.histories()
+        suffix = shorter.find(suffix[parent], level.words)
+        p = level.gain(slice(None), parent) + level.backoff[parent] * above[suffix]
+        parents, own = number[parent], level.words
+        number, above = np.arange(len(p)), p
     return found

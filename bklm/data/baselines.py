@@ -11,9 +11,8 @@ and P(w | h) = P(w | h') for a history that was never seen. The top level counts
 in how many different left contexts an n-gram occurs. Below the lowest level lies the uniform distribution
 over the vocabulary, so that every id has a probability and each distribution sums to 1.
 
-The counts form a trie that is stored level by level: a node is an n-gram that occurs in training, its key is
-``parent * V + word`` with the parent among the nodes of the level above, and the keys of a level are sorted.
-Training is one sort a level, scoring one binary search a level; both run over the whole text at once.
+The counts form a trie (``bklm.data.ngrams``): training sorts the places of the text once, scoring is one binary search a
+level, over many targets at once. A model takes 8 to 24 bytes an n-gram, and so does the memory that training needs.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from bklm.data.checks import index_or_none, require_ids, require_whole
+from bklm.data.ngrams import Level, blocks, count_ngrams
 
 LARGEST_VOCABULARY = 2**31  # ids of tokenised text are int32
 
@@ -99,7 +99,7 @@ def _as_ids(ids: np.ndarray, vocab_size: int, least: int) -> np.ndarray:
         raise ValueError(
             f"token ids run from {ids.min()} to {ids.max()}, outside the vocabulary of {vocab_size}"
         )
-    return ids.astype(np.int64)
+    return ids
 
 
 class Unigram(_CountModel):
@@ -114,9 +114,8 @@ class Unigram(_CountModel):
         vocab_size = _as_vocab_size(vocab_size)
         ids = _as_ids(ids, vocab_size, 1)
         self.vocab_size = vocab_size
-        self.probabilities = (np.bincount(ids, minlength=vocab_size) + self.alpha) / (
-            len(ids) + self.alpha * vocab_size
-        )
+        counts = np.bincount(ids.astype(np.int64), minlength=vocab_size)
+        self.probabilities = (counts + self.alpha) / (len(ids) + self.alpha * vocab_size)
         return self
 
     def distribution(self, history: Sequence[int] = ()) -> np.ndarray:
@@ -148,71 +147,53 @@ class KneserNey(_CountModel):
         vocab_size = _as_vocab_size(vocab_size, np.size(ids))
         ids = _as_ids(ids, vocab_size, self.order)
         self.vocab_size = vocab_size
-        # Per level: sorted keys of its nodes; (c - D) / c(h .) of its nodes; backoff(h) of the nodes above.
-        self.levels: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        # For each start, the node of the n-gram one word shorter; the root at first.
-        above = np.zeros(len(ids), np.int64)
-        parents = 1
-        pending: tuple[np.ndarray, np.ndarray, int] | None = None
-        for level in range(self.order):
-            keys, first, node, counts = np.unique(
-                above * vocab_size + ids[level:], return_index=True, return_inverse=True, return_counts=True
-            )
-            if pending:
-                # An n-gram one word longer, seen once here whatever its count, is one left context of its own
-                # suffix.
-                shorter_keys, shorter_node, shorter_parents = pending
-                contexts = np.bincount(shorter_node[first + 1], minlength=len(shorter_keys))
-                self._add_level(shorter_keys, contexts, shorter_parents)
-            pending = (keys, node, parents)
-            above, parents = node[:-1], len(keys)
-        self._add_level(keys, counts, pending[2])
+        counted = count_ngrams(ids, vocab_size, self.order)
+        self.levels = [Level.discounted(c, _discounts(c.counts, self.discount)) for c in counted]
         return self
-
-    def _add_level(self, keys: np.ndarray, counts: np.ndarray, parents: int) -> None:
-        parent = keys // self.vocab_size
-        taken = _discounts(counts, self.discount)
-        total = np.bincount(parent, counts, parents)
-        # A history seen only at the very end of the text, or only without left context, passes everything on.
-        backoff = np.divide(np.bincount(parent, taken, parents), total, out=np.ones(parents), where=total > 0)
-        gain = (counts - taken) / np.maximum(total, 1)[parent]
-        self.levels.append((keys, gain, backoff))
 
     def log_probs(self, ids: np.ndarray) -> np.ndarray:
         ids = self._checked(ids, 2)
+        found = np.empty(len(ids))
+        for begin, new, end in blocks(len(ids), self.order - 1):
+            found[new:end] = self._probabilities(ids[begin:end].astype(np.int64))[new - begin :]
+        return np.log(found[1:])
+
+    def _probabilities(self, ids: np.ndarray) -> np.ndarray:
+        """P of each id after those before it, (tokens,)."""
         probability = np.full(len(ids), 1 / self.vocab_size)
-        above = np.zeros(len(ids), np.int64)  # as in fit; -1 where the n-gram was never seen
-        for level, (keys, gain, backoff) in enumerate(self.levels[: len(ids)]):
-            key = above * self.vocab_size + ids[level:]
-            place = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
-            node = np.where((above >= 0) & (keys[place] == key), place, -1)
-            known = above >= 0
-            target = probability[level:]
-            target[known] *= backoff[above[known]]
-            target[node >= 0] += gain[node[node >= 0]]
-            above = node[:-1]
-        return np.log(probability[1:])
+        # Places from which the words up to the target occurred in training, and the node of those before the target.
+        places, above = np.arange(len(ids)), np.zeros(len(ids), np.int64)
+        for level, nodes in enumerate(self.levels):
+            fits = len(places) - np.count_nonzero(places + level >= len(ids))
+            places, above = places[:fits], above[:fits]
+            target = places + level
+            probability[target] *= nodes.backoff[above]
+            node = nodes.find(above, ids[target])
+            is_seen = node >= 0
+            node, places = node[is_seen], places[is_seen]
+            probability[places + level] += nodes.gain(node, above[is_seen])
+            above = node
+        return probability
 
     def distribution(self, history: Sequence[int] = ()) -> np.ndarray:
         """P(. | history), float64 (V,), for any history of ids; only its last order - 1 words matter."""
         history = self._checked(np.asarray(history, np.int64), 0).tolist()
         probability = np.full(self.vocab_size, 1 / self.vocab_size)
-        for level, (keys, gain, backoff) in enumerate(self.levels[: len(history) + 1]):
+        for level, nodes in enumerate(self.levels[: len(history) + 1]):
             node = self._find(history[len(history) - level :])
-            if node is None:
+            if node < 0:
                 break
-            begin, end = np.searchsorted(keys, [node * self.vocab_size, (node + 1) * self.vocab_size])
-            probability *= backoff[node]
-            probability[keys[begin:end] - node * self.vocab_size] += gain[begin:end]
+            following = slice(*nodes.begin[node : node + 2])
+            probability *= nodes.backoff[node]
+            probability[nodes.words[following]] += nodes.gain(following, node)
         return probability
 
-    def _find(self, words: list[int]) -> int | None:
+    def _find(self, words: list[int]) -> int:
         node = 0
-        for word, (keys, _, _) in zip(words, self.levels, strict=False):
-            key = node * self.vocab_size + word
-            node = int(np.searchsorted(keys, key))
-            if node == len(keys) or keys[node] != key:
-                return None
+        for word, nodes in zip(words, self.levels, strict=False):
+            node = int(nodes.find(np.array([node]), np.array([word]))[0])
+            if node < 0:
+                break
         return node
 
 
@@ -242,9 +223,9 @@ class CannotEstimateError(ValueError):
 
 
 def _discounts(counts: np.ndarray, discount: float | str) -> np.ndarray:
-    """The discount of each count, float64; counts of 0 have none."""
+    """The discounts of counts of 0, 1, 2 and more, float64 (4,); counts of 0 have none."""
     if discount != "modified":
-        return np.minimum(counts, discount)
+        return np.array([0, discount, discount, discount], np.float64)
     n1, n2, n3, n4 = np.bincount(np.minimum(counts, 5), minlength=6)[1:5].tolist()
     by_count = np.zeros(4)
     if n1 and n2 and n3:
@@ -255,4 +236,4 @@ def _discounts(counts: np.ndarray, discount: float | str) -> np.ndarray:
             f"modified discounts cannot be estimated where {n1}, {n2}, {n3} and {n4} n-grams occur 1, 2, 3 and 4 "
             f"times: one would not be above 0; give a number as discount, or more text"
         )
-    return by_count[np.minimum(counts, 3)]
+    return by_count

@@ -16,11 +16,12 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bklm.data.checks import require_whole
-from bklm.data.tokens import UNK, WORDS_AT_ONCE, dtype_of_ids
+from bklm.data.tokens import UNK, dtype_of_ids
 
 GPT2_FILES = ("vocab.json", "merges.txt")
 GPT2_SIZE = 50_257
 SMALLEST = 258  # the 256 bytes, <unk>, and one merge
+WORDS_AT_ONCE = 10_000
 
 
 class Bpe:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import chain, repeat
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from bklm.data.checks import require_whole
 
 PAD, UNK = "<pad>", "<unk>"
-WORDS_AT_ONCE = 10_000
 SMALLEST = f": {PAD}, {UNK} and one word"  # why a vocabulary has at least 3 entries
 
 
@@ -40,18 +40,18 @@ class Vocabulary:
     def train(cls, lines: Iterable[str], limit: int) -> Vocabulary:
         """The most frequent words of ``lines``, at most ``limit`` entries with ``<pad>`` and ``<unk>``; ValueError below 3."""
         limit = require_whole("limit", limit, 3, SMALLEST)
-        # Counted without special tokens: the trainer would give a literal <unk> of the text a second place.
-        trainer = trainers.WordLevelTrainer(vocab_size=limit, special_tokens=[], show_progress=False)
-        tokenizer = _word_level({UNK: 0})
+        # Counted by str.split itself: a fifth of the time of tokenizers' WordLevelTrainer, which is to find the same words.
+        counts = Counter(chain.from_iterable(map(str.split, lines)))
+        for word in (PAD, UNK):
+            counts.pop(word, None)
+        words = sorted(sorted(counts), key=counts.__getitem__, reverse=True)
         try:
-            tokenizer.train_from_iterator(_pieces(lines), trainer)
+            "".join(words).encode()
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"the training text holds the lone surrogate {error.object[error.start]!a}, which no UTF-8 file can; "
                 f"it was decoded wrongly: read it as UTF-8"
             ) from None
-        ids = tokenizer.get_vocab(with_added_tokens=False)
-        words = [word for word in sorted(ids, key=ids.__getitem__) if word not in (PAD, UNK)]
         if not words:
             raise ValueError(f"the training text holds no word besides {UNK}; nothing can be learnt from it")
         return cls(words[: limit - 2])
@@ -96,11 +96,3 @@ def _word_level(ids: dict[str, int]) -> Tokenizer:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
-
-
-def _pieces(lines: Iterable[str]) -> Iterator[str]:
-    """``lines`` cut into pieces of bounded length: the trainer takes 70 times a line's length in memory."""
-    for line in lines:
-        words = line.split()
-        for begin in range(0, len(words), WORDS_AT_ONCE):
-            yield " ".join(words[begin : begin + WORDS_AT_ONCE])

@@ -270,7 +270,7 @@ class Session:
     ) -> None:
         """Work on the grid together with others in a database; what they found is written down as if found here."""
         # Optuna and SQLAlchemy take a second to import, and nobody else needs them.
-        from bklm.harness.grid import Sweep
+        from bklm.sharing.sweep import Sweep
 
         # Two grids may share a folder: a search finds the trials of the grid that follows it.
         told_apart = "-".join([experiment_name(self.config, fingerprint(self.text)), name, *factors])

@@ -1,7 +1,7 @@
 """Dropout with masks of 16-bit draws, on a CPU a third of the time of torch's.
 
-On a CPU torch draws one float per unit. Here four units share one of the generator's 64-bit numbers. Elsewhere, and where
-torch.compile traces, these functions are torch's own.
+On a CPU torch draws one float per unit. Here four units share one of the generator's 64-bit numbers, and one pass drops,
+scales and adds (``bklm.models.dropout_kernels``). Elsewhere, and where torch.compile traces, these functions are torch's own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bklm.bk_core import pivots
-from bklm.models.checks import is_without_numbers
+from bklm.bk_core.gradients import materialised
+from bklm.models import dropout_kernels as kernels
+from bklm.models.checks import is_without_numbers, values_at_hand
 from bklm.moe.plain import is_transformed
 
 _STEPS = 2**16  # of the dropout probability
@@ -28,8 +30,18 @@ def keep_masks(shape: tuple[int, ...], dropout_p: float, like: Tensor) -> Tensor
 def keep(shape: tuple[int, ...], dropout_p: float, device: torch.device) -> Tensor:
     """Which units stay: a mask of booleans."""
     count = torch.Size(shape).numel()
-    noise = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
-    return noise.view(torch.int16)[:count].view(shape) >= dropped_steps(dropout_p) - _STEPS // 2
+    return draws(1, count, device)[0, :count].view(shape) >= dropped_from(dropout_p)
+
+
+def draws(masks: int, count: int, device: torch.device) -> Tensor:
+    """The 16-bit draws of ``keep`` for so many masks of ``count`` units, one after the other: (masks, at least count)."""
+    noise = torch.empty(masks, -(-count // 4), dtype=torch.int64, device=device)
+    return noise.random_(-(2**63), None).view(torch.int16)
+
+
+def dropped_from(dropout_p: float) -> int:
+    """The least of the 16-bit draws that keeps its unit."""
+    return dropped_steps(dropout_p) - _STEPS // 2
 
 
 def dropped_steps(dropout_p: float) -> int:
@@ -46,15 +58,39 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """F.dropout(x, p, training)."""
     if not _draws_here(x, p, training):
         return F.dropout(x, p, training)
-    return x * keep_masks(tuple(x.shape), p, x)
+    return _Dropout.apply(None, x, p)
 
 
 def add_dropout(x: Tensor, branch: Tensor, p: float, training: bool) -> Tensor:
     """x + F.dropout(branch, p, training), for a residual branch of x's shape."""
     if not _draws_here(branch, p, training) or branch.dtype != x.dtype:
         return x + F.dropout(branch, p, training)
-    kept = keep(tuple(branch.shape), p, branch.device).to(branch.dtype)
-    return torch.addcmul(x, branch, kept, value=keep_scale(p))
+    return _Dropout.apply(x, branch, p)
+
+
+class _Dropout(torch.autograd.Function):
+    """x (None: 0) + branch dropped and scaled."""
+
+    @staticmethod
+    def forward(ctx, x, branch, p):
+        ctx.scale, ctx.has_x = keep_scale(p), x is not None
+        if branch.dtype in kernels.LIKE:
+            noise = draws(1, branch.numel(), branch.device)
+            x = None if x is None else materialised(x)
+            out, kept = kernels.keep(x, materialised(branch), noise, dropped_from(p), ctx.scale)
+        else:
+            kept = keep(tuple(branch.shape), p, branch.device)
+            out = branch * kept * ctx.scale if x is None else torch.addcmul(x, branch, kept, value=ctx.scale)
+        ctx.save_for_backward(kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, d):
+        (kept,) = ctx.saved_tensors
+        # Operations that may be differentiated again, or mapped over.
+        if torch.is_grad_enabled() or is_transformed(d) or d.dtype not in kernels.LIKE:
+            return d if ctx.has_x else None, d * kept * ctx.scale, None
+        return d if ctx.has_x else None, kernels.scale_kept(materialised(d), kept, ctx.scale), None
 
 
 def draw_number(x: Tensor) -> int:
@@ -83,5 +119,4 @@ def numbered_dropout(x: Tensor, p: float, number: int) -> Tensor:
 
 def _draws_here(x: Tensor, p: float, training: bool) -> bool:
     # A draw in place cannot be told apart for the samples of a vmap.
-    is_seen_into = torch.compiler.is_compiling() or is_transformed(x)
-    return training and p > 0 and x.device.type == "cpu" and not is_seen_into
+    return training and p > 0 and values_at_hand(x)

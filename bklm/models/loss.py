@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bklm.data.loaders import IGNORED
+from bklm.models import loss_kernels
 from bklm.models.checks import is_plain_wanted, values_at_hand
 from bklm.models.products import onednn_linear, onednn_serves, weight_gradient
 from bklm.moe.autocast import autocast_dtype, autocast_off
@@ -154,9 +155,10 @@ class LinearHead:
         self.bias = None if bias is None else bias.to(product)
         self.chunk_rows = min(chunk_rows, len(rows))
         self.by_onednn = onednn_serves(self.rows)
+        self.has_kernel = product in loss_kernels.LIKE and values_at_hand(rows)
         if not self.by_onednn:
             self._logits = rows.new_empty(self.chunk_rows, len(weight), dtype=product)
-        self._p = rows.new_empty(self.chunk_rows, len(weight), dtype=self.exact)
+        self._p: Tensor | None = None
         self._weight_t: Tensor | None = None
 
     def chunks(self) -> list[slice]:
@@ -166,6 +168,8 @@ class LinearHead:
     def softmax(self, chunk: slice, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, their softmax and the targets' losses for the rows of ``chunk``. The buffers live until the next call."""
         logits = self.logits(self.rows[chunk])
+        if self._p is None:
+            self._p = logits.new_empty(self.chunk_rows, len(self.weight), dtype=self.exact)
         p = self._p[: len(logits)]
         torch.softmax(logits, 1, dtype=self.exact, out=p)
         # The largest probability is 1 / sum exp(logit - max), which gives the log-sum-exp back for the price of
@@ -173,6 +177,15 @@ class LinearHead:
         top = logits.amax(1).to(self.exact)
         target_logit = logits.gather(1, targets.unsqueeze(1)).squeeze(1).to(self.exact)
         return logits, p, top - target_logit - p.amax(1).log()
+
+    def gradient(self, chunk: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The targets' losses, and their gradient for the logits, of the rows of ``chunk``; it lives until the next call."""
+        if self.has_kernel:
+            p = self.logits(self.rows[chunk])
+            return loss_kernels.losses_in_place(p, targets), p
+        _, p, losses = self.softmax(chunk, targets)
+        p.scatter_add_(1, targets.unsqueeze(1), p.new_full((len(targets), 1), -1.0))
+        return losses, p
 
     def logits(self, h: Tensor) -> Tensor:
         """h (m, D) times the transposed weight, plus bias."""
@@ -213,10 +226,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=head.exact) if needs_bias else None
         for chunk in head.chunks():
             target, w = targets[chunk], scale[chunk]
-            _, p, losses = head.softmax(chunk, target)
+            losses, p = head.gradient(chunk, target)
             # An ignored row is zero by now, but the bias of the target that stands in for its own may be infinite.
             total += losses.masked_fill_(w == 0, 0.0).dot(w)
-            p.scatter_add_(1, target.unsqueeze(1), p.new_full((len(target), 1), -1.0))
             if needs_bias:
                 d_bias.addmv_(p.t(), w)
             if full:

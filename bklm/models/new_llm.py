@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_dropout, check_int
 from bklm.models.mixing import MixingPoint
-from bklm.models.new_llm_loop import CONTEXT_LIMIT, recurrence
+from bklm.models.new_llm_loop import recurrence
+from bklm.models.new_llm_plain import CONTEXT_LIMIT
 
 INITIAL_STD = 0.02
 

@@ -29,6 +29,7 @@ from bklm.models.mixing import MixingPoint
 from bklm.models.normalised_gate import gated, normalised, normalised_gate
 from bklm.models.resnet_bk_config import ResNetBKConfig
 from bklm.models.short_convolution import short_convolution
+from bklm.models.solve_features import is_fused, solve_features
 from bklm.moe.layer import AnalyticMoE
 
 INITIAL_STD = 0.02
@@ -45,6 +46,9 @@ class MixerState(NamedTuple):
 class SolveCore(nn.Module):
     """The operator as a module of its own, whose inputs and outputs a hook can see."""
 
+    backend = "auto"
+    """Which code computes, see ``bklm.bk_core.available_backends``; set it on a core to compare them within a model."""
+
     def __init__(self, causal: bool, grad_blend: float) -> None:
         super().__init__()
         self.causal, self.grad_blend = causal, grad_blend
@@ -54,7 +58,7 @@ class SolveCore(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """y (B, H, N, w), and L (B, H, N) where causal, of values (B, H, N, w), potential (B, H, N), bonds (B, H, N - 1)."""
         options = {"causal": self.causal, "return_left": self.causal, "grad_blend": self.grad_blend}
-        found = resolvent_solve(values, potential, bonds, bonds, z, **options)
+        found = resolvent_solve(values, potential, bonds, bonds, z, backend=self.backend, **options)
         return found if self.causal else (found, None)
 
 
@@ -100,7 +104,11 @@ class SolveMixer(nn.Module):
     def forward(self, u: Tensor) -> tuple[Tensor, MixerState | None]:
         """u (B, N, d) -> output (B, N, d), and the state after the last position (None where it sees the future)."""
         heads, causal = self.config.n_heads, self.config.causal
-        values, gates, potential, bond = self._read(self._convolved(u))
+        read = self._inputs(self._convolved(u))
+        if self._is_fused(read):
+            features, solve = solve_features(read, self.log_eta)
+            return self.output(features.flatten(2)), MixerState(solve, self._recent(u))
+        values, gates, potential, bond = self._parts(read)
         values, potential = values.transpose(1, 2), potential.transpose(1, 2)
         bond = bond.transpose(1, 2)[..., 1:]
         z = self._shift().expand(len(u), heads)
@@ -114,7 +122,7 @@ class SolveMixer(nn.Module):
         window = torch.cat((past, u), 1)
         if self.convolution is not None:
             u = self._heard(self.convolution(window.transpose(1, 2)).transpose(1, 2), u, self._reach)
-        read = self._read(u)
+        read = self._parts(self._inputs(u))
         values, potential, bond = (read[k].squeeze(1) for k in (0, 2, 3))
         z = self._shift().expand_as(potential)
         y, solve = solve_step(values, potential, bond, bond, z, None if state is None else state.solve)
@@ -144,15 +152,30 @@ class SolveMixer(nn.Module):
         short = self._reach - u.shape[1]
         return F.pad(u, (0, 0, short, 0)) if short > 0 else u[:, u.shape[1] - self._reach :]
 
-    def _read(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Values (B, N, H, d / H), gates (B, N, d), potentials and bonds (B, N, H) of the mixer's inputs."""
-        d, heads = self.config.d_model, self.config.n_heads
+    def _is_fused(self, read: Tensor) -> bool:
+        """Whether one pass computes the features: nobody chose the core's backend, or looks at it or at what was mixed."""
+        core = self.core
+        plain = (
+            self.config.causal
+            and not self.config.grad_blend
+            and read.shape[1] > 0
+            and core.backend == SolveCore.backend
+        )
+        watched = core._forward_hooks or core._forward_pre_hooks or core._backward_hooks
+        return plain and self.mixed.idle and not watched and is_fused(read, self.log_eta)
+
+    def _inputs(self, w: Tensor) -> Tensor:
+        """Values and gates (d each), potentials and bonds before their sigmoid (H each) of the mixer's inputs."""
         read = self.inputs(w)
         # Under autocast the products are half precision; the recurrence is not.
-        read = read.float() if read.dtype.itemsize < 4 else read
+        return read.float() if read.dtype.itemsize < 4 else read
+
+    def _parts(self, read: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Values (B, N, H, d / H), gates (B, N, d), potentials and bonds (B, N, H)."""
+        d, heads = self.config.d_model, self.config.n_heads
         values, gates, potential, bond = read.split((d, d, heads, heads), -1)
         # Not unflatten: torch.compile cannot follow it where a default device is set (torch 2.13).
-        return values.view(*w.shape[:-1], heads, -1), gates, potential, torch.sigmoid(bond)
+        return values.view(*read.shape[:-1], heads, -1), gates, potential, torch.sigmoid(bond)
 
     def _shift(self) -> Tensor:
         """z = i eta (H,)."""

@@ -22,7 +22,7 @@ from bklm.bk_core.cpu.scratch import reals_at
 from bklm.bk_core.gradients import materialised
 
 BLOCK = 128
-THREADS_FROM = 2**15  # elements of x
+THREADS_FROM = 2**18  # elements of x
 _0, _1, _BLOCK = np.uintp(0), np.uintp(1), np.uintp(BLOCK)
 _NUMPY = {torch.float32: np.zeros(0, np.float32), torch.float64: np.zeros(0, np.float64)}
 

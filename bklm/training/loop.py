@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bklm.data import IGNORED, set_epoch
 from bklm.models import LanguageModel
+from bklm.training.allocator import keep_freed_memory
 from bklm.training.checkpoints import CheckpointFolder
 from bklm.training.evaluation import evaluate
 from bklm.training.memory import BatchParts, memory_shortage_explained
@@ -86,6 +87,7 @@ def train(
             with a state (``keeps_state``) and several processes, or batches in parts.
     """
     _require_batches(train_batches, val_batches)
+    keep_freed_memory()
     steps = len(train_batches)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:

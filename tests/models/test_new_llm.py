@@ -1,10 +1,12 @@
 """NewLLM: the published model to the last parameter, its fused loop equal to position-by-position autograd."""
 
+import time
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from bklm.models import NewLLM, NewLLMConfig, future_leak
+from bklm.models import NewLLM, NewLLMConfig, future_leak, new_llm_loop, new_llm_steps, new_llm_windows
 from bklm.models.dropout import keep_masks
 
 VOCABULARY = 19
@@ -83,9 +85,16 @@ def test_first_weights_are_normal_with_std_002_and_biases_zero():
 # --- the fused loop --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["windows", "steps"])
+def engine(request, monkeypatch):
+    """What runs the recurrence: the CPU's engine, or that of all devices."""
+    if request.param == "steps":
+        monkeypatch.setattr(new_llm_loop, "_engine", lambda *_: new_llm_steps)
+
+
 @pytest.mark.parametrize("n_layers", [1, 2, 4])
 @pytest.mark.parametrize("length", [1, 2, 9])
-def test_loss_and_every_gradient_equal_the_literal_implementation(n_layers, length):
+def test_loss_and_every_gradient_equal_the_literal_implementation(n_layers, length, engine):
     model, ids, targets = model_of(n_layers=n_layers), ids_of(4, length), ids_of(4, length, seed=2)
     expected, gradients = loss_and_gradients(model, literal(model, ids), targets)
     loss = model.loss(ids, targets)
@@ -95,7 +104,7 @@ def test_loss_and_every_gradient_equal_the_literal_implementation(n_layers, leng
         torch.testing.assert_close(got, want, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_gradients_with_dropout_equal_the_literal_ones_with_the_same_masks():
+def test_gradients_with_dropout_equal_the_literal_ones_with_the_same_masks(engine):
     model, ids, targets = model_of(dropout_p=0.3).train(), ids_of(4, 9), ids_of(4, 9, seed=2)
     torch.manual_seed(5)
     loss = model.loss(ids, targets)
@@ -122,7 +131,7 @@ def test_masks_drop_with_the_probability_asked_for_and_keep_the_mean(p):
         assert torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1].nan_to_num().abs() < 0.1
 
 
-def test_gradients_are_right_where_the_context_is_clamped():
+def test_gradients_are_right_where_the_context_is_clamped(engine):
     model, ids, targets = model_of(), ids_of(4, 9), ids_of(4, 9, seed=2)
     with torch.no_grad():
         model.norm.weight.mul_(30)
@@ -203,6 +212,75 @@ def test_half_precision_is_as_close_to_exact_gradients_as_autograd_gets():
         return torch.cat([(g - e).flatten() for g, e in zip(gradients, exact, strict=True)]).norm()
 
     assert 0 < error(ours) < 1.5 * error(plain)
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """The windows that are swept, as their first position and the one after their last."""
+    found, sweep = [], new_llm_windows._Windows.sweep
+
+    def recorded(self, first, last, *work):
+        found.append((first, last))
+        sweep(self, first, last, *work)
+
+    monkeypatch.setattr(new_llm_windows._Windows, "sweep", recorded)
+    return found
+
+
+# With small weights the layers hardly hear the context, with large ones it is chaotic.
+@pytest.mark.parametrize(("gain", "grows"), [(0.2, True), (18.0, False)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_windows_grow_or_shrink_and_give_the_literal_losses_and_gradients(gain, grows, batch, sizes):
+    model = model_of(gain=gain, dropout_p=0.2).train()
+    ids, targets = ids_of(batch, 131), ids_of(batch, 131, seed=2)
+    torch.manual_seed(5)
+    loss = model.loss(ids, targets)
+    ours = torch.autograd.grad(loss, list(model.parameters()))
+    assert (max(last - first for first, last in sizes) > new_llm_windows.FIRST_WINDOW) == grows
+    assert (min(last - first for first, last in sizes[:3]) < new_llm_windows.FIRST_WINDOW) != grows
+    torch.manual_seed(5)
+    masks = [keep_masks((3, batch, 12), 0.2, torch.empty(0, dtype=torch.float64)) for _ in range(131)]
+    expected, gradients = loss_and_gradients(model, literal(model, ids, masks), targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-11, atol=0)
+    for got, want in zip(ours, gradients, strict=True):
+        assert (got - want).norm() <= 1e-10 * want.norm()
+
+
+def test_nan_in_one_sequence_stays_in_it_and_ends(sizes):
+    model, ids = model_of(double=False), ids_of(3, 70)
+    ids[ids == 18] = 0
+    ids[1, 40] = 18
+    with torch.no_grad():
+        model.embedding.weight[18, 0] = torch.nan
+        hidden = model.hidden(ids).isnan().flatten(2).any(-1)
+    assert hidden[1].tolist() == [False] * 40 + [True] * 30
+    assert not hidden[::2].any()
+
+
+def test_inference_in_pieces_equals_the_whole(monkeypatch):
+    model, ids = model_of(), ids_of(2, 50)
+    whole, state = model(ids), model.prefill(ids)[1]
+    monkeypatch.setattr(new_llm_loop, "INFERRED_AT_ONCE", 7)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.prefill(ids)[1].context, state.context, rtol=0, atol=1e-12)
+
+
+def test_one_long_sequence_is_faster_in_windows_than_position_by_position(monkeypatch):
+    torch.manual_seed(0)
+    model, ids = NewLLM(NewLLMConfig(50)), torch.randint(50, (1, 256))
+    seconds = {new_llm_windows: [], new_llm_steps: []}
+    for _ in range(4):
+        for engine, times in seconds.items():
+            monkeypatch.setattr(new_llm_loop, "_engine", lambda *_, engine=engine: engine)
+            start = time.perf_counter()
+            model.loss(ids, ids).backward()
+            times.append(time.perf_counter() - start)
+    # Four times on a quiet machine.
+    assert min(seconds[new_llm_windows]) < min(seconds[new_llm_steps]) / 1.5
 
 
 # --- the future ------------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ import pytest
 import torch
 from small import run_of, small
 
+from bklm.bk_core import resolvent_diagonal
 from bklm.compression import load_compressed
 from bklm.compression.activations import activations_of
 from bklm.compression.coded_model import matrices
 from bklm.harness.arms import Arm
 from bklm.harness.text import prepare_text
-from bklm.studies.compression import claims, figures, methods, models, run, speed, tables
+from bklm.studies.compression import claims, figures, methods, models, run, sparse_core, speed, tables
 from bklm.training.evaluation import evaluate
 
 
@@ -361,13 +362,30 @@ def test_a_sparse_core_is_bounded_by_the_cores_share_of_one_models_time_and_gets
     found = trials(("ResNetBK", 100.0, 4000))
     for share, bound in ((0.05, "x1.053"), (0.6, "x2.500")):
         shares = [{"family": "ResNetBK", "core_time_share": share, "outer_parameter_share": 0.5}]
-        told = claim_of(found, "a sparse core", shares=shares)
+        told = claim_of(found, "a sparse core makes", shares=shares)
         assert f"take {share:.1%} of ResNetBK's time" in told["measured"]
         assert bound in told["measured"]
         assert told["verdict"] == "no verdict"
     without = [{"family": "NewLLM", "core_time_share": None, "outer_parameter_share": 0.5}]
     with pytest.raises(StopIteration):
-        claim_of(found, "a sparse core", shares=without)
+        claim_of(found, "a sparse core makes", shares=without)
+
+
+def test_the_published_sparse_core_is_1_where_all_rows_are_skipped_and_wrong_where_none_is():
+    a = torch.randn(2, 7, dtype=torch.float64)
+    one = torch.ones(6, dtype=torch.float64)
+    whole = torch.zeros(2, 7, dtype=torch.bool)
+    found = sparse_core.published_diagonal(a, 1j, whole)
+    # phi that reads a_{i+1} in place of a_i would end with G / G_{i, right}: its factor is the trailing block's own entry.
+    right = resolvent_diagonal(a.flip(-1), one, one, 1j, causal=True).flip(-1)
+    torch.testing.assert_close(found * right, resolvent_diagonal(a, one, one, 1j), atol=1e-9, rtol=1e-9)
+    # Each position is masked in one row or the other.
+    half = torch.rand(1, 7) < 0.5
+    assert torch.equal(
+        sparse_core.published_diagonal(a, 1j, torch.cat((half, ~half))),
+        torch.ones(2, 7, dtype=torch.complex128),
+    )
+    assert claim_of(trials(("NewLLM", 100.0, 4000)), "a sparse core gives")["verdict"] == "does not hold"
 
 
 def test_the_figure_is_drawn_without_kneser_ney_in_sight_and_not_at_all_without_a_model(tmp_path):

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 
-from bklm.harness import grid_storage as sweep_storage
-from bklm.harness.grid import Sweep
 from bklm.harness.report import command_for
+from bklm.sharing import database as sweep_storage
+from bklm.sharing.sweep import Sweep
 from bklm.studies.grad_blend import run as grad_blend
 from bklm.studies.grad_blend.config import GradBlendConfig
 from bklm.studies.grad_blend.run import run_grad_blend
@@ -120,24 +120,33 @@ def test_a_worker_that_was_only_asleep_gives_way_and_finishes_without_an_error(
 
 
 @pytest.mark.slow
-def test_a_point_whose_trial_failed_and_was_queued_twice_is_still_evaluated_once(database, tmp_path):
-    def fail(point: dict) -> float:
-        raise RuntimeError("stop")
+def test_a_worker_holds_no_connection_while_it_trains(database, monkeypatch):
+    monkeypatch.setattr(sweep_storage, "HEARTBEAT_SECONDS", 0.2)
+    engine = sqlalchemy.create_engine(sqlalchemy.make_url(database).set(drivername="postgresql+psycopg"))
+    others = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
 
-    with pytest.raises(RuntimeError, match="stop"):
-        worker(database, tmp_path / "first", fail)
-    sweep = Sweep(database, "test", GRID)
-    ((_, _, *values),) = lines(tmp_path / "first")
-    for _ in range(2):  # as two workers do that find it lost at the same moment
-        sweep._study.enqueue_trial(dict(zip(GRID, values, strict=True)), user_attrs={"queued": True})
-    worker(database, tmp_path / "second", quick)
-    assert ended(tmp_path / "second") == Counter(POINTS)
+    def connections() -> int:
+        with engine.connect() as connection:
+            return connection.execute(sqlalchemy.text(others)).scalar()
+
+    def train(point: dict) -> float:
+        deadline = time.monotonic() + 20
+        while connections() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        left.append(connections())
+        return 0.0
+
+    left: list[int] = []
+    Sweep(database, "test", {"seed": [0, 1]}).run(train)
+    assert left == [0, 0]
 
 
 @pytest.mark.slow
 def test_four_workers_of_which_one_is_killed_give_the_table_of_one(database, tiny_config, tmp_path):
     alone = run_grad_blend(dataclasses.replace(tiny_config, epochs_per_trial=3))
-    shorter = "from bklm.harness import grid_storage as s; s.HEARTBEAT_SECONDS, s.GRACE_SECONDS = 1, 4"
+    shorter = "from bklm.sharing import database as s; s.HEARTBEAT_SECONDS, s.GRACE_SECONDS = 1, 4"
     start = f"import runpy, sys; {shorter}; runpy.run_module('bklm.studies.grad_blend', run_name='__main__', alter_sys=True)"
     processes, folders = [], [tmp_path / f"worker_{k}" for k in range(4)]
     for folder in folders:

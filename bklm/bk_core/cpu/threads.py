@@ -1,19 +1,26 @@
-"""A pool for kernels that hold no GIL, and a scratch buffer for each thread.
+"""Threads for kernels that hold no GIL, and a scratch buffer for each.
+
+They are torch's own, where torch brings GNU's OpenMP (pip's torch on Linux): after a matrix product these wait for more
+work with their core busy, and threads of a pool would have to drive them off first, 0.2 ms a call. Elsewhere, and in a
+forked child, which OpenMP's threads do not survive, a pool.
 
 Not numba's parallel mode: its default layer on Colab, workqueue, aborts when two Python threads call it at once (two
-autograd engines, a data loader beside a training loop), and OpenMP does not survive a fork. Here any number of threads
-may call; a forked child starts with an empty pool; ``torch.set_num_threads`` is obeyed, so that data loader workers,
-where torch sets it to 1, stay single-threaded.
+autograd engines, a data loader beside a training loop). Here any number of threads may call; a forked child starts with an
+empty pool; ``torch.set_num_threads`` is obeyed, so that data loader workers, where torch sets it to 1, stay
+single-threaded.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import itertools
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,16 +28,26 @@ import torch
 PARTS_PER_THREAD = 4
 _pool: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
-_local = threading.local()
+_is_forked = False
+_scratch: dict[tuple[int, type[np.floating]], np.ndarray] = {}
+_TEAM_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def _forget_pool() -> None:
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
+def _forget_threads() -> None:
+    global _pool, _lock, _is_forked
+    _pool, _lock, _is_forked = None, threading.Lock(), True
+    _scratch.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_forget_threads)  # threads do not survive a fork
+
+
+@functools.cache
+def _openmp() -> Callable[..., None] | None:
+    """libgomp's call of a function by a team of threads (what ``#pragma omp parallel`` becomes), of torch's own libgomp."""
+    libraries = [*Path(torch.__file__).parent.glob("lib/libgomp*.so*")]
+    return ctypes.CDLL(str(libraries[0])).GOMP_parallel if libraries else None
 
 
 def _executor() -> ThreadPoolExecutor:
@@ -43,10 +60,11 @@ def _executor() -> ThreadPoolExecutor:
 
 def scratch(length: int, dtype: type[np.floating]) -> np.ndarray:
     """An uninitialised buffer (length,) of this thread, the same one at every call."""
-    buffers = _local.__dict__
-    if dtype not in buffers:
-        buffers[dtype] = np.zeros(length, dtype)
-    return buffers[dtype]
+    # Not threading.local: to Python, OpenMP's threads are new ones at every call.
+    key = threading.get_ident(), dtype
+    if key not in _scratch:
+        _scratch[key] = np.zeros(length, dtype)
+    return _scratch[key]
 
 
 def run(
@@ -86,6 +104,11 @@ def split(kernel: Callable[[int, int], None], n: int, worth_it: bool) -> None:
                 return
             kernel(first, last)
 
+    team = None if _is_forked else _openmp()
+    (_in_pool if team is None else functools.partial(_in_team, team))(work, workers)
+
+
+def _in_pool(work: Callable[[], None], workers: int) -> None:
     helpers = [_executor().submit(work) for _ in range(workers - 1)]
     try:
         work()
@@ -93,3 +116,17 @@ def split(kernel: Callable[[int, int], None], n: int, worth_it: bool) -> None:
         for helper in helpers:
             if not helper.cancel():  # started
                 helper.result()
+
+
+def _in_team(team: Callable[..., None], work: Callable[[], None], workers: int) -> None:
+    errors = []
+
+    def guarded(_: None) -> None:
+        try:
+            work()
+        except BaseException as error:  # an exception cannot pass through C
+            errors.append(error)
+
+    team(_TEAM_FUNCTION(guarded), None, workers, 0)
+    if errors:
+        raise errors[0]

@@ -1,23 +1,26 @@
-"""The PostgreSQL database in which several machines share a grid: its address checked, its tables opened."""
+"""The PostgreSQL database in which several machines share a grid: its address checked, its tables opened, and waited for."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import sqlalchemy
-from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import RDBStorage
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 15  # a worker says so often that its trial is alive
 GRACE_SECONDS = 60  # one that was silent for so long is taken for dead, and its trial is given to another
 CONNECT_SECONDS = 10
+PATIENCE_SECONDS = 600  # a database that does not answer any more is waited for so long
 DRIVERS = ("psycopg", "psycopg2")  # the second is what Colab has
 # What an address may say after "?": of libpq's settings those that hold no secret and that a sweep can need.
 SETTINGS = (
@@ -57,7 +60,7 @@ def check_address(address: str) -> None:
 
 
 @contextmanager
-def postgresql(address: str) -> Iterator[BaseStorage]:
+def postgresql(address: str) -> Iterator[RDBStorage]:
     """The tables of a PostgreSQL database, made if they are missing; inside the block no other worker sets up its own.
 
     Raises:
@@ -72,7 +75,7 @@ def postgresql(address: str) -> Iterator[BaseStorage]:
         )
     url = sqlalchemy.make_url(address).set(drivername=f"postgresql+{driver}")
     seconds = url.query.get("connect_timeout", CONNECT_SECONDS)
-    options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": seconds}}
+    options = {"connect_args": {"connect_timeout": seconds}}
     engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool, **options)
     try:
         connection = engine.connect()
@@ -90,8 +93,29 @@ def postgresql(address: str) -> Iterator[BaseStorage]:
             warnings.simplefilter("ignore", ExperimentalWarning)  # the heartbeat is called so since 2021
             storage = RDBStorage(
                 url.render_as_string(hide_password=False),
-                engine_kwargs=options,
+                engine_kwargs=options | {"pool_size": 1},
                 heartbeat_interval=HEARTBEAT_SECONDS,
                 grace_period=GRACE_SECONDS,
             )
         yield storage
+
+
+Answer = TypeVar("Answer")
+
+
+def patiently(call: Callable[..., Answer], *words: Any) -> Answer:
+    """``call(*words)``, again and again while the database does not answer: it may be about to start anew."""
+    deadline, told = time.monotonic() + PATIENCE_SECONDS, False
+    while True:
+        try:
+            return call(*words)
+        except (StorageInternalError, sqlalchemy.exc.DBAPIError) as error:
+            cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+            is_away = isinstance(cause, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError)
+            if not is_away or time.monotonic() > deadline:
+                raise
+            if not told:
+                why = " ".join(str(getattr(cause, "orig", cause)).split())
+                log.warning("The database does not answer (%s); waiting for it.", why)
+            told = True
+        time.sleep(1)
