@@ -2,7 +2,8 @@
 
     python benchmarks/bk_core.py                        # all tables
     python benchmarks/bk_core.py --quick                # small sizes, short rounds, for CI
-    python benchmarks/bk_core.py --only loop copy       # some of: loop copy linear peers overhead batched
+    python benchmarks/bk_core.py --only loop copy       # some of: loop copy roofline around first
+                                                        # jax linear peers overhead batched
     python benchmarks/bk_core.py --only copy --size 4 250000
     python benchmarks/bk_core.py --save results.json    # interrupted? the same command goes on with the next case
 
@@ -10,6 +11,10 @@ loop        the whole call from Python in complex64 against the theta/phi recurs
             vmap: with autograd through the loop, and with its forward and the published diagonal backward
 copy        few long rows against copying 52 B per element (what forward + backward must move at least) between two
             existing buffers in one thread, with the extra memory per element and the share of the memory's bandwidth
+roofline    the passes of a call beside a copy: bytes moved, time, the share of the memory's bandwidth
+around      a small call's kernels, what torch's autograd takes around nothing, and the rest
+first       import and first call of a fresh process, in processor time
+jax         its tridiagonal solve of one column, with gradients, in a second process (--jax PYTHON)
 linear      time per element from 4,096 to 4,000,000 positions
 peers       what else one would reach for: dense inverse, banded solves, torch's associative scan, our torch path
 overhead    the same call through torch.library's registered op, and through autograd with nothing inside
@@ -48,6 +53,7 @@ from _bk_core_arms import (
     registered,
     theta_phi_rows,
 )
+from _bk_core_roofline import around_case, first_use_case, jax_case, machine, passes_case
 from _timing import (
     Timing,
     duration,
@@ -205,6 +211,10 @@ def ratio(other: Timing, ours: Timing) -> str:
 TITLES = {
     "loop": "Forward + exact backward against the theta/phi loop",
     "copy": "Few long rows against a copy",
+    "roofline": "Where the time of a call goes",
+    "around": "A small call from Python",
+    "first": "The first call of a process",
+    "jax": "jax.lax.linalg.tridiagonal_solve",
     "linear": "Linear in N",
     "peers": "Other ways to compute it",
     "overhead": "Overhead",
@@ -219,6 +229,13 @@ def cases(options: argparse.Namespace) -> list[tuple[str, Callable, tuple[int, .
     plan: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
         "loop": (loop_case, [(8, 128)] if quick else [(8, 128), (32, 128), (32, 512)]),
         "copy": (copy_case, [(2, 65536)] if quick else [(8, 65536), (1, 1_000_000)]),
+        "roofline": (passes_case, [(4, 2048)] if quick else [(32, 128), (32, 512), (8, 65536), (1, 1_000_000)]),
+        "around": (around_case, [(32, 128)]),
+        "first": (lambda seconds: first_use_case(), [()]),
+        "jax": (
+            lambda m, n, seconds: jax_case(m, n, options.jax, seconds),
+            [(8, 65536), (1, 1_000_000)] if options.jax else [],
+        ),
         "linear": (
             linear_case,
             [(n,) for n in ((4096, 65536) if quick else (4096, 65536, 1_000_000, 4_000_000))],
@@ -228,7 +245,7 @@ def cases(options: argparse.Namespace) -> list[tuple[str, Callable, tuple[int, .
         "batched": (batched_case, [(4, 32)] if quick else [(1, 128), (8, 128), (32, 128), (64, 128)]),
     }
     if size:
-        for table in ("loop", "copy", "peers", "overhead", "batched"):
+        for table in ("loop", "copy", "roofline", "around", "peers", "overhead", "batched"):
             plan[table] = plan[table][0], [size]
         plan["linear"] = plan["linear"][0], [(size[1],)]
     chosen = options.only or list(plan)
@@ -248,6 +265,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=None, help="time for each case (default 6, quick 0.5)")
     parser.add_argument("--save", type=Path, help="keep finished cases here, and go on from them")
+    parser.add_argument("--jax", metavar="PYTHON", help="a Python interpreter that has jax, for its table")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)  # used by the script on itself
     options = parser.parse_args()
     if options.size and min(options.size) < 1:
@@ -272,7 +290,7 @@ def main() -> None:
                 unfinished.replace(options.save)
         tables.setdefault(table, []).extend(done[key])
     for table, rows in tables.items():
-        print_table(TITLES[table], rows)
+        print_table(f"{TITLES[table]} ({machine()})", rows)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ from torch.autograd import forward_ad
 from bklm.bk_core import backends, ops, pivots
 from bklm.bk_core.gradients import differentiable_backward, in_torch_convention, materialised, rows_backward
 
+Settings = tuple[bool, str, float, str, bool]
+"""causal, gradient, grad_blend, backend, and whether pivots need no check; see :func:`apply`."""
+
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 """Of the vmap older than torch.func, which torch.autograd itself still maps with: its tensors show no other sign."""
 
@@ -38,16 +41,21 @@ def apply(
 ) -> Tensor:
     """G (M, N). ``bounded``: the caller knows that k >= 0, a is real and Im z != 0, so pivots need no check."""
     if is_plain(a, k, z):
-        needs_grad = torch.is_grad_enabled() and (a.requires_grad or k.requires_grad or z.requires_grad)
-        if not (needs_grad or in_forward_mode()):
-            return _forward(a, k, z, causal, backend, bounded)[0]
-        return _Eager.apply(a, k, z, causal, gradient, grad_blend, backend, bounded)
+        return eager(a, k, z, (causal, gradient, grad_blend, backend, bounded))
     if a.is_meta:
         # A named one that needs another device is refused here, as with values.
         backends.select(backend, a.device)
     composes = torch._C._are_functorch_transforms_active() or in_forward_mode()
     op = ops.Transformable.apply if composes and not torch.compiler.is_compiling() else ops.resolvent_diagonal
     return op(a, k, z, causal, gradient, grad_blend, backend, not bounded)
+
+
+def eager(a: Tensor, k: Tensor, z: Tensor, settings: Settings) -> Tensor:
+    """As :func:`apply` where everything :func:`is_plain`."""
+    needs_grad = torch.is_grad_enabled() and (a.requires_grad or k.requires_grad or z.requires_grad)
+    if needs_grad or in_forward_mode():
+        return _Eager.apply(a, k, z, settings)
+    return _forward(a, k, z, settings)[0]
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -67,8 +75,9 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _forward(a, k, z, causal, backend, bounded):
+def _forward(a, k, z, settings):
     """G, checked, and the tensors that the backend keeps for the backward."""
+    causal, _gradient, _grad_blend, backend, bounded = settings
     chosen = backends.select(backend, a.device)
     G, saved = chosen.forward(a, k, z, causal)
     if not bounded:
@@ -78,31 +87,32 @@ def _forward(a, k, z, causal, backend, bounded):
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, k, z, causal, gradient, grad_blend, backend, bounded):
-        G, saved = _forward(a, k, z, causal, backend, bounded)
+    def forward(ctx, a, k, z, settings):
+        G, saved = _forward(a, k, z, settings)
         ctx.save_for_backward(a, k, z, G, *saved)
         if in_forward_mode():
             ctx.save_for_forward(a, k, z)
-        ctx.settings = causal, gradient, grad_blend, backend
+        ctx.settings = settings
         return G
 
     @staticmethod
     def backward(ctx, gbar):
         a, k, z, G, *saved = ctx.saved_tensors
-        causal, gradient, grad_blend, backend = ctx.settings
-        needs_k, needs_z = ctx.needs_input_grad[1:3]
+        causal, gradient, grad_blend, backend, _bounded = ctx.settings
+        _, needs_k, needs_z, _ = ctx.needs_input_grad
         if not is_plain(gbar):
             transforms = torch._C._are_functorch_transforms_active()
             op = ops.TransformableBackward.apply if transforms else ops.resolvent_diagonal_backward
-            return (*ops.vjp(op, gbar, a, k, z, G, ctx.settings, needs_k, needs_z), *(None,) * 5)
+            return (*ops.vjp(op, gbar, a, k, z, G, ctx.settings[:4], needs_k, needs_z), None)
         gbar = materialised(gbar)
-        settings = causal, gradient, grad_blend
         # These gradients will be differentiated, or already are.
         if torch.is_grad_enabled() or in_forward_mode():
-            grads = differentiable_backward(gbar, a, k, z, *settings, needs_k, needs_z)
+            grads = differentiable_backward(gbar, a, k, z, causal, gradient, grad_blend, needs_k, needs_z)
         else:
-            grads = rows_backward(gbar, a, k, z, G, tuple(saved), *settings, backend, needs_k, needs_z)
-        return in_torch_convention(grads, a, k) + (None,) * 5
+            grads = rows_backward(
+                gbar, a, k, z, G, saved, causal, gradient, grad_blend, backend, needs_k, needs_z
+            )
+        return (*in_torch_convention(grads, a, k), None)
 
     @staticmethod
     def jvp(ctx, *tangents):

@@ -19,13 +19,20 @@ import torch
 from torch import Tensor
 
 from bklm.bk_core import reference, torch_backend
-from bklm.bk_core.cpu import backend as cpu
 
 NAMES = ("reference", "torch", "cpu", "triton")
 
 
 class BackendUnavailableError(OSError):
     """The named backend cannot run on this machine or on the device of the tensors."""
+
+
+@functools.cache
+def cpu_backend() -> ModuleType:
+    """The numba backend, imported on first use: numba takes longer to import than all the rest of the operator."""
+    from bklm.bk_core.cpu import backend as cpu
+
+    return cpu
 
 
 @functools.cache
@@ -79,7 +86,7 @@ def select(name: str, device: torch.device) -> ModuleType | type[_Reference]:
     kind = device.type
     if name == "auto":
         if kind == "cpu":
-            return cpu
+            return cpu_backend()
         return (kind == "cuda" and _gpu()) or torch_backend
     if name == "torch":
         return torch_backend
@@ -90,7 +97,7 @@ def select(name: str, device: torch.device) -> ModuleType | type[_Reference]:
             raise BackendUnavailableError(
                 f"backend='cpu' needs CPU tensors, the inputs are on {device}: move them, or use backend='auto'."
             )
-        return cpu
+        return cpu_backend()
     if name == "triton":
         gpu = _gpu()
         if gpu is None:

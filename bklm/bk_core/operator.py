@@ -23,6 +23,7 @@ For real ``a`` and ``k >= 0`` everything is bounded by ``1 / |Im z|`` and errors
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -87,6 +88,16 @@ def resolvent_diagonal(
         SmallPivotError (a ValueError): negative or complex b c, or complex a, for which a pivot is lost in rounding.
         BackendUnavailableError (an OSError): the named backend does not run here.
     """
+    simple = type(b) is type(c) is type(grad_blend) is float and type(z) is complex and type(gradient) is str
+    if simple and isinstance(a, Tensor) and a.is_cpu and not return_min_pivot and autograd.is_plain(a):
+        # What every layer asks for: all but the values of ``a`` is known from an earlier call.
+        known = _known(b, c, z, a.shape, a.dtype, causal, gradient, grad_blend, backend)
+        if known is not None:
+            k, rows_z, settings = known
+            if a.dim() == 2:
+                return autograd.eager(materialised(a), k, rows_z, settings)
+            rows = materialised(a.reshape(rows_z.shape[0], a.shape[-1]))
+            return autograd.eager(rows, k, rows_z, settings).reshape(a.shape)
     check_options(gradient, grad_blend)
     if not isinstance(b, Tensor):
         b = as_number("b", b)
@@ -134,6 +145,34 @@ def resolvent_diagonal(
     rows = rows_a.detach(), k.detach(), rows_z.detach(), G.detach()
     pivot = pivots.smallest_pivot(*rows, causal, sweep)
     return G.reshape(a.shape), pivot.reshape(batch)
+
+
+@functools.lru_cache(maxsize=32)
+def _known(
+    b: float,
+    c: float,
+    z: complex,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    causal: bool,
+    gradient: str,
+    grad_blend: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, autograd.Settings] | None:
+    """k, z and the settings of a plain eager call on the CPU with numbers b, c and z; None where it is not that simple.
+
+    They may not be written to: the next call gets the same ones.
+    """
+    if dtype not in (torch.float32, torch.float64) or not shape or not math.prod(shape):
+        return None
+    check_options(gradient, grad_blend)
+    owner = f"a of shape {tuple(shape)}"
+    rows_z, fits_32_bits = shift(z, tuple(shape[:-1]), torch.device("cpu"), dtype, ("a", owner))
+    if dtype == torch.float32 and not fits_32_bits:
+        return None
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a later training step
+        k, bounded = coupling(b, c, tuple(shape), torch.empty(0, dtype=dtype, device="cpu"), owner)
+    return k, rows_z, (causal, gradient, float(grad_blend), backend, bounded)
 
 
 def _in_64_bits(a: Tensor, b: Tensor | complex, c: Tensor | complex, z: Tensor | complex, **options):

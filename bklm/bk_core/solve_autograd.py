@@ -50,7 +50,7 @@ def _fused(gbar: Tensor, backend: str):
     if not is_plain(gbar) or torch.is_grad_enabled() or in_forward_mode():
         return None
     solver = solve_backends.select(backend, gbar.device)
-    return solver if solver in solve_backends.FUSED else None
+    return solver if hasattr(solver, "tridiagonal_adjoint") else None
 
 
 def _solve_for(gbar: Tensor, plain, transformable, op):

@@ -8,7 +8,7 @@ complex, left (M, N) complex (L of operator.py, left to right), b and c (1 or M,
     tridiagonal_rows(x, left, b, c) -> y
         w_i = L_i (x_i - c_{i-1} w_{i-1}), y_i = w_i - L_i b_i y_{i+1}
 
-and, where one pass can do it (FUSED), the first derivatives. gbar (M, N, D) is dl/dRe y + i dl/dIm y; g (M, N, D) is the
+and, where one pass can do it ("cpu"), the first derivatives. gbar (M, N, D) is dl/dRe y + i dl/dIm y; g (M, N, D) is the
 gradient of x in the same convention, its real part where ``real``; the sums, None without ``sums``, run over D columns:
 
     causal_adjoint(gbar, left, c, y, reverse, real, sums) -> (g, S, C)
@@ -24,21 +24,19 @@ from types import ModuleType
 import torch
 
 from bklm.bk_core import backends, solve_reference, solve_torch, torch_backend
-from bklm.bk_core.cpu import backend as cpu
-from bklm.bk_core.cpu import solve as cpu_solve
-
-FUSED = (cpu_solve,)
 
 
 def select(name: str, device: torch.device) -> ModuleType:
     """The solver for a call. Raises as :func:`bklm.bk_core.backends.select` does, whose rule this is."""
     chosen = backends.select(name, device)
-    if chosen is cpu:
-        return cpu_solve
     if chosen is torch_backend:
         return solve_torch
     if chosen is backends.select("reference", device):
         return solve_reference
+    if name == "cpu" or (name == "auto" and device.type == "cpu"):
+        from bklm.bk_core.cpu import solve as cpu_solve
+
+        return cpu_solve
     from bklm.bk_core.gpu import solve as gpu_solve
 
     return gpu_solve

@@ -13,7 +13,7 @@ from numba import uintp
 from torch import Tensor
 
 from bklm.bk_core.cpu import threads
-from bklm.bk_core.cpu.jit import jit
+from bklm.bk_core.cpu.jit import inlined, jit
 from bklm.bk_core.cpu.scratch import reals_at
 
 THREADS_FROM = 2**15  # elements of y
@@ -48,9 +48,9 @@ def _places(position, head, heads, length, width):
     return at_y, (position * heads + head) * width, (_2 * position * heads + head) * width
 
 
-_inverse_size = jit(_inverse_size, forceinline=True, fastmath=_SUMS)
-_projection = jit(_projection, forceinline=True, fastmath=_SUMS)
-_places = jit(_places, forceinline=True)
+_inverse_size = inlined(_inverse_size, fastmath=_SUMS)
+_projection = inlined(_projection, fastmath=_SUMS)
+_places = inlined(_places)
 
 
 @jit

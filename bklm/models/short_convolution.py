@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from bklm.bk_core.autograd import in_forward_mode, is_plain
 from bklm.bk_core.cpu import threads
-from bklm.bk_core.cpu.jit import jit
+from bklm.bk_core.cpu.jit import jit, part
 from bklm.bk_core.cpu.scratch import reals_at
 from bklm.bk_core.gradients import materialised
 
@@ -89,7 +89,7 @@ def _run(kernel, x: Tensor, taps: Tensor, tensors: tuple[Tensor, ...], before: i
     threads.split(part, batch * blocks, x.numel() >= THREADS_FROM)
 
 
-@jit
+@part
 def _add_product(target, at_target, factor, at_factor, source, at_source, d):
     """target += factor * source, channel by channel."""
     for c in range(d):

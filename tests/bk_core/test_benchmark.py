@@ -1,4 +1,5 @@
-"""benchmarks/bk_core.py runs, goes on where it was interrupted, and refuses sizes that do not fit."""
+"""benchmarks/bk_core.py runs, goes on where it was interrupted, and refuses sizes that do not fit; the ratios that it shows
+do not get lost; and the first call of a process is cheap, or says what it waits for."""
 
 import json
 import subprocess
@@ -6,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from bklm.bk_core.cpu import jit
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bk_core.py"
 
@@ -19,8 +22,11 @@ def run(*arguments):
 def test_quick_tables_are_printed_and_a_second_run_takes_the_finished_cases(tmp_path):
     save = tmp_path / "cases.json"
     quick = ("--quick", "--seconds", 0.05, "--save", save)
-    first = run(*quick, "--only", "loop", "batched")
+    first = run(*quick, "--only", "loop", "batched", "roofline", "around")
     assert first.returncode == 0, first.stderr
+    assert "of a copy's" in first.stdout
+    assert "autograd around nothing" in first.stdout
+    assert first.stdout.count("threads)") == 4  # every table names the machine
     assert "loop, diagonal backward" in first.stdout
     assert "vmap in chunks" in first.stdout
     finished = json.loads(save.read_text())
@@ -38,3 +44,36 @@ def test_sizes_that_do_not_fit_are_refused_with_the_size_needed(table):
     assert refused.returncode != 0
     assert "GiB" in refused.stderr
     assert "choose a smaller size" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "rival", "least"),
+    [(32, 128, "loop_autograd", 25), (16, 512, "loop_autograd", 25), (1, 200_000, "copy", 1 / 60)],
+)
+def test_the_operator_keeps_its_distance(m, n, rival, least, monkeypatch):
+    """Measured in turns, so that a busy machine slows both; a third to a tenth of what the benchmark shows is enough."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import _bk_core_arms as arms
+    from _timing import take_turns
+
+    a, gbar = arms.inputs(m, n)
+    theirs = arms.copy(m, n) if rival == "copy" else arms.loop_autograd(a, gbar)
+    found = take_turns({"ours": arms.ours(a, gbar), "theirs": theirs}, 0.3)
+    assert found["theirs"].median / found["ours"].median > least
+
+
+def test_importing_the_operator_leaves_numba_to_the_first_call():
+    words = "import sys, bklm.bk_core; print('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_the_first_compilation_of_a_process_says_what_is_waited_for(capsys, monkeypatch):
+    monkeypatch.setattr(jit.NOTICE, "said", False)
+    for value in (1, 2):
+
+        def kernel(x):
+            return x + value  # noqa: B023
+
+        kernel.__module__ = "bklm.bk_core.cpu.test"
+        jit.part(kernel).compile("(int64,)")
+    assert capsys.readouterr().err.count("bklm: compiling kernels for this processor") == 1

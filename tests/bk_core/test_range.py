@@ -179,15 +179,15 @@ def test_the_layer_is_right_at_both_ends_of_its_eta(eta):
         torch.testing.assert_close(features.double(), wide_features, rtol=1e-5, atol=1e-30 / eta)
 
 
-def test_ordinary_numbers_never_take_the_slow_sweep():
-    """It is chosen by results beyond 2^60; padding and unused lanes must not look like that."""
+@pytest.mark.parametrize("large", [None, 1e25, float("nan")])
+def test_only_numbers_out_of_range_take_the_slow_sweep(large):
+    """Padding, unused lanes and what scratch held before must not look like such numbers."""
     scratch = np.full(SCRATCH_LENGTH, np.nan, np.float32)  # leftovers
-    a, k, z = torch.randn(3, 40), torch.ones(1, 39), torch.full((3,), 1j)
-    G = torch.empty(3, 40, dtype=torch.complex64)
-    cpu_tiles.forward_tiles(scratch, 0, 1, *cpu._inputs(a, k, z), G.data_ptr(), 0, 0, 3, 40, 40, 1, False)
-    for field, used, expected in (
-        (cpu_tiles.LEFT, 3, False),
-        (cpu_tiles.LEFT, 4, True),
-        (cpu_tiles.RIGHT, 3, False),
-    ):
-        assert cpu_tiles.any_out_of_range(scratch, field, np.uintp(40), np.uintp(used)) == expected
+    a, k, z = torch.randn(3, 41), torch.ones(1, 40), torch.full((3,), 1j)
+    if large is not None:
+        a[1, 7] = large
+    G = torch.empty(3, 41, dtype=torch.complex64)
+    again = cpu_tiles.forward_tiles(
+        scratch, 0, 1, *cpu._inputs(a, k, z), G.data_ptr(), 0, 0, 3, 41, 41, 1, False
+    )
+    assert again == (large is not None)

@@ -2,8 +2,8 @@
 
 Dispatch, measured on 2 cores (benchmarks/bk_core.py):
 
-- ``a`` and ``k`` real: SIMD tiles (cpu/tiles.py). A row of at most SHORT_ROW positions, or LONGEST_TILE where there are
-  rows enough to fill half the lanes, is one tile; a longer one is cut into tiles of LONG_ROW_TILE, and into chunks where there
+- ``a`` and ``k`` real: SIMD tiles (cpu/tiles.py). A row of at most SHORT_ROW positions, or LONGEST_TILE of
+  ENOUGH_ROWS rows, is one tile; a longer one is cut into tiles of LONG_ROW_TILE, and into chunks where there
   are fewer than SWEEP_LANES rows. How a row is cut depends on M and N alone, never on the number of threads: results are
   deterministic.
 - anything complex: scalar rows (cpu/rows.py).
@@ -25,13 +25,15 @@ from bklm.bk_core.cpu.scratch import LANES, LONGEST_TILE, SCRATCH_LENGTH
 
 SHORT_ROW = 256
 LONG_ROW_TILE = 64
-SWEEP_LANES = 64
+ENOUGH_ROWS = 16
+SWEEP_LANES = 256
 SHORTEST_CHUNK = 8
 """Tiles; polishing redoes one or two of them at eta ~ 1."""
 THREADS_FROM = 2**17
 """Elements; below, waking another thread costs about what it saves."""
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+_SCRATCH = {dtype: (SCRATCH_LENGTH, like) for dtype, like in _NUMPY.items()}
 _NO_STATES: tuple[Tensor, ...] = ()
 
 
@@ -47,13 +49,8 @@ def forward(a: Tensor, k: Tensor, z: Tensor, causal: bool) -> tuple[Tensor, tupl
         if not causal:
             states += (_sweep(a, k, z, tile, n_tiles, True),)
     G = torch.empty(m, n, dtype=z.dtype, device="cpu")
-    kernel, dtype = cpu_tiles.forward_tiles, _NUMPY[a.dtype]
     rest = (*_inputs(a, k, z), G.data_ptr(), *_addresses(states), m, n, tile, n_tiles, causal)
-
-    def part(first: int, last: int) -> None:
-        kernel(threads.scratch(SCRATCH_LENGTH, dtype), first, last, *rest)
-
-    threads.split(part, _groups(m * n_tiles), m * n >= THREADS_FROM)
+    threads.run(cpu_tiles.forward_tiles, _groups(m * n_tiles), m * n >= THREADS_FROM, _SCRATCH[a.dtype], rest)
     return G, states
 
 
@@ -78,37 +75,27 @@ def backward(
         states = _sweep(a, k, z, tile, n_tiles, False), _sweep(a, k, z, tile, n_tiles, True)
     grad_a = torch.empty_like(a)
     K = torch.empty(m, n - 1, dtype=z.dtype, device="cpu") if needs_k else None
-    Dsum = torch.empty(m, n_tiles, dtype=z.dtype, device="cpu")
-    adjoint = torch.empty(2, m, n_tiles, dtype=z.dtype, device="cpu") if n_tiles > 1 else None
-    summary = torch.empty(m, n_tiles, cpu_adjoint.SUMMARY, dtype=a.dtype, device="cpu") if n_tiles > 1 else None
-    kernel, dtype = cpu_adjoint.backward_tiles, _NUMPY[a.dtype]
-    joined = (adjoint[0].data_ptr(), adjoint[1].data_ptr(), summary.data_ptr()) if n_tiles > 1 else (0, 0, 0)
+    Dsum = torch.empty(m, n_tiles, dtype=z.dtype, device="cpu") if needs_z else None
+    joined = (0, 0, 0)
+    if n_tiles > 1:
+        adjoint = torch.empty(2, m, n_tiles, dtype=z.dtype, device="cpu")
+        summary = torch.empty(m, n_tiles, cpu_adjoint.SUMMARY, dtype=a.dtype, device="cpu")
+        joined = adjoint[0].data_ptr(), adjoint[1].data_ptr(), summary.data_ptr()
     rest = (
         *(gbar.data_ptr(), *_inputs(a, k, z), G.data_ptr(), *_addresses(states), *joined),
-        *(
-            grad_a.data_ptr(),
-            K.data_ptr() if needs_k else 0,
-            Dsum.data_ptr(),
-            m,
-            n,
-            tile,
-            n_tiles,
-            causal,
-        ),
+        *(grad_a.data_ptr(), K.data_ptr() if needs_k else 0, Dsum.data_ptr() if needs_z else 0),
+        *(m, n, tile, n_tiles, causal),
     )
-
-    def run(summarise: bool) -> None:
-        def part(first: int, last: int) -> None:
-            kernel(threads.scratch(SCRATCH_LENGTH, dtype), first, last, *rest, summarise, needs_k)
-
-        threads.split(part, _groups(m * n_tiles), m * n >= THREADS_FROM)
-
+    kernel, groups, many, buffer = (
+        cpu_adjoint.backward_tiles,
+        _groups(m * n_tiles),
+        m * n >= THREADS_FROM,
+        _SCRATCH[a.dtype],
+    )
     if n_tiles > 1:
-        run(True)
-        cpu_sweep.join(
-            threads.scratch(SCRATCH_LENGTH, dtype), summary.data_ptr(), *joined[:2], m, n_tiles, causal
-        )
-    run(False)
+        threads.run(kernel, groups, many, buffer, (*rest, True, needs_k))
+        cpu_sweep.join(threads.scratch(*buffer), summary.data_ptr(), *joined[:2], m, n_tiles, causal)
+    threads.run(kernel, groups, many, buffer, (*rest, False, needs_k))
     if not needs_z:
         return grad_a, K, None
     return grad_a, K, Dsum.sum(-1, dtype=torch.complex128).to(z.dtype) if n_tiles > 1 else Dsum[:, 0]
@@ -116,7 +103,7 @@ def backward(
 
 def _tiling(m: int, n: int) -> tuple[int, int]:
     """(positions per tile, tiles per row)."""
-    if n <= SHORT_ROW or (n <= LONGEST_TILE and 2 * m >= LANES):
+    if n <= SHORT_ROW or (n <= LONGEST_TILE and m >= ENOUGH_ROWS):
         return n, 1
     return LONG_ROW_TILE, -(-n // LONG_ROW_TILE)
 
@@ -148,19 +135,17 @@ def _sweep(a: Tensor, k: Tensor, z: Tensor, tile: int, n_tiles: int, reverse: bo
     ends = torch.empty(m, n_chunks, dtype=z.dtype, device="cpu")
     moved = np.zeros(m * n_chunks, np.uint8)
     active = np.arange(m * n_chunks)
-    dtype = _NUMPY[a.dtype]
-    tolerance = 4 * float(np.finfo(dtype).eps)
+    buffer = _SCRATCH[a.dtype]
+    tolerance = 4 * torch.finfo(a.dtype).eps
     n_active, polish = active.size, False
     while n_active:
         arguments = (*_inputs(a, k, z), states.data_ptr(), ends.data_ptr(), moved, active, n_active)
         arguments += (m, n, tile, n_tiles, chunk_tiles, reverse, polish, tolerance)
 
-        def part(first: int, last: int, arguments=arguments) -> None:
-            cpu_sweep.sweep(threads.scratch(SCRATCH_LENGTH, dtype), first, last, *arguments)
-
-        threads.split(part, _groups(n_active), n_active * chunk_tiles * tile >= THREADS_FROM)
+        worth_it = n_active * chunk_tiles * tile >= THREADS_FROM
+        threads.run(cpu_sweep.sweep, _groups(n_active), worth_it, buffer, arguments)
         n_active = cpu_sweep.hand_over(
-            threads.scratch(SCRATCH_LENGTH, dtype),
+            threads.scratch(*buffer),
             *(states.data_ptr(), ends.data_ptr(), moved, active, m, n_tiles, chunk_tiles),
         )
         polish = True

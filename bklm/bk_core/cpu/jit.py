@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numba.core.event
+import numpy as np
 from numba import njit
+
+NO, YES = np.bool_(False), np.bool_(True)
+"""To pass to kernels: numba compiles a function once more for every literal that it is called with, not for these."""
 
 _SETTINGS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
@@ -36,3 +42,37 @@ def jit(function: Callable, **settings: Any) -> Callable:
         if "cannot cache function" not in str(error):
             raise
         return njit(**settings)(function)
+
+
+def part(function: Callable, **settings: Any) -> Callable:
+    """As :func:`jit` for what only kernels call: without a way in from Python, and cached with the kernels alone."""
+    return njit(**_SETTINGS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True} | settings)(function)
+
+
+inlined = functools.partial(part, forceinline=True)
+"""For small functions: part of whatever calls them."""
+
+
+class _Notice(numba.core.event.Listener):
+    """Says, at the first compilation of a process, what is being waited for."""
+
+    def on_start(self, event: numba.core.event.Event) -> None:
+        if (
+            not self.said
+            and event.data["dispatcher"].py_func.__module__.partition(".")[0] == __name__.partition(".")[0]
+        ):
+            self.said = True
+            print(
+                "bklm: compiling kernels for this processor, once for all later processes; a few seconds each time.",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def on_end(self, event: numba.core.event.Event) -> None:
+        pass
+
+    said = False
+
+
+NOTICE = _Notice()
+numba.core.event.register("numba:compile", NOTICE)

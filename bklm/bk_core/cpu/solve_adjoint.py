@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import uintp
 
-from bklm.bk_core.cpu.jit import jit
+from bklm.bk_core.cpu.jit import NO, YES, inlined, jit
 from bklm.bk_core.cpu.scratch import reals_at
 from bklm.bk_core.cpu.solve_columns import (
     BLOCK,
@@ -20,7 +20,6 @@ from bklm.bk_core.cpu.solve_columns import (
     clear,
     eliminate,
     factor,
-    inlined,
     moved,
     write,
 )
@@ -86,11 +85,11 @@ def _descend(
         if sums:
             if both:
                 S_re, S_im, C_re, C_im, B_re, B_im = _advance(
-                    s, source, at_source + at, y, at_row + at, width, l_re, l_im, q_re, q_im, True
+                    s, source, at_source + at, y, at_row + at, width, l_re, l_im, q_re, q_im, YES
                 )
             else:
                 S_re, S_im, C_re, C_im, B_re, B_im = _advance(
-                    s, source, at_source + at, y, at_row + at, width, l_re, l_im, q_re, q_im, False
+                    s, source, at_source + at, y, at_row + at, width, l_re, l_im, q_re, q_im, NO
                 )
             _add(S, at_left + i, S_re, S_im, keep)
             if step > _0:
@@ -98,7 +97,7 @@ def _descend(
                 if both:
                     _add(B, at_between + i, -B_re, -B_im, keep)
         else:
-            advance(s, source, False, at_source + at, width, l_re, l_im, q_re, q_im)
+            advance(s, source, NO, at_source + at, width, l_re, l_im, q_re, q_im)
         write(s, STATE, out, at_row + at, width, real)
 
 
@@ -130,7 +129,7 @@ def adjoint_columns(
             width = min(_BLOCK, columns - block)
             if both:
                 eliminate(
-                    s, gbar_view, False, buffer_view, left_view, b_view, complex_b,
+                    s, gbar_view, NO, buffer_view, left_view, b_view, complex_b,
                     at_row, _0, at_left, row * b_stride, n, columns, block, width, sign,
                 )  # fmt: skip
             _descend(

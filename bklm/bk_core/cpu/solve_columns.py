@@ -8,15 +8,12 @@ and fused multiply-add: cpu_scratch.py.
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 from numba import uintp
 
-from bklm.bk_core.cpu.jit import jit
+from bklm.bk_core.cpu.jit import NO, YES, inlined, jit
 from bklm.bk_core.cpu.scratch import reals_at
 
-inlined = functools.partial(jit, forceinline=True)  # a call that passes arrays costs as much as a short row
 BLOCK = 128
 _BLOCK = np.uintp(BLOCK)
 _0, _1, _2, _3 = np.uintp(0), np.uintp(1), np.uintp(2), np.uintp(3)
@@ -88,7 +85,7 @@ def eliminate(
     for i in range(n):
         at = i * columns + block
         advance(s, x, real, at_row + at, width, one, nil, q_re, q_im)
-        write(s, STATE, out, at_out + at, width, False)
+        write(s, STATE, out, at_out + at, width, NO)
         if i + _1 < n:
             q_re, q_im = factor(left, e, complex_e, at_left + i, at_e + i, sign)
 
@@ -105,7 +102,7 @@ def substitute(s, x, real, out, left, e, complex_e, at_row, at_left, at_e, n, co
             q_re, q_im = factor(left, e, complex_e, at_left + i, at_e + (i if reverse else i - _1), one)
         at = at_row + i * columns + block
         advance(s, x, real, at, width, left[_2 * (at_left + i)], left[_2 * (at_left + i) + _1], q_re, q_im)
-        write(s, STATE, out, at, width, False)
+        write(s, STATE, out, at, width, NO)
 
 
 @jit
@@ -147,6 +144,6 @@ def tridiagonal_columns(
                 at_row, at_row, at_left, row * c_stride, n, columns, block, width, one,
             )  # fmt: skip
             substitute(
-                s, out_view, False, out_view, left_view, b_view, complex_b,
-                at_row, at_left, row * b_stride, n, columns, block, width, True,
+                s, out_view, NO, out_view, left_view, b_view, complex_b,
+                at_row, at_left, row * b_stride, n, columns, block, width, YES,
             )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import uintp
 
-from bklm.bk_core.cpu.jit import jit
+from bklm.bk_core.cpu.jit import NO, YES, jit
 from bklm.bk_core.cpu.scratch import reals_at
 from bklm.bk_core.cpu.solve_columns import inlined
 from bklm.bk_core.cpu.solve_tiles import SUMMARY
@@ -73,14 +73,14 @@ def sum_columns(s, first, last, g, y, S, B, C, n, columns, reverse, both):
 def _sums(s, g, y, S, B, C, row, n, columns, reverse, both):
     for i in range(n):
         here = row * n + i
-        _sum(s, g, y, here * columns, here * columns, columns, S, here, False)
+        _sum(s, g, y, here * columns, here * columns, columns, S, here, NO)
     start, between = row * n * columns, row * (n - _1)
     to_g, to_y = (_0, columns) if reverse else (columns, _0)
     for i in range(n - _1):
-        _sum(s, g, y, start + i * columns + to_g, start + i * columns + to_y, columns, C, between + i, True)
+        _sum(s, g, y, start + i * columns + to_g, start + i * columns + to_y, columns, C, between + i, YES)
     if both:
         for i in range(n - _1):
-            _sum(s, g, y, start + i * columns, start + (i + _1) * columns, columns, B, between + i, True)
+            _sum(s, g, y, start + i * columns, start + (i + _1) * columns, columns, B, between + i, YES)
 
 
 @inlined

@@ -16,9 +16,9 @@ from __future__ import annotations
 import numpy as np
 from numba import uintp
 
-from bklm.bk_core.cpu.jit import jit
+from bklm.bk_core.cpu.jit import NO, YES, inlined, jit
 from bklm.bk_core.cpu.scratch import reals_at, vectors
-from bklm.bk_core.cpu.solve_columns import factor, inlined
+from bklm.bk_core.cpu.solve_columns import factor
 
 LANES = 16
 TILE = 64
@@ -78,11 +78,11 @@ def _pack_products(s, field, left, e, complex_e, at_left, at_e, skip, inside, ti
         put(s, j + _1, field, lane, 0, 0)
     if complex_e:
         for j in range(skip, inside):
-            re, im = factor(left, e, True, at_left + j, at_e + j, sign)
+            re, im = factor(left, e, YES, at_left + j, at_e + j, sign)
             put(s, j + _1, field, lane, re, im)
     else:
         for j in range(skip, inside):
-            re, im = factor(left, e, False, at_left + j, at_e + j, sign)
+            re, im = factor(left, e, NO, at_left + j, at_e + j, sign)
             put(s, j + _1, field, lane, re, im)
     for j in range(inside, tile):
         put(s, j + _1, field, lane, 0, 0)

@@ -13,78 +13,48 @@ tiles one after the other, in double precision.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
-from numba import uintp
 
 from bklm.bk_core.cpu.adjoint import SUMMARY
-from bklm.bk_core.cpu.jit import jit
-from bklm.bk_core.cpu.scratch import (
-    COUPLING,
-    EXTRA,
+from bklm.bk_core.cpu.groups import (
+    AT,
+    AT_COUPLING,
+    BETWEEN,
+    COUNT,
+    FIELDS,
+    ITEM,
     LANES,
     LEFT,
-    REAL,
-    at,
-    coupling_at,
-    pack_diagonal,
+    get,
+    lane,
+    load_coupling,
+    load_diagonal,
+    places_in,
     put,
-    reals_at,
-    vectors,
+    recursion,
+    set_place,
+    stride,
+    vectors_for,
 )
-from bklm.bk_core.cpu.tiles import left
-
-_LANES, _SUMMARY = np.uintp(LANES), np.uintp(SUMMARY)
-_0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
-_4 = np.uintp(4)
+from bklm.bk_core.cpu.jit import NO, YES, jit, part
+from bklm.bk_core.cpu.vectors import lanes_of, pointer
 
 
-@jit
+@part
 def _same(re, im, old_re, old_im, tolerance):
     """Equal to a few units in the last place, or NaN where the other is."""
     if abs(re - old_re) + abs(im - old_im) <= tolerance * (abs(re) + abs(im)):
         return True
-    return np.isnan(re) and np.isnan(im) and np.isnan(old_re) and np.isnan(old_im)
-
-
-@jit
-def _load(s, a, k, row_a, row_k, shift, begin, n, tile, lane, reverse):
-    """One lane's tile in the order of its sweep; step j - 1 of COUPLING leads to step j."""
-    if not reverse:
-        pack_diagonal(s, a, row_a + begin, tile, tile, lane, shift)
-        s[at(_0, COUPLING) + lane] = k[row_k + begin - _1] if begin > _0 else 0
-        for j in range(_1, tile):
-            s[at(j, COUPLING) + lane] = k[row_k + begin + j - _1]
-        return
-    inside = min(tile, n - begin)
-    for j in range(tile):
-        place = tile - _1 - j
-        s[at(j + _1, REAL) + lane] = a[row_a + begin + place] - shift if place < inside else 0
-        s[at(j, COUPLING) + lane] = k[row_k + begin + place] if begin + place < n - _1 else 0
+    return math.isnan(re) and math.isnan(im) and math.isnan(old_re) and math.isnan(old_im)
 
 
 @jit
 def sweep(
-    s,
-    first,
-    last,
-    a,
-    k,
-    k_stride,
-    z,
-    entering,
-    chunk_ends,
-    moved,
-    active,
-    n_active,
-    rows,
-    n,
-    tile,
-    n_tiles,
-    chunk_tiles,
-    reverse,
-    polish,
-    tolerance,
-):
+    s, first, last, a, k, k_stride, z, entering, chunk_ends, moved, active, n_active, rows, n, tile, n_tiles,
+    chunk_tiles, reverse, polish, tolerance,
+):  # fmt: skip
     """Sweep groups ``first <= group < last`` of the chunks listed in ``active`` (n_active,) int64.
 
     A chunk's number is ``row * n_chunks + c``; chunks cut the n_tiles - 1 tiles whose end enters another one.
@@ -92,80 +62,74 @@ def sweep(
     state that enters each tile and is filled in; ``chunk_ends`` (M, n_chunks) complex receives the ends of the chunks and
     ``moved`` (M, n_chunks) uint8 whether they changed. The first state of a chunk is read from ``entering``.
     """
-    # Addresses and counts as arrays and unsigned numbers, once for all groups.
-    rows, n, tile, n_tiles = uintp(rows), uintp(n), uintp(tile), uintp(n_tiles)
-    k_stride, chunk_tiles = uintp(k_stride), uintp(chunk_tiles)
-    swept = n_tiles - _1
-    n_chunks = (swept + chunk_tiles - _1) // chunk_tiles
-    a_view, z_view, k_view = (
-        reals_at(a, rows * n, s),
-        reals_at(z, _2 * rows, s),
-        coupling_at(k, k_stride, rows, n, s),
-    )
-    states = reals_at(entering, _2 * rows * n_tiles, s)
-    ends = reals_at(chunk_ends, _2 * rows * n_chunks, s)
-    running = np.empty(LANES, np.uint8)
-    for group in range(uintp(first), uintp(last)):
-        used = min(_LANES, uintp(n_active) - group * _LANES)
-        lanes = vectors(used)
-        # Each lane takes one chunk; it starts from the state that enters the chunk's first tile.
-        for w in range(used):
-            chunk = uintp(active[group * _LANES + w])
+    p, places = pointer(s.ctypes.data, s), places_in(s)
+    a_at, k_at, z_at = pointer(a, s), pointer(k, s), pointer(z, s)
+    states, ends_at = pointer(entering, s), pointer(chunk_ends, s)
+    lanes, swept = lanes_of(p), n_tiles - 1
+    n_chunks = (swept + chunk_tiles - 1) // chunk_tiles
+    rounds, targets = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    shift = -tile if reverse else tile
+    for group in range(first, last):
+        used = min(LANES, n_active - group * LANES)
+        vectors = vectors_for(p, used)
+        # Where the state that enters a tile stands, and the one that leaves it.
+        enters = (tile + 1 if reverse else 0) * stride(p, vectors) + LEFT * lanes
+        leaves = (1 if reverse else tile) * stride(p, vectors) + LEFT * lanes
+        # Each lane takes one chunk; it starts from the state that enters the chunk's first tile. Idle ones repeat the last.
+        for w in range(vectors * lanes):
+            chunk = active[group * LANES + min(w, used - 1)]
             row = chunk // n_chunks
-            start = row * n_tiles + (chunk - row * n_chunks) * chunk_tiles
-            put(s, _0, LEFT, w, states[_2 * start], states[_2 * start + _1])
-            s[at(_0, EXTRA + _1) + w] = -z_view[_2 * row + _1]
-            running[w] = 1
+            order = (chunk - row * n_chunks) * chunk_tiles
+            begin = (n_tiles - 1 - order if reverse else order) * tile
+            set_place(places, w, chunk, row, begin, n, tile, k_stride)
+            start = row * n_tiles + order
+            put(p, enters + lane(p, w, FIELDS), states[2 * start], states[2 * start + 1])
+            # The row's last tile is not swept: its end enters nothing.
+            rounds[w] = min(chunk_tiles, swept - order) if w < used else 0
+            targets[w] = start
         # Tile by tile, all lanes side by side: load, sweep, hand the end on.
         for q in range(chunk_tiles):
-            any_running = False
-            # The q-th tile of every chunk that still runs. The row's last tile is not swept: its end enters nothing.
-            for w in range(used):
-                chunk = uintp(active[group * _LANES + w])
-                row = chunk // n_chunks
-                order = (chunk - row * n_chunks) * chunk_tiles + q
-                if order >= swept:
-                    running[w] = 0
-                if running[w]:
-                    any_running = True
-                    begin = (n_tiles - _1 - order if reverse else order) * tile
-                    _load(
-                        s, a_view, k_view, row * n, row * k_stride, z_view[_2 * row], begin, n, tile, w, reverse
-                    )
+            any_running, same = False, tile
+            for w in range(vectors * lanes):
+                any_running |= q < rounds[w]
+                if places[BETWEEN + w] < tile:  # the row's end, to which a lane that stops there clings
+                    same = -1
             if not any_running:
                 break
-            # L_i = 1 / (d_i - k_{i-1} L_{i-1}); with ``reverse`` the tile lies mirrored, and this is R.
-            left(s, tile, lanes, used)
-            # The tile's end is the state that enters the next one, and step 0 of the next round.
+            load_diagonal(p, places, same, a_at, z_at, tile, vectors)
+            load_coupling(p, places, same, k_at, k_stride, n, tile, n_tiles, vectors)
+            if recursion(p, tile, vectors, reverse, NO):
+                recursion(p, tile, vectors, reverse, YES)
+            # The tile's end is the state that enters the next one.
             for w in range(used):
-                if not running[w]:
+                if q >= rounds[w]:
                     continue
-                chunk = uintp(active[group * _LANES + w])
-                row = chunk // n_chunks
-                c = chunk - row * n_chunks
-                target = row * n_tiles + c * chunk_tiles + q + _1
-                re, im = s[at(tile, LEFT) + w], s[at(tile, LEFT + _1) + w]
-                put(s, _0, LEFT, w, re, im)
+                re, im = get(p, leaves + lane(p, w, FIELDS))
+                put(p, enters + lane(p, w, FIELDS), re, im)
+                chunk, target = places[ITEM + w], targets[w] + q + 1
                 # An end of the chunk that is new must go on to the next chunk (``hand_over``).
-                if q + _1 == chunk_tiles or c * chunk_tiles + q + _1 == swept:
-                    if not (polish and _same(re, im, ends[_2 * chunk], ends[_2 * chunk + _1], tolerance)):
-                        ends[_2 * chunk], ends[_2 * chunk + _1] = re, im
+                if q + 1 == rounds[w]:
+                    if not (polish and _same(re, im, ends_at[2 * chunk], ends_at[2 * chunk + 1], tolerance)):
+                        ends_at[2 * chunk], ends_at[2 * chunk + 1] = re, im
                         moved[chunk] = 1
+                    continue
                 # A state that was there already, as the recursion contracts: everything behind it stands.
-                elif polish and _same(re, im, states[_2 * target], states[_2 * target + _1], tolerance):
-                    running[w] = 0
-                else:
-                    states[_2 * target], states[_2 * target + _1] = re, im
+                if polish and _same(re, im, states[2 * target], states[2 * target + 1], tolerance):
+                    rounds[w] = 0
+                    continue
+                states[2 * target], states[2 * target + 1] = re, im
+                places[AT + w] += shift
+                places[AT_COUPLING + w] += shift
+                places[COUNT + w], places[BETWEEN + w] = tile, tile
 
 
 @jit
 def hand_over(s, entering, chunk_ends, moved, active, rows, n_tiles, chunk_tiles):
     """Pass ends that moved on to the tiles they enter; list the chunks that must be swept again. Returns their number."""
-    rows, n_tiles, chunk_tiles = uintp(rows), uintp(n_tiles), uintp(chunk_tiles)
-    swept = n_tiles - _1
-    n_chunks = (swept + chunk_tiles - _1) // chunk_tiles
-    states = reals_at(entering, _2 * rows * n_tiles, s)
-    ends = reals_at(chunk_ends, _2 * rows * n_chunks, s)
+    swept = n_tiles - 1
+    n_chunks = (swept + chunk_tiles - 1) // chunk_tiles
+    states = pointer(entering, s)
+    ends = pointer(chunk_ends, s)
     n_active = 0
     for chunk in range(rows * n_chunks):
         if not moved[chunk]:
@@ -174,38 +138,37 @@ def hand_over(s, entering, chunk_ends, moved, active, rows, n_tiles, chunk_tiles
         # The end enters the first tile of the next chunk, or the row's last tile.
         row = chunk // n_chunks
         c = chunk - row * n_chunks
-        target = row * n_tiles + min((c + _1) * chunk_tiles, swept)
-        states[_2 * target], states[_2 * target + _1] = ends[_2 * chunk], ends[_2 * chunk + _1]
+        target = row * n_tiles + min((c + 1) * chunk_tiles, swept)
+        states[2 * target], states[2 * target + 1] = ends[2 * chunk], ends[2 * chunk + 1]
         # A chunk whose entering state has moved is swept again; the row's last tile has no chunk behind it.
-        if c + _1 < n_chunks:
-            active[n_active] = chunk + _1
+        if c + 1 < n_chunks:
+            active[n_active] = chunk + 1
             n_active += 1
     return n_active
 
 
-@jit
+@part
 def _passed_on(tiles, at_tile, re, im):
     """What leaves a tile that (re, im) enters: its own part + factor * (re, im), and its own part where nothing enters."""
-    own_re, own_im = np.float64(tiles[at_tile]), np.float64(tiles[at_tile + _1])
+    own_re, own_im = np.float64(tiles[at_tile]), np.float64(tiles[at_tile + 1])
     if re == 0 and im == 0:
         return own_re, own_im
-    q_re, q_im = tiles[at_tile + _2], tiles[at_tile + _2 + _1]
+    q_re, q_im = tiles[at_tile + 2], tiles[at_tile + 3]
     return own_re + (q_re * re - q_im * im), own_im + (q_re * im + q_im * re)
 
 
 @jit
 def join(s, summary, enter_s, enter_t, rows, n_tiles, causal):
     """The adjoint states that enter each tile, (M, n_tiles) complex each, from the tiles' summaries."""
-    rows, n_tiles = uintp(rows), uintp(n_tiles)
-    tiles = reals_at(summary, _SUMMARY * rows * n_tiles, s)
-    s_states, t_states = reals_at(enter_s, _2 * rows * n_tiles, s), reals_at(enter_t, _2 * rows * n_tiles, s)
+    tiles = pointer(summary, s)
+    s_states, t_states = pointer(enter_s, s), pointer(enter_t, s)
     for row in range(rows):
         # s (causal: u) runs from the row's end to its beginning; nothing enters the last tile.
         re, im = 0.0, 0.0
         for c in range(n_tiles):
-            tile = row * n_tiles + n_tiles - _1 - c
-            s_states[_2 * tile], s_states[_2 * tile + _1] = re, im
-            at_tile = _SUMMARY * tile
+            tile = row * n_tiles + n_tiles - 1 - c
+            s_states[2 * tile], s_states[2 * tile + 1] = re, im
+            at_tile = SUMMARY * tile
             re, im = _passed_on(tiles, at_tile, re, im)
         if causal:
             continue
@@ -213,6 +176,6 @@ def join(s, summary, enter_s, enter_t, rows, n_tiles, causal):
         re, im = 0.0, 0.0
         for c in range(n_tiles):
             tile = row * n_tiles + c
-            t_states[_2 * tile], t_states[_2 * tile + _1] = re, im
-            at_tile = _SUMMARY * tile + _4
+            t_states[2 * tile], t_states[2 * tile + 1] = re, im
+            at_tile = SUMMARY * tile + 4
             re, im = _passed_on(tiles, at_tile, re, im)

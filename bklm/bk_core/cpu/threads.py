@@ -67,6 +67,21 @@ def scratch(length: int, dtype: type[np.floating]) -> np.ndarray:
     return _scratch[key]
 
 
+def run(
+    kernel: Callable[..., object],
+    count: int,
+    worth_it: bool,
+    buffer: tuple[int, type[np.floating]],
+    arguments: tuple[object, ...],
+) -> None:
+    """kernel(scratch, first, last, *arguments) over 0 <= first < last <= count as :func:`split` does; each thread's scratch
+    has the length and the type of ``buffer``."""
+    if not worth_it:  # at once: a short call takes a few microseconds
+        kernel(scratch(*buffer), 0, count, *arguments)
+        return
+    split(lambda first, last: kernel(scratch(*buffer), first, last, *arguments), count, worth_it)
+
+
 def split(kernel: Callable[[int, int], None], n: int, worth_it: bool) -> None:
     """kernel(first, last) over 0 <= first < last <= n, in one call, or where ``worth_it`` in parts shared among threads.
 
