@@ -14,6 +14,7 @@
     python scripts/readme.py physics corrected=FOLDER original=FOLDER
     python scripts/readme.py compression FOLDER
     python scripts/readme.py dialogue grammar=FOLDER
+    python scripts/readme.py integration FOLDER
 
 A page.md is prose with places: ``{finding}`` is a number or a table of `readme_places.py`, of the study's first run where it
 has several, ``{peps.finding}`` of its run "peps"; ``{config[seq_len]:,}`` is a setting with a format, ``{table:arm}`` a table

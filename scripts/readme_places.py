@@ -19,6 +19,7 @@ from bklm.studies.compression import tables as compression
 from bklm.studies.dialogue import tables as dialogue
 from bklm.studies.embedding_freeze.config import INEQUALITY
 from bklm.studies.embedding_freeze.tables import REPORTED
+from bklm.studies.integration import tables as integration
 from bklm.studies.koopman import tables as koopman
 from bklm.studies.physics import tables as physics_tables
 from bklm.studies.precision.claims import readable_claims
@@ -336,6 +337,15 @@ OF_RUNS: Places = {
         "replies": lambda run: [
             {k: str(v).replace("|", "\\|") for k, v in row.items()} for row in run.rows("replies.csv")[:5]
         ],
+    },
+    "integration": {
+        "claim_lines": claim_lines,
+        "claims_table": lambda run: run.summary["claims"],
+        "switches": lambda run: integration.readable_switches(run.summary["switches"]),
+        "interaction": lambda run: integration.interaction_in_words(run.summary["interaction"]),
+        "shares": lambda run: integration.shares_in_words(run.summary["shares"]),
+        "timed": lambda run: integration.ARMS.readable(run.summary["parts"]["timed"]),
+        "costs": lambda run: integration.readable_costs(run.summary["parts"]["costs"]),
     },
 }
 # Places of a study, which need several runs or none.

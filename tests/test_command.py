@@ -55,7 +55,7 @@ def test_a_study_has_the_number_of_its_notebook(number):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["run", "9"], "ValueError: run: got '9'; allowed is one of 1 grad_blend"),
+        (["run", "10"], "ValueError: run: got '10'; allowed is one of 1 grad_blend"),
         (["score", "nowhere.zip", "x"], "FileNotFoundError: nowhere.zip does not exist"),
         (["batch", "nowhere.yaml"], "nowhere.yaml"),
     ],

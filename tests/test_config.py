@@ -38,7 +38,7 @@ from bklm.studies.grad_blend.config import FULL_GRID, GradBlendConfig
         ("vocab_size", 2),
         ("learning_rate", 0),
         ("learning_rate", math.inf),
-        ("dataset", "wikitext-103"),
+        ("dataset", "wikitext-3"),
         ("profile", "fast"),
         ("causal", "perhaps"),
     ],

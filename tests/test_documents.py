@@ -172,7 +172,7 @@ def test_a_documents_command_exists_with_these_words(document, words, monkeypatc
         "python -m bklm.batch no_such_file.yaml",
         "git clone https://example.com/other",
         "bklm run 1 --alphas 2",
-        "bklm run 9",
+        "bklm run 10",
         "bklm generate results/baseline.zip",
         "sl -a",
     ],

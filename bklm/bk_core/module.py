@@ -26,6 +26,9 @@ class BKCore(nn.Module):
     gradient, grad_blend outside [0, 1], or a potential that is not (B, N, n_heads).
     """
 
+    backend = "auto"
+    """Which code computes, see ``available_backends``; set it on a core to compare them within a model."""
+
     def __init__(
         self,
         n_heads: int = 1,
@@ -69,6 +72,7 @@ class BKCore(nn.Module):
             causal=self.causal,
             gradient=self.gradient,
             grad_blend=self.grad_blend,
+            backend=self.backend,
         )
         if self.n_heads == 1:
             # torch 2.6 takes the stride of the single head in the gradient for one that complex numbers cannot have.

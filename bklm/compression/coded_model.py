@@ -87,8 +87,16 @@ def forget_codes(model: LanguageModel) -> None:
 
 
 def matrices(model: LanguageModel) -> dict[str, Tensor]:
-    """The weights worth coding, by name, a shared one once: matrices (out, in), and stacks of them (experts, out, in)."""
-    return {n: p for n, p in model.named_parameters() if p.ndim >= 2 and min(p.shape[-2:]) >= SMALLEST}
+    """The weights worth coding, by name, a shared one once: matrices (out, in), and stacks of them (experts, out, in).
+
+    Those that no logit depends on, such as an auxiliary term's, are not.
+    """
+    apart = {id(p) for p in model.parameters_apart()}
+    return {
+        n: p
+        for n, p in model.named_parameters()
+        if p.ndim >= 2 and min(p.shape[-2:]) >= SMALLEST and id(p) not in apart
+    }
 
 
 def outer_names(model: LanguageModel) -> set[str]:

@@ -6,7 +6,7 @@ they were (straight-through, Bengio et al. 2013). ``baked`` gives the plain mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -137,6 +137,9 @@ class Changed(LanguageModel):
 
     def num_parameters(self, trainable_only: bool = False) -> int:
         return self.model.num_parameters(trainable_only)
+
+    def parameters_apart(self) -> Sequence[nn.Parameter]:
+        return self.model.parameters_apart()
 
     def reset_expert_counts(self, counts: Any = ()) -> None:
         self.model.reset_expert_counts(counts)

@@ -11,6 +11,7 @@ from bklm.data.corpus import SPLITS, Corpus
 from bklm.data.loaders import (
     IGNORED,
     Pieces,
+    Portions,
     Windows,
     get_wikitext2_dataloaders,
     make_loader,
@@ -27,6 +28,7 @@ __all__ = [
     "Corpus",
     "KneserNey",
     "Pieces",
+    "Portions",
     "TokenizedCorpus",
     "Unigram",
     "Vocabulary",

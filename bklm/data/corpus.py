@@ -20,6 +20,8 @@ MADE_HERE = ("embedded", "hmm", "grammar")
 UNKNOWN_LICENCE = "unknown; see where the data come from"
 LICENCES = {
     "wikitext-2": "CC BY-SA",
+    "wikitext-103": "CC BY-SA",
+    "c4": "ODC-BY, and Common Crawl's terms of use",
     "dailydialog": "CC BY-NC-SA 4.0: not for commercial use",
     "ultrachat": "MIT",
     "embedded": "that of Python's documentation (PSF License)",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bklm.data.beginnings import corpus_of_beginnings
 from bklm.data.corpus import Corpus
 from bklm.data.local import Dialogues, corpus_from_dialogues, corpus_from_splits
 
@@ -18,11 +19,13 @@ _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ER
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set's repository, its configuration, and where the repository has more than we read, the splits wanted."""
+    """A data set's repository, its configuration, and where the repository has more than we read, the splits wanted; with a
+    revision, no other state of it."""
 
     repository: str
     configuration: str | None = None
     splits: tuple[str, ...] = ()
+    revision: str | None = None
 
     def __str__(self) -> str:
         return ", ".join(filter(None, (self.repository, self.configuration)))
@@ -33,13 +36,21 @@ DATASETS = {
     # A Parquet copy: the classic id is a loading script, which datasets 4 and later refuse.
     "dailydialog": HubDataset("OpenRL/daily_dialog"),
     "ultrachat": HubDataset("HuggingFaceH4/ultrachat_200k", splits=("train_sft", "test_sft")),
-}
+    "wikitext-103": HubDataset(
+        "Salesforce/wikitext", "wikitext-103-raw-v1", ("train", "validation", "test"),
+        "b08601e04326c79dfdd32d625aee71d232d685c3",
+    ),
+    "c4": HubDataset("allenai/c4", "en", ("train", "validation"), "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"),
+}  # fmt: skip
+STREAMED = ("wikitext-103", "c4")
+"""Too large to be fetched whole without need: their beginning is read by ``bklm.data.beginnings``."""
 
 
-def corpus_from_hub(name: str, max_documents: int | None = None) -> Corpus:
+def corpus_from_hub(name: str, max_documents: int | None = None, max_tokens: int | None = None) -> Corpus:
     """The corpus ``name`` through ``datasets.load_dataset``, from the hub or, where that cannot be reached, its local cache.
 
-    Where a beginning can be fetched by itself, that of ``max_documents`` of each split is; the corpus may have more.
+    Where a beginning can be fetched by itself, that of ``max_documents`` of each split is; the corpus may have more. Of one of
+    ``STREAMED`` the first ``max_tokens`` training words are read, without which "c4" is refused: it has no end for a disk.
 
     Raises:
         ConnectionError: the hub cannot be reached and the cache does not hold the data set.
@@ -48,6 +59,11 @@ def corpus_from_hub(name: str, max_documents: int | None = None) -> Corpus:
     import huggingface_hub
 
     dataset = DATASETS[name]
+    if name == "c4" and max_tokens is None:
+        raise ValueError(
+            'corpus "c4" has 156 thousand million words: say how many to read, max_train_tokens in a study or max_tokens in '
+            "load_corpus"
+        )
     if Path(dataset.repository).is_dir():
         # load_dataset would take it for the data set and say nothing.
         raise OSError(
@@ -59,13 +75,19 @@ def corpus_from_hub(name: str, max_documents: int | None = None) -> Corpus:
     revision = "unknown"
     try:
         # One request with a deadline: load_dataset itself repeats a failing one for some 20 seconds.
-        info = huggingface_hub.HfApi().dataset_info(dataset.repository, timeout=PROBE_SECONDS)
+        info = huggingface_hub.HfApi().dataset_info(
+            dataset.repository, revision=dataset.revision, timeout=PROBE_SECONDS
+        )
         revision = (info.sha or revision)[:12]
     except failures as error:
         # 429 and above: it is there but busy, and load_dataset waits for it. Anything else is final.
         if getattr(getattr(error, "response", None), "status_code", 0) < 429:
             unreachable = error
     try:
+        if name in STREAMED and max_tokens is not None:
+            if unreachable:
+                raise unreachable
+            return corpus_of_beginnings(name, dataset, max_tokens)
         if unreachable:
             with _offline():
                 splits = _download(dataset)
@@ -91,8 +113,14 @@ def _download(dataset: HubDataset) -> dict[str, Any]:
     import datasets
 
     # Naming the files keeps it from fetching the other splits of the repository too.
-    files = {split: f"data/{split}-*.parquet" for split in dataset.splits} or None
-    return datasets.load_dataset(dataset.repository, dataset.configuration, data_files=files)
+    files = (
+        None
+        if dataset.configuration
+        else {split: f"data/{split}-*.parquet" for split in dataset.splits} or None
+    )
+    return datasets.load_dataset(
+        dataset.repository, dataset.configuration, data_files=files, revision=dataset.revision
+    )
 
 
 def _first_dialogues(dataset: HubDataset, number: int) -> list[Dialogues]:

@@ -179,6 +179,30 @@ class Pieces:
         return itertools.islice(self.loader, piece * len(self), (piece + 1) * len(self))
 
 
+class Portions:
+    """A loader gone through in epochs of ``steps`` batches, wherever its passes end: for a budget of steps, or of time."""
+
+    def __init__(self, loader: DataLoader, steps: int) -> None:
+        self.loader, self.steps, self.epoch = loader, require_whole("steps", steps, 1), 1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        passes, first = divmod((self.epoch - 1) * self.steps, len(self.loader))
+        self.epoch += 1
+        left = self.steps
+        while left:
+            set_epoch(self.loader, passes + 1)
+            for batch in itertools.islice(self.loader, first, first + left):
+                left -= 1
+                yield batch
+            passes, first = passes + 1, 0
+
+
 def set_epoch(loader: Iterable, epoch: int) -> None:
     """Say which epoch the next pass of a ``make_loader`` loader is, before or after Accelerate's ``prepare``.
 

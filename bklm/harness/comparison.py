@@ -189,10 +189,10 @@ class Comparison:
         return rows
 
     def readable(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """``rows`` with words and rounded numbers."""
+        """``rows`` with words and rounded numbers; a column that an earlier version's rows know nothing of is left out."""
         return [
             {self.by: self.short(row[self.by]), "val PPL (95%)": score_in_words(row)}
-            | {column.title: column.words(row) for column in self.columns if column.title}
+            | {c.title: c.words(row) for c in self.columns if c.title and {c.name} - {""} <= row.keys()}
             for row in rows
         ]
 

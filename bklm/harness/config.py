@@ -119,8 +119,8 @@ class TextStudyConfig(StudyConfig):
 
     basic: ClassVar[tuple[str, ...]] = ("profile", "dataset", "data_dir", "output_dir", "device", "seeds")
 
-    dataset: Literal["wikitext-2", "embedded", "hmm"] = setting(
-        "wikitext-2", help="text to train on; embedded needs no network"
+    dataset: Literal["wikitext-2", "wikitext-103", "c4", "embedded", "hmm"] = setting(
+        "wikitext-2", help="text to train on; embedded needs no network; c4 takes max_train_tokens"
     )
     data_dir: str | None = setting(
         None, is_path=True, help="your own text: a file or a folder, used instead of the network"

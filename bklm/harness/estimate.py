@@ -14,7 +14,8 @@ from bklm.data import load_corpus, tokenize_corpus
 from bklm.models import LanguageModel
 from bklm.training.processes import make_accelerator
 
-WIKITEXT2 = (30_000, 2_051_910, 213_886)  # its published words, so that an estimate downloads nothing
+KNOWN = {"wikitext-2": (30_000, 2_051_910, 213_886), "wikitext-103": (267_735, 103_227_021, 217_646),
+         "c4": (10**6, 10**11, 200_000)}  # fmt: skip
 LONG = 90  # minutes, from which on people count hours
 EVALUATION = 1 / 3  # a validation token against a training token: it has no backward pass
 
@@ -23,14 +24,13 @@ EVALUATION = 1 / 3  # a validation token against a training token: it has no bac
 def text_size(
     dataset: str, data_dir: str | None, vocab_limit: int, tokenizer: str = "word"
 ) -> tuple[int, int, int]:
-    """(vocabulary, training tokens, validation tokens) of a study's text.
+    """(vocabulary, training tokens, validation tokens) of a study's text; where ``KNOWN``, as published: nothing is fetched.
 
     Raises:
         ValueError, OSError: see ``bklm.data.load_corpus``.
     """
-    if dataset == "wikitext-2" and not data_dir and tokenizer == "word":
-        vocabulary, train_tokens, val_tokens = WIKITEXT2
-        return min(vocabulary, vocab_limit), train_tokens, val_tokens
+    if dataset in KNOWN and not data_dir and (tokenizer == "word" or dataset != "wikitext-2"):
+        return min(KNOWN[dataset][0], vocab_limit), *KNOWN[dataset][1:]
     text = tokenize_corpus(load_corpus(dataset, data_dir), vocab_limit, tokenizer=tokenizer)
     return text.vocab_size, len(text.train), len(text.valid)
 

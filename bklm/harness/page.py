@@ -38,7 +38,7 @@ COLUMNS = (
         "loss without other positions less that with, nats",
     ),
     (r"context_gain_kept", "share of that which a replacement keeps; 0 for the best that reads one position"),
-    (r"(loss_difference)", "validation loss less the control's of the same seeds, nats"),
+    (r"(time_)?loss_difference", "validation loss less the control's of the same seeds, nats"),
     (r"ppl_ratio", "perplexity over the original's of the same seeds"),
     (r"koopman_ppl", "perplexity of the published Koopman forward"),
     (r"r2(?:_\w+)?", "share of what changes that is explained (by that); 0 for predicting no change"),
@@ -66,7 +66,7 @@ COLUMNS = (
     (r"(\w+_)?(tokens|bits)_per_(second|byte)", "{1} per {2}"),
     (r"tokens_per_parameter", "training tokens for each trained parameter"),
     (r"(?:train_)?(tokens|words)", "number of {0}"),
-    (r"(active_|trainable_)?parameters", "number of parameters"),
+    (r"(active_|trainable_|more_)?parameters", "number of parameters"),
     (r"(batch|batch_parts|experts|samples|seeds|steps|iterations?|calls|n_seq|n|length)", "number of {0}"),
     (r"seed", "seed of the random numbers"),
     (r"diverged", "number of trainings that ended without a finite loss"),
@@ -75,7 +75,7 @@ COLUMNS = (
     (r"gradient_(norm(_\w+)?|variance)", "length of the gradient of all parameters (99: of 99 steps in 100)"),
     (
         r"ratio|gap|change|verdict|claim\w*|announced|measured|compared|short|where|factor|way|conserves|within|times_smaller|"
-        r"distinct_\d|repeats_prompt|ended|recalled|asked|replied|written",
+        r"distinct_\d|ms_ratio|stays|repeats_prompt|ended|recalled|asked|replied|written",
         "see the tables",
     ),
     (r"cosine", "cosine with the exact gradient, -1 to 1"),
@@ -97,8 +97,8 @@ COLUMNS = (
     (r"growth", "memory of the most blocks over that of the fewest"),
     (r"mse|diversity|context_drift|contexts|first_contexts", "of phase 1; see docs/results.md"),
     (
-        r"alpha|arm|family|model|run|name|expert|direction|weights|reference|recursion|precision|status|note|format|support|why"
-        r"|block|replacement|against|initialisation|freezing|head|original|measured_on|trained|gradient|baseline|protocol",
+        r"alpha|arm|protocol|family|model|run|name|expert|direction|weights|reference|recursion|precision|status|note|format|support|why"
+        r"|block|replacement|against|switch|study|on|off|initialisation|freezing|head|original|measured_on|trained|gradient|baseline",
         "what the row is about",
     ),
 )

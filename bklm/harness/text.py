@@ -147,7 +147,7 @@ def prepare_text(config: Any) -> StudyText:
     Raises:
         ValueError, OSError: see ``bklm.data.load_corpus`` and ``bklm.data.make_loader``.
     """
-    corpus = load_corpus(config.dataset, config.data_dir)
+    corpus = load_corpus(config.dataset, config.data_dir, max_tokens=config.max_train_tokens or None)
     tokens = tokenize_corpus(corpus, config.vocab_size, config.max_train_tokens or None, config.tokenizer)
     layout = "disjoint" if getattr(config, "protocol", "") == "original" else "every-target-once"
     baselines = ngram_baselines(corpus, tokens, config.seq_len)

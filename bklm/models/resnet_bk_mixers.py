@@ -46,6 +46,9 @@ class MixerState(NamedTuple):
 class SolveCore(nn.Module):
     """The operator as a module of its own, whose inputs and outputs a hook can see."""
 
+    backend = "auto"
+    """Which code computes, see ``bklm.bk_core.available_backends``; set it on a core to compare them within a model."""
+
     def __init__(self, causal: bool, grad_blend: float) -> None:
         super().__init__()
         self.causal, self.grad_blend = causal, grad_blend
@@ -55,7 +58,7 @@ class SolveCore(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """y (B, H, N, w), and L (B, H, N) where causal, of values (B, H, N, w), potential (B, H, N), bonds (B, H, N - 1)."""
         options = {"causal": self.causal, "return_left": self.causal, "grad_blend": self.grad_blend}
-        found = resolvent_solve(values, potential, bonds, bonds, z, **options)
+        found = resolvent_solve(values, potential, bonds, bonds, z, backend=self.backend, **options)
         return found if self.causal else (found, None)
 
 
@@ -150,9 +153,14 @@ class SolveMixer(nn.Module):
         return F.pad(u, (0, 0, short, 0)) if short > 0 else u[:, u.shape[1] - self._reach :]
 
     def _is_fused(self, read: Tensor) -> bool:
-        """Whether the features are computed in one pass: where nobody looks at the core or at what was mixed."""
-        plain = self.config.causal and not self.config.grad_blend and read.shape[1] > 0
+        """Whether one pass computes the features: nobody chose the core's backend, or looks at it or at what was mixed."""
         core = self.core
+        plain = (
+            self.config.causal
+            and not self.config.grad_blend
+            and read.shape[1] > 0
+            and core.backend == SolveCore.backend
+        )
         watched = core._forward_hooks or core._forward_pre_hooks or core._backward_hooks
         return plain and self.mixed.idle and not watched and is_fused(read, self.log_eta)
 

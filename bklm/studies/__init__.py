@@ -11,6 +11,7 @@ STUDIES = {
     "physics": "Physics",
     "compression": "Compression",
     "dialogue": "Dialogue",
+    "integration": "Integration",
 }
 """Folder of a study, and what the names of its config and result begin with; in the order of the notebooks."""
 

@@ -124,6 +124,11 @@ class WithTerm(Wrapped):
         self._term: Tensor | None = None
         self._could_learn = True
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The model's, so that one term may stand around another."""
+        return self.model.blocks
+
     def hidden(self, input_ids: Tensor) -> Tensor:
         if not self.training:
             return self.model.hidden(input_ids)
@@ -169,7 +174,7 @@ class WithTerm(Wrapped):
         return term if own is None or term is None else own + term
 
     def parameters_apart(self) -> list[nn.Parameter]:
-        return list(self.term.parameters()) if self.apart else []
+        return [*self.model.parameters_apart(), *(self.term.parameters() if self.apart else ())]
 
     def __getstate__(self) -> dict[str, Any]:
         # The term belongs to the graph of one forward; copies and pickles of the model must not drag it along.
@@ -177,5 +182,7 @@ class WithTerm(Wrapped):
 
 
 def without_term(model: LanguageModel) -> LanguageModel:
-    """The model inside a ``WithTerm``; any other as it is."""
-    return model.model if isinstance(model, WithTerm) else model
+    """The model inside a ``WithTerm``, or inside several; any other as it is."""
+    while isinstance(model, WithTerm):
+        model = model.model
+    return model

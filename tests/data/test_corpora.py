@@ -63,7 +63,8 @@ def test_hash_is_that_of_the_stripped_lines_and_tells_splits_apart():
 def test_unknown_names_are_refused_with_the_choices():
     with pytest.raises(
         ValueError,
-        match="'wikitext-3' is unknown; choose one of 'wikitext-2', 'dailydialog', 'ultrachat', 'embedded', 'hmm', 'grammar'",
+        match="'wikitext-3' is unknown; choose one of 'wikitext-2', 'wikitext-103', 'c4', 'dailydialog', 'ultrachat', "
+        "'embedded', 'hmm', 'grammar'",
     ):
         load_corpus("wikitext-3")
     with pytest.raises(ValueError, match="split 'dev' is unknown; a corpus has train, valid, test"):

@@ -4,6 +4,8 @@ Hugging Face's libraries read HF_ENDPOINT when they are imported, so each test l
 """
 
 import contextlib
+import gzip
+import itertools
 import json
 import os
 import subprocess
@@ -16,16 +18,17 @@ pa = pytest.importorskip("pyarrow")
 pytest.importorskip("datasets")
 import pyarrow.parquet as pq  # noqa: E402
 
-from bklm.data import Corpus  # noqa: E402
+from bklm.data import Corpus, beginnings, load_corpus  # noqa: E402
+from bklm.data.hub import DATASETS  # noqa: E402
 
 LOAD = """
 import json, sys, time
 waited, sleep = [], time.sleep
 time.sleep = lambda seconds: waited.append(seconds) or sleep(seconds)
 from bklm.data import load_corpus
-name, limit = json.loads(sys.argv[1])
+name, limit, words = json.loads(sys.argv[1])
 try:
-    corpus = load_corpus(name, max_documents=limit)
+    corpus = load_corpus(name, max_documents=limit, max_tokens=words)
     answer = {key: list(getattr(corpus, key)) for key in ("train", "valid", "test")}
     answer |= {"name": corpus.name, "source": corpus.source, "sha256": corpus.sha256}
     answer["documents"] = list(corpus.documents("train"))
@@ -57,7 +60,9 @@ def hub_root(tmp_path):
         (wikitext / name).mkdir(parents=True)
         configurations[name] = {hub: f"{name}/{hub}-*" for hub in SPLIT_NAMES.values()}
         for split, hub in SPLIT_NAMES.items():
-            rows = WIKITEXT[split] if name == "wikitext-2-raw-v1" else ["the wrong configuration"]
+            rows = (
+                WIKITEXT[split] if name == "wikitext-2-raw-v1" else [f" {split} line {i} \n" for i in range(9)]
+            )
             pq.write_table(pa.table({"text": rows}), wikitext / name / f"{hub}-00000-of-00001.parquet")
     (wikitext / "README.md").write_text(card(**configurations))
 
@@ -80,19 +85,25 @@ def hub_root(tmp_path):
     described = card(default={hub: f"data/{hub}-*" for hub in SPLIT_NAMES.values()})
     (daily.parent / "README.md").write_text(described)
     (ultrachat / "README.md").write_text(card(default={split: f"data/{split}-*" for split in splits}))
+    c4 = tmp_path / "hub" / "allenai" / "c4"
+    (c4 / "en").mkdir(parents=True)
+    for hub in ("train", "validation"):
+        with gzip.open(c4 / "en" / f"c4-{hub}.00000-of-00001.json.gz", "wt") as file:
+            file.writelines(json.dumps({"text": f"{hub} page {i}\nof two lines"}) + "\n" for i in range(50))
+    (c4 / "README.md").write_text(card(en={hub: f"en/c4-{hub}.*.json.gz" for hub in ("train", "validation")}))
     return tmp_path / "hub"
 
 
 @pytest.fixture
 def load(tmp_path):
-    """load(endpoint, name, limit) -> what the corpus holds or the error, in a fresh process away from our own caches."""
+    """load(endpoint, name, limit, words) -> what the corpus holds or the error, in a fresh process away from our caches."""
     (tmp_path / "work").mkdir()
     keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     keep |= {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     keep |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
-    def run(endpoint, name="wikitext-2", limit=None, cwd=tmp_path / "work", **environment):
-        command = [sys.executable, "-c", LOAD, json.dumps([name, limit])]
+    def run(endpoint, name="wikitext-2", limit=None, words=None, cwd=tmp_path / "work", **environment):
+        command = [sys.executable, "-c", LOAD, json.dumps([name, limit, words])]
         done = subprocess.run(
             command,
             env=keep | {"HF_ENDPOINT": endpoint} | environment,
@@ -151,6 +162,47 @@ def test_ultrachat_is_streamed_when_limited_and_fetched_without_its_other_splits
         assert few[split] == [f"test_sft {i}\nask answer" for i in limited]
         assert whole[split] == [f"test_sft {i}\nask answer" for i in kept]
     assert not any("_gen-" in request for request in hub.requests)
+
+
+@pytest.mark.slow
+def test_of_wikitext_103_and_c4_the_first_words_are_streamed_by_their_exact_revision(hub_root, load):
+    with serve_hub(hub_root) as hub:
+        few, whole = load(hub.url, "wikitext-103", words=7), load(hub.url, "wikitext-103")
+        pages = load(hub.url, "c4", words=13)
+    assert few["train"] == [f" train line {i} " for i in range(3)] == whole["train"][:3]
+    assert few["valid"] == whole["valid"] == [f" valid line {i} " for i in range(9)]
+    assert "revision b08601e04326, the first 7 words" in few["source"]
+    assert pages["train"] == pages["documents"] == [f"train page {i} of two lines" for i in range(3)]
+    assert pages["valid"][0] == "validation page 0 of two lines"
+    for revision in ("b08601e04326c79dfdd32d625aee71d232d685c3", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"):
+        assert any(f"/revision/{revision}" in request for request in hub.requests)
+    answer = load("http://127.0.0.1:9", "wikitext-103", words=7)
+    assert answer["says"].startswith(
+        'corpus "wikitext-103" (Salesforce/wikitext, wikitext-103-raw-v1) could not be fetched'
+    )
+
+
+def test_a_stream_is_read_to_the_words_that_are_asked_for_and_held_out_parts_follow_each_other(monkeypatch):
+    opened = []
+
+    def stream(repository, configuration, *, split, streaming, revision):
+        opened.append((repository, configuration, split, revision))
+        assert streaming
+        return ({"text": f"{split} {i}\nx"} for i in itertools.count())
+
+    monkeypatch.setattr("datasets.load_dataset", stream)
+    monkeypatch.setattr(beginnings, "HELD_OUT", 6)
+    corpus = beginnings.corpus_of_beginnings("c4", DATASETS["c4"], 4)
+    assert corpus.train == ["train 0 x", "train 1 x"]
+    assert corpus.valid == ["validation 0 x", "validation 1 x"]
+    assert corpus.test == ["validation 2 x", "validation 3 x"]
+    assert [split for _, _, split, _ in opened] == ["train", "validation"]
+    assert corpus.line_is_document
+
+
+def test_c4_without_a_number_of_words_is_refused_before_anything_is_fetched():
+    with pytest.raises(ValueError, match="156 thousand million words: say how many to read"):
+        load_corpus("c4")
 
 
 @pytest.mark.slow

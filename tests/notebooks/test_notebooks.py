@@ -279,3 +279,21 @@ def test_08_dialogue_smoke_runs_headless_and_talks_at_its_end(tmp_path):
     )
     assert "SHA-256" in printed
     assert (tmp_path / "results" / "dialogue.zip").exists()
+
+
+@pytest.mark.slow
+def test_09_integration_smoke_runs_headless_and_ends_with_claims(tmp_path):
+    printed = run(
+        ROOT / "notebooks" / "09_integration.ipynb", tmp_path, profile="smoke", dataset="embedded", seeds="0"
+    )
+    for words in (
+        "Kneser-Ney 3-gram",
+        "less koopman",
+        "at equal time",
+        "of a training step",
+        "the interaction is",
+    ):
+        assert words in printed
+    assert "17.5 times faster (step 7)" in printed
+    assert "SHA-256" in printed
+    assert (tmp_path / "results" / "integration.zip").exists()

@@ -47,6 +47,10 @@ SMALL: dict[str, dict[str, Any]] = {
         "max_dialogues": 8, "held_out_dialogues": 4, "vocab_size": 320, "seq_len": 64, "batch_size": 8, "width": 8,
         "max_pretraining_tokens": 600, "context_replies": 3, "sample_dialogues": 1, "reply_tokens": 2, "model": "resnet_bk",
     },
+    "integration": {
+        "seeds": (0,), "epochs": 1, "scores": 1, "batch_size": 16, "seq_len": 8,
+        "vocab_size": 100, "d_model": 16, "n_layers": 2, "max_train_tokens": 300, "workers": 1,
+    },
 }  # fmt: skip
 
 

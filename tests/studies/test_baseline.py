@@ -357,6 +357,34 @@ def test_the_originals_protocol_trains_on_its_windows_and_says_so(small_text, ti
     assert "context_lengths.png" not in result.paths
 
 
+def test_the_fields_protocol_keeps_case_adds_linear_context_and_sets_published_numbers_beside_wikitext_2(
+    small_text, tiny, tmp_path, monkeypatch
+):
+    leave_out_figures_and_costs(monkeypatch)
+    folder = shutil.copytree(small_text, tmp_path / "wikitext-2")
+    config = dataclasses.replace(
+        tiny,
+        protocol="field",
+        model="all",
+        data_dir=str(folder),
+        lowercase=None,
+        patience=None,
+        schedule=None,
+        epochs=1,
+    ).resolved()
+    assert (config.lowercase, config.patience, config.schedule) == (False, 2, "cosine")
+    fresh = BaselineConfig(profile="full", protocol="field").resolved()
+    assert (fresh.vocab_size, fresh.epochs, fresh.seq_len, fresh.max_train_tokens) == (30_000, 10, 128, 0)
+    result = run_baseline(config)
+    assert {row["model"] for row in result.table} == {*COMPETITORS, "linear_context"}
+    assert "Animals" in prepare_text(config).tokens.vocab.words
+    assert all(row["test_ppl"] for row in result.table)
+    assert "AWD-LSTM (Merity et al. 2017)" in [row["published"] for row in result.tables()["published"]()]
+    # What the original reported is of words in lower case.
+    assert result.claims == []
+    assert not any("original" in row["model"] for row in result.tables()["quality"]())
+
+
 def test_every_token_after_the_first_is_a_target_once_and_words_are_lower_case(tiny):
     text = prepare_text(tiny.resolved())
     words = [w.lower() for line in text.corpus.valid for w in line.split()]

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from PIL import Image
 from small import SMALL, run_of, small
 
 from bklm.harness import folder as folder_module
@@ -37,6 +39,7 @@ CHANGED = {
     "physics": ("clip", 0.5, 1.0),
     "compression": ("clip", 1.0, 2.0),
     "dialogue": ("clip", 1.0, 2.0),
+    "integration": ("clip", 0.5, 1.0),
 }
 
 
@@ -157,11 +160,37 @@ def test_its_tables_have_rows_and_every_column_a_name(runs, study):
             assert all(isinstance(column, str) and column for column in row), name
 
 
+# Of the others one trains nothing; dialogue asks for the gain from turns, and two judge what is done to one trained model.
+@pytest.mark.parametrize("study", ["grad_blend", "baseline", "koopman", "physics", "integration"])
+def test_its_main_table_says_what_each_model_gains_from_context(runs, study):
+    rows = next(
+        rows for make in runs(study).tables().values() if (rows := make()) and "val PPL (95%)" in rows[0]
+    )
+    told = [row.get("context gain", row.get("gain from context")) for row in rows]
+    assert all(told)
+    assert any("%" in words for words in told)
+
+
+@pytest.mark.parametrize("study", ["grad_blend", "koopman", "physics"])
+def test_every_figure_of_what_was_published_says_that_it_sees_the_future(study, tmp_path, small_text):
+    result = run_of(study)(small(study, tmp_path, small_text, protocol="original"))
+    drawn = {p.name: Image.open(p).text["Description"] for p in result.folder.glob("*.png")}
+    assert drawn
+    assert [name for name, note in drawn.items() if "THIS MODEL SEES THE FUTURE" not in note] == []
+
+
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_column_of_its_csv_files_is_explained_in_the_report(runs, study):
     files = list(runs(study).folder.glob("*.csv"))
     assert files
     assert [c for file in files for c in pd.read_csv(file, nrows=0).columns if not meaning(c)] == []
+
+
+@pytest.mark.parametrize("study", TRAINED)
+def test_its_best_model_comes_back_from_the_folder(runs, study):
+    model = runs(study).load()
+    assert not model.training
+    assert model(torch.zeros(1, 4, dtype=torch.int64)).shape == (1, 4, model.vocab_size)
 
 
 @pytest.mark.parametrize("study", TRAINED)
@@ -231,6 +260,7 @@ def test_killed_with_signal_9_it_goes_on_and_ends_with_the_numbers_of_an_undistu
         "physics": {"epochs": 12, "parts": "loss"},
         "compression": {"epochs": 12},
         "dialogue": {"epochs": 12},
+        "integration": {"epochs": 12, "scores": 12, "budgets": "steps"},
     }[study]
     if study == "embedding_freeze":
         longer["patience"] = 12

@@ -212,7 +212,7 @@ def trial(alpha: float, seed: int, perplexity: float | None) -> dict:
         return {"alpha": alpha, "seed": seed, "val_ppl": None, "reason": "nan", "seconds": 1.0}
     return {
         "alpha": alpha, "seed": seed, "val_ppl": perplexity, "val_ppl_without_unk": perplexity,
-        "val_accuracy": 0.1, "convergence_speed": 2, "gradient_variance": 0.1, "seconds": 1.0,
+        "val_accuracy": 0.1, "context_gain": 0.1, "convergence_speed": 2, "gradient_variance": 0.1, "seconds": 1.0,
         "epochs": [{"val_perplexity": 2 * perplexity}, {"val_perplexity": perplexity}],
     }  # fmt: skip
 
@@ -321,6 +321,7 @@ def test_perplexity_that_never_fell_is_no_fast_convergence():
         "val_ppl": 200.0,
         "val_ppl_without_unk": 200.0,
         "val_accuracy": 0.0,
+        "context_gain": 0.0,
     }
     trial |= {"convergence_speed": 1, "gradient_variance": 1.0, "seconds": 1.0, "epochs": epochs}
     assert ALPHAS.readable(ALPHAS.rows([trial]))[0]["converged at epoch"] == "-"

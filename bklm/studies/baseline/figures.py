@@ -53,7 +53,7 @@ def draw_curves(path: Path, runs: Sequence[Trial], text: BaselineText, title: st
             axes.plot(x, train, color=style["color"], linewidth=1, alpha=0.5)
             shown += means + train
         last = max(len(r["epochs"]) for r in MODELS.finished(runs))
-        reported = [r for r in REPORTED_EPOCHS if r["epoch"] <= last and text.is_wikitext2]
+        reported = [r for r in REPORTED_EPOCHS if r["epoch"] <= last and text.is_the_originals]
         if reported:
             axes.plot(
                 [r["epoch"] for r in reported],

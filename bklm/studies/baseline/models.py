@@ -53,9 +53,12 @@ CLASSES: dict[str, tuple[type[LanguageModel], type]] = {
 
 
 def model_names(choice: str, protocol: str) -> tuple[str, ...]:
-    """The models that one value of the ``model`` field stands for; of ResNetBK, "original" has the published one only."""
+    """The models that one value of the ``model`` field stands for; of ResNetBK, "original" has the published one only, and
+    "field" has LinearContext, too."""
     if choice != "all":
         return (choice,)
+    if protocol == "field":
+        return (*COMPETITORS, "linear_context")
     return tuple(name for name in COMPETITORS if protocol != "original" or name != "resnet_bk")
 
 

@@ -44,6 +44,7 @@ class BaselineResult(StudyResult):
     search: list[dict[str, Any]]
     measured: dict[str, dict[str, Any]]
     claims: list[dict[str, Any]]
+    published: list[dict[str, Any]]
     runs: list[dict[str, Any]]
 
     @property
@@ -58,6 +59,7 @@ class BaselineResult(StudyResult):
             "contexts": lambda: tables.readable_contexts(self.table),
             "cost": lambda: tables.readable_cost(self.table, self.measured),
             "claims": lambda: self.claims,
+            "published": lambda: self.published,
         }
         if "context_lengths.png" not in self.paths:
             del found["contexts"]
@@ -104,7 +106,7 @@ def prepare_text(config: BaselineConfig) -> BaselineText:
     """
     same = ("lowercase", "validation", "vocab_size", "max_train_tokens", "seq_len", "batch_size")
     return make_text(
-        load_corpus(config.dataset, config.data_dir),
+        load_corpus(config.dataset, config.data_dir, max_tokens=config.max_train_tokens or None),
         tokenizer=LINES if config.protocol == "original" else config.tokenizer,
         search_tokens=config.search_tokens if len(config.learning_rates) > 1 else None,
         **{name: getattr(config, name) for name in same},
@@ -243,7 +245,8 @@ def _report(study: Session, found: tuple[list[Trial], list[Trial]]) -> BaselineR
     )  # fmt: skip
     table, search = tables.model_table(trials, measured), tables.search_rows(searched, _search_steps(study))
     # What was reported and announced for WikiText-2 stands beside no other text.
-    claims = tables.claims_table(table) if text.is_wikitext2 else []
+    claims = tables.claims_table(table) if text.is_the_originals else []
+    published = tables.PUBLISHED if text.is_wikitext2 and config.protocol == "field" else []
     report.csv("learning_rates.csv", search)
     best = MODELS.perplexity(MODELS.groups(trials)[MODELS.best(trials)]).mean
     title = MODELS.headline(trials) + not_beaten_in_short(best, text.baselines)
@@ -253,9 +256,9 @@ def _report(study: Session, found: tuple[list[Trial], list[Trial]]) -> BaselineR
         BaselineResult, MODELS, trials, also={"search": searched}, rows=table,
         finding=MODELS.finding(trials) + tables.bigram_models(table),
         summary={
-            "learning_rate_search": search, "measured": measured, "claims": claims, "note": note,
-            "reported_by_the_original": tables.REPORTED_EPOCHS if text.is_wikitext2 else [],
+            "learning_rate_search": search, "measured": measured, "claims": claims, "note": note, "published": published,
+            "reported_by_the_original": tables.REPORTED_EPOCHS if text.is_the_originals else [],
             "train_targets": text.train_targets, "val_targets": text.val_targets,
         },
-        search=search, measured=measured, claims=claims, runs=[dict(run) for run in runs],
+        search=search, measured=measured, claims=claims, published=published, runs=[dict(run) for run in runs],
     )  # fmt: skip

@@ -45,6 +45,11 @@ class BaselineText(StudyText):
         return self.validation == "valid"
 
     @property
+    def is_the_originals(self) -> bool:
+        """Whether what the original reported may stand beside this text's numbers: WikiText-2 in lower case."""
+        return self.is_wikitext2 and self.lowercase
+
+    @property
     def vocabulary_name(self) -> str:
         """What a checkpoint says of the vocabulary it was trained with: its words in the order of their ids."""
         digest = hashlib.sha256("\n".join(self.tokens.vocab.words).encode()).hexdigest()

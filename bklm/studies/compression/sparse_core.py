@@ -41,12 +41,12 @@ def published_rows() -> list[dict[str, Any]]:
 
     ``error`` is the mean of |G - G_exact| / |G_exact|; the potentials are N(0, 1), z = i.
     """
-    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu", "dtype": torch.float64}
     rows = []
     for batch in BATCHES:
-        v = torch.randn(batch, POSITIONS, generator=generator, dtype=torch.float64)
-        chance = torch.rand(batch, POSITIONS, generator=generator, dtype=torch.float64)
-        one = torch.ones(POSITIONS - 1, dtype=torch.float64)
+        v = torch.randn(batch, POSITIONS, **drawn)
+        chance = torch.rand(batch, POSITIONS, **drawn)
+        one = torch.ones(POSITIONS - 1, device="cpu", dtype=torch.float64)
         exact = resolvent_diagonal(v - 2, one, one, 1j)
         for share in MASKED:
             masked = chance < share

@@ -31,6 +31,7 @@ from bklm.studies.grad_blend.config import GradBlendConfig
 from bklm.studies.grad_blend.directions import measure_directions
 from bklm.studies.grad_blend.tables import ALPHAS, beside, original_format, pooled_directions, readable_alphas
 from bklm.training.checkpoints import CheckpointFolder, read_weights
+from bklm.training.context_gain import measure_context_gain
 from bklm.training.evaluation import evaluate
 from bklm.training.loop import train
 from bklm.training.records import EPOCH_KEYS, convergence_epoch, gradient_variance
@@ -38,7 +39,7 @@ from bklm.training.schedules import TrainingSettings
 
 log = logging.getLogger(__name__)
 
-KEYS = {"val_ppl": float, "seconds": float, "epochs": EPOCH_KEYS, "directions": dict}
+KEYS = {"val_ppl": float, "seconds": float, "epochs": EPOCH_KEYS, "directions": dict, "context_gain": float}
 HEADS = 8  # of the mixer "solve", or as many as the width has in common with that
 EARLY = "directions_after_one_epoch.json"
 WEIGHTS = "best_model.safetensors"
@@ -196,10 +197,15 @@ def _train(study: Session, alpha: float, seed: int, epochs: int, folder: Path, f
         on_epoch=measure_early,
     )
     last, perplexities = records[-1], [r.val_perplexity for r in records]
+    gained = measure_context_gain(
+        model, text.val_loader(), text.unk_id, windows_of=lambda n: None, window=text.seq_len, lengths=(),
+        accelerator=study.accelerator,
+    )  # fmt: skip
     result = {
         "val_ppl": last.val_perplexity,
         "val_ppl_without_unk": last.val_perplexity_without_unk,
         "val_accuracy": last.val_accuracy,
+        "context_gain": gained.gain,
         "convergence_speed": convergence_epoch(perplexities),
         "gradient_variance": gradient_variance(records),
         "seconds": sum(r.seconds for r in records),

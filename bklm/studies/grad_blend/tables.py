@@ -9,6 +9,7 @@ from typing import Any
 
 from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean
 from bklm.harness.statistics import Perplexity, interval95
+from bklm.training.context_gain import gain_in_words
 
 # Reported by the original: WikiText-2, 2 epochs, one seed, a T4; its model saw the future.
 REPORTED = {
@@ -50,6 +51,7 @@ ALPHAS = Comparison(
     columns=(
         Column("val_ppl_without_unk", geometric_mean("val_ppl_without_unk"), "without <unk>", _without_unk),
         Column("accuracy", "val_accuracy", "accuracy", ".1%"),
+        Column("context_gain", "context_gain", "context gain", lambda row: gain_in_words(row["context_gain"])),
         Column("convergence_epoch", _convergence, "converged at epoch", ".1f"),
         Column("gradient_variance", "gradient_variance", "grad-norm variance", ".3g", spread=True),
         Column("seconds", "seconds", "seconds", _seconds),

@@ -1,0 +1,79 @@
+"""The integration study's figures; each title says what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bklm.harness.figures import GREY, MARKERS, colours, legend_below, mean_with_error, save_figure
+from bklm.studies.integration.tables import ARMS, FULL, KEPT, NONE, PLAIN, RIVAL
+
+LABELS = {NONE: " (as published, made causal)", PLAIN: " (exact gradient, fused kernel)"}
+SHIFT = 0.16  # between the two budgets of a switch
+CURVES = (NONE, PLAIN, FULL, KEPT, RIVAL)
+
+
+def draw_switches(path: Path, rows: Sequence[Mapping[str, Any]], title: str, note: str) -> Path | None:
+    """What the removal of each switch does to the loss, at both budgets, and to the time of a step."""
+    shown = [r for r in rows if r["loss_difference"] is not None]
+    if not shown:
+        return None
+
+    def draw(figure: Figure) -> None:
+        loss, time = figure.subplots(1, 2, sharey=True)
+        places = range(len(shown))
+        budgets = [("", "equal steps", -SHIFT)]
+        if any(r["time_loss_difference"] is not None for r in shown):
+            budgets.append(("time_", "equal time", SHIFT))
+        for (words, label, shift), colour, marker in zip(budgets, colours(2), MARKERS, strict=False):
+            here = [
+                (i + shift, r)
+                for i, r in zip(places, shown, strict=True)
+                if r[f"{words}loss_difference"] is not None
+            ]
+            means = [r[f"{words}loss_difference"] for _, r in here]
+            ends = [(r[f"{words}loss_low"], r[f"{words}loss_high"]) for _, r in here]
+            style = {"color": colour, "marker": marker, "linestyle": "", "label": label}
+            mean_with_error(loss, [i for i, _ in here], means, ends, sideways=True, **style)
+        ends = [(r["ms_ratio_low"], r["ms_ratio_high"]) for r in shown]
+        style = {"color": "#000000", "marker": "D", "linestyle": ""}
+        mean_with_error(time, places, [r["ms_ratio"] for r in shown], ends, sideways=True, **style)
+        _compare(loss, 0.0, "loss without - with it, nats")
+        _compare(time, 1.0, "time of a step without / with it")
+        loss.set_yticks(places, [f"{r['switch']} ({r['study']})" for r in shown])
+        loss.set_ylim(len(shown) - 0.5, -0.5)
+        legend_below(loss, ncols=2, fontsize=10)
+
+    note = f"Right of the dashed lines the full set needs the switch. {note}"
+    return save_figure(path, draw, title=title, note=note, size=(7.2, 2.4 + 0.42 * len(shown)))
+
+
+def _compare(axes: Axes, value: float, label: str) -> None:
+    axes.axvline(value, color=GREY, linewidth=1, linestyle="--")
+    axes.set_xlabel(label)
+
+
+def draw_curves(
+    path: Path, trials: Sequence[Mapping[str, Any]], seconds: Mapping[str, float], title: str, note: str
+) -> Path | None:
+    """Validation loss against time, means over the seeds; ``seconds`` from one score of an arm to its next."""
+    groups = {arm: g for arm, g in ARMS.groups(trials).items() if arm in CURVES}
+    if not groups:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for (arm, group), colour, marker in zip(groups.items(), colours(len(CURVES)), MARKERS, strict=False):
+            curves = [[e["val_loss"] for e in t["epochs"]] for t in group]
+            means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+            times = [seconds[arm] * (i + 1) for i in range(len(means))]
+            label = arm + LABELS.get(arm, "")
+            axes.plot(times, means, color=colour, marker=marker, label=label)
+        axes.set(xlabel="seconds of training steps", ylabel="validation loss, nats")
+        legend_below(axes, ncols=2, fontsize=10)
+
+    return save_figure(path, draw, title=title, note=note)

@@ -1,0 +1,267 @@
+"""The integration study: what studies 01 to 07 changed, as switches of one model: all on, each left out, none.
+
+Every arm is trained for equal steps, then for the time that the plain arm takes. A switch stays in what is called
+integrated where its removal costs loss or time beyond the interval over seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from bklm.compression import baked
+from bklm.data import Portions
+from bklm.files.atomic import read_result
+from bklm.harness.arms import WEIGHTS, Arm, readable_verdicts, train_arms, verdicts
+from bklm.harness.comparison import Trial, not_beaten_in_short
+from bklm.harness.estimate import Run, minutes, text_size
+from bklm.harness.report import Report, StudyResult, small_print
+from bklm.harness.session import Session, place_of
+from bklm.harness.statistics import FEWEST_SEEDS
+from bklm.harness.study import run_study
+from bklm.harness.text import StudyText
+from bklm.harness.text import prepare_text as prepare_plain_text
+from bklm.models import LanguageModel
+from bklm.studies.integration import figures, tables
+from bklm.studies.integration.claims import claims_table
+from bklm.studies.integration.config import IntegrationConfig
+from bklm.studies.integration.measured import HEAD, of_models, step_times, with_later
+from bklm.studies.integration.switches import (
+    OF_PLAIN,
+    SWITCHES,
+    Training,
+    build,
+    co_occurrences,
+    rival,
+    together,
+)
+from bklm.studies.integration.tables import ARMS, FULL, KEPT, LESS, NONE, PLAIN, RIVAL
+from bklm.training.auxiliary import without_term
+from bklm.training.schedules import TrainingSettings
+from bklm.training.weights import load_weights
+
+NEEDED = {"vocabulary": int, "context_gain": float, "steps_per_score": int}
+TRIALS, TIMED = "trials", "timed"
+
+
+@dataclass(frozen=True)
+class IntegrationResult(StudyResult):
+    """What ``run_integration`` found: ``table`` holds one row per arm at equal steps.
+
+    ``switches``: one row each, with what its removal does; ``kept``: those that stay; ``parts``: the other tables' rows.
+    """
+
+    spoken = ("finding", "shares")
+
+    switches: list[dict[str, Any]]
+    kept: tuple[str, ...]
+    parts: dict[str, list[dict[str, Any]]]
+    claims: list[dict[str, str]]
+    shares: str
+
+    def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
+        made = {
+            "switches": lambda: tables.readable_switches(self.switches),
+            "arms": lambda: ARMS.readable(self.table),
+            "verdicts": lambda: readable_verdicts(self.parts["verdicts"]),
+            "timed": lambda: ARMS.readable(self.parts["timed"]),
+            "costs": lambda: tables.readable_costs(self.parts["costs"]),
+            "claims": lambda: self.claims,
+        }
+        return {n: make for n, make in made.items() if self.parts.get(n, True)}
+
+    def load(self, model: str | None = None) -> LanguageModel:
+        """An arm's model of the first seed, its terms left out and its zeros made; on the CPU, evaluating."""
+        name = model or self.best
+        trials = _place_of_kept(self.kept) if name == KEPT else TRIALS
+        place = self.folder / trials / place_of({"arm": name, "seed": self.config.seeds[0]})
+        record = read_result(place / "result.json", {**NEEDED, "val_ppl": float})
+        if record is None or not (place / WEIGHTS).exists():
+            known = ", ".join(repr(row["arm"]) for row in self.table)
+            raise ValueError(f"model: got {model!r}; this study trained {known}, those that diverged excepted.")
+        training = Training(None, record["steps_per_score"] * self.config.scores)
+        made = _arms(self.config, training, self.kept)[name].build(record["vocabulary"])
+        load_weights(without_term(made), place / WEIGHTS)
+        return without_term(baked(without_term(made))).eval()
+
+
+@dataclass(frozen=True, eq=False)
+class IntegrationText(StudyText):
+    """A study's text in epochs of ``portion`` batches, wherever its passes end; 0: whole passes."""
+
+    # Many short trainings are scored often.
+    scored_at_once: ClassVar[int] = 8
+    portion: int = 0
+
+    def train_loader(self, seed: int) -> Any:
+        loader = super().train_loader(seed)
+        return Portions(loader, self.portion) if self.portion else loader
+
+
+def run_integration(
+    config: IntegrationConfig,
+    on_figure: Callable[[Path], None] | None = None,
+    text: IntegrationText | None = None,
+) -> IntegrationResult | None:
+    """Run the study; everything goes to ``<output_dir>/integration`` and its zip. See ``bklm.harness.study.run_study``."""
+    return run_study(config, _train_all, _report, prepare=prepare_text, on_figure=on_figure, text=text)
+
+
+def prepare_text(config: IntegrationConfig) -> IntegrationText:
+    """The text of a resolved config. Errors as ``bklm.harness.text.prepare_text``, and more scores than there are steps."""
+    found = prepare_plain_text(config)
+    text = IntegrationText(**{f.name: getattr(found, f.name) for f in dataclasses.fields(found)})
+    steps = len(text.train_loader(0)) * config.epochs
+    if config.scores > steps:
+        raise ValueError(
+            f"scores: got {config.scores}, but a training has {steps} steps; take that many or fewer."
+        )
+    return text
+
+
+def estimated_minutes(config: IntegrationConfig) -> float:
+    """Minutes that a resolved config's trainings take here."""
+    vocabulary, train_tokens, val_tokens = text_size(
+        config.dataset, config.data_dir, config.vocab_size, config.tokenizer
+    )
+    used = config.epochs * min(train_tokens, config.max_train_tokens or train_tokens)
+    rates, seeds = len(config.learning_rates), len(config.seeds)
+    arms = _arms(config, Training(None, 1000))
+    times = dict.fromkeys(arms, seeds + (rates if rates > 1 else 0))
+    times[FULL] += seeds  # the integrated one, which no arm costs more than
+    if config.budgets != "steps":
+        times[PLAIN] += seeds * len(arms)
+    return minutes(config, [
+        Run((f"integration {name}", config), lambda name=name: arms[name].build(vocabulary), count, used,
+            val_tokens * config.scores)
+        for name, count in times.items()
+    ])  # fmt: skip
+
+
+def _arms(config: IntegrationConfig, training: Training, kept: Collection[str] = ()) -> dict[str, Arm]:
+    """The arms by name; with ``kept`` also the one of these switches."""
+
+    def arm(names: Collection[str], *against: str) -> Arm:
+        return Arm(build(config, names, training), against)
+
+    less = {LESS + name: arm(set(SWITCHES) - {name}, FULL) for name in SWITCHES}
+    made = {NONE: arm(()), PLAIN: arm(OF_PLAIN, NONE), FULL: arm(SWITCHES, PLAIN, NONE), **less}
+    made[RIVAL] = Arm(rival(config), (FULL,))
+    return made | ({KEPT: arm(kept, FULL, PLAIN)} if kept else {})
+
+
+def _train_all(study: Session) -> dict[str, Any]:
+    """The trials at equal steps and at equal time, what a step of each arm takes, and the switches with those that stay."""
+    config, text = study.config, study.text
+    portion = len(text.train_loader(seed=0)) * config.epochs // config.scores
+    steps, table = portion * config.scores, co_occurrences(text.tokens.train, text.vocab_size, config.d_model)
+    arms = _arms(config, Training(table, steps))
+    rates, seeds = config.learning_rates, len(config.seeds)
+    study.expect(steps * len(arms) * (seeds + (len(rates) if len(rates) > 1 else 0)))
+    found = {"arms": arms, "portion": portion, "times": step_times(study, arms, PLAIN)}
+    settings = TrainingSettings(
+        config.scores, learning_rate=rates[0], weight_decay=config.weight_decay, clip=config.clip,
+        schedule=config.schedule,
+    )  # fmt: skip
+
+    def train(
+        chosen: dict[str, Arm], name: str, batches: int, rate: float = rates[0], **more: Any
+    ) -> list[Trial]:
+        own = dataclasses.replace(text, portion=batches)
+        with_rate = dataclasses.replace(settings, learning_rate=rate)
+        return train_arms(
+            study, chosen, with_rate, text=own, name=name, measure=of_models(own), needed=NEEDED, **more
+        )
+
+    def train_for_as_long(name: str, place: str = TIMED) -> list[Trial]:
+        if config.budgets == "steps":
+            return []
+        if name == PLAIN:
+            return [t for t in found["steps"] if t["arm"] == PLAIN]
+        fit = tables.steps_that_fit(found["milliseconds"], name, steps)
+        batches = max(1, round(fit / config.scores))
+        study.expect(study.progress.total + batches * config.scores * seeds)
+        arm = _arms(config, Training(table, batches * config.scores), found["kept"])[name]
+        best = next(t["learning_rate"] for t in found["steps"] if t["arm"] == name)
+        return train({name: dataclasses.replace(arm, kept=False)}, place, batches, best)
+
+    searched = rates if len(rates) > 1 else ()
+    found |= {"kept": (), "milliseconds": found["times"]["milliseconds"]}
+    found["steps"] = train(arms, TRIALS, portion, rates=searched)
+    ARMS.require_any(found["steps"])
+    found["time"] = [trial for name in arms for trial in train_for_as_long(name)]
+    found["switches"] = _judged(study, found)
+    names = {r["switch"] for r in found["switches"] if r["stays"]}
+    found["kept"] = tuple(n for n in SWITCHES if n in together(names))
+    # With fewer seeds nothing is judged; a set that was trained under another name is not trained again.
+    is_new = len(SWITCHES) - 1 > len(found["kept"]) > 0 and set(found["kept"]) != OF_PLAIN
+    if seeds >= FEWEST_SEEDS and is_new:
+        arms |= _arms(config, Training(table, steps), found["kept"])
+        place = _place_of_kept(found["kept"])
+        later = step_times(study, {n: arms[n] for n in (PLAIN, KEPT)}, PLAIN, f"times_{place}")["milliseconds"]
+        found["milliseconds"] = with_later(found["milliseconds"], later, KEPT, PLAIN)
+        study.expect(study.progress.total + steps * (seeds + len(searched)))
+        found["steps"] += train({KEPT: arms[KEPT]}, place, portion, rates=searched)
+        found["time"] += train_for_as_long(KEPT, f"{place}_{TIMED}")
+    return found
+
+
+def _place_of_kept(kept: Collection[str]) -> str:
+    """Folder of the integrated arm's trials, which another choice of switches does not find."""
+    return f"{KEPT}_{'_'.join(kept)}"
+
+
+def _judged(study: Session, found: dict[str, Any]) -> list[dict[str, Any]]:
+    judged = (verdicts(ARMS, found[budget], found["arms"]) for budget in ("steps", "time"))
+    return tables.switch_rows(SWITCHES, *judged, found["milliseconds"], ARMS.rows(found["steps"]))
+
+
+def _note(study: Session, bars: bool = True) -> str:
+    rates = study.config.learning_rates
+    rate = (
+        f"learning rate {rates[0]:g} for all"
+        if len(rates) == 1
+        else f"each arm's rate the best of {len(rates)}"
+    )
+    plain = f"{NONE}: as published, made causal, alpha {study.config.blend:g}; {PLAIN}: alpha 0, fused kernel"
+    return small_print(study.text, len(study.config.seeds), rate, plain, bars=bars)
+
+
+def _report(study: Session, found: dict[str, Any]) -> IntegrationResult:
+    report, trials, timed = Report(study), found["steps"], found["time"]
+    milliseconds = found["milliseconds"]
+    parts: dict[str, list[dict[str, Any]]] = {
+        "verdicts": verdicts(ARMS, trials, found["arms"]), "timed": ARMS.rows(timed) if timed else [],
+        "timed_verdicts": verdicts(ARMS, timed, found["arms"]) if timed else [],
+    }  # fmt: skip
+    first_loss = math.log(study.text.vocab_size)
+    parts["costs"] = tables.cost_rows(trials, milliseconds, found["portion"], first_loss)
+    head = tables.time_ratio(milliseconds, HEAD, PLAIN).mean
+    shares = {"outer_parameter_share": found["times"]["outer_parameter_share"], "head_time_share": head}
+    table, unigram = ARMS.rows(trials), study.text.baselines[0]["val_ppl"]
+    claims = claims_table(parts["verdicts"], parts["timed_verdicts"], parts["costs"], shares, table, unigram)
+    adds = tables.interaction(trials, tuple(SWITCHES))
+    kept = tables.kept_in_words(found["switches"])
+    report.figure("switches.png", figures.draw_switches, found["switches"], kept, _note(study))
+    seconds = {arm: found["portion"] * statistics.median(ms) / 1e3 for arm, ms in milliseconds.items()}
+    best = ARMS.best(trials)
+    reached = ARMS.perplexity(ARMS.groups(trials)[best]).mean
+    title = f"{tables.costs_in_words(parts['costs'], figures.CURVES)}; lowest PPL of all arms: {best}, {reached:.1f}"
+    title += not_beaten_in_short(reached, study.text.baselines)
+    report.figure("curves.png", figures.draw_curves, trials, seconds, title, _note(study, bars=False))
+    files = {"switches": found["switches"], **parts}
+    for name, rows in files.items():
+        report.csv(f"{name}.csv", rows)
+    report.csv("claims.csv", claims)
+    again = {"timed": [t for t in timed if t["arm"] != PLAIN]} if timed else {}
+    return report.finish(
+        IntegrationResult, ARMS, trials, also=again, rows=table,
+        finding=f"{ARMS.finding(trials)} {kept} {tables.interaction_in_words(adds)}",
+        summary={"claims": claims, "parts": parts, "switches": found["switches"], "interaction": adds, "shares": shares},
+        switches=found["switches"], kept=found["kept"], parts=parts, claims=claims, shares=tables.shares_in_words(shares),
+    )  # fmt: skip

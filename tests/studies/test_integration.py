@@ -1,0 +1,204 @@
+"""The integration study: every switch does something, no arm sees the future, and what stays is read off the intervals."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from small import small
+
+from bklm.bk_core import backends, solve_backends
+from bklm.data import Portions, make_loader, set_epoch, windows
+from bklm.models import GPT, ResNetBK, future_leak
+from bklm.studies import run_integration
+from bklm.studies.integration import claims, tables
+from bklm.studies.integration.run import _arms, prepare_text
+from bklm.studies.integration.switches import NEEDS, SWITCHES, Training, build, co_occurrences, rival, together
+from bklm.training.evaluation import evaluate
+
+V = 60
+
+
+@pytest.fixture(scope="module")
+def config(small_text, tmp_path_factory):
+    return small("integration", tmp_path_factory.mktemp("integration"), small_text, seq_len=16).resolved()
+
+
+@pytest.fixture(scope="module")
+def training():
+    ids = np.random.default_rng(0).integers(0, V, 3000)
+    return Training(co_occurrences(ids, V, 16), steps=4)
+
+
+def made(config, names, training):
+    torch.manual_seed(0)
+    return build(config, names, training)(V)
+
+
+def learned(model) -> tuple[float, set]:
+    """The loss after two steps on the same ids, and the solvers that computed it."""
+    used, ids = set(), torch.arange(64).reshape(4, 16) % V
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (backends, solve_backends):
+            select = module.select
+
+            def seen(name, device, select=select):
+                used.add(select(name, device).__name__)
+                return select(name, device)
+
+            patch.setattr(module, "select", seen)
+        for _ in range(2):
+            optimizer.zero_grad()
+            torch.manual_seed(1)
+            loss = model.loss(ids, ids.roll(-1, 1))
+            loss.backward()
+            optimizer.step()
+    return model.eval().loss(ids, ids.roll(-1, 1)).item(), used
+
+
+@pytest.mark.parametrize("base", ["full", "alone"])
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_changes_parameters_loss_after_a_step_or_kernel(config, training, name, base):
+    others = set(SWITCHES) - {name} if base == "full" else {NEEDS.get(name)} - {None}
+    on, off = (made(config, names, training) for names in (others | {name}, others))
+    states = [m.state_dict() for m in (on, off)]
+    same_state = states[0].keys() == states[1].keys() and all(
+        torch.equal(value, states[1][key]) for key, value in states[0].items()
+    )
+    (loss_on, used_on), (loss_off, used_off) = learned(on), learned(off)
+    assert not same_state or abs(loss_on - loss_off) > 1e-7 or used_on != used_off
+    if name == "kernel":
+        assert not used_on & used_off
+    elif name in ("gradient", "koopman", "energy", "pruning"):
+        assert abs(loss_on - loss_off) > 1e-7
+
+
+def test_a_switch_that_does_nothing_would_be_found(config, training):
+    assert learned(made(config, {"gradient"}, training)) == learned(
+        made(config, {"gradient", "none"}, training)
+    )
+
+
+def test_no_arm_sees_the_future_and_each_begins_at_a_uniform_guess(config, training):
+    ids, targets = torch.arange(64).reshape(4, 16) % V, torch.arange(1, 65).reshape(4, 16) % V
+    for name, arm in _arms(config, training, kept=("gradient", "reading")).items():
+        torch.manual_seed(0)
+        model = arm.build(V).double().eval()
+        assert future_leak(model, ids[:1], 9).max() <= 1e-12, name
+        assert model.loss(ids, targets).item() == pytest.approx(math.log(V), rel=0.02), name
+
+
+def test_every_arm_comes_back_as_the_plain_model_that_was_scored(small_text, tmp_path):
+    result = run_integration(small("integration", tmp_path, small_text, budgets="steps"))
+    text = prepare_text(result.config)
+    for row in result.table:
+        model = result.load(row["arm"])
+        assert isinstance(model, ResNetBK | GPT)
+        assert evaluate(model, text.val_loader(), text.unk_id).perplexity == pytest.approx(
+            row["val_ppl"], rel=1e-4
+        )
+    zeros = [
+        float((result.load(arm).blocks[0].dense.up.weight == 0).float().mean())
+        for arm in ("full", "less pruning")
+    ]
+    assert zeros[0] > 0.2 > zeros[1] == 0
+    with pytest.raises(ValueError, match="model: got 'fuller'; this study trained 'none', 'plain', 'full'"):
+        result.load("fuller")
+
+
+def test_the_design_is_all_each_left_out_and_none_and_a_gpt_of_equal_size(config, training):
+    arms = _arms(config, training)
+    assert list(arms) == ["none", "plain", "full", *(f"less {name}" for name in SWITCHES), "GPT"]
+    assert 6 <= len(SWITCHES) <= 9
+    assert together({"convolution"}) == frozenset()
+    full, gpt = build(config, {"reading", "convolution", "tying"}, training)(V), rival(config)(V)
+    assert gpt.num_parameters() == pytest.approx(full.num_parameters(), rel=0.2)
+    assert {arm.against for name, arm in arms.items() if name.startswith("less")} == {("full",)}
+
+
+def test_portions_go_through_passes_in_their_order_whatever_they_hold():
+    loader = make_loader(windows(np.arange(41), 4), 2, shuffle=True, seed=3)
+    passes = []
+    for epoch in (1, 2, 3):
+        set_epoch(loader, epoch)
+        passes += [batch[0].tolist() for batch in loader]
+    portions = Portions(make_loader(windows(np.arange(41), 4), 2, shuffle=True, seed=3), 7)
+    assert [batch[0].tolist() for _ in range(2) for batch in portions] == passes[:14]
+    portions.set_epoch(2)
+    assert [batch[0].tolist() for batch in portions] == passes[7:14]
+
+
+def trials(losses):
+    """Three seeds an arm, a little apart."""
+    return [
+        {"arm": arm, "seed": s, "val_ppl": math.exp(loss + 0.01 * s), "learning_rate": 1e-3, "parameters": 10, "seconds": 1.0,
+         "context_gain": 0.1, "epochs": [{"val_loss": loss + 0.5}, {"val_loss": loss + 0.01 * s}]}
+        for arm, loss in losses.items() for s in (0, 1, 2)
+    ]  # fmt: skip
+
+
+def rows(loss, ms, timed=()):
+    base = {"less a": {"loss_difference": loss, "low": loss - 0.1, "high": loss + 0.1}}
+    steps = [{"arm": arm, "against": "full", **found} for arm, found in base.items()]
+    time = [r | {"loss_difference": x, "low": x - 0.1, "high": x + 0.1} for x in timed for r in steps]
+    table = [{"arm": arm, "parameters": 5} for arm in ("full", "less a")]
+    # The last round was disturbed.
+    rounds, apart = (
+        [10.0, 11.0, 10.5, 10.2, 10.8, 10.1, 10.4, 9.8, 900.0],
+        (-0.2, -0.1, 0.1, 0.2, 0.1, -0.1, 0.2, 0.1),
+    )
+    milliseconds = {
+        "full": rounds,
+        "less a": [ms * (x + y) for x, y in zip(rounds, apart, strict=False)] + [8.0],
+    }
+    (row,) = tables.switch_rows({"a": SWITCHES["gradient"]}, steps, time, milliseconds, table)
+    return row["stays"], row["verdict"]
+
+
+def test_a_switch_stays_where_its_removal_costs_loss_or_time_beyond_the_interval():
+    assert rows(0.5, 1.0) == (True, "stays: without it more loss")
+    assert rows(0.05, 2.0) == (True, "stays: without it more time")
+    assert rows(0.05, 1.0) == (False, "goes: no difference")
+    assert rows(-0.5, 0.5) == (False, "goes: without it less loss and time")
+    assert rows(0.5, 0.5)[0] is None
+    assert rows(0.5, 0.5, [0.3])[0] is True
+    assert rows(0.5, 0.5, [0.05]) == (
+        False,
+        "goes: without it more loss, less time; at equal time no difference",
+    )
+    assert rows(-0.5, 2.0, [0.3])[0] is True
+
+
+def test_the_interaction_is_what_single_effects_do_not_add_up_to():
+    found = tables.interaction(trials({"none": 5.0, "full": 4.0, "less a": 4.5, "less b": 4.2}), ("a", "b"))
+    assert found["together"] == pytest.approx(1.0)
+    assert found["sum"] == pytest.approx(0.7)
+    assert found["interaction"] == pytest.approx(0.3)
+    assert tables.interaction(trials({"none": 5.0, "full": 4.0, "less a": 4.5}), ("a", "b")) is None
+
+
+def test_seconds_to_the_plain_loss_are_steps_times_milliseconds_and_claims_are_read_off_them():
+    milliseconds = {"plain": [10.0] * 6, "full": [20.0] * 6}
+    costs = tables.cost_rows(trials({"plain": 4.0, "full": 3.5}), milliseconds, 100, 6.0)
+    assert costs[0]["seconds"] == pytest.approx(2.0)
+    # Its first score is at the plain arm's last: half the steps, of twice the time.
+    assert costs[1]["seconds"] == pytest.approx(2.0, rel=0.02)
+    assert costs[1]["ratio"] == pytest.approx(1.0, rel=0.02)
+    table = [{"arm": "full", "val_ppl": 30.0}]
+    shares = {"outer_parameter_share": 0.9, "head_time_share": 0.5}
+
+    def verdicts(ratio, steps=()):
+        cost = [{"arm": "full", "ratio": ratio, "low": ratio, "high": ratio}]
+        found = claims.claims_table(steps, [], cost, shares, table, 100.0)
+        return {r["announced"].split(" (")[0]: r["verdict"] for r in found}
+
+    assert verdicts(1 / 12)["10 times faster"] == "holds"
+    assert verdicts(1 / 12)["17.5 times faster"] == "does not hold"
+    assert verdicts(None)["10 times faster"] == "does not hold"
+    assert verdicts(1.0)["a loss of 22.52 is a complete success"] == "does not hold"
+    full = {"arm": "full", "against": "plain", "loss_difference": -1.0, "low": -1.1, "high": -0.9}
+    gpt = {"arm": "GPT", "against": "full", "loss_difference": -0.2, "low": -0.3, "high": -0.1}
+    found = verdicts(1.0, [full, gpt])
+    assert found["all optimisations together help, at equal steps"] == "holds"
+    assert found["better than a Transformer"] == "does not hold"

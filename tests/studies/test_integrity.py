@@ -1,0 +1,196 @@
+"""What went wrong in the originals, asked of the whole suite: do targets follow their inputs, does every model begin at a
+uniform guess, does any arm of any study see the future, and would an oracle score 1?"""
+
+import functools
+import importlib
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from every_model import MODELS, V
+from small import small
+from torch import nn
+
+from bklm.data import IGNORED, Pieces, Portions, make_loader, set_epoch, windows
+from bklm.data.dialogue_tokens import DialogueVocabulary
+from bklm.data.dialogue_windows import Mixed, dialogue_rows
+from bklm.models import ContextTokenConfig, ContextTokenLM, LanguageModel, future_leak
+from bklm.studies import STUDIES, CompressionConfig, KoopmanConfig
+from bklm.studies.baseline.models import COMPETITORS, build_model, model_settings
+from bklm.studies.compression import models as compression
+from bklm.studies.koopman import models as koopman
+from bklm.training.evaluation import evaluate
+from bklm.training.two_phase.phase2 import build
+
+COUNTED = 700  # words of the text 0, 1, 2, ...
+LOADERS = ("val_loader", "test_loader", "train_loader", "search_loader", "search_val_loader", "context_loader")
+# Of the others one reads no text, one whole documents and one dialogues: theirs are asked below.
+READ_WINDOWS = [study for study in STUDIES if study not in ("precision", "embedding_freeze", "dialogue")]
+
+
+class Oracle(LanguageModel):
+    """Knows of every id which one follows; ``after`` (V,)."""
+
+    def __init__(self, after: torch.Tensor) -> None:
+        super().__init__()
+        self.vocab_size, self.n_seq, self.after = len(after), None, after
+        self.table = nn.Parameter(50.0 * torch.eye(len(after)))
+
+    def hidden(self, input_ids):
+        return torch.nn.functional.one_hot(self.after[input_ids], self.vocab_size).float()
+
+    def head(self):
+        return self.table, None
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory):
+    """A folder whose every split is 0, 1, 2, ... in one line."""
+    folder = tmp_path_factory.mktemp("counting")
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.txt").write_text(" ".join(map(str, range(COUNTED))) + "\n")
+    return folder
+
+
+def follows(batches, number=int) -> int:
+    """How many targets of all batches were seen to be their input and one more; no other is allowed.
+
+    Args:
+        number: the number that an id stands for, None for none.
+    """
+    seen = 0
+    for x, y in batches:
+        for a, b in zip(x[y != IGNORED].tolist(), y[y != IGNORED].tolist(), strict=True):
+            # The originals' windows have marks at the ends of a line, which are no numbers.
+            if (before := number(a)) is not None and (after := number(b)) is not None:
+                assert after == before + 1
+                seen += 1
+    return seen
+
+
+def loaders_of(text):
+    for name in LOADERS:
+        if hasattr(text, name):
+            given = {"train_loader": {"seed": 3}, "search_loader": {"seed": 3, "tokens": 0}}.get(name, {})
+            given |= {"search_val_loader": {"tokens": 0}, "context_loader": {"length": 4, "tokens": 0}}.get(
+                name, {}
+            )
+            if (loader := getattr(text, name)(**given)) is not None:
+                yield name, loader
+
+
+@pytest.mark.parametrize("protocol", ["corrected", "original"])
+@pytest.mark.parametrize("study", READ_WINDOWS)
+def test_in_every_loader_of_a_study_each_target_is_the_next_number(study, protocol, counting, tmp_path):
+    run = importlib.import_module(f"bklm.studies.{study}.run")
+    config_class = type(small(study, tmp_path, counting))
+    if protocol == "original" and "protocol" not in config_class.names():
+        pytest.skip("it has no published protocol")
+    own = {"protocol": protocol} if protocol == "original" else {}
+    if study == "baseline" and own:
+        own |= {"seq_len": 63, "model": "newllm"}
+    config = small(study, tmp_path, counting, max_train_tokens=0, vocab_size=1000, **own).resolved()
+    text = run.prepare_text(config)
+
+    def number(index: int) -> int | None:
+        word = text.tokens.decode([index]).strip()
+        return int(word) if word.isdigit() else None
+
+    for name, loader in loaders_of(text):
+        assert follows(loader, functools.cache(number)) > COUNTED / 4, name
+
+
+@pytest.mark.parametrize("layout", ["every-target-once", "disjoint"])
+@pytest.mark.parametrize(
+    "cut", [lambda loader: loader, lambda loader: Pieces(loader, 3), lambda loader: Portions(loader, 7)]
+)
+def test_in_every_batch_of_every_epoch_each_target_is_the_next_number_and_an_oracle_has_no_loss(layout, cut):
+    loader = cut(make_loader(windows(np.arange(COUNTED), 9, layout, pad_id=0), 4, shuffle=True, seed=5))
+    for epoch in (1, 2):
+        set_epoch(loader, epoch)
+        assert follows(loader) > 0
+    oracle = Oracle((torch.arange(COUNTED) + 1).clamp_max(COUNTED - 1))
+    assert evaluate(oracle, loader, None).perplexity == pytest.approx(1.0, abs=1e-6)
+    wrong = Oracle(torch.arange(COUNTED))
+    assert evaluate(wrong, loader, None).perplexity > 1e6
+
+
+def test_in_windows_of_dialogues_and_with_replay_each_target_is_the_token_after():
+    talks = [
+        [("user", "a b c " * n), ("system", "d e f " * n), ("user", "g"), ("system", "h i")] for n in (1, 3, 5)
+    ]
+    vocabulary = DialogueVocabulary.train([t for talk in talks for _, t in talk] * 3, 300)
+    encoded = vocabulary.encode_dialogues(talks)
+    rows = dialogue_rows(encoded, 12, vocabulary.pad_id, vocabulary.user_id)
+    prose = windows(np.arange(200) % 250, 12, pad_id=vocabulary.pad_id)
+    whole = [
+        *(np.concatenate(vocabulary.encode_turns(talk)).tolist() for talk in talks),
+        (np.arange(200) % 250).tolist(),
+    ]
+    pairs = {pair for ids in whole for pair in itertools.pairwise(ids)}
+    for batches in (make_loader(rows, 2), Mixed(make_loader(rows, 2, shuffle=True, seed=0), prose, 0.5, 0)):
+        for x, y in batches:
+            kept = y != IGNORED
+            assert set(zip(x[kept].tolist(), y[kept].tolist(), strict=True)) <= pairs
+            inner = kept[:, :-1] & kept[:, 1:]
+            assert torch.equal(y[:, :-1][inner], x[:, 1:][inner])
+
+
+def test_in_batches_of_positions_with_kept_contexts_each_target_is_the_next_number():
+    model = ContextTokenLM(ContextTokenConfig(64, 8, 8, 1))
+    model.context_block.fixed_point_iterations.fill_(1)
+    cached = build(model, {"train": torch.arange(64)})
+    assert follows(cached.batches("train", 7, rows=2, shuffle=True, seed=1)) == 63
+
+
+# --- a fair start ------------------------------------------------------------------------------------------------------
+
+
+def begins_at_a_uniform_guess(model, vocabulary: int, length: int = 16) -> None:
+    ids = torch.randint(vocabulary, (8, length + 1))
+    with torch.no_grad():
+        loss = model.eval().loss(ids[:, :-1], ids[:, 1:].contiguous()).item()
+    assert loss == pytest.approx(math.log(vocabulary), rel=0.02)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_begins_at_a_uniform_guess(name):
+    torch.manual_seed(0)
+    begins_at_a_uniform_guess(MODELS[name](), V)
+
+
+@pytest.mark.parametrize("name", [*COMPETITORS, "linear_context"])
+def test_every_competitor_begins_at_a_uniform_guess_among_as_many_words_as_the_field_has(name):
+    sizes = {"embed_dim": 48, "hidden_dim": 96, "context_dim": 48, "n_layers": 2, "dropout_p": 0.1}
+    torch.manual_seed(0)
+    begins_at_a_uniform_guess(build_model(name, model_settings(name, 3000, 32, sizes)), 3000, 32)
+
+
+# --- no arm sees the future --------------------------------------------------------------------------------------------
+
+
+def require_no_leak(build_of_arm, name: str, vocabulary: int = 300) -> None:
+    torch.manual_seed(0)
+    model = build_of_arm(vocabulary).double().eval()
+    assert future_leak(model, torch.arange(8)[None] % vocabulary, 5).max() <= 1e-12, name
+
+
+def test_no_arm_of_the_koopman_study_sees_the_future(tmp_path, small_text):
+    config: KoopmanConfig = small("koopman", tmp_path, small_text).resolved()
+    arms = koopman.arms_of(config, 10) | {"tied": koopman.tied(config)}
+    for name, arm in arms.items():
+        require_no_leak(arm.build, name)
+    published = koopman.arms_of(small("koopman", tmp_path, small_text, protocol="original").resolved(), 10)
+    with pytest.raises(AssertionError, match="published"):
+        require_no_leak(published["published"].build, "published")
+
+
+def test_no_model_of_the_compression_and_baseline_studies_sees_the_future(tmp_path, small_text):
+    config: CompressionConfig = small("compression", tmp_path, small_text, models="all").resolved()
+    for name, arm in compression.first_arms(config).items():
+        require_no_leak(arm.build, name)
+    sizes = {"embed_dim": 8, "hidden_dim": 16, "context_dim": 8, "n_layers": 1, "dropout_p": 0.1}
+    for name in (*COMPETITORS, "linear_context", "newllm_advanced"):
+        require_no_leak(lambda v, name=name: build_model(name, model_settings(name, v, 8, sizes)), name)
