@@ -54,7 +54,7 @@ def _scale_kept(like, first, last, d, kept, scale, out):
 
 def keep(x: Tensor | None, branch: Tensor, noise: Tensor, least: int, scale: float) -> tuple[Tensor, Tensor]:
     """x + scale branch where the int16 noise is at least ``least``, else x; and where, as bytes. All contiguous."""
-    out, kept = torch.empty_like(branch), torch.empty(branch.shape, dtype=torch.uint8)
+    out, kept = torch.empty_like(branch), torch.empty_like(branch, dtype=torch.uint8)
     at = 0 if x is None else x.data_ptr()
     rest = branch.data_ptr(), noise.data_ptr(), least, scale, out.data_ptr(), kept.data_ptr()
     _run(_keep, branch, (at, *rest))

@@ -42,8 +42,9 @@ class _Windows:
     def __init__(self, length: int, batch: int) -> None:
         self.batch, self.loop_cost = batch, batch + SWEEP_ROWS
         self.size = FIRST_WINDOW if batch <= SWEPT_SEQUENCES else 1
-        self.rows = torch.arange(length * batch)
-        self.changed = torch.empty(min(length, LONGEST_WINDOW) * batch, dtype=torch.int64)
+        self.rows = torch.arange(length * batch, device="cpu")
+        size = min(length, LONGEST_WINDOW) * batch
+        self.changed = torch.empty(size, dtype=torch.int64, device="cpu")
 
     def sweep(
         self, first: int, last: int, products: Callable[[Tensor, slice | Tensor], None], turn: Callable[[], int]
