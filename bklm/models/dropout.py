@@ -63,7 +63,8 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 def add_dropout(x: Tensor, branch: Tensor, p: float, training: bool) -> Tensor:
     """x + F.dropout(branch, p, training), for a residual branch of x's shape."""
-    if not _draws_here(branch, p, training) or branch.dtype != x.dtype:
+    alike = branch.dtype == x.dtype and branch.shape == x.shape
+    if not (alike and _draws_here(branch, p, training)):
         return x + F.dropout(branch, p, training)
     return _Dropout.apply(x, branch, p)
 
@@ -119,4 +120,4 @@ def numbered_dropout(x: Tensor, p: float, number: int) -> Tensor:
 
 def _draws_here(x: Tensor, p: float, training: bool) -> bool:
     # A draw in place cannot be told apart for the samples of a vmap.
-    return training and p > 0 and values_at_hand(x)
+    return training and 0 < p < 1 and values_at_hand(x)

@@ -63,8 +63,17 @@ _losses = jit(_losses, fastmath=_SUMS)
 
 
 def losses_in_place(logits: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy (M,) of each row of logits (M, V), which become its gradient; contiguous, targets int64."""
+    """The cross-entropy (M,) of each row of logits (M, V), which become its gradient; contiguous, targets int64.
+
+    Raises:
+        IndexError: a target outside [0, V), as torch's own loss does.
+    """
     losses, (rows, width) = logits.new_empty(len(logits)), logits.shape
+    low, high = (int(t) for t in targets.aminmax()) if rows else (0, 0)
+    if low < 0 or high >= width:
+        raise IndexError(
+            f"targets: got {low if low < 0 else high}; a vocabulary of {width} has 0 to {width - 1}: take its tokenizer's ids."
+        )
     addresses = logits.data_ptr(), targets.data_ptr(), losses.data_ptr()
 
     def part(first: int, last: int) -> None:

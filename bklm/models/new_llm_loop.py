@@ -105,8 +105,9 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_hidden, d_context):
-        count = len(Trace._fields)
-        trace, inputs = Trace(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
+        # Asked for once: activation checkpointing allows no more.
+        count, saved = len(Trace._fields), ctx.saved_tensors
+        trace, inputs = Trace(*saved[:count]), saved[count:]
         embedded, _, *parameters = inputs
         if torch.is_grad_enabled() or is_plain_wanted(d_hidden, d_context):
             outputs = trace.outputs.view(-1, *d_hidden.shape)

@@ -89,7 +89,8 @@ def backward(trace: Trace, weights: Weights, d_hidden: Tensor, d_context: Tensor
         scale: what dropout multiplied the units by that it kept.
     """
     batch, size = d_context.shape
-    a, gates, contexts, mixed, mean, rstd = (t.unflatten(-2, (-1, batch)) for t in trace)
+    # Not unflatten: torch.compile cannot follow it where a default device is set (torch 2.13).
+    a, gates, contexts, mixed, mean, rstd = (t.view(*t.shape[:-2], -1, batch, t.shape[-1]) for t in trace)
     product, (first, *others) = a.dtype, weights.layers
 
     def backwards(weight: Tensor, scale: float) -> PreparedLinear:
@@ -106,7 +107,7 @@ def backward(trace: Trace, weights: Weights, d_hidden: Tensor, d_context: Tensor
     through_relu = torch.ops.aten.threshold_backward.grad_input
     through_norm = torch.ops.aten.native_layer_norm_backward
     outputs, d_outputs = ([layer.unbind() for layer in x.unbind()] for x in (a, d))
-    d_hidden = d_hidden.unflatten(0, (-1, batch))
+    d_hidden = d_hidden.view(-1, batch, d_hidden.shape[-1])
     for t in range(len(mixed) - 1, -1, -1):
         d_normed_t = torch.mul(d_context, inside[t], out=d_normed[t])
         d_mixed, _, _ = through_norm(

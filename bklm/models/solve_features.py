@@ -39,7 +39,7 @@ def solve_features(read: Tensor, log_eta: Tensor) -> tuple[Tensor, SolveState]:
     """
     out, y, left = _SolveFeatures.apply(read, log_eta)
     heads = len(log_eta)
-    last = y[:, -1].view(len(y), 2, heads, -1)
+    last = y[:, -1].view(len(y), 2, heads, y.shape[-1] // heads)
     return out, SolveState(torch.view_as_complex(left[:, :, -1]), torch.complex(last[:, 0], last[:, 1]))
 
 

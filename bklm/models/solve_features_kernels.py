@@ -171,7 +171,7 @@ def _run(kernel, read: Tensor, heads: int, tensors: tuple[Tensor, ...], eps: flo
     like, (batch, length, stride) = _NUMPY[read.dtype], read.shape
     addresses, width = tuple(t.data_ptr() for t in tensors), (stride // 2 - heads) // heads
     # Fewer sequences than threads are cut between their heads, whose numbers lie in the same lines of the cache.
-    groups = min(heads, -(-torch.get_num_threads() // batch))
+    groups = min(heads, -(-torch.get_num_threads() // max(1, batch)))
 
     def part(first: int, last: int) -> None:
         kernel(like, first, last, *addresses, groups, heads, length, width, eps)

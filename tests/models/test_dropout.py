@@ -49,3 +49,13 @@ def test_under_compilation_it_is_torchs():
     torch.manual_seed(3)
     got = torch.compile(lambda x: dropout(x, 0.5, True), backend="eager", fullgraph=True)(x)
     assert torch.equal(got, want)
+
+
+def test_a_branch_of_another_shape_is_added_as_torch_does():
+    torch.manual_seed(0)
+    added = add_dropout(torch.ones(3), torch.ones(1000, 3), 0.5, True)
+    assert set(added.unique().tolist()) == {1.0, 3.0}
+
+
+def test_with_probability_1_nothing_is_left():
+    assert dropout(torch.ones(100_000), 1.0, True).sum() == 0

@@ -198,3 +198,13 @@ def test_bad_input_is_named(change, error, message):
     given = {"hidden": h, "weight": w, "bias": b, "targets": t, **change}
     with pytest.raises(error, match=message):
         linear_cross_entropy(**given)
+
+
+@pytest.mark.parametrize("outside", [-1, 10])
+def test_a_target_outside_the_vocabulary_is_refused(outside):
+    targets = torch.zeros(20, dtype=torch.int64)
+    targets[3] = outside
+    with pytest.raises(IndexError, match=f"targets: got {outside}; a vocabulary of 10 has 0 to 9"):
+        linear_cross_entropy(
+            torch.randn(20, 8, requires_grad=True), torch.randn(10, 8, requires_grad=True), None, targets
+        )

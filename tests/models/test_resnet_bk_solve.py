@@ -319,7 +319,8 @@ def test_compiles_whole_and_gives_the_eager_numbers(changes):
         value = loss(ids, y)
         results.append([value, *torch.autograd.grad(value, list(model.parameters()))])
     for eager, whole in zip(*results, strict=True):
-        torch.testing.assert_close(whole, eager)
+        # Sums over positions, in another order.
+        torch.testing.assert_close(whole, eager, rtol=1e-5, atol=1e-5)
 
 
 def test_fresh_weights_depend_on_the_seed_alone():

@@ -99,3 +99,11 @@ def test_one_pass_is_faster_than_the_operator_and_torch():
             seconds[name].append(time.perf_counter() - start)
     # Four times on a quiet machine.
     assert min(seconds["fused"]) < min(seconds["plain"]) / 1.5
+
+
+def test_a_batch_without_rows_has_features_and_gradients():
+    read, log_eta = torch.randn(0, 3, 12, requires_grad=True), torch.zeros(2, requires_grad=True)
+    features, _ = solve_features(read, log_eta)
+    assert features.shape == plain_features(read, log_eta).shape
+    features.sum().backward()
+    assert torch.equal(log_eta.grad, torch.zeros(2))

@@ -63,6 +63,8 @@ class BaselineResult(StudyResult):
         }
         if "context_lengths.png" not in self.paths:
             del found["contexts"]
+        if not self.published:
+            del found["published"]
         return found
 
     def load(self, model: str | None = None) -> LanguageModel:
