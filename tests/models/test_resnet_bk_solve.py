@@ -310,7 +310,8 @@ def test_trains_under_bfloat16_autocast_with_float32_gradients():
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"num_experts": 3, "convolution": 2}])
 def test_compiles_whole_and_gives_the_eager_numbers(changes):
-    model, ids = model_of(double=False, **changes).train(), ids_of(2, 24)
+    # Eager runs a kernel that adds in another order: in float32 that is seen.
+    model, ids = model_of(**changes).train(), ids_of(2, 24)
     y = ids.roll(-1, 1)
     compiled = torch.compile(lambda: model.loss(ids, y), fullgraph=True, backend="aot_eager")
     results = []
@@ -319,8 +320,7 @@ def test_compiles_whole_and_gives_the_eager_numbers(changes):
         value = loss(ids, y)
         results.append([value, *torch.autograd.grad(value, list(model.parameters()))])
     for eager, whole in zip(*results, strict=True):
-        # Sums over positions, in another order.
-        torch.testing.assert_close(whole, eager, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(whole, eager)
 
 
 def test_fresh_weights_depend_on_the_seed_alone():

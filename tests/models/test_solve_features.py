@@ -98,7 +98,7 @@ def test_one_pass_is_faster_than_the_operator_and_torch():
             torch.autograd.grad(out, given, out)
             seconds[name].append(time.perf_counter() - start)
     # Four times on a quiet machine.
-    assert min(seconds["fused"]) < min(seconds["plain"])
+    assert min(seconds["fused"]) < min(seconds["plain"]) / 1.5
 
 
 def test_a_batch_without_rows_has_features_and_gradients():

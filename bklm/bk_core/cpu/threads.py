@@ -130,3 +130,5 @@ def _in_team(team: Callable[..., None], work: Callable[[], None], workers: int) 
     team(_TEAM_FUNCTION(guarded), None, workers, 0)
     if errors:
         raise errors[0]
+    # Ctrl-C on a member's way into Python is lost with the member: what it would have taken is still there.
+    work()
