@@ -11,8 +11,10 @@ without the claimed structure. It helps where it beats the plain model and the p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ import torch
 from bklm.files.atomic import replacing
 from bklm.harness.comparison import Comparison, Trial
 from bklm.harness.folder import INTERNALS
-from bklm.harness.session import Session
+from bklm.harness.session import CHECKPOINTS, Session, place_of
 from bklm.harness.statistics import Perplexity
 from bklm.models import LanguageModel
 from bklm.training.auxiliary import without_term
@@ -33,6 +35,7 @@ from bklm.training.schedules import TrainingSettings
 from bklm.training.weights import save_weights
 
 WEIGHTS = "model.safetensors"
+FINISHED = "finished"  # the last checkpoint of a trial of a search, until its arm's rate is chosen
 KEYS = {"val_ppl": float, "seconds": float, "epochs": EPOCH_KEYS, "parameters": int, "learning_rate": float}
 
 
@@ -70,38 +73,53 @@ def train_arms(
 
     Args:
         text: has ``vocab_size``, ``unk_id``, ``train_loader(seed)`` and ``val_loader()``; the study's own by default.
-        rates: learning rates tried by every arm with the first seed; the settings' own where there are none.
+        rates: learning rates tried by every arm with the first seed, whose best trial is not trained again; the settings'
+            own where there are none. An arm that diverges with each is trained with the smallest.
         name: folder of the trials; arms of another part of the study need another.
         measure: what else to record of a trained model; ``needed`` names its keys and types, without which a trial is
             trained again.
     """
     text = text or study.text
     steps = len(text.train_loader(seed=0)) * settings.epochs
-    keys = {**KEYS, **needed}
+    first, search = study.config.seeds[0], f"{INTERNALS}/{name}_search"
 
-    def trial(place: str, arm: str, learning_rate: float, seed: int, kept: bool) -> dict[str, Any]:
+    def searched(arm: str, learning_rate: float) -> Path:
+        return study.folder / search / place_of({"arm": arm, "learning_rate": learning_rate}) / FINISHED
+
+    def trial(place: str, arm: str, learning_rate: float, seed: int, is_search: bool = False) -> dict[str, Any]:
         point = {"arm": arm, "seed": seed, "learning_rate": learning_rate}
         own = dataclasses.replace(settings, learning_rate=learning_rate, seed=seed)
+        kept = arms[arm].kept and not is_search
 
         def work(folder: Path) -> dict[str, Any]:
-            build = dataclasses.replace(arms[arm], kept=kept)
-            return _train(study, text, build, own, folder, f"{arm}, seed {seed}", measure)
+            checkpoints = folder / (FINISHED if is_search else CHECKPOINTS)
+            if not is_search and seed == first and study.is_main and not checkpoints.exists():
+                # The same training, to its end: what is left is to measure it.
+                folder.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    searched(arm, learning_rate).rename(checkpoints)
+            study.accelerator.wait_for_everyone()
+            model, record = _train(study, text, arms[arm], own, checkpoints, f"{arm}, seed {seed}")
+            if study.is_main and kept:
+                with replacing(folder / WEIGHTS) as temporary:
+                    save_weights(without_term(model), temporary, getattr(text, "vocabulary_sha256", None))
+            return record if is_search or measure is None else {**record, **measure(model)}
 
-        return study.trial(place, point, steps, work, keys, weights=WEIGHTS * kept)
+        return study.trial(
+            place, point, steps, work, KEYS if is_search else {**KEYS, **needed}, weights=WEIGHTS * kept
+        )
 
     best = dict.fromkeys(arms, settings.learning_rate)
     if rates:
-        first = study.config.seeds[0]
-        best, _ = study.best_rate(
-            "arm",
-            list(arms),
-            rates,
-            lambda place, **point: trial(place, seed=first, kept=False, **point),
-            name=f"{INTERNALS}/{name}_search",
-        )
+        best, tried = study.best_rate(
+            "arm", list(arms), rates, lambda place, **point: trial(place, seed=first, is_search=True, **point), name=search,
+            may_diverge=True,
+        )  # fmt: skip
+        for one in (t for t in tried if t["learning_rate"] != best[t["arm"]]):
+            shutil.rmtree(searched(one["arm"], one["learning_rate"]), ignore_errors=True)
     return study.grid(
         {"arm": list(arms), "seed": study.config.seeds},
-        lambda place, arm, seed: trial(place, arm, best[arm], seed, arms[arm].kept),
+        lambda place, arm, seed: trial(place, arm, best[arm], seed),
         name=name,
         draw=draw,
         across_machines=False,
@@ -109,27 +127,23 @@ def train_arms(
 
 
 def _train(
-    study: Session, text: Any, arm: Arm, settings: TrainingSettings, folder: Path, label: str, measure: Callable | None
-) -> dict[str, Any]:  # fmt: skip
+    study: Session, text: Any, arm: Arm, settings: TrainingSettings, checkpoints: Path, label: str
+) -> tuple[LanguageModel, dict[str, Any]]:
     torch.manual_seed(settings.seed)
     model = arm.build(text.vocab_size).to(study.accelerator.device)
     records = train(
         model, text.train_loader(seed=settings.seed), text.val_loader(), settings, accelerator=study.accelerator,
-        unk_id=text.unk_id, folder=folder / "checkpoints", label=label,
+        unk_id=text.unk_id, folder=checkpoints, label=label,
         on_step=study.progress.step, on_skip=study.progress.skip,
     )  # fmt: skip
     last = records[-1]
-    if study.is_main and arm.kept:
-        with replacing(folder / WEIGHTS) as temporary:
-            save_weights(without_term(model), temporary, getattr(text, "vocabulary_sha256", None))
-    return {
+    return model, {
         "val_ppl": last.val_perplexity,
         "val_ppl_without_unk": last.val_perplexity_without_unk,
         "val_accuracy": last.val_accuracy,
         "parameters": model.num_parameters(),
         "seconds": sum(r.seconds for r in records),
         "epochs": [r.to_dict() for r in records],
-        **({} if measure is None else measure(model)),
     }
 
 

@@ -30,6 +30,7 @@ from bklm.training.processes import broadcast
 
 log = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"  # folder of a trial's own, below its folder, until it is recorded
 SECONDS_BETWEEN_FIGURES = 10.0  # drawing one takes longer than a small trial
 # What a record must hold to be taken for finished, whatever the study; one that diverged holds these and a reason.
 DIVERGED_KEYS = {"val_ppl": float | None, "seconds": float, "reason": str}
@@ -128,7 +129,7 @@ class Session:
         self.progress.skip(before + steps - self.progress.done)
         if self.is_main:
             write_json(folder / "result.json", record)
-            CheckpointFolder(folder / "checkpoints").remove()
+            CheckpointFolder(folder / CHECKPOINTS).remove()
         return record
 
     def _recorded(self, folder: Path, needed: Mapping[str, Any], weights: str) -> dict[str, Any] | None:
@@ -211,13 +212,14 @@ class Session:
         *,
         name: str = f"{INTERNALS}/search",
         place: Callable[[Point], str] | None = None,
+        may_diverge: bool = False,
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """The best learning rate of each arm by validation perplexity, and the records of the search.
 
         ``trial(place, **{factor: arm, "learning_rate": rate})`` gives a record. A single rate is taken without a search.
 
         Raises:
-            RuntimeError: an arm diverged with every rate.
+            RuntimeError: an arm diverged with every rate; where it ``may_diverge`` it gets the smallest.
         """
         if len(rates) == 1:
             return dict.fromkeys(arms, rates[0]), []
@@ -226,12 +228,12 @@ class Session:
         for arm in arms:
             tried = {r["learning_rate"]: r["val_ppl"] for r in searched if r[factor] == arm}
             scored = {rate: ppl for rate, ppl in tried.items() if ppl is not None}
-            if not scored:
+            if not scored and not may_diverge:
                 raise RuntimeError(
                     f"learning_rates: {arm} diverged with each of {', '.join(f'{r:g}' for r in rates)}; add smaller ones, in "
                     "another output_dir."
                 )
-            best[arm] = min(scored, key=scored.__getitem__)
+            best[arm] = min(scored or rates, key=scored.get if scored else None)
             edge = ", at the edge of those tried" if best[arm] in (min(rates), max(rates)) else ""
             listed = ", ".join(f"{r:g}: {'diverged' if p is None else f'{p:.1f}'}" for r, p in tried.items())
             log.info("Learning rate of %s: %g (%s%s)", arm, best[arm], listed, edge)

@@ -130,6 +130,54 @@ def test_what_was_measured_and_the_model_without_its_term_are_kept_and_nothing_i
     assert run()[0] == trials
 
 
+def test_the_best_trial_of_a_search_is_measured_and_not_trained_again(small_text, tmp_path, monkeypatch):
+    from bklm.harness import arms as engine
+    from bklm.studies.grad_blend.config import GradBlendConfig
+
+    config = GradBlendConfig(
+        profile="smoke", data_dir=str(small_text), output_dir=str(tmp_path), device="cpu", seeds=(0, 1), batch_size=8,
+        seq_len=8, max_train_tokens=400, workers=1,
+    )  # fmt: skip
+    arms = {"term": with_term(1.0), "broken": Arm(lambda v: WithTerm(plain(v), Breaks(), 1.0), kept=False)}
+    folders, steps, measured = [], [], []
+    real = engine.train
+
+    def counted(*given, on_step, **options):
+        return real(*given, on_step=lambda n: steps.append(n) or on_step(n), **options)
+
+    def work(study):
+        folders.append(study.folder)
+        once = len(study.text.train_loader(0)) * 2
+        found = train_arms(
+            study, arms, TrainingSettings(2, clip=0.05), rates=(1e-3, 3e-3), name="own",
+            measure=lambda model: measured.append(model) or {"size": float(without_term(model).norm.weight.detach().sum())},
+        )  # fmt: skip
+        return found, once
+
+    monkeypatch.setattr(engine, "train", counted)
+    trials, once = run_study(config, work, lambda study, found: found, prepare=prepare_text)
+    first, second, *broken = trials
+    # Two rates with the first seed, and the second seed; each try of an arm that breaks is a step, and it is a row as well.
+    assert sum(steps) == 3 * once + 2 * (2 + 2)
+    assert len(measured) == 2
+    assert [t["val_ppl"] for t in broken] == [None, None]
+    model = plain(len(measured[0].model.embedding.weight))
+    load_weights(model, folders[0] / "own" / "arm_term_seed_0" / WEIGHTS)
+    assert float(model.norm.weight.detach().sum()) == first["size"]
+    assert not list(folders[0].rglob("epoch_*"))
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    alone = run_study(
+        dataclasses.replace(config, output_dir=str(tmp_path / "alone")),
+        lambda study: train_arms(
+            study, {"term": arms["term"]}, TrainingSettings(2, clip=0.05, learning_rate=first["learning_rate"])
+        ),
+        lambda study, found: found,
+        prepare=prepare_text,
+    )
+    assert [t["val_ppl"] for t in alone] == [first["val_ppl"], second["val_ppl"]]
+
+
 def _vocabulary(folder) -> int:
     from safetensors import safe_open
 
