@@ -48,11 +48,15 @@ class Arm:
             (``torch.initial_seed()``), so arms that draw the model first begin with equal weights.
         against: names of the arms that this one must beat to be of use.
         kept: whether the trained model, without its term, stays in the trial's folder (and in the zip) as WEIGHTS.
+        seeds: how many of the study's seeds, the first ones; None: all.
+        same_as: the arm whose losses it has to the last bit by its construction: that is checked, and no difference judged.
     """
 
     build: Callable[[int], LanguageModel]
     against: tuple[str, ...] = ()
     kept: bool = True
+    seeds: int | None = None
+    same_as: str = ""
 
 
 def train_arms(
@@ -117,13 +121,14 @@ def train_arms(
         )  # fmt: skip
         for one in (t for t in tried if t["learning_rate"] != best[t["arm"]]):
             shutil.rmtree(searched(one["arm"], one["learning_rate"]), ignore_errors=True)
-    return study.grid(
-        {"arm": list(arms), "seed": study.config.seeds},
-        lambda place, arm, seed: trial(place, arm, best[arm], seed),
-        name=name,
-        draw=draw,
-        across_machines=False,
-    )  # fmt: skip
+    return [
+        found
+        for count in dict.fromkeys(arm.seeds for arm in arms.values())
+        for found in study.grid(
+            {"arm": [n for n, arm in arms.items() if arm.seeds == count], "seed": study.config.seeds[:count]},
+            lambda place, arm, seed: trial(place, arm, best[arm], seed), name=name, draw=draw, across_machines=False,
+        )
+    ]  # fmt: skip
 
 
 def _train(
@@ -162,7 +167,28 @@ def verdicts(comparison: Comparison, trials: Sequence[Trial], arms: Mapping[str,
         values = [None if end is None else math.log(end) for end in ends]
         row = dict(zip(("loss_difference", "low", "high"), values, strict=True))
         rows.append({"arm": name, "against": against, **row, "verdict": _verdict(ratio)})
+    for name, arm in arms.items():
+        if arm.same_as and (own := [t for t in trials if t["arm"] == name and t["val_ppl"] is not None]):
+            row = {"arm": name, "against": arm.same_as, "loss_difference": None, "low": None, "high": None}
+            rows.append(row | {"verdict": _identity(own, [t for t in trials if t["arm"] == arm.same_as])})
     return rows
+
+
+def _identity(own: Sequence[Trial], others: Sequence[Trial]) -> str:
+    """Whether the validation losses of the seeds that both have are equal to the last bit, all along."""
+    curves = [
+        {t["seed"]: [e["val_loss"] for e in t["epochs"]] for t in group if t["val_ppl"] is not None}
+        for group in (own, others)
+    ]
+    both = curves[0].keys() & curves[1].keys()
+    if not both:
+        return "a seed diverged: no verdict"
+    is_same = all(curves[0][seed] == curves[1][seed] for seed in both)
+    return (
+        "identical by construction, every loss to the last bit"
+        if is_same
+        else "NOT identical, as it ought to be"
+    )
 
 
 def _verdict(ratio: Perplexity | None) -> str:

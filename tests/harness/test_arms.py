@@ -284,3 +284,31 @@ def test_a_wrapped_model_scores_streams_and_generates_as_the_model_does():
     assert wrapped.mixing_points() == model.mixing_points()
     wrapped.train()
     assert wrapped.loss(ids, ids) > model.eval().loss(ids, ids)
+
+
+def test_an_arm_that_must_equal_another_has_one_seed_and_is_compared_bit_by_bit(small_text, tmp_path):
+    from bklm.studies.grad_blend.config import GradBlendConfig
+
+    config = GradBlendConfig(
+        profile="smoke", data_dir=str(small_text), output_dir=str(tmp_path), device="cpu", seeds=(0, 1), batch_size=8,
+        seq_len=8, max_train_tokens=400, workers=1,
+    )  # fmt: skip
+    arms = {
+        "none": Arm(plain, kept=False),
+        "nothing": dataclasses.replace(with_term(0.0), against=(), kept=False, seeds=1, same_as="none"),
+        "something": dataclasses.replace(with_term(1.0), against=(), kept=False, seeds=1, same_as="none"),
+    }
+    trials = run_study(
+        config, lambda study: train_arms(study, arms, TrainingSettings(1)), lambda study, found: found,
+        prepare=prepare_text,
+    )  # fmt: skip
+    assert [(t["arm"], t["seed"]) for t in trials] == [
+        ("none", 0),
+        ("none", 1),
+        ("nothing", 0),
+        ("something", 0),
+    ]
+    same, other = verdicts(ARMS, trials, arms)
+    assert same["verdict"] == "identical by construction, every loss to the last bit"
+    assert other["verdict"].startswith("NOT identical")
+    assert same["loss_difference"] is same["low"] is None
