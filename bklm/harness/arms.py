@@ -158,19 +158,23 @@ def require_one_process(study: Session, why: str) -> None:
         raise ValueError(f"processes: got {count}; {why}: take one, and workers for several trials at once.")
 
 
-def verdicts(comparison: Comparison, trials: Sequence[Trial], arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
-    """One row per arm and control: the paired difference of validation loss in nats, its 95% interval, and a verdict."""
+def verdicts(
+    comparison: Comparison, trials: Sequence[Trial], arms: Mapping[str, Arm], any_of: int = 1
+) -> list[dict[str, Any]]:
+    """One row per arm and control: the paired difference of validation loss in nats, its 95% interval, and a verdict.
+    ``any_of``: the number of arms of which any one that helps makes a claim hold; the intervals are as much wider."""
     rows = []
     for name, against in ((name, other) for name, arm in arms.items() for other in arm.against):
-        ratio = comparison.ratio(trials, name, against)
+        ratio = comparison.ratio(trials, name, against, any_of)
         ends = (None,) * 3 if ratio is None else (ratio.mean, *ratio.interval)
         values = [None if end is None else math.log(end) for end in ends]
         row = dict(zip(("loss_difference", "low", "high"), values, strict=True))
-        rows.append({"arm": name, "against": against, **row, "verdict": _verdict(ratio)})
+        rows.append({"arm": name, "against": against, **row, "any_of": any_of, "verdict": _verdict(ratio)})
     for name, arm in arms.items():
         if arm.same_as and (own := [t for t in trials if t["arm"] == name and t["val_ppl"] is not None]):
             row = {"arm": name, "against": arm.same_as, "loss_difference": None, "low": None, "high": None}
-            rows.append(row | {"verdict": _identity(own, [t for t in trials if t["arm"] == arm.same_as])})
+            found = _identity(own, [t for t in trials if t["arm"] == arm.same_as])
+            rows.append(row | {"any_of": any_of, "verdict": found})
     return rows
 
 
@@ -207,12 +211,12 @@ def nats_in_words(row: Mapping[str, Any], digits: int = 4) -> str:
 
 def readable_verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Verdicts for people."""
+    many = max((int(r.get("any_of") or 1) for r in rows), default=1)
+    title = f"loss difference, nats (95%{f' for {many} arms at once' * (many > 1)})"
     return [
-        {
-            "arm": r["arm"], "against": r["against"], "loss difference, nats (95%)": nats_in_words(r), "verdict": r["verdict"],
-        }
+        {"arm": r["arm"], "against": r["against"], title: nats_in_words(r), "verdict": r["verdict"]}
         for r in rows
-    ]  # fmt: skip
+    ]
 
 
 def helps(rows: Sequence[Mapping[str, Any]], arm: str) -> bool | None:
