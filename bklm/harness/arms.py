@@ -191,7 +191,7 @@ def _identity(own: Sequence[Trial], others: Sequence[Trial]) -> str:
     return (
         "identical by construction, every loss to the last bit"
         if is_same
-        else "NOT identical, as it ought to be"
+        else "NOT identical, though it ought to be"
     )
 
 

@@ -34,8 +34,8 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "physics": {
         "seeds": (0, 1), "epochs": 1, "pieces": 2, "learning_rates": (3e-3,), "decays": (1.0,), "stable_rates": (1e-2,),
-        "stable_tokens": 100, "batch_size": 8, "seq_len": 8, "vocab_size": 100, "d_model": 8, "n_layers": 2,
-        "max_train_tokens": 300, "memory_layers": (1, 2), "workers": 1,
+        "score_tokens": 50, "stable_tokens": 100, "batch_size": 8, "seq_len": 8, "vocab_size": 100, "d_model": 8,
+        "n_layers": 2, "max_train_tokens": 300, "memory_layers": (1, 2), "workers": 1,
     },
     "compression": {
         "models": "resnet_bk", "seeds": (0,), "epochs": 1, "retrain_epochs": 1, "batch_size": 8, "seq_len": 8,
