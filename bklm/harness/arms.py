@@ -78,7 +78,8 @@ def train_arms(
     Args:
         text: has ``vocab_size``, ``unk_id``, ``train_loader(seed)`` and ``val_loader()``; the study's own by default.
         rates: learning rates tried by every arm with the first seed, whose best trial is not trained again; the settings'
-            own where there are none. An arm that diverges with each is trained with the smallest.
+            own where there are none. An arm that diverges with each is trained with the smallest; one that is the same as
+            another takes that one's.
         name: folder of the trials; arms of another part of the study need another.
         measure: what else to record of a trained model; ``needed`` names its keys and types, without which a trial is
             trained again.
@@ -115,12 +116,14 @@ def train_arms(
 
     best = dict.fromkeys(arms, settings.learning_rate)
     if rates:
+        searching = [name for name, arm in arms.items() if not arm.same_as]
         best, tried = study.best_rate(
-            "arm", list(arms), rates, lambda place, **point: trial(place, seed=first, is_search=True, **point), name=search,
+            "arm", searching, rates, lambda place, **point: trial(place, seed=first, is_search=True, **point), name=search,
             may_diverge=True,
         )  # fmt: skip
         for one in (t for t in tried if t["learning_rate"] != best[t["arm"]]):
             shutil.rmtree(searched(one["arm"], one["learning_rate"]), ignore_errors=True)
+        best |= {name: best[arm.same_as] for name, arm in arms.items() if arm.same_as}
     return [
         found
         for count in dict.fromkeys(arm.seeds for arm in arms.values())
