@@ -57,10 +57,8 @@ def test_arms_with_a_term_begin_with_the_plain_models_weights_and_clip_as_they_s
     for name, arm in arms.items():
         torch.manual_seed(3)
         built[name] = arm.build(50)
-    arms = models.identical_arms(config, 10, {"plain": 1.0, "mended": 2.0})
-    for name, arm in arms.items():
-        torch.manual_seed(3)
-        built[name] = arm.build(50)
+    torch.manual_seed(3)
+    built["detached"] = models.detached_arm(config, 10, False).build(50)
     plain = built.pop("plain").state_dict()
     for model in built.values():
         assert isinstance(model, WithTerm)
@@ -68,8 +66,9 @@ def test_arms_with_a_term_begin_with_the_plain_models_weights_and_clip_as_they_s
     together = [n for n, m in built.items() if not m.parameters_apart()]
     assert together == ["published", "shuffled"]
     assert (built["weight-0"].weight, built["detached"].detached) == (0.0, True)
+    assert (arms["weight-0"].same_as, arms["weight-0"].seeds) == ("plain", 1)
     # At another rate than the plain model's it is that model trained otherwise.
-    assert [arm.same_as for arm in arms.values()] == ["plain", ""]
+    assert [models.detached_arm(config, 10, same).same_as for same in (True, False)] == ["plain", ""]
     assert built["published"].term.start == 4
 
 

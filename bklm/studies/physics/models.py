@@ -109,7 +109,7 @@ def conservative(config: PhysicsConfig, **more: Any) -> Build:
 
 
 def loss_arms(config: PhysicsConfig, steps: int) -> dict[str, Arm]:
-    """Arms of the energy terms whose rates are searched, the model without one first; ``steps`` of the whole training."""
+    """Arms of the energy terms, the model without one first; ``steps`` of the whole training."""
     published, mended = functools.partial(_published, config, steps), functools.partial(_mended, config, steps)
     arms = {
         PLAIN: Arm(plain(config)),
@@ -117,30 +117,21 @@ def loss_arms(config: PhysicsConfig, steps: int) -> dict[str, Arm]:
         "shuffled": Arm(published(shuffled=True), (PLAIN,)),
     }
     if config.protocol == "corrected":
+        nothing = published(times=0.0, limit=config.limit)
         arms |= {
             "apart": Arm(published(limit=config.limit), (PLAIN, "apart-shuffled")),
             "apart-shuffled": Arm(published(shuffled=True, limit=config.limit), (PLAIN,)),
             "mended": Arm(mended(), (PLAIN, "mended-placebo")),
             "mended-placebo": Arm(mended(placebo=True), (PLAIN,)),
+            "weight-0": Arm(nothing, kept=False, seeds=1, same_as=PLAIN),
         }
     return arms
 
 
-def identical_arms(config: PhysicsConfig, steps: int, rates: Mapping[str, float]) -> dict[str, Arm]:
-    """Arms whose energies learn while the model does not hear of them, by the arm whose rate they take.
-
-    "weight-0" is the published term at weight 0, of one seed. "detached" has the mended term's nets, which find what they can
-    conserve in a model that no term has touched; it is the plain model where both have one rate.
-    """
-    nothing, detached = (
-        _published(config, steps, times=0.0, limit=config.limit),
-        _mended(config, steps, detached=True),
-    )
-    is_plain = rates["mended"] == rates[PLAIN]
-    return {
-        "weight-0": Arm(nothing, kept=False, seeds=1, same_as=PLAIN),
-        "detached": Arm(detached, kept=False, same_as=PLAIN * is_plain),
-    }
+def detached_arm(config: PhysicsConfig, steps: int, is_plain: bool) -> Arm:
+    """The mended term's nets on states that no gradient of theirs reaches: what they find to conserve in a model that no term
+    has touched. ``is_plain``: whether it is trained at the plain model's rate, and so is that model to the last bit."""
+    return Arm(_mended(config, steps, detached=True), same_as=PLAIN * is_plain)
 
 
 def _published(

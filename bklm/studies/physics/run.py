@@ -90,29 +90,27 @@ def estimated_minutes(config: PhysicsConfig) -> float:
     )
     used = min(train_tokens, config.max_train_tokens or train_tokens)
     scored = min(config.score_tokens, val_tokens)
-    seeds, rates = len(config.seeds), len(config.learning_rates)
+    seeds = len(config.seeds)
     # The winner of a search is one of its arm's seeds.
-    each = seeds + rates - 1
-    builds = {"plain": models.plain(config)}
-    trainings, grid = {"plain": float(len(models.loss_arms(config, 1)) * each)}, {}
-    if config.parts == "blocks":
-        trainings["plain"] = float(each)
-    elif config.protocol == "corrected":
-        trainings["plain"] += 1 + seeds + len(config.decays) + seeds - 1
-    if config.parts != "loss":
-        blocks = models.block_arms(config)
-        builds |= {name: blocks[name].build for name in ("conservative", "free-force")}
-        trainings |= {"plain": trainings["plain"] + each, "conservative": 2.0 * each, "free-force": float(each)}
-        passes = seeds * len(config.stable_rates) * min(1.0, (config.stable_tokens or used) / used)
-        grid = {"plain": 3 * passes, "conservative": passes}
-    runs = []
-    for name, build in builds.items():
-        # Scores within a pass; at the end one of the whole split, and eight of the gain from context.
-        seen = config.pieces * scored + (val_tokens + 8 * scored) / config.epochs
-        make = functools.partial(build, vocabulary)
-        runs.append(Run((name, config), make, trainings[name] * config.epochs, used, seen))
-        runs.append(Run((name, config), make, grid.get(name, 0.0), used, scored))
-    return minutes(config, runs)
+    each = seeds + len(config.learning_rates) - 1
+    parts, blocks = _arms(config, 1), models.block_arms(config)
+    trainings, passes = dict.fromkeys(("plain", "conservative", "free-force"), 0), {}
+    for name, arm in {n: arm for some in parts.values() for n, arm in some.items()}.items():
+        kind = "conservative" if name == "every-second" else name if name in trainings else "plain"
+        trainings[kind] += 1 if arm.same_as else each
+    if "losses" in parts and config.protocol == "corrected":
+        trainings["plain"] += seeds + len(config.decays) + seeds - 1
+    if "blocks" in parts:
+        grid = seeds * len(config.stable_rates) * min(1.0, (config.stable_tokens or used) / used)
+        passes = {"plain": 3 * grid, "conservative": grid}
+    # Scores within a pass; at the end one of the whole split, and eight for the gain from context.
+    seen = config.pieces * scored + (val_tokens + 8 * scored) / config.epochs
+    return minutes(config, [
+        Run((name, config), functools.partial(blocks[name].build, vocabulary), epochs, used, val)
+        for name, count in trainings.items()
+        for epochs, val in ((count * config.epochs, seen), (passes.get(name, 0), scored))
+        if epochs
+    ])  # fmt: skip
 
 
 def load_model(folder: Path, config: PhysicsConfig, arm: str) -> LanguageModel:
@@ -146,11 +144,12 @@ def _train_all(study: Session) -> dict[str, Any]:
     arms = {name: arm for some in parts.values() for name, arm in some.items()}
     has_more = "losses" in parts and config.protocol == "corrected"
     grid = models.stability_arms(config) if "blocks" in parts else {}
-    expected = steps * len(arms) * (seeds + (len(rates) if len(rates) > 1 else 0))
-    expected += steps * (1 + seeds + len(config.decays) + seeds - 1) * has_more
-    study.expect(
-        expected + len(few.train_loader(0)) * seeds * len(config.stable_rates) * len(grid) * bool(grid)
-    )
+    searched = sum(not arm.same_as for arm in arms.values())
+    trainings = searched * (seeds + len(rates) * (len(rates) > 1)) + len(arms) - searched
+    # Detached, and the decays: all with the first seed, one with the others.
+    trainings += (seeds + len(config.decays) + seeds - 1) * has_more
+    grid_steps = len(few.train_loader(0)) * seeds * len(config.stable_rates) * len(grid) if grid else 0
+    study.expect(steps * trainings + grid_steps)
     settings = TrainingSettings(
         epochs, learning_rate=rates[0], weight_decay=config.weight_decay, clip=config.clip, schedule=config.schedule
     )  # fmt: skip
@@ -178,17 +177,13 @@ def _train_unsearched(
     trials: list[Trial],
     arms: dict[str, Arm],
 ) -> list[Trial]:
-    """The arms that take another one's rate: what equals the plain model, and the plain model of another weight decay. They
-    are added to ``arms``."""
+    """The arms that take another one's rate: the detached energy, and the plain model of another weight decay. They are added
+    to ``arms``."""
     config = study.config
     rates = {t["arm"]: t["learning_rate"] for t in trials}
-    found = []
-    for name, arm in models.identical_arms(
-        config, len(study.text.train_loader(seed=0)) * settings.epochs, rates
-    ).items():
-        own = dataclasses.replace(settings, learning_rate=rates["mended" if name == "detached" else PLAIN])
-        found += train({name: arm}, own)
-        arms[name] = arm
+    steps = len(study.text.train_loader(seed=0)) * settings.epochs
+    arms["detached"] = models.detached_arm(config, steps, rates["mended"] == rates[PLAIN])
+    found = train({"detached": arms["detached"]}, dataclasses.replace(settings, learning_rate=rates["mended"]))
     published = [
         t["embedding_norm"] for t in ARMS.groups(trials).get("published", ()) if t["seed"] == config.seeds[0]
     ]
