@@ -316,6 +316,7 @@ OF_RUNS: Places = {
         "claim_lines": claim_lines,
         "claims_table": lambda run: run.summary["claims"],
         "verdicts": lambda run: readable_verdicts(run.summary["parts"]["verdicts"]),
+        "block_verdicts": lambda run: readable_verdicts(run.summary["parts"]["block_verdicts"]),
         **{name: physics_table(name) for name in ("energies", "steps", "stability", "memory")},
     },
     "compression": {

@@ -289,6 +289,10 @@ def test_the_decay_that_gives_the_published_size_is_found_by_ratio():
         ({"weight": -0.1}, r"weight: got -0\.1; allowed is a number in \[0, 10\]\."),
         ({"mended_weight": -1}, r"mended_weight: got -1; allowed is a number in \[0, 1000000\]\."),
         ({"n_layers": 1}, r"n_layers: got 1; an energy that blocks conserve needs 2 blocks or more\."),
+        (
+            {"score_tokens": 32},
+            r"score_tokens: got 32; a window of seq_len 32 takes one more than that: take more, or 0 for all\.",
+        ),
         ({"d_model": 9}, r"d_model: got 9; half of it are positions: take an even width\."),
         (
             {"protocol": "original", "parts": "all"},

@@ -63,7 +63,10 @@ class PhysicsConfig(WindowStudyConfig):
     )
     weight_decay: float = setting(0.01, low=0, high=10, help="AdamW weight decay, the published one at first")
     score_tokens: int | None = setting(
-        None, low=2, high=10**12, help="validation tokens of scores within a pass and of the gain from context"
+        None,
+        low=0,
+        high=10**12,
+        help="validation tokens of scores within a pass and of the gain from context; 0: all",
     )
     clip: float = setting(0.5, above=0, high=1e6, help="largest gradient norm")
     weight: float = setting(
@@ -103,6 +106,11 @@ class PhysicsConfig(WindowStudyConfig):
             )
         if config.d_model % 2:
             raise ValueError(f"d_model: got {config.d_model}; half of it are positions: take an even width.")
+        if 0 < config.score_tokens <= config.seq_len:
+            raise ValueError(
+                f"score_tokens: got {config.score_tokens}; a window of seq_len {config.seq_len} takes one more than that: take "
+                "more, or 0 for all."
+            )
         if config.n_layers < 2:
             raise ValueError(
                 f"n_layers: got {config.n_layers}; an energy that blocks conserve needs 2 blocks or more."

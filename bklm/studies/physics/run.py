@@ -89,7 +89,7 @@ def estimated_minutes(config: PhysicsConfig) -> float:
         config.dataset, config.data_dir, config.vocab_size, config.tokenizer
     )
     used = min(train_tokens, config.max_train_tokens or train_tokens)
-    scored = min(config.score_tokens, val_tokens)
+    scored = min(config.score_tokens or val_tokens, val_tokens)
     seeds = len(config.seeds)
     # The winner of a search is one of its arm's seeds.
     each = seeds + len(config.learning_rates) - 1
@@ -258,7 +258,9 @@ def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
         title = headline + not_beaten_in_short(best, study.text.baselines)
         report.figure(f"{name}.png", figures.draw_arms, comparison.rows(own), title, _note(study, searching))
         note = _note(
-            study, f"first {config.score_tokens:,} validation tokens, means over the seeds", bars=False
+            study,
+            f"scored on {study.text.val_loader().dataset.num_targets:,} validation targets, means over the seeds",
+            bars=False,
         )
         report.figure(f"{name}_curves.png", figures.draw_curves, own, found["piece"], note)
     parts["energies"] = tables.energy_rows(
