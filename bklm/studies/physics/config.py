@@ -108,8 +108,8 @@ class PhysicsConfig(WindowStudyConfig):
             raise ValueError(f"d_model: got {config.d_model}; half of it are positions: take an even width.")
         if 0 < config.score_tokens <= config.seq_len:
             raise ValueError(
-                f"score_tokens: got {config.score_tokens}; a window of seq_len {config.seq_len} takes one more than that: take "
-                "more, or 0 for all."
+                f"score_tokens: got {config.score_tokens}; a window of seq_len {config.seq_len} takes one more than that: "
+                "take more, or 0 for all."
             )
         if config.n_layers < 2:
             raise ValueError(
