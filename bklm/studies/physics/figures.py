@@ -68,12 +68,14 @@ def draw_energies(
                 own = [r for r in rows if ("gradient_share" in r) == (key == "gradient_share")]
                 y = [over_spread(r["drift"], r["spread"]) if key == "ratio" else r[key] for r in own]
                 # A logarithm has no place for a spread of 0, and a ratio to it is none.
-                points = [(r["step"], value) for r, value in zip(own, y, strict=True) if value]
+                is_drawn = [value is not None and (value > 0 or key == "gradient_share") for value in y]
+                points = [(r["step"], value) for r, value, drawn in zip(own, y, is_drawn, strict=True) if drawn]
                 x, y = ([p[i] for p in points] for i in (0, 1))
                 axes.plot(x, y, color=colour, marker=marker, markersize=3, label=arm)
                 values += y
             if key == "gradient_share":
-                axes.set(ylabel=words, ylim=(0, 1), xlabel="step")
+                axes.set(ylabel=words, ylim=(-0.02, 1), xlabel="step")
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             elif values:
                 wide_range_axis(axes.yaxis, values, words)
             if key == "ratio":
