@@ -30,7 +30,7 @@ class PhysicsConfig(WindowStudyConfig):
         },
         "quick": {
             "seeds": (0, 1, 2), "epochs": 2, "pieces": 3, "batch_size": 8, "seq_len": 64, "vocab_size": 1000, "d_model": 32,
-            "n_layers": 2, "max_train_tokens": 32_000, "learning_rates": (1e-2, 3e-2), "decays": (0.1, 1.0),
+            "n_layers": 2, "max_train_tokens": 32_000, "learning_rates": (3e-3, 1e-2, 3e-2), "decays": (0.1, 1.0),
             "score_tokens": 4096, "stable_rates": STABLE_RATES[1:], "stable_tokens": 16_000, "memory_layers": (4, 8, 16, 32),
         },
         "full": {
