@@ -196,6 +196,7 @@ def test_conserved_means_little_drift_no_collapse_and_less_drift_than_where_noth
     assert found(conservative=low)["conservative"] == "yes"
     collapsed = energies(published=[(1e-6, 0.01)] * 3, shuffled=[(0.0, 0.0)] * 3)
     assert [r["conserves"] for r in collapsed] == ["no: collapsed", "a control"]
+    assert energies(published=[(1e-6, 0.01)])[0]["conserves"] == "no verdict"
     # One number for every state: no ratio, and no division by zero.
     assert energies(published=[(0.0, 0.0)] * 3, shuffled=low)[0]["conserves"] == "no: collapsed"
     assert claims(energies=energies(mended=low, detached=same, **rest)) == {

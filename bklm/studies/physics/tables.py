@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bklm.harness.comparison import Column, Comparison, Trial, same
-from bklm.harness.statistics import Perplexity, interval95
+from bklm.harness.statistics import FEWEST_SEEDS, Perplexity, interval95
 from bklm.training.context_gain import gain_in_words
 from bklm.training.energy_drift import mean_or_none, over_spread
 from bklm.training.stability import largest_rate, steps_to_loss
@@ -58,7 +58,7 @@ def energy_rows(trials: Sequence[Trial], first: Mapping[str, Mapping[str, Any]])
     ratios = {arm: {t["seed"]: t["energy"]["ratio"] for t in group} for arm, group in groups.items()}
     rows = []
     for arm, group in groups.items():
-        row: dict[str, Any] = {"arm": arm}
+        row: dict[str, Any] = {"arm": arm, "seeds": len(group)}
         for key in ("drift", "spread", "gradient_share", "work", "inverse_error"):
             values = [t["energy"].get(key) for t in group]
             row[key] = None if None in values else interval95(values)[0]
@@ -109,12 +109,14 @@ def _interval(name: str, found: Perplexity) -> dict[str, float | None]:
 def _conserves(row: Mapping[str, Any]) -> str:
     if any(row["arm"] in controls for controls in ENERGY_CONTROLS.values()):
         return "a control"
+    if row["seeds"] < FEWEST_SEEDS:
+        return "no verdict"
     if row["ratio"] is None or row["spread_kept"] is None or row["spread_kept"] < COLLAPSED:
         return "no: collapsed"
-    if row["ratio_high"] is None or (row["control"] and row["over_control_high"] is None):
-        return "no verdict"
     if row["ratio_high"] >= CONSERVED:
         return "no: it drifts"
+    if row["control"] and row["over_control_high"] is None:
+        return "no verdict"
     if row["control"] and row["over_control_high"] >= 1:
         return f"no: {row['control']} drifts as little"
     return "yes"
