@@ -82,10 +82,10 @@ def draw_energies(
                 axes.axhline(CONSERVED, color=GREY, linewidth=1, linestyle="--")
         legend_below(panels[-1], ncols=4, fontsize=9)
 
-    title = "Conserved by the trained energies: " + ", ".join(
-        f"{row['arm']} {row['conserves']}"
-        for row in energies
-        if row["arm"] in shown and row["conserves"] != "a control"
+    judged = [row for row in energies if row["arm"] in shown and row["conserves"] != "a control"]
+    # "no: it drifts" without its reason, which the table has.
+    title = "Is the energy conserved? " + ", ".join(
+        f"{r['arm']}: {r['conserves'].split(':')[0]}" for r in judged
     )
     return save_figure(path, draw, title=title, note=note, size=(7.2, 8.4))
 

@@ -274,9 +274,9 @@ def readable_memory(rows: Sequence[Mapping[str, Any]]) -> Rows:
 
 
 def growth(by_layers: Mapping[int, int | None]) -> float | None:
-    """Memory at the largest depth over that at the smallest; None where one could not be measured."""
+    """Memory at the largest depth over that at the smallest; None for one depth, or where one could not be measured."""
     low, high = by_layers[min(by_layers)], by_layers[max(by_layers)]
-    return high / low if low and high else None
+    return high / low if low and high and len(by_layers) > 1 else None
 
 
 def nearest_decay(trials: Sequence[Trial], size: float) -> float | None:
