@@ -117,6 +117,24 @@ def test_eigenvalues_of_a_linear_map_have_no_residual_and_those_of_a_wrong_dicti
     assert sorted(spoilt.residuals.square().tolist()) == pytest.approx(sorted(squares), rel=1e-6)
 
 
+def test_residuals_are_those_of_held_out_pairs_and_the_constant_is_no_eigenvalue_of_its_own():
+    x, y, known = linear_pairs(6, torch.float64)
+    one = torch.ones(len(x), 1, dtype=x.dtype)
+    found = spectrum(
+        torch.cat((one, x), 1),
+        torch.cat((one, y), 1),
+        held_out=(torch.cat((one, x), 1), torch.cat((one, y), 1)),
+    )
+    assert len(found.eigenvalues) == 6
+    wanted = torch.linalg.eigvals(known)
+    assert max(float((wanted - value).abs().min()) for value in found.eigenvalues) < 1e-6
+    # As many features as pairs fit any noise; on other pairs it shows.
+    g = torch.Generator().manual_seed(2)
+    z, after, other, later = (torch.randn(20, 20, generator=g, dtype=torch.float64) for _ in range(4))
+    assert float(spectrum(z, after).residuals.max()) < 1e-3
+    assert float(spectrum(z, after, held_out=(other, later)).residuals.min()) > 0.5
+
+
 def test_a_dictionary_reads_its_own_and_earlier_positions_only():
     x = torch.randn(3, 9, 4)
     dictionary = Dictionary(x.flatten(0, 1), taps=3, units=5)

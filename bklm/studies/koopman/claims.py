@@ -51,12 +51,20 @@ def claims_table(
             step = ratio_of(equal_seconds[0], "step_ratio")
             told = "; ".join(f"{r['arm']} - none: {_nats(r)}" for r in equal_seconds)
             better = _any(helps(verdicts, r["arm"]) and helps([r], r["arm"]) for r in equal_seconds)
-            rows.append(claim(f"{announced} in the same time", f"a step takes {step} times as long; {told}{many}", better))
-    if forward := [t for t in ARMS.finished(trials) if "koopman_ppl" in t["lifting"] and t["arm"].startswith("published")]:
+            rows.append(
+                claim(
+                    f"{announced} in the same time", f"a step takes {step} times as long; {told}{many}", better
+                )
+            )
+    if forward := [
+        t for t in ARMS.finished(trials) if "koopman_ppl" in t["lifting"] and t["arm"].startswith("published")
+    ]:
         mean = Perplexity.over_seeds([t["lifting"]["koopman_ppl"] for t in forward])
         moved = max(t["lifting"]["koopman_moves"] for t in forward)
         told = f"PPL {mean}, unigram {unigram:.0f}; a changed token moves {moved:.0f} other positions"
-        rows.append(claim("the Koopman forward can stand in for the blocks", told, mean.mean < unigram and moved > 0))
+        rows.append(
+            claim("the Koopman forward can stand in for the blocks", told, mean.mean < unigram and moved > 0)
+        )
     if operators := [r for r in linearised if r["block"] == "all" and r["replacement"] not in CONTROLS]:
         rows.append(_faster(operators))
     if recalled:

@@ -47,6 +47,23 @@ RECALL = Comparison(
 )  # fmt: skip
 
 
+def rate_in_words(trials: Sequence[Trial], tried: Sequence[float]) -> str:
+    """The learning rate of all arms, and whether the search that found it ended at an edge of what it tried."""
+    rate = trials[0]["learning_rate"]
+    if len(tried) == 1:
+        return f"learning rate {rate:g} for all"
+    edge = ", at the edge of these" if rate in (min(tried), max(tried)) else ""
+    return (
+        f"learning rate {rate:g} for all, the plain model's best of {', '.join(f'{r:g}' for r in tried)}{edge}"
+    )
+
+
+def plain_in_words(trials: Sequence[Trial], tried: Sequence[float]) -> str:
+    """What the plain model reaches, at which rate."""
+    group = ARMS.groups(trials).get("none")
+    return f"The plain model: PPL {ARMS.perplexity(group)}, {rate_in_words(trials, tried)}" if group else ""
+
+
 def at_equal_seconds(trials: Sequence[Trial], step: Sequence[float], any_of: int) -> list[dict[str, Any]]:
     """By arm with the mended term, its validation loss minus the plain model's when both have trained as long: an earlier
     moment of its own run, between two evaluations on a line in the logarithm of the steps. None before the first one.
@@ -59,7 +76,12 @@ def at_equal_seconds(trials: Sequence[Trial], step: Sequence[float], any_of: int
     rows = []
     for arm, group in groups.items():
         losses = {t["seed"]: _loss_after(t["epochs"], len(t["epochs"]) / cost.mean) for t in group}
-        if not arm.startswith("mended") or not ends or not ends.keys() <= losses.keys() or None in losses.values():
+        if (
+            not arm.startswith("mended")
+            or not ends
+            or not ends.keys() <= losses.keys()
+            or None in losses.values()
+        ):
             continue
         mean, half = interval95([losses[seed] - end for seed, end in ends.items()], any_of)
         row = {"arm": arm, "against": "none, equal seconds", "loss_difference": mean}
@@ -91,7 +113,9 @@ def linearised_rows(
         gain, half = interval95([r["context_gain_nats"] for r in group])
         kept = [r["context_gain_kept"] for r in group if r["context_gain_kept"] is not None]
         nothing = gain <= (half or 0.0)
-        row = {name: first[name] for name in ("block", "replacement")} | {"r2": interval95([r["r2"] for r in group])[0]}
+        row = {name: first[name] for name in ("block", "replacement")} | {
+            "r2": interval95([r["r2"] for r in group])[0]
+        }
         row |= {"val_ppl": Perplexity.over_seeds([math.exp(r["val_loss"]) for r in group]).mean, "any_of": many}
         row |= _with_ends("ppl_ratio", ratio, ratio.interval)
         row |= {"context_gain_nats": gain, "context_gain_nats_95": half}
@@ -99,14 +123,18 @@ def linearised_rows(
                         (None, None) if nothing or not kept else interval95(kept), strict=True))  # fmt: skip
         for prefix, taken in times.items() if first["block"] == "all" else ():
             if own := taken.get(first["replacement"]):
-                speed = Perplexity.over_seeds([b / r for b, r in zip(taken["original"], own, strict=False)], many)
+                speed = Perplexity.over_seeds(
+                    [b / r for b, r in zip(taken["original"], own, strict=False)], many
+                )
                 row |= {f"{prefix}milliseconds": 1e3 * sorted(own)[len(own) // 2]}
                 row |= _with_ends(f"{prefix}times_faster", speed, (speed.low, speed.high))
         rows.append(row)
     return rows
 
 
-def _with_ends(name: str, found: Perplexity, ends: tuple[float | None, float | None]) -> dict[str, float | None]:
+def _with_ends(
+    name: str, found: Perplexity, ends: tuple[float | None, float | None]
+) -> dict[str, float | None]:
     return {name: found.mean, f"{name}_low": ends[0], f"{name}_high": ends[1]}
 
 
@@ -147,11 +175,15 @@ def readable_speed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         known = row.get(f"{prefix}milliseconds") is not None
         return {
             f"{what}, ms": f"{row[f'{prefix}milliseconds']:.2f}" if known else "-",
-            f"{what}, times faster (95% over rounds)": str(ratio_of(row, f"{prefix}times_faster")) if known else "-",
+            f"{what}, times faster (95% over rounds)": str(ratio_of(row, f"{prefix}times_faster"))
+            if known
+            else "-",
         }
 
     return [
-        {"replacement": r["replacement"]} | cells(r, "", "one block") | cells(r, "forward_", "forward to logits")
+        {"replacement": r["replacement"]}
+        | cells(r, "", "one block")
+        | cells(r, "forward_", "forward to logits")
         for r in rows
         if r["block"] == "all" and r.get("milliseconds") is not None
     ]
@@ -199,7 +231,9 @@ def readable_recall(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def long_range(trials: Sequence[Trial], model: str = LINEAR, to: str = "NewLLM") -> tuple[float, float | None] | None:
+def long_range(
+    trials: Sequence[Trial], model: str = LINEAR, to: str = "NewLLM"
+) -> tuple[float, float | None] | None:
     """Difference of two models' mean accuracy at the distances from LONG on, paired over seeds, with its interval."""
     groups, far = RECALL.groups(trials), [d for d in _distances(trials) if int(d) >= LONG]
     if not far or not {model, to} <= groups.keys():
