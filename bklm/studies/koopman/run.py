@@ -35,7 +35,7 @@ from bklm.studies.koopman.tables import ARMS, RECALL
 from bklm.training.recall import accuracy_by_distance, models_of_equal_size
 from bklm.training.schedules import TrainingSettings
 
-SCORINGS = 8  # of the validation text after a training
+SCORINGS = 5  # of the validation text after a training, those in windows together as much as one or two
 
 
 @dataclass(frozen=True)
@@ -187,13 +187,8 @@ def _draw(study: Session, arms: Mapping[str, Arm], trials: list[Trial]) -> Path 
 def _report(study: Session, found: dict[str, Any]) -> KoopmanResult:
     config, report, trials = study.config, Report(study), found["trials"]
     judged, note = _judged(trials, found["arms"]), _note(study, trials)
-    recalled, equal, steps, told, task = (
-        [],
-        [],
-        {},
-        [tables.plain_in_words(trials, config.learning_rates)],
-        recall_task(config),
-    )
+    recalled, equal, steps, task = [], [], {}, recall_task(config)
+    told = [tables.plain_in_words(trials, config.learning_rates)]
     if judged:
         told.append(term_in_words(judged))
         report.figure("arms.png", figures.draw_arms, judged, told[-1] or ARMS.headline(trials), note)
