@@ -29,8 +29,8 @@ NEW_STUDY = 400
 # Planned were 800, 1,450, 1,500 and 1,900; the gain from context and more rivals came to the baseline study, samples and best
 # weights to the freeze study, the leak test and the gain from context to the first, tokenisers and texts of one's own to the
 # first and third. The freeze study got the arms that tell whether its phase 1 helps at all.
-# koopman holds three experiments: a term, operators in place of blocks, and recall, with the claims on each, a searched rate and
-# the comparison at equal seconds; physics as well:
+# koopman holds three experiments: a term, at equal steps and at equal seconds, operators in place of blocks, and recall, with
+# a searched rate and the claims on each; physics as well:
 # terms of a loss, kinds of block, and the speed, stability and memory of either, seven tables. compression weighs some forty
 # files of three models, retrains and distils, judges each against its own control, and runs the published sparse core.
 # dialogue trains in four stages and answers four questions (pretraining, earlier turns, who is best, what is forgotten), seven
