@@ -22,7 +22,7 @@ from bklm.data.checks import index_or_none
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_real
 
-CONSTANT = 1e-3  # share of its size that a function varies by, below which it does not
+CONSTANT = 1e-3  # a function whose spread is a smaller share of its size is the constant one
 
 
 def dmd(states: Tensor, following: Tensor, rank: int | None = None) -> Tensor:
@@ -71,7 +71,7 @@ def edmd(features: Tensor, target: Tensor, ridge: float = 0.0) -> Tensor:
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues (K or fewer,) complex128, the largest first, and the residual of each, float64."""
+    """Eigenvalues (K,) complex128, the largest first, and the residual of each (K,) float64; K - 1 without the constant."""
 
     eigenvalues: Tensor
     residuals: Tensor
@@ -82,24 +82,22 @@ def spectrum(
 ) -> Spectrum:
     """Eigenvalues of the EDMD operator of a dictionary's values (M, K) before and after a step, with their residuals.
 
-    An eigenfunction that does not vary is left out: the constant, if the dictionary has it, is one of every map, with 1.
-
     The residual of (lambda, v) is |features' v - lambda features v| / |features v| over the snapshots, which is
     ``v*(L - lambda A* - conj(lambda) A + |lambda|^2 G)v / v*Gv`` under the root: how far the function ``features v`` is from
-    being multiplied by lambda in a step. 0 for an eigenfunction; 1 says that nothing is known.
+    being multiplied by lambda in a step. 0 for an eigenfunction; 1 says that nothing is known. The constant function, of
+    eigenvalue 1 whatever the map, is left out.
 
     Args:
-        held_out: other values before and after a step, which residuals are of; the ones of the fit flatter it.
+        held_out: other pairs (M', K), over which the residuals are taken: over those of the fit they are too small.
     """
     z, after = _paired(features, following)
     values, vectors = torch.linalg.eig(edmd(z, after, ridge))
-    if held_out is not None:
-        z, after = _paired(*held_out)
+    z, after = (z, after) if held_out is None else _paired(*held_out)
     seen = z.to(vectors.dtype) @ vectors
+    left = (after.to(vectors.dtype) @ vectors - seen * values).norm(dim=0)
     size = seen.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    residuals = (after.to(vectors.dtype) @ vectors - seen * values).norm(dim=0) / size
-    varying = (seen - seen.mean(0)).norm(dim=0) > CONSTANT * size
-    values, residuals = values[varying], residuals[varying]
+    moves = (seen - seen.mean(0)).norm(dim=0) > CONSTANT * size
+    values, residuals = values[moves], (left / size)[moves]
     order = values.abs().argsort(descending=True)
     return Spectrum(values[order], residuals[order])
 
