@@ -23,7 +23,7 @@ MOST_PARAMETERS = 9
 # (165), which spares each of two studies more than that.
 # 20 lines more since the best trial of a search is not trained again.
 # 100 more: step times in turns came from the integration study for others (65); arms that equal another by construction.
-# 10 more came with windows of any length from the baseline study, for others' gain from context.
+# 10 more: windows of any length came from the baseline study, for others' gain from context.
 HARNESS = 3_880
 NEW_STUDY = 400
 # Planned were 800, 1,450, 1,500 and 1,900; the gain from context and more rivals came to the baseline study, samples and best

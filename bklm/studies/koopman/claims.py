@@ -48,7 +48,7 @@ def claims_table(
         told = "; ".join(f"{r['arm']} - {r['against']}: {_nats(r)}" for r in verdicts if r["arm"] in terms)
         rows.append(claim(announced, told + many, _any(helps(verdicts, name) for name in terms)))
         if equal_seconds:
-            step = ratio_of(equal_seconds[0], "step_ratio")
+            step = ratio_of(equal_seconds[0], "ms_ratio")
             told = "; ".join(f"{r['arm']} - none: {_nats(r)}" for r in equal_seconds)
             better = _any(helps(verdicts, r["arm"]) and helps([r], r["arm"]) for r in equal_seconds)
             rows.append(

@@ -86,7 +86,7 @@ def at_equal_seconds(trials: Sequence[Trial], step: Sequence[float], any_of: int
         mean, half = interval95([losses[seed] - end for seed, end in ends.items()], any_of)
         row = {"arm": arm, "against": "none, equal seconds", "loss_difference": mean}
         row |= dict.fromkeys(("low", "high")) if half is None else {"low": mean - half, "high": mean + half}
-        rows.append(row | {"any_of": any_of} | _with_ends("step_ratio", cost, (cost.low, cost.high)))
+        rows.append(row | {"any_of": any_of} | _with_ends("ms_ratio", cost, (cost.low, cost.high)))
     return rows
 
 
