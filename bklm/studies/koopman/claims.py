@@ -108,7 +108,7 @@ def operators_in_words(linearised: Rows) -> str:
     best = min((r for name, r in whole.items() if name not in CONTROLS), key=lambda r: r["val_ppl"])
     return (
         f"All blocks replaced by {best['replacement']}, the best operator: PPL {whole['original']['val_ppl']:.1f} becomes "
-        f"{best['val_ppl']:.1f}; of the gain from context kept: {kept_in_words(best)}"
+        f"{best['val_ppl']:.1f}; gain from context kept: {kept_in_words(best)}"
     )
 
 
