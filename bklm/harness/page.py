@@ -62,6 +62,7 @@ COLUMNS = (
     (r"training_bytes|bytes_\d+", "memory of a training step at its peak (with so many blocks), bytes"),
     (r"peak_mb", "memory at its peak, MB (10^6 bytes)"),
     (r"(forward_)?(ms|milliseconds)", "time of a call, milliseconds, median"),
+    (r"step_ratio", "seconds of a training step over the plain model's"),
     (r"(written_|forward_)?times_faster", "how many times faster than the arm it is compared with"),
     (r"(\w+_)?(tokens|bits)_per_(second|byte)", "{1} per {2}"),
     (r"tokens_per_parameter", "training tokens for each trained parameter"),

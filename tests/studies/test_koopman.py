@@ -232,10 +232,11 @@ def test_at_equal_seconds_a_dearer_step_is_compared_at_an_earlier_moment_of_its_
     (row,) = at_equal_seconds(trials, [1.6, 1.6, 1.6], 1)
     assert row["loss_difference"] == pytest.approx(math.log(1.6) - 0.11)
     assert row["low"] > 0
-    assert row["ms_ratio"] == pytest.approx(1.6)
+    assert row["step_ratio"] == pytest.approx(1.6)
     (cheap,) = at_equal_seconds(trials, [1.0, 1.0, 1.0], 1)
     assert cheap["loss_difference"] == pytest.approx(-0.11)
-    assert at_equal_seconds(trials, [5.0, 5.0, 5.0], 1) == []
+    (dear,) = at_equal_seconds(trials, [5.0, 5.0, 5.0], 1)
+    assert (dear["loss_difference"], dear["low"]) == (None, None)
 
     def verdict(found):
         judged = [
@@ -252,6 +253,7 @@ def test_at_equal_seconds_a_dearer_step_is_compared_at_an_earlier_moment_of_its_
 
     assert verdict([row]) == ["holds", "does not hold"]
     assert verdict([cheap]) == ["holds", "holds"]
+    assert verdict([dear]) == ["holds", "no verdict"]
     assert verdict([]) == ["holds"]
 
 

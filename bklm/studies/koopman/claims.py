@@ -48,7 +48,7 @@ def claims_table(
         told = "; ".join(f"{r['arm']} - {r['against']}: {_nats(r)}" for r in verdicts if r["arm"] in terms)
         rows.append(claim(announced, told + many, _any(helps(verdicts, name) for name in terms)))
         if equal_seconds:
-            step = ratio_of(equal_seconds[0], "ms_ratio")
+            step = ratio_of(equal_seconds[0], "step_ratio")
             told = "; ".join(f"{r['arm']} - none: {_nats(r)}" for r in equal_seconds)
             better = _any(helps(verdicts, r["arm"]) and helps([r], r["arm"]) for r in equal_seconds)
             rows.append(
@@ -108,7 +108,7 @@ def operators_in_words(linearised: Rows) -> str:
     best = min((r for name, r in whole.items() if name not in CONTROLS), key=lambda r: r["val_ppl"])
     return (
         f"All blocks replaced by {best['replacement']}, the best operator: PPL {whole['original']['val_ppl']:.1f} becomes "
-        f"{best['val_ppl']:.1f}; of the gain from context kept: {kept_in_words(best)}"
+        f"{best['val_ppl']:.1f}; gain from context kept: {kept_in_words(best)}"
     )
 
 

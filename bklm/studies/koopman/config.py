@@ -27,15 +27,15 @@ class KoopmanConfig(WindowStudyConfig):
         "quick": {
             "weights": (0.1,), "seeds": (0,), "epochs": 3, "learning_rates": (3e-3, 1e-2, 3e-2), "seq_len": 64,
             "vocab_size": 5000, "d_model": 64, "n_layers": 3, "lift": 128, "max_train_tokens": 60_000,
-            "fit_positions": 20_000, "score_tokens": 8000, "units": 192, "delays": (1, 4), "recall_steps": 300,
+            "fit_positions": 20_000, "score_tokens": 8000, "units": 192, "delays": (1, 4), "recall_steps": 600,
             "recall_width": 48, "recall_pairs": 1, "recall_rates": (1e-2,), "trained_distance": 128,
             "distances": (16, 32, 64, 128, 256, 512),
         },
         "full": {
             "weights": (0.01, 0.1, 1.0), "seeds": (0, 1, 2), "epochs": 4, "learning_rates": (3e-3, 1e-2, 3e-2),
             "seq_len": 128, "vocab_size": 30_000, "d_model": 64, "n_layers": 4, "lift": 256, "max_train_tokens": 0,
-            "fit_positions": 20_000, "score_tokens": 30_000, "units": 192, "delays": (1, 4, 8), "recall_steps": 800,
-            "recall_width": 64, "recall_pairs": 1, "recall_rates": (3e-3, 1e-2), "trained_distance": 128,
+            "fit_positions": 20_000, "score_tokens": 30_000, "units": 192, "delays": (1, 4, 8), "recall_steps": 1000,
+            "recall_width": 48, "recall_pairs": 1, "recall_rates": (3e-3, 1e-2), "trained_distance": 128,
             "distances": (16, 32, 64, 128, 256, 512),
         },
     }  # fmt: skip

@@ -66,7 +66,7 @@ def plain_in_words(trials: Sequence[Trial], tried: Sequence[float]) -> str:
 
 def at_equal_seconds(trials: Sequence[Trial], step: Sequence[float], any_of: int) -> list[dict[str, Any]]:
     """By arm with the mended term, its validation loss minus the plain model's when both have trained as long: an earlier
-    moment of its own run, between two evaluations on a line in the logarithm of the steps. None before the first one.
+    moment of its own run, between two evaluations on a line in the logarithm of the steps; None before the first one.
 
     Args:
         step: the seconds of its training step over the plain model's, by round of timing.
@@ -74,19 +74,14 @@ def at_equal_seconds(trials: Sequence[Trial], step: Sequence[float], any_of: int
     groups, cost = ARMS.groups(trials), Perplexity.over_seeds(step)
     ends = {t["seed"]: t["epochs"][-1]["val_loss"] for t in groups.get("none", [])}
     rows = []
-    for arm, group in groups.items():
+    for arm, group in ((name, found) for name, found in groups.items() if name.startswith("mended")):
         losses = {t["seed"]: _loss_after(t["epochs"], len(t["epochs"]) / cost.mean) for t in group}
-        if (
-            not arm.startswith("mended")
-            or not ends
-            or not ends.keys() <= losses.keys()
-            or None in losses.values()
-        ):
-            continue
-        mean, half = interval95([losses[seed] - end for seed, end in ends.items()], any_of)
+        known = bool(ends) and ends.keys() <= losses.keys() and None not in losses.values()
+        mean, half = interval95([losses[s] - end for s, end in ends.items()], any_of) if known else (None, None)
         row = {"arm": arm, "against": "none, equal seconds", "loss_difference": mean}
         row |= dict.fromkeys(("low", "high")) if half is None else {"low": mean - half, "high": mean + half}
-        rows.append(row | {"any_of": any_of} | _with_ends("ms_ratio", cost, (cost.low, cost.high)))
+        row |= {"any_of": any_of, "verdict": "" if known else "not scored that early, or a seed diverged"}
+        rows.append(row | _with_ends("step_ratio", cost, (cost.low, cost.high)))
     return rows
 
 
