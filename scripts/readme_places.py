@@ -310,6 +310,7 @@ OF_RUNS: Places = {
         "shares": lambda run: run.summary["shares"],
         "verdicts": lambda run: readable_verdicts(run.rows("verdicts.csv")),
         "linearised": lambda run: koopman.readable_linearised(run.rows("linearised.csv")),
+        "speed": lambda run: koopman.readable_speed(run.rows("linearised.csv")),
         "recall": lambda run: koopman.readable_recall(run.rows("recall.csv")),
     },
     "physics": {
