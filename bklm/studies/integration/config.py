@@ -19,24 +19,30 @@ class IntegrationConfig(WindowStudyConfig):
     )  # fmt: skip
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
-            "seeds": (0, 1), "epochs": 1, "scores": 2, "batch_size": 16, "seq_len": 32, "vocab_size": 300, "d_model": 16,
-            "n_layers": 2, "max_train_tokens": 4096, "learning_rates": (3e-3,), "repeats": 3,
+            "seeds": (0, 1), "epochs": 1, "scores": 2, "score_tokens": 1000, "batch_size": 16, "seq_len": 32,
+            "vocab_size": 300, "d_model": 16, "n_layers": 2, "max_train_tokens": 4096, "learning_rates": (1e-2,), "repeats": 3,
         },
         "quick": {
-            "seeds": (0, 1, 2), "epochs": 2, "scores": 6, "batch_size": 8, "seq_len": 64, "vocab_size": 1000, "d_model": 32,
-            "n_layers": 2, "max_train_tokens": 40_000, "learning_rates": (3e-3, 1e-2), "repeats": 20,
+            "seeds": (0, 1, 2), "epochs": 2, "scores": 4, "score_tokens": 8000, "batch_size": 8, "seq_len": 64,
+            "vocab_size": 1000, "d_model": 32, "n_layers": 2, "max_train_tokens": 40_000,
+            "learning_rates": (3e-3, 1e-2, 3e-2), "repeats": 20,
         },
         "full": {
-            "seeds": (0, 1, 2), "epochs": 3, "scores": 12, "batch_size": 32, "seq_len": 128, "vocab_size": 30_000,
-            "d_model": 64, "n_layers": 4, "max_train_tokens": 0, "learning_rates": (1e-3, 3e-3), "repeats": 30,
+            "seeds": (0, 1, 2), "epochs": 3, "scores": 4, "score_tokens": 10_000, "batch_size": 32, "seq_len": 128,
+            "vocab_size": 30_000, "d_model": 64, "n_layers": 4, "max_train_tokens": 0, "learning_rates": (3e-3, 1e-2, 3e-2),
+            "repeats": 30,
         },
     }  # fmt: skip
 
     budgets: Literal["both", "steps"] = setting(
-        "both", help="both: every arm once more, for as long as the plain arm takes"
+        "both",
+        help="both: what gains time and loses loss, and the full set, also for as long as the plain arm takes",
     )
     epochs: int | None = setting(None, low=1, high=1000, help="passes over the training text, of equal steps")
     scores: int | None = setting(None, low=1, high=1000, help="scores in a training, for the time to a loss")
+    score_tokens: int | None = setting(
+        None, low=0, high=10**12, help="validation tokens of these scores and of short windows; 0: all"
+    )
     d_model: int | None = setting(None, low=16, high=8192, help="model width")
     n_heads: int = setting(4, low=1, high=256, help="heads, or as many as the width has in common with that")
     batch_size: int | None = setting(None, low=4, high=512, help="sequences per optimiser step")

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
+from bklm.compression import baked, file_sizes
 from bklm.compression.coded_model import outer_names
 from bklm.harness.arms import Arm
 from bklm.harness.measure import Arm as Call
 from bklm.harness.session import Session
 from bklm.harness.step_times import step_times as time_steps
 from bklm.models import LanguageModel, linear_cross_entropy
+from bklm.training.auxiliary import without_term
 from bklm.training.context_gain import measure_context_gain
+from bklm.training.evaluation import evaluate
 
 HEAD = "head alone"
 
@@ -56,14 +59,34 @@ def _head(study: Session, model: LanguageModel, x: torch.Tensor, y: torch.Tensor
     return head
 
 
+def first_losses(study: Session, arms: Mapping[str, Arm]) -> dict[str, dict[str, float]]:
+    """By arm and seed (as a word), the validation loss before the first step."""
+    text, device = study.text, study.accelerator.device
+
+    def loss(arm: Arm, seed: int) -> float:
+        torch.manual_seed(seed)
+        return evaluate(arm.build(text.vocab_size).to(device), text.val_loader(), text.unk_id).loss
+
+    with torch.random.fork_rng():
+        return {n: {str(s): loss(arm, s) for s in study.config.seeds} for n, arm in arms.items()}
+
+
 def of_models(text: Any) -> Any:
-    """What is recorded of a trained model: its gain from context, and what it takes to build it anew."""
+    """What is recorded of a trained model: its score on the whole split, its gain from context, its size without its terms,
+    and what it takes to build it anew."""
     steps = len(text.train_loader(seed=0))
 
     def found(model: LanguageModel) -> dict[str, Any]:
+        score = evaluate(model, text.whole_val_loader(), text.unk_id)
         gained = measure_context_gain(
-            model, text.val_loader(), text.unk_id, windows_of=lambda n: None, window=text.seq_len, lengths=()
-        )
-        return {"vocabulary": text.vocab_size, "context_gain": gained.gain, "steps_per_score": steps}
+            model, text.val_loader(), text.unk_id, windows_of=lambda n: text.context_loader(n, text.scored),
+            window=text.seq_len, lengths=sorted({1, 2, 4, 8, text.seq_len}),
+        )  # fmt: skip
+        alone = without_term(baked(model))
+        return {
+            "val_ppl": score.perplexity, "val_ppl_without_unk": score.perplexity_without_unk, "val_accuracy": score.accuracy,
+            "vocabulary": text.vocab_size, "context_gain": gained.gain, "windows": gained.to_dict(),
+            "logit_parameters": alone.num_parameters(), "bytes": file_sizes(alone)[0], "steps_per_score": steps,
+        }  # fmt: skip
 
     return found

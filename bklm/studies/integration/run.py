@@ -1,13 +1,12 @@
 """The integration study: what studies 01 to 07 changed, as switches of one model: all on, each left out, none.
 
-Every arm is trained for equal steps, then for the time that the plain arm takes. A switch stays in what is called
-integrated where its removal costs loss or time beyond the interval over seeds.
+Every arm is trained for equal steps; the full set, and what without a switch loses the one and gains the other, also for the
+time that the plain arm takes. A switch stays in what is called integrated where its removal costs loss, time or bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from typing import Any, ClassVar
 
 from bklm.compression import baked
 from bklm.data import Portions
-from bklm.files.atomic import read_result
-from bklm.harness.arms import WEIGHTS, Arm, readable_verdicts, train_arms, verdicts
-from bklm.harness.comparison import Trial, not_beaten_in_short
+from bklm.files.atomic import kept_result, read_result
+from bklm.harness.arms import WEIGHTS, Arm, readable_verdicts, train_arms
+from bklm.harness.comparison import Trial
 from bklm.harness.estimate import Run, minutes, text_size
+from bklm.harness.folder import INTERNALS
 from bklm.harness.report import Report, StudyResult, small_print
 from bklm.harness.session import Session, place_of
 from bklm.harness.statistics import FEWEST_SEEDS
@@ -30,22 +30,25 @@ from bklm.models import LanguageModel
 from bklm.studies.integration import figures, tables
 from bklm.studies.integration.claims import claims_table
 from bklm.studies.integration.config import IntegrationConfig
-from bklm.studies.integration.measured import HEAD, of_models, step_times, with_later
+from bklm.studies.integration.judging import judged, left_out, steps_that_fit, switch_rows
+from bklm.studies.integration.measured import HEAD, first_losses, of_models, step_times, with_later
 from bklm.studies.integration.switches import (
     OF_PLAIN,
     SWITCHES,
     Training,
     build,
     co_occurrences,
-    rival,
+    removed,
     together,
 )
-from bklm.studies.integration.tables import ARMS, FULL, KEPT, LESS, NONE, PLAIN, RIVAL
+from bklm.studies.integration.tables import ARMS, FULL, KEPT, NONE, PLACEBO, PLAIN
 from bklm.training.auxiliary import without_term
 from bklm.training.schedules import TrainingSettings
 from bklm.training.weights import load_weights
 
-NEEDED = {"vocabulary": int, "context_gain": float, "steps_per_score": int}
+NEEDED = {"vocabulary": int, "context_gain": float, "windows": dict, "bytes": int, "steps_per_score": int}
+TERMS = ("koopman", "energy")
+SHORT = 9  # scores of a trained model beside those of its training: its gain from context, short windows
 TRIALS, TIMED = "trials", "timed"
 
 
@@ -68,7 +71,7 @@ class IntegrationResult(StudyResult):
         made = {
             "switches": lambda: tables.readable_switches(self.switches),
             "arms": lambda: ARMS.readable(self.table),
-            "verdicts": lambda: readable_verdicts(self.parts["verdicts"]),
+            "verdicts": lambda: readable_verdicts([r for r in self.parts["verdicts"] if r["any_of"] == 1]),
             "timed": lambda: ARMS.readable(self.parts["timed"]),
             "costs": lambda: tables.readable_costs(self.parts["costs"]),
             "claims": lambda: self.claims,
@@ -92,15 +95,24 @@ class IntegrationResult(StudyResult):
 
 @dataclass(frozen=True, eq=False)
 class IntegrationText(StudyText):
-    """A study's text in epochs of ``portion`` batches, wherever its passes end; 0: whole passes."""
+    """A study's text in epochs of ``portion`` batches, wherever its passes end (0: whole passes), each scored on the first
+    ``scored`` validation tokens."""
 
     # Many short trainings are scored often.
     scored_at_once: ClassVar[int] = 8
     portion: int = 0
+    scored: int = 0
 
     def train_loader(self, seed: int) -> Any:
         loader = super().train_loader(seed)
         return Portions(loader, self.portion) if self.portion else loader
+
+    def val_loader(self) -> Any:
+        return self.search_val_loader(self.scored)
+
+    def whole_val_loader(self) -> Any:
+        """The whole split, for a model that is done."""
+        return self.search_val_loader(0)
 
 
 def run_integration(
@@ -115,7 +127,8 @@ def run_integration(
 def prepare_text(config: IntegrationConfig) -> IntegrationText:
     """The text of a resolved config. Errors as ``bklm.harness.text.prepare_text``, and more scores than there are steps."""
     found = prepare_plain_text(config)
-    text = IntegrationText(**{f.name: getattr(found, f.name) for f in dataclasses.fields(found)})
+    own = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+    text = IntegrationText(**own, scored=config.score_tokens)
     steps = len(text.train_loader(0)) * config.epochs
     if config.scores > steps:
         raise ValueError(
@@ -130,28 +143,38 @@ def estimated_minutes(config: IntegrationConfig) -> float:
         config.dataset, config.data_dir, config.vocab_size, config.tokenizer
     )
     used = config.epochs * min(train_tokens, config.max_train_tokens or train_tokens)
-    rates, seeds = len(config.learning_rates), len(config.seeds)
+    scored, seeds = min(config.score_tokens or val_tokens, val_tokens), len(config.seeds)
     arms = _arms(config, Training(None, 1000))
-    times = dict.fromkeys(arms, seeds + (rates if rates > 1 else 0))
-    times[FULL] += seeds  # the integrated one, which no arm costs more than
+    times = {name: _trainings(config, arm) for name, arm in arms.items()}
+    times[FULL] *= 2  # the integrated one, which no arm costs more than
     if config.budgets != "steps":
-        times[PLAIN] += seeds * len(arms)
+        times[PLAIN] += 3 * seeds  # at equal time: the full set, and perhaps two without a switch
+    in_the_end = (val_tokens + SHORT * scored) * seeds / (seeds + len(config.learning_rates) - 1)
     return minutes(config, [
         Run((f"integration {name}", config), lambda name=name: arms[name].build(vocabulary), count, used,
-            val_tokens * config.scores)
+            scored * config.scores + in_the_end)
         for name, count in times.items()
     ])  # fmt: skip
+
+
+def _trainings(config: IntegrationConfig, arm: Arm) -> int:
+    """Of an arm: the first seed's best trial of the search is not trained again."""
+    return arm.seeds or len(config.seeds) + len(config.learning_rates) - 1
 
 
 def _arms(config: IntegrationConfig, training: Training, kept: Collection[str] = ()) -> dict[str, Arm]:
     """The arms by name; with ``kept`` also the one of these switches."""
 
-    def arm(names: Collection[str], *against: str) -> Arm:
-        return Arm(build(config, names, training), against)
+    def arm(names: Collection[str], *against: str, **more: Any) -> Arm:
+        return Arm(build(config, names, training), against, **more)
 
-    less = {LESS + name: arm(set(SWITCHES) - {name}, FULL) for name in SWITCHES}
+    less: dict[str, Arm] = {}
+    for name, switch in SWITCHES.items():
+        pairs = list(left_out([name]).values())
+        own = {"same_as": FULL, "seeds": 1} if switch.same_loss else {}
+        against = () if switch.same_loss else (base for _, base in pairs)
+        less[pairs[0][0]] = arm(set(SWITCHES) - set(removed(name)), *dict.fromkeys(against), **own)
     made = {NONE: arm(()), PLAIN: arm(OF_PLAIN, NONE), FULL: arm(SWITCHES, PLAIN, NONE), **less}
-    made[RIVAL] = Arm(rival(config), (FULL,))
     return made | ({KEPT: arm(kept, FULL, PLAIN)} if kept else {})
 
 
@@ -160,10 +183,12 @@ def _train_all(study: Session) -> dict[str, Any]:
     config, text = study.config, study.text
     portion = len(text.train_loader(seed=0)) * config.epochs // config.scores
     steps, table = portion * config.scores, co_occurrences(text.tokens.train, text.vocab_size, config.d_model)
-    arms = _arms(config, Training(table, steps))
+    arms, whole = _arms(config, Training(table, steps)), Training(table, steps)
     rates, seeds = config.learning_rates, len(config.seeds)
-    study.expect(steps * len(arms) * (seeds + (len(rates) if len(rates) > 1 else 0)))
-    found = {"arms": arms, "portion": portion, "times": step_times(study, arms, PLAIN)}
+    searched = rates if len(rates) > 1 else ()
+    study.expect(steps * sum(_trainings(config, arm) + (len(searched) > 0) for arm in arms.values()))
+    found = {"arms": arms, "portion": portion, "times": step_times(study, arms, PLAIN), "kept": (), "time": []}
+    found["milliseconds"] = found["times"]["milliseconds"]
     settings = TrainingSettings(
         config.scores, learning_rate=rates[0], weight_decay=config.weight_decay, clip=config.clip,
         schedule=config.schedule,
@@ -178,36 +203,42 @@ def _train_all(study: Session) -> dict[str, Any]:
             study, chosen, with_rate, text=own, name=name, measure=of_models(own), needed=NEEDED, **more
         )
 
-    def train_for_as_long(name: str, place: str = TIMED) -> list[Trial]:
-        if config.budgets == "steps":
-            return []
-        if name == PLAIN:
-            return [t for t in found["steps"] if t["arm"] == PLAIN]
-        fit = tables.steps_that_fit(found["milliseconds"], name, steps)
+    def train_more(name: str, arm: Arm, place: str) -> None:
+        """An arm that the first ones gave rise to, at equal steps."""
+        found["arms"][name] = arm
+        study.expect(study.progress.total + steps * (seeds + len(searched)))
+        found["steps"] += train({name: arm}, place, portion, rates=searched)
+
+    def train_for_as_long(name: str, place: str = TIMED) -> None:
+        fit = steps_that_fit(found["milliseconds"], name, steps)
         batches = max(1, round(fit / config.scores))
         study.expect(study.progress.total + batches * config.scores * seeds)
         arm = _arms(config, Training(table, batches * config.scores), found["kept"])[name]
         best = next(t["learning_rate"] for t in found["steps"] if t["arm"] == name)
-        return train({name: dataclasses.replace(arm, kept=False)}, place, batches, best)
+        found["time"] += train({name: dataclasses.replace(arm, kept=False)}, place, batches, best)
 
-    searched = rates if len(rates) > 1 else ()
-    found |= {"kept": (), "milliseconds": found["times"]["milliseconds"]}
     found["steps"] = train(arms, TRIALS, portion, rates=searched)
     ARMS.require_any(found["steps"])
-    found["time"] = [trial for name in arms for trial in train_for_as_long(name)]
+    first = _judged(study, found)
+    for term in (r["switch"] for r in first if r["switch"] in TERMS and r["stays"] and seeds >= FEWEST_SEEDS):
+        placebo = Arm(build(config, SWITCHES, whole, placebo=term), (FULL,), kept=False)
+        train_more(PLACEBO + term, placebo, f"placebo_{term}")
+    if config.budgets != "steps":
+        found["time"] = [t for t in found["steps"] if t["arm"] == PLAIN]
+        for name in dict.fromkeys([FULL, *(n for r in first if r["trade"] for n in (r["against"], r["arm"]))]):
+            train_for_as_long(name)
     found["switches"] = _judged(study, found)
     names = {r["switch"] for r in found["switches"] if r["stays"]}
     found["kept"] = tuple(n for n in SWITCHES if n in together(names))
     # With fewer seeds nothing is judged; a set that was trained under another name is not trained again.
     is_new = len(SWITCHES) - 1 > len(found["kept"]) > 0 and set(found["kept"]) != OF_PLAIN
     if seeds >= FEWEST_SEEDS and is_new:
-        arms |= _arms(config, Training(table, steps), found["kept"])
-        place = _place_of_kept(found["kept"])
-        later = step_times(study, {n: arms[n] for n in (PLAIN, KEPT)}, PLAIN, f"times_{place}")["milliseconds"]
+        place, arm = _place_of_kept(found["kept"]), _arms(config, whole, found["kept"])[KEPT]
+        later = step_times(study, {PLAIN: arms[PLAIN], KEPT: arm}, PLAIN, f"times_{place}")["milliseconds"]
         found["milliseconds"] = with_later(found["milliseconds"], later, KEPT, PLAIN)
-        study.expect(study.progress.total + steps * (seeds + len(searched)))
-        found["steps"] += train({KEPT: arms[KEPT]}, place, portion, rates=searched)
-        found["time"] += train_for_as_long(KEPT, f"{place}_{TIMED}")
+        train_more(KEPT, arm, place)
+        if config.budgets != "steps":
+            train_for_as_long(KEPT, f"{place}_{TIMED}")
     return found
 
 
@@ -217,8 +248,9 @@ def _place_of_kept(kept: Collection[str]) -> str:
 
 
 def _judged(study: Session, found: dict[str, Any]) -> list[dict[str, Any]]:
-    judged = (verdicts(ARMS, found[budget], found["arms"]) for budget in ("steps", "time"))
-    return tables.switch_rows(SWITCHES, *judged, found["milliseconds"], ARMS.rows(found["steps"]))
+    unigram = study.text.baselines[0]["val_ppl"]
+    rows = (judged(found[budget], found["arms"], unigram) for budget in ("steps", "time"))
+    return switch_rows(SWITCHES, *rows, found["milliseconds"], ARMS.rows(found["steps"]))
 
 
 def _note(study: Session, bars: bool = True) -> str:
@@ -228,40 +260,44 @@ def _note(study: Session, bars: bool = True) -> str:
         if len(rates) == 1
         else f"each arm's rate the best of {len(rates)}"
     )
-    plain = f"{NONE}: as published, made causal, alpha {study.config.blend:g}; {PLAIN}: alpha 0, fused kernel"
+    plain = (
+        f"{NONE}: the published operator, causal, alpha {study.config.blend:g}; {PLAIN}: alpha 0, fused kernel"
+    )
     return small_print(study.text, len(study.config.seeds), rate, plain, bars=bars)
 
 
 def _report(study: Session, found: dict[str, Any]) -> IntegrationResult:
     report, trials, timed = Report(study), found["steps"], found["time"]
-    milliseconds = found["milliseconds"]
+    milliseconds, unigram = found["milliseconds"], study.text.baselines[0]["val_ppl"]
     parts: dict[str, list[dict[str, Any]]] = {
-        "verdicts": verdicts(ARMS, trials, found["arms"]), "timed": ARMS.rows(timed) if timed else [],
-        "timed_verdicts": verdicts(ARMS, timed, found["arms"]) if timed else [],
+        "verdicts": judged(trials, found["arms"], unigram), "timed": ARMS.rows(timed) if timed else [],
+        "timed_verdicts": judged(timed, found["arms"], unigram),
     }  # fmt: skip
-    first_loss = math.log(study.text.vocab_size)
-    parts["costs"] = tables.cost_rows(trials, milliseconds, found["portion"], first_loss)
+    place = study.folder / INTERNALS / f"first_losses_{'_'.join(found['kept'])}.json"
+    first = kept_result(place, lambda: {"losses": first_losses(study, found["arms"])}, {"losses": dict})[
+        "losses"
+    ]
+    parts["costs"] = tables.cost_rows(trials, milliseconds, found["portion"], first)
     head = tables.time_ratio(milliseconds, HEAD, PLAIN).mean
     shares = {"outer_parameter_share": found["times"]["outer_parameter_share"], "head_time_share": head}
-    table, unigram = ARMS.rows(trials), study.text.baselines[0]["val_ppl"]
-    claims = claims_table(parts["verdicts"], parts["timed_verdicts"], parts["costs"], shares, table, unigram)
-    adds = tables.interaction(trials, tuple(SWITCHES))
+    table = ARMS.rows(trials)
+    claims = claims_table(parts["verdicts"], parts["timed_verdicts"], parts["costs"], table, unigram)
+    adds = tables.interaction(trials, SWITCHES)
     kept = tables.kept_in_words(found["switches"])
     report.figure("switches.png", figures.draw_switches, found["switches"], kept, _note(study))
     seconds = {arm: found["portion"] * statistics.median(ms) / 1e3 for arm, ms in milliseconds.items()}
-    best = ARMS.best(trials)
-    reached = ARMS.perplexity(ARMS.groups(trials)[best]).mean
-    title = f"{tables.costs_in_words(parts['costs'], figures.CURVES)}; lowest PPL of all arms: {best}, {reached:.1f}"
-    title += not_beaten_in_short(reached, study.text.baselines)
+    title = tables.costs_in_words(parts["costs"], (FULL, KEPT))
     report.figure("curves.png", figures.draw_curves, trials, seconds, title, _note(study, bars=False))
     files = {"switches": found["switches"], **parts}
     for name, rows in files.items():
         report.csv(f"{name}.csv", rows)
     report.csv("claims.csv", claims)
+    told = [f"{ARMS.headline(trials)}.", kept, tables.interaction_in_words(adds)]
+    told += [tables.rates_in_words(table, study.config.learning_rates), tables.realised_in_words(timed)]
     again = {"timed": [t for t in timed if t["arm"] != PLAIN]} if timed else {}
     return report.finish(
         IntegrationResult, ARMS, trials, also=again, rows=table,
-        finding=f"{ARMS.finding(trials)} {kept} {tables.interaction_in_words(adds)}",
+        finding=" ".join(words for words in told if words),
         summary={"claims": claims, "parts": parts, "switches": found["switches"], "interaction": adds, "shares": shares},
         switches=found["switches"], kept=found["kept"], parts=parts, claims=claims, shares=tables.shares_in_words(shares),
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from scipy.special import bdtr
@@ -12,12 +12,13 @@ from scipy.special import bdtr
 from bklm.harness.arms import nats_in_words
 from bklm.harness.comparison import Column, Comparison, Trial
 from bklm.harness.statistics import Perplexity, interval95, with_interval
+from bklm.studies.integration.switches import NEEDS, OF_PLAIN, removed
 from bklm.training.context_gain import gain_in_words
 from bklm.training.stability import steps_to_loss
 
-# The published operator, made causal: without a switch; and with ``OF_PLAIN``, which is what this package begins from.
+# The published operator with 4 heads and dense layers, causal, without clamps: no switch; and with ``OF_PLAIN``.
 NONE, PLAIN = "none", "plain"
-FULL, LESS, KEPT, RIVAL = "full", "less ", "integrated", "GPT"
+FULL, LESS, KEPT, PLACEBO = "full", "less ", "integrated", "placebo "
 Rows = list[dict[str, Any]]
 Row = Mapping[str, Any]
 Milliseconds = Mapping[str, Sequence[float]]
@@ -29,83 +30,32 @@ ARMS = Comparison(
         Column("context_gain", "context_gain", "context gain", lambda row: gain_in_words(row["context_gain"])),
         Column("learning_rate", "learning_rate", "rate"),
         Column("parameters", "parameters", "parameters", ",.0f"),
+        Column("logit_parameters", "logit_parameters", "of the logits", ",.0f"),
+        Column("bytes", "bytes", "bytes of its file", ",.0f"),
         Column("seconds", "seconds", "seconds", ".1f"),
     ),
 )  # fmt: skip
 
 
-def time_ratio(milliseconds: Milliseconds, arm: str, to: str) -> Perplexity:
+def time_ratio(milliseconds: Milliseconds, arm: str, to: str, any_of: int = 1) -> Perplexity:
     """How many times as long as ``to``'s an arm's step takes: the median over rounds in which both took a turn.
 
     Its interval is the sign test's, between two of the ordered ratios: one round that was disturbed moves neither end. Below
-    six rounds there is none.
+    six rounds there is none. ``any_of``: as for ``verdicts``.
     """
     ratios = sorted(a / b for a, b in zip(milliseconds[arm], milliseconds[to], strict=False))
-    outside = sum(bdtr(k, len(ratios), 0.5) <= 0.025 for k in range(len(ratios)))
+    outside = sum(bdtr(k, len(ratios), 0.5) <= 0.025 / any_of for k in range(len(ratios)))
     ends = (ratios[outside - 1], ratios[-outside]) if outside else (None, None)
     return Perplexity(statistics.median(ratios), *ends)
 
 
-def steps_that_fit(milliseconds: Milliseconds, arm: str, steps: int) -> int:
-    """Steps of an arm in the time of ``steps`` of the plain one."""
-    return max(1, round(steps / time_ratio(milliseconds, arm, PLAIN).mean))
-
-
-def switch_rows(
-    switches: Mapping[str, Any],
-    steps: Rows,
-    time: Rows,
-    milliseconds: Milliseconds,
-    table: Rows,
-) -> Rows:
-    """One row a switch: what its removal from the full set does to loss, time and parameters, and whether it stays.
-
-    It stays where its removal costs loss or time beyond the interval. Where it costs the one and gains the other, the loss
-    at equal time decides.
-
-    Args:
-        steps, time: verdicts at equal steps and at equal time (none: []); table: rows of ``ARMS``.
-    """
-    counts = {row["arm"]: row["parameters"] for row in table}
-    rows = []
-    for name, switch in switches.items():
-        arm = LESS + name
-        row = {"switch": name, "study": switch.study, "on": switch.on, "off": switch.off}
-        for words, verdicts in (("", steps), ("time_", time)):
-            found = next((r for r in verdicts if (r["arm"], r["against"]) == (arm, FULL)), {})
-            keys = {"loss_difference": "loss_difference", "low": "loss_low", "high": "loss_high"}
-            row |= {words + new: found.get(old) for old, new in keys.items()}
-        ratio = time_ratio(milliseconds, arm, FULL)
-        row |= {"milliseconds": statistics.median(milliseconds[arm]), "ms_ratio": ratio.mean}
-        row |= {"ms_ratio_low": ratio.low, "ms_ratio_high": ratio.high}
-        known = None not in (counts.get(FULL), counts.get(arm))
-        row["more_parameters"] = counts[FULL] - counts[arm] if known else None
-        rows.append(row | dict(zip(("stays", "verdict"), _judge(row), strict=True)))
-    return rows
-
-
-def _judge(row: Row) -> tuple[bool | None, str]:
-    """Whether a switch stays, and why."""
-    if row["loss_low"] is None or row["ms_ratio_low"] is None:
-        return None, "no verdict"
-    worse = {"loss": row["loss_low"] > 0, "time": row["ms_ratio_low"] > 1}
-    better = {"loss": row["loss_high"] < 0, "time": row["ms_ratio_high"] < 1}
-    costs, gains = (" and ".join(k for k, v in found.items() if v) for found in (worse, better))
-    if not costs:
-        return False, f"goes: without it less {gains}" if gains else "goes: no difference"
-    if not gains:
-        return True, f"stays: without it more {costs}"
-    if row["time_loss_low"] is None:
-        return None, f"no verdict: without it more {costs}, less {gains}"
-    stays = row["time_loss_low"] > 0
-    return stays, f"{'stays' if stays else 'goes'}: without it more {costs}, less {gains}; at equal time " + (
-        "more loss" if stays else "less loss" if row["time_loss_high"] < 0 else "no difference"
-    )
-
-
 def readable_switches(rows: Sequence[Row]) -> Rows:
     def time_in_words(r: Row) -> str:
-        return f"x{Perplexity(r['ms_ratio'], r['ms_ratio_low'], r['ms_ratio_high'])}"
+        return (
+            "the same step"
+            if r["same_step"]
+            else f"x{Perplexity(r['ms_ratio'], r['ms_ratio_low'], r['ms_ratio_high'])}"
+        )
 
     def nats(r: Row, words: str) -> str:
         found = {
@@ -114,11 +64,14 @@ def readable_switches(rows: Sequence[Row]) -> Rows:
         }
         return nats_in_words(found, digits=3)
 
+    all_at_once = f"(95% for {rows[0]['any_of']} at once)" if rows else ""
     return [
         {
             "switch": f"{r['switch']} ({r['study']})", "on": r["on"], "off": r["off"],
-            "removed: loss, nats (95%)": nats(r, ""), "at equal time": nats(r, "time_"),
-            "removed: time of a step (95%)": time_in_words(r), "ms": f"{r['milliseconds']:.1f}",
+            f"removed: loss, nats {all_at_once}": "the same" if r["same_loss"] else nats(r, ""),
+            "at equal time": nats(r, "time_"),
+            "removed: time of a step": time_in_words(r), "ms without it": f"{r['milliseconds']:.1f}",
+            "removed: bytes": f"x{r['bytes_ratio']:.2f}" if r["bytes_ratio"] else "-",
             "its parameters": "-" if r["more_parameters"] is None else f"{r['more_parameters']:+,.0f}",
             "verdict": r["verdict"],
         }
@@ -126,24 +79,23 @@ def readable_switches(rows: Sequence[Row]) -> Rows:
     ]  # fmt: skip
 
 
-def interaction(trials: Sequence[Trial], switches: Sequence[str]) -> dict[str, Any] | None:
-    """Full set against none, in nats, less the sum of what each switch brings to the full set; over paired seeds.
+def interaction(trials: Sequence[Trial], switches: Iterable[str]) -> dict[str, Any] | None:
+    """Plain less full set, in nats, less the sum of what the removal of each switch that plain lacks does to the full set;
+    over paired seeds. A switch that needs another counts with that one, once.
 
     0: what they bring adds up. None where a seed of an arm diverged.
     """
-    losses = {
-        arm: {t["seed"]: math.log(t["val_ppl"]) for t in group} for arm, group in ARMS.groups(trials).items()
-    }
-    arms = [NONE, FULL, *(LESS + name for name in switches)]
+    less = [LESS + " and ".join(removed(n)) for n in switches if n not in OF_PLAIN and n not in NEEDS]
+    groups = ARMS.groups([t for t in trials if t["arm"] in (PLAIN, FULL, *less)])
+    losses = {arm: {t["seed"]: math.log(t["val_ppl"]) for t in group} for arm, group in groups.items()}
     seeds = sorted({t["seed"] for t in trials})
-    if any(losses.get(arm, {}).keys() != set(seeds) for arm in arms):
+    if any(losses.get(arm, {}).keys() != set(seeds) for arm in (PLAIN, FULL, *less)):
         return None
-    whole = [losses[NONE][s] - losses[FULL][s] for s in seeds]
-    single = [sum(losses[LESS + n][s] - losses[FULL][s] for n in switches) for s in seeds]
+    whole = [losses[PLAIN][s] - losses[FULL][s] for s in seeds]
+    single = [sum(losses[arm][s] - losses[FULL][s] for arm in less) for s in seeds]
+    both = [w - s for w, s in zip(whole, single, strict=True)]
     found = {}
-    for key, values in (
-        ("together", whole), ("sum", single), ("interaction", [w - s for w, s in zip(whole, single, strict=True)])
-    ):  # fmt: skip
+    for key, values in (("together", whole), ("sum", single), ("interaction", both)):
         found[key], found[f"{key}_95"] = interval95(values)
     return found
 
@@ -153,17 +105,37 @@ def interaction_in_words(found: Mapping[str, Any] | None) -> str:
         return "A trial diverged: nothing is said of interactions."
     words = {k: with_interval(found[k], found[f"{k}_95"], 3) for k in ("together", "sum", "interaction")}
     return (
-        f"Without any switch the loss is {words['together']} nats higher than with all; what the removal of each adds to "
-        f"it sums to {words['sum']}: the interaction is {words['interaction']} nats."
+        f"Loss of plain less that of full: {words['together']} nats; what each removal adds to full's sums to {words['sum']}; "
+        f"the difference, interaction, is {words['interaction']} nats."
     )
 
 
-def cost_rows(trials: Sequence[Trial], milliseconds: Milliseconds, steps: int, first_loss: float) -> Rows:
-    """Seconds to the plain arm's last loss of the same seed, one row an arm; ``steps`` lie between two scores."""
-    groups = ARMS.groups(trials)
+def rates_in_words(rows: Sequence[Row], tried: Sequence[float]) -> str:
+    """Which arms found their best rate at an edge of those tried, so that a better one may lie beyond; "" where none did."""
+    edge = [r["arm"] for r in rows if r["learning_rate"] in (min(tried), max(tried))] if len(tried) > 1 else []
+    ends = f"{min(tried):g} or {max(tried):g}"
+    return f"Best rate at an edge of those tried ({ends}): {', '.join(edge)}." if edge else ""
+
+
+def realised_in_words(timed: Sequence[Trial]) -> str:
+    """What the trainings at equal time took over what the plain arm's took, means over seeds; "" without any."""
+    spent = {arm: statistics.mean(t["seconds"] for t in group) for arm, group in ARMS.groups(timed).items()}
+    words = ", ".join(f"{a} {s / spent[PLAIN]:.2f}" for a, s in spent.items() if a != PLAIN and PLAIN in spent)
+    return f"Seconds of training at equal time, over the plain arm's: {words}." if words else ""
+
+
+def cost_rows(
+    trials: Sequence[Trial], milliseconds: Milliseconds, steps: int, first: Mapping[str, Mapping[str, float]]
+) -> Rows:
+    """Seconds to the plain arm's last loss of the same seed, one row a timed arm; ``steps`` lie between two scores, and
+    ``first`` are losses before the first step by arm and seed (as a word)."""
+    groups = {arm: group for arm, group in ARMS.groups(trials).items() if arm in milliseconds}
     goals = {t["seed"]: t["epochs"][-1]["val_loss"] for t in groups.get(PLAIN, [])}
     taken = {
-        arm: {t["seed"]: steps_to_loss(t["epochs"], goals[t["seed"]], first_loss) for t in group if t["seed"] in goals}
+        arm: {
+            t["seed"]: steps_to_loss(t["epochs"], goals[t["seed"]], first[arm][str(t["seed"])])
+            for t in group if t["seed"] in goals
+        }
         for arm, group in groups.items()
     }  # fmt: skip
     rows = []
@@ -227,6 +199,7 @@ def shares_in_words(shares: Mapping[str, float]) -> str:
 
 
 def kept_in_words(rows: Sequence[Row]) -> str:
+    rows = [r for r in rows if " and " not in r["switch"]]
     by = {v: [r["switch"] for r in rows if r["stays"] is v] for v in (True, False, None)}
     words = {True: "Stays", False: "Goes", None: "No verdict on"}
     return " ".join(f"{words[v]}: {', '.join(names)}." for v, names in by.items() if names)
