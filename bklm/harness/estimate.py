@@ -12,12 +12,12 @@ import torch
 
 from bklm.data import load_corpus, tokenize_corpus
 from bklm.models import LanguageModel
+from bklm.training.evaluation import evaluate
 from bklm.training.processes import make_accelerator
 
 KNOWN = {"wikitext-2": (30_000, 2_051_910, 213_886), "wikitext-103": (267_735, 103_227_021, 217_646),
          "c4": (10**6, 10**11, 200_000)}  # fmt: skip
 LONG = 90  # minutes, from which on people count hours
-EVALUATION = 1 / 3  # a validation token against a training token: it has no backward pass
 
 
 @functools.lru_cache(maxsize=32)
@@ -52,42 +52,39 @@ class Run:
 def minutes(config: Any, runs: Iterable[Run]) -> float:
     """Minutes that some trainings of a resolved config take on this machine; reading, compiling and figures are left out.
 
-    The first call with a model's shape, batch and device times a few steps (seconds); later ones remember it.
-
     Args:
         config: gives batch_size, seq_len, device and precision.
 
     Raises:
         ValueError, OSError: a device or a text that this machine lacks.
     """
-    return sum(
-        run.epochs
-        * (run.train_tokens + EVALUATION * run.val_tokens)
-        * seconds_per_token(run.name, run.build, config)
-        / 60
-        for run in runs
-    )
+    seconds = 0.0
+    for run in runs:
+        step, score = seconds_per_token(run.name, run.build, config)
+        seconds += run.epochs * (run.train_tokens * step + run.val_tokens * score)
+    return seconds / 60
 
 
-_measured: dict[Hashable, float] = {}
+_measured: dict[Hashable, tuple[float, float]] = {}
 
 
-def seconds_per_token(name: Hashable, build: Callable[[], LanguageModel], config: Any) -> float:
-    """Seconds that a training step of a resolved config takes per token of its batch.
+def seconds_per_token(name: Hashable, build: Callable[[], LanguageModel], config: Any) -> tuple[float, float]:
+    """Seconds that a training step of a resolved config, and that scoring, takes per token of its batch.
 
     Args:
-        name: what tells this model from others; its speed is remembered under it.
+        name: what tells this model from others; its speed is timed by a few steps, once, and remembered under it.
         build: makes the model. torch's random state is left as it was.
         config: gives batch_size, seq_len, device and precision.
     """
     key = (name, config.batch_size, config.seq_len, config.device, config.precision)
     if key not in _measured:
         with torch.random.fork_rng():
-            _measured[key] = _seconds_of_a_step(build(), config) / (config.batch_size * config.seq_len)
+            taken = _seconds_of_a_step_and_score(build(), config)
+        _measured[key] = tuple(seconds / (config.batch_size * config.seq_len) for seconds in taken)
     return _measured[key]
 
 
-def _seconds_of_a_step(model: LanguageModel, config: Any) -> float:
+def _seconds_of_a_step_and_score(model: LanguageModel, config: Any) -> tuple[float, float]:
     accelerator = make_accelerator(config.device, config.precision)
     model.to(accelerator.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
@@ -101,7 +98,7 @@ def _seconds_of_a_step(model: LanguageModel, config: Any) -> float:
         optimizer.step()
         loss.item()
 
-    return best_of(step)
+    return best_of(step), best_of(lambda: evaluate(model, [(x, x)], None))
 
 
 def best_of(work: Callable[[], None], times: int = 2) -> float:

@@ -59,7 +59,7 @@ COLUMNS = (
     (r"generate_seconds_(\d+)", "seconds to write a token after {0} tokens"),
     (r"state_bytes_(\d+)", "bytes that a model keeps to go on after {0} tokens"),
     (r"seconds(_to_loss)?", "computing time, seconds (to the loss that is the goal)"),
-    (r"(packed_)?file_bytes", "size of the file, bytes; packed: by zlib"),
+    (r"(packed_)?(file_)?bytes", "size of the file, bytes; packed: by zlib"),
     (r"training_bytes|bytes_\d+", "memory of a training step at its peak (with so many blocks), bytes"),
     (r"peak_mb", "memory at its peak, MB (10^6 bytes)"),
     (r"(forward_)?(ms|milliseconds)", "time of a call, milliseconds, median"),
@@ -68,7 +68,7 @@ COLUMNS = (
     (r"(\w+_)?(tokens|bits)_per_(second|byte)", "{1} per {2}"),
     (r"tokens_per_parameter", "training tokens for each trained parameter"),
     (r"(?:train_)?(tokens|words)", "number of {0}"),
-    (r"(active_|trainable_|more_)?parameters", "number of parameters"),
+    (r"(active_|trainable_|more_|logit_)?parameters", "number of parameters"),
     (r"(batch|batch_parts|experts|samples|seeds|steps|iterations?|calls|n_seq|n|length)", "number of {0}"),
     (r"seed", "seed of the random numbers"),
     (r"any_of", "number of arms of which any one would do, for which the interval is widened"),
@@ -78,7 +78,7 @@ COLUMNS = (
     (r"gradient_(norm(_\w+)?|variance)", "length of the gradient of all parameters (99: of 99 steps in 100)"),
     (
         r"(seconds_)?ratio|over_control|at_edge|gap|change|verdict|claim\w*|announced|measured|compared|short|where|factor|way|conserves|within|times_smaller|"
-        r"distinct_\d|ms_ratio|stays|repeats_prompt|ended|recalled|asked|replied|written",
+        r"distinct_\d|(ms|bytes)_ratio|stays|trade|same_\w+|repeats_prompt|ended|recalled|asked|replied|written",
         "see the tables",
     ),
     (r"cosine", "cosine with the exact gradient, -1 to 1"),

@@ -120,12 +120,8 @@ class Session:
         except NonFiniteError as error:
             # An answer, too: the others are worth reporting without it.
             log.warning("%s; it is recorded as diverged; delete %s to train it again.", error.what, folder)
-            record = {
-                **point,
-                "val_ppl": None,
-                "reason": f"{error.what}.",
-                "seconds": time.perf_counter() - started,
-            }
+            seconds = time.perf_counter() - started
+            record = {**point, "val_ppl": None, "reason": f"{error.what}.", "seconds": seconds}
         self.progress.skip(before + steps - self.progress.done)
         if self.is_main:
             write_json(folder / "result.json", record)
@@ -140,12 +136,8 @@ class Session:
                 found = read_result(
                     folder / "result.json", DIVERGED_KEYS if found["val_ppl"] is None else needed
                 )
-            if (
-                found is not None
-                and found["val_ppl"] is not None
-                and weights
-                and read_weights(folder / weights) is None
-            ):
+            is_whole = found is not None and found["val_ppl"] is not None
+            if is_whole and weights and read_weights(folder / weights) is None:
                 found = None
         return broadcast(self.accelerator, found)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bklm.files.atomic import kept_result
+from bklm.harness import workers
 from bklm.harness.arms import Arm
 from bklm.harness.folder import INTERNALS
 from bklm.harness.measure import Arm as Call
@@ -32,8 +33,8 @@ def step_times(
 ) -> dict[str, list[float]]:
     """By arm, milliseconds of a training step on the text's first batch, in every round of ``repeats``.
 
-    A grid of one point: with several workers one of them measures, and the others rest. What was measured is kept under
-    ``name``.
+    A grid of one point: with several workers one of them measures, with the threads that each has while all train, and the
+    others rest. What was measured is kept under ``name``.
 
     Args:
         beside: other calls for the same rounds, made of the arms' models and the batch (x, y).
@@ -48,7 +49,17 @@ def step_times(
                 torch.manual_seed(study.config.seeds[0])
                 made[own] = arm.build(text.vocab_size).to(device).train()
             calls = {own: Call(_step(study, model, x, y)) for own, model in made.items()}
-            taken = time_arms({**calls, **beside(made, x, y)}, repeats, SECONDS, device.type)
+            calls |= beside(made, x, y)
+            threads, at_once = (
+                torch.get_num_threads(),
+                workers.number(study.config, len(arms) * len(study.config.seeds)),
+            )
+            if study.accelerator.num_processes == 1:
+                torch.set_num_threads(max(1, min(threads, workers.cores() // at_once)))
+            try:
+                taken = time_arms(calls, repeats, SECONDS, device.type)
+            finally:
+                torch.set_num_threads(threads)
         return {"milliseconds": {own: [1e3 * s for s in cell["total"]] for own, cell in taken.items()}}
 
     def measure(place: str, measured: str) -> dict[str, Any]:

@@ -20,9 +20,7 @@ CURVES = (NONE, PLAIN, FULL, KEPT)
 
 def draw_switches(path: Path, rows: Sequence[Mapping[str, Any]], title: str, note: str) -> Path | None:
     """What the removal of each switch does to the loss, at both budgets, and to the time of a step."""
-    shown = [r for r in rows if r["loss_difference"] is not None]
-    if not shown:
-        return None
+    shown = list(rows)
 
     def draw(figure: Figure) -> None:
         loss, time = figure.subplots(1, 2, sharey=True)
@@ -43,8 +41,8 @@ def draw_switches(path: Path, rows: Sequence[Mapping[str, Any]], title: str, not
         ends = [(r["ms_ratio_low"], r["ms_ratio_high"]) for r in shown]
         style = {"color": "#000000", "marker": "D", "linestyle": ""}
         mean_with_error(time, places, [r["ms_ratio"] for r in shown], ends, sideways=True, **style)
-        _compare(loss, 0.0, "loss without - with it, nats")
-        _compare(time, 1.0, "time of a step without / with it")
+        _compare(loss, 0.0, "loss without it, nats more")
+        _compare(time, 1.0, "step time without / with")
         # One switch may be worth a hundred times another: near 0 the axis is linear.
         loss.set_xscale("symlog", linthresh=LINEAR)
         loss.xaxis.set_major_formatter("{x:g}")

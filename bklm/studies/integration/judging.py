@@ -22,11 +22,8 @@ from bklm.studies.integration.tables import (
     time_ratio,
 )
 
-LEAST = {
-    "loss": 0.0,
-    "time": math.log(1.02),
-    "bytes": math.log(1.02),
-}  # a smaller change is no reason to keep a switch
+# A smaller change is no reason to keep a switch: in nats, and in logarithms of ratios.
+LEAST = {"loss": 0.0, "time": math.log(1.02), "bytes": math.log(1.02)}
 ROUNDING = 0.01  # nats, by which losses that differ in rounding alone may come apart over a training
 SAME = "the same but for rounding"
 NOWHERE = dict.fromkeys(("loss_difference", "low", "high"))

@@ -9,7 +9,9 @@ import torch
 
 from bklm.compression import baked, file_sizes
 from bklm.compression.coded_model import outer_names
+from bklm.files.atomic import kept_result
 from bklm.harness.arms import Arm
+from bklm.harness.folder import INTERNALS
 from bklm.harness.measure import Arm as Call
 from bklm.harness.session import Session
 from bklm.harness.step_times import step_times as time_steps
@@ -59,16 +61,21 @@ def _head(study: Session, model: LanguageModel, x: torch.Tensor, y: torch.Tensor
     return head
 
 
-def first_losses(study: Session, arms: Mapping[str, Arm]) -> dict[str, dict[str, float]]:
-    """By arm and seed (as a word), the validation loss before the first step."""
+def first_losses(study: Session, arms: Mapping[str, Arm], name: str) -> dict[str, dict[str, float]]:
+    """By arm and seed (as a word), the validation loss before the first step; kept under ``name``."""
     text, device = study.text, study.accelerator.device
 
     def loss(arm: Arm, seed: int) -> float:
         torch.manual_seed(seed)
         return evaluate(arm.build(text.vocab_size).to(device), text.val_loader(), text.unk_id).loss
 
-    with torch.random.fork_rng():
-        return {n: {str(s): loss(arm, s) for s in study.config.seeds} for n, arm in arms.items()}
+    def work() -> dict[str, Any]:
+        with torch.random.fork_rng():
+            return {
+                "losses": {n: {str(s): loss(arm, s) for s in study.config.seeds} for n, arm in arms.items()}
+            }
+
+    return kept_result(study.folder / INTERNALS / f"{name}.json", work, {"losses": dict})["losses"]
 
 
 def of_models(text: Any) -> Any:

@@ -15,11 +15,10 @@ from typing import Any, ClassVar
 
 from bklm.compression import baked
 from bklm.data import Portions
-from bklm.files.atomic import kept_result, read_result
+from bklm.files.atomic import read_result
 from bklm.harness.arms import WEIGHTS, Arm, readable_verdicts, train_arms
 from bklm.harness.comparison import Trial
 from bklm.harness.estimate import Run, minutes, text_size
-from bklm.harness.folder import INTERNALS
 from bklm.harness.report import Report, StudyResult, small_print
 from bklm.harness.session import Session, place_of
 from bklm.harness.statistics import FEWEST_SEEDS
@@ -219,14 +218,14 @@ def _train_all(study: Session) -> dict[str, Any]:
 
     found["steps"] = train(arms, TRIALS, portion, rates=searched)
     ARMS.require_any(found["steps"])
-    first = _judged(study, found)
-    for term in (r["switch"] for r in first if r["switch"] in TERMS and r["stays"] and seeds >= FEWEST_SEEDS):
+    if config.budgets != "steps":
+        traded = (n for r in _judged(study, found) if r["trade"] for n in (r["against"], r["arm"]))
+        found["time"] = [t for t in found["steps"] if t["arm"] == PLAIN]
+        for name in dict.fromkeys([FULL, *traded]):
+            train_for_as_long(name)
+    for term in (r["switch"] for r in _judged(study, found) if r["switch"] in TERMS and r["stays"]):
         placebo = Arm(build(config, SWITCHES, whole, placebo=term), (FULL,), kept=False)
         train_more(PLACEBO + term, placebo, f"placebo_{term}")
-    if config.budgets != "steps":
-        found["time"] = [t for t in found["steps"] if t["arm"] == PLAIN]
-        for name in dict.fromkeys([FULL, *(n for r in first if r["trade"] for n in (r["against"], r["arm"]))]):
-            train_for_as_long(name)
     found["switches"] = _judged(study, found)
     names = {r["switch"] for r in found["switches"] if r["stays"]}
     found["kept"] = tuple(n for n in SWITCHES if n in together(names))
@@ -254,15 +253,11 @@ def _judged(study: Session, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _note(study: Session, bars: bool = True) -> str:
-    rates = study.config.learning_rates
+    rates, alpha = study.config.learning_rates, study.config.blend
     rate = (
-        f"learning rate {rates[0]:g} for all"
-        if len(rates) == 1
-        else f"each arm's rate the best of {len(rates)}"
+        f"each arm's rate the best of {len(rates)}" if len(rates) > 1 else f"learning rate {rates[0]:g} for all"
     )
-    plain = (
-        f"{NONE}: the published operator, causal, alpha {study.config.blend:g}; {PLAIN}: alpha 0, fused kernel"
-    )
+    plain = f"{NONE}: the published operator, causal, alpha {alpha:g}; {PLAIN}: alpha 0, fused kernel"
     return small_print(study.text, len(study.config.seeds), rate, plain, bars=bars)
 
 
@@ -273,10 +268,9 @@ def _report(study: Session, found: dict[str, Any]) -> IntegrationResult:
         "verdicts": judged(trials, found["arms"], unigram), "timed": ARMS.rows(timed) if timed else [],
         "timed_verdicts": judged(timed, found["arms"], unigram),
     }  # fmt: skip
-    place = study.folder / INTERNALS / f"first_losses_{'_'.join(found['kept'])}.json"
-    first = kept_result(place, lambda: {"losses": first_losses(study, found["arms"])}, {"losses": dict})[
-        "losses"
-    ]
+    first = first_losses(
+        study, found["arms"], f"first_losses_of_{len(found['arms'])}_{_place_of_kept(found['kept'])}"
+    )
     parts["costs"] = tables.cost_rows(trials, milliseconds, found["portion"], first)
     head = tables.time_ratio(milliseconds, HEAD, PLAIN).mean
     shares = {"outer_parameter_share": found["times"]["outer_parameter_share"], "head_time_share": head}
@@ -292,7 +286,13 @@ def _report(study: Session, found: dict[str, Any]) -> IntegrationResult:
     for name, rows in files.items():
         report.csv(f"{name}.csv", rows)
     report.csv("claims.csv", claims)
-    told = [f"{ARMS.headline(trials)}.", kept, tables.interaction_in_words(adds)]
+    best = ARMS.best(trials)
+    reached = ARMS.perplexity(ARMS.groups(trials)[best])
+    told = [
+        f"Lowest validation PPL: {best}, {reached}.{ARMS.diverged(trials)}",
+        kept,
+        tables.interaction_in_words(adds),
+    ]
     told += [tables.rates_in_words(table, study.config.learning_rates), tables.realised_in_words(timed)]
     again = {"timed": [t for t in timed if t["arm"] != PLAIN]} if timed else {}
     return report.finish(
