@@ -39,8 +39,10 @@ from bklm.training.schedules import TrainingSettings
 
 log = logging.getLogger(__name__)
 
-KEYS = {"val_ppl": float, "seconds": float, "epochs": EPOCH_KEYS, "directions": dict, "context_gain": float}
+KEYS = {"val_ppl": float, "seconds": float, "epochs": EPOCH_KEYS, "directions": dict, "context_gain": float,
+        "windows": dict}  # fmt: skip
 HEADS = 8  # of the mixer "solve", or as many as the width has in common with that
+WINDOW_TOKENS = 10_000  # of the validation text, for windows shorter than those trained with
 EARLY = "directions_after_one_epoch.json"
 WEIGHTS = "best_model.safetensors"
 
@@ -176,18 +178,15 @@ def _train(study: Session, alpha: float, seed: int, epochs: int, folder: Path, f
         if record.epoch == 1 and study.is_main:
             write_json(early, {"directions": directions()})
 
+    own = TrainingSettings(
+        epochs, learning_rate=config.learning_rate, weight_decay=config.weight_decay, clip=config.clip,
+        schedule=config.schedule, seed=seed,
+    )  # fmt: skip
     records = train(
         model,
         text.train_loader(seed=seed),
         text.val_loader(),
-        TrainingSettings(
-            epochs,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            clip=config.clip,
-            schedule=config.schedule,
-            seed=seed,
-        ),
+        own,
         accelerator=study.accelerator,
         unk_id=text.unk_id,
         folder=folder / "checkpoints",
@@ -198,14 +197,15 @@ def _train(study: Session, alpha: float, seed: int, epochs: int, folder: Path, f
     )
     last, perplexities = records[-1], [r.val_perplexity for r in records]
     gained = measure_context_gain(
-        model, text.val_loader(), text.unk_id, windows_of=lambda n: None, window=text.seq_len, lengths=(),
-        accelerator=study.accelerator,
+        model, text.val_loader(), text.unk_id, windows_of=lambda n: text.context_loader(n, WINDOW_TOKENS),
+        window=text.seq_len, lengths=sorted({1, 2, 4, 8, text.seq_len}), accelerator=study.accelerator,
     )  # fmt: skip
     result = {
         "val_ppl": last.val_perplexity,
         "val_ppl_without_unk": last.val_perplexity_without_unk,
         "val_accuracy": last.val_accuracy,
         "context_gain": gained.gain,
+        "windows": gained.to_dict(),
         "convergence_speed": convergence_epoch(perplexities),
         "gradient_variance": gradient_variance(records),
         "seconds": sum(r.seconds for r in records),
