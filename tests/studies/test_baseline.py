@@ -19,6 +19,7 @@ from bklm.harness.progress import Progress
 from bklm.studies.baseline import costs as baseline_measure
 from bklm.studies.baseline import figures as baseline_figures
 from bklm.studies.baseline import run as baseline_run
+from bklm.studies.baseline import tables
 from bklm.studies.baseline import train as baseline_runner
 from bklm.studies.baseline.config import BaselineConfig
 from bklm.studies.baseline.models import (
@@ -375,14 +376,35 @@ def test_the_fields_protocol_keeps_case_adds_linear_context_and_sets_published_n
     assert (config.lowercase, config.patience, config.schedule) == (False, 2, "cosine")
     fresh = BaselineConfig(profile="full", protocol="field").resolved()
     assert (fresh.vocab_size, fresh.epochs, fresh.seq_len, fresh.max_train_tokens) == (30_000, 10, 128, 0)
+    # A folder of that name is not enough for the numbers of the whole.
+    assert not prepare_text(config).is_whole_wikitext2
+    monkeypatch.setattr("bklm.studies.baseline.text.OFFICIAL_WORDS", prepare_text(config).train_tokens)
     result = run_baseline(config)
     assert {row["model"] for row in result.table} == {*COMPETITORS, "linear_context"}
     assert "Animals" in prepare_text(config).tokens.vocab.words
     assert all(row["test_ppl"] for row in result.table)
     assert "AWD-LSTM (Merity et al. 2017)" in [row["published"] for row in result.tables()["published"]()]
-    # What the original reported is of words in lower case.
-    assert result.claims == []
+    # What the original reported is of words in lower case; the contest is judged on test, in pairs.
+    judged = [row["claim"] for row in result.claims]
+    assert "ResNetBK better than GPT, test PPL" in judged
+    assert len(judged) == len(result.table) - 1
     assert not any("original" in row["model"] for row in result.tables()["quality"]())
+
+
+def test_a_rival_is_judged_on_test_over_all_seeds_and_not_where_one_diverged():
+    def trials(model, *scores):
+        return [{"model": model, "seed": s, "val_ppl": p, "test_ppl": p} for s, p in enumerate(scores)]
+
+    def found(*rival):
+        rows = tables.field_claims(trials("resnet_bk", 30.0, 30.3, 30.6) + trials("gpt", *rival))
+        return rows[0]["measured here"].rsplit(": ", 1)[1]
+
+    assert found(33.0, 33.3, 33.7) == "better"
+    assert found(27.0, 27.3, 27.5) == "worse"
+    assert found(28.0, 33.0, 30.0) == "no difference"
+    assert found(33.0, 33.3) == "no verdict"
+    assert found(33.0, 33.3, None) == "no verdict"
+    assert tables.field_claims(trials("gpt", 30.0, 31.0, 32.0)) == []
 
 
 def test_every_token_after_the_first_is_a_target_once_and_words_are_lower_case(tiny):

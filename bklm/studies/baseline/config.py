@@ -52,7 +52,7 @@ class BaselineConfig(WindowStudyConfig):
         # As WikiText-2 is scored elsewhere: its own case, 30,000 of its 33,278 words, the test split once.
         "field": {
             "lowercase": False, "vocab_size": 30_000, "seq_len": 128, "epochs": 10, "patience": 2, "schedule": "cosine",
-            "clip": "1", "learning_rates": (3e-4, 1e-3, 3e-3),
+            "clip": "1", "learning_rates": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
         },
     }  # fmt: skip
 

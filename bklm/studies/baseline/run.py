@@ -25,7 +25,7 @@ from bklm.studies.baseline import figures, models, tables, train
 from bklm.studies.baseline.config import BaselineConfig
 from bklm.studies.baseline.costs import measure_models
 from bklm.studies.baseline.tables import MODELS
-from bklm.studies.baseline.text import LINES, BaselineText, make_text
+from bklm.studies.baseline.text import LINES, OFFICIAL_WORDS, BaselineText, make_text
 from bklm.training.checkpoints import CheckpointFolder
 
 SEARCH_SEED = 0
@@ -54,7 +54,9 @@ class BaselineResult(StudyResult):
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         """ "contexts" is left out where the text is cut into lines: there is no longer context then."""
         found = {
-            "quality": lambda: tables.readable_quality(self.table, self.baselines, bool(self.claims)),
+            "quality": lambda: tables.readable_quality(
+                self.table, self.baselines, bool(self.claims) and self.config.protocol != "field"
+            ),
             "search": lambda: tables.readable_search(self.search, self.table),
             "contexts": lambda: tables.readable_contexts(self.table),
             "cost": lambda: tables.readable_cost(self.table, self.measured),
@@ -214,6 +216,10 @@ def _note(study: Session, bars: bool = True) -> str:
         parts = [f"learning rate {rates[0]:g} for all"]
     if config.protocol == "original":
         parts.append("the original's windows: an overlap's targets count twice")
+    if config.protocol == "field" and study.text.is_wikitext2 and not study.text.is_whole_wikitext2:
+        parts.append(
+            f"a sample of WikiText-2, {study.text.train_tokens:,} of its {OFFICIAL_WORDS:,} training words"
+        )
     if config.validation == "valid+test":
         parts.append(
             "validation holds the test split too, which early stopping and the choice of rate and epoch saw"
@@ -246,9 +252,11 @@ def _report(study: Session, found: tuple[list[Trial], list[Trial]]) -> BaselineR
         device=config.device, precision=config.precision, generate_tokens=config.generate_tokens,
     )  # fmt: skip
     table, search = tables.model_table(trials, measured), tables.search_rows(searched, _search_steps(study))
-    # What was reported and announced for WikiText-2 stands beside no other text.
+    # What was reported and announced for WikiText-2 stands beside no other text, and what others publish beside no sample.
     claims = tables.claims_table(table) if text.is_the_originals else []
-    published = tables.PUBLISHED if text.is_wikitext2 and config.protocol == "field" else []
+    is_field = config.protocol == "field"
+    claims += tables.field_claims(trials) if is_field else []
+    published = tables.PUBLISHED if is_field and text.is_whole_wikitext2 else []
     report.csv("learning_rates.csv", search)
     best = MODELS.perplexity(MODELS.groups(trials)[MODELS.best(trials)]).mean
     title = MODELS.headline(trials) + not_beaten_in_short(best, text.baselines)

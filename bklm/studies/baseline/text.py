@@ -14,6 +14,7 @@ from bklm.data import Corpus, TokenizedCorpus, count_models, tokenize_corpus
 from bklm.data.baselines import perplexity
 from bklm.data.line_windows import PAD_ID, LineVocabulary, LineWindows, line_windows
 from bklm.data.units import with_lower_case
+from bklm.harness.estimate import KNOWN
 from bklm.harness.text import StudyText, check_and_log, ngram_baselines
 
 
@@ -43,6 +44,11 @@ class BaselineText(StudyText):
     def has_test_split(self) -> bool:
         """Whether a split is left that no choice has looked at."""
         return self.validation == "valid"
+
+    @property
+    def is_whole_wikitext2(self) -> bool:
+        """Whether it is no sample: within a thousandth of the official number of training words."""
+        return self.is_wikitext2 and abs(self.train_tokens - OFFICIAL_WORDS) <= OFFICIAL_WORDS / 1000
 
     @property
     def is_the_originals(self) -> bool:
@@ -88,6 +94,7 @@ def describe_text(text: BaselineText) -> list[str]:
     return [f"{text.corpus.name}, from {text.corpus.source}", f"{sizes}; {share}"]
 
 
+OFFICIAL_WORDS = KNOWN["wikitext-2"][1]
 LINES = "lines"
 
 
