@@ -89,7 +89,9 @@ def test_contexts_are_what_they_say_and_their_targets_are_the_same(vocabulary):
     assert found["1 after other"][1] == f"<system>welcome<end><user>and now<end>{bye}"
     assert found["other"][0].startswith("<user>one two three")
     # A context of the drawn dialogues begins with the user, as a training row does.
-    drawn = vocabulary.encode_dialogues(grammar_corpus(sizes=dict.fromkeys(("train", "valid", "test"), 3)).dialogues("valid"))
+    drawn = vocabulary.encode_dialogues(
+        grammar_corpus(sizes=dict.fromkeys(("train", "valid", "test"), 3)).dialogues("valid")
+    )
     for context in CONTEXTS[1:]:
         rows = replies_in_context(drawn, context, 10_000, vocabulary.pad_id).rows
         assert {int(ids[0]) for ids, _ in rows} == {vocabulary.user_id}, context

@@ -24,7 +24,7 @@ def every_dialogue(law: Grammar):
             yield tuple(turns), tuple(facts), p
             return
         free = [a for a in law.topics if a not in [topic for topic, _ in told]]
-        for a, v in ((a, v) for a in free for v in law.topics[a]):
+        for a, v in ((topic, value) for topic in free for value in law.topics[topic]):
             now, q = [*told, (a, v)], p / (len(free) * law.values)
             if t % 2 == 0:
                 open_ones = [n for n in range(len(now)) if n not in [t - k for t, k, _ in facts]]
@@ -113,7 +113,7 @@ def test_facts_are_asked_for_as_often_at_every_distance_in_dialogues_that_are_in
     ("topics", "words"),
     [
         ({t: (t + t,) for t in "abc"}, r"topics: got 3 for 4 turns, .*; give at least as many\.$"),
-        ({t: ("x",) for t in "abcd"}, "no word twice"),
+        (dict.fromkeys("abcd", ("x",)), "no word twice"),
         ({t: tuple(f"{t}{n}" for n in range(1 + (t == "a"))) for t in "abcd"}, "as many values as another"),
     ],
 )
