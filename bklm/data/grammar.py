@@ -181,10 +181,17 @@ class GrammarCorpus(DialogueCorpus):
 
 
 def grammar_corpus(
-    seed: int = 0, grammar: Grammar | None = None, sizes: dict[str, int] | None = None
+    seed: int = 0,
+    grammar: Grammar | None = None,
+    sizes: dict[str, int] | None = None,
+    most: int | None = None,
 ) -> GrammarCorpus:
-    """The corpus "grammar": 24,000 / 500 / 500 dialogues of ten turns, the same for a seed everywhere."""
-    law, sizes = grammar or Grammar(), sizes or DIALOGUES
+    """The corpus "grammar": 24,000 / 500 / 500 dialogues of ten turns, the same for a seed everywhere; of each split no more
+    than the first ``most``."""
+    law = grammar or Grammar()
+    sizes = {
+        split: number if most is None else min(most, number) for split, number in (sizes or DIALOGUES).items()
+    }
     drawn: dict[str, list[tuple[Dialogue, tuple[Fact, ...]]]] = {}
     for number, split in enumerate(SPLITS):
         uniform = Uniform(seed, 11 + number)

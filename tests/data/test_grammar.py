@@ -87,7 +87,9 @@ def test_the_corpus_is_the_same_for_a_seed_and_drawn_by_its_law():
 
 
 def test_the_fact_stands_where_it_says_and_was_stated_so_many_turns_back():
-    corpus = load_corpus("grammar")
+    corpus = load_corpus("grammar", max_documents=200)
+    assert corpus.dialogues("train") == grammar_corpus(most=300).dialogues("train")[:200]
+    assert corpus.facts["train"] == grammar_corpus(most=300).facts["train"][:200]
     for dialogue, facts in zip(corpus.dialogues("valid"), corpus.facts["valid"], strict=True):
         for fact in facts:
             name = dialogue[fact.turn][1].split()[fact.word]
@@ -123,7 +125,7 @@ def test_topics_that_are_too_few_or_cannot_be_told_apart_are_refused(topics, wor
 
 
 def test_a_value_is_the_same_piece_of_a_bpe_wherever_it_stands():
-    corpus = load_corpus("grammar")
+    corpus = load_corpus("grammar", max_documents=200)
     dialogues = corpus.dialogues("train")[:200]
     vocabulary = DialogueVocabulary.train([text for d in dialogues for _, text in d], 700)
     words = [word for topic, values in corpus.grammar.topics.items() for word in (topic, *values)]

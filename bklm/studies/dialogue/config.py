@@ -36,7 +36,7 @@ class DialogueConfig(TextStudyConfig):
             "pretraining": "wikitext-2", "seeds": (0, 1, 2), "epochs": 1, "pretraining_epochs": 1,
             "learning_rates": (3e-4, 1e-3, 3e-3, 1e-2), "max_dialogues": 0, "held_out_dialogues": 0,
             "max_pretraining_tokens": 300_000, "vocab_size": 2048, "seq_len": 128, "width": 64, "n_layers": 2,
-            "context_replies": 1000, "facts_asked": 400, "sample_dialogues": 20, "reply_tokens": 40,
+            "context_replies": 1000, "facts_asked": 300, "sample_dialogues": 20, "reply_tokens": 40,
         },
     }  # fmt: skip
 
