@@ -4,13 +4,13 @@ Every turn tells a value of a topic that nobody has spoken of yet. The user then
 asked for, each of c(t) as likely as another; the reply says its value:
 
     user    take red . which colour
-    system  was red . take rice
+    system  the colour red . take rice
     user    take oak . which food
 
-A value tells its topic, so that to look it up is one step: the word behind "was" is the one value said before of the topic
-asked for. Where names stood beside their owners, which takes two steps, models of this size learned to copy the nearest name
-and nothing else. A word stands before every value and topic, so that each is the same piece of a BPE wherever it stands: one
-that begins a text is another piece.
+The reply says the topic again, which is in the turn that it answers, and then the value, which need not be. A value tells its
+topic, so that to look it up is one step: what follows "colour" is the one colour that was said. Where a name stood beside
+its owner, which takes two steps, models of this size learned to copy the nearest name and nothing else. A word stands before
+every value and topic, so that each is the same piece of a BPE wherever it stands: one that begins a text is another piece.
 
 With A topics of V values each, turn t (from 0) of a dialogue has the cross-entropy, in nats, of the law that drew it
 
@@ -40,18 +40,18 @@ from bklm.data.dialogues import SYSTEM, USER, Dialogue, DialogueCorpus, Placed, 
 from bklm.data.hmm import Uniform
 
 TOPICS = {
-    "colour": ("red", "blue", "pink", "grey", "gold", "black"),
-    "food": ("rice", "soup", "cake", "plum", "corn", "bread"),
-    "pet": ("cat", "dog", "hen", "fox", "owl", "crab"),
-    "name": ("tom", "lou", "ben", "sue", "kim", "ann"),
-    "town": ("rome", "oslo", "bonn", "lima", "york", "cork"),
-    "tree": ("oak", "elm", "fir", "ash", "palm", "birch"),
-    "tool": ("saw", "axe", "drill", "file", "spade", "rake"),
-    "month": ("may", "june", "july", "march", "april", "august"),
-    "sport": ("golf", "judo", "polo", "chess", "darts", "rugby"),
-    "metal": ("iron", "zinc", "lead", "tin", "brass", "steel"),
-    "drink": ("tea", "milk", "wine", "beer", "cider", "juice"),
-    "cloth": ("hat", "coat", "sock", "belt", "scarf", "glove"),
+    "colour": ("red", "blue", "pink", "grey"),
+    "food": ("rice", "soup", "cake", "plum"),
+    "pet": ("cat", "dog", "hen", "fox"),
+    "name": ("tom", "lou", "ben", "sue"),
+    "town": ("rome", "oslo", "bonn", "lima"),
+    "tree": ("oak", "elm", "fir", "ash"),
+    "tool": ("saw", "axe", "drill", "file"),
+    "month": ("may", "june", "july", "march"),
+    "sport": ("golf", "judo", "polo", "chess"),
+    "metal": ("iron", "zinc", "lead", "tin"),
+    "drink": ("tea", "milk", "wine", "beer"),
+    "cloth": ("hat", "coat", "sock", "belt"),
 }
 EXCHANGES = 5  # a dialogue: a turn of the user and a reply each
 DIALOGUES = {"train": 24_000, "valid": 500, "test": 500}
@@ -118,8 +118,8 @@ class Grammar:
             said = tell()
             place, topic, value = told.pop(one(range(len(told))))
             turns.append((USER, f"{said} . which {topic}"))
-            facts.append(Fact(len(turns), 1, len(turns) - place))
-            turns.append((SYSTEM, f"was {value} . {tell()}"))
+            facts.append(Fact(len(turns), 2, len(turns) - place))
+            turns.append((SYSTEM, f"the {topic} {value} . {tell()}"))
         return tuple(turns), tuple(facts)
 
     def turn_nats(self, turn: int) -> float:

@@ -30,10 +30,10 @@ def every_dialogue(law: Grammar):
                 open_ones = [n for n in range(len(now)) if n not in [t - k for t, k, _ in facts]]
                 for n in open_ones:
                     said = f"take {v} . which {now[n][0]}"
-                    known = [*facts, (t + 1, t + 1 - n, now[n][1])]
+                    known = [*facts, (t + 1, t + 1 - n, " ".join(now[n]))]
                     yield from go([*turns, (USER, said)], now, known, q / len(open_ones))
             else:
-                yield from go([*turns, (SYSTEM, f"was {facts[-1][2]} . take {v}")], now, facts, q)
+                yield from go([*turns, (SYSTEM, f"the {facts[-1][2]} . take {v}")], now, facts, q)
 
     yield from go([], [], [], 1.0)
 
@@ -57,7 +57,7 @@ def test_what_a_reply_costs_given_its_last_turns_is_what_enumeration_finds(law, 
             seen = dialogue[max(0, turn - (turn if turns is None else turns)) : turn]
             together[seen, dialogue[turn][1]] += p
             visible[seen] += p
-            costs.append((seen, dialogue, Fact(turn, 1, k)))
+            costs.append((seen, dialogue, Fact(turn, 2, k)))
     for seen, dialogue, fact in costs[:: max(1, len(costs) // 500)]:
         exact = -math.log(together[seen, dialogue[fact.turn][1]] / visible[seen])
         # A window that begins with the dialogue shows that it does: longer ones never look like it.

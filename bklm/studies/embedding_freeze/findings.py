@@ -137,7 +137,7 @@ def state_phase1_arms(trials: Sequence[Trial]) -> str:
 
 
 def _of_stand_in(rows: Sequence[Mapping[str, Any]], arm: str, name: str) -> str:
-    """What the name does by the verdicts on that stand-in, where all sample sizes agree."""
+    """What the name does by the verdicts on that stand-in, where all arms and sample sizes agree."""
     judged = {r["verdict"] for r in rows if r["change"].startswith(PHASE1_ARMS[arm])}
     known = {"higher": f"{name} helps", "no difference": f"{name} does not help", "lower": f"{name} harms"}
     return known.get(judged.pop(), f"no verdict on {name}") if len(judged) == 1 else f"no verdict on {name}"
