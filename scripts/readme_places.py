@@ -37,6 +37,10 @@ SIDE = (
 )  # fmt: skip
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 
+EARLIER_GRAMMAR = (
+    "**Of an earlier grammar**, whose facts took two steps to look up, in a run too short for any model to learn that, at one "
+    "learning rate: it decides neither who can look a fact up nor what pretraining is worth. "
+)
 Row = dict[str, Any]
 
 
@@ -331,11 +335,14 @@ OF_RUNS: Places = {
         "claim_lines": claim_lines,
         "claims_table": lambda run: run.summary["claims"],
         "notes": lambda run: " ".join(run.summary["notes"]),
+        # Until it is run again: a run of before the facts had dialogues of their own.
+        "earlier": lambda run: "" if "facts_asked" in run.config else EARLIER_GRAMMAR,
         "contexts": lambda run: dialogue.readable_contexts(run.rows("contexts.csv")),
         "facts": lambda run: dialogue.readable_facts(run.rows("facts.csv")),
         "writing": lambda run: dialogue.readable_writing(run.rows("writing.csv")),
         "replies": lambda run: [
-            {k: str(v).replace("|", "\\|") for k, v in row.items()} for row in run.rows("replies.csv")[:5]
+            {k: str(v).replace("|", "\\|") for k, v in row.items()}
+            for row in [r for r in run.rows("replies.csv") if r["arm"].endswith(" tuned")][:6]
         ],
     },
     "integration": {

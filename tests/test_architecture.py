@@ -31,11 +31,11 @@ NEW_STUDY = 400
 # terms of a loss, kinds of block, and the speed, stability and memory of either, seven tables. compression weighs some forty
 # files of three models, retrains and distils, judges each against its own control, and runs the published sparse core.
 # dialogue trains in four stages and answers four questions (pretraining, earlier turns, who is best, what is forgotten), seven
-# tables. integration has nine switches of seven studies, trained for equal steps and for equal time, with what each costs, and
-# six tables.
+# tables, with a positive control and a test split of its own. integration has nine switches of seven studies, trained for
+# equal steps and for equal time, with what each costs, and six tables.
 STUDY_LINES = {
     "grad_blend": 905, "baseline": 1_580, "embedding_freeze": 1_870, "precision": 1_930, "koopman": 1_100, "physics": 980,
-    "compression": 1_360, "dialogue": 1_000, "integration": 960,
+    "compression": 1_360, "dialogue": 1_075, "integration": 960,
 }  # fmt: skip
 # Compiled code cannot take a record of arguments, and one loop over a row is one loop; so is one over a training's epochs.
 # A kernel takes addresses and sizes one by one, and is one long loop.

@@ -97,27 +97,20 @@ def fact_rows(trials: Sequence[Trial]) -> Rows:
             count = min(t["facts"][back][1] for t in group) + 4
             share = (mean * (count - 4) + 2) / count
             of_facts = 1.96 * math.sqrt(share * (1 - share) / count)
-            row |= {
-                f"recalled_{back}": mean,
-                f"recalled_{back}_95": None if half is None else math.hypot(half, of_facts),
-            }
+            half = None if half is None else math.hypot(half, of_facts)
+            row |= {f"recalled_{back}": mean, f"recalled_{back}_95": half}
         rows += [row] if len(row) > 1 else []
     return rows
 
 
 def readable_facts(rows: Sequence[Mapping[str, Any]]) -> Rows:
     """The same for people, in percent."""
-    return [
-        {"arm": r["arm"]}
-        | {
-            f"{key[9:]} back": with_interval(
-                100 * r[key], half if (half := r[f"{key}_95"]) is None else 100 * half, 0
-            )
-            + "%"
-            for key in distances(r)
-        }
-        for r in rows
-    ]
+
+    def percent(row: Mapping[str, Any], key: str) -> str:
+        half = row[f"{key}_95"]
+        return with_interval(100 * row[key], None if half is None else 100 * half, 0) + "%"
+
+    return [{"arm": r["arm"]} | {f"{k[9:]} back": percent(r, k) for k in distances(r)} for r in rows]
 
 
 def distances(row: Mapping[str, Any]) -> list[str]:
@@ -146,18 +139,12 @@ def readable_writing(rows: Sequence[Mapping[str, Any]]) -> Rows:
 
 def reply_table(trials: Sequence[Trial]) -> Rows:
     """What the first seed's tuned models wrote to the same prompts; prompt n with the seed n."""
-    rows = []
-    for arm, group in ARMS.groups(trials).items():
-        rows += [
-            {
-                "seed": n,
-                "arm": arm,
-                "asked": r["prompt"][:160],
-                "replied": r["target"][:160],
-                "written": " ".join(r["written"].split()),
-            }
-            for n, r in enumerate(group[0]["replies"] if arm.endswith(" tuned") else [])
-        ]
+    groups = {arm: group for arm, group in ARMS.groups(trials).items() if arm.endswith(" tuned")}
+    rows = [
+        {"seed": n, "arm": arm, "asked": r["prompt"][:160], "replied": r["target"][:160],
+         "written": " ".join(r["written"].split())}
+        for arm, group in groups.items() for n, r in enumerate(group[0]["replies"])
+    ]  # fmt: skip
     return sorted(rows, key=lambda r: r["seed"])
 
 
@@ -180,8 +167,9 @@ def claims_table(
     for name in dict.fromkeys(r["arm"].split()[0] for r in contexts):
         own = [r for r in verdicts if r["arm"] == f"{name} tuned" and r["against"].split()[0] == name]
         told = "; ".join(f"{r['arm']} - {r['against']}: {nats_in_words(r, 3)} nats" for r in own) + aside
-        holds = None if aside else helps(own, f"{name} tuned")
-        rows.append(claim(f"{name}: pretraining helps dialogue", told, holds))
+        rows.append(
+            claim(f"{name}: pretraining helps dialogue", told, None if aside else helps(own, f"{name} tuned"))
+        )
     for row in (r for r in contexts if r["arm"].endswith(" tuned")):
         rows += _uses_turns(row)
     if facts:
@@ -190,11 +178,8 @@ def claims_table(
         best = ARMS.best(tuned)
         others = [r for r in verdicts if r["arm"] == best and r["against"].split()[0] != best.split()[0]]
         told = "; ".join(f"{best} - {r['against']}: {nats_in_words(r, 3)} nats" for r in others)
-        rows += (
-            [claim(f"{best.split()[0]} is the best of the tuned models", told, helps(others, best))]
-            if others
-            else []
-        )
+        announced = f"{best.split()[0]} is the best of the tuned models"
+        rows += [claim(announced, told, helps(others, best))] if others else []
     best = ARMS.best(rivals(trials))
     reached = Perplexity.over_seeds([t["test_ppl"] for t in ARMS.groups(trials)[best]])
     told = f"on the test split, {best}, chosen on validation: {reached}; {mixture['name']}: {mixture['test_ppl']:.2f}"
@@ -206,11 +191,14 @@ def _uses_turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
     name, (mean, half) = row["arm"].split()[0], (row["own_turns_gain"], row["own_turns_gain_95"])
     told = f"PPL {row['turns_all']:.2f} with its own turns, {row['turns_other']:.2f} with another dialogue's, "
     told += f"{row['turns_0']:.2f} with none: {_nats(mean, half)} nats"
-    holds = None if half is None else mean - half > 0
-    first = claim(f"{name} uses its context, the turn that it answers included", told, holds)
+    first = claim(f"{name} uses its context, the turn that it answers included", told, _above_zero(mean, half))
     mean, half = row["earlier_turns_gain"], row["earlier_turns_gain_95"]
     told = f"{_nats(mean, half)} nats over the turn that it answers behind another dialogue's"
-    return [first, claim(f"{name} uses the turns before that", told, None if half is None else mean - half > 0)]
+    return [first, claim(f"{name} uses the turns before that", told, _above_zero(mean, half))]
+
+
+def _above_zero(mean: float, half: float | None) -> bool | None:
+    return None if half is None else mean - half > 0
 
 
 def _above(row: Mapping[str, Any], chance: float) -> list[str] | None:
@@ -222,7 +210,7 @@ def _above(row: Mapping[str, Any], chance: float) -> list[str] | None:
 
 def _recalls(facts: Rows, chance: float) -> list[dict[str, str]]:
     """The positive control, of all arms, and each tuned model's claim."""
-    rows, found = [], {r["arm"]: (r, _above(r, chance)) for r in facts}
+    found = {r["arm"]: (r, _above(r, chance)) for r in facts}
     last = distances(facts[0])[-1][9:]
 
     def told(arm: str) -> str:
@@ -231,17 +219,19 @@ def _recalls(facts: Rows, chance: float) -> list[dict[str, str]]:
         judged = "" if above is None else f"; above it beyond the interval at {', '.join(above) or 'none'}"
         return f"{arm}: {shares} of the facts 1 to {last} turns back; chance {chance:.0%}{judged}"
 
-    def holds(arm: str, least: int) -> bool | None:
+    def judged(announced: str, arm: str, least: int) -> dict[str, str]:
         above = found[arm][1]
-        return None if above is None else len(above) >= least
+        return claim(announced, told(arm), None if above is None else len(above) >= least)
 
     most = max(found, key=lambda arm: sum(found[arm][0][k] for k in distances(found[arm][0])))
     control = f"{CONTROL}: a model learns here to look facts up, at {LEARNT} distances or more"
-    rows.append(claim(control, told(most), holds(most, LEARNT)))
-    for arm in (arm for arm in found if arm.endswith(" tuned")):
-        announced = f"{arm.split()[0]} recalls facts from 1 to {last} turns back"
-        rows.append(claim(announced, told(arm), holds(arm, len(distances(facts[0])))))
-    return rows
+    tuned = {
+        f"{a.split()[0]} recalls facts from 1 to {last} turns back": a for a in found if a.endswith(" tuned")
+    }
+    return [
+        judged(control, most, LEARNT),
+        *(judged(words, a, len(distances(facts[0]))) for words, a in tuned.items()),
+    ]
 
 
 def _forgotten(trials: Sequence[Trial], aside: str) -> list[dict[str, str]]:
@@ -255,8 +245,7 @@ def _forgotten(trials: Sequence[Trial], aside: str) -> list[dict[str, str]]:
         mean, half = interval95([a - b for a, b in zip(nats["tuned"], nats["replay"], strict=True)])
         told = ", ".join(f"{way} {with_interval(*interval95(found), 2)}" for way, found in nats.items())
         told = f"nats a token of the text: {told}; tuned alone {_nats(mean, half)} more than with replay{aside}"
-        holds = None if half is None or aside else mean - half > 0
-        rows.append(claim(f"{name} {FORGETS_LESS}", told, holds))
+        rows.append(claim(f"{name} {FORGETS_LESS}", told, None if aside else _above_zero(mean, half)))
     return rows
 
 
@@ -276,9 +265,8 @@ def facts_in_words(facts: Rows, chance: float) -> str:
     for arm, above in found.items():
         asked = [k[9:] for k in distances(facts[0])]
         far = next((n for n, k in enumerate(asked) if k not in (above or ())), len(asked))
-        said = (
-            "no verdict" if above is None else f"up to {far} turn{'s' * (far > 1)} back" if far else "nowhere"
-        )
+        reached = f"up to {far} turn{'s' * (far > 1)} back" if far else "nowhere"
+        said = "no verdict" if above is None else reached
         told += [f"{arm.split()[0]} {said}"] if arm.endswith(" tuned") else []
     failed = all(above is not None and len(above) < LEARNT for above in found.values())
     nothing = f". {CONTROL} failed: no model learnt to look facts up, and who could is not known"

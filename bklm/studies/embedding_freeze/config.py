@@ -14,7 +14,7 @@ FACTORS = {
     "freezing": ("frozen", "trained"),
     "head": ("tied", "untied"),
 }
-# What stands in for phase 1 in arms that are otherwise one of those asked for: the first one, and the first that trains most.
+# What stands in for phase 1 in arms that are otherwise the first one, or the first that trains embedding and head.
 PHASE1_ARMS = {
     "diversity": "phase 1 with diversity only",
     "untrained": "untrained context block",
@@ -130,8 +130,7 @@ class EmbeddingFreezeConfig(TextStudyConfig):
     freezing: Literal["both", "frozen", "trained"] = setting("both", help="the embedding in phase 2")
     head: Literal["both", "tied", "untied"] = setting("both", help="tied: the output weights are the embedding")
     phase1_arms: bool | None = setting(
-        None,
-        help="add arms that tell whether phase 1 helps: diversity only, none at all, token to the first layer",
+        None, help="add arms that tell whether phase 1 helps: diversity only, none, token to the first layer"
     )
     original_comparison: bool = setting(True, help="add the original's two unequal arms, labelled so")
     batch_tokens: int = setting(512, low=64, high=4096, step=64, help="consecutive tokens per optimiser step")
@@ -207,8 +206,7 @@ def arms_of(config: EmbeddingFreezeConfig) -> list[Arm]:
     ]
     arms = [Arm(*values) for values in itertools.product(*chosen)]
     if config.phase1_arms:
-        # What phase 1 is worth to a model that is far from what training can reach may be worth nothing to one that is near.
         freest = next((arm for arm in arms if (arm.freezing, arm.head) == ("trained", "untied")), arms[0])
-        bases = dict.fromkeys((arms[0], freest))
-        arms += [dataclasses.replace(arm, original=name) for arm in bases for name in PHASE1_ARMS]
+        pairs = itertools.product(dict.fromkeys((arms[0], freest)), PHASE1_ARMS)
+        arms += [dataclasses.replace(arm, original=name) for arm, name in pairs]
     return arms + (list(ORIGINAL_ARMS) if config.original_comparison else [])

@@ -124,9 +124,8 @@ def state_phase1_arms(trials: Sequence[Trial]) -> str:
         return ""
     ratios = [Perplexity(r["ratio"], r["ratio_low"], r["ratio_high"]) for r in rows]
     told = [f"{r['change']} x{ratio}, {r['verdict']}" for r, ratio in zip(rows, ratios, strict=True)]
-    said = (
-        _of_stand_in(rows, "untrained", "phase 1") + ", " + _of_stand_in(rows, "diversity", "its fixed point")
-    )
+    stand_ins = (("untrained", "phase 1"), ("diversity", "its fixed point"))
+    said = ", ".join(_of_stand_in(rows, *one) for one in stand_ins)
     # Another model, trained by the whole of phase 1.
     first = [t for t in told if t.startswith(PHASE1_ARMS["first"])]
     others = [t for t in told if t not in first]

@@ -175,17 +175,15 @@ def effect_table(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 def phase1_effects(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """What each stand-in for phase 1 does to each arm that it is otherwise equal to, by sample size; [] without such arms."""
     cells, rows = in_cells(trials), []
-    arms = dict.fromkeys(
-        (t["arm"], t["original"], t["samples"]) for t in trials if t["original"] in PHASE1_ARMS
-    )
-    several = len({samples for *_, samples in arms}) > 1
+    own = [t for t in trials if t["original"] in PHASE1_ARMS]
+    arms = dict.fromkeys((t["arm"], t["original"], t["samples"]) for t in own)
+    several = len({t["samples"] for t in own}) > 1
     for arm, other, samples in arms:
-        words = PHASE1_ARMS[other]
-        base = arm.removesuffix(f", {words}")
+        base = arm.removesuffix(f", {(words := PHASE1_ARMS[other])}")
         if ratio := ARMS.ratio(cells, (arm, samples), (base, samples)):
             change = f"{words} ({base}{f', {samples} samples' * several})"
-            ends = {"ratio_low": ratio.low, "ratio_high": ratio.high, "verdict": verdict(ratio)}
-            rows.append({"factor": "phase 1", "change": change, "where": "all", "ratio": ratio.mean} | ends)
+            row = {"factor": "phase 1", "change": change, "where": "all", "ratio": ratio.mean}
+            rows.append(row | {"ratio_low": ratio.low, "ratio_high": ratio.high, "verdict": verdict(ratio)})
     return rows
 
 
