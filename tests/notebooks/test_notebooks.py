@@ -275,7 +275,7 @@ def test_08_dialogue_smoke_runs_headless_and_talks_at_its_end(tmp_path):
     assert "GPT: pretraining helps dialogue" in printed
     assert "another dialogue's" in printed
     assert re.search(
-        r"(?s)GPT tuned: .*\n\(saw \d+ tokens: <user>the cat tom \. which cat<end><system>\)", printed
+        r"(?s)GPT tuned: .*\n\(saw \d+ tokens: <user>take red \. which colour<end><system>\)", printed
     )
     assert "SHA-256" in printed
     assert (tmp_path / "results" / "dialogue.zip").exists()
