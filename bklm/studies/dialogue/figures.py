@@ -71,7 +71,7 @@ def draw_contexts(path: Path, rows: Rows, title: str, note: str) -> Path | None:
         for row, colour, marker in zip(shown, colours(len(shown)), MARKERS, strict=False):
             keys = [k[6:] for k in row if k.startswith("turns_")]
             values = [row[f"turns_{k}"] for k in keys]
-            ends = [(row[f"low_{k}"], row[f"high_{k}"]) for k in keys]
+            ends = [(row[f"ppl_{k}_low"], row[f"ppl_{k}_high"]) for k in keys]
             style = {"color": colour, "marker": marker}
             mean_with_error(axes, range(4), values[:4], ends[:4], label=row["arm"].split()[0], **style)
             mean_with_error(axes, range(4, len(values)), values[4:], ends[4:], linestyle="", **style)

@@ -51,7 +51,7 @@ def context_rows(trials: Sequence[Trial]) -> Rows:
         for name in group[0]["contexts"]:
             found = Perplexity.over_seeds([math.exp(t["contexts"][name]) for t in group])
             key = name.replace(" ", "_")
-            row |= {f"turns_{key}": found.mean, f"low_{key}": found.low, f"high_{key}": found.high}
+            row |= {f"turns_{key}": found.mean, f"ppl_{key}_low": found.low, f"ppl_{key}_high": found.high}
         for key, less in (("own_turns_gain", "other"), ("earlier_turns_gain", "1 after other")):
             mean, half = interval95([t["contexts"][less] - t["contexts"]["all"] for t in group])
             row |= {key: mean, f"{key}_95": half}
