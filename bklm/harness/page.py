@@ -54,7 +54,7 @@ COLUMNS = (
     (r"(train|test|text|all_tokens)_(ppl|perplexity)", "perplexity on {0}: exp of the mean loss per token"),
     (
         r"(val|train|text|all_tokens)_loss|(last_)?loss",
-        "mean negative log-probability per token, nats; phase 1: its own",
+        "mean -log probability per token, nats; phase 1: its own",
     ),
     (r"step", "training step at which the row was logged, from 0"),
     (r"(val_)?accuracy", "share of validation tokens that the model thinks likeliest, 0 to 1"),
