@@ -269,10 +269,5 @@ def small_print(text: Any, seeds: int, *more: str, sees_the_future: bool = False
         bars: whether the figure has any.
     """
     parts = ["THIS MODEL SEES THE FUTURE"] * sees_the_future + ["Demonstration"] * text.is_demonstration
-    parts += [
-        text.describe(),
-        f"batch {text.batch_size} x {text.seq_len}",
-        seeds_in_words(seeds, bars),
-        *more,
-    ]
+    parts += [text.describe(), f"batch {text.batch_size} x {text.seq_len}", seeds_in_words(seeds, bars), *more]
     return "; ".join(parts) + "."
