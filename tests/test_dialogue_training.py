@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bklm.data import load_corpus
 from bklm.data.dialogue_tokens import DialogueVocabulary
 from bklm.data.dialogue_windows import dialogue_rows
 from bklm.data.grammar import grammar_corpus
@@ -164,7 +165,8 @@ def test_the_budget_of_profile_quick_is_enough_to_learn_to_look_facts_up():
     config = DialogueConfig(profile="quick").resolved()
     sizes = {"train": config.max_dialogues, "valid": 100, "test": 1}
     corpus = grammar_corpus(sizes=sizes)
-    vocabulary = DialogueVocabulary.train(corpus.train[:2000], config.vocab_size)
+    prose = load_corpus(config.pretraining).train[:20_000]
+    vocabulary = DialogueVocabulary.train([*corpus.train[:4000], *prose], config.vocab_size)
     encoded = {split: vocabulary.encode_dialogues(corpus.dialogues(split)) for split in ("train", "valid")}
     rows = {
         split: dialogue_rows(found, config.seq_len, vocabulary.pad_id, vocabulary.user_id)
@@ -186,7 +188,6 @@ def test_the_budget_of_profile_quick_is_enough_to_learn_to_look_facts_up():
     assert losses["1 after other"] > losses["all"] + 0.1
     found = recalled_facts(model, vocabulary, corpus.asked_at(100), config.seq_len)
     chance = 1 / corpus.grammar.values
-    print(model.num_parameters(), loss, law, losses, found)
     # Four standard deviations above chance, at every distance.
     least = chance + 4 * math.sqrt(chance * (1 - chance) / 100)
     assert {k: right / asked for k, (right, asked) in found.items() if right / asked <= least} == {}
