@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import tempfile
@@ -52,7 +53,8 @@ def save_compressed(model: Any, path: Path | str) -> Path:
     }
     path = Path(path)
     with replacing(path) as temporary:
-        save_file(tensors, str(temporary), {HEADER: json.dumps(header)})
+        # Packed, since what is said of each tensor repeats itself: of a small model plain words take a percent of the file.
+        save_file(tensors, str(temporary), {HEADER: _pack(header)})
     return path
 
 
@@ -69,8 +71,8 @@ def load_compressed(path: Path | str) -> LanguageModel:
         with safe_open(str(path), "pt") as file:
             text = (file.metadata() or {}).get(HEADER)
             tensors = {name: file.get_tensor(name) for name in file.keys()} if text else {}  # noqa: SIM118
-        header = json.loads(text) if text else None
-    except (SafetensorError, ValueError) as error:
+        header = _unpack(text) if text else None
+    except (SafetensorError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}); save the model again.") from error
     if header is None:
         raise ValueError(
@@ -119,6 +121,15 @@ def sizes_of(write: Callable[[Path], Any]) -> tuple[int, int]:
         write(place := Path(folder, "model.safetensors"))
         whole = place.read_bytes()
     return len(whole), len(zlib.compress(whole, 9))
+
+
+def _pack(header: dict[str, Any]) -> str:
+    return base64.b85encode(zlib.compress(json.dumps(header).encode(), 9)).decode()
+
+
+def _unpack(text: str) -> dict[str, Any]:
+    # Earlier versions wrote plain JSON.
+    return json.loads(text if text.startswith("{") else zlib.decompress(base64.b85decode(text)))
 
 
 def _plainly(values: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
