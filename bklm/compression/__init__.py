@@ -13,6 +13,7 @@ from bklm.compression.int8 import (
 from bklm.compression.pruning import prune
 from bklm.compression.retraining import PrunedModel, RoundedModel, baked
 from bklm.compression.saving import file_sizes, load_compressed, save_compressed
+from bklm.compression.sized import pruned_to
 from bklm.compression.structure import narrower, remove_experts, skip_blocks
 from bklm.compression.tying import TiedModel, tie_head
 from bklm.compression.weights import low_rank, quantise
@@ -31,6 +32,7 @@ __all__ = [
     "low_rank",
     "narrower",
     "prune",
+    "pruned_to",
     "quantisation_report",
     "quantise",
     "quantised",

@@ -153,8 +153,8 @@ def _maps(model: LanguageModel, head: bool) -> list[str]:
     if not found or not isinstance(model, KINDS):
         names = ", ".join(kind.__name__ for kind in KINDS)
         raise TypeError(
-            f"with_int8_products: got a {type(model).__name__} without maps that are modules with at least {MULTIPLIED} inputs "
-            f"and outputs; it serves {names} with such maps: round the weights alone with quantise(model)."
+            f"with_int8_products: got a {type(model).__name__} without maps that are modules with at least {MULTIPLIED} "
+            f"inputs and outputs; it serves {names} with such maps: round the weights alone with quantise(model)."
         )
     return found + [names[id(weight)]] * head
 

@@ -83,7 +83,7 @@ COLUMNS = (
     (r"(value|gradient)_error(_small_rows)?|difference|gradient_difference", "relative error or difference"),
     (r"im_z", "imaginary part of z"),
     (r"effective_rank(_centred)?|context_rank", "effective rank: exp of the entropy of the singular values"),
-    (r"converged|stopped_early", "true or false; share of documents for a phase 1"),
+    (r"converged|stopped_early|float_reads", "true or false; share of documents for a phase 1"),
     (r"first_(spread|ratio|share)", "{0} when the energy's training begins"),
     (r"spread_kept", "spread of the energy over its first one"),
     (r"drift|spread", "of an energy: mean change; standard deviation over states"),

@@ -12,6 +12,7 @@ from bklm.compression import (
     file_sizes,
     load_compressed,
     prune,
+    pruned_to,
     quantise,
     save_compressed,
 )
@@ -66,7 +67,10 @@ def test_magnitude_by_row_takes_the_smallest_of_each_row(reading):
     for name, w in scoped(made, "body").items():
         alive, sizes = w != 0, reading.get_parameter(name).detach().abs()
         assert ((~alive).sum(-1) == round(0.5 * w.shape[-1])).all()
-        assert (sizes.where(~alive, sizes.new_zeros(())).amax(-1) <= sizes.where(alive, sizes.new_tensor(9e9)).amin(-1)).all()
+        assert (
+            sizes.where(~alive, sizes.new_zeros(())).amax(-1)
+            <= sizes.where(alive, sizes.new_tensor(9e9)).amin(-1)
+        ).all()
 
 
 def test_wanda_sees_the_maps_of_every_model_that_has_them(model_with_maps, text):
@@ -92,6 +96,17 @@ def test_zeros_save_bytes_and_may_be_quantised(any_model, tmp_path, text):
     for model in (made, both):
         again = load_compressed(save_compressed(model, tmp_path / "small"))
         assert torch.equal(again(text[0][0]), model(text[0][0]))
+
+
+def test_zeros_are_as_many_as_make_a_file_of_the_bytes_asked_for(any_model):
+    whole = file_sizes(quantise(any_model))[0]
+    made = pruned_to(any_model, round(0.7 * whole))
+    assert file_sizes(made)[0] == pytest.approx(0.7 * whole, rel=0.01)
+    assert 0.3 < zeros(made, "all")[0] / zeros(made, "all")[1] < 0.7
+    with pytest.raises(
+        ValueError, match=r"file_bytes: got 10; with 30% to 95% zeros in 8 bits this model's file has"
+    ):
+        pruned_to(any_model, 10)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +273,12 @@ def test_masks_are_found_once_at_the_schedules_end(reading, text, monkeypatch):
 
 
 def test_a_long_schedule_finds_its_masks_fifty_times(reading):
-    assert [PrunedModel(copy.deepcopy(reading), 0.5, steps).steps_between for steps in (0, 49, 100, 1000)] == [1, 1, 2, 20]
+    assert [PrunedModel(copy.deepcopy(reading), 0.5, steps).steps_between for steps in (0, 49, 100, 1000)] == [
+        1,
+        1,
+        2,
+        20,
+    ]
 
 
 @pytest.mark.parametrize(
