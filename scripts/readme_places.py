@@ -16,6 +16,7 @@ from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.studies.baseline import tables
 from bklm.studies.baseline.models import TITLES
 from bklm.studies.compression import tables as compression
+from bklm.studies.compression import timed as compression_timed
 from bklm.studies.dialogue import tables as dialogue
 from bklm.studies.embedding_freeze.config import INEQUALITY
 from bklm.studies.embedding_freeze.tables import REPORTED
@@ -323,9 +324,9 @@ OF_RUNS: Places = {
         "claims_table": lambda run: run.summary["claims"],
         "shares": lambda run: run.summary["shares"],
         "recommended": lambda run: compression.readable_recommended(run.summary["recommended"]),
-        "files": lambda run: compression.readable_files(run.summary["table"]),
+        "files": lambda run: compression.readable_files(run.summary["table"], run.summary["counted"]),
         "verdicts": lambda run: readable_verdicts(run.summary["verdicts"]),
-        "speed": lambda run: compression.readable_speed(run.summary["speed"]),
+        "speed": lambda run: compression_timed.readable_speed(run.summary["speed"]),
     },
     "dialogue": {
         "claim_lines": claim_lines,

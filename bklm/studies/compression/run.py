@@ -20,7 +20,7 @@ from bklm.harness.session import Session
 from bklm.harness.study import run_study
 from bklm.harness.text import StudyText, prepare_text
 from bklm.models import LanguageModel
-from bklm.studies.compression import figures, models, speed, tables
+from bklm.studies.compression import figures, models, speed, tables, timed
 from bklm.studies.compression.claims import claims_table, judged
 from bklm.studies.compression.config import CompressionConfig
 from bklm.studies.compression.methods import KEYS, TORCH_AO, measure, methods_of, sources
@@ -49,7 +49,7 @@ class CompressionResult(StudyResult):
             "recommended": lambda: tables.readable_recommended(self.recommended),
             "files": lambda: tables.readable_files(self.table, self.counted),
             "verdicts": lambda: readable_verdicts(self.verdicts),
-            "speed": lambda: tables.readable_speed(self.speed),
+            "speed": lambda: timed.readable_speed(self.speed),
             "claims": lambda: self.claims,
         }
         return {name: make for name, make in made.items() if name in ("files", "claims") or getattr(self, name)}
@@ -189,7 +189,7 @@ def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
     )
     timed = made["models"]
     counted = kept_result(study.folder / "counted.json", lambda: speed.counted(study), {"rows": list})["rows"]
-    speeds, shares = tables.speed_rows(timed, rows), tables.shares_of(timed)
+    speeds, shares = timed.speed_rows(timed, rows), timed.shares_of(timed)
     for family in families(config):
         _is_kept(study, f"{family}: {models.INT8}")
     chosen = tables.recommended(rows, lambda arm: _is_kept(study, arm))
@@ -202,7 +202,7 @@ def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
     report.figure("files.png", figures.draw_files, rows, counted, unigram, title, note)
     rows_at_once = min(speed.SEQUENCES, config.batch_size)
     own = f"One CPU, in turns; one seed's models; batch {rows_at_once} x {study.text.seq_len}."
-    report.figure("speed.png", figures.draw_speed, speeds, tables.speed_headline(speeds), own)
+    report.figure("speed.png", figures.draw_speed, speeds, timed.speed_headline(speeds), own)
     for name, part in (
         ("recommended", chosen), ("verdicts", judged_rows), ("speed", speeds), ("shares", shares), ("counted", counted),
         ("claims", claims),
@@ -210,7 +210,7 @@ def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
         report.csv(f"{name}.csv", part)
     for name in ("speed.json", "counted.json"):
         report.path(name)
-    told = tables.shares_in_words(shares)
+    told = timed.shares_in_words(shares)
     return report.finish(
         CompressionResult, ARMS, files, rows=rows, finding=finding,
         summary={"claims": claims, "verdicts": judged_rows, "recommended": chosen, "speed": speeds, "shares": told,
