@@ -323,6 +323,10 @@ OF_RUNS: Places = {
         "claim_lines": claim_lines,
         "claims_table": lambda run: run.summary["claims"],
         "shares": lambda run: run.summary["shares"],
+        "counting": lambda run: compression.beside_counting(run.summary["table"], run.summary["counted"][0])[0],
+        "reading": lambda run: compression.vacuous_in_words(
+            run.summary["table"], run.summary["baselines"][0]["val_ppl"]
+        ),
         "recommended": lambda run: compression.readable_recommended(run.summary["recommended"]),
         "files": lambda run: compression.readable_files(run.summary["table"], run.summary["counted"]),
         "verdicts": lambda run: readable_verdicts(run.summary["verdicts"]),

@@ -221,7 +221,7 @@ def test_what_a_method_cannot_serve_is_a_row_with_its_sentence_and_the_others_go
     rows = tables.file_rows(tables.flat([t | {"int8": {}} for t in found], made))
     told = {r["arm"]: r["val PPL (95%)"] for r in tables.readable_files(rows)}
     assert told["NewLLM: bad"] == "not made"
-    assert "Not made of every seed: NewLLM: bad." in tables.finding_in_words(rows, [], [])
+    assert "Not made of every seed: NewLLM: bad." in tables.finding_in_words(rows, [], [], 200.0)
 
 
 def test_retrained_arms_go_on_from_their_seeds_model_and_students_begin_as_their_controls(result):
@@ -357,7 +357,9 @@ def test_a_model_that_reads_no_better_than_single_words_gives_no_verdict_and_no_
         verdicts = {r["verdict"] for r in table if "resolvent" not in r["announced"]}
         assert ("holds" in verdicts) is holds
         assert holds or verdicts == {"no verdict"}
-        assert ("NewLLM reads no better" in tables.finding_in_words(rows, [], [])) is not holds
+        assert (
+            "so that nothing follows from them: NewLLM;" in tables.finding_in_words(rows, [], [], unigram)
+        ) is not holds
 
 
 def test_a_file_is_compared_with_the_count_model_of_as_many_bytes():

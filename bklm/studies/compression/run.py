@@ -187,13 +187,12 @@ def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
     made = kept_result(
         study.folder / "speed.json", lambda: speed.speeds(study, found["trials"]), {"models": dict}
     )
-    timed = made["models"]
     counted = kept_result(study.folder / "counted.json", lambda: speed.counted(study), {"rows": list})["rows"]
-    speeds, shares = timed.speed_rows(timed, rows), timed.shares_of(timed)
+    speeds, shares = timed.speed_rows(made["models"], rows), timed.shares_of(made["models"])
     for family in families(config):
         _is_kept(study, f"{family}: {models.INT8}")
     chosen = tables.recommended(rows, lambda arm: _is_kept(study, arm))
-    finding = tables.finding_in_words(rows, chosen, counted)
+    finding = tables.finding_in_words(rows, chosen, counted, unigram)
     claims = claims_table(rows, judged_rows, shares, speeds, counted)
     note = small_print(study.text, len(config.seeds), "what is far above both lines is not drawn")
     title = tables.headline(chosen) + not_beaten_in_short(

@@ -91,8 +91,16 @@ def reads(row: Mapping[str, Any], unigram: float) -> bool:
     """Whether a model learned more than how often words are: it is clearly below the unigram model, and uses its context."""
     if row["val_ppl"] is None:
         return False
-    upper, gain = row["val_ppl"] if row["val_ppl_high"] is None else row["val_ppl_high"], row["context_gain"]
+    gain = row.get("context_gain")
+    upper = row["val_ppl"] if row["val_ppl_high"] is None else row["val_ppl_high"]
     return upper < WORDS * unigram and (gain is None or gain >= BIGRAM_GAIN)
+
+
+def vacuous_in_words(rows: Sequence[Mapping[str, Any]], unigram: float) -> str:
+    """Which trained models read no better than single words; "" where all do."""
+    found = [r["arm"] for r in rows if ":" not in r["arm"] and r["seeds"] and not reads(r, unigram)]
+    words = f"No better than counting single words (unigram: {unigram:.1f}), so that nothing follows from them"
+    return f"{words}: {'; '.join(found)}." if found else ""
 
 
 def file_rows(trials: Sequence[Trial], unigram: float = math.inf) -> list[dict[str, Any]]:
@@ -147,8 +155,8 @@ def upper(row: Mapping[str, Any]) -> float | None:
 
 
 def is_judged(row: Mapping[str, Any]) -> bool:
-    """With three seeds, and a float model that reads."""
-    return row["ppl_ratio_high"] is not None and row["float_reads"]
+    """With three seeds, and a float model that reads; rows of an earlier version do not say."""
+    return row["ppl_ratio_high"] is not None and row.get("float_reads", True)
 
 
 def recommended(rows: Sequence[Mapping[str, Any]], is_kept: Callable[[str], bool]) -> list[dict[str, Any]]:
@@ -202,18 +210,14 @@ def recommended_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def finding_in_words(
-    rows: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]]
-) -> str:
+    rows: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]],
+    unigram: float,
+) -> str:  # fmt: skip
     """What counting does in as few bytes, which models read, what to take of them, and what could not be made."""
-    told = [beside_counting(rows, r)[0] + "." for r in counted[:1]]
-    vacuous = [r["arm"] for r in rows if r["arm"] == r["family"] and r["seeds"] and not r["float_reads"]]
-    told += [
-        f"{arm} reads no better than counting single words, so nothing follows from its files."
-        for arm in vacuous
-    ]
+    told = [beside_counting(rows, r)[0] + "." for r in counted[:1]] + [vacuous_in_words(rows, unigram)]
     missing = [r["arm"] for r in rows if ":" in r["arm"] and r["diverged"]]
     told += [recommended_in_words(chosen)] + [f"Not made of every seed: {', '.join(missing)}."] * bool(missing)
-    return " ".join(told)
+    return " ".join(filter(None, told))
 
 
 def beside_counting(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any]) -> tuple[str, bool | None]:
