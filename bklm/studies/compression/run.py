@@ -28,7 +28,8 @@ from bklm.studies.compression.models import families
 from bklm.studies.compression.tables import ARMS
 from bklm.training.schedules import TrainingSettings
 
-METHODS = 1 / 3  # of a training pass over the validation tokens, a method: it is scored
+TEACHER = 1 / 3  # of a training step: a forward pass
+SCORING = 1.0  # of a training pass over the validation tokens: forward, softmax and accuracy, and a part for the gain from context
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ def estimated_minutes(config: CompressionConfig) -> float:
         epochs, scored = config.epochs * first * (1 + sum(sizes)), seeds * done[family]
         if family != models.EXPERTS:
             students = len(config.temperatures) + (config.n_layers > 1 and family != "NewLLM")
-            epochs += config.epochs * first * students * (config.widths[0] + METHODS)
+            epochs += config.epochs * first * students * (config.widths[0] + TEACHER)
             epochs += config.retrain_epochs * again * 4
             scored += seeds * sum(w * done[f"{family}, width {w:g}"] for w in config.widths)
         name = (f"compression {family}", config)
-        runs += [Run(name, made, epochs, used, val_tokens), Run(name, made, scored, 0, val_tokens)]
+        runs += [Run(name, made, epochs, used, val_tokens), Run(name, made, scored, SCORING * val_tokens, 0)]
     return minutes(config, runs)
 
 
@@ -110,8 +111,8 @@ def _extra(rates: Sequence[float]) -> int:
 def _train_all(study: Session) -> dict[str, Any]:
     config, text = study.config, study.text
     steps = len(text.train_loader(seed=0))
-    # What is done to a model is scored, which counts as its share of steps.
-    scoring = max(1, round(METHODS * len(text.val_loader())))
+    # What is done to a model is scored, which counts as so many steps.
+    scoring = max(1, round(SCORING * len(text.val_loader())))
     done = {name: list(methods_of(config, name, study.folder)) for name in sources(config)}
     parts = (
         ("trials", models.first_arms(config), config.epochs, config.learning_rates),
