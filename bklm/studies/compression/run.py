@@ -29,7 +29,7 @@ from bklm.studies.compression.tables import ARMS
 from bklm.training.schedules import TrainingSettings
 
 TEACHER = 1 / 3  # of a training step: a forward pass
-SCORING = 1.0  # of a training pass over the validation tokens: forward, softmax and accuracy, and a part for the gain from context
+SCORING = 1.0  # of a training pass over the validation tokens: forward, softmax, accuracy, and some for the gain from context
 
 
 @dataclass(frozen=True)
