@@ -4,11 +4,12 @@ docs/benchmarks.md.
     python benchmarks/reading_search.py --data_dir FOLDER                         # every variant at 1e-3, one epoch each
     python benchmarks/reading_search.py --data_dir FOLDER --rate 3e-3 --epochs 4 --only taken "4 heads"
     python benchmarks/reading_search.py --data_dir FOLDER --model gpt --parameters 2740000 --epochs 8 --schedule 8
+    python benchmarks/reading_search.py --data_dir FOLDER --model lstm --rate 1e-2 --schedule 1
     python benchmarks/reading_search.py --quick                                   # embedded text, a tiny model, for CI
 
 Validation perplexity on words in lower case (1,000 of them), windows of 64, batch 16; AdamW without decay, clip 1, a cosine
 over ``--schedule`` epochs after 5% warm-up, of which ``--epochs`` are trained. The model that reads has 3 layers of width 128,
-8 heads and a dense layer; GPT, 5 layers, 4 heads and ``--parameters``.
+8 heads and a dense layer; GPT, 5 layers and 4 heads, and LSTM, 2 layers, have ``--parameters``.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ import torch
 from _timing import print_table
 from torch import Tensor, nn
 
-from bklm.harness.text import prepare_text
-from bklm.models import GPT, GPTConfig, LanguageModel, ResNetBK, ResNetBKConfig
-from bklm.models.sizing import gpt_of_size
+from bklm.models import GPT, LSTM, GPTConfig, LanguageModel, ResNetBK, ResNetBKConfig
+from bklm.models.sizing import gpt_of_size, lstm_of_size
 from bklm.studies.baseline.config import BaselineConfig
+from bklm.studies.baseline.run import prepare_text
 from bklm.training.denormals import flushed_denormals
 from bklm.training.loop import train
 from bklm.training.processes import make_accelerator
@@ -54,6 +55,15 @@ GPTS: dict[str, dict[str, Any]] = {
     "8 heads": {"n_heads": 8},
     "3 layers": {"n_layers": 3},
     "8 layers": {"n_layers": 8},
+}
+LSTMS: dict[str, dict[str, Any]] = {
+    "taken": {},
+    "embedding N(0, 0.02)": {"start": 0.02},
+    "embedding N(0, 0.1)": {"start": 0.1},
+    "embedding N(0, 1)": {"start": 1.0},
+    "head of its own": {"tied": False},
+    "1 layer": {"n_layers": 1},
+    "dropout 0.2": {"dropout_p": 0.2},
 }
 
 
@@ -95,9 +105,20 @@ def build_gpt(
     return model
 
 
+@torch.no_grad()
+def build_lstm(
+    vocabulary: int, given: argparse.Namespace, *, start: float | None = None, **options: Any
+) -> LSTM:
+    model = LSTM(lstm_of_size(given.parameters, vocabulary, **options).config)
+    if start is not None:
+        nn.init.normal_(model.embedding.weight, std=start)
+    return model
+
+
 MODELS: dict[str, tuple[dict[str, dict[str, Any]], Callable[..., LanguageModel]]] = {
     "resnet_bk": (READERS, build_reader),
     "gpt": (GPTS, build_gpt),
+    "lstm": (LSTMS, build_lstm),
 }
 
 
@@ -106,7 +127,7 @@ def main() -> None:
     parser.add_argument("--data_dir")
     parser.add_argument("--model", choices=MODELS, default="resnet_bk")
     parser.add_argument("--only", nargs="+", help="names of variants")
-    parser.add_argument("--parameters", type=int, default=2_740_000, help="of GPT")
+    parser.add_argument("--parameters", type=int, default=2_740_000, help="of GPT and LSTM")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--schedule", type=int, default=4)

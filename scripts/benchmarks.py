@@ -2,6 +2,7 @@
 
     python scripts/benchmarks.py                    # all of them, about half an hour on two quiet cores
     python scripts/benchmarks.py bk_core moe        # these; the others keep what they printed last
+    python scripts/benchmarks.py bk_core --jax PYTHON    # where jax is a peer: an interpreter that has it
     python scripts/benchmarks.py --page             # only the page
 
 What each prints is kept as it is in docs/results/benchmarks/NAME.txt, under the command and the date.
@@ -9,6 +10,7 @@ What each prints is kept as it is in docs/results/benchmarks/NAME.txt, under the
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import subprocess
@@ -23,6 +25,11 @@ BENCHMARKS = {
     "bk_core": "The BK-core: forward and exact backward against the published recursion, a plain copy, and what one "
     "would pick instead. Targets: 150 and 60 times the loop at (32, 128) and (32, 512); 6 and 4 copies for (8, 65536) and "
     "(1, 1000000), 20 B per element, 6 times faster than jax's solve there; 10 s of compilation, 0.3 s of import.",
+    "resolvent_solve": "The solve against jax's and scipy's, and as models use it against a copy. Targets: 5 times "
+    "faster than scipy forward; with gradients 6, 4 and 4 times faster than jax (``--jax``; it needs a Python of its own).",
+    "reading_step": "A training step of the model that reads beside GPT, LSTM and the diagonal model of its size, and a token "
+    "of generation by position. Targets: 1.5, 2, 3 and 5 times GPT's tokens/s at windows of 64, 1,024, 4,096 and 16,384; 1.25 "
+    "times the time of its own products; half of GPT's memory at 1,024; an exponent of 1.0 over N.",
     "train_step": "One optimiser step of ResNet-BK against whole logits and the recursion. Targets: 2 times the tokens/s "
     "(aim 3), a third of the peak memory.",
     "moe": "The analytic mixture of experts against autograd. Targets: *selected* 2 times in time and memory at E = 8, "
@@ -37,6 +44,7 @@ BENCHMARKS = {
     "crashed, and by the costs when the database is the limit. Targets: no point lost or stored twice, no cost that grows.",
     "freeze_phase2": "An epoch of phase 2 with cached contexts against the token-by-token procedure. Target: 30 times.",
 }
+AGAINST_JAX = ("bk_core", "resolvent_solve")
 HEAD = """# Benchmarks
 
 What each script printed, on two cores of a shared virtual machine without a GPU. Compare within a table, not between
@@ -47,9 +55,15 @@ Write this page again with `python scripts/benchmarks.py`.
 """
 
 
-def run(name: str) -> None:
+def run(name: str, jax: str | None) -> None:
     command = [sys.executable, f"benchmarks/{name}.py"]
-    shown = f"$ python benchmarks/{name}.py    # {datetime.date.today()}, revision {git_revision()[:12]}\n"
+    asked = ""
+    if jax and name in AGAINST_JAX:
+        # The page names no path of this machine.
+        command, asked = [*command, "--jax", jax], " --jax PYTHON"
+    shown = (
+        f"$ python benchmarks/{name}.py{asked}    # {datetime.date.today()}, revision {git_revision()[:12]}\n"
+    )
     done = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
@@ -62,12 +76,16 @@ def run(name: str) -> None:
 
 
 def main() -> None:
-    names = [] if "--page" in sys.argv else sys.argv[1:] or list(BENCHMARKS)
-    if unknown := [n for n in names if n not in BENCHMARKS]:
-        raise SystemExit(f"benchmarks: got {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}.")
-    for name in names:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; none: all")
+    parser.add_argument("--jax", metavar="PYTHON", help="a Python interpreter that has jax")
+    parser.add_argument("--page", action="store_true", help="run nothing, only write the page")
+    given = parser.parse_args()
+    if unknown := [n for n in given.names if n not in BENCHMARKS]:
+        parser.error(f"got {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}.")
+    for name in [] if given.page else given.names or BENCHMARKS:
         print(f"benchmarks/{name}.py ...", file=sys.stderr, flush=True)
-        run(name)
+        run(name, given.jax)
     page = [HEAD]
     for name, what in BENCHMARKS.items():
         output = OUTPUTS / f"{name}.txt"
