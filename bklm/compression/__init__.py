@@ -2,6 +2,7 @@
 
 from bklm.compression.activations import with_int8_products
 from bklm.compression.distilling import Distilled, distil
+from bklm.compression.gating import GatedBlocks
 from bklm.compression.int8 import (
     QuantisationRow,
     load_quantised,
@@ -20,6 +21,7 @@ from bklm.compression.weights import low_rank, quantise
 
 __all__ = [
     "Distilled",
+    "GatedBlocks",
     "PrunedModel",
     "QuantisationRow",
     "RoundedModel",

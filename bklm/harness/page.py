@@ -88,7 +88,7 @@ COLUMNS = (
     (r"spread_kept", "spread of the energy over its first one"),
     (r"drift|spread", "of an energy: mean change; standard deviation over states"),
     (r"work", "mean change of an energy with the causal drive, over its spread"),
-    (r"gradient_share|(outer_parameter|head_time|core_time)_share", "part of the whole, 0 to 1"),
+    (r"gradient_share|(outer_parameter|head_time|core_time|kept)_share", "part of the whole, 0 to 1"),
     (r"embedding_norm", "root mean square of the embedding's numbers"),
     (r"inverse_error", "largest error of states rebuilt from the last block's"),
     (r"reached", "seeds that reach the plain model's last loss"),

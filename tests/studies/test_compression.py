@@ -71,6 +71,10 @@ def test_every_method_starts_from_the_trained_model_and_every_file_has_its_size(
         < rows["ResNetBK with experts"]["parameters"]
     )
     assert any("block skipped" in arm for arm in rows)
+    # Skipping saves time and no bytes: the file is that of the blocks.
+    for gated in (f"ResNetBK, {models.GATED}", f"ResNetBK, {models.CHANCE}"):
+        assert rows[gated]["file_bytes"] == rows["ResNetBK"]["file_bytes"]
+        assert 0.0 <= rows[gated]["kept_share"] <= 1.0
     # Of NewLLM alone there is a head to tie.
     assert [arm for arm in rows if "tied head" in arm] == ["NewLLM: tied head, int8"]
     # A model that removed parts are compared with has as many from the start.
@@ -375,6 +379,16 @@ def test_a_file_is_compared_with_the_count_model_of_as_many_bytes():
         table = claims.claims_table(rows, [], [], (), counted)
         assert table[0]["verdict"] == verdict
         assert "Kneser-Ney 2-gram has PPL 105.0 in 0.001 MB" in table[0]["measured"]
+
+
+def test_a_gate_beats_chance_only_where_both_keep_as_many_positions():
+    gate, chance = f"NewLLM, {models.GATED}", f"NewLLM, {models.CHANCE}"
+    found = trials(("NewLLM", 100.0, 4000, 0.0), (gate, 102.0, 4000, 0.0002), (chance, 110.0, 4000, 0.0))
+    for share, verdict in ((0.52, "holds"), (0.8, "no verdict")):
+        told = [t | {"kept_share": share if t["arm"] == gate else 0.5} for t in found]
+        row = claim_of(told, "token by token", {gate: Arm(None, (chance,))})
+        assert row["verdict"] == verdict
+        assert f"kept: {share:.0%}, 50% of the positions" in row["measured"]
 
 
 def lost_seed_of(found, arm):

@@ -9,13 +9,14 @@ from typing import Any
 from bklm.compression import published_core
 from bklm.harness.arms import Arm, claim, nats_in_words, verdicts
 from bklm.harness.comparison import Trial
-from bklm.studies.compression.models import GRADUAL, INT8, RANDOM, SCRATCH, family_of
+from bklm.studies.compression.models import CHANCE, GATED, GRADUAL, INT8, RANDOM, SCRATCH, family_of
 from bklm.studies.compression.speed import PER_TOKEN
 from bklm.studies.compression.tables import ARMS, beside_counting, is_judged, ratio_in_words, reads, upper
 
 HUNDRED, BELOW = 100.0, 1.15
 STUDENT, BETTER = 2.10, -0.0355
 CORE_SPEED = 1.8
+SAME_RATE = 0.05  # of the positions, within which two models skip equally many
 # What is said of a whole model's file: how it is made, how many times smaller it must be, and at which ratio of perplexities.
 SINGLE_FILES = (
     ("int8 makes {} 4 times smaller for 1% to 3% of perplexity", INT8, 3.5, 1.03),
@@ -28,6 +29,7 @@ PAIRS = (
     ("pruning {} while training keeps more than as many zeros at random", GRADUAL, RANDOM),
     ("Wanda prunes {} better than magnitude by row", "zeros, wanda", "zeros, magnitude by row"),
     ("zeros in all of {} beat a dense model of as many bytes", "zeros everywhere", ", width"),
+    ("a gate that skips a block of {} token by token beats skipping by chance", GATED, CHANCE),
     ("{} without parts beats one that was trained without them", ("skipped", "left"), SCRATCH),
 )
 # Methods by a part of their name, and what stands in its place in that of their controls.
@@ -90,7 +92,7 @@ def claims_table(
                 r for r in verdict_rows
                 if family_of(r["arm"]) == family and any(p in r["arm"] for p in some) and rival in r["against"]
             ]  # fmt: skip
-            found += [_all_win(words.format(family), own)] if own else []
+            found += [_at_equal_rates(_all_win(words.format(family), own), own, rows)] if own else []
     found += [_speed(row) for row in speeds if row["arm"] == PER_TOKEN]
     return found + [_core(row) for row in shares if row["core_time_share"] is not None] + [_published_core()]
 
@@ -105,6 +107,19 @@ def _all_win(announced: str, own: Sequence[Mapping[str, Any]]) -> dict[str, str]
         return claim(announced, "; ".join(told), wins == len(own))
     lost = [f"{r['arm']}: {r['verdict'].removesuffix(': no verdict')}" for r in own if r["low"] is None]
     return claim(announced, "; ".join([*told, *lost[:1]]), None)
+
+
+def _at_equal_rates(
+    row: dict[str, str], pairs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """The claim itself, of blocks that skip positions with the shares that they keep; no verdict where these are apart."""
+    kept = {r["arm"]: r["kept_share"] for r in rows if r.get("kept_share") is not None}
+    shares = [kept[name] for pair in pairs for name in (pair["arm"], pair["against"]) if name in kept]
+    if not shares:
+        return row
+    told = f"{row['measured']}; kept: {', '.join(f'{share:.0%}' for share in shares)} of the positions"
+    verdict = row["verdict"] if max(shares) - min(shares) <= SAME_RATE else "no verdict"
+    return row | {"measured": told, "verdict": verdict}
 
 
 def _single_files(rows: Sequence[Mapping[str, Any]], family: str) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bklm.compression import Distilled, PrunedModel, RoundedModel, baked, narrower, quantise
+from bklm.compression.gating import GatedBlocks
 from bklm.compression.saving import save_compressed, sizes_of
 from bklm.files.atomic import read_result
 from bklm.harness.arms import WEIGHTS, Arm
@@ -26,6 +27,7 @@ EXPERTS = "ResNetBK with experts"
 BY_NAME = {"resnet_bk": ("ResNetBK",), "newllm": ("NewLLM",), "all": ("ResNetBK", "NewLLM", EXPERTS)}
 GROUP = 32  # inputs that share a scale, in training
 MORE, GRADUAL, RANDOM = "more steps", "zeros, gradual", "zeros at random, retrained"
+GATED, CHANCE = "positions kept by a gate", "positions kept by chance"
 SCRATCH = "from scratch"
 ROUNDED = f"bits in training, groups of {GROUP}"
 GAIN_TOKENS = 8192
@@ -150,6 +152,11 @@ def retrained_arms(config: CompressionConfig, folder: Path, steps: int) -> dict[
             ),
         }
         against = {f"{sparsity:.0%} {GRADUAL}": f"{sparsity:.0%} {RANDOM}"}
+        if family != "NewLLM":
+            # Half of a block's positions: of NewLLM each layer needs the one before.
+            changes[GATED] = GatedBlocks
+            changes[CHANCE] = lambda model: GatedBlocks(model, seed=torch.initial_seed())
+            against[GATED] = CHANCE
         for name, change in changes.items():
             rivals = (against[name], MORE) if name in against else (MORE,) if name != MORE else ()
             controls = tuple(f"{family}, {rival}" for rival in rivals)
@@ -227,6 +234,17 @@ def measured(study: Any) -> Callable[[LanguageModel], dict[str, Any]]:
     def found(model: LanguageModel) -> dict[str, Any]:
         device = next(model.parameters()).device
         plain = baked(model.model if isinstance(model, Distilled) else model)
+        if isinstance(model, GatedBlocks):
+            # Its gates are not in a file: what they skip is time, and the bytes are those of the blocks.
+            kept = model.kept_share(text.first_batch(text.batch_size)[0].to(device))
+            weighed = sizes(model.ungated())
+            return {
+                "vocabulary": text.vocab_size,
+                **weighed,
+                **gain_of(model, text),
+                "int8": {},
+                "kept_share": kept,
+            }
         arm, seed = model.__dict__.get("arm", (None, None))
         own = {"vocabulary": text.vocab_size, **sizes(plain), **gain_of(plain.to(device), text), "int8": {}}
         if not isinstance(model, RoundedModel):

@@ -96,7 +96,7 @@ def estimated_minutes(config: CompressionConfig) -> float:
         if family != models.EXPERTS:
             students = len(config.temperatures) + (config.n_layers > 1 and family != "NewLLM")
             epochs += config.epochs * first * students * (config.widths[0] + TEACHER)
-            epochs += config.retrain_epochs * again * 4
+            epochs += config.retrain_epochs * again * (4 + 2 * (family != "NewLLM"))
             scored += seeds * sum(w * done[f"{family}, width {w:g}"] for w in config.widths)
         name = (f"compression {family}", config)
         runs += [Run(name, made, epochs, used, val_tokens), Run(name, made, scored, SCORING * val_tokens, 0)]

@@ -20,6 +20,7 @@ KINDS = (
     ("training", RETRAINED),
     ("gradual", RETRAINED),
     ("retrained", RETRAINED),
+    ("positions", RETRAINED),
     (MORE, RETRAINED),
     ("zeros", "zeros"),
     ("products", "int8 products"),
@@ -48,7 +49,11 @@ ARMS = Comparison(
     other="other file",
     columns=(
         Column("val_ppl_without_unk", geometric_mean("val_ppl_without_unk"), "without <unk>", ".1f"),
-        Column("context_gain", lambda group: _gain(group), "context gain", lambda r: gain_in_words(r["context_gain"])),
+        Column(
+            "context_gain", lambda group: _known("context_gain", group), "context gain",
+            lambda r: gain_in_words(r["context_gain"]),
+        ),
+        Column("kept_share", lambda group: _known("kept_share", group)),
         Column("parameters", "parameters"),
         Column("file_bytes", "file_bytes", "file", lambda row: _size(row, "file_bytes")),
         Column("packed_file_bytes", "packed_file_bytes", "packed by zlib", lambda r: _size(r, "packed_file_bytes")),
@@ -56,8 +61,8 @@ ARMS = Comparison(
 )  # fmt: skip
 
 
-def _gain(group: Sequence[Trial]) -> float | None:
-    known = [gain for t in group if (gain := t.get("context_gain")) is not None]
+def _known(key: str, group: Sequence[Trial]) -> float | None:
+    known = [value for t in group if (value := t.get(key)) is not None]
     return sum(known) / len(known) if known else None
 
 
