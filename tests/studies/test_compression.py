@@ -36,7 +36,14 @@ def partly_lost(tmp_path_factory, small_text):
             next(model.parameters()).data.fill_(torch.nan)
         return model
 
-    config = small("compression", tmp_path_factory.mktemp("lost"), small_text, models="newllm", seeds=(0, 1))
+    config = small(
+        "compression",
+        tmp_path_factory.mktemp("lost"),
+        small_text,
+        models="newllm",
+        seeds=(0, 1),
+        learning_rates=(3e-3, 1e-2),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "build", build)
         return run_of("compression")(config)

@@ -15,6 +15,7 @@ from bklm.files.atomic import kept_result
 from bklm.harness.arms import Arm, readable_verdicts, train_arms
 from bklm.harness.comparison import not_beaten_in_short
 from bklm.harness.estimate import Run, minutes, text_size
+from bklm.harness.folder import INTERNALS
 from bklm.harness.report import Report, StudyResult, small_print
 from bklm.harness.session import Session
 from bklm.harness.study import run_study
@@ -155,7 +156,7 @@ def _train_all(study: Session) -> dict[str, Any]:
 
             return study.trial(place, {"arm": source, "method": method, "seed": seed}, scoring, work, KEYS)
 
-        factors, name = {"seed": seeds, "method": names}, f"methods/{models.in_name(source)}"
+        factors, name = {"seed": seeds, "method": names}, f"{INTERNALS}/methods/{models.in_name(source)}"
         found["methods"] += study.grid(factors, trial, name=name, across_machines=False)
     return found
 

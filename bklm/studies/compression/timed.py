@@ -45,7 +45,7 @@ def _typical(seconds: Sequence[float]) -> float:
 def _file_of(family: str, arm: str) -> str:
     if arm == FLOAT:
         return family
-    return f"{family}, {arm}" if arm.startswith("width") else f"{family}: {arm}"
+    return f"{family}: {arm}" if "products" in arm else f"{family}, {arm}"
 
 
 def readable_speed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
