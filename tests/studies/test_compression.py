@@ -321,6 +321,15 @@ def test_a_hundred_times_is_judged_by_the_largest_ratio_within_fifteen_percent()
     float32 = ("NewLLM", 100.0, 400_000, 0.0)
     near, far = ("NewLLM: int3", 112.0, 40_000, 0.0), ("NewLLM: int2", 300.0, 3000, 0.0)
     assert verdict_of(trials(float32, near, far), "100 times smaller") == "does not hold"
+    assert verdict_of(trials(float32, near, far), "goal: 10 times smaller") == "holds"
+    shares = [{"family": "NewLLM", "core_time_share": None, "outer_parameter_share": 0.5}]
+    told = measured_of(trials(float32, near, far), "100 times smaller", shares=shares)
+    for words in (
+        "NewLLM: int3: 10.00 times smaller",
+        "the smallest tried, NewLLM: int2: 133.33 times",
+        "2.00 times",
+    ):
+        assert words in told
     assert verdict_of(trials(float32, ("NewLLM: int2", 112.0, 3000, 0.0)), "100 times smaller") == "holds"
 
 
