@@ -311,12 +311,14 @@ OF_RUNS: Places = {
         "shares": lambda run: run.summary["shares"],
         "verdicts": lambda run: readable_verdicts(run.rows("verdicts.csv")),
         "linearised": lambda run: koopman.readable_linearised(run.rows("linearised.csv")),
+        "speed": lambda run: koopman.readable_speed(run.rows("linearised.csv")),
         "recall": lambda run: koopman.readable_recall(run.rows("recall.csv")),
     },
     "physics": {
         "claim_lines": claim_lines,
         "claims_table": lambda run: run.summary["claims"],
         "verdicts": lambda run: readable_verdicts(run.summary["parts"]["verdicts"]),
+        "block_verdicts": lambda run: readable_verdicts(run.summary["parts"]["block_verdicts"]),
         **{name: physics_table(name) for name in ("energies", "steps", "stability", "memory")},
     },
     "compression": {

@@ -59,6 +59,7 @@ MODELS: dict[str, Callable[..., LanguageModel]] = {
     "ResNetBK that reads, dense, both directions": lambda p=0.0: reads(1, p, num_experts=1, causal=False),
     "LSTM": lambda p=0.0: LSTM(LSTMConfig(V, 8, 1, p)),
     "LinearContext": lambda p=0.0: LinearContext(LinearContextConfig(V, 8, 1, p)),
+    "LinearContext, LRU": lambda p=0.0: LinearContext(LinearContextConfig(V, 8, 1, p, recurrence="lru")),
     "ContextTokenLM": lambda p=0.0: ContextTokenLM(ContextTokenConfig(V, 8, 8, 2)),
     "Conservative": lambda p=0.0: conservative(p),
     "Conservative, checkpoint": lambda p=0.0: conservative(p, backward="checkpoint"),

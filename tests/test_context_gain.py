@@ -36,6 +36,7 @@ MODELS = {
     "newllm": lambda: NewLLM(NewLLMConfig(V, 16, 32, 16, 1, dropout_p=0.0)),
     "lstm": lambda: LSTM(LSTMConfig(V, 16, 1, dropout_p=0.0)),
     "linear_context": lambda: LinearContext(LinearContextConfig(V, 16, 1, dropout_p=0.0)),
+    "lru": lambda: LinearContext(LinearContextConfig(V, 16, 1, dropout_p=0.0, recurrence="lru")),
     "conservative": lambda: Conservative(ConservativeConfig(V, 16, 1, 64, n_heads=4, dropout_p=0.0)),
 }
 

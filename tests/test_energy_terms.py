@@ -12,6 +12,7 @@ from bklm.training.energy_terms import (
     DepthEnergy,
     PublishedEnergy,
     Trace,
+    WithEnergy,
     embedding_norm,
     gradient_share,
     measure_energy,
@@ -141,7 +142,8 @@ def test_drift_is_told_in_units_of_the_energys_own_spread():
     e = torch.tensor([0.0, 2.0, 4.0])
     drift, spread, ratio = measure_pairs([(e, e + 1), (10 * e, 10 * e + 10)])
     assert (drift, spread, ratio) == pytest.approx((5.5, 11.0, 0.5))
-    assert measure_pairs([(e * 0, e * 0 + 1)])[2] == 0.0
+    # One number for all states: nothing to measure a drift by, and no division by zero.
+    assert measure_pairs([(e * 0, e * 0 + 1), (e, e)]) == (0.5, 1.0, None)
     wrapped = WithTerm(plain(), PublishedEnergy(D, 2), 1.0).train()
     found = measure_energy(wrapped, ids_of())
     assert wrapped.training
@@ -165,6 +167,44 @@ def test_the_share_of_the_gradient_leaves_the_term_as_it_was_and_grows_with_its_
     assert embedding_norm(model) == pytest.approx(
         float(model.embedding.weight.detach().square().mean().sqrt()), rel=1e-5
     )
+
+
+def test_the_share_of_the_gradient_is_logged_over_the_training_and_changes_nothing_of_it():
+    x = [ids_of(seed=n) for n in range(6)]
+
+    def trained(every):
+        torch.manual_seed(2)
+        made = WithEnergy(plain(), PublishedEnergy(D, 2, start=1), 1.0, every=every, apart=False).train()
+        optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
+        losses = []
+        for batch in x:
+            optimizer.zero_grad()
+            loss = made.loss(batch, batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        return made, losses
+
+    (often, losses), (once, others) = trained(2), trained(99)
+    assert losses == others
+    assert [row["step"] for row in often.shares.to_list()] == [1, 3, 5]
+    assert [row["step"] for row in once.shares.to_list()] == [1]
+    assert often.shares.to_list()[0] == once.shares.to_list()[0]
+    assert all(0 < row["gradient_share"] < 1 for row in often.shares.to_list())
+    fresh = WithEnergy(plain(), PublishedEnergy(D, 2), 1.0, every=1)
+    fresh.load_state_dict(often.state_dict())
+    assert fresh.shares.to_list() == often.shares.to_list()
+
+
+def test_a_term_that_the_model_does_not_hear_of_takes_no_share_of_its_clip_and_one_with_a_limit_no_more_than_that():
+    x = ids_of()
+    detached = WithEnergy(plain(), DepthEnergy(D, LAYERS), 1.0, every=1, detached=True)
+    assert gradient_share(detached, x, x) == 0.0
+    torch.manual_seed(4)
+    free = WithEnergy(plain(), DepthEnergy(D, LAYERS), 100.0, every=1)
+    torch.manual_seed(4)
+    limited = WithEnergy(plain(), DepthEnergy(D, LAYERS), 100.0, every=1, limit=1e-3)
+    assert gradient_share(limited, x, x) < 0.1 < gradient_share(free, x, x)
 
 
 def test_a_trace_keeps_evenly_spread_rows_and_travels_in_a_state_dict():

@@ -48,6 +48,7 @@ MAKERS = {
         ResNetBKConfig(VOCABULARY, d_model=32, n_layers=2, mixer="solve", n_heads=4, num_experts=1)
     ),
     "LinearContext": lambda: LinearContext(LinearContextConfig(VOCABULARY, d_model=32, n_layers=2)),
+    "LRU": lambda: LinearContext(LinearContextConfig(VOCABULARY, d_model=32, n_layers=2, recurrence="lru")),
     "LSTM": lambda: LSTM(LSTMConfig(VOCABULARY, d_model=32, n_layers=2)),
     "LSTM untied": lambda: LSTM(LSTMConfig(VOCABULARY, d_model=24, n_layers=1, tied=False)),
     "ContextTokenLM": lambda: ContextTokenLM(ContextTokenConfig(VOCABULARY, 24, 24, 2)),

@@ -48,11 +48,15 @@ class Arm:
             (``torch.initial_seed()``), so arms that draw the model first begin with equal weights.
         against: names of the arms that this one must beat to be of use.
         kept: whether the trained model, without its term, stays in the trial's folder (and in the zip) as WEIGHTS.
+        seeds: how many of the study's seeds, the first ones; None: all.
+        same_as: the arm whose losses it has to the last bit by its construction: that is checked, and no difference judged.
     """
 
     build: Callable[[int], LanguageModel]
     against: tuple[str, ...] = ()
     kept: bool = True
+    seeds: int | None = None
+    same_as: str = ""
 
 
 def train_arms(
@@ -74,7 +78,8 @@ def train_arms(
     Args:
         text: has ``vocab_size``, ``unk_id``, ``train_loader(seed)`` and ``val_loader()``; the study's own by default.
         rates: learning rates tried by every arm with the first seed, whose best trial is not trained again; the settings'
-            own where there are none. An arm that diverges with each is trained with the smallest.
+            own where there are none. An arm that diverges with each is trained with the smallest; one that is the same as
+            another takes that one's.
         name: folder of the trials; arms of another part of the study need another.
         measure: what else to record of a trained model; ``needed`` names its keys and types, without which a trial is
             trained again.
@@ -111,19 +116,22 @@ def train_arms(
 
     best = dict.fromkeys(arms, settings.learning_rate)
     if rates:
+        searching = [name for name, arm in arms.items() if not arm.same_as]
         best, tried = study.best_rate(
-            "arm", list(arms), rates, lambda place, **point: trial(place, seed=first, is_search=True, **point), name=search,
+            "arm", searching, rates, lambda place, **point: trial(place, seed=first, is_search=True, **point), name=search,
             may_diverge=True,
         )  # fmt: skip
         for one in (t for t in tried if t["learning_rate"] != best[t["arm"]]):
             shutil.rmtree(searched(one["arm"], one["learning_rate"]), ignore_errors=True)
-    return study.grid(
-        {"arm": list(arms), "seed": study.config.seeds},
-        lambda place, arm, seed: trial(place, arm, best[arm], seed),
-        name=name,
-        draw=draw,
-        across_machines=False,
-    )  # fmt: skip
+        best |= {name: best[arm.same_as] for name, arm in arms.items() if arm.same_as}
+    return [
+        found
+        for count in dict.fromkeys(arm.seeds for arm in arms.values())
+        for found in study.grid(
+            {"arm": [n for n, arm in arms.items() if arm.seeds == count], "seed": study.config.seeds[:count]},
+            lambda place, arm, seed: trial(place, arm, best[arm], seed), name=name, draw=draw, across_machines=False,
+        )
+    ]  # fmt: skip
 
 
 def _train(
@@ -153,16 +161,39 @@ def require_one_process(study: Session, why: str) -> None:
         raise ValueError(f"processes: got {count}; {why}: take one, and workers for several trials at once.")
 
 
-def verdicts(comparison: Comparison, trials: Sequence[Trial], arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
-    """One row per arm and control: the paired difference of validation loss in nats, its 95% interval, and a verdict."""
+def verdicts(
+    comparison: Comparison, trials: Sequence[Trial], arms: Mapping[str, Arm], any_of: int = 1
+) -> list[dict[str, Any]]:
+    """One row per arm and control: the paired difference of validation loss in nats, its 95% interval, and a verdict.
+    ``any_of``: the number of arms of which any one that helps makes a claim hold; the intervals are as much wider."""
     rows = []
     for name, against in ((name, other) for name, arm in arms.items() for other in arm.against):
-        ratio = comparison.ratio(trials, name, against)
+        ratio = comparison.ratio(trials, name, against, any_of)
         ends = (None,) * 3 if ratio is None else (ratio.mean, *ratio.interval)
         values = [None if end is None else math.log(end) for end in ends]
         row = dict(zip(("loss_difference", "low", "high"), values, strict=True))
-        rows.append({"arm": name, "against": against, **row, "verdict": _verdict(ratio)})
+        rows.append({"arm": name, "against": against, **row, "any_of": any_of, "verdict": _verdict(ratio)})
+    for name, arm in arms.items():
+        if arm.same_as and (own := [t for t in trials if t["arm"] == name and t["val_ppl"] is not None]):
+            row = {"arm": name, "against": arm.same_as, "loss_difference": None, "low": None, "high": None}
+            found = _identity(own, [t for t in trials if t["arm"] == arm.same_as])
+            rows.append(row | {"any_of": any_of, "verdict": found})
     return rows
+
+
+def _identity(own: Sequence[Trial], others: Sequence[Trial]) -> str:
+    """Whether the validation losses of the seeds that both have are equal to the last bit, all along."""
+    curves = [
+        {t["seed"]: [e["val_loss"] for e in t["epochs"]] for t in group if t["val_ppl"] is not None}
+        for group in (own, others)
+    ]
+    both = curves[0].keys() & curves[1].keys()
+    if not both:
+        return "a seed diverged: no verdict"
+    worst = max(abs(a - b) for seed in both for a, b in zip(curves[0][seed], curves[1][seed], strict=True))
+    if worst == 0:
+        return "identical by construction, every loss to the last bit"
+    return f"NOT identical, though it ought to be: by up to {worst:.1g} nats"
 
 
 def _verdict(ratio: Perplexity | None) -> str:
@@ -181,12 +212,12 @@ def nats_in_words(row: Mapping[str, Any], digits: int = 4) -> str:
 
 def readable_verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Verdicts for people."""
+    many = max((int(r.get("any_of") or 1) for r in rows), default=1)
+    title = f"loss difference, nats (95%{f' for {many} arms at once' * (many > 1)})"
     return [
-        {
-            "arm": r["arm"], "against": r["against"], "loss difference, nats (95%)": nats_in_words(r), "verdict": r["verdict"],
-        }
+        {"arm": r["arm"], "against": r["against"], title: nats_in_words(r), "verdict": r["verdict"]}
         for r in rows
-    ]  # fmt: skip
+    ]
 
 
 def helps(rows: Sequence[Mapping[str, Any]], arm: str) -> bool | None:

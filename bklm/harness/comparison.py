@@ -159,7 +159,7 @@ class Comparison:
             if value != best and (ratio := self.ratio(trials, value, best))
         }
 
-    def ratio(self, trials: Sequence[Trial], value: Any, to: Any) -> Perplexity | None:
+    def ratio(self, trials: Sequence[Trial], value: Any, to: Any, any_of: int = 1) -> Perplexity | None:
         """One value's perplexity over another's on the seeds of that other; None where it lost one of them."""
         scores = {
             name: {t["seed"]: t[self.score] for t in group}
@@ -169,7 +169,7 @@ class Comparison:
         if scores.keys() != {value, to} or not scores[to].keys() <= scores[value].keys():
             return None
         return Perplexity.ratio_over_seeds(
-            [scores[value][seed] for seed in scores[to]], list(scores[to].values())
+            [scores[value][seed] for seed in scores[to]], list(scores[to].values()), any_of
         )
 
     def rows(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:

@@ -21,8 +21,9 @@ class Progress:
         self.started, self.trained = time.monotonic(), 0
 
     def expect(self, steps: int, unit: str = "step") -> None:
-        """There will be so many steps in all."""
+        """There will be so many steps in all; those to come may take another time than those before."""
         self.total = self.bar.total = steps
+        self.started, self.trained = time.monotonic(), 0
         self.bar.unit = unit
         self.bar.refresh()
 

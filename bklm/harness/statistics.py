@@ -13,12 +13,13 @@ from bklm.training.evaluation import LARGEST_PERPLEXITY
 FEWEST_SEEDS = 3  # for an interval: the t-interval of two is thirteen times their distance
 
 
-def interval95(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half-width of its 95% t-interval; below ``FEWEST_SEEDS`` values the half-width is None (unknown, not zero)."""
+def interval95(values: Sequence[float], any_of: int = 1) -> tuple[float, float | None]:
+    """Mean and half-width of its 95% t-interval; below ``FEWEST_SEEDS`` values the half-width is None (unknown, not zero).
+    ``any_of`` such intervals hold at once with 95% (Bonferroni): for a claim that any one of them would make hold."""
     sample = np.asarray(values, dtype=float)
     if len(sample) < FEWEST_SEEDS:
         return float(sample.mean()), None
-    half = stdtrit(len(sample) - 1, 0.975) * sample.std(ddof=1) / np.sqrt(len(sample))
+    half = stdtrit(len(sample) - 1, 1 - 0.025 / any_of) * sample.std(ddof=1) / np.sqrt(len(sample))
     return float(sample.mean()), float(half)
 
 
@@ -47,8 +48,8 @@ class Perplexity:
         return (self.low, self.high) if self.is_judged else (None, None)
 
     @classmethod
-    def over_seeds(cls, perplexities: Sequence[float]) -> Perplexity:
-        loss, half = interval95(np.log(perplexities))
+    def over_seeds(cls, perplexities: Sequence[float], any_of: int = 1) -> Perplexity:
+        loss, half = interval95(np.log(perplexities), any_of)
         if len(perplexities) == 2:
             return cls(float(np.exp(loss)), float(min(perplexities)), float(max(perplexities)), is_range=True)
         if half is None:
@@ -58,10 +59,10 @@ class Perplexity:
         return cls(float(np.exp(loss)), float(low), float(high))
 
     @classmethod
-    def ratio_over_seeds(cls, others: Sequence[float], bests: Sequence[float]) -> Perplexity:
+    def ratio_over_seeds(cls, others: Sequence[float], bests: Sequence[float], any_of: int = 1) -> Perplexity:
         """One model's perplexities over another's of the same seeds. Without an interval where one of them is off the scale:
         of two that are, nobody recorded which is the larger, and their ratio of 1 would look like a result."""
-        ratio = cls.over_seeds([other / best for other, best in zip(others, bests, strict=True)])
+        ratio = cls.over_seeds([other / best for other, best in zip(others, bests, strict=True)], any_of)
         return cls(ratio.mean, None, None) if any(map(is_off_the_scale, (*others, *bests))) else ratio
 
     def __str__(self) -> str:

@@ -93,6 +93,16 @@ class StudyText:
         """Validation windows over the first ``tokens`` tokens (0: all), for what need not be scored on the whole split."""
         return self._loader(self.tokens.valid[: tokens or None])
 
+    def context_loader(self, length: int, tokens: int) -> DataLoader | None:
+        """Validation windows of ``length`` tokens over the first ``tokens`` tokens (0: all): the same targets at every
+        length, with up to that much context. None where the text is shorter than a window or has no such windows."""
+        ids = self.tokens.valid[: tokens or None]
+        if len(ids) <= length:
+            return None
+        data = windows(ids, length, pad_id=self.tokens.pad_id)
+        rows = max(1, self.batch_size * self.seq_len // length)
+        return make_loader(data, min(rows, len(data)))
+
     def test_loader(self) -> DataLoader:
         return self._loader(self.tokens.test)
 

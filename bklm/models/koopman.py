@@ -22,6 +22,8 @@ from bklm.data.checks import index_or_none
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_real
 
+CONSTANT = 1e-3  # a function whose spread is a smaller share of its size is the constant one
+
 
 def dmd(states: Tensor, following: Tensor, rank: int | None = None) -> Tensor:
     """A (D, D') float64 with ``following ~ states @ A``: the pseudo-inverse of ``states`` (M, D), times ``following`` (M, D').
@@ -69,24 +71,33 @@ def edmd(features: Tensor, target: Tensor, ridge: float = 0.0) -> Tensor:
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues (K,) complex128, the largest first, and the residual of each (K,) float64."""
+    """Eigenvalues (K,) complex128, the largest first, and the residual of each (K,) float64; K - 1 without the constant."""
 
     eigenvalues: Tensor
     residuals: Tensor
 
 
-def spectrum(features: Tensor, following: Tensor, ridge: float = 1e-9) -> Spectrum:
+def spectrum(
+    features: Tensor, following: Tensor, ridge: float = 1e-9, held_out: tuple[Tensor, Tensor] | None = None
+) -> Spectrum:
     """Eigenvalues of the EDMD operator of a dictionary's values (M, K) before and after a step, with their residuals.
 
     The residual of (lambda, v) is |features' v - lambda features v| / |features v| over the snapshots, which is
     ``v*(L - lambda A* - conj(lambda) A + |lambda|^2 G)v / v*Gv`` under the root: how far the function ``features v`` is from
-    being multiplied by lambda in a step. 0 for an eigenfunction; 1 says that nothing is known.
+    being multiplied by lambda in a step. 0 for an eigenfunction; 1 says that nothing is known. The constant function, of
+    eigenvalue 1 whatever the map, is left out.
+
+    Args:
+        held_out: other pairs (M', K), over which the residuals are taken: over those of the fit they are too small.
     """
     z, after = _paired(features, following)
     values, vectors = torch.linalg.eig(edmd(z, after, ridge))
+    z, after = (z, after) if held_out is None else _paired(*held_out)
     seen = z.to(vectors.dtype) @ vectors
     left = (after.to(vectors.dtype) @ vectors - seen * values).norm(dim=0)
-    residuals = left / seen.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    size = seen.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    moves = (seen - seen.mean(0)).norm(dim=0) > CONSTANT * size
+    values, residuals = values[moves], (left / size)[moves]
     order = values.abs().argsort(descending=True)
     return Spectrum(values[order], residuals[order])
 

@@ -1,13 +1,14 @@
-"""LinearContext: a diagonal linear recurrence over positions whose decay depends on the input, the linear competitor.
+"""LinearContext: diagonal recurrences over positions, either gated by the input or linear throughout, the linear competitor.
 
-Per block and channel, with u = LN(x):
+``recurrence="lru"`` is that of ``bklm.models.lru``, whose operator is the same at every position. "gated", per block and
+channel, with u = LN(x):
 
     lambda_i = sigmoid(w_lambda . u_i + beta),   h_i = lambda_i h_{i-1} + (1 - lambda_i) v_i,   v = W_v u
     x_i <- x_i + W_o (silu(W_g u_i) h_i),        x_i <- x_i + W_2 gelu(W_1 LN(x_i))
 
 h is a running mean of the values with learned forgetting (minGRU: Feng et al. 2024; HGRN: Qin et al. 2023): bounded by
-them at any length. What the recurrence lacks against a resolvent is a phase: its weights are positive. No position
-embedding, a tied head.
+them at any length. Its decay is a function of the input, so it is linear in h alone, and it has no phase: its weights are
+positive. No position embedding, a tied head.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch.nn import functional as F
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_choice, check_dropout, check_int
 from bklm.models.dropout import add_dropout, dropout
+from bklm.models.linear_scan import linear_scan
+from bklm.models.lru import LRUBlock
 from bklm.models.mixing import MixingPoint
 
 INITIAL_STD = 0.02
@@ -41,6 +44,7 @@ class LinearContextConfig:
     n_layers: int = 4
     dropout_p: float = 0.1
     tied: bool = True
+    recurrence: str = "gated"
 
     def __post_init__(self) -> None:
         check_int("vocab_size", self.vocab_size, 2)
@@ -48,38 +52,25 @@ class LinearContextConfig:
             check_int(name, getattr(self, name), 1)
         check_dropout(self.dropout_p)
         check_choice("tied", self.tied, (True, False))
+        check_choice("recurrence", self.recurrence, ("gated", "lru"))
 
 
 @dataclass(frozen=True)
 class LinearContextState:
-    """All that a LinearContext carries from one token to the next: h of each layer, (B, d_model)."""
+    """All that a LinearContext carries from one token to the next: h of each layer, (B, d_model); of an LRU, which is complex,
+    real and imaginary parts, (B, 2 d_model)."""
 
     contexts: tuple[Tensor, ...]
 
 
-def linear_scan(decay: Tensor, x: Tensor) -> Tensor:
-    """h_i = decay_i h_{i-1} + x_i with h_{-1} = 0, for decay and x (B, N, D) of one dtype.
-
-    By doubling (Hillis and Steele 1986): log2 N passes of torch operations, differentiable to any order. Position i depends
-    on 0 ... i alone, bit for bit.
-    """
-    reach, length = 1, x.shape[1]
-    while reach < length:
-        # (decay, x) of a position, joined with those of the stretch that ends ``reach`` before it.
-        x = torch.cat((x[:, :reach], torch.addcmul(x[:, reach:], decay[:, reach:], x[:, :-reach])), 1)
-        if 2 * reach < length:
-            decay = torch.cat((decay[:, :reach], decay[:, reach:] * decay[:, :-reach]), 1)
-        reach *= 2
-    return x
-
-
 class LinearContextBlock(nn.Module):
-    """One residual block, (B, N, D) -> (B, N, D)."""
+    """One gated residual block, (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, config: LinearContextConfig) -> None:
+    parts = 1  # numbers of a channel's state
+
+    def __init__(self, d: int, dropout_p: float) -> None:
         super().__init__()
-        d = config.d_model
-        self.dropout_p = config.dropout_p
+        self.dropout_p = dropout_p
         self.mixer_norm = nn.LayerNorm(d)
         # Values, gates and decays, one after the other.
         self.inputs = nn.Linear(d, 3 * d)
@@ -90,12 +81,12 @@ class LinearContextBlock(nn.Module):
         self.down = nn.Linear(4 * d, d)
 
     @torch.no_grad()
-    def reset_parameters(self, branches: int) -> None:
+    def reset_parameters(self, n_layers: int) -> None:
         for linear in (self.inputs, self.mixer_output, self.up, self.down):
             nn.init.normal_(linear.weight, std=INITIAL_STD)
             nn.init.zeros_(linear.bias)
         for linear in (self.mixer_output, self.down):
-            linear.weight.div_(math.sqrt(branches))
+            linear.weight.div_(math.sqrt(2 * n_layers))
         for norm in (self.mixer_norm, self.mlp_norm):
             norm.reset_parameters()
         # Memories 1 / (1 - lambda) of 1 to 64 positions at first, evenly spread in their logarithm.
@@ -110,9 +101,7 @@ class LinearContextBlock(nn.Module):
         values, decay = (t.float() if t.dtype.itemsize < 4 else t for t in (values, decay))
         given = torch.sigmoid(-decay) * values
         decay = torch.sigmoid(decay)
-        if before is not None:
-            given = torch.cat((given[:, :1] + decay[:, :1] * before.unsqueeze(1), given[:, 1:]), 1)
-        h = linear_scan(decay, given)
+        h = linear_scan(decay, given, None if before is None else before.to(given.dtype))
         gated = F.silu(gates) * self.mixed(h)
         p, training = self.dropout_p, self.training
         x = add_dropout(x, self.mixer_output(gated.to(x.dtype)), p, training)
@@ -130,7 +119,8 @@ class LinearContext(LanguageModel):
         self.config = config
         self.vocab_size = config.vocab_size
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(LinearContextBlock(config) for _ in range(config.n_layers))
+        block = {"gated": LinearContextBlock, "lru": LRUBlock}[config.recurrence]
+        self.blocks = nn.ModuleList(block(config.d_model, config.dropout_p) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(config.d_model)
         self.output = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.reset_parameters()
@@ -138,10 +128,11 @@ class LinearContext(LanguageModel):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw fresh weights from torch's global generator, as GPT-2: N(0, 0.02), biases 0, the last layer of each residual
-        branch smaller by the square root of the number of branches; decays spread over memories of 1 to 64 positions."""
+        branch smaller by the square root of the number of branches; decays spread over memories of 1 to 64 positions. The
+        blocks of an LRU as their paper has them."""
         nn.init.normal_(self.embedding.weight, std=INITIAL_STD)
         for block in self.blocks:
-            block.reset_parameters(2 * self.config.n_layers)
+            block.reset_parameters(self.config.n_layers)
         self.norm.reset_parameters()
         if self.output is not None:
             nn.init.normal_(self.output.weight, std=INITIAL_STD)
@@ -153,7 +144,7 @@ class LinearContext(LanguageModel):
         return self._run(input_ids, None)[0]
 
     def init_state(self, batch_size: int) -> LinearContextState:
-        zeros = self.norm.weight.new_zeros(batch_size, self.config.d_model)
+        zeros = self.norm.weight.new_zeros(batch_size, self._state_width)
         return LinearContextState((zeros,) * self.config.n_layers)
 
     @torch.no_grad()
@@ -167,7 +158,11 @@ class LinearContext(LanguageModel):
         return self._continue(token.unsqueeze(1), state)
 
     def state_bytes(self, position: int) -> int:
-        return self.config.n_layers * self.config.d_model * self.norm.weight.element_size()
+        return self.config.n_layers * self._state_width * self.norm.weight.element_size()
+
+    @property
+    def _state_width(self) -> int:
+        return self.blocks[0].parts * self.config.d_model
 
     def _continue(
         self, input_ids: Tensor, state: LinearContextState | None

@@ -95,16 +95,22 @@ def lstm_of_size(
 
 
 def linear_context_of_size(
-    parameters: int, vocab_size: int, *, n_layers: int = 4, dropout_p: float = 0.1, tied: bool = True
+    parameters: int,
+    vocab_size: int,
+    *,
+    n_layers: int = 4,
+    dropout_p: float = 0.1,
+    tied: bool = True,
+    recurrence: str = "gated",
 ) -> Sized[LinearContextConfig]:
-    """The LinearContext of this depth whose parameter count is nearest to ``parameters``.
+    """The LinearContext of this recurrence and depth whose parameter count is nearest to ``parameters``.
 
     Raises:
         ValueError: even the narrowest such model is more than half as large again.
     """
 
     def build(width: int) -> LinearContextConfig:
-        return LinearContextConfig(vocab_size, width, n_layers, dropout_p, tied)
+        return LinearContextConfig(vocab_size, width, n_layers, dropout_p, tied, recurrence)
 
     return _nearest(parameters, LinearContext, build)
 

@@ -137,14 +137,16 @@ class WithTerm(Wrapped):
             hidden = self.model.hidden(input_ids)
         if getattr(self.term, "keeps_state", False):
             self._require_a_step(hidden)
-        if self.detached:
-            states = [x.detach() for x in states]
-        else:
+        if not self.detached:
             self._require_gradients(states)
-            if self.limit is not None:
-                states = [_LimitGradient.apply(x, self.limit) for x in states]
-        self._term = self.weight * self.term(states)
+        self._term = self.weight * self.term(self.given(states))
         return hidden
+
+    def given(self, states: list[Tensor]) -> list[Tensor]:
+        """The states as the term is given them: detached, or with its gradient limited, where that was asked for."""
+        if self.detached:
+            return [x.detach() for x in states]
+        return states if self.limit is None else [_LimitGradient.apply(x, self.limit) for x in states]
 
     def _require_gradients(self, states: list[Tensor]) -> None:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_plain_wanted():

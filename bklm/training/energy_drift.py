@@ -18,6 +18,17 @@ from bklm.models.reversible import leapfrog
 STEPS = (0.2, 0.1, 0.05, 0.025, 0.0125)
 TIME = 12.8  # 64 of the longest steps
 
+
+def over_spread(drift: float, spread: float) -> float | None:
+    """Drift in units of the spread; None for an energy that is one number for all states, and has no unit."""
+    return drift / spread if spread > 0 else None
+
+
+def mean_or_none(values: Sequence[float | None]) -> float | None:
+    """The mean; None where one of them is."""
+    return None if None in values else sum(values) / len(values)
+
+
 Scheme = Callable[[nn.Module, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
@@ -107,14 +118,14 @@ def compare_forces(width: int = 8, units: int = 32, seed: int = 0) -> list[Drift
 
 
 @torch.no_grad()
-def block_energies(model: Conservative, input_ids: Tensor, *, driven: bool) -> dict[str, float]:
+def block_energies(model: Conservative, input_ids: Tensor, *, driven: bool) -> dict[str, float | None]:
     """Of a model's own blocks on a text: mean |change of H_l over block l| and standard deviation of H_l over positions.
 
     Args:
         driven: with the causal drive, which does work; without it the block is left with its potential.
 
     Returns:
-        "drift" and "spread", each averaged over the blocks with a potential, and "ratio", the mean of drift / spread.
+        "drift" and "spread", each averaged over the blocks with a potential, and "ratio", the mean of ``over_spread``.
     """
     was_training = model.training
     model.eval()
@@ -129,8 +140,8 @@ def block_energies(model: Conservative, input_ids: Tensor, *, driven: bool) -> d
             spreads.append(float(before.std()))
         q, p = after
     model.train(was_training)
-    ratios = [d / s for d, s in zip(drifts, spreads, strict=True)]
+    ratios = [over_spread(d, s) for d, s in zip(drifts, spreads, strict=True)]
     return {
-        name: sum(values) / len(values)
+        name: mean_or_none(values)
         for name, values in (("drift", drifts), ("spread", spreads), ("ratio", ratios))
     }

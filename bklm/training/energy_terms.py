@@ -26,16 +26,19 @@ from bklm.models import LanguageModel
 from bklm.models.checks import is_without_numbers
 from bklm.moe.ops import in_backward
 from bklm.training.auxiliary import WithTerm, other_sequence, recorded_states
+from bklm.training.energy_drift import mean_or_none, over_spread
 
 COLUMNS = ("step", "drift", "spread", "spread_of_v", "weight")
+SHARES = ("step", "gradient_share")
 
 
 class Trace(nn.Module):
     """Rows of numbers over a training, in a buffer of fixed size: a checkpoint holds it. Full, every second row goes."""
 
-    def __init__(self, rows: int = 64) -> None:
+    def __init__(self, rows: int = 64, columns: Sequence[str] = COLUMNS) -> None:
         super().__init__()
-        self.register_buffer("rows", torch.zeros(rows, len(COLUMNS), dtype=torch.float64))
+        self.columns = tuple(columns)
+        self.register_buffer("rows", torch.zeros(rows, len(columns), dtype=torch.float64))
         self.register_buffer("state", torch.tensor([0, 0, 1]))  # steps seen, rows filled, steps from row to row
 
     @torch.no_grad()
@@ -61,9 +64,9 @@ class Trace(nn.Module):
         self.state[1] = filled + 1
 
     def to_list(self) -> list[dict[str, float]]:
-        """The rows as mappings of ``COLUMNS``."""
+        """The rows as mappings of ``columns``."""
         kept = self.rows[: int(self.state[1])].tolist()
-        return [dict(zip(COLUMNS, row, strict=True)) for row in kept]
+        return [dict(zip(self.columns, row, strict=True)) for row in kept]
 
 
 class EnergyNets(nn.Module):
@@ -192,16 +195,16 @@ class DepthEnergy(nn.Module):
         return torch.stack(ratios).mean()
 
 
-def measure_pairs(pairs: Pairs) -> tuple[float, float, float]:
-    """(mean |dE|, standard deviation of E, their ratio), each averaged over layers."""
+def measure_pairs(pairs: Pairs) -> tuple[float, float, float | None]:
+    """(mean |dE|, standard deviation of E, their ratio), each averaged over layers; see ``over_spread``."""
     drifts = [float((after - first).abs().mean()) for after, first in pairs]
     spreads = [float(after.std()) for after, _ in pairs]
-    ratios = [d / s if s > 0 else 0.0 for d, s in zip(drifts, spreads, strict=True)]
-    return sum(drifts) / len(drifts), sum(spreads) / len(spreads), sum(ratios) / len(ratios)
+    ratios = [over_spread(d, s) for d, s in zip(drifts, spreads, strict=True)]
+    return mean_or_none(drifts), mean_or_none(spreads), mean_or_none(ratios)
 
 
 @torch.no_grad()
-def measure_energy(model: WithTerm, input_ids: Tensor) -> dict[str, float]:
+def measure_energy(model: WithTerm, input_ids: Tensor) -> dict[str, float | None]:
     """Drift, spread and their ratio of a term's energy on a text, pairs as it saw them in training but never shuffled.
 
     A published energy's x' is another sequence: like the batch before, an unrelated text.
@@ -216,31 +219,62 @@ def measure_energy(model: WithTerm, input_ids: Tensor) -> dict[str, float]:
 
 
 def gradient_share(model: WithTerm, x: Tensor, y: Tensor) -> float:
-    """The term's part in |gradient of the term| + |gradient of the cross-entropy|, norms over all parameters, before clipping.
+    """The term's part in |gradient of the term| + |gradient of the cross-entropy|: what one common clip spends on the term.
 
-    One global clip divides its norm in about these shares. Weights and term are left as they were; one training forward is
-    run, which experts count.
+    Norms before clipping, over the parameters that are clipped together, with the term's own limit where it has one. Weights,
+    term, experts' counts and random state are left as they were. A published energy's x' is the batch before, or another
+    sequence where none is known.
     """
-    was_training, parameters = model.training, [p for p in model.parameters() if p.requires_grad]
+    was_training, apart = model.training, {id(p) for p in model.parameters_apart()}
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     state = {name: value.clone() for name, value in model.term.state_dict().items()}
-    term_of_batches = isinstance(model.term, PublishedEnergy)
+    counts, term_of_batches = model.expert_counts(), isinstance(model.term, PublishedEnergy)
     before, start = (model.term.before, model.term.start) if term_of_batches else (None, None)
     model.train()
     with torch.random.fork_rng():
         with recorded_states(model.model) as states:
             loss = model.model.loss(x, y)
         if term_of_batches:
-            model.term.before, model.term.start = other_sequence(states[0]).detach(), 0
-        term = model.weight * model.term(states)
+            is_known = before is not None and before.shape == states[0].shape
+            model.term.before = before if is_known else other_sequence(states[0]).detach()
+            model.term.start = 0
+        term = model.weight * model.term(model.given(states))
         norms = [
             _norm(torch.autograd.grad(v, parameters, retain_graph=True, allow_unused=True))
+            if v.requires_grad
+            else 0.0
             for v in (term, loss)
         ]
     model.term.load_state_dict(state)
+    model.reset_expert_counts(counts)
     model.train(was_training)
     if term_of_batches:
         model.term.before, model.term.start = before, start
     return norms[0] / (norms[0] + norms[1])
+
+
+class WithEnergy(WithTerm):
+    """A model with an energy term, whose share of the gradient is logged every so many steps, from where the term sets in.
+
+    Args:
+        every: steps from one row of ``shares`` to the next; a row takes about one and a half steps' time.
+    """
+
+    def __init__(
+        self, model: LanguageModel, term: nn.Module, weight: float, *, every: int, **more: Any
+    ) -> None:
+        super().__init__(model, term, weight, **more)
+        self.every, self.shares = every, Trace(columns=SHARES)
+
+    def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            step, is_wanted = self.shares.count()
+            filled = int(self.shares.state[1]) if is_wanted else 0
+            due = self.shares.rows[filled - 1, 0] + self.every if filled else getattr(self.term, "start", 0)
+            # At the first step of a piece, and before the published term's start, there is no batch before.
+            if is_wanted and step >= due and getattr(self.term, "before", self.term) is not None:
+                self.shares.add(step, gradient_share(self, input_ids, targets))
+        return super().loss(input_ids, targets, reduction=reduction)
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> float:

@@ -16,10 +16,10 @@ HEADS = 4
 
 
 def models_of_equal_size(task: Recall, width: int, n_layers: int) -> dict[str, Callable[[int], LanguageModel]]:
-    """Builders, which take the vocabulary, of a NewLLM of this width and of three others with as many parameters.
+    """Builders, which take the vocabulary, of a NewLLM of this width and of four others with as many parameters.
 
-    GPT has as many positions as it is trained on, and cannot be asked beyond. None has dropout: no sequence comes twice
-    with the same answers.
+    "LinearContext" is the gated one; "LRU" is linear with input. GPT has as many positions as it is trained on, and cannot
+    be asked beyond. None has dropout: no sequence comes twice with the same answers.
     """
 
     def newllm(vocabulary: int) -> NewLLM:
@@ -33,6 +33,7 @@ def models_of_equal_size(task: Recall, width: int, n_layers: int) -> dict[str, C
         "ResNetBK": (ResNetBK, functools.partial(resnet_bk_of_size, n_seq=None, **solve, **more)),
         "GPT": (GPT, functools.partial(gpt_of_size, n_seq=task.seq_len, n_heads=HEADS, **more)),
         "LinearContext": (LinearContext, functools.partial(linear_context_of_size, **more)),
+        "LRU": (LinearContext, functools.partial(linear_context_of_size, recurrence="lru", **more)),
     }
     builders: dict[str, Callable[[int], LanguageModel]] = {"NewLLM": newllm}
     for name, (model, sized) in found.items():

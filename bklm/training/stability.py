@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,19 +32,25 @@ def steps_to_loss(epochs: Sequence[Mapping[str, Any]], target: float, first_loss
 
 
 def largest_rate(
-    perplexities: Mapping[float, Sequence[float | None]], unigram: float
+    losses: Mapping[float, Sequence[tuple[float | None, float]]],
 ) -> tuple[float | None, dict[float, int]]:
-    """The largest learning rate at which all seeds stay finite and below the unigram model, and how many do at each.
+    """The largest stable learning rate, the last of an unbroken run from the smallest; and how many seeds are stable at each.
+
+    A training is stable if its loss stays finite and ends no higher than the untrained model's. A higher bar, such as the
+    unigram model's loss, would measure how far a training has come: a rate that is too small misses it as well.
 
     Args:
-        perplexities: by rate, one per seed; None where training diverged.
+        losses: by rate, one (last loss, untrained loss) per seed in nats; the last one is None where training diverged.
+
+    Returns:
+        None for the rate if already the smallest loses a seed.
     """
-    stayed = {
-        rate: sum(p is not None and math.isfinite(p) and p < unigram for p in found)
-        for rate, found in sorted(perplexities.items())
+    stable = {
+        rate: sum(last is not None and math.isfinite(last) and last <= first for last, first in found)
+        for rate, found in sorted(losses.items())
     }
-    whole = [rate for rate, count in stayed.items() if count == len(perplexities[rate])]
-    return max(whole, default=None), stayed
+    whole = itertools.takewhile(lambda rate: stable[rate] == len(losses[rate]), stable)
+    return max(whole, default=None), stable
 
 
 def with_spectral_norm(model: LanguageModel) -> LanguageModel:

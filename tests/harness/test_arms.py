@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from bklm.harness.arms import WEIGHTS, Arm, claim, helps, train_arms, verdicts
+from bklm.harness.arms import WEIGHTS, Arm, claim, helps, readable_verdicts, train_arms, verdicts
 from bklm.harness.comparison import Comparison
 from bklm.harness.study import run_study
 from bklm.harness.text import prepare_text
@@ -208,6 +208,16 @@ def test_verdicts_are_of_paired_seeds_and_an_arm_helps_where_it_beats_every_cont
     assert helps(rows, "same") is False
     assert helps(rows, "none") is None
     assert claim("converges better", "x", helps(rows, "same"))["verdict"] == "does not hold"
+    # Of many arms one is likely to look better by chance: their intervals are wider (Bonferroni), and said to be.
+    many = verdicts(ARMS, trials, arms, any_of=60)
+    assert many[0]["loss_difference"] == rows[0]["loss_difference"]
+    wider = (many[0]["high"] - many[0]["low"]) / (rows[0]["high"] - rows[0]["low"])
+    # Student's t with 2 degrees of freedom has the quantile (2q - 1) / sqrt(2q(1 - q)).
+    low, high = ((1 - 2 * p) / math.sqrt(2 * p * (1 - p)) for p in (0.025, 0.025 / 60))
+    assert wider == pytest.approx(high / low, rel=1e-6)
+    assert helps(many, "better") is False
+    assert "loss difference, nats (95% for 60 arms at once)" in readable_verdicts(many)[0]
+    assert "loss difference, nats (95%)" in readable_verdicts(rows)[0]
     lost = [*trials[:-1], trial("same", 2, None)]
     row = verdicts(ARMS, lost, arms)[-1]
     assert (row["verdict"], row["low"]) == ("a seed diverged: no verdict", None)
@@ -284,3 +294,31 @@ def test_a_wrapped_model_scores_streams_and_generates_as_the_model_does():
     assert wrapped.mixing_points() == model.mixing_points()
     wrapped.train()
     assert wrapped.loss(ids, ids) > model.eval().loss(ids, ids)
+
+
+def test_an_arm_that_must_equal_another_has_one_seed_and_is_compared_bit_by_bit(small_text, tmp_path):
+    from bklm.studies.grad_blend.config import GradBlendConfig
+
+    config = GradBlendConfig(
+        profile="smoke", data_dir=str(small_text), output_dir=str(tmp_path), device="cpu", seeds=(0, 1), batch_size=8,
+        seq_len=8, max_train_tokens=400, workers=1,
+    )  # fmt: skip
+    arms = {
+        "none": Arm(plain, kept=False),
+        "nothing": dataclasses.replace(with_term(0.0), against=(), kept=False, seeds=1, same_as="none"),
+        "something": dataclasses.replace(with_term(1.0), against=(), kept=False, seeds=1, same_as="none"),
+    }
+    trials = run_study(
+        config, lambda study: train_arms(study, arms, TrainingSettings(1)), lambda study, found: found,
+        prepare=prepare_text,
+    )  # fmt: skip
+    assert [(t["arm"], t["seed"]) for t in trials] == [
+        ("none", 0),
+        ("none", 1),
+        ("nothing", 0),
+        ("something", 0),
+    ]
+    same, other = verdicts(ARMS, trials, arms)
+    assert same["verdict"] == "identical by construction, every loss to the last bit"
+    assert other["verdict"].startswith("NOT identical")
+    assert same["loss_difference"] is same["low"] is None

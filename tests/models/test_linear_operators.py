@@ -117,6 +117,24 @@ def test_eigenvalues_of_a_linear_map_have_no_residual_and_those_of_a_wrong_dicti
     assert sorted(spoilt.residuals.square().tolist()) == pytest.approx(sorted(squares), rel=1e-6)
 
 
+def test_a_spectrum_leaves_the_constant_out_and_its_residuals_are_those_of_held_out_pairs():
+    x, y, known = linear_pairs(6, torch.float64, 2 * PAIRS)
+    random = torch.Generator().manual_seed(2)
+    noise, shift = (torch.randn(n, 6, generator=random, dtype=torch.float64) for n in (len(y), 1))
+    # An affine map: [1, x] has the constant, of eigenvalue 1, besides the map's own.
+    one = torch.ones(len(x), 1, dtype=torch.float64)
+    before, after = torch.cat((one, x), 1), torch.cat((one, y + shift), 1)
+    found, wanted = spectrum(before, after).eigenvalues, torch.linalg.eigvals(known)
+    assert len(found) == 6
+    assert max(float((wanted - value).abs().min()) for value in found) < 1e-6
+    # Fitted to few noisy pairs, the operator errs more on others than it tells of those.
+    after = torch.cat((one, y + noise), 1)
+    few, others = slice(10), slice(10, None)
+    told = spectrum(before[few], after[few]).residuals
+    true = spectrum(before[few], after[few], held_out=(before[others], after[others])).residuals
+    assert float(true.mean()) > 1.5 * float(told.mean())
+
+
 def test_a_dictionary_reads_its_own_and_earlier_positions_only():
     x = torch.randn(3, 9, 4)
     dictionary = Dictionary(x.flatten(0, 1), taps=3, units=5)

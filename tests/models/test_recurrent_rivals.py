@@ -1,5 +1,6 @@
 """LSTM and LinearContext: what they compute, no future, and a constant state that gives the full forward's logits."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,7 +9,9 @@ from causality import require_no_gradient_to_the_future
 from torch.nn import functional as F
 
 from bklm.models import LSTM, LinearContext, LinearContextConfig, LSTMConfig, future_leak
-from bklm.models.linear_context import linear_scan
+from bklm.models.by_name import built
+from bklm.models.linear_scan import linear_scan
+from bklm.training.weights import load_weights, save_weights
 
 VOCABULARY = 19
 KINDS = [
@@ -16,6 +19,7 @@ KINDS = [
     (LSTM, LSTMConfig, {"n_layers": 1, "tied": False}),
     (LinearContext, LinearContextConfig, {}),
     (LinearContext, LinearContextConfig, {"n_layers": 1, "tied": False}),
+    (LinearContext, LinearContextConfig, {"recurrence": "lru"}),
 ]
 
 
@@ -70,24 +74,79 @@ def test_linear_context_is_its_recurrence_written_out():
     torch.testing.assert_close(model(ids), want, rtol=0, atol=1e-12)
 
 
+def test_the_lru_is_its_equations_written_out():
+    model, ids = model_of(KINDS[4]), ids_of(2, 11)
+    x = model.embedding.weight[ids]
+    for block in model.blocks:
+        u = block.mixer_norm(x)
+        decay = torch.exp(torch.complex(-block.log_rate.exp(), block.log_phase.exp()))
+        gamma = (1 - decay.abs() ** 2).sqrt()
+        b, c = block.inputs.weight, block.mixer_output.weight
+        b, c = torch.complex(b[:12], b[12:]), torch.complex(c[:, :12], -c[:, 12:])
+        z, rows = torch.zeros(2, 12, dtype=torch.complex128), []
+        for t in range(11):
+            z = decay * z + gamma * (u[:, t].to(b) @ b.t())
+            rows.append((z @ c.t()).real + block.direct * u[:, t])
+        gate, value = block.up(torch.stack(rows, 1)).split(24, -1)
+        x = x + block.down(gate * torch.sigmoid(gate) * value)
+    want = model.norm(x) @ model.embedding.weight.t()
+    torch.testing.assert_close(model(ids), want, rtol=0, atol=1e-11)
+
+
+def test_the_lru_begins_on_its_ring_and_keeps_its_states_as_large_as_their_input():
+    torch.manual_seed(0)
+    block = LinearContext(LinearContextConfig(10, 256, 1, 0.0, recurrence="lru")).blocks[0]
+    decay, gamma = block.operator()
+    assert 0.9 <= decay.abs().min() < 0.91
+    assert 0.998 < decay.abs().max() <= 0.999
+    assert 0 < decay.angle().min() < 0.01 < 0.3 < decay.angle().max() <= math.pi / 10
+    torch.testing.assert_close(gamma.square() + decay.abs().square(), torch.ones(256))
+    # Even spread of |Lambda|^2 means an even spread over the ring's area.
+    assert decay.abs().square().mean().item() == pytest.approx((0.81 + 0.998) / 2, abs=0.01)
+    z = block(torch.randn(8, 2000, 256))[1]
+    assert 0.5 < z.unflatten(-1, (2, -1)).square().sum(1).mean().item() < 2
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 64, 127])
-def test_the_scan_and_its_gradient_are_those_of_a_loop(length):
+@pytest.mark.parametrize(
+    ("constant", "dtype", "begun"),
+    [(False, torch.float64, False), (True, torch.complex128, True), (False, torch.complex128, True)],
+)
+def test_the_scan_and_its_gradient_are_those_of_a_loop(length, constant, dtype, begun):
     g = torch.Generator().manual_seed(length)
-    decay = torch.rand(2, length, 3, generator=g, dtype=torch.float64, requires_grad=True)
-    x = torch.randn(2, length, 3, generator=g, dtype=torch.float64, requires_grad=True)
-    h, rows = torch.zeros(2, 3, dtype=torch.float64), []
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=dtype).requires_grad_()
+
+    decay = draw(*(() if constant else (2, length)), 3)
+    # Within the unit circle, and near it.
+    shrunk = 0.99 * decay / decay.abs().clamp_min(1)
+    x, before = draw(2, length, 3), draw(2, 3) if begun else None
+    h, rows = torch.zeros(2, 3, dtype=dtype) if before is None else before, []
     for t in range(length):
-        h = decay[:, t] * h + x[:, t]
+        h = (shrunk if constant else shrunk[:, t]) * h + x[:, t]
         rows.append(h)
-    want, got = torch.stack(rows, 1), linear_scan(decay, x)
+    want, got = torch.stack(rows, 1), linear_scan(shrunk, x, before)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    weights = torch.randn(2, length, 3, generator=g, dtype=torch.float64)
+    weights, given = torch.randn(2, length, 3, generator=g, dtype=dtype), (decay, x, before)[: 2 + begun]
     for ours, theirs in zip(
-        torch.autograd.grad((got * weights).sum(), (decay, x), allow_unused=True, materialize_grads=True),
-        torch.autograd.grad((want * weights).sum(), (decay, x)),
+        *(
+            torch.autograd.grad(
+                (found * weights).sum().abs(),
+                given,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for found in (got, want)
+        ),
         strict=True,
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    # What comes later moves no bit of what was.
+    if length > 2:
+        assert torch.equal(linear_scan(shrunk, x + F.pad(torch.ones_like(x)[:, :1], (0, 0, length - 1, 0)), before)[:, :-1],
+                           got[:, :-1])  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,6 +224,15 @@ def test_first_memories_are_one_position_to_64():
     assert memory.max().item() == pytest.approx(64.0, rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_settings_and_weights_give_the_model_again(kind, tmp_path):
+    model, ids = model_of(kind, double=False), ids_of(2, 9)
+    save_weights(model, tmp_path / "w.safetensors")
+    again = built("LinearContext", dataclasses.asdict(model.config)).eval()
+    load_weights(again, tmp_path / "w.safetensors")
+    assert torch.equal(again(ids), model(ids))
+
+
 @pytest.mark.parametrize("config_class", [LSTMConfig, LinearContextConfig])
 @pytest.mark.parametrize(
     ("field", "value"),
@@ -173,3 +241,8 @@ def test_first_memories_are_one_position_to_64():
 def test_a_bad_field_is_named_with_its_value(config_class, field, value):
     with pytest.raises(ValueError, match=f"{field}: got {value!r}"):
         config_class(**{"vocab_size": 10, field: value})
+
+
+def test_a_recurrence_that_there_is_not_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match=r"^recurrence: got 'linear'; .*'gated'.*'lru'"):
+        LinearContextConfig(10, recurrence="linear")

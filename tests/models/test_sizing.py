@@ -19,6 +19,7 @@ def test_competitors_of_the_published_baseline_are_within_one_percent_of_it(n_se
         (resnet_bk_of_size(NEW_LLM, 1000, None, mixer="solve", n_heads=8, num_experts=1), ResNetBK),
         (lstm_of_size(NEW_LLM, 1000), LSTM),
         (linear_context_of_size(NEW_LLM, 1000), LinearContext),
+        (linear_context_of_size(NEW_LLM, 1000, recurrence="lru"), LinearContext),
     ):
         assert abs(sized.difference) < 0.01
         assert model(sized.config).num_parameters() == sized.parameters

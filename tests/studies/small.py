@@ -28,14 +28,14 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "koopman": {
         "weights": (0.1,), "seeds": (0,), "epochs": 2, "batch_size": 8, "seq_len": 8, "vocab_size": 100, "d_model": 8,
-        "n_heads": 2, "n_layers": 2, "lift": 8, "max_train_tokens": 300, "fit_positions": 100, "score_tokens": 100, "units": 4,
-        "delays": (1, 2), "recall_steps": 4, "recall_width": 8, "recall_layers": 1, "recall_pairs": 1, "trained_distance": 8,
-        "distances": (8, 16),
+        "n_heads": 2, "n_layers": 2, "lift": 8, "learning_rates": (3e-3,), "max_train_tokens": 300, "fit_positions": 100,
+        "score_tokens": 100, "units": 4, "delays": (1, 2), "recall_steps": 4, "recall_width": 8, "recall_layers": 1,
+        "recall_pairs": 1, "trained_distance": 8, "distances": (8, 16),
     },
     "physics": {
         "seeds": (0, 1), "epochs": 1, "pieces": 2, "learning_rates": (3e-3,), "decays": (1.0,), "stable_rates": (1e-2,),
-        "stable_tokens": 100, "batch_size": 8, "seq_len": 8, "vocab_size": 100, "d_model": 8, "n_layers": 2,
-        "max_train_tokens": 300, "memory_layers": (1, 2), "workers": 1,
+        "score_tokens": 50, "stable_tokens": 100, "batch_size": 8, "seq_len": 8, "vocab_size": 100, "d_model": 8,
+        "n_layers": 2, "max_train_tokens": 300, "memory_layers": (1, 2), "workers": 1,
     },
     "compression": {
         "models": "resnet_bk", "seeds": (0,), "epochs": 1, "retrain_epochs": 1, "batch_size": 8, "seq_len": 8,

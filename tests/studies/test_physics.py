@@ -8,9 +8,11 @@ from small import small
 
 from bklm.models import future_leak
 from bklm.studies import PhysicsConfig, run_physics
-from bklm.studies.physics import models, tables
-from bklm.studies.physics.run import MemoryMeter
+from bklm.studies.physics import figures, models, tables
+from bklm.studies.physics.claims import MEMORY, claims_table
+from bklm.studies.physics.run import PARTS_OF_RESULT, MemoryMeter
 from bklm.training.auxiliary import WithTerm
+from bklm.training.energy_drift import over_spread
 from bklm.training.stability import largest_rate, steps_to_loss, with_spectral_norm
 
 
@@ -26,7 +28,8 @@ def original(small_text, tmp_path_factory):
 
 
 def test_as_published_it_sees_the_future_and_says_so(original):
-    assert {row["arm"] for row in original.table} == {"none", "published", "shuffled"}
+    assert {row["arm"] for row in original.table} == {"plain", "published", "shuffled"}
+    assert {row["learning_rate"] for row in original.table} == {3e-3}
     assert original.config.parts == "loss"
     model = original.load("published")
     assert future_leak(model, torch.arange(6)[None] % model.vocab_size, 5)[-1] > 1e-9
@@ -54,18 +57,27 @@ def test_arms_with_a_term_begin_with_the_plain_models_weights_and_clip_as_they_s
     for name, arm in arms.items():
         torch.manual_seed(3)
         built[name] = arm.build(50)
-    plain = built.pop("none").state_dict()
+    torch.manual_seed(3)
+    built["detached"] = models.detached_arm(config, 10, False).build(50)
+    plain = built.pop("plain").state_dict()
     for model in built.values():
         assert isinstance(model, WithTerm)
         assert all(torch.equal(v, plain[k]) for k, v in model.model.state_dict().items())
-    assert [n for n, m in built.items() if m.parameters_apart()] == ["apart", "mended", "mended-placebo"]
+    together = [n for n, m in built.items() if not m.parameters_apart()]
+    assert together == ["published", "shuffled"]
+    assert (built["weight-0"].weight, built["detached"].detached) == (0.0, True)
+    assert (arms["weight-0"].same_as, arms["weight-0"].seeds) == ("plain", 1)
+    # At another rate than the plain model's it is that model trained otherwise.
+    assert [models.detached_arm(config, 10, same).same_as for same in (True, False)] == ["plain", ""]
     assert built["published"].term.start == 4
 
 
 def test_every_claim_has_its_controls(config):
     against = {n: a.against for n, a in (models.loss_arms(config, 1) | models.block_arms(config)).items()}
-    assert against["published"] == against["apart"] == ("none", "shuffled")
-    assert against["mended"] == ("none", "mended-placebo")
+    # Each term is judged against a placebo that is clipped as it is.
+    assert against["published"] == ("plain", "shuffled")
+    assert against["apart"] == ("plain", "apart-shuffled")
+    assert against["mended"] == ("plain", "mended-placebo")
     assert against["conservative"] == ("plain", "plain-unit", "free-force")
 
 
@@ -90,94 +102,141 @@ def test_steps_are_read_off_the_curve_and_paired_with_each_control(config):
         "every-second": (5.0, 4.5),
     }
     trials = [trial(arm, s, [x - 0.1 * s for x in losses]) for arm, losses in curves.items() for s in (0, 1, 2)]
-    rows = {(r["arm"], r["against"]): r for r in tables.step_rows(trials, arms, 10, 6.0)}
+    times = {arm: [1.0] * 8 + [50.0] for arm in arms} | {"conservative": [3.0] * 8 + [150.0]}
+    rows = {(r["arm"], r["against"]): r for r in tables.step_rows(trials, arms, 10, 6.0, times)}
     assert rows["plain", "-"]["steps"] == pytest.approx(20)
     assert rows["conservative", "plain"]["ratio"] == pytest.approx(0.5, rel=0.05)
     assert rows["conservative", "plain"]["high"] < 1
+    # Half the steps, of three times the length.
+    assert rows["conservative", "plain"]["seconds_ratio"] == pytest.approx(1.5, rel=0.05)
+    assert rows["conservative", "plain"]["seconds_ratio_low"] > 1
+    assert rows["plain", "-"]["seconds_to_loss"] == pytest.approx(0.02)
     assert rows["conservative", "free-force"]["ratio"] < 0.6
     assert rows["every-second", "plain"]["ratio"] is None
     assert rows["every-second", "plain"]["reached"] == 0
     # A seed that diverged leaves no ratio.
-    rows = tables.step_rows([t for t in trials if (t["arm"], t["seed"]) != ("conservative", 1)], arms, 10, 6.0)
+    rows = tables.step_rows(
+        [t for t in trials if (t["arm"], t["seed"]) != ("conservative", 1)], arms, 10, 6.0, times
+    )
     assert next(r for r in rows if r["arm"] == "conservative")["ratio"] is None
 
 
-def claims(**parts):
-    found = tables.claims_table(
-        {"verdicts": [], "energies": [], "steps": [], "stability": [], "memory": []} | parts
-    )
-    return {row["announced"]: row["verdict"] for row in found}
+NONE = {name: [] for name in PARTS_OF_RESULT}
 
 
-def test_faster_needs_an_interval_below_one_against_the_plain_model_and_the_placebo():
+def claims(gains=None, **parts):
+    return {row["announced"]: row["verdict"] for row in claims_table(NONE | parts, gains or {})}
+
+
+def test_faster_needs_fewer_steps_and_fewer_seconds_than_the_plain_model_and_the_placebo():
     row = {"arm": "conservative", "reached": 3, "seeds": 3, "steps": 5.0, "ratio": 0.8, "low": 0.7, "high": 0.9}
+    row |= {"seconds_ratio": 0.8, "seconds_ratio_low": 0.7, "seconds_ratio_high": 0.9}
     both = [row | {"against": "plain"}, row | {"against": "free-force"}]
-    name = "faster convergence: conservative"
+    name = "faster convergence, steps and seconds: conservative"
     assert claims(steps=both)[name] == "holds"
     assert claims(steps=[both[0], both[1] | {"high": 1.1}])[name] == "does not hold"
+    assert claims(steps=[both[0], both[1] | {"seconds_ratio_high": 3.5}])[name] == "does not hold"
     assert claims(steps=[both[0], both[1] | {"low": None, "high": None}])[name] == "no verdict"
-    nowhere = {"ratio": None, "low": None, "high": None}
+    nowhere = dict.fromkeys(
+        ("ratio", "low", "high", "seconds_ratio", "seconds_ratio_low", "seconds_ratio_high")
+    )
     assert claims(steps=[row | {"against": "plain", "reached": 2} | nowhere])[name] == "does not hold"
+    assert claims(steps=[row | {"against": "plain", "reached": 1, "seeds": 2} | nowhere])[name] == "no verdict"
     # The placebo does not get there in every seed: no ratio, no verdict.
     placebo = {"arm": "free-force", "against": "plain", "reached": 1, "seeds": 3, "steps": None} | nowhere
     steps = [both[0], both[1] | nowhere, placebo]
     assert claims(steps=steps)[name] == "no verdict"
-    rest = {"verdicts": [], "energies": [], "stability": [], "memory": []}
-    told = tables.claims_table(rest | {"steps": steps})[0]["measured"]
+    told = claims_table(NONE | {"steps": steps}, {})[0]["measured"]
     assert "over free-force's no ratio, it gets there in 3 of 3 seeds, that in 1 of 3" in told
 
 
-def test_conserved_means_little_drift_and_no_collapse():
-    def energy(arm, seed, drift, spread):
-        return trial(arm, seed, [3.0], energy={"drift": drift, "spread": spread, "ratio": drift / spread})
+def test_one_of_several_terms_that_helps_is_enough_and_blocks_are_told_with_what_they_read():
+    row = {"low": -0.3, "high": -0.1, "loss_difference": -0.2, "against": "plain"}
+    worse = row | {"high": 0.1}
+    name = "the energy term improves generalisation"
+    assert claims(verdicts=[row | {"arm": "mended"}, worse | {"arm": "published"}])[name] == "holds"
+    assert claims(verdicts=[worse | {"arm": "mended"}, worse | {"arm": "published"}])[name] == "does not hold"
+    assert claims(verdicts=[row | {"arm": "published", "low": None}])[name] == "no verdict"
+    (told,) = claims_table(
+        NONE | {"block_verdicts": [row | {"arm": "conservative"}]}, {"conservative": 0.001, "plain": 0.2}
+    )
+    assert told["announced"] == "conservative blocks reach a lower perplexity"
+    assert "gain from context 0.10%: a bigram model, plain's 20.0%" in told["measured"]
 
-    first = {arm: {"spread": 1.0} for arm in ("published", "mended", "conservative")}
-    trials = [
-        energy("published", 0, 1e-4, 0.01),
-        energy("mended", 0, 0.3, 1.0),
-        energy("conservative", 0, 0.02, 0.8),
-    ]
-    rows = tables.energy_rows([*trials, trial("none", 0, [3.0], energy={})], first)
-    assert {r["arm"]: r["conserves"] for r in rows} == {
-        "published": False,
-        "mended": False,
-        "conservative": True,
+
+def energies(**arms):
+    """Rows for arms with (drift, spread) of each of some seeds."""
+    trials = []
+    for arm, values in arms.items():
+        for seed, (drift, spread) in enumerate(values):
+            energy = {"drift": drift, "spread": spread, "ratio": over_spread(drift, spread)}
+            trials.append(trial(arm.replace("_", "-"), seed, [3.0], energy=energy))
+    first = {t["arm"]: {"spread": 1.0, "ratio": 1.0} for t in trials}
+    rows = tables.energy_rows([*trials, trial("plain", 0, [3.0], energy={})], first)
+    assert len(tables.readable_energies(rows)) == len(rows)
+    return rows
+
+
+def test_conserved_means_little_drift_no_collapse_and_less_drift_than_where_nothing_was_asked_of_the_model():
+    low, same = [(0.02, 1.0), (0.022, 1.0), (0.021, 1.0)], [(0.021, 1.0), (0.02, 1.0), (0.022, 1.0)]
+    high = [(0.3, 1.0), (0.31, 1.0), (0.29, 1.0)]
+
+    def found(**arms):
+        return {r["arm"]: r["conserves"] for r in energies(**arms)}
+
+    rest = {"mended_placebo": high}
+    assert found(mended=low, detached=high, **rest) == {
+        "mended": "yes", "detached": "a control", "mended-placebo": "a control",
+    }  # fmt: skip
+    assert found(mended=low, detached=same, **rest)["mended"] == "no: detached drifts as little"
+    assert found(mended=high, detached=high, **rest)["mended"] == "no: it drifts"
+    assert found(mended=low[:2], detached=high[:2], mended_placebo=high[:2])["mended"] == "no verdict"
+    # A control that lost a seed.
+    assert found(mended=low, detached=high[:2], **rest)["mended"] == "no verdict"
+    assert found(conservative=low)["conservative"] == "yes"
+    collapsed = energies(published=[(1e-6, 0.01)] * 3, shuffled=[(0.0, 0.0)] * 3)
+    assert [r["conserves"] for r in collapsed] == ["no: collapsed", "a control"]
+    assert energies(published=[(1e-6, 0.01)])[0]["conserves"] == "no verdict"
+    # One number for every state: no ratio, and no division by zero.
+    assert energies(published=[(0.0, 0.0)] * 3, shuffled=low)[0]["conserves"] == "no: collapsed"
+    assert claims(energies=energies(mended=low, detached=same, **rest)) == {
+        "energy is conserved: mended": "does not hold"
     }
-    assert [tables.kept_in_words(x) for x in (0.421, 1.0, 5.44, 56.9)] == [
-        "42%",
-        "100%",
-        "5.4 times",
-        "57 times",
-    ]
-    assert [r["conserves"] for r in tables.readable_energies(rows)] == ["no: collapsed", "no", "yes"]
-    assert claims(energies=rows) == {
-        "energy is conserved: published": "does not hold",
-        "energy is conserved: mended": "does not hold",
-        "energy is conserved: conservative": "holds",
-    }
+    words = [tables.kept_in_words(x) for x in (0.421, 1.0, 5.44, 56.9, None)]
+    assert words == ["42% of the first", "100% of the first", "5.4 times the first", "57 times the first", "-"]
+
+
+def test_a_collapsed_energy_is_drawn_without_its_ratio(tmp_path):
+    row = {"step": 0.0, "drift": 0.1, "spread": 1.0, "spread_of_v": 1.0, "weight": 1.0}
+    trace = [row, row | {"step": 1.0, "spread": 0.0, "drift": 0.0}]
+    logged = {"published": {"trace": trace, "shares": [{"step": 0.0, "gradient_share": 0.5}]}}
+    told = [{"arm": "published", "conserves": "no: collapsed"}]
+    assert figures.draw_energies(tmp_path / "e.png", logged, told, "note") is not None
 
 
 def test_more_stable_needs_a_higher_rate_than_every_plain_model():
-    assert largest_rate({0.1: [None, 5.0], 0.01: [5.0, 6.0], 0.001: [5.0, 9.0]}, 8.0) == (
+    # Finite and not above the untrained model's loss; an unbroken run of rates from the smallest.
+    assert largest_rate({0.1: [(None, 6.0), (5.0, 6.0)], 0.01: [(5.0, 6.0), (6.0, 6.0)]}) == (
         0.01,
-        {0.001: 1, 0.01: 2, 0.1: 1},
+        {0.01: 2, 0.1: 1},
     )
-    assert largest_rate({0.1: [None]}, 8.0)[0] is None
+    assert largest_rate({0.1: [(5.0, 6.0)], 0.03: [(6.1, 6.0)], 0.01: [(5.9, 6.0)]})[0] == 0.01
+    assert largest_rate({0.1: [(math.nan, 6.0)], 1.0: [(5.0, 6.0)]})[0] is None
 
-    def run(**stands):
+    def run(seeds=3, **stands):
         trials = [
-            {"arm": arm, "learning_rate": rate, "val_ppl": 5.0 if rate <= most else None}
-            for arm, most in ({"plain": 1, "plain-spectral": 1, "conservative": 1} | stands).items()
+            trial(arm, seed, [3.0 if rate <= most else 9.0], learning_rate=rate)
+            for arm, most in ({"plain": 1, "plain-unit": 1, "plain-spectral": 1} | stands).items()
             for rate in (1, 2, 3)
-            for _ in range(2)
+            for seed in range(seeds)
         ]
-        rows = tables.stability_rows(trials, 8.0)
-        return claims(stability=rows)["more stable than the plain model, clipped or not"]
+        rows = tables.stability_rows(trials, {t["arm"]: {str(s): 6.0 for s in range(3)} for t in trials})
+        return claims(stability=rows)["more stable than the plain model, all clipped"]
 
-    found = [(1, 1, "holds"), (2, 1, "does not hold"), (1, 3, "does not hold")]
-    for clipped, unit, verdict in found:
-        stands = {"plain-clipped": clipped, "plain-unit-clipped": unit, "conservative-clipped": 2}
-        assert run(**stands) == verdict
+    assert run(conservative=2) == "holds"
+    assert run(conservative=2, seeds=2) == "no verdict"
+    assert run(conservative=1) == "does not hold"
+    assert run(conservative=3, **{"plain-unit": 3}) == "does not hold"
 
 
 @pytest.mark.slow
@@ -194,9 +253,9 @@ def test_memory_grows_with_depth_but_for_the_reversible_blocks():
             way: tables.growth({n: peak(way, n) for n in (2, 16)})
             for way in ("residual", "leapfrog, reversible")
         }
-    assert found["leapfrog, reversible"] < tables.MEMORY + 0.2
+    assert found["leapfrog, reversible"] < MEMORY + 0.2
     assert found["residual"] > 3
-    assert tables.growth({4: 10, 32: None}) is None
+    assert tables.growth({4: 10, 32: None}) is tables.growth({4: 10}) is None
 
 
 def test_spectral_norm_bounds_every_linear_map_of_the_blocks(config):
@@ -231,6 +290,10 @@ def test_the_decay_that_gives_the_published_size_is_found_by_ratio():
         ({"weight": -0.1}, r"weight: got -0\.1; allowed is a number in \[0, 10\]\."),
         ({"mended_weight": -1}, r"mended_weight: got -1; allowed is a number in \[0, 1000000\]\."),
         ({"n_layers": 1}, r"n_layers: got 1; an energy that blocks conserve needs 2 blocks or more\."),
+        (
+            {"score_tokens": 32},
+            r"score_tokens: got 32; a window of seq_len 32 takes one more than that: take more, or 0 for all\.",
+        ),
         ({"d_model": 9}, r"d_model: got 9; half of it are positions: take an even width\."),
         (
             {"protocol": "original", "parts": "all"},

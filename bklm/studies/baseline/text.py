@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from bklm.data import Corpus, TokenizedCorpus, count_models, make_loader, tokenize_corpus, windows
+from bklm.data import Corpus, TokenizedCorpus, count_models, tokenize_corpus
 from bklm.data.baselines import perplexity
 from bklm.data.line_windows import PAD_ID, LineVocabulary, LineWindows, line_windows
 from bklm.data.units import with_lower_case
@@ -62,16 +62,6 @@ class BaselineText(StudyText):
     def search_val_loader(self, tokens: int) -> DataLoader:
         """Validation windows that the search is judged by: of no more tokens than it trains on."""
         return self._loader(self._first(self.tokens.valid, tokens))
-
-    def context_loader(self, length: int, tokens: int) -> DataLoader | None:
-        """Validation windows of ``length`` tokens over the first ``tokens`` tokens (0: all): the same targets at every
-        length, with up to that much context. None where the text is shorter than a window or has no such windows."""
-        ids = self.tokens.valid[: tokens or None]
-        if len(ids) <= length:
-            return None
-        data = windows(ids, length, pad_id=self.tokens.pad_id)
-        rows = max(1, self.batch_size * self.seq_len // length)
-        return make_loader(data, min(rows, len(data)))
 
     def generate(
         self, model: Any, prompt: str, max_new_tokens: int, temperature: float = 0.8, seed: int = 0

@@ -8,56 +8,92 @@ from typing import Any
 from bklm.harness.arms import claim, helps, nats_in_words
 from bklm.harness.comparison import Trial
 from bklm.harness.statistics import Perplexity, interval95, with_interval
-from bklm.studies.koopman.tables import LONG, RECALL, long_range, ppl_ratio
+from bklm.studies.koopman.tables import (
+    ARMS,
+    CONTROLS,
+    LINEAR,
+    LONG,
+    RECALL,
+    has_learned,
+    kept_in_words,
+    long_range,
+    ratio_of,
+)
 
-CONTROLS = ("original", "mixer off", "skip", "MLP")
 TERMS = ("mended", "published")
 TWICE = 2.0
 
+Rows = Sequence[Mapping[str, Any]]
+
 
 def claims_table(
-    verdicts: Sequence[Mapping[str, Any]],
+    verdicts: Rows,
+    equal_seconds: Rows,
     trials: Sequence[Trial],
-    linearised: Sequence[Mapping[str, Any]],
+    linearised: Rows,
     recalled: Sequence[Trial],
     steps: Mapping[str, Sequence[float]],
     unigram: float,
+    chance: float,
 ) -> list[dict[str, str]]:
-    """Rows announced, measured, verdict, of the parts that were run."""
+    """Rows announced, measured, verdict, of the parts that were run.
+
+    Args:
+        equal_seconds: rows of ``at_equal_seconds``; steps: seconds of a training step at recall, by model.
+        unigram: its perplexity; chance: of a right answer at recall.
+    """
     rows = []
-    terms = [name for name in dict.fromkeys(r["arm"] for r in verdicts) if name.startswith(TERMS)]
-    if terms:
-        found = {name: helps(verdicts, name) for name in terms}
+    if terms := _terms(verdicts):
+        announced, many = "the Koopman loss makes training converge better", _at_once(verdicts)
         told = "; ".join(f"{r['arm']} - {r['against']}: {_nats(r)}" for r in verdicts if r["arm"] in terms)
-        holds = True if True in found.values() else None if None in found.values() else False
-        rows.append(claim("the Koopman loss makes training converge better", told, holds))
-    forward = [
-        t["lifting"]["koopman_ppl"]
-        for t in trials
-        if "koopman_ppl" in t.get("lifting", {}) and t["arm"].startswith("published")
-    ]
-    if forward:
-        mean = Perplexity.over_seeds(forward)
-        moved = max(
-            t["lifting"]["koopman_moves"]
-            for t in trials
-            if t["arm"].startswith("published") and t["val_ppl"] is not None
-        )
-        words = f"PPL {mean}, unigram {unigram:.0f}; a changed token moves {moved:.0f} other positions"
+        rows.append(claim(announced, told + many, _any(helps(verdicts, name) for name in terms)))
+        if equal_seconds:
+            step = ratio_of(equal_seconds[0], "step_ratio")
+            told = "; ".join(f"{r['arm']} - none: {_nats(r)}" for r in equal_seconds)
+            better = _any(helps(verdicts, r["arm"]) and helps([r], r["arm"]) for r in equal_seconds)
+            rows.append(
+                claim(
+                    f"{announced} in the same time", f"a step takes {step} times as long; {told}{many}", better
+                )
+            )
+    if forward := [
+        t for t in ARMS.finished(trials) if "koopman_ppl" in t["lifting"] and t["arm"].startswith("published")
+    ]:
+        mean = Perplexity.over_seeds([t["lifting"]["koopman_ppl"] for t in forward])
+        moved = max(t["lifting"]["koopman_moves"] for t in forward)
+        told = f"PPL {mean}, unigram {unigram:.0f}; a changed token moves {moved:.0f} other positions"
         rows.append(
-            claim("the Koopman forward can stand in for the blocks", words, mean.mean < unigram and moved > 0)
+            claim("the Koopman forward can stand in for the blocks", told, mean.mean < unigram and moved > 0)
         )
-    operators = [r for r in linearised if r["block"] == "all" and r["replacement"] not in CONTROLS]
-    if operators:
+    if operators := [r for r in linearised if r["block"] == "all" and r["replacement"] not in CONTROLS]:
         rows.append(_faster(operators))
     if recalled:
-        rows += [_recurrence(recalled, steps), _far(recalled)]
+        rows += [_recurrence(recalled, steps), _far(recalled, chance)]
     return rows
 
 
-def term_in_words(verdicts: Sequence[Mapping[str, Any]]) -> str:
+def _any(found: Any) -> bool | None:
+    """Whether one arm of several helps; None where none does and one has no verdict."""
+    listed = list(found)
+    return True if True in listed else None if None in listed else False
+
+
+def _terms(verdicts: Rows) -> list[str]:
+    return [name for name in dict.fromkeys(r["arm"] for r in verdicts) if name.startswith(TERMS)]
+
+
+def _at_once(verdicts: Rows) -> str:
+    many = max(int(r.get("any_of") or 1) for r in verdicts)
+    return f"; intervals for {many} weights at once, of which any may help" if many > 1 else ""
+
+
+def _nats(row: Mapping[str, Any]) -> str:
+    return row["verdict"] if row["loss_difference"] is None else f"{nats_in_words(row, 3)} nats"
+
+
+def term_in_words(verdicts: Rows) -> str:
     """What the strongest arm with a term does beside its controls, and whether that is a help."""
-    terms = [r for r in verdicts if r["arm"].startswith(TERMS)]
+    terms = [r for r in verdicts if r["arm"] in _terms(verdicts)]
     if not terms or any(r["loss_difference"] is None for r in terms):
         return ""
     best = min((r for r in terms if r["against"] == "none"), key=lambda r: r["loss_difference"])["arm"]
@@ -66,36 +102,26 @@ def term_in_words(verdicts: Sequence[Mapping[str, Any]]) -> str:
     return f"The Koopman loss ({best}): {told}: {verdict}"
 
 
-def operators_in_words(linearised: Sequence[Mapping[str, Any]]) -> str:
+def operators_in_words(linearised: Rows) -> str:
     """What the operator of the lowest perplexity makes of the model when it stands in for all blocks."""
     whole = {r["replacement"]: r for r in linearised if r["block"] == "all"}
     best = min((r for name, r in whole.items() if name not in CONTROLS), key=lambda r: r["val_ppl"])
-    gain = best["context_gain_kept"]
-    kept = (
-        "and mixing brought nothing to keep" if gain is None else f"keeping {gain:.2f} of the gain from context"
-    )
     return (
         f"All blocks replaced by {best['replacement']}, the best operator: PPL {whole['original']['val_ppl']:.1f} becomes "
-        f"{best['val_ppl']:.1f}, {kept}"
+        f"{best['val_ppl']:.1f}; gain from context kept: {kept_in_words(best)}"
     )
 
 
-def _nats(row: Mapping[str, Any]) -> str:
-    return row["verdict"] if row["loss_difference"] is None else f"{nats_in_words(row, 3)} nats"
-
-
-def _faster(operators: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _faster(operators: Rows) -> dict[str, str]:
     """Faster and no worse: of one operator, not of two. Told is the one of the lowest perplexity among the fast ones."""
     announced = "blocks become linear operators, and that is 2 times faster"
     fast = [r for r in operators if r["times_faster_low"] >= TWICE]
     shown = min(fast or operators, key=lambda r: r["ppl_ratio"])
-    faster = Perplexity(shown["times_faster"], shown["times_faster_low"], shown["times_faster_high"])
-    told = (
-        f"{shown['replacement']} in place of all blocks: a block {faster} times faster, PPL x{ppl_ratio(shown)}"
-    )
+    told = f"{shown['replacement']} in place of all blocks: a block {ratio_of(shown, 'times_faster')} times faster, a forward "
+    told += f"to logits {ratio_of(shown, 'forward_times_faster')}, PPL x{ratio_of(shown, 'ppl_ratio')}"
     if shown["context_gain_kept"] is None:
         return claim(announced, f"{told}; nothing to linearise: the mixers bring nothing here", None)
-    told += f", {shown['context_gain_kept']:.2f} of the context gain kept"
+    told += f", context gain kept: {kept_in_words(shown)}"
     if fast and shown["ppl_ratio_low"] is None:
         return claim(announced, told, None)
     return claim(announced, told, bool(fast) and shown["ppl_ratio_low"] <= 1)
@@ -104,26 +130,29 @@ def _faster(operators: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def _recurrence(trials: Sequence[Trial], steps: Mapping[str, Sequence[float]]) -> dict[str, str]:
     announced = "a linear recurrence over positions trains 2 times faster"
     groups, to = RECALL.groups(trials), "ResNetBK"
-    if not {"LinearContext", to} <= groups.keys():
+    if not {LINEAR, to} <= groups.keys():
         return claim(announced, "a model diverged", None)
-    speed = Perplexity.over_seeds([b / a for a, b in zip(steps["LinearContext"], steps[to], strict=False)])
-    ratio = RECALL.ratio(trials, "LinearContext", to)
-    told = f"LinearContext's step is {speed} times as fast as {to}'s, its PPL at recall x{ratio or '-'}"
+    speed = Perplexity.over_seeds([b / a for a, b in zip(steps[LINEAR], steps[to], strict=False)])
+    ratio = RECALL.ratio(trials, LINEAR, to)
+    told = f"a step of the {LINEAR} is {speed} times as fast as {to}'s (95% over rounds), its PPL at recall x{ratio or '-'}"
     if speed.low < TWICE:
         return claim(announced, told, False)
     return claim(announced, told, None if ratio is None or not ratio.is_judged else ratio.low <= 1)
 
 
-def _far(trials: Sequence[Trial]) -> dict[str, str]:
-    announced, found = "better long-range dependence", long_range(trials)
+def _far(trials: Sequence[Trial], chance: float) -> dict[str, str]:
+    """Beside a model that never learned the task nothing is said of distance."""
+    announced, found, rival = "better long-range dependence", long_range(trials), "NewLLM"
     if found is None:
         return claim(announced, f"no distance of {LONG} or more was tested on both models", None)
     mean, half = found
     groups = RECALL.groups(trials)
-    told = f"recall at {LONG} and more, LinearContext - NewLLM: {with_interval(100 * mean, half and 100 * half, 1)} points; "
-    told += ", ".join(
-        f"{name} {_at(group)}" for name, group in groups.items() if name in ("LinearContext", "NewLLM")
-    )
+    told = f"recall at {LONG} and more, {LINEAR} - {rival}: {with_interval(100 * mean, half and 100 * half, 1)} points; "
+    told += ", ".join(f"{name} {_at(group)}" for name, group in groups.items() if name in (LINEAR, rival))
+    if half is not None and not has_learned(groups[rival], chance):
+        shortest = min(groups[rival][0]["recall"], key=int)
+        told += f"; {rival} is not above chance ({chance:.0%}) at {shortest} either: it never learned the task"
+        return claim(announced, told, None)
     return claim(announced, told, None if half is None else mean - half > 0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from bklm.harness.config import WindowStudyConfig, setting
@@ -19,27 +19,29 @@ class KoopmanConfig(WindowStudyConfig):
     )  # fmt: skip
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
-            "weights": (0.1,), "seeds": (0, 1), "epochs": 2, "start_epoch": 1, "seq_len": 16, "vocab_size": 500, "d_model": 16,
-            "n_layers": 2, "lift": 16, "max_train_tokens": 4096, "fit_positions": 1000, "score_tokens": 1000, "units": 16,
-            "delays": (1, 2), "recall_steps": 8, "recall_width": 16, "recall_pairs": 2, "recall_rates": (3e-3,),
+            "weights": (0.1,), "seeds": (0, 1), "epochs": 2, "learning_rates": (3e-3, 1e-2), "seq_len": 16, "vocab_size": 500,
+            "d_model": 16, "n_layers": 2, "lift": 16, "max_train_tokens": 4096, "fit_positions": 1000, "score_tokens": 1000,
+            "units": 16, "delays": (1, 2), "recall_steps": 8, "recall_width": 16, "recall_pairs": 2, "recall_rates": (3e-3,),
             "trained_distance": 16, "distances": (16, 32),
         },
         "quick": {
-            "weights": (0.1,), "seeds": (0,), "epochs": 3, "start_epoch": 2, "seq_len": 64, "vocab_size": 5000, "d_model": 64,
-            "n_layers": 3, "lift": 128, "max_train_tokens": 60_000, "fit_positions": 20_000, "score_tokens": 8000,
-            "units": 192, "delays": (1, 4), "recall_steps": 300, "recall_width": 48, "recall_pairs": 1,
-            "recall_rates": (3e-3,), "trained_distance": 128, "distances": (16, 32, 64, 128, 256, 512),
+            "weights": (0.1,), "seeds": (0,), "epochs": 3, "learning_rates": (3e-3, 1e-2, 3e-2), "seq_len": 64,
+            "vocab_size": 5000, "d_model": 64, "n_layers": 3, "lift": 128, "max_train_tokens": 60_000,
+            "fit_positions": 20_000, "score_tokens": 8000, "units": 192, "delays": (1, 4), "recall_steps": 600,
+            "recall_width": 48, "recall_pairs": 1, "recall_rates": (1e-2,), "trained_distance": 128,
+            "distances": (16, 32, 64, 128, 256, 512),
         },
         "full": {
-            "weights": (0.01, 0.1, 1.0), "seeds": (0, 1, 2), "epochs": 10, "start_epoch": 4, "seq_len": 128,
-            "vocab_size": 30_000, "d_model": 64, "n_layers": 4, "lift": 256, "max_train_tokens": 0, "fit_positions": 20_000,
-            "score_tokens": 0, "units": 192, "delays": (1, 4, 8), "recall_steps": 4000, "recall_width": 96, "recall_pairs": 2,
-            "recall_rates": (1e-3, 3e-3, 1e-2), "trained_distance": 128, "distances": (16, 32, 64, 128, 256, 512),
+            "weights": (0.01, 0.1, 1.0), "seeds": (0, 1, 2), "epochs": 4, "learning_rates": (3e-3, 1e-2, 3e-2),
+            "seq_len": 128, "vocab_size": 30_000, "d_model": 64, "n_layers": 4, "lift": 256, "max_train_tokens": 0,
+            "fit_positions": 20_000, "score_tokens": 30_000, "units": 192, "delays": (1, 4, 8), "recall_steps": 1000,
+            "recall_width": 48, "recall_pairs": 1, "recall_rates": (3e-3, 1e-2), "trained_distance": 128,
+            "distances": (16, 32, 64, 128, 256, 512),
         },
     }  # fmt: skip
     protocols: ClassVar[dict[str, dict[str, Any]]] = {
         "corrected": {"parts": "all"},
-        "original": {"parts": "auxiliary", "weights": (0.05,)},
+        "original": {"parts": "auxiliary", "weights": (0.05,), "learning_rates": (1e-3,)},
     }
 
     protocol: Literal["corrected", "original"] = setting(
@@ -48,43 +50,39 @@ class KoopmanConfig(WindowStudyConfig):
     parts: Literal["all", "auxiliary", "linearise", "recall"] | None = setting(
         None, help="what is done besides training the plain model; empty: the protocol's"
     )
-    weights: tuple[float, ...] | None = setting(
-        None, low=0, high=1e6, help="of the auxiliary loss, one arm each"
-    )
+    weights: tuple[float, ...] | None = setting(None, low=0, high=1e6, help="of the loss, an arm each")
     epochs: int | None = setting(None, low=1, high=1000, help="passes over the training text")
     d_model: int | None = setting(None, low=1, high=8192, help="model width")
     n_heads: int = setting(4, low=1, high=256, help="heads, or as many as the width has in common with that")
     lift: int | None = setting(None, low=1, high=8192, help="width of the lifted states")
-    start_epoch: int | None = setting(None, low=1, high=1000, help="first epoch of the published term")
-    threshold: float = setting(
-        8.0, above=0, high=1e9, help="published loss above which its weight is a hundredth"
+    start_epoch: int | None = setting(
+        None, low=1, high=1000, help="first epoch of the published term; empty: as published, 4 of 10"
     )
-    learning_rate: float = setting(1e-3, above=0, high=10, help="AdamW learning rate")
+    threshold: float = setting(8.0, above=0, high=1e9, help="loss above which its weight is a hundredth")
+    learning_rates: tuple[float, ...] | None = setting(
+        None, above=0, high=10, help="tried by the plain model; its best one is every arm's"
+    )
     weight_decay: float = setting(0.01, low=0, high=10, help="AdamW weight decay")
     clip: float = setting(0.5, above=0, high=1e6, help="largest gradient norm")
-    fit_positions: int | None = setting(
-        None, low=2, high=10**7, help="training positions that operators are fitted to"
-    )
+    fit_positions: int | None = setting(None, low=2, high=10**7, help="positions to fit operators to")
     score_tokens: int | None = setting(
-        None, low=0, high=10**12, help="validation tokens for replaced blocks; 0: all"
+        None, low=0, high=10**12, help="validation tokens for replaced blocks and short windows; 0: all"
     )
     units: int | None = setting(None, low=1, high=8192, help="random tanh units of EDMD")
     delays: tuple[int, ...] | None = setting(None, low=1, high=256, help="positions that an operator reads")
     rank: int = setting(0, low=0, high=10**6, help="of the plain DMD; 0: full")
     recall_steps: int | None = setting(None, low=4, high=10**7, help="training steps of the recall task")
-    recall_width: int | None = setting(
-        None, low=8, high=8192, help="width of NewLLM there; the others have its size"
-    )
+    recall_width: int | None = setting(None, low=8, high=8192, help="width of NewLLM, whose size all have")
     recall_layers: int = setting(2, low=1, high=64, help="blocks of each model there")
     recall_pairs: int | None = setting(None, low=1, high=16, help="pairs to remember")
-    recall_rates: tuple[float, ...] | None = setting(
-        None, above=0, high=10, help="learning rates tried by every model there"
-    )
+    recall_rates: tuple[float, ...] | None = setting(None, above=0, high=10, help="that each model tries")
     trained_distance: int | None = setting(None, low=8, high=65536, help="longest distance in training")
-    distances: tuple[int, ...] | None = setting(None, low=1, high=65536, help="distances that are tested")
+    distances: tuple[int, ...] | None = setting(None, low=1, high=2048, help="distances that are tested")
 
     def resolved(self) -> KoopmanConfig:
         config = super().resolved()
+        if config.start_epoch is None:
+            config = replace(config, start_epoch=-(-2 * config.epochs // 5))
         if config.protocol == "original" and config.parts != "auxiliary":
             raise ValueError(
                 f"parts: got {config.parts!r} with protocol 'original', whose blocks see the future, so nothing "

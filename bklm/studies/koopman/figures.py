@@ -99,8 +99,9 @@ def draw_linearised(path: Path, rows: Sequence[Mapping[str, Any]], title: str, n
 
 
 def draw_spectrum(path: Path, rows: Sequence[Mapping[str, Any]], note: str) -> Path:
-    """Eigenvalues of the repeated block in the complex plane, coloured by residual."""
-    sure = sum(r["residual"] < SURE for r in rows)
+    """Eigenvalues of the repeated block in the complex plane, coloured by residual; a conjugate pair counts as one."""
+    counted = [r for r in rows if r["imaginary"] >= 0]
+    sure = sum(r["residual"] < SURE for r in counted)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -113,7 +114,7 @@ def draw_spectrum(path: Path, rows: Sequence[Mapping[str, Any]], note: str) -> P
         axes.set(xlabel="real part", ylabel="imaginary part", aspect="equal")
         axes.autoscale_view()
 
-    title = f"One block at every depth: {sure} of {len(rows)} eigenvalues have a residual below {SURE:g}"
+    title = f"One block at every depth: {sure} of {len(counted)} eigenvalues have a residual below {SURE:g}"
     return save_figure(path, draw, title=title, note=note, size=(7.2, 5.4))
 
 
@@ -129,7 +130,9 @@ def draw_recall(
         for number, (row, colour, marker) in enumerate(zip(shown, colours(len(shown)), MARKERS, strict=False)):
             known = [k for k in places if row[k] is not None]
             ends = [
-                (None, None) if row[f"{k}_95"] is None else (row[k] - row[f"{k}_95"], row[k] + row[f"{k}_95"])
+                (None, None)
+                if row[f"{k}_95"] is None
+                else (max(0.0, row[k] - row[f"{k}_95"]), min(1.0, row[k] + row[f"{k}_95"]))
                 for k in known
             ]
             # Beside one another: bars of one distance would hide each other.
@@ -141,7 +144,7 @@ def draw_recall(
         axes.set(
             xscale="log",
             xlabel="distance, positions (log scale)",
-            ylabel="share of right answers, bars to 0 and 1",
+            ylabel="share of right answers",
             ylim=(0, 1.03),
         )
         axes.set_xticks([int(k[9:]) for k in places], [k[9:] for k in places])

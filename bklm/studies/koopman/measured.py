@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from bklm.harness.arms import WEIGHTS
 from bklm.harness.comparison import Trial
 from bklm.harness.session import Session, place_of
 from bklm.models import LanguageModel
-from bklm.models.koopman import Dictionary, spectrum
+from bklm.models.koopman import Dictionary, replaced, spectrum
 from bklm.studies.koopman import models
 from bklm.studies.koopman.config import KoopmanConfig
 from bklm.studies.koopman.tables import ARMS
@@ -25,7 +26,7 @@ from bklm.training.recall import models_of_equal_size
 from bklm.training.weights import load_weights
 
 RECALL_EPOCHS = 4
-ROUNDS, SECONDS = 21, 5.0  # of timing, an arm
+ROUNDS, SECONDS = 11, 5.0  # of timing, an arm
 SEQUENCES = 32  # that a lifting is described on, and a block is timed on
 
 
@@ -48,7 +49,7 @@ def recall_task(config: KoopmanConfig) -> Recall:
 
 
 def linearise(study: Session, trials: list[Trial]) -> dict[str, Any]:
-    """Blocks of every plain model replaced; times of the first one's, and what share of scoring and parameters blocks are."""
+    """Blocks of every plain model replaced; the first one's times, and what share of its parameters is outside of blocks."""
     config, text, scores = study.config, study.text, []
     device = study.accelerator.device
     few = -(-config.fit_positions // (text.seq_len * text.batch_size))
@@ -63,49 +64,62 @@ def linearise(study: Session, trials: list[Trial]) -> dict[str, Any]:
         scores.append(score_blocks(model, fitted, batches, held_out, config.fit_positions))
         if not found:
             rows = min(SEQUENCES, len(states[0]), len(batches[0][0]))
-            x, ids = states[0][:rows], batches[0][0][:rows].to(device)
-            stand_ins = {kind: blocks[0] for kind, blocks in fitted.items() if kind != "skip"}
-            calls = {name: (block, x) for name, block in ({"original": model.blocks[0]} | stand_ins).items()}
-            calls |= {"whole": (model, ids), "blocks": (torch.nn.Sequential(*map(_First, model.blocks)), x)}
-            timed = {name: timing.Arm(_call(*given)) for name, given in calls.items()}
-            found["times"] = _seconds(timed, device.type)
             outer = sum(p.numel() for p in {*model.embedding.parameters(), model.head()[0]})
-            found["outer_share"] = outer / model.num_parameters()
+            found = {
+                "times": _times(model, fitted, states[0][:rows], batches[0][0][:rows].to(device)),
+                "outer_share": outer / model.num_parameters(),
+            }
     return found | {"scores": scores}
 
 
-class _First(torch.nn.Module):
-    def __init__(self, block: torch.nn.Module) -> None:
-        super().__init__()
-        self.block = block
+def _times(
+    model: LanguageModel, fitted: Mapping[str, list[torch.nn.Module]], x: torch.Tensor, ids: torch.Tensor
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds, in turns: of the first block (all have one shape) and its stand-ins, and, as "forward_", of a forward to
+    logits with all blocks replaced; there "all blocks" is what the original's own blocks take of it."""
+    blocks = {"original": list(model.blocks)} | {kind: made for kind, made in fitted.items() if kind != "skip"}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block(x)[0]
+    def forward(made: list[torch.nn.Module]) -> None:
+        with replaced(model, dict(enumerate(made))):
+            model(ids)
+
+    def stack() -> None:
+        state = x
+        for block in blocks["original"]:
+            state = block(state)[0]
+
+    calls = {("", kind): functools.partial(made[0], x) for kind, made in blocks.items()}
+    calls |= {("forward_", kind): functools.partial(forward, made) for kind, made in blocks.items()}
+    calls["forward_", "all blocks"] = stack
+    with torch.no_grad():
+        taken = _seconds({name: timing.Arm(call) for name, call in calls.items()}, x.device.type)
+    found: dict[str, dict[str, list[float]]] = {"": {}, "forward_": {}}
+    for (prefix, kind), seconds in taken.items():
+        found[prefix][kind] = seconds
+    return found
 
 
-def _call(module: torch.nn.Module, x: torch.Tensor) -> Callable[[], None]:
-    def call() -> None:
-        with torch.no_grad():
-            module(x)
-
-    return call
-
-
-def _seconds(arms: Mapping[str, timing.Arm], device: str) -> dict[str, list[float]]:
+def _seconds(arms: Mapping[Any, timing.Arm], device: str) -> dict[Any, list[float]]:
     return {name: cell["total"] for name, cell in timing.time_arms(arms, ROUNDS, SECONDS, device).items()}
 
 
 def spectrum_of(study: Session) -> dict[str, Any]:
-    """The repeated block's eigenvalues, over pairs of states of all depths of the first seed's model."""
+    """The repeated block's eigenvalues, fitted to pairs of states of all depths of the first seed's model; the residuals are
+    those on validation text."""
     config, text = study.config, study.text
     model = load_model(study.folder, config, "tied", config.seeds[0]).to(study.accelerator.device)
-    states = collect_states(model, text.train_loader(seed=0), config.fit_positions)
-    sample = torch.cat([x.flatten(0, 1) for x in states[:-1]])
-    dictionary = Dictionary(sample, 1, config.units)
-    lifted = [dictionary(x).flatten(0, 1) for x in states]
-    found = spectrum(torch.cat(lifted[:-1]), torch.cat(lifted[1:]))
-    pairs = zip(found.eigenvalues.tolist(), found.residuals.tolist(), strict=True)
-    return {"rows": [{"real": v.real, "imaginary": v.imag, "modulus": abs(v), "residual": r} for v, r in pairs]}
+    dictionary, pairs = None, []
+    for batches in (text.train_loader(seed=0), text.search_val_loader(config.score_tokens)):
+        states = collect_states(model, batches, config.fit_positions)
+        if dictionary is None:
+            dictionary = Dictionary(torch.cat([x.flatten(0, 1) for x in states[:-1]]), 1, config.units)
+        lifted = [dictionary(x).flatten(0, 1) for x in states]
+        pairs.append((torch.cat(lifted[:-1]), torch.cat(lifted[1:])))
+    found = spectrum(*pairs[0], held_out=pairs[1])
+    listed = zip(found.eigenvalues.tolist(), found.residuals.tolist(), strict=True)
+    return {
+        "rows": [{"real": v.real, "imaginary": v.imag, "modulus": abs(v), "residual": r} for v, r in listed]
+    }
 
 
 def recall_steps(study: Session) -> dict[str, Any]:

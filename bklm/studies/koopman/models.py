@@ -31,7 +31,8 @@ def plain(config: KoopmanConfig, vocabulary: int) -> ResNetBK:
 
 
 def tied(config: KoopmanConfig) -> Arm:
-    return Arm(lambda vocabulary: tie_blocks(plain(config, vocabulary)))
+    """One block at every depth, for the spectrum, which is that of one model."""
+    return Arm(lambda vocabulary: tie_blocks(plain(config, vocabulary)), seeds=1)
 
 
 def arms_of(config: KoopmanConfig, steps: int) -> dict[str, Arm]:
@@ -49,7 +50,8 @@ def arms_of(config: KoopmanConfig, steps: int) -> dict[str, Arm]:
                 *size, most=weight or max(config.weights), start=config.start_epoch, epochs=config.epochs, steps=steps,
                 threshold=config.threshold, **placebo,
             )  # fmt: skip
-            return WithTerm(model, published, 1.0 if weight else 0.0, apart=False)
+            # Without a weight there is nothing to clip, and a norm with zeros in it is rounded otherwise.
+            return WithTerm(model, published, 1.0 if weight else 0.0, apart=not weight)
 
         return build
 
@@ -57,7 +59,9 @@ def arms_of(config: KoopmanConfig, steps: int) -> dict[str, Arm]:
     if config.parts not in ("all", "auxiliary"):
         return arms
     name = {"corrected": "mended", "original": "published"}[config.protocol]
-    arms["weight 0"] = Arm(term(0.0), ("none",), kept=False)
+    # That what the term does not touch is equal to the last bit is checked, on one seed, and not judged.
+    same = {"kept": False, "seeds": 1, "same_as": "none"}
+    arms["weight 0"] = Arm(term(0.0), **same)
     many = len(config.weights) > 1 or config.protocol == "corrected"
     for weight in (w for w in config.weights if w):
         called = f"{name} {weight:g}" if many else name
@@ -65,21 +69,22 @@ def arms_of(config: KoopmanConfig, steps: int) -> dict[str, Arm]:
         arms[called] = Arm(term(weight), ("none", placebo), kept=False)
         arms[placebo] = Arm(term(weight, placebo=True), ("none",), kept=False)
     if config.protocol == "corrected" and any(config.weights):
-        arms["detached"] = Arm(term(max(config.weights), detached=True), ("none",), kept=False)
+        arms["detached"] = Arm(term(max(config.weights), detached=True), **same)
     return arms
 
 
-def measure(text: Any, ids: Tensor) -> Callable[[LanguageModel], dict[str, Any]]:
-    """What is recorded of a trained model: its gain from context, and what its lifting learned on ``ids``."""
+def measure(text: Any, ids: Tensor, tokens: int) -> Callable[[LanguageModel], dict[str, Any]]:
+    """What is recorded of a trained model: its gain from context, windows scored on so many validation tokens (0: all), and
+    what its lifting learned on ``ids``."""
 
     def found(model: LanguageModel) -> dict[str, Any]:
         gained = measure_context_gain(
             model,
             text.val_loader(),
             text.unk_id,
-            windows_of=lambda length: None,
+            windows_of=lambda length: text.context_loader(length, tokens),
             window=text.seq_len,
-            lengths=(),
+            lengths=sorted({1, 2, 4, 8, text.seq_len}),
         )
         lifting: dict[str, float] = {}
         if isinstance(model, WithTerm):
@@ -87,7 +92,12 @@ def measure(text: Any, ids: Tensor) -> Callable[[LanguageModel], dict[str, Any]]
             lifting = describe_lifting(model.model, model.term, here)
             if isinstance(model.term, PublishedTerm):
                 lifting |= _koopman_mode(model, text, here)
-        return {"context_gain": gained.gain, "lifting": lifting}
+        return {
+            "vocabulary": text.vocab_size,
+            "context_gain": gained.gain,
+            "windows": gained.to_dict(),
+            "lifting": lifting,
+        }
 
     return found
 

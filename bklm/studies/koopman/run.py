@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,16 @@ from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.report import Report, StudyResult, seeds_in_words, small_print
 from bklm.harness.session import Session
 from bklm.harness.statistics import FEWEST_SEEDS
+from bklm.harness.step_times import step_times
 from bklm.harness.study import run_study
 from bklm.harness.text import StudyText, prepare_text
 from bklm.models import LanguageModel
 from bklm.studies.koopman import figures, models, tables
-from bklm.studies.koopman.claims import claims_table, operators_in_words, term_in_words
+from bklm.studies.koopman.claims import TERMS, claims_table, operators_in_words, term_in_words
 from bklm.studies.koopman.config import KoopmanConfig
 from bklm.studies.koopman.measured import (
     RECALL_EPOCHS,
+    ROUNDS,
     SEQUENCES,
     linearise,
     load_model,
@@ -32,6 +34,8 @@ from bklm.studies.koopman.measured import (
 from bklm.studies.koopman.tables import ARMS, RECALL
 from bklm.training.recall import accuracy_by_distance, models_of_equal_size
 from bklm.training.schedules import TrainingSettings
+
+SCORINGS = 5  # of the validation text after a training, those in windows together as much as one or two
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,12 @@ class KoopmanResult(StudyResult):
             "arms": lambda: ARMS.readable(self.table),
             "verdicts": lambda: readable_verdicts(self.verdicts),
             "linearised": lambda: tables.readable_linearised(self.linearised),
+            "speed": lambda: tables.readable_speed(self.linearised),
             "recall": lambda: tables.readable_recall(self.recall),
             "claims": lambda: self.claims,
         }
-        return {name: make for name, make in made.items() if name == "arms" or getattr(self, name)}
+        parts = {"arms": "table", "speed": "linearised"}
+        return {name: make for name, make in made.items() if getattr(self, parts.get(name, name))}
 
     def load(self, model: str | None = None) -> LanguageModel:
         """The plain model of the first seed; with "tied" the one of a block at every depth."""
@@ -77,23 +83,35 @@ def estimated_minutes(config: KoopmanConfig) -> float:
         config.dataset, config.data_dir, config.vocab_size, config.tokenizer
     )
     used = min(train_tokens, config.max_train_tokens or train_tokens)
-    arms, epochs = models.arms_of(config, 1), len(config.seeds) * config.epochs
-    runs = [Run(("koopman none", config), lambda: arms["none"].build(vocabulary), epochs, used, val_tokens)]
-    if len(arms) > 1:
-        with_term = list(arms)[-1]
-        many = (len(arms) - 1) * epochs
-        runs.append(Run(("koopman", config), lambda: arms[with_term].build(vocabulary), many, used, val_tokens))
+    # Beside every pass, a model is scored without its mixer, in windows, and as it is, in the end.
+    scored = val_tokens * (1 + SCORINGS / config.epochs)
+    arms, seeds = models.arms_of(config, 1), len(config.seeds)
+
+    def run(name: str, trainings: int, arm: Arm) -> Run:
+        return Run(
+            (f"koopman {name}", config), lambda: arm.build(vocabulary), trainings * config.epochs, used, scored
+        )
+
+    runs = [run("none", _trainings(seeds, config.learning_rates), arms["none"])]
+    if others := [arm for name, arm in arms.items() if name != "none"]:
+        runs.append(run("term", sum(arm.seeds or seeds for arm in others), others[-1]))
     if config.parts in ("all", "linearise"):
-        tied = models.tied(config)
-        runs.append(Run(("koopman tied", config), lambda: tied.build(vocabulary), epochs, used, val_tokens))
+        runs.append(run("tied", 1, models.tied(config)))
+    spent = minutes(config, runs)
     if config.parts in ("all", "recall"):
-        task = recall_task(config)
+        task, runs = recall_task(config), []
         tokens = task.sequences * task.seq_len * RECALL_EPOCHS
-        trainings = len(config.seeds) + len(config.recall_rates) * (len(config.recall_rates) > 1)
+        trainings = _trainings(seeds, config.recall_rates)
         for name, build in models_of_equal_size(task, config.recall_width, config.recall_layers).items():
             build = lambda build=build: build(task.vocab_size)  # noqa: E731
             runs.append(Run((name, config), build, trainings, tokens, 0))
-    return minutes(config, runs)
+        spent += minutes(replace(config, seq_len=task.seq_len), runs)
+    return spent
+
+
+def _trainings(seeds: int, rates: tuple[float, ...]) -> int:
+    """Of an arm whose rate is searched: the first seed's best one is not trained again."""
+    return seeds + len(rates) - 1
 
 
 def _train_all(study: Session) -> dict[str, Any]:
@@ -102,35 +120,43 @@ def _train_all(study: Session) -> dict[str, Any]:
     arms = models.arms_of(config, steps)
     if config.protocol == "original":
         require_one_process(study, "the published term fits its operator to the batches of one")
-    replace, remember = config.parts in ("all", "linearise"), config.parts in ("all", "recall")
-    same = {"weight_decay": config.weight_decay, "clip": config.clip, "schedule": config.schedule}
-    settings = TrainingSettings(config.epochs, learning_rate=config.learning_rate, **same)
+    whole, remember = config.parts in ("all", "linearise"), config.parts in ("all", "recall")
     task, rates = recall_task(config), config.recall_rates
     rivals = {
         n: Arm(b) for n, b in models_of_equal_size(task, config.recall_width, config.recall_layers).items()
     }
-    seeds = len(config.seeds)
-    expected = steps * config.epochs * seeds * (len(arms) + replace)
-    searched = len(rates) if len(rates) > 1 else 0
-    study.expect(
-        expected + remember * len(rivals) * (seeds + searched) * RECALL_EPOCHS * len(task.train_loader(0))
-    )
-    ids = text.first_batch(SEQUENCES)[0]
-    own = models.measure(text, ids)
-    found = {
-        "arms": arms,
-        "trials": train_arms(
-            study, arms, settings, measure=lambda model: {"vocabulary": text.vocab_size, **own(model)},
-            needed={"context_gain": float, "lifting": dict, "vocabulary": int}, draw=lambda done: _draw(study, arms, done),
-        ),
-    }  # fmt: skip
+    seeds, tried = len(config.seeds), len(config.learning_rates)
+    trials = sum(arm.seeds or seeds for arm in arms.values()) + whole + tried * (tried > 1)
+    searched = len(rates) * (len(rates) > 1)
+    at_recall = remember * len(rivals) * (seeds + searched) * RECALL_EPOCHS * len(task.train_loader(0))
+    study.expect(steps * config.epochs * trials)
+    found = {"arms": arms}
+    measured = {
+        "measure": models.measure(text, text.first_batch(SEQUENCES)[0], config.score_tokens),
+        "needed": {"context_gain": float, "lifting": dict, "vocabulary": int, "windows": dict},
+    }
+    same = {"weight_decay": config.weight_decay, "clip": config.clip, "schedule": config.schedule}
+    settings = TrainingSettings(config.epochs, **same)
+    plain = train_arms(study, {"none": arms["none"]}, settings, rates=config.learning_rates, **measured)
+    # A term is judged at the rate that is best without it.
+    settings = replace(settings, learning_rate=plain[0]["learning_rate"])
+    others = {name: arm for name, arm in arms.items() if name != "none"}
+    found["trials"] = plain + (
+        train_arms(study, others, settings, draw=lambda done: _draw(study, arms, plain + done), **measured)
+        if others else []
+    )  # fmt: skip
     ARMS.require_any(found["trials"])
-    if replace:
+    # An earlier moment of a run is a shorter training only where its rate does not fall.
+    if "detached" in arms and config.schedule == "constant":
+        found["steps"] = step_times(study, {name: arms[name] for name in ("none", _last_term(arms))}, ROUNDS)
+    if whole:
         found["tied"] = train_arms(
             study, {"tied": models.tied(config)}, settings, name="tied",
             measure=lambda model: {"vocabulary": text.vocab_size}, needed={"vocabulary": int},
         )  # fmt: skip
     if remember:
+        # Its steps are several times as short: counted from the start, they would be taken for hours.
+        study.expect(study.progress.total + at_recall)
         found["recall"] = train_arms(
             study, rivals, TrainingSettings(RECALL_EPOCHS, learning_rate=rates[0], **same | {"weight_decay": 0.0}),
             text=task, rates=rates, name="recall", needed={"recall": dict},
@@ -139,9 +165,17 @@ def _train_all(study: Session) -> dict[str, Any]:
     return found
 
 
-def _note(study: Session, seeds: int | None = None) -> str:
+def _last_term(arms: Mapping[str, Arm]) -> str:
+    return [name for name in arms if name.startswith(TERMS)][-1]
+
+
+def _judged(trials: list[Trial], arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
+    return verdicts(ARMS, trials, arms, any_of=sum(name.startswith(TERMS) for name in arms) or 1)
+
+
+def _note(study: Session, trials: list[Trial], seeds: int | None = None) -> str:
     config = study.config
-    own = (f"{config.protocol} protocol", f"learning rate {config.learning_rate:g} for all")
+    own = (f"{config.protocol} protocol", tables.rate_in_words(trials, config.learning_rates))
     return small_print(
         study.text, seeds or len(config.seeds), *own, sees_the_future=config.protocol == "original"
     )
@@ -150,53 +184,65 @@ def _note(study: Session, seeds: int | None = None) -> str:
 def _draw(study: Session, arms: Mapping[str, Arm], trials: list[Trial]) -> Path | None:
     if not ARMS.finished(trials):
         return None
-    title = (
-        f"{len(trials)} of {len(arms) * len(study.config.seeds)} trials done{ARMS.diverged_in_short(trials)}"
-    )
-    return figures.draw_arms(study.folder / "arms.png", verdicts(ARMS, trials, arms), title, _note(study))
+    count = sum(arm.seeds or len(study.config.seeds) for arm in arms.values())
+    title = f"{len(trials)} of {count} trials done{ARMS.diverged_in_short(trials)}"
+    return figures.draw_arms(study.folder / "arms.png", _judged(trials, arms), title, _note(study, trials))
 
 
 def _report(study: Session, found: dict[str, Any]) -> KoopmanResult:
     config, report, trials = study.config, Report(study), found["trials"]
-    judged, note = verdicts(ARMS, trials, found["arms"]), _note(study)
-    linearised, eigenvalues, recalled, shares, steps, told = [], [], [], None, {}, []
+    judged, note = _judged(trials, found["arms"]), _note(study, trials)
+    recalled, equal, steps, task = [], [], {}, recall_task(config)
+    told = [tables.plain_in_words(trials, config.learning_rates)]
     if judged:
         told.append(term_in_words(judged))
-        report.figure("arms.png", figures.draw_arms, judged, told[0] or ARMS.headline(trials), note)
-    if "tied" in found and ARMS.groups(trials).get("none"):
-        place, needed = study.folder / "linearised.json", {"scores": list, "times": dict, "outer_share": float}
-        made = kept_result(place, lambda: linearise(study, trials), needed)
-        linearised = tables.linearised_rows(made["scores"], made["times"])
-        shares = tables.shares_in_words(made["times"], made["outer_share"])
-        told.append(operators_in_words(linearised))
-        report.figure("linearised.png", figures.draw_linearised, linearised, told[-1], note)
-        report.path("linearised.json")
-        if any(t["val_ppl"] is not None and t["seed"] == config.seeds[0] for t in found["tied"]):
-            eigenvalues = kept_result(
-                study.folder / "spectrum.json", lambda: spectrum_of(study), {"rows": list}
-            )["rows"]
-            reached = next(t["val_ppl"] for t in found["tied"] if t["seed"] == config.seeds[0])
-            tied_note = f"{_note(study, 1)} This model's PPL: {reached:.1f}."
-            report.figure("spectrum.png", figures.draw_spectrum, eigenvalues, tied_note)
+        report.figure("arms.png", figures.draw_arms, judged, told[-1] or ARMS.headline(trials), note)
+    if "steps" in found:
+        ratio = [b / a for a, b in zip(*found["steps"].values(), strict=False)]
+        equal = tables.at_equal_seconds(trials, ratio, judged[0]["any_of"])
+    linearised, eigenvalues, shares = _operators(study, report, found, told)
     if RECALL.finished(found.get("recall", [])):
         recalled = tables.recall_rows(found["recall"])
         place = study.folder / "recall_steps.json"
         steps = kept_result(place, lambda: recall_steps(study), {"steps": dict})["steps"]
-        task = recall_task(config)
         pairs, seeds = f"{task.pairs} pair{'s' * (task.pairs > 1)}", len(config.seeds)
         small = f"{pairs}, {task.sequences:,} training sequences {RECALL_EPOCHS} times, {task.tested} at each distance; "
-        small += f"{seeds_in_words(seeds, bars=seeds >= FEWEST_SEEDS)}."
-        told.append(tables.recall_in_words(recalled))
+        small += f"{seeds_in_words(seeds, bars=seeds >= FEWEST_SEEDS)}, cut at 0 and 1."
+        told.append(tables.recall_in_words(recalled, task.chance))
         report.figure("recall.png", figures.draw_recall, recalled, told[-1], task.longest, task.chance, small)
-    files = {"verdicts": judged, "linearised": linearised, "spectrum": eigenvalues, "recall": recalled}
+    unigram = study.text.baselines[0]["val_ppl"]
+    claims = claims_table(
+        judged, equal, trials, linearised, found.get("recall", []), steps, unigram, task.chance
+    )
+    files = {"verdicts": judged, "equal_seconds": equal, "linearised": linearised, "spectrum": eigenvalues,
+             "recall": recalled, "claims": claims}  # fmt: skip
     for name, rows in files.items():
         report.csv(f"{name}.csv", rows)
-    unigram = study.text.baselines[0]["val_ppl"]
-    claims = claims_table(judged, trials, linearised, found.get("recall", []), steps, unigram)
     also = {name: found[name] for name in ("tied", "recall") if name in found}
-    finding = " ".join([ARMS.finding(trials), *(f"{words}." for words in told if words)])
+    finding = " ".join(f"{words}." for words in told if words) + ARMS.diverged(trials)
     return report.finish(
         KoopmanResult, ARMS, trials, also=also, summary={"claims": claims, "verdicts": judged, "shares": shares},
         finding=finding, sees_the_future=config.protocol == "original", verdicts=judged, linearised=linearised,
         spectrum=eigenvalues, recall=recalled, claims=claims, shares=shares,
     )  # fmt: skip
+
+
+def _operators(
+    study: Session, report: Report, found: dict[str, Any], told: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str | None]:
+    """Rows of the replaced blocks, eigenvalues of the repeated one, and the shares that bound both, with their figures."""
+    trials, folder = found["trials"], study.folder
+    if "tied" not in found or not ARMS.groups(trials).get("none"):
+        return [], [], None
+    needed = {"scores": list, "times": dict, "outer_share": float}
+    made = kept_result(folder / "linearised.json", lambda: linearise(study, trials), needed)
+    linearised, eigenvalues = tables.linearised_rows(made["scores"], made["times"]), []
+    told.append(operators_in_words(linearised))
+    report.figure("linearised.png", figures.draw_linearised, linearised, told[-1], _note(study, trials))
+    report.path("linearised.json")
+    if RECALL.finished(found["tied"]):
+        eigenvalues = kept_result(folder / "spectrum.json", lambda: spectrum_of(study), {"rows": list})["rows"]
+        note = f"{_note(study, trials, 1)} This model's PPL: {found['tied'][0]['val_ppl']:.1f}. Residuals on held-out text; "
+        note += "a conjugate pair counts as one, the constant not at all."
+        report.figure("spectrum.png", figures.draw_spectrum, eigenvalues, note)
+    return linearised, eigenvalues, tables.shares_in_words(made["times"]["forward_"], made["outer_share"])

@@ -1,4 +1,4 @@
-"""The Koopman study's tables: the arms, replaced blocks, recall by distance, and the claims."""
+"""The Koopman study's tables: the arms, what a term costs, replaced blocks, recall by distance."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.training.context_gain import gain_in_words
 
 LONG = 128  # distances from here on are what "long range" means
+CONTROLS = ("original", "mixer off", "skip", "MLP")
+LINEAR = "LRU"  # the recurrence that is linear, which claims of one are about
 
 
 def _lifting(key: str, title: str, form: str = ".2f") -> Column:
@@ -45,66 +47,141 @@ RECALL = Comparison(
 )  # fmt: skip
 
 
-def linearised_rows(
-    by_seed: Sequence[Sequence[Mapping[str, Any]]], times: Mapping[str, Sequence[float]]
-) -> list[dict[str, Any]]:
-    """One row per block and replacement: means over seeds with intervals, and the time of a block over its stand-in's."""
+def rate_in_words(trials: Sequence[Trial], tried: Sequence[float]) -> str:
+    """The learning rate of all arms, and whether the search that found it ended at an edge of what it tried."""
+    rate = trials[0]["learning_rate"]
+    if len(tried) == 1:
+        return f"learning rate {rate:g} for all"
+    edge = ", at the edge of these" if rate in (min(tried), max(tried)) else ""
+    return (
+        f"learning rate {rate:g} for all, the plain model's best of {', '.join(f'{r:g}' for r in tried)}{edge}"
+    )
+
+
+def plain_in_words(trials: Sequence[Trial], tried: Sequence[float]) -> str:
+    """What the plain model reaches, at which rate."""
+    group = ARMS.groups(trials).get("none")
+    return f"The plain model: PPL {ARMS.perplexity(group)}, {rate_in_words(trials, tried)}" if group else ""
+
+
+def at_equal_seconds(trials: Sequence[Trial], step: Sequence[float], any_of: int) -> list[dict[str, Any]]:
+    """By arm with the mended term, its validation loss minus the plain model's when both have trained as long: an earlier
+    moment of its own run, between two evaluations on a line in the logarithm of the steps; None before the first one.
+
+    Args:
+        step: the seconds of its training step over the plain model's, by round of timing.
+    """
+    groups, cost = ARMS.groups(trials), Perplexity.over_seeds(step)
+    ends = {t["seed"]: t["epochs"][-1]["val_loss"] for t in groups.get("none", [])}
     rows = []
+    for arm, group in ((name, found) for name, found in groups.items() if name.startswith("mended")):
+        losses = {t["seed"]: _loss_after(t["epochs"], len(t["epochs"]) / cost.mean) for t in group}
+        known = bool(ends) and ends.keys() <= losses.keys() and None not in losses.values()
+        mean, half = interval95([losses[s] - end for s, end in ends.items()], any_of) if known else (None, None)
+        row = {"arm": arm, "against": "none, equal seconds", "loss_difference": mean}
+        row |= dict.fromkeys(("low", "high")) if half is None else {"low": mean - half, "high": mean + half}
+        row |= {"any_of": any_of, "verdict": "" if known else "not scored that early, or a seed diverged"}
+        rows.append(row | _with_ends("step_ratio", cost, (cost.low, cost.high)))
+    return rows
+
+
+def _loss_after(epochs: Sequence[Mapping[str, Any]], passes: float) -> float | None:
+    whole = min(int(passes), len(epochs))
+    if whole == len(epochs) or whole < 1:
+        return epochs[-1]["val_loss"] if whole else None
+    here, after = (epochs[k]["val_loss"] for k in (whole - 1, whole))
+    return here + (after - here) * math.log(passes / whole) / math.log((whole + 1) / whole)
+
+
+def linearised_rows(
+    by_seed: Sequence[Sequence[Mapping[str, Any]]], times: Mapping[str, Mapping[str, Sequence[float]]]
+) -> list[dict[str, Any]]:
+    """One row per block and replacement, means over seeds with intervals; those of all blocks also hold times: of one block
+    and of a forward to logits, with intervals over the rounds of timing one model. Ratios are for all operators at once."""
+    rows = []
+    many = len({r["replacement"] for r in by_seed[0]} - set(CONTROLS))
     for group in zip(*by_seed, strict=True):
         first, original = group[0], [next(r for r in s if r["block"] == group[0]["block"]) for s in by_seed]
         ratio = Perplexity.over_seeds(
-            [math.exp(r["val_loss"] - o["val_loss"]) for r, o in zip(group, original, strict=True)]
+            [math.exp(r["val_loss"] - o["val_loss"]) for r, o in zip(group, original, strict=True)], many
         )
         gain, half = interval95([r["context_gain_nats"] for r in group])
         kept = [r["context_gain_kept"] for r in group if r["context_gain_kept"] is not None]
         nothing = gain <= (half or 0.0)
-        row = {
-            "block": first["block"],
-            "replacement": first["replacement"],
-            "r2": interval95([r["r2"] for r in group])[0],
+        row = {name: first[name] for name in ("block", "replacement")} | {
+            "r2": interval95([r["r2"] for r in group])[0]
         }
-        row |= {"val_ppl": Perplexity.over_seeds([math.exp(r["val_loss"]) for r in group]).mean}
-        row |= {
-            "ppl_ratio": ratio.mean,
-            **dict(zip(("ppl_ratio_low", "ppl_ratio_high"), ratio.interval, strict=True)),
-        }
+        row |= {"val_ppl": Perplexity.over_seeds([math.exp(r["val_loss"]) for r in group]).mean, "any_of": many}
+        row |= _with_ends("ppl_ratio", ratio, ratio.interval)
         row |= {"context_gain_nats": gain, "context_gain_nats_95": half}
         row |= dict(zip(("context_gain_kept", "context_gain_kept_95"),
                         (None, None) if nothing or not kept else interval95(kept), strict=True))  # fmt: skip
-        if first["replacement"] in times:
-            speed = Perplexity.over_seeds(
-                [b / r for b, r in zip(times["original"], times[first["replacement"]], strict=False)]
-            )
-            row |= {
-                "milliseconds": 1e3 * sorted(times[first["replacement"]])[len(times[first["replacement"]]) // 2]
-            }
-            row |= {"times_faster": speed.mean, "times_faster_low": speed.low, "times_faster_high": speed.high}
+        for prefix, taken in times.items() if first["block"] == "all" else ():
+            if own := taken.get(first["replacement"]):
+                speed = Perplexity.over_seeds(
+                    [b / r for b, r in zip(taken["original"], own, strict=False)], many
+                )
+                row |= {f"{prefix}milliseconds": 1e3 * sorted(own)[len(own) // 2]}
+                row |= _with_ends(f"{prefix}times_faster", speed, (speed.low, speed.high))
         rows.append(row)
     return rows
 
 
-def ppl_ratio(row: Mapping[str, Any]) -> Perplexity:
-    """A replacement's perplexity over the original's on the same seeds."""
-    return Perplexity(row["ppl_ratio"], row["ppl_ratio_low"], row["ppl_ratio_high"])
+def _with_ends(
+    name: str, found: Perplexity, ends: tuple[float | None, float | None]
+) -> dict[str, float | None]:
+    return {name: found.mean, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+
+
+def ratio_of(row: Mapping[str, Any], name: str) -> Perplexity:
+    """A ratio with its interval: a row's "ppl_ratio", or "times_faster" with or without "forward_"."""
+    return Perplexity(row[name], row[f"{name}_low"], row[f"{name}_high"])
+
+
+def kept_in_words(row: Mapping[str, Any]) -> str:
+    """What is left of the gain from context: "74 ± 3%"; a loss above that of the best model without context is "none"."""
+    found = row["context_gain_kept"]
+    if found is None:
+        return "nothing to keep"
+    return "none" if found <= 0 else _percent(found, row["context_gain_kept_95"])
 
 
 def readable_linearised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    def kept(row: Mapping[str, Any]) -> str:
-        found = row["context_gain_kept"]
-        return "nothing to keep" if found is None else with_interval(found, row["context_gain_kept_95"], 2)
+    """A row a replacement, of all blocks; what each block's own does alone stands in one cell, block by block."""
+    many = max(int(r.get("any_of") or 1) for r in rows)
+    found = []
+    for whole in (r for r in rows if r["block"] == "all"):
+        alone = [r for r in rows if r["replacement"] == whole["replacement"] and r["block"] != "all"]
+        found.append({
+            "replacement": whole["replacement"],
+            "R² of the increment, by block": ", ".join(f"{r['r2']:.2f}" for r in alone),
+            "PPL ratio, one block": ", ".join(f"{r['ppl_ratio']:.3f}" for r in alone),
+            "val PPL, all blocks": f"{whole['val_ppl']:.1f}",
+            f"PPL ratio, all blocks (95%{f' for {many} operators at once' * (many > 1)})": str(ratio_of(whole, "ppl_ratio")),
+            "context gain kept": kept_in_words(whole),
+        })  # fmt: skip
+    return found
+
+
+def readable_speed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Times of one model's blocks and their stand-ins; the interval is over rounds of timing it, not over seeds."""
+
+    def cells(row: Mapping[str, Any], prefix: str, what: str) -> dict[str, str]:
+        known = row.get(f"{prefix}milliseconds") is not None
+        return {
+            f"{what}, ms": f"{row[f'{prefix}milliseconds']:.2f}" if known else "-",
+            f"{what}, times faster (95% over rounds)": str(ratio_of(row, f"{prefix}times_faster"))
+            if known
+            else "-",
+        }
 
     return [
-        {
-            "block": r["block"], "replacement": r["replacement"], "R² of the increment": f"{r['r2']:.3f}",
-            "val PPL": f"{r['val_ppl']:.1f}",
-            "PPL ratio (95%)": str(ppl_ratio(r)),
-            "context gain kept": kept(r),
-            "ms": f"{r['milliseconds']:.2f}" if r.get("milliseconds") is not None else "-",
-            "times faster (95%)": str(Perplexity(r["times_faster"], r["times_faster_low"], r["times_faster_high"]))
-            if r.get("times_faster") is not None else "-",
-        }
+        {"replacement": r["replacement"]}
+        | cells(r, "", "one block")
+        | cells(r, "forward_", "forward to logits")
         for r in rows
-    ]  # fmt: skip
+        if r["block"] == "all" and r.get("milliseconds") is not None
+    ]
 
 
 def recall_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
@@ -120,14 +197,14 @@ def recall_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     return rows
 
 
-def recall_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+def recall_in_words(rows: Sequence[Mapping[str, Any]], chance: float) -> str:
     """Every model's accuracy at the longest distance that it can be asked at."""
     places = [k for k in rows[0] if k.startswith("accuracy_") and not k.endswith("_95")]
     told = []
     for row in (r for r in rows if r["seeds"]):
         far = next((k for k in reversed(places) if row[k] is not None), None)
         told.append(f"{row['arm']} {row[far]:.0%} at {far[9:]}" if far else f"{row['arm']} nowhere")
-    return f"Recall at the longest distance that was asked: {', '.join(told)}"
+    return f"Recall at the longest distance that was asked: {', '.join(told)}, chance {chance:.0%}"
 
 
 def _percent(mean: float, half: float | None) -> str:
@@ -150,7 +227,7 @@ def readable_recall(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def long_range(
-    trials: Sequence[Trial], model: str = "LinearContext", to: str = "NewLLM"
+    trials: Sequence[Trial], model: str = LINEAR, to: str = "NewLLM"
 ) -> tuple[float, float | None] | None:
     """Difference of two models' mean accuracy at the distances from LONG on, paired over seeds, with its interval."""
     groups, far = RECALL.groups(trials), [d for d in _distances(trials) if int(d) >= LONG]
@@ -163,9 +240,17 @@ def long_range(
     return interval95([means[model][s] - means[to][s] for s in shared]) if shared else None
 
 
+def has_learned(group: Sequence[Trial], chance: float) -> bool:
+    """Whether a model answers better than chance at the shortest distance, beyond its interval: else it never learned the
+    task, and says nothing about distance."""
+    shortest = min(group[0]["recall"], key=int)
+    mean, half = interval95([t["recall"][shortest] for t in group])
+    return half is not None and mean - half > chance
+
+
 def shares_in_words(times: Mapping[str, Sequence[float]], outer: float) -> str:
-    """The two shares that bound every speed-up and every saving by the blocks."""
-    part = interval95([b / w for b, w in zip(times["blocks"], times["whole"], strict=False)])[0]
+    """The two shares that bound every speed-up and every saving by the blocks; times of all blocks, and of a forward."""
+    part = interval95([b / w for b, w in zip(times["all blocks"], times["original"], strict=False)])[0]
     return (
         f"Embedding and head hold {outer:.0%} of the parameters, and the blocks take {part:.0%} of the time of a forward to "
         f"logits: blocks that cost nothing would make it {1 / max(1 - part, 0.01):.1f} times faster at most."

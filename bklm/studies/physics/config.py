@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Literal
 from bklm.harness.config import WindowStudyConfig, setting
 from bklm.models.potentials import LARGEST_STEP
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+# Those below decide nothing: every arm is trained with 1e-2 in its search.
+STABLE_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
+PUBLISHED_RATE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,23 +25,24 @@ class PhysicsConfig(WindowStudyConfig):
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
             "seeds": (0, 1), "epochs": 1, "pieces": 2, "batch_size": 32, "seq_len": 32, "vocab_size": 300, "d_model": 16,
-            "n_layers": 2, "max_train_tokens": 4096, "learning_rate": 3e-3, "learning_rates": (3e-3,), "decays": (1.0,),
-            "stable_rates": (1e-3, 1e-1), "stable_tokens": 2048, "memory_layers": (2, 4),
+            "n_layers": 2, "max_train_tokens": 4096, "learning_rates": (3e-3, 1e-2), "decays": (1.0,), "score_tokens": 1024,
+            "stable_rates": (1e-2, 1e-1), "stable_tokens": 2048, "memory_layers": (2, 4),
         },
         "quick": {
             "seeds": (0, 1, 2), "epochs": 2, "pieces": 3, "batch_size": 8, "seq_len": 64, "vocab_size": 1000, "d_model": 32,
-            "n_layers": 2, "max_train_tokens": 32_000, "learning_rate": 3e-3, "learning_rates": (3e-3, 1e-2, 3e-2),
-            "decays": (0.1, 1.0), "stable_rates": RATES, "stable_tokens": 0, "memory_layers": (4, 8, 16, 32),
+            "n_layers": 2, "max_train_tokens": 32_000, "learning_rates": (3e-3, 1e-2, 3e-2), "decays": (0.1, 1.0),
+            "score_tokens": 4096, "stable_rates": STABLE_RATES[1:], "stable_tokens": 16_000, "memory_layers": (4, 8, 16, 32),
         },
         "full": {
-            "seeds": (0, 1, 2), "epochs": 10, "pieces": 4, "batch_size": 32, "seq_len": 128, "vocab_size": 30_000,
-            "d_model": 64, "n_layers": 4, "max_train_tokens": 0, "learning_rate": 1e-3, "learning_rates": (1e-3, 3e-3, 1e-2),
-            "decays": (0.1, 0.3, 1.0), "stable_rates": RATES, "stable_tokens": 0, "memory_layers": (4, 8, 16, 32),
+            "seeds": (0, 1, 2), "epochs": 3, "pieces": 4, "batch_size": 32, "seq_len": 128, "vocab_size": 30_000,
+            "d_model": 64, "n_layers": 4, "max_train_tokens": 0, "learning_rates": (3e-3, 1e-2, 3e-2),
+            "decays": (0.1, 0.3, 1.0), "score_tokens": 8192, "stable_rates": STABLE_RATES, "stable_tokens": 0,
+            "memory_layers": (4, 8, 16, 32),
         },
     }  # fmt: skip
     protocols: ClassVar[dict[str, dict[str, Any]]] = {
         "corrected": {"parts": "all"},
-        "original": {"parts": "loss"},
+        "original": {"parts": "loss", "learning_rates": (PUBLISHED_RATE,)},
     }
 
     protocol: Literal["corrected", "original"] = setting(
@@ -55,11 +58,15 @@ class PhysicsConfig(WindowStudyConfig):
         4, low=1, high=256, help="heads, or as many as half the width has in common with that"
     )
     batch_size: int | None = setting(None, low=4, high=512, help="sequences per optimiser step")
-    learning_rate: float | None = setting(
-        None, above=0, high=10, help="AdamW rate of all arms with an energy term"
-    )
     learning_rates: tuple[float, ...] | None = setting(
-        None, above=0, high=10, help="rates tried by every kind of block"
+        None, above=0, high=10, help="AdamW rates tried by every arm; original: the published one"
+    )
+    weight_decay: float = setting(0.01, low=0, high=10, help="AdamW weight decay, the published one at first")
+    score_tokens: int | None = setting(
+        None,
+        low=0,
+        high=10**12,
+        help="validation tokens of scores within a pass and of the gain from context; 0: all",
     )
     clip: float = setting(0.5, above=0, high=1e6, help="largest gradient norm")
     weight: float = setting(
@@ -71,7 +78,10 @@ class PhysicsConfig(WindowStudyConfig):
         0.4, low=0, high=0.95, help="share of the training before the published term sets in"
     )
     decays: tuple[float, ...] | None = setting(
-        None, low=0, high=100, help="weight decays, of which one is to give the published arm's embedding norm"
+        None,
+        low=0,
+        high=100,
+        help="weight decays tried without a term; kept is the one nearest the published arm's embedding norm",
     )
     step: float = setting(1.0, above=0, high=1e3, help="leapfrog step of a conservative block")
     stable_rates: tuple[float, ...] | None = setting(
@@ -96,6 +106,11 @@ class PhysicsConfig(WindowStudyConfig):
             )
         if config.d_model % 2:
             raise ValueError(f"d_model: got {config.d_model}; half of it are positions: take an even width.")
+        if 0 < config.score_tokens <= config.seq_len:
+            raise ValueError(
+                f"score_tokens: got {config.score_tokens}; a window of seq_len {config.seq_len} takes one more than that: "
+                "take more, or 0 for all."
+            )
         if config.n_layers < 2:
             raise ValueError(
                 f"n_layers: got {config.n_layers}; an energy that blocks conserve needs 2 blocks or more."

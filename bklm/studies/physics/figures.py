@@ -18,8 +18,8 @@ from bklm.harness.figures import (
     save_figure,
     wide_range_axis,
 )
-from bklm.studies.physics.tables import CONSERVED, kept_in_words
-from bklm.training.energy_drift import TIME, DriftBySteps
+from bklm.studies.physics.tables import CONSERVED
+from bklm.training.energy_drift import TIME, DriftBySteps, over_spread
 
 
 def draw_arms(path: Path, rows: Sequence[Mapping[str, Any]], title: str, note: str) -> Path | None:
@@ -40,33 +40,54 @@ def draw_arms(path: Path, rows: Sequence[Mapping[str, Any]], title: str, note: s
     return save_figure(path, draw, title=title, note=note, size=(7.2, 2.2 + 0.4 * len(shown)))
 
 
+PANELS = (("spread", "spread of E"), ("ratio", "drift / spread"), ("gradient_share", "gradient share"))
+
+
 def draw_energies(
-    path: Path, traces: Mapping[str, Any], energies: Sequence[Mapping[str, Any]], note: str
+    path: Path, logged: Mapping[str, Any], energies: Sequence[Mapping[str, Any]], note: str
 ) -> Path | None:
-    """Drift and the energy's own spread over a training of one seed, rows of each arm; ``energies``: what is left over all."""
-    shown = {arm: rows for arm, rows in traces.items() if len(rows) > 1}
+    """An energy's own spread, its drift and its share of the gradient over a training of one seed, one line an arm.
+
+    Args:
+        logged: by arm "trace" and "shares", rows by step.
+        energies: what is left of each arm's energy, over all seeds.
+    """
+    shown = {
+        arm: [*found["trace"], *found["shares"]] for arm, found in logged.items() if len(found["trace"]) > 1
+    }
     if not shown:
         return None
 
     def draw(figure: Figure) -> None:
-        for axes, (key, words) in zip(
-            figure.subplots(1, 2), (("spread", "spread of E"), ("ratio", "drift / spread")), strict=True
-        ):
+        panels = figure.subplots(3, sharex=True)
+        for axes, (key, words) in zip(panels, PANELS, strict=True):
             values = []
-            for (arm, rows), colour, marker in zip(shown.items(), colours(len(shown)), MARKERS, strict=False):
-                y = [r["drift"] / r["spread"] if key == "ratio" else r["spread"] for r in rows]
-                axes.plot([r["step"] for r in rows], y, color=colour, marker=marker, markersize=3, label=arm)
+            for (arm, rows), colour, marker in zip(
+                shown.items(), colours(len(shown)), MARKERS * 9, strict=False
+            ):
+                own = [r for r in rows if ("gradient_share" in r) == (key == "gradient_share")]
+                y = [over_spread(r["drift"], r["spread"]) if key == "ratio" else r[key] for r in own]
+                # A logarithm has no place for a spread of 0, and a ratio to it is none.
+                is_drawn = [value is not None and (value > 0 or key == "gradient_share") for value in y]
+                points = [(r["step"], value) for r, value, drawn in zip(own, y, is_drawn, strict=True) if drawn]
+                x, y = ([p[i] for p in points] for i in (0, 1))
+                axes.plot(x, y, color=colour, marker=marker, markersize=3, label=arm)
                 values += y
-            axes.set(xlabel="step", title=words)
-            wide_range_axis(axes.yaxis, values, words)
+            if key == "gradient_share":
+                axes.set(ylabel=words, ylim=(-0.02, 1), xlabel="step")
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            elif values:
+                wide_range_axis(axes.yaxis, values, words)
             if key == "ratio":
                 axes.axhline(CONSERVED, color=GREY, linewidth=1, linestyle="--")
-        legend_below(figure.axes[0], ncols=3, fontsize=9)
+        legend_below(panels[-1], ncols=4, fontsize=9)
 
-    title = "What is left of the energy's spread: " + ", ".join(
-        f"{row['arm']} {kept_in_words(row['spread_kept'])}" for row in energies if row["arm"] in shown
+    judged = [row for row in energies if row["arm"] in shown and row["conserves"] != "a control"]
+    # "no: it drifts" without its reason, which the table has.
+    title = "Is the energy conserved? " + ", ".join(
+        f"{r['arm']}: {r['conserves'].split(':')[0]}" for r in judged
     )
-    return save_figure(path, draw, title=title, note=note, size=(8.4, 4.4))
+    return save_figure(path, draw, title=title, note=note, size=(7.2, 8.4))
 
 
 def draw_curves(path: Path, trials: Sequence[Mapping[str, Any]], steps: int, note: str) -> Path | None:
@@ -102,7 +123,7 @@ def draw_drift(path: Path, forces: Sequence[DriftBySteps]) -> Path:
         axes = figure.subplots()
         styles = zip(forces, colours(len(forces)), MARKERS, ("-", "--", "-", "-"), strict=False)
         for found, colour, marker, line in styles:
-            label = found.name + ", SEES THE FUTURE" * found.sees_future
+            label = f"{found.name}{', SEES THE FUTURE' * found.sees_future}: slope {found.slope:.1f}"
             style = {"color": colour, "marker": marker, "linestyle": line, "label": label}
             axes.plot(found.steps, found.drifts, **style)
         axes.set(xscale="log", yscale="log", xlabel="step h", ylabel="largest drift of H / spread")
@@ -110,11 +131,12 @@ def draw_drift(path: Path, forces: Sequence[DriftBySteps]) -> Path:
         axes.xaxis.minorticks_off()
         legend_below(axes, fontsize=9)
 
-    holding = [f"{f.name} {f.slope:.1f}" for f in forces]
-    title = f"How the drift of H falls with the step, slope of the logs: {', '.join(holding)}"
+    kept = [f for f in forces if f.slope > 1.5]
+    seeing = sum(f.sees_future for f in kept)
+    title = f"{len(kept)} of {len(forces)} forces conserve an energy; {seeing} of them, coupling positions, sees the future"
     note = (
-        f"2: of second order, an energy is conserved; 0: no step is short enough. Random weights, no drive, double precision; "
-        f"integrated over {TIME:g} units of time, {round(TIME / forces[0].steps[0])} of the longest steps."
+        f"Slope of the logs: 2, an energy is conserved to second order; 0: no step is short enough. Random weights, no drive, "
+        f"double precision; over {TIME:g} units of time, {round(TIME / forces[0].steps[0])} of the longest steps."
     )
     return save_figure(path, draw, title=title, note=note, size=(7.2, 5.4))
 

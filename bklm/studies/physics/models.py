@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from bklm.data import Pieces
+from bklm.data import Pieces, make_loader, windows
 from bklm.harness.arms import Arm
 from bklm.harness.measure import Arm as Call
 from bklm.harness.text import StudyText
@@ -26,31 +27,47 @@ from bklm.models import (
 from bklm.models.dropout import dropout
 from bklm.models.reversible import BACKWARDS
 from bklm.studies.physics.config import PhysicsConfig
-from bklm.training.auxiliary import WithTerm
+from bklm.studies.physics.tables import PLAIN
 from bklm.training.context_gain import measure_context_gain
 from bklm.training.energy_drift import block_energies
 from bklm.training.energy_terms import (
     DepthEnergy,
     PublishedEnergy,
+    WithEnergy,
     embedding_norm,
     gradient_share,
     measure_energy,
 )
+from bklm.training.evaluation import evaluate
 from bklm.training.stability import with_spectral_norm
 
 Build = Callable[[int], LanguageModel]
-NO_CLIP = math.inf
+SHARES = 12  # rows of an energy's share of the gradient, over a training
+SHORT_WINDOWS = (1, 2, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PhysicsText(StudyText):
-    """A study's text whose passes are scored ``pieces`` times."""
+    """A study's text whose passes are scored ``pieces`` times, on the first ``scored`` validation tokens."""
 
     pieces: int = 1
+    scored: int = 0
 
     def train_loader(self, seed: int) -> Any:
         loader = super().train_loader(seed)
         return Pieces(loader, self.pieces) if self.pieces > 1 else loader
+
+    def val_loader(self) -> DataLoader:
+        return self.search_val_loader(self.scored)
+
+    def whole_val_loader(self) -> DataLoader:
+        """The whole split, for a model that is done."""
+        return self.search_val_loader(0)
+
+    def scored_windows(self, length: int) -> DataLoader:
+        """The targets of ``val_loader`` in windows of another length."""
+        data = windows(self.tokens.valid[: self.scored or None], length, pad_id=self.tokens.pad_id)
+        return make_loader(data, min(max(1, self.batch_size * self.seq_len // length), len(data)))
 
     def first(self, tokens: int) -> PhysicsText:
         """The first training tokens (0: all), each pass scored once."""
@@ -92,79 +109,108 @@ def conservative(config: PhysicsConfig, **more: Any) -> Build:
 
 
 def loss_arms(config: PhysicsConfig, steps: int) -> dict[str, Arm]:
-    """Arms of the energy terms; ``steps`` of the whole training."""
-    base, size = plain(config), (config.d_model, config.n_layers)
-
-    def published(shuffled: bool = False, limit: float | None = None) -> Build:
-        def build(vocabulary: int) -> WithTerm:
-            model = base(vocabulary)
-            term = PublishedEnergy(
-                *size, start=int(config.start * steps), weight=config.weight, shuffled=shuffled
-            )
-            return WithTerm(model, term, 1.0, limit=limit, apart=limit is not None)
-
-        return build
-
-    def mended(placebo: bool = False) -> Build:
-        return lambda vocabulary: WithTerm(
-            base(vocabulary), DepthEnergy(*size, placebo=placebo), config.mended_weight, limit=config.limit
-        )
-
+    """Arms of the energy terms, the model without one first; ``steps`` of the whole training."""
+    published, mended = functools.partial(_published, config, steps), functools.partial(_mended, config, steps)
     arms = {
-        "none": Arm(base),
-        "published": Arm(published(), ("none", "shuffled")),
-        "shuffled": Arm(published(shuffled=True), ("none",)),
+        PLAIN: Arm(plain(config)),
+        "published": Arm(published(), (PLAIN, "shuffled")),
+        "shuffled": Arm(published(shuffled=True), (PLAIN,)),
     }
     if config.protocol == "corrected":
+        nothing = published(times=0.0, limit=config.limit)
         arms |= {
-            "apart": Arm(published(limit=config.limit), ("none", "shuffled")),
-            "mended": Arm(mended(), ("none", "mended-placebo")),
-            "mended-placebo": Arm(mended(placebo=True), ("none",)),
+            "apart": Arm(published(limit=config.limit), (PLAIN, "apart-shuffled")),
+            "apart-shuffled": Arm(published(shuffled=True, limit=config.limit), (PLAIN,)),
+            "mended": Arm(mended(), (PLAIN, "mended-placebo")),
+            "mended-placebo": Arm(mended(placebo=True), (PLAIN,)),
+            "weight-0": Arm(nothing, kept=False, seeds=1, same_as=PLAIN),
         }
     return arms
 
 
+def detached_arm(config: PhysicsConfig, steps: int, is_plain: bool) -> Arm:
+    """The mended term's nets on states that no gradient of theirs reaches: what they find to conserve in a model that no term
+    has touched. ``is_plain``: whether it is trained at the plain model's rate, and so is that model to the last bit."""
+    return Arm(_mended(config, steps, detached=True), same_as=PLAIN * is_plain)
+
+
+def _published(
+    config: PhysicsConfig, steps: int, *, shuffled: bool = False, limit: float | None = None, times: float = 1.0
+) -> Build:
+    def build(vocabulary: int) -> WithEnergy:
+        model, size = plain(config)(vocabulary), (config.d_model, config.n_layers)
+        term = PublishedEnergy(*size, start=int(config.start * steps), weight=config.weight, shuffled=shuffled)
+        return WithEnergy(
+            model, term, times, every=max(1, steps // SHARES), limit=limit, apart=limit is not None
+        )
+
+    return build
+
+
+def _mended(config: PhysicsConfig, steps: int, *, placebo: bool = False, detached: bool = False) -> Build:
+    def build(vocabulary: int) -> WithEnergy:
+        model, term = plain(config)(vocabulary), DepthEnergy(config.d_model, config.n_layers, placebo=placebo)
+        more = {"every": max(1, steps // SHARES), "limit": config.limit, "detached": detached}
+        return WithEnergy(model, term, config.mended_weight, **more)
+
+    return build
+
+
 def block_arms(config: PhysicsConfig) -> dict[str, Arm]:
     """Kinds of block, equal in parameters. "free-force" is the placebo: reversible too, and without an energy."""
-    controls = ("plain", "plain-unit", "free-force")
+    controls = (PLAIN, "plain-unit", "free-force")
     return {
-        "plain": Arm(plain(config)),
-        "plain-unit": Arm(plain(config, UnitStart), ("plain",)),
+        PLAIN: Arm(plain(config)),
+        "plain-unit": Arm(plain(config, UnitStart), (PLAIN,)),
         "conservative": Arm(conservative(config), controls),
         "every-second": Arm(conservative(config, every=2), controls),
-        "free-force": Arm(conservative(config, kind="free"), ("plain", "plain-unit")),
+        "free-force": Arm(conservative(config, kind="free"), (PLAIN, "plain-unit")),
     }
 
 
-def stability_arms(config: PhysicsConfig) -> dict[float, dict[str, Arm]]:
-    """Arms of the stability grid, by clipping norm."""
+def stability_arms(config: PhysicsConfig) -> dict[str, Arm]:
+    """Arms of the stability grid, each with the usual clipping. Without it no claim is made, and none is decided."""
     base = plain(config)
-    spectral = Arm(lambda vocabulary: with_spectral_norm(base(vocabulary)), kept=False)
-    bare = {
-        "plain": Arm(base, kept=False),
-        "plain-spectral": spectral,
+    return {
+        PLAIN: Arm(base, kept=False),
+        "plain-unit": Arm(plain(config, UnitStart), kept=False),
+        "plain-spectral": Arm(lambda vocabulary: with_spectral_norm(base(vocabulary)), kept=False),
         "conservative": Arm(conservative(config), kept=False),
     }
-    clipped = {
-        "plain-clipped": Arm(base, kept=False),
-        "plain-unit-clipped": Arm(plain(config, UnitStart), kept=False),
-        "conservative-clipped": Arm(conservative(config), kept=False),
-    }
-    return {NO_CLIP: bare, config.clip: clipped}
+
+
+def untrained_losses(
+    text: PhysicsText, arms: Mapping[str, Arm], seeds: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """By arm and seed (as a word), the loss on ``text.val_loader()`` before the first step."""
+
+    def loss(arm: Arm, seed: int) -> float:
+        torch.manual_seed(seed)
+        return evaluate(arm.build(text.vocab_size), text.val_loader(), text.unk_id).loss
+
+    with torch.random.fork_rng():
+        return {name: {str(seed): loss(arm, seed) for seed in seeds} for name, arm in arms.items()}
 
 
 def measured(text: PhysicsText) -> Callable[[LanguageModel], dict[str, Any]]:
-    """What is recorded of a trained model: its gain from context, its embedding's size, and what its energy does."""
+    """What is recorded of a trained model: its score on the whole split, its gain from context, its embedding's size, and
+    what its energy does."""
     x, y = text.first_batch(text.batch_size)
 
     def found(model: LanguageModel) -> dict[str, Any]:
         device = next(model.parameters()).device
+        score = evaluate(model, text.whole_val_loader(), text.unk_id)
         gained = measure_context_gain(
-            model, text.val_loader(), text.unk_id, windows_of=lambda n: None, window=text.seq_len, lengths=()
-        )
+            model, text.val_loader(), text.unk_id, windows_of=text.scored_windows, window=text.seq_len,
+            lengths=sorted({n for n in SHORT_WINDOWS if n < text.seq_len} | {text.seq_len}),
+        )  # fmt: skip
         return {
+            "val_ppl": score.perplexity,
+            "val_ppl_without_unk": score.perplexity_without_unk,
+            "val_accuracy": score.accuracy,
             "vocabulary": text.vocab_size,
             "context_gain": gained.gain,
+            "windows": gained.to_dict(),
             "embedding_norm": embedding_norm(model),
             "energy": energy_of(model, x.to(device), y.to(device)),
         }
@@ -174,9 +220,9 @@ def measured(text: PhysicsText) -> Callable[[LanguageModel], dict[str, Any]]:
 
 def energy_of(model: LanguageModel, x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
     """Drift and spread of a model's energy on a batch, untrained or trained; {} for one without an energy."""
-    if isinstance(model, WithTerm):
-        trace = model.term.trace.to_list()
-        return measure_energy(model, x) | {"gradient_share": gradient_share(model, x, y), "trace": trace}
+    if isinstance(model, WithEnergy):
+        own = {"trace": model.term.trace.to_list(), "shares": model.shares.to_list()}
+        return measure_energy(model, x) | {"gradient_share": gradient_share(model, x, y)} | own
     if isinstance(model, Conservative) and model.config.kind == "potential":
         found = block_energies(model, x, driven=False)
         return found | {

@@ -4,6 +4,7 @@ and memory."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,21 +21,24 @@ from bklm.harness.folder import INTERNALS
 from bklm.harness.measure import MemoryMeter
 from bklm.harness.report import Report, StudyResult, small_print
 from bklm.harness.session import Session, place_of
+from bklm.harness.step_times import step_times
 from bklm.harness.study import run_study
 from bklm.harness.text import prepare_text as prepare_plain_text
 from bklm.models import LanguageModel
-from bklm.studies.physics import figures, models, tables
+from bklm.studies.physics import claims, figures, models, tables
 from bklm.studies.physics.config import PhysicsConfig
-from bklm.studies.physics.models import PhysicsText
-from bklm.studies.physics.tables import BLOCKS, LOSSES
-from bklm.training.auxiliary import without_term
+from bklm.studies.physics.models import PLAIN, PhysicsText
+from bklm.studies.physics.tables import ARMS, BLOCKS, LOSSES
 from bklm.training.energy_drift import compare_forces
 from bklm.training.schedules import TrainingSettings
 from bklm.training.weights import load_weights
 
 NEEDED = {"vocabulary": int, "context_gain": float, "embedding_norm": float, "energy": dict}
 MEMORY_BATCH, MEMORY_WIDTH, MEMORY_LENGTH = 16, 64, 128
+TRIALS = "arms"  # their folder
 PARTS = {"losses": "loss", "blocks": "blocks"}
+PARTS_OF_RESULT = ("verdicts", "block_verdicts", "energies", "steps", "stability", "memory")
+MANY_STEPS = 10**6  # so many that a share of the gradient is not logged while steps are timed
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,9 @@ class PhysicsResult(StudyResult):
 
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         made = {
-            "arms": lambda: LOSSES.readable(self.table),
+            "arms": lambda: ARMS.readable(self.table),
             "verdicts": lambda: readable_verdicts(self.parts["verdicts"]),
+            "block_verdicts": lambda: readable_verdicts(self.parts["block_verdicts"]),
             "energies": lambda: tables.readable_energies(self.parts["energies"]),
             "steps": lambda: tables.readable_steps(self.parts["steps"]),
             "stability": lambda: tables.readable_stability(self.parts["stability"]),
@@ -72,9 +77,9 @@ def prepare_text(config: PhysicsConfig) -> PhysicsText:
     """The text of a resolved config. Errors as ``bklm.harness.text.prepare_text``, and more pieces than a pass has batches."""
     found = prepare_plain_text(config)
     own = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-    text = PhysicsText(**own, pieces=config.pieces)
+    text = PhysicsText(**own, pieces=config.pieces, scored=config.score_tokens)
     for part in (text, text.first(config.stable_tokens)):
-        part.train_loader(0)
+        part.train_loader(0), part.val_loader()
     return text
 
 
@@ -84,35 +89,39 @@ def estimated_minutes(config: PhysicsConfig) -> float:
         config.dataset, config.data_dir, config.vocab_size, config.tokenizer
     )
     used = min(train_tokens, config.max_train_tokens or train_tokens)
-    seeds, rates = len(config.seeds), len(config.learning_rates)
-    both = {"plain": 0.0, "leapfrog": 0.0}
-    if config.parts != "blocks":
-        decays = len(config.decays) * (config.protocol == "corrected")
-        both["plain"] += seeds * config.epochs * (len(models.loss_arms(config, 1)) + decays)
-    if config.parts != "loss":
-        each = config.epochs * (seeds + (rates if rates > 1 else 0))
+    scored = min(config.score_tokens or val_tokens, val_tokens)
+    seeds = len(config.seeds)
+    # The winner of a search is one of its arm's seeds.
+    each = seeds + len(config.learning_rates) - 1
+    parts, blocks = _arms(config, 1), models.block_arms(config)
+    trainings, passes = dict.fromkeys(("plain", "conservative", "free-force"), 0), {}
+    for name, arm in {n: arm for some in parts.values() for n, arm in some.items()}.items():
+        kind = "conservative" if name == "every-second" else name if name in trainings else "plain"
+        trainings[kind] += 1 if arm.same_as else each
+    if "losses" in parts and config.protocol == "corrected":
+        trainings["plain"] += seeds + len(config.decays) + seeds - 1
+    if "blocks" in parts:
         grid = seeds * len(config.stable_rates) * min(1.0, (config.stable_tokens or used) / used)
-        both["plain"] += 2 * each + 4 * grid
-        both["leapfrog"] += 3 * each + 2 * grid
-    builds = {"plain": models.plain(config), "leapfrog": models.conservative(config)}
-    pieces = dict.fromkeys(builds, val_tokens * config.pieces)
+        passes = {"plain": 3 * grid, "conservative": grid}
+    # Scores within a pass; at the end one of the whole split, and eight for the gain from context.
+    seen = config.pieces * scored + (val_tokens + 8 * scored) / config.epochs
     return minutes(config, [
-        Run((name, config), lambda name=name: builds[name](vocabulary), epochs, used, pieces[name])
-        for name, epochs in both.items() if epochs
+        Run((name, config), functools.partial(blocks[name].build, vocabulary), epochs, used, val)
+        for name, count in trainings.items()
+        for epochs, val in ((count * config.epochs, seen), (passes.get(name, 0), scored))
+        if epochs
     ])  # fmt: skip
 
 
 def load_model(folder: Path, config: PhysicsConfig, arm: str) -> LanguageModel:
     """The arm's model of the first seed, from a study's folder."""
-    known = _arms(config, 1)
-    if arm.startswith("decay-"):
-        known = {arm.replace("-", "_", 1): {arm: Arm(models.plain(config))}}
-    for name, arms in known.items():
-        place = Path(folder) / name / place_of({"arm": arm, "seed": config.seeds[0]})
-        if arm in arms and (record := read_result(place / "result.json", {"vocabulary": int})):
-            model = without_term(arms[arm].build(record["vocabulary"]))
-            load_weights(model, place / WEIGHTS)
-            return model.eval()
+    blocks = models.block_arms(config)
+    build = blocks[arm].build if arm in blocks else models.plain(config)
+    place = Path(folder) / TRIALS / place_of({"arm": arm, "seed": config.seeds[0]})
+    if (record := read_result(place / "result.json", {"vocabulary": int})) and (place / WEIGHTS).exists():
+        model = build(record["vocabulary"])
+        load_weights(model, place / WEIGHTS)
+        return model.eval()
     raise FileNotFoundError(
         f"{folder} holds no finished model {arm!r}; run the study (again) to its end first."
     )
@@ -126,51 +135,71 @@ def _arms(config: PhysicsConfig, steps: int) -> dict[str, dict[str, Arm]]:
 def _train_all(study: Session) -> dict[str, Any]:
     config, text = study.config, study.text
     piece, epochs = len(text.train_loader(seed=0)), config.epochs * config.pieces
-    few = text.first(config.stable_tokens)
-    arms, seeds, rates = _arms(config, piece * epochs), len(config.seeds), config.learning_rates
-    if "losses" in arms:
+    steps, few = piece * epochs, text.first(config.stable_tokens)
+    parts, seeds, rates = _arms(config, steps), len(config.seeds), config.learning_rates
+    if "losses" in parts:
         require_one_process(
             study, "the published energy keeps the batch before, of which each would see its own part"
         )
-    decays = config.decays if "losses" in arms and config.protocol == "corrected" else ()
-    grid = models.stability_arms(config) if "blocks" in arms else {}
-    expected = piece * epochs * seeds * (sum(map(len, arms.values())) + len(decays))
-    if "blocks" in arms:
-        expected += piece * epochs * len(arms["blocks"]) * (len(rates) if len(rates) > 1 else 0)
-        expected += len(few.train_loader(0)) * seeds * len(config.stable_rates) * sum(map(len, grid.values()))
-    study.expect(expected)
+    arms = {name: arm for some in parts.values() for name, arm in some.items()}
+    has_more = "losses" in parts and config.protocol == "corrected"
+    grid = models.stability_arms(config) if "blocks" in parts else {}
+    searched = sum(not arm.same_as for arm in arms.values())
+    trainings = searched * (seeds + len(rates) * (len(rates) > 1)) + len(arms) - searched
+    # Detached, and the decays: all with the first seed, one with the others.
+    trainings += (seeds + len(config.decays) + seeds - 1) * has_more
+    grid_steps = len(few.train_loader(0)) * seeds * len(config.stable_rates) * len(grid) if grid else 0
+    study.expect(steps * trainings + grid_steps)
     settings = TrainingSettings(
-        epochs, learning_rate=config.learning_rate, weight_decay=config.weight_decay, clip=config.clip,
-        schedule=config.schedule,
+        epochs, learning_rate=rates[0], weight_decay=config.weight_decay, clip=config.clip, schedule=config.schedule
     )  # fmt: skip
-    own = {"measure": models.measured(text), "needed": NEEDED}
-    found: dict[str, Any] = {"arms": arms, "piece": piece}
-    if "losses" in arms:
-        found["losses"] = train_arms(study, arms["losses"], settings, name="losses", **own)
-        LOSSES.require_any(found["losses"])
-        found["decays"] = [
-            {**trial, "decay": decay}
-            for decay in decays
-            for trial in train_arms(
-                study, {f"decay-{decay:g}": Arm(models.plain(config))}, dataclasses.replace(settings, weight_decay=decay),
-                name=f"decay_{decay:g}", **own,
-            )
-        ]  # fmt: skip
-    if "blocks" in arms:
-        first = dataclasses.replace(settings, learning_rate=rates[0])
-        found["blocks"] = train_arms(
-            study, arms["blocks"], first, rates=rates if len(rates) > 1 else (), name="blocks", **own
-        )
-        BLOCKS.require_any(found["blocks"])
-        found["stability"] = [
-            trial
-            for clip, some in grid.items()
-            for rate in config.stable_rates
-            for trial in train_arms(
-                study, some, dataclasses.replace(settings, epochs=1, learning_rate=rate, clip=clip, schedule="constant"),
-                text=few, name=f"{INTERNALS}/stability_{rate:g}_clip_{clip:g}",
-            )
-        ]  # fmt: skip
+    train = functools.partial(train_arms, study, name=TRIALS, measure=models.measured(text), needed=NEEDED)
+    trials = train(arms, settings, rates=rates if len(rates) > 1 else ())
+    ARMS.require_any(trials)
+    if has_more:
+        trials += _train_unsearched(study, train, settings, trials, parts["losses"])
+    found: dict[str, Any] = {"arms": parts, "piece": piece, "grid": grid, "stability": []}
+    found["trials"] = [
+        {**t, "at_edge": len(rates) > 1 and t["learning_rate"] in (min(rates), max(rates))} for t in trials
+    ]
+    for rate in config.stable_rates if grid else ():
+        own = dataclasses.replace(settings, epochs=1, learning_rate=rate, schedule="constant")
+        found["stability"] += train_arms(study, grid, own, text=few, name=f"{INTERNALS}/stability_{rate:g}")
+    # What equals the plain model, or has another decay, claims no speed.
+    timed = _arms(dataclasses.replace(config, start=0.0), MANY_STEPS)
+    timed = {name: arm for some in timed.values() for name, arm in some.items() if not arm.same_as}
+    return found | {"times": step_times(study, timed, tables.ROUNDS)}
+
+
+def _train_unsearched(
+    study: Session,
+    train: Callable[..., list[Trial]],
+    settings: TrainingSettings,
+    trials: list[Trial],
+    arms: dict[str, Arm],
+) -> list[Trial]:
+    """The arms that take another one's rate: the detached energy, and the plain model of another weight decay. They are added
+    to ``arms``."""
+    config = study.config
+    rates = {t["arm"]: t["learning_rate"] for t in trials}
+    steps = len(study.text.train_loader(seed=0)) * settings.epochs
+    arms["detached"] = models.detached_arm(config, steps, rates["mended"] == rates[PLAIN])
+    found = train({"detached": arms["detached"]}, dataclasses.replace(settings, learning_rate=rates["mended"]))
+    published = [
+        t["embedding_norm"] for t in ARMS.groups(trials).get("published", ()) if t["seed"] == config.seeds[0]
+    ]
+
+    def decayed(decay: float, seeds: int | None) -> list[Trial]:
+        arm = Arm(models.plain(config), (PLAIN,), seeds=seeds)
+        own = dataclasses.replace(settings, learning_rate=rates[PLAIN], weight_decay=decay)
+        return [{**t, "decay": decay} for t in train({f"decay-{decay:g}": arm}, own)]
+
+    # The first seed alone decides which one is trained with the others.
+    tried = [t for decay in config.decays for t in decayed(decay, 1)] if published else []
+    chosen = tables.nearest_decay(tried, published[0]) if published else None
+    if chosen is not None:
+        found += decayed(chosen, None)
+        arms[f"decay-{chosen:g}"] = Arm(models.plain(config), (PLAIN,))
     return found
 
 
@@ -210,59 +239,63 @@ def _note(study: Session, *more: str, seeds: int | None = None, bars: bool = Tru
 
 def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
     config, report, arms = study.config, Report(study), found["arms"]
-    unigram, first_loss = study.text.baselines[0]["val_ppl"], math.log(study.text.vocab_size)
-    if (decays := found.get("decays")) and (published := LOSSES.groups(found["losses"]).get("published")):
-        size = math.exp(sum(math.log(t["embedding_norm"]) for t in published) / len(published))
-        chosen = tables.nearest_decay(decays, size)
-        found["losses"] += [t for t in decays if t["decay"] == chosen]
-        if chosen is not None:
-            arms["losses"][f"decay-{chosen:g}"] = Arm(models.plain(config), ("none",))
-    parts: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("verdicts", "energies", "steps", "stability", "memory")
-    }
-    for name in ("losses", "blocks"):
-        trials: list[Trial] = found.get(name, [])
-        if not trials:
+    trials, searched = found["trials"], {n: arm for some in arms.values() for n, arm in some.items()}
+    parts: dict[str, list[dict[str, Any]]] = {name: [] for name in PARTS_OF_RESULT}
+    sentences = []
+    for name, comparison, words in (("losses", LOSSES, "Terms of the loss"), ("blocks", BLOCKS, "Blocks")):
+        own = [t for t in trials if t["arm"] in arms.get(name, {})]
+        if not comparison.finished(own):
             continue
-        parts["verdicts"] += verdicts(LOSSES, trials, arms[name])
-        parts["energies"] += tables.energy_rows(trials, _first_energies(study, arms[name]))
-        parts["steps"] += tables.step_rows(trials, arms[name], found["piece"], first_loss)
-        note = _note(
-            study, f"learning rate {config.learning_rate:g}" if name == "losses" else "learning rates searched"
+        any_of = len({*claims.CLAIMED} & {*arms[name]}) if name == "losses" else 1
+        key = {"losses": "verdicts", "blocks": "block_verdicts"}[name]
+        parts[key] = verdicts(comparison, own, arms[name], any_of=any_of)
+        own = [t for t in own if not arms[name][t["arm"]].same_as]
+        searching = (
+            "every arm's learning rate searched" if len(config.learning_rates) > 1 else "one learning rate"
         )
-        comparison = {"losses": LOSSES, "blocks": BLOCKS}[name]
-        best = comparison.perplexity(comparison.groups(trials)[comparison.best(trials)]).mean
-        title = comparison.headline(trials) + not_beaten_in_short(best, study.text.baselines)
-        report.figure(f"{name}.png", figures.draw_arms, comparison.rows(trials), title, note)
-        note = _note(study, "means over the seeds", bars=False)
-        report.figure(f"{name}_curves.png", figures.draw_curves, trials, found["piece"], note)
-    traces = {t["arm"]: t["energy"]["trace"] for t in found.get("losses", [])
-              if t["seed"] == config.seeds[0] and t["val_ppl"] is not None and "trace" in t["energy"]}  # fmt: skip
+        best = comparison.perplexity(comparison.groups(own)[comparison.best(own)]).mean
+        headline = comparison.headline(own)
+        sentences.append(f"{words}: {headline[0].lower()}{headline[1:]}.")
+        title = headline + not_beaten_in_short(best, study.text.baselines)
+        report.figure(f"{name}.png", figures.draw_arms, comparison.rows(own), title, _note(study, searching))
+        note = _note(
+            study,
+            f"scored on {study.text.val_loader().dataset.num_targets:,} validation targets",
+            bars=False,
+        )
+        report.figure(f"{name}_curves.png", figures.draw_curves, own, found["piece"], note)
+    parts["energies"] = tables.energy_rows(
+        trials, _first_energies(study, {n: arm for n, arm in searched.items() if not arm.seeds})
+    )
+    timed = {name: arm for name, arm in searched.items() if name in found["times"]}
+    parts["steps"] = tables.step_rows(
+        trials, timed, found["piece"], math.log(study.text.vocab_size), found["times"]
+    )
+    report.csv("trace.csv", tables.trace_rows(trials))
+    first = [t for t in ARMS.finished(trials) if t["seed"] == config.seeds[0] and "trace" in t["energy"]]
+    logged = {t["arm"]: t["energy"] for t in first if not searched[t["arm"]].seeds}
     note = _note(study, "the first one", seeds=1)
-    report.figure("energies.png", figures.draw_energies, traces, parts["energies"], note)
-    if "blocks" in found:
-        parts["stability"] = tables.stability_rows(found["stability"], unigram)
-        place = study.folder / "memory.json"
-        parts["memory"] = kept_result(place, lambda: _memory(study), {"rows": list})["rows"]
+    report.figure("energies.png", figures.draw_energies, logged, parts["energies"], note)
+    if found["grid"]:
+        few, place = study.text.first(config.stable_tokens), study.folder / INTERNALS / "untrained.json"
+        untrained = kept_result(
+            place, lambda: models.untrained_losses(few, found["grid"], config.seeds), {PLAIN: dict}
+        )
+        parts["stability"] = tables.stability_rows(found["stability"], untrained)
+        parts["memory"] = kept_result(study.folder / "memory.json", lambda: _memory(study), {"rows": list})[
+            "rows"
+        ]
         report.path("memory.json")
         note = f"Batch {MEMORY_BATCH} x {MEMORY_LENGTH}, width {MEMORY_WIDTH}, gradients of the weights not counted."
         report.figure("memory.png", figures.draw_memory, parts["memory"], note)
         report.figure("drift.png", figures.draw_drift, compare_forces())
     for name, rows in parts.items():
         report.csv(f"{name}.csv", rows)
-    claims = tables.claims_table(parts)
-    report.csv("claims.csv", claims)
-    finding = " ".join(
-        f"{words} {comparison.finding(found[name])}"
-        for name, words, comparison in (("losses", "Terms of the loss.", LOSSES), ("blocks", "Blocks.", BLOCKS))
-        if name in found
-    )
-    losses, blocks = found.get("losses", []), found.get("blocks", [])
-    # The rates of blocks are searched, those of terms given: the best is one of blocks where there are any.
-    also = {name: found[name] for name in ("losses" * bool(blocks), "stability") if name in found}
+    table = ARMS.rows(trials)
+    announced = claims.claims_table(parts, {row["arm"]: row["context_gain"] for row in table})
+    report.csv("claims.csv", announced)
     return report.finish(
-        PhysicsResult, LOSSES, blocks or losses, also=also, rows=LOSSES.rows([*losses, *blocks]),
-        finding=finding + tables.claims_in_words(claims),
-        summary={"claims": claims, "parts": parts},
-        sees_the_future=config.protocol == "original", parts=parts, claims=claims,
+        PhysicsResult, ARMS, trials, also={"stability": found["stability"]} if found["stability"] else {}, rows=table,
+        finding=" ".join(sentences) + claims.claims_in_words(announced), summary={"claims": announced, "parts": parts},
+        sees_the_future=config.protocol == "original", parts=parts, claims=announced,
     )  # fmt: skip

@@ -1,19 +1,26 @@
-"""The physics study's tables: arms, verdicts, energies, steps to a loss, stability, memory, and the claims."""
+"""The physics study's tables: arms, energies, steps and seconds to a loss, stability, memory."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bklm.harness.arms import claim, helps, nats_in_words
-from bklm.harness.comparison import Column, Comparison, Trial
-from bklm.harness.statistics import Perplexity, interval95
+from bklm.harness.comparison import Column, Comparison, Trial, same
+from bklm.harness.statistics import FEWEST_SEEDS, Perplexity, interval95
 from bklm.training.context_gain import gain_in_words
+from bklm.training.energy_drift import mean_or_none, over_spread
 from bklm.training.stability import largest_rate, steps_to_loss
 
+PLAIN = "plain"
 CONSERVED, COLLAPSED = 0.1, 0.1  # drift over spread; spread over its first value
-MEMORY = 1.3  # of the deepest over that of the shallowest
+ROUNDS = 9  # of timing steps
+# Nets that learn beside a model which no term touches, and pairs without the structure, come to a low drift, too.
+ENERGY_CONTROLS = {
+    "published": ("shuffled",), "apart": ("apart-shuffled",), "mended": ("detached", "mended-placebo"),
+}  # fmt: skip
 Rows = list[dict[str, Any]]
 
 
@@ -21,21 +28,24 @@ def _highest_norm(group: Sequence[Trial]) -> float:
     return interval95([max(e["gradient_norm_99"] for e in t["epochs"]) for t in group])[0]
 
 
-def _comparison(other: str) -> Comparison:
-    return Comparison(
-        by="arm", title=str, other=other,
-        columns=(
-            Column("context_gain", "context_gain", "context gain", lambda row: gain_in_words(row["context_gain"])),
-            Column("learning_rate", "learning_rate", "rate"),
-            Column("parameters", "parameters", "parameters", ",.0f"),
-            Column("gradient_norm_99", _highest_norm, "99% gradient norm", ".3g"),
-            Column("embedding_norm", "embedding_norm", "embedding size", ".3f"),
-            Column("seconds", "seconds", "seconds", ".1f"),
-        ),
-    )  # fmt: skip
+def _rate_in_words(row: Mapping[str, Any]) -> str:
+    rate = "-" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
+    return f"{rate}, at the edge" if row.get("at_edge") else rate
 
 
-LOSSES, BLOCKS = _comparison("other term"), _comparison("other block")
+ARMS = Comparison(
+    by="arm", title=str, other="other arm",
+    columns=(
+        Column("context_gain", "context_gain", "context gain", lambda row: gain_in_words(row["context_gain"])),
+        Column("learning_rate", "learning_rate", "rate", _rate_in_words),
+        Column("at_edge", same("at_edge")),
+        Column("parameters", "parameters", "parameters", ",.0f"),
+        Column("gradient_norm_99", _highest_norm, "99% gradient norm", ".3g"),
+        Column("embedding_norm", "embedding_norm", "embedding size", ".3f"),
+        Column("seconds", "seconds", "seconds", ".1f"),
+    ),
+)  # fmt: skip
+LOSSES, BLOCKS = (dataclasses.replace(ARMS, other=words) for words in ("other term", "other block"))
 
 
 def energy_rows(trials: Sequence[Trial], first: Mapping[str, Mapping[str, Any]]) -> Rows:
@@ -44,104 +54,196 @@ def energy_rows(trials: Sequence[Trial], first: Mapping[str, Mapping[str, Any]])
     Args:
         first: per arm the same measures of its untrained model of the first seed.
     """
+    groups = {arm: group for arm, group in ARMS.groups(trials).items() if arm in first}
+    ratios = {arm: {t["seed"]: t["energy"]["ratio"] for t in group} for arm, group in groups.items()}
     rows = []
-    for arm, group in LOSSES.groups(trials).items():
-        if arm not in first:
-            continue
-        row: dict[str, Any] = {"arm": arm}
-        for key in ("drift", "spread", "ratio", "gradient_share", "work", "inverse_error"):
+    for arm, group in groups.items():
+        row: dict[str, Any] = {"arm": arm, "seeds": len(group)}
+        for key in ("drift", "spread", "gradient_share", "work", "inverse_error"):
             values = [t["energy"].get(key) for t in group]
             row[key] = None if None in values else interval95(values)[0]
+        row |= _interval("ratio", _over_seeds(list(ratios[arm].values())))
         # A published energy begins when the model has learned a while: from there on its spread is its own doing.
         begun = [t["energy"]["trace"][0] for t in group if t["energy"].get("trace")]
         row["first_spread"] = interval95([r["spread"] for r in begun])[0] if begun else first[arm]["spread"]
-        ratios = [r["drift"] / r["spread"] for r in begun] or [first[arm].get("ratio", math.nan)]
-        row["first_ratio"] = interval95(ratios)[0]
-        row["first_share"] = first[arm].get("gradient_share")
-        row["spread_kept"] = row["spread"] / row["first_spread"]
-        row["conserves"] = row["ratio"] < CONSERVED and row["spread_kept"] >= COLLAPSED
-        rows.append(row)
+        row["first_ratio"] = first[arm]["ratio"]
+        if begun:
+            row["first_ratio"] = mean_or_none([over_spread(r["drift"], r["spread"]) for r in begun])
+        shares = [t["energy"]["shares"][0]["gradient_share"] for t in group if t["energy"].get("shares")]
+        row["first_share"] = interval95(shares)[0] if shares else None
+        row["spread_kept"] = over_spread(row["spread"], row["first_spread"])
+        controls = {c: _paired(ratios[arm], ratios.get(c, {})) for c in ENERGY_CONTROLS.get(arm, ())}
+        # The hardest one to be below: of those without an interval none can be.
+        hardest = max(
+            controls,
+            key=lambda c: math.inf if controls[c].interval[1] is None else controls[c].high,
+            default="",
+        )
+        row |= {"control": hardest} | _interval("over_control", controls.get(hardest, NOTHING))
+        rows.append(row | {"conserves": _conserves(row)})
     return rows
 
 
-def kept_in_words(share: float) -> str:
-    """ "42%", or "57 times"."""
-    return f"{share:.0%}" if share < 2 else f"{share:.0f} times" if share >= 10 else f"{share:.1f} times"
+NOTHING = Perplexity(None, None, None)
+
+
+def _over_seeds(values: Sequence[float | None]) -> Perplexity:
+    """Mean of positive numbers and its interval, as of perplexities; ``NOTHING`` where one is missing."""
+    return NOTHING if not values or None in values else Perplexity.over_seeds([max(v, 1e-12) for v in values])
+
+
+def _paired(own: Mapping[int, float | None], other: Mapping[int, float | None]) -> Perplexity:
+    pairs = [(own[seed], other.get(seed)) for seed in own]
+    return (
+        NOTHING
+        if any(None in pair for pair in pairs)
+        else _over_seeds([max(a, 1e-12) / max(b, 1e-12) for a, b in pairs])
+    )
+
+
+def _interval(name: str, found: Perplexity) -> dict[str, float | None]:
+    low, high = found.interval
+    return {name: found.mean, f"{name}_low": low, f"{name}_high": high}
+
+
+def _conserves(row: Mapping[str, Any]) -> str:
+    if any(row["arm"] in controls for controls in ENERGY_CONTROLS.values()):
+        return "a control"
+    if row["seeds"] < FEWEST_SEEDS:
+        return "no verdict"
+    if row["ratio"] is None or row["spread_kept"] is None or row["spread_kept"] < COLLAPSED:
+        return "no: collapsed"
+    if row["ratio_high"] >= CONSERVED:
+        return "no: it drifts"
+    if row["control"] and row["over_control_high"] is None:
+        return "no verdict"
+    if row["control"] and row["over_control_high"] >= 1:
+        return f"no: {row['control']} drifts as little"
+    return "yes"
+
+
+def kept_in_words(share: float | None) -> str:
+    """ "42% of the first", "57 times the first" or "-": a spread at the end."""
+    if share is None:
+        return "-"
+    return f"{share:.0%} of the first" if share < 2 else f"{share:.{int(share < 10)}f} times the first"
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def words_of(row: Mapping[str, Any], name: str) -> str:
+    ends = row[name], row.get(f"{name}_low"), row.get(f"{name}_high")
+    return "-" if ends[0] is None else str(Perplexity(*ends))
 
 
 def readable_energies(rows: Sequence[Mapping[str, Any]]) -> Rows:
-    def number(value: float | None, form: str = ".2f") -> str:
-        return "-" if value is None else format(value, form)
-
     return [
         {
-            "arm": r["arm"], "drift": number(r["drift"], ".3g"), "spread of E": number(r["spread"], ".3g"),
-            "drift / spread, first / last": f"{number(r['first_ratio'])} / {number(r['ratio'])}",
-            "spread kept": kept_in_words(r["spread_kept"]),
-            "conserves": "yes" if r["conserves"] else "no: collapsed" if r["spread_kept"] < COLLAPSED else "no",
-            "share of the gradient, first / last": f"{number(r['first_share'])} / {number(r['gradient_share'])}",
-            "drift / spread with the drive": number(r["work"]),
-            "inverse's error": number(r["inverse_error"], ".0e"),
+            "arm": r["arm"],
+            "drift / spread, at first": _number(r["first_ratio"]),
+            "at the end (95%)": words_of(r, "ratio"),
+            "over its control's (95%)": f"{words_of(r, 'over_control')}, {r['control']}" if r["control"] else "-",
+            "spread at the end": kept_in_words(r["spread_kept"]),
+            "conserves": r["conserves"],
+            "share of the gradient, first / last": f"{_number(r['first_share'])} / {_number(r['gradient_share'])}",
+            "drift / spread with the drive": _number(r["work"]),
+            "inverse's error": _number(r["inverse_error"], ".0e"),
         }
         for r in rows
     ]  # fmt: skip
 
 
-def step_rows(trials: Sequence[Trial], arms: Mapping[str, Any], steps: int, first_loss: float) -> Rows:
-    """Steps to the plain model's last loss of the same seed, and paired ratios against every control.
+def trace_rows(trials: Sequence[Trial]) -> Rows:
+    """What was logged of every energy over its training: a row per arm, seed and step; shares have rows of their own."""
+    return [
+        {"arm": t["arm"], "seed": t["seed"], **row}
+        for t in ARMS.finished(trials)
+        for key in ("trace", "shares")
+        for row in t["energy"].get(key, ())
+    ]
+
+
+def step_rows(
+    trials: Sequence[Trial],
+    arms: Mapping[str, Any],
+    steps: int,
+    first_loss: float,
+    times: Mapping[str, Sequence[float]],
+) -> Rows:
+    """Steps and seconds to the plain model's last loss of the same seed, and paired ratios against every control.
 
     Args:
-        arms: with ``against``; the first is the plain one. steps: of one recorded epoch.
+        arms: with ``against``; the first is the plain one.
+        steps: of one recorded epoch.
+        times: milliseconds of a step by arm, in rounds that all arms took turns in.
     """
-    groups, target = LOSSES.groups(trials), next(iter(arms))
+    groups, target = ARMS.groups(trials), next(iter(arms))
     goals = {t["seed"]: t["epochs"][-1]["val_loss"] for t in groups.get(target, [])}
     taken = {
-        arm: {
-            t["seed"]: steps_to_loss(t["epochs"], goals[t["seed"]], first_loss)
-            for t in group
-            if t["seed"] in goals
-        }
-        for arm, group in groups.items()
-    }
+        arm: {t["seed"]: steps_to_loss(t["epochs"], goals[t["seed"]], first_loss) for t in groups[arm] if t["seed"] in goals}
+        for arm in arms if arm in groups
+    }  # fmt: skip
     rows = []
     for arm, found in taken.items():
         reached = [n for n in found.values() if n is not None]
-        row = {"arm": arm, "reached": len(reached), "seeds": len(goals)}
+        row = {"arm": arm, "reached": len(reached), "seeds": len(goals), "ms": statistics.median(times[arm])}
         row["steps"] = steps * interval95(reached)[0] if reached and len(reached) == len(goals) else None
-        for control in arms[arm].against or ((target,) if arm != target else ()):
+        row["seconds_to_loss"] = row["steps"] and 1e-3 * row["steps"] * row["ms"]
+        for control in arms[arm].against or ((target,) if arm != target else ("-",)):
             other = taken.get(control, {})
             pairs = [(found.get(s), other.get(s)) for s in goals]
             known = bool(pairs) and all(n is not None and m for n, m in pairs)
-            ratio = Perplexity.over_seeds([max(n, 1e-9) / m for n, m in pairs]) if known else None
-            low, high = ratio.interval if ratio else (None, None)
-            rows.append(row | {"against": control, "ratio": ratio and ratio.mean, "low": low, "high": high})
-        if arm == target:
-            rows.append(row | {"against": "-", "ratio": None, "low": None, "high": None})
+            ratio = Perplexity.over_seeds([max(n, 1e-9) / m for n, m in pairs]) if known else NOTHING
+            (low, high), slower = ratio.interval, _times_slower(times, arm, control) if known else NOTHING
+            seconds = NOTHING
+            if known:
+                ends = (None, None) if low is None else (low * slower.low, high * slower.high)
+                seconds = Perplexity(ratio.mean * slower.mean, *ends)
+            row |= {"against": control, "ratio": ratio.mean, "low": low, "high": high, "ms_ratio": slower.mean}
+            rows.append(row | _interval("seconds_ratio", seconds))
     return rows
+
+
+def _times_slower(times: Mapping[str, Sequence[float]], arm: str, control: str) -> Perplexity:
+    """Median ratio of the steps' times over the rounds; its ends are the second from below and from above of nine rounds or
+    more, which hold the median with 96%, whatever disturbs a round, and the outermost of fewer."""
+    ratios = sorted(own / other for own, other in zip(times[arm], times[control], strict=False))
+    out = int(len(ratios) >= ROUNDS)
+    return Perplexity(statistics.median(ratios), ratios[out], ratios[-1 - out])
 
 
 def readable_steps(rows: Sequence[Mapping[str, Any]]) -> Rows:
     return [
         {
             "arm": r["arm"], "seeds that get there": f"{r['reached']} of {r['seeds']}",
-            "steps to the plain model's loss": "-" if r["steps"] is None else f"{r['steps']:,.0f}",
-            "against": r["against"],
-            "steps over its (95%)": "-" if r["ratio"] is None else str(Perplexity(r["ratio"], r["low"], r["high"])),
+            "steps to the plain model's loss": _number(r["steps"], ",.0f"), "ms a step": _number(r["ms"], ".1f"),
+            "seconds": _number(r["seconds_to_loss"], ",.1f"), "against": r["against"],
+            "steps over its (95%)": words_of({**r, "ratio_low": r["low"], "ratio_high": r["high"]}, "ratio"),
+            "seconds over its (95%)": words_of(r, "seconds_ratio"),
         }
         for r in rows
     ]  # fmt: skip
 
 
-def stability_rows(trials: Sequence[Trial], unigram: float) -> Rows:
-    """Per arm the largest rate at which every seed stays finite and below the unigram model."""
-    found: dict[str, dict[float, list[float | None]]] = {}
+def stability_rows(trials: Sequence[Trial], untrained: Mapping[str, Mapping[str, float]]) -> Rows:
+    """Per arm the largest stable rate. ``untrained``: by arm and seed (as a word) the loss before the first step."""
+    found: dict[str, dict[float, list[tuple[float | None, float]]]] = {}
     for t in trials:
-        found.setdefault(t["arm"], {}).setdefault(t["learning_rate"], []).append(t["val_ppl"])
+        last = None if t["val_ppl"] is None else t["epochs"][-1]["val_loss"]
+        seeds = found.setdefault(t["arm"], {}).setdefault(t["learning_rate"], [])
+        seeds.append((last, untrained[t["arm"]][str(t["seed"])]))
     rows = []
-    for arm, scores in found.items():
-        most, stayed = largest_rate(scores, unigram)
-        rows.append({"arm": arm, "largest_rate": most, "seeds": len(next(iter(scores.values())))}
-                    | {f"stayed_{rate:g}": count for rate, count in stayed.items()})  # fmt: skip
+    for arm, losses in found.items():
+        most, stayed = largest_rate(losses)
+        row = {
+            "arm": arm,
+            "largest_rate": most,
+            "at_edge": most == max(losses),
+            "seeds": len(next(iter(losses.values()))),
+        }
+        rows.append(row | {f"stayed_{rate:g}": count for rate, count in stayed.items()})
     return rows
 
 
@@ -149,9 +251,17 @@ def readable_stability(rows: Sequence[Mapping[str, Any]]) -> Rows:
     return [
         {"arm": r["arm"]}
         | {f"rate {k[7:]}": f"{v} of {r['seeds']}" for k, v in r.items() if k.startswith("stayed_")}
-        | {"largest stable rate": "none" if r["largest_rate"] is None else f"{r['largest_rate']:g}"}
+        | {"largest stable rate": largest_in_words(r)}
         for r in rows
     ]
+
+
+def largest_in_words(row: Mapping[str, Any]) -> str:
+    return (
+        "none"
+        if row["largest_rate"] is None
+        else f"{row['largest_rate']:g}{', the largest tried' * row['at_edge']}"
+    )
 
 
 def readable_memory(rows: Sequence[Mapping[str, Any]]) -> Rows:
@@ -164,66 +274,9 @@ def readable_memory(rows: Sequence[Mapping[str, Any]]) -> Rows:
 
 
 def growth(by_layers: Mapping[int, int | None]) -> float | None:
-    """Memory at the largest depth over that at the smallest; None where one could not be measured."""
+    """Memory at the largest depth over that at the smallest; None for one depth, or where one could not be measured."""
     low, high = by_layers[min(by_layers)], by_layers[max(by_layers)]
-    return high / low if low and high else None
-
-
-def claims_table(found: Mapping[str, Rows]) -> Rows:
-    """Announced, measured, verdict. ``found``: rows of "verdicts", "energies", "steps", "stability" and "memory"."""
-    rows, judged, steps = [], found["verdicts"], found["steps"]
-    words = [f"{r['arm']} - {r['against']}: {nats_in_words(r)} nats" for r in judged]
-    helping = {arm: helps(judged, arm) for arm in dict.fromkeys(r["arm"] for r in judged)}
-    if "published" in helping:
-        told = "; ".join(w for w in words if w.startswith(("published -", "apart -", "mended -")))
-        better = [helping[arm] for arm in ("published", "apart", "mended") if arm in helping]
-        holds = True if True in better else None if None in better else False
-        rows.append(claim("the energy term improves generalisation", told, holds))
-    if "conservative" in helping:
-        told = "; ".join(w for w in words if w.startswith("conservative -"))
-        rows.append(claim("conservative blocks read better", told, helping["conservative"]))
-    for r in found["energies"]:
-        told = f"drift / spread {r['ratio']:.2f}, spread kept {kept_in_words(r['spread_kept'])}"
-        if r["work"] is not None:
-            told += f"; with the causal drive {r['work']:.2f}"
-        if r["arm"] in ("published", "mended", "conservative"):
-            which = r["arm"] if r["work"] is None else f"{r['arm']}, drive off"
-            rows.append(claim(f"energy is conserved: {which}", told, r["conserves"]))
-    there = {r["arm"]: f"{r['reached']} of {r['seeds']}" for r in steps}
-    for arm in ("published", "mended", "conservative"):
-        own = [r for r in steps if r["arm"] == arm]
-        if own:
-            told = "; ".join(f"over {r['against']}'s " + (
-                f"no ratio, it gets there in {there[arm]} seeds, that in {there.get(r['against'], 'none')}"
-                if r["ratio"] is None else str(Perplexity(r["ratio"], r["low"], r["high"]))) for r in own)  # fmt: skip
-            # One that always gets there where a control does not is beyond what a ratio can say.
-            arrives = all(r["reached"] == r["seeds"] for r in own)
-            slower = not arrives or any(r["high"] is not None and r["high"] >= 1 for r in own)
-            faster = all(r["high"] is not None and r["high"] < 1 for r in own)
-            rows.append(
-                claim(f"faster convergence: {arm}", f"steps {told}", faster or (False if slower else None))
-            )
-    rates = {r["arm"]: r["largest_rate"] or 0.0 for r in found["stability"]}
-    if rates:
-        told = "largest rate: " + ", ".join(f"{arm} {rate or 'none'}" for arm, rate in rates.items())
-        most = max(rates["conservative"], rates["conservative-clipped"])
-        control = max(rate for arm, rate in rates.items() if arm.startswith("plain"))
-        rows.append(claim("more stable than the plain model, clipped or not", told, most > control))
-    growths = {r["way"]: r["growth"] for r in found["memory"] if r["growth"] is not None}
-    if growths:
-        told = "deepest over shallowest: " + ", ".join(f"{way} {times:.2f}" for way, times in growths.items())
-        rows.append(claim("memory does not grow with depth", told, growths["leapfrog, reversible"] <= MEMORY))
-    return rows
-
-
-def claims_in_words(claims: Sequence[Mapping[str, str]]) -> str:
-    """Which of the announced things were found here."""
-    by = {
-        v: [c["announced"] for c in claims if c["verdict"] == v]
-        for v in ("holds", "does not hold", "no verdict")
-    }
-    words = {"holds": "Found here", "does not hold": "Not found", "no verdict": "Undecided"}
-    return "".join(f" {words[v]}: {'; '.join(names)}." for v, names in by.items() if names)
+    return high / low if low and high and len(by_layers) > 1 else None
 
 
 def nearest_decay(trials: Sequence[Trial], size: float) -> float | None:

@@ -1,0 +1,100 @@
+"""What the original announced of physics-informed learning, beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bklm.harness.arms import claim, helps, nats_in_words
+from bklm.harness.statistics import FEWEST_SEEDS
+from bklm.studies.physics.tables import PLAIN, Rows, kept_in_words, largest_in_words, words_of
+from bklm.training.context_gain import gain_in_words
+
+CLAIMED = ("published", "apart", "mended")  # terms any of which makes the first claim hold
+MEMORY = 1.3  # of the deepest over that of the shallowest
+
+
+def claims_table(found: Mapping[str, Rows], gains: Mapping[str, float | None]) -> Rows:
+    """Announced, measured, verdict.
+
+    Args:
+        found: rows of "verdicts", "block_verdicts", "energies", "steps", "stability" and "memory".
+        gains: share by which context lowers the perplexity, by arm.
+    """
+    rows, terms = [], found["verdicts"]
+    better = {arm: helps(terms, arm) for arm in CLAIMED if any(r["arm"] == arm for r in terms)}
+    if better:
+        several = f" (intervals for {len(better)} terms at once, as any of them would do)" * (len(better) > 1)
+        holds = True if True in better.values() else None if None in better.values() else False
+        told = _differences(terms, *better) + several
+        rows.append(claim("the energy term improves generalisation", told, holds))
+    blocks = found["block_verdicts"]
+    if blocks:
+        told = _differences(blocks, "conservative")
+        told += f"; gain from context {gain_in_words(gains['conservative'])}, {PLAIN}'s {gain_in_words(gains[PLAIN])}"
+        name = "conservative blocks reach a lower perplexity"
+        rows.append(claim(name, told, helps(blocks, "conservative")))
+    rows += [_conserved(r) for r in found["energies"] if r["arm"] in (*CLAIMED, "conservative")]
+    for arm in ("published", "mended", "conservative"):
+        if own := [r for r in found["steps"] if r["arm"] == arm]:
+            rows.append(_faster(arm, own, found["steps"]))
+    rows += _steadier(found["stability"])
+    growths = {r["way"]: r["growth"] for r in found["memory"] if r["growth"] is not None}
+    if growths:
+        told = "deepest over shallowest: " + ", ".join(f"{way} {times:.2f}" for way, times in growths.items())
+        rows.append(claim("memory does not grow with depth", told, growths["leapfrog, reversible"] <= MEMORY))
+    return rows
+
+
+def _differences(rows: Rows, *arms: str) -> str:
+    return "; ".join(f"{r['arm']} - {r['against']}: {nats_in_words(r)} nats" for r in rows if r["arm"] in arms)
+
+
+def _conserved(row: Mapping[str, Any]) -> dict[str, str]:
+    """Of one energy: little drift, no collapse, and less drift than where nothing was asked of the model."""
+    told = f"drift / spread {words_of(row, 'ratio')}, spread {kept_in_words(row['spread_kept'])}"
+    told += f"; over {row['control']}'s {words_of(row, 'over_control')}" if row["control"] else ""
+    told += f"; with the causal drive {row['work']:.2f}" if row["work"] is not None else ""
+    which = row["arm"] if row["work"] is None else f"{row['arm']}, drive off"
+    holds = {"yes": True, "no verdict": None}.get(row["conserves"], False)
+    return claim(f"energy is conserved: {which}", told, holds)
+
+
+def _faster(arm: str, own: Rows, steps: Rows) -> dict[str, str]:
+    """Of one arm: fewer steps and fewer seconds than each control takes."""
+    there = {r["arm"]: f"{r['reached']} of {r['seeds']}" for r in steps}
+    told = "; ".join(
+        f"over {r['against']}'s no ratio, it gets there in {there[arm]} seeds, that in {there.get(r['against'], 'none')}"
+        if r["ratio"] is None else
+        f"over {r['against']}'s steps {words_of({**r, 'ratio_low': r['low'], 'ratio_high': r['high']}, 'ratio')}, "
+        f"seconds {words_of(r, 'seconds_ratio')}"
+        for r in own
+    )  # fmt: skip
+    highs = [r[key] for r in own for key in ("high", "seconds_ratio_high")]
+    slower = any(r["reached"] < r["seeds"] for r in own) or any(
+        high is not None and high >= 1 for high in highs
+    )
+    # One that always gets there where a control does not is beyond what a ratio can say; so are fewer seeds than three.
+    unknown = own[0]["seeds"] < FEWEST_SEEDS or (None in highs and not slower)
+    return claim(f"faster convergence, steps and seconds: {arm}", told, None if unknown else not slower)
+
+
+def _steadier(rows: Rows) -> Rows:
+    """Whether conservative blocks stay stable at a larger rate than every kind of plain model; of three seeds or more."""
+    if not rows:
+        return []
+    rates = {r["arm"]: r["largest_rate"] or 0.0 for r in rows}
+    told = "largest rate: " + ", ".join(f"{r['arm']} {largest_in_words(r)}" for r in rows)
+    is_higher = rates["conservative"] > max(rate for arm, rate in rates.items() if arm != "conservative")
+    enough = min(r["seeds"] for r in rows) >= FEWEST_SEEDS
+    return [claim("more stable than the plain model, all clipped", told, is_higher if enough else None)]
+
+
+def claims_in_words(claims: Sequence[Mapping[str, str]]) -> str:
+    """Which of the announced things were found here."""
+    by = {
+        v: [c["announced"] for c in claims if c["verdict"] == v]
+        for v in ("holds", "does not hold", "no verdict")
+    }
+    words = {"holds": "Found here", "does not hold": "Not found", "no verdict": "Undecided"}
+    return "".join(f" {words[v]}: {'; '.join(names)}." for v, names in by.items() if names)
