@@ -52,11 +52,11 @@ def draw_files(
                     style = {"color": colour, "marker": marker, "linestyle": "", "label": kind, "markersize": 5}
                     _points(axes, points, **style)
             for ending, line in (("", ":"), (": int8", "-")):
-                names = {
-                    family + ending,
-                    *(r["arm"] for r in shown if WIDTH.fullmatch(r["arm"].removesuffix(ending))),
-                }
-                dense = sorted((r for r in shown if r["arm"] in names), key=lambda r: r["file_bytes"])
+                ended = [r for r in shown if r["arm"].endswith(ending)]
+                names = {family, *(a for r in ended if WIDTH.fullmatch(a := r["arm"].removesuffix(ending)))}
+                dense = sorted(
+                    (r for r in ended if r["arm"].removesuffix(ending) in names), key=lambda r: r["file_bytes"]
+                )
                 axes.plot(
                     [r["file_bytes"] / MEGA for r in dense], [r["val_ppl"] for r in dense], color=styles[SMALLER][0],
                     linewidth=1, linestyle=line,

@@ -42,7 +42,6 @@ KEYS = {
     "val_ppl": float, "seconds": float, "parameters": int, "file_bytes": int, "packed_file_bytes": int,
     "context_gain": float | None,
 }  # fmt: skip
-AT_EQUAL_BYTES = 2  # of the widths: a mask of one bit a weight is as large as an eighth of the width by itself
 Method = Callable[[LanguageModel, Sequence[Any]], LanguageModel]
 
 
@@ -92,13 +91,14 @@ def _zeros(config: CompressionConfig, source: str, folder: Path, seed: int) -> d
             found[f"{sparsity:.0%} zeros, {method}, int8"] = lambda m, text, s=sparsity, k=method: quantise(
                 prune(m, s, k, calibration=text, seed=seed)
             )
-    for width in config.widths[:AT_EQUAL_BYTES]:
+    # One size: of the next one the mask and the scales alone take most of the bytes.
+    width = f"width {config.widths[0]:g}"
 
-        def made(model: LanguageModel, text: Any, narrow: str = f"{source}, width {width:g}") -> LanguageModel:
-            size = sizes(quantise(load_model(folder, config, narrow, seed)))
-            return pruned_to(model, size["file_bytes"])
+    def made(model: LanguageModel, text: Any) -> LanguageModel:
+        size = sizes(quantise(load_model(folder, config, f"{source}, {width}", seed)))
+        return pruned_to(model, size["file_bytes"])
 
-        found[f"zeros everywhere, as small as width {width:g}, int8"] = made
+    found[f"zeros everywhere, as small as {width}, int8"] = made
     return found
 
 
