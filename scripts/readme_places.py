@@ -16,6 +16,7 @@ from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.studies.baseline import tables
 from bklm.studies.baseline.models import TITLES
 from bklm.studies.compression import tables as compression
+from bklm.studies.compression import timed as compression_timed
 from bklm.studies.dialogue import tables as dialogue
 from bklm.studies.embedding_freeze.config import INEQUALITY
 from bklm.studies.embedding_freeze.tables import REPORTED
@@ -328,10 +329,14 @@ OF_RUNS: Places = {
         "claim_lines": claim_lines,
         "claims_table": lambda run: run.summary["claims"],
         "shares": lambda run: run.summary["shares"],
+        "counting": lambda run: compression.beside_counting(run.summary["table"], run.summary["counted"][0])[0],
+        "reading": lambda run: compression.vacuous_in_words(
+            run.summary["table"], run.summary["baselines"][0]["val_ppl"]
+        ),
         "recommended": lambda run: compression.readable_recommended(run.summary["recommended"]),
-        "files": lambda run: compression.readable_files(run.summary["table"]),
+        "files": lambda run: compression.readable_files(run.summary["table"], run.summary["counted"]),
         "verdicts": lambda run: readable_verdicts(run.summary["verdicts"]),
-        "speed": lambda run: compression.readable_speed(run.summary["speed"]),
+        "speed": lambda run: compression_timed.readable_speed(run.summary["speed"]),
     },
     "dialogue": {
         "claim_lines": claim_lines,
