@@ -34,7 +34,7 @@ class DialogueConfig(TextStudyConfig):
         },
         "full": {
             "pretraining": "wikitext-2", "seeds": (0, 1, 2), "epochs": 2, "pretraining_epochs": 3,
-            "learning_rates": (3e-4, 1e-3, 4e-3, 1e-2), "max_dialogues": 0, "held_out_dialogues": 0,
+            "learning_rates": (3e-4, 1e-3, 4e-3, 1e-2), "max_dialogues": 20_000, "held_out_dialogues": 0,
             "max_pretraining_tokens": 300_000, "vocab_size": 768, "seq_len": 128, "width": 44, "n_layers": 2,
             "context_replies": 1000, "facts_asked": 300, "sample_dialogues": 20, "reply_tokens": 40,
         },
