@@ -32,17 +32,18 @@ NEW_STUDY = 400
 # koopman holds three experiments: a term, at equal steps and at equal seconds, operators in place of blocks, and recall, with
 # a searched rate and the claims on each; physics as well:
 # terms of a loss, kinds of block, and the speed, stability and memory of either, seven tables. compression weighs some forty
-# files of three models, retrains and distils, judges each against its own control, and runs the published sparse core.
+# files of three models, retrains and distils, judges each against its own control at equal bytes, beside counting,
+# lets a gate skip positions, and keeps a record of each method apart.
 # dialogue trains in four stages and answers four questions (pretraining, earlier turns, who is best, what is forgotten), seven
-# tables. integration has nine switches of seven studies, trained for equal steps and for equal time, with what each costs, and
-# six tables.
+# tables, with a positive control and a test split of its own. integration has nine switches of seven studies, trained for
+# equal steps and for equal time, with what each costs, and six tables.
 # physics: 270 more since what it claims has its controls: energies beside nets that no model hears of, seconds beside steps,
 # arms that equal the plain one, the gradient's share over a training, and the gain from context by windows.
 # integration: 130 more for what a verdict needs: bytes, losses before the first step, placebos of terms that stay, what
 # reading brings without the convolution, and no verdict on arms that are not below unigram.
 STUDY_LINES = {
     "grad_blend": 905, "baseline": 1_580, "embedding_freeze": 1_870, "precision": 1_930, "koopman": 1_200, "physics": 1_250,
-    "compression": 1_360, "dialogue": 1_000, "integration": 1_090,
+    "compression": 1_590, "dialogue": 1_075, "integration": 1_090,
 }  # fmt: skip
 # Compiled code cannot take a record of arguments, and one loop over a row is one loop; so is one over a training's epochs.
 # A kernel takes addresses and sizes one by one, and is one long loop.

@@ -2,6 +2,7 @@
 
 from bklm.compression.activations import with_int8_products
 from bklm.compression.distilling import Distilled, distil
+from bklm.compression.gating import GatedBlocks
 from bklm.compression.int8 import (
     QuantisationRow,
     load_quantised,
@@ -13,12 +14,14 @@ from bklm.compression.int8 import (
 from bklm.compression.pruning import prune
 from bklm.compression.retraining import PrunedModel, RoundedModel, baked
 from bklm.compression.saving import file_sizes, load_compressed, save_compressed
+from bklm.compression.sized import pruned_to
 from bklm.compression.structure import narrower, remove_experts, skip_blocks
 from bklm.compression.tying import TiedModel, tie_head
 from bklm.compression.weights import low_rank, quantise
 
 __all__ = [
     "Distilled",
+    "GatedBlocks",
     "PrunedModel",
     "QuantisationRow",
     "RoundedModel",
@@ -31,6 +34,7 @@ __all__ = [
     "low_rank",
     "narrower",
     "prune",
+    "pruned_to",
     "quantisation_report",
     "quantise",
     "quantised",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bklm.compression.calibration import Inputs, read_inputs
 from bklm.compression.coded_model import (
-    SMALLEST,
+    MULTIPLIED,
     codes_of,
     copy_of,
     halve_the_rest,
@@ -83,7 +83,7 @@ def with_int8_products(
         raise ValueError(f"outliers: got {outliers}; give a number of columns, 0 or more.")
     made = copy_of(plain)
     output = made.head()[0]
-    head = (output.shape[1] >= HEAD_INPUTS if head is None else head) and min(output.shape) >= SMALLEST
+    head = (output.shape[1] >= HEAD_INPUTS if head is None else head) and min(output.shape) >= MULTIPLIED
     maps = _maps(made, head)
     known = codes_of(made)
     inputs: dict[str, Inputs] = {}
@@ -148,13 +148,13 @@ def _maps(model: LanguageModel, head: bool) -> list[str]:
     found = [
         names[id(m.weight)]
         for m in model.modules()
-        if isinstance(m, nn.Linear) and m.weight is not weight and min(m.weight.shape) >= SMALLEST
+        if isinstance(m, nn.Linear) and m.weight is not weight and min(m.weight.shape) >= MULTIPLIED
     ]
     if not found or not isinstance(model, KINDS):
         names = ", ".join(kind.__name__ for kind in KINDS)
         raise TypeError(
-            f"with_int8_products: got a {type(model).__name__} without maps that are modules with at least {SMALLEST} inputs "
-            f"and outputs; it serves {names} with such maps: round the weights alone with quantise(model)."
+            f"with_int8_products: got a {type(model).__name__} without maps that are modules with at least {MULTIPLIED} "
+            f"inputs and outputs; it serves {names} with such maps: round the weights alone with quantise(model)."
         )
     return found + [names[id(weight)]] * head
 

@@ -19,7 +19,8 @@ from bklm.compression.coding import Coded, Tied, half
 from bklm.models import LanguageModel
 
 CLASSES = ("ResNetBK", "NewLLM", "GPT", "LSTM", "LinearContext", "ContextTokenLM", "Conservative")
-SMALLEST = 16  # a matrix with fewer inputs or outputs is not worth a scale a row
+SMALLEST = 8  # a matrix with fewer inputs or outputs is not worth a scale a row
+MULTIPLIED = 16  # inputs and outputs of a map, below which its products stay in float
 
 
 def model_of(given: Any, caller: str) -> LanguageModel:

@@ -35,6 +35,8 @@ class Distilled(Wrapped):
         ValueError: a temperature that is not positive, a weight outside 0 to 1, or another vocabulary.
     """
 
+    loss_is_likelihood = False
+
     def __init__(
         self, student: LanguageModel, teacher: LanguageModel, temperature: float = 2.0, weight: float = 0.7
     ) -> None:

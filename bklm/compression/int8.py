@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
-from bklm.compression.coded_model import SMALLEST
+from bklm.compression.coded_model import MULTIPLIED
 from bklm.compression.int8_linear import Int8Embedding, Int8Linear, row_exponents
 from bklm.compression.int8_model import HEAD, Quantised, class_of
 from bklm.compression.int8_modules import with_modules
@@ -71,7 +71,7 @@ def quantised(model: LanguageModel) -> LanguageModel:
     large = [
         name
         for name, m in result.named_modules()
-        if isinstance(m, nn.Linear) and min(m.in_features, m.out_features) >= SMALLEST
+        if isinstance(m, nn.Linear) and min(m.in_features, m.out_features) >= MULTIPLIED
     ]
     exponents = {}
     for name in dict.fromkeys([*large, HEAD]):

@@ -1,7 +1,8 @@
 """Weights set to zero: by magnitude, by Wanda's score, or at random as the floor that either must beat.
 
-    magnitude   |w| over all matrices together                       (Han et al. 2015)
-    Wanda       |w_ij| * norm of input j over a text, row by row     (Sun et al. 2023)
+    magnitude         |w| over all matrices together                 (Han et al. 2015)
+    magnitude by row  |w|, row by row: what Wanda is without its norms
+    Wanda             |w_ij| * norm of input j over a text, row by row (Sun et al. 2023)
 
 Zeros save bytes: ``save_compressed`` keeps a mask of one bit a weight and the weights that are not zero. Products stay dense.
 """
@@ -18,7 +19,7 @@ from bklm.compression.calibration import read_inputs
 from bklm.compression.coded_model import copy_of, forget_codes, like, matrices, model_of, outer_names, put
 from bklm.models import LanguageModel
 
-METHODS = ("magnitude", "wanda", "random")
+METHODS = ("magnitude", "magnitude by row", "wanda", "random")
 SCOPES = ("body", "outer", "all")
 
 
@@ -35,8 +36,8 @@ def prune(
 
     Args:
         model: a language model, or a run of ``bklm.load``; the result is of the same kind.
-        sparsity: of the matrices in scope with at least 16 inputs and outputs, 0 to below 1.
-        method: "magnitude", "wanda", or "random".
+        sparsity: of the matrices in scope with at least 8 inputs and outputs, 0 to below 1.
+        method: one of METHODS.
         scope: "body": all but embeddings and head; "outer": these; "all".
         calibration: batches (x, y) of training text, which Wanda needs.
         seed: of a random mask.
@@ -81,6 +82,8 @@ def masks_of(
         }
     else:
         scores = {n: w.detach().abs() for n, w in weights.items()}
+    if method == "magnitude by row":
+        return _largest_of_rows(scores, sparsity)
     return largest_kept(scores, sparsity)
 
 
@@ -96,7 +99,7 @@ def scoped(model: LanguageModel, scope: str) -> dict[str, Tensor]:
     chosen = {n: w for n, w in matrices(model).items() if scope == "all" or (n in outer) == (scope == "outer")}
     if not chosen:
         raise ValueError(
-            f"scope: got {scope!r}, in which this {type(model).__name__} has no matrix with 16 inputs and outputs; take 'all'."
+            f"scope: got {scope!r}, in which this {type(model).__name__} has no matrix with 8 inputs and outputs; take 'all'."
         )
     return chosen
 
@@ -124,12 +127,15 @@ def _wanda(
             f"method: got 'wanda', but the inputs of {unseen[0]} of this {type(model).__name__} are not seen: it is no map "
             "of its own; take method 'magnitude', or scope 'body' where it is an embedding."
         )
+    norms = {n: inputs[n].squares.sqrt().float().to(w.device) for n, w in weights.items()}
+    return _largest_of_rows({n: w.detach().abs() * norms[n] for n, w in weights.items()}, sparsity)
+
+
+def _largest_of_rows(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    """Masks that keep the largest scores of each row of inputs; as many zeros in every row of a matrix."""
     masks = {}
-    for name, w in weights.items():
-        norms = inputs[name].squares.sqrt().float().to(w.device)
-        score = w.detach().abs() * norms
-        zeros = round(sparsity * w.shape[1])
-        masks[name] = torch.ones_like(score, dtype=torch.bool).scatter_(
-            1, score.topk(zeros, dim=1, largest=False).indices, False
-        )
+    for name, score in scores.items():
+        zeros = round(sparsity * score.shape[-1])
+        lost = score.topk(zeros, dim=-1, largest=False).indices
+        masks[name] = torch.ones_like(score, dtype=torch.bool).scatter_(-1, lost, False)
     return masks

@@ -20,7 +20,8 @@ from bklm.models import LanguageModel, TokenLosses
 from bklm.models.checks import is_without_numbers
 from bklm.moe.ops import in_backward
 
-STEPS_BETWEEN = 20  # of training, after which scales or masks are found anew
+STEPS_BETWEEN_SCALES = 4  # of training: fewer would cost more than a step of a small model
+MASKS = 50  # a schedule, at least, unless it has fewer steps: with few of them the law is a jump
 
 
 class _Rounded(torch.autograd.Function):
@@ -166,10 +167,10 @@ class Changed(LanguageModel):
 
 
 class RoundedModel(Changed):
-    """Its matrices in ``bits`` bits, a scale a row or for every ``group`` inputs; scales follow every STEPS_BETWEEN steps.
+    """Its matrices in ``bits`` bits, a scale a row or for every ``group`` inputs; scales follow every fourth step.
 
     Args:
-        model: learns in place; its matrices with at least 16 inputs and outputs are rounded.
+        model: learns in place; its matrices with at least 8 inputs and outputs are rounded.
         bits: of a weight, 2 to 8.
         group: inputs that share a scale; None: a scale a row.
 
@@ -189,7 +190,7 @@ class RoundedModel(Changed):
 
     def change(self) -> dict[str, Tensor]:
         weights = matrices(self.model)
-        if not self._scales or not self.training or int(self.steps) % STEPS_BETWEEN == 0:
+        if not self._scales or not self.training or int(self.steps) % STEPS_BETWEEN_SCALES == 0:
             self._scales = {n: _scale_of_each(w, self.bits, self.group) for n, w in weights.items()}
         return {n: rounded(w, self._scales[n], self.bits) for n, w in weights.items()}
 
@@ -202,8 +203,8 @@ class PrunedModel(Changed):
 
         s_t = s_f + (s_i - s_f) (1 - t / T)^3,   s_i = 0
 
-    by magnitude; or, with a seed, on the same schedule at random; or, where masks are given, these from the start. What was
-    set to zero stays zero.
+    by magnitude; or, with a seed, on the same schedule at random; or, where masks are given, these from the start. Masks are
+    found anew MASKS times on the way, after every step of a schedule of fewer. What was set to zero stays zero.
 
     Args:
         model: learns in place.
@@ -238,6 +239,7 @@ class PrunedModel(Changed):
             _check_masks(masks, weights)
         super().__init__(model)
         self.sparsity, self.whole, self.gradual = sparsity, steps, masks is None
+        self.steps_between = max(1, steps // MASKS)
         self.scope, self.seed = scope, seed
         self._names, self._has_ended = list(weights), False
         for i, (name, weight) in enumerate(weights.items()):
@@ -257,7 +259,7 @@ class PrunedModel(Changed):
         named = dict(self.model.named_parameters())
         step = int(self.steps)
         ends = step >= self.whole
-        due = not self._has_ended if ends else step % STEPS_BETWEEN == 0 or not self.training
+        due = not self._has_ended if ends else step % self.steps_between == 0 or not self.training
         if self.gradual and due:
             self._has_ended = ends
             for i, mask in enumerate(self._masks_at(self.sparsity_at(step), named).values()):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
+import math
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from bklm.models import LanguageModel
 from bklm.models.by_name import built
 
 HEADER = "bklm"
+JOINED = ("half", "codes")  # kinds of tensors of which a model has many short ones
 BYTES_OF_A_NUMBER = 4
 
 
@@ -48,11 +51,13 @@ def save_compressed(model: Any, path: Path | str) -> Path:
         "class": kind.__name__,
         "config": dataclasses.asdict(model.config),
         "tensors": facts,
+        "joined": _join(tensors),
         "activations": None if how is None else dataclasses.asdict(how),
     }
     path = Path(path)
     with replacing(path) as temporary:
-        save_file(tensors, str(temporary), {HEADER: json.dumps(header)})
+        # Packed, since what is said of each tensor repeats itself: of a small model plain words take a percent of the file.
+        save_file(tensors, str(temporary), {HEADER: _pack(header)})
     return path
 
 
@@ -69,8 +74,8 @@ def load_compressed(path: Path | str) -> LanguageModel:
         with safe_open(str(path), "pt") as file:
             text = (file.metadata() or {}).get(HEADER)
             tensors = {name: file.get_tensor(name) for name in file.keys()} if text else {}  # noqa: SIM118
-        header = json.loads(text) if text else None
-    except (SafetensorError, ValueError) as error:
+        header = _unpack(text) if text else None
+    except (SafetensorError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}); save the model again.") from error
     if header is None:
         raise ValueError(
@@ -80,6 +85,7 @@ def load_compressed(path: Path | str) -> LanguageModel:
         raise ValueError(
             f"{path} holds a {header['class']!r}, which this version of bklm does not have; update bklm."
         )
+    _part(tensors, header.get("joined", {}))
     model = built(header["class"], header["config"]).eval()
     named = dict(model.named_parameters())
     codes = {}
@@ -119,6 +125,38 @@ def sizes_of(write: Callable[[Path], Any]) -> tuple[int, int]:
         write(place := Path(folder, "model.safetensors"))
         whole = place.read_bytes()
     return len(whole), len(zlib.compress(whole, 9))
+
+
+def _join(tensors: dict[str, Tensor]) -> dict[str, list[tuple[str, list[int]]]]:
+    """Put the many short tensors of a kind into one, in place: the entry of each in a file's head is longer than it is.
+
+    Returns their names and shapes by kind, as they follow each other.
+    """
+    joined: dict[str, list[tuple[str, list[int]]]] = {}
+    for kind in JOINED:
+        names = [name for name in tensors if name.endswith(f".{kind}")]
+        parts = [tensors.pop(name) for name in names]
+        if parts:
+            joined[kind] = [(name, list(part.shape)) for name, part in zip(names, parts, strict=True)]
+            tensors[kind] = torch.cat([part.flatten() for part in parts])
+    return joined
+
+
+def _part(tensors: dict[str, Tensor], joined: dict[str, list[tuple[str, list[int]]]]) -> None:
+    """Undo ``_join``, in place; an earlier version joined nothing."""
+    for kind, parts in joined.items():
+        sizes = [math.prod(shape) for _, shape in parts]
+        for (name, shape), part in zip(parts, tensors.pop(kind).split(sizes), strict=True):
+            tensors[name] = part.view(shape)
+
+
+def _pack(header: dict[str, Any]) -> str:
+    return base64.b85encode(zlib.compress(json.dumps(header).encode(), 9)).decode()
+
+
+def _unpack(text: str) -> dict[str, Any]:
+    # Earlier versions wrote plain JSON.
+    return json.loads(text if text.startswith("{") else zlib.decompress(base64.b85decode(text)))
 
 
 def _plainly(values: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bklm.compression.coded_model import SMALLEST, copy_of, like, model_of
+from bklm.compression.coded_model import MULTIPLIED, copy_of, like, model_of
 
 
 def has_torchao() -> bool:
@@ -55,11 +55,11 @@ def with_torchao_products(model: Any) -> Any:
     places = [
         name
         for name, m in made.named_modules()
-        if isinstance(m, nn.Linear) and m.weight is not head and min(m.weight.shape) >= SMALLEST
+        if isinstance(m, nn.Linear) and m.weight is not head and min(m.weight.shape) >= MULTIPLIED
     ]
     if not places:
         raise TypeError(
-            f"with_torchao_products: this {type(plain).__name__} has no maps of its own with at least {SMALLEST} inputs and "
+            f"with_torchao_products: this {type(plain).__name__} has no maps of its own with at least {MULTIPLIED} inputs and "
             "outputs; round its weights alone with quantise(model)."
         )
     with warnings.catch_warnings():

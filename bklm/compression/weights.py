@@ -30,7 +30,7 @@ def quantise(
 
     Args:
         model: a language model, or a run of ``bklm.load``; the result is of the same kind.
-        bits: 2 to 8, of every matrix with at least 16 inputs and outputs, but a head of ``low_rank`` or ``tie_head``, which
+        bits: 2 to 8, of every matrix with at least 8 inputs and outputs, but a head of ``low_rank`` or ``tie_head``, which
             keeps its factors; 16: half precision for everything.
         group: inputs that share a scale, such as 32 or 128; None: a scale an output.
         outer_bits: of embeddings and head, where they differ.

@@ -72,7 +72,7 @@ def _corpus(
         if name == "grammar":
             from bklm.data.grammar import grammar_corpus
 
-            return grammar_corpus()
+            return grammar_corpus(most=max_documents)
         from bklm.data.hmm import hmm_corpus
 
         return hmm_corpus()

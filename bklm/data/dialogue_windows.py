@@ -18,8 +18,11 @@ from bklm.data.checks import index_or_none, require_whole
 from bklm.data.dialogue_tokens import EncodedDialogues
 from bklm.data.loaders import IGNORED, EpochOrder, Windows, set_epoch
 
-CONTEXTS = ("0", "1", "2", "all", "other", "1 after other")
-"""What stands before a reply: so many turns of its dialogue; as many of another one's as it has; its last turn after those."""
+CONTEXTS = ("0", "1", "3", "all", "other", "1 after other")
+"""What stands before a reply: so many turns of its dialogue; as many of another one's as it has; its last turn after those.
+
+All but the first begin with a turn of the user, as a training row does: behind a reply at its beginning every model is worse,
+whatever it remembers. No turn at all is outside of what a model was trained on, and so says least."""
 
 
 class Rows(Dataset):
@@ -138,11 +141,13 @@ def _turns_of_another(encoded: EncodedDialogues, dialogue: int, place: int) -> l
     if not len(others):
         raise ValueError("context: got 'other' with one dialogue; give two or more to compare.")
     longest = int(others[lengths[others].argmax()])
-    return encoded.turns(longest)[-place:]
+    last = int(np.flatnonzero(encoded.replies[slice(*encoded.first_turns[longest : longest + 2])])[-1])
+    return encoded.turns(longest)[max(0, last - place) : last]
 
 
 class Mixed:
-    """Batches of dialogues, each with windows of another text behind it: a share of rows, drawn by (seed, epoch) alone."""
+    """Batches of dialogues with windows of another text behind them, drawn by (seed, epoch) alone: a share of the targets,
+    which is what a loss is a mean over. A window is cut to the length of its batch."""
 
     def __init__(self, loader: DataLoader, windows: Windows, share: float, seed: int) -> None:
         """Raises ValueError where ``share`` lies outside (0, 1)."""
@@ -166,23 +171,18 @@ class Mixed:
         order = list(EpochOrder(len(self.windows), seed=self.seed, epoch=epoch))
         taken, due = 0, 0.0
         for x, y in self.loader:
-            # What is less than a row waits for the next batch: the share is that of all batches together.
-            due += len(x) * self.share / (1 - self.share)
-            more = int(due + 1e-9)
-            due -= more
-            if not more:
-                yield x, y
-                continue
-            rows = [order[(taken + n) % len(order)] for n in range(more)]
-            taken += more
-            yield _stacked((x, y), self.windows.__getitems__(rows), self.windows.pad_id)
+            # What is less than a window waits for the next batch: the share is that of all batches together.
+            due += int((y != IGNORED).sum()) * self.share / (1 - self.share)
+            length, rows = min(x.shape[1], self.windows.seq_len), []
+            while due >= length:
+                rows.append(order[taken % len(order)])
+                taken, due = taken + 1, due - length
+            yield (x, y) if not rows else self._joined(x, y, rows, length)
 
-
-def _stacked(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
-    longest = max(one[0].shape[1], other[0].shape[1])
-
-    def joined(a: Tensor, b: Tensor, value: int) -> Tensor:
-        parts = [torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=value) for t in (a, b)]
-        return torch.cat(parts)
-
-    return joined(one[0], other[0], pad_id), joined(one[1], other[1], IGNORED)
+    def _joined(self, x: Tensor, y: Tensor, rows: list[int], length: int) -> tuple[Tensor, Tensor]:
+        more = [t[:, :length] for t in self.windows.__getitems__(rows)]
+        filled = [
+            torch.nn.functional.pad(t, (0, x.shape[1] - length), value=value)
+            for t, value in zip(more, (self.windows.pad_id, IGNORED), strict=True)
+        ]
+        return torch.cat([x, filled[0]]), torch.cat([y, filled[1]])

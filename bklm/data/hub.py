@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ER
 @dataclass(frozen=True)
 class HubDataset:
     """A data set's repository, its configuration, and where the repository has more than we read, the splits wanted; with a
-    revision, no other state of it."""
+    revision, no other state of it. Without, the hub is asked once for its newest, and no other is then read."""
 
     repository: str
     configuration: str | None = None
@@ -79,6 +79,7 @@ def corpus_from_hub(name: str, max_documents: int | None = None, max_tokens: int
             dataset.repository, revision=dataset.revision, timeout=PROBE_SECONDS
         )
         revision = (info.sha or revision)[:12]
+        dataset = replace(dataset, revision=dataset.revision or info.sha)
     except failures as error:
         # 429 and above: it is there but busy, and load_dataset waits for it. Anything else is final.
         if getattr(getattr(error, "response", None), "status_code", 0) < 429:
@@ -133,7 +134,7 @@ def _first_dialogues(dataset: HubDataset, number: int) -> list[Dialogues]:
     }
 
     streams = {
-        split: datasets.load_dataset(dataset.repository, split=split, streaming=True)
+        split: datasets.load_dataset(dataset.repository, split=split, streaming=True, revision=dataset.revision)
         for split in dataset.splits
     }
     return [

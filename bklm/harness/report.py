@@ -171,6 +171,7 @@ class Report:
         rows: list[dict[str, Any]] | None = None,
         summary: Mapping[str, Any] = {},
         sees_the_future: bool = False,
+        manifest: Mapping[str, Any] = {},
         **more: Any,
     ) -> Result:
         """Write table, epochs, summary, vocabulary, manifest and zip; return the study's result.
@@ -181,7 +182,7 @@ class Report:
             also: other trainings by name, for the epochs and the computing time.
             finding: instead of the comparison's own sentence.
             rows: instead of the comparison's own table.
-            summary: what summary.json holds besides.
+            summary: what summary.json holds besides; manifest: what manifest.json does.
         """
         text = self.study.text
         table = comparison.rows(trials) if rows is None else rows
@@ -212,8 +213,8 @@ class Report:
         self.text("tokenizer.json", text.tokenizer_json())
         seconds = sum(t["seconds"] for group in runs.values() for t in group)
         return self.close(
-            result, seconds, {"sees_the_future": sees_the_future}, table=table, best=best, best_perplexity=best_perplexity,
-            finding=finding, baselines=text.baselines, diverged=lost, **more,
+            result, seconds, {"sees_the_future": sees_the_future, **manifest}, table=table, best=best, finding=finding,
+            best_perplexity=best_perplexity, baselines=text.baselines, diverged=lost, **more,
         )  # fmt: skip
 
     def close(
@@ -268,10 +269,5 @@ def small_print(text: Any, seeds: int, *more: str, sees_the_future: bool = False
         bars: whether the figure has any.
     """
     parts = ["THIS MODEL SEES THE FUTURE"] * sees_the_future + ["Demonstration"] * text.is_demonstration
-    parts += [
-        text.describe(),
-        f"batch {text.batch_size} x {text.seq_len}",
-        seeds_in_words(seeds, bars),
-        *more,
-    ]
+    parts += [text.describe(), f"batch {text.batch_size} x {text.seq_len}", seeds_in_words(seeds, bars), *more]
     return "; ".join(parts) + "."

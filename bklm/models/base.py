@@ -39,6 +39,8 @@ class LanguageModel(nn.Module):
     n_seq: int | None = None
     streams: bool = False
     sees_future: bool = False
+    # Whether exp of the training loss is a perplexity: not where another model has a say in it.
+    loss_is_likelihood: bool = True
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Final hidden states (B, N, D), what the head reads."""

@@ -189,6 +189,13 @@ class ContextTokenLM(LanguageModel):
         if self.output is not None:
             nn.init.normal_(self.output.weight, std=0.02)
 
+    def num_parameters(self, trainable_only: bool = False) -> int:
+        """As every model's, without the weights on a token that ``token_to`` lets count for nothing."""
+        silent = self.context_block.linears[self.context_block.reading :]
+        counted = sum(self.config.context_dim * self.config.embed_dim for one in silent
+                      if one.weight.requires_grad or not trainable_only)  # fmt: skip
+        return super().num_parameters(trainable_only) - counted
+
     def freeze_embedding(self) -> None:
         """Train neither the embedding (a tied head with it) nor the LayerNorm after it, so that every x_t stays as it is."""
         self.embedding.requires_grad_(False)

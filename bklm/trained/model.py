@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from bklm.compression.coded_model import is_compressed
@@ -40,6 +40,7 @@ from bklm.trained.run import (
     open_run,
 )
 from bklm.training.evaluation import evaluate
+from bklm.training.weights import hash_of_tokenizer, require_vocabulary, save_weights
 
 UNKNOWN = ("<unk>", "<UNK>")
 # A text in one line that ends like this is taken for the name of a file.
@@ -99,6 +100,8 @@ class Trained:
                 self.model: LanguageModel = load_compressed(weights)
             else:
                 self.model = saved.build()
+                if (own := run.folder / TOKENIZER).exists():
+                    require_vocabulary(weights, hash_of_tokenizer(own), unless_unnamed=True)
                 load_model(self.model, str(weights))
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(
@@ -223,16 +226,16 @@ class Trained:
             all((folder / n).exists() for n in (MANIFEST, RECORD, WEIGHTS)) and not (folder / PAGE).exists()
         )
         make_own_folder(folder, is_ours, "save")
+        with replacing(folder / TOKENIZER) as temporary:
+            self.tokenizer.save(str(temporary))
         if is_compressed(self.model):
             save_compressed(self.model, folder / WEIGHTS)
         else:
             with replacing(folder / WEIGHTS) as temporary:
-                save_model(self.model, str(temporary))
+                save_weights(self.model, temporary, hash_of_tokenizer(folder / TOKENIZER))
         kind = getattr(self.model, "plain_class", type(self.model))
         write_json(folder / RECORD, {**self.record, "model_class": kind.__name__})
         write_json(folder / MANIFEST, dict(self.manifest))
-        with replacing(folder / TOKENIZER) as temporary:
-            self.tokenizer.save(str(temporary))
         summary = self._run.folder / "summary.json"
         if summary.exists() and summary.parent.resolve() != folder.resolve():
             shutil.copyfile(summary, folder / summary.name)

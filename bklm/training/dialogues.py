@@ -15,7 +15,7 @@ import torch
 from bklm.data.dialogue_tokens import DialogueVocabulary, EncodedDialogues, pieces_of_word
 from bklm.data.dialogue_windows import CONTEXTS, Rows, replies_in_context
 from bklm.data.dialogues import Dialogue
-from bklm.data.grammar import Fact
+from bklm.data.grammar import Asked
 from bklm.data.loaders import make_loader
 from bklm.models import LanguageModel
 from bklm.training.evaluation import evaluate
@@ -42,11 +42,7 @@ def loss_by_context(
 
 @torch.no_grad()
 def recalled_facts(
-    model: LanguageModel,
-    vocabulary: DialogueVocabulary,
-    dialogues: Sequence[Dialogue],
-    facts: Sequence[Sequence[Fact]],
-    seq_len: int,
+    model: LanguageModel, vocabulary: DialogueVocabulary, asked_of: Asked, seq_len: int
 ) -> dict[str, list[int]]:
     """By turns back, as text: of how many facts every piece was the likeliest, and how many were asked for.
 
@@ -54,7 +50,7 @@ def recalled_facts(
     """
     examples: list[tuple[np.ndarray, np.ndarray]] = []
     asked: list[list[tuple[list[int], int]]] = []  # of each example: places of the targets, and the distance
-    for dialogue, own in zip(dialogues, facts, strict=True):
+    for dialogue, own in asked_of:
         turns = vocabulary.encode_turns(dialogue)
         starts = np.cumsum([0, *map(len, turns)])
         ids = np.concatenate(turns)
@@ -114,16 +110,18 @@ def reply_tokens(
     most: int,
     temperature: float,
     generator: torch.Generator,
+    positions: int | None = None,
 ) -> Iterator[int]:
     """The ids of a reply to ``before`` (ids of whole turns), token by token, its ``<end>`` among them, at most ``most``.
 
     A model that has so many positions and no more writes on half of them at most; of a context that leaves no room for that
-    the beginning is left out. ``vocabulary`` has ``system_id`` and ``end_id``.
+    the beginning is left out. ``positions`` puts any model under that rule; without, one that has no limit reads all.
+    ``vocabulary`` has ``system_id`` and ``end_id``.
     """
     ids = np.concatenate([before, [vocabulary.system_id]]).astype(np.int64)
-    if model.n_seq is not None:
-        ids = ids[-positions_read(model.n_seq, most) :]
-        most = min(most, model.n_seq - len(ids))
+    if room := min((n for n in (positions, model.n_seq) if n is not None), default=None):
+        ids = ids[-positions_read(room, most) :]
+        most = min(most, room - len(ids))
     device = next(model.parameters()).device
     prompt = torch.from_numpy(np.ascontiguousarray(ids))[None].to(device)
     for token in model.stream(prompt, most, temperature, generator):
@@ -139,15 +137,19 @@ def write_replies(
     most: int,
     temperature: float = 0.8,
     seed: int = 0,
+    positions: int | None = None,
 ) -> list[Reply]:
-    """A reply to the last turn before each dialogue's last reply; dialogue n is written with the seed ``seed + n``."""
+    """A reply to the last turn before each dialogue's last reply; dialogue n is written with the seed ``seed + n``.
+
+    With the same ``positions`` every model reads as much; see ``reply_tokens``.
+    """
     found = []
     for number, dialogue in enumerate(dialogues):
         last = max(n for n, (speaker, _) in enumerate(dialogue) if speaker == "system" and n)
         turns = vocabulary.encode_turns(dialogue[:last])
         generator = torch.Generator(next(model.parameters()).device).manual_seed(seed + number)
         before = np.concatenate(turns)
-        ids = list(reply_tokens(model, vocabulary, before, most, temperature, generator))
+        ids = list(reply_tokens(model, vocabulary, before, most, temperature, generator, positions))
         ended = bool(ids) and ids[-1] == vocabulary.end_id
         written = vocabulary.decode(ids[:-1] if ended else ids)
         found.append(Reply(dialogue[last - 1][1], dialogue[last][1], written, ended))

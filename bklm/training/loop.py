@@ -142,7 +142,7 @@ def train(
         record = EpochRecord(
             epoch=epoch,
             train_loss=sums.loss,
-            train_perplexity=math.exp(min(sums.loss, 700.0)),
+            train_perplexity=math.exp(min(sums.loss, 700.0)) if model.loss_is_likelihood else None,
             val_loss=score.loss,
             val_perplexity=score.perplexity,
             val_perplexity_without_unk=score.perplexity_without_unk,
@@ -167,8 +167,8 @@ def train(
                 place = checkpoints.save(epoch, model, state, named)
             accelerator.wait_for_everyone()
         log.info(
-            "%s: epoch %d/%d, train PPL %.1f, validation PPL %.1f, %.1f s%s",
-            label, epoch, settings.epochs, record.train_perplexity, record.val_perplexity, seconds,
+            "%s: epoch %d/%d, train %s, validation PPL %.1f, %.1f s%s",
+            label, epoch, settings.epochs, record.trained_in_words, record.val_perplexity, seconds,
             describe_experts(record.expert_counts),
         )  # fmt: skip
     accelerator.free_memory()

@@ -14,7 +14,7 @@ class EpochRecord:
 
     epoch: int
     train_loss: float
-    train_perplexity: float
+    train_perplexity: float | None  # None where the loss is not of the text alone
     val_loss: float
     val_perplexity: float
     val_perplexity_without_unk: float
@@ -27,6 +27,13 @@ class EpochRecord:
     expert_counts: list[list[int]] = field(default_factory=list)  # tokens per expert, one list a layer
     batch_parts: int = 1  # parts that a batch was worked through in at the epoch's end
     gradient_norm_99: float = 0.0  # the norm that 99 of 100 steps stay below
+
+    @property
+    def trained_in_words(self) -> str:
+        """ "PPL 5.9", or "loss 1.775 (no perplexity)"."""
+        if self.train_perplexity is None:
+            return f"loss {self.train_loss:.3f} (no perplexity)"
+        return f"PPL {self.train_perplexity:.1f}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

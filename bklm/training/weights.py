@@ -3,6 +3,7 @@ one of another vocabulary where the file says of which one it is."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -26,14 +27,9 @@ def load_weights(model: torch.nn.Module, path: Path, vocabulary: str | None = No
         OtherModelError: names or shapes differ, or ``vocabulary`` is given and is not the one that the file names: its ids
             would mean other words. The model is then left as it is.
     """
+    if vocabulary is not None:
+        require_vocabulary(path, vocabulary)
     with safe_open(str(path), "pt") as file:
-        named = (file.metadata() or {}).get("vocabulary")
-        if vocabulary is not None and named != vocabulary:
-            there = f"{named[:12]}..." if named else "none that it names"
-            raise OtherModelError(
-                f"{path} holds weights of another vocabulary ({there} there, {vocabulary[:12]}... here), whose ids mean other "
-                "words; take weights that were trained with this vocabulary, or train them again with it."
-            )
         held = {plain_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     own = _Uncompiled(model).state_dict()
     written = {own[name].data_ptr() for name in held.keys() & own.keys()}
@@ -48,6 +44,24 @@ def load_weights(model: torch.nn.Module, path: Path, vocabulary: str | None = No
                 "another folder."
             )
     load_model(_Uncompiled(model), str(path))
+
+
+def require_vocabulary(path: Path, vocabulary: str, unless_unnamed: bool = False) -> None:
+    """Refuse, by an OtherModelError, weights that were trained with another vocabulary than that of this hash, or with one
+    that their file does not name (but with ``unless_unnamed``)."""
+    with safe_open(str(path), "pt") as file:
+        named = (file.metadata() or {}).get("vocabulary")
+    if named != vocabulary and not (unless_unnamed and named is None):
+        there = f"{named[:12]}..." if named else "none that it names"
+        raise OtherModelError(
+            f"{path} holds weights of another vocabulary ({there} there, {vocabulary[:12]}... here), whose ids mean other "
+            "words; take weights that were trained with this vocabulary, or train them again with it."
+        )
+
+
+def hash_of_tokenizer(path: Path) -> str:
+    """The hash of a vocabulary from its tokenizer.json, hex: that which ``save_weights`` is given."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def plain_name(name: str) -> str:

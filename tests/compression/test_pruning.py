@@ -12,6 +12,7 @@ from bklm.compression import (
     file_sizes,
     load_compressed,
     prune,
+    pruned_to,
     quantise,
     save_compressed,
 )
@@ -61,6 +62,17 @@ def test_wanda_takes_the_smallest_products_of_weight_and_input_norm_in_each_row(
         assert row[~keep].max() <= row[keep].min()
 
 
+def test_magnitude_by_row_takes_the_smallest_of_each_row(reading):
+    made = prune(reading, 0.5, "magnitude by row")
+    for name, w in scoped(made, "body").items():
+        alive, sizes = w != 0, reading.get_parameter(name).detach().abs()
+        assert ((~alive).sum(-1) == round(0.5 * w.shape[-1])).all()
+        assert (
+            sizes.where(~alive, sizes.new_zeros(())).amax(-1)
+            <= sizes.where(alive, sizes.new_tensor(9e9)).amin(-1)
+        ).all()
+
+
 def test_wanda_sees_the_maps_of_every_model_that_has_them(model_with_maps, text):
     made = prune(model_with_maps, 0.5, "wanda", calibration=text)
     count, whole = zeros(made, "body")
@@ -86,13 +98,24 @@ def test_zeros_save_bytes_and_may_be_quantised(any_model, tmp_path, text):
         assert torch.equal(again(text[0][0]), model(text[0][0]))
 
 
+def test_zeros_are_as_many_as_make_a_file_of_the_bytes_asked_for(any_model):
+    whole = file_sizes(quantise(any_model))[0]
+    made = pruned_to(any_model, round(0.7 * whole))
+    assert file_sizes(made)[0] == pytest.approx(0.7 * whole, rel=0.01)
+    assert 0.3 < zeros(made, "all")[0] / zeros(made, "all")[1] < 0.7
+    with pytest.raises(
+        ValueError, match=r"file_bytes: got 10; with 30% to 95% zeros in 8 bits this model's file has"
+    ):
+        pruned_to(any_model, 10)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda m: prune(m, 1.0), "sparsity: got 1.0; the share of zeros"),
         (
             lambda m: prune(m, 0.5, "sparsegpt"),
-            "method: got 'sparsegpt'; allowed are 'magnitude', 'wanda', 'random'",
+            "method: got 'sparsegpt'; allowed are 'magnitude', 'magnitude by row', 'wanda', 'random'",
         ),
         (lambda m: prune(m, 0.5, scope="head"), "scope: got 'head'; allowed are"),
         (lambda m: prune(m, 0.5, "wanda"), "calibration holds no text"),
@@ -152,9 +175,12 @@ def test_gradual_pruning_follows_its_law_and_what_is_zero_stays_zero(reading, te
     assert [round(made.sparsity_at(t), 4) for t in (0, 30, 60, 90)] == [0.0, 0.7, 0.8, 0.8]
     optimizer = torch.optim.Adam(made.parameters(), lr=1e-3)
     before = None
-    for t in range(61):
+    for t in range(1, 62):
         step(made, optimizer, text[t % 3])
         masks = [b.clone() for n, b in made.named_buffers() if n.startswith("mask")]
+        # Each step's zeros are the law's, and no jump at the end.
+        zero = sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+        assert zero == pytest.approx(made.sparsity_at(t), abs=1e-3)
         if before is not None:
             assert all(bool((old | ~new).all()) for old, new in zip(before, masks, strict=True))
         before = masks
@@ -241,9 +267,18 @@ def test_masks_are_found_once_at_the_schedules_end(reading, text, monkeypatch):
     monkeypatch.setattr(made, "_masks_at", lambda *given: found.append(int(made.steps)) or find(*given))
     for _ in range(6):
         made.loss(*text[0])
-    assert found == [3]
+    assert found == [1, 2, 3]
     count, whole = zeros(baked(made), "body")
     assert count == pytest.approx(0.5 * whole, abs=1)
+
+
+def test_a_long_schedule_finds_its_masks_fifty_times(reading):
+    assert [PrunedModel(copy.deepcopy(reading), 0.5, steps).steps_between for steps in (0, 49, 100, 1000)] == [
+        1,
+        1,
+        2,
+        20,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Parts removed: what is left computes what it did, and is the smaller for it. Students: the loss as the formula has it."""
 
 import copy
+import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.nn import functional as F
 
 from bklm.compression import (
@@ -19,6 +21,7 @@ from bklm.compression import (
 from bklm.compression.structure import WIDTHS, expert_use
 from bklm.models import GPT, GPTConfig, NewLLM, NewLLMConfig, ResNetBK, ResNetBKConfig
 from bklm.training.evaluation import evaluate
+from bklm.training.loop import train
 from bklm.training.schedules import TrainingSettings
 
 
@@ -138,6 +141,18 @@ def test_the_teacher_is_in_no_count_and_no_checkpoint_and_stays(reading, text):
     assert not trained.training
     assert all(torch.equal(before[n], p) for n, p in reading.named_parameters())
     assert evaluate(trained, text, None).loss < evaluate(ResNetBK(student.config), text, None).loss
+
+
+def test_a_students_training_loss_is_of_no_text_alone_and_so_no_perplexity(reading, text):
+    records = {}
+    for name, student in (("alone", ResNetBK(narrower(reading.config, 0.5))), ("taught", None)):
+        model = student or Distilled(ResNetBK(narrower(reading.config, 0.5)), reading)
+        settings = TrainingSettings(1, learning_rate=1e-3)
+        records[name] = train(model, text, text, settings, accelerator=Accelerator(cpu=True))[-1]
+    assert records["alone"].trained_in_words == f"PPL {math.exp(records['alone'].train_loss):.1f}"
+    assert records["taught"].train_perplexity is None
+    assert records["taught"].trained_in_words == f"loss {records['taught'].train_loss:.3f} (no perplexity)"
+    assert records["taught"].val_perplexity > 1
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """Weights in few bits: near the float model, in a file of the size that its bits are, which loads again to equal logits."""
 
 import copy
+import json
 
 import pytest
 import torch
 
-from bklm.compression import file_sizes, load_compressed, low_rank, quantise, save_compressed
+from bklm.compression import file_sizes, load_compressed, low_rank, quantise, save_compressed, saving
 from bklm.compression.coded_model import matrices
 from bklm.models import GPT, GPTConfig, LanguageModel, ResNetBK, ResNetBKConfig
 from bklm.models.koopman import tie_blocks
@@ -116,3 +117,34 @@ def test_files_of_others_and_damaged_ones_are_refused(tmp_path):
     (tmp_path / "half").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="is damaged"):
         load_compressed(tmp_path / "half")
+
+
+def test_tables_of_eight_columns_are_coded_so_that_int8_is_no_half_precision():
+    model = ResNetBK(ResNetBKConfig(600, d_model=8, n_layers=2, mixer="solve", n_heads=4, num_experts=1))
+    float_bytes, half_bytes, int8_bytes = (
+        file_sizes(m)[0] for m in (model, quantise(model, 16), quantise(model))
+    )
+    assert int8_bytes < 0.75 * half_bytes
+    assert int8_bytes < 0.36 * float_bytes
+
+
+def test_a_file_whose_header_an_earlier_version_wrote_as_plain_words_loads_to_equal_logits(
+    reading, text, tmp_path
+):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    small = quantise(reading)
+    save_compressed(small, tmp_path / "new")
+    with safe_open(str(tmp_path / "new"), "pt") as file:
+        header = saving._unpack(file.metadata()[saving.HEADER])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    saving._part(tensors, header.pop("joined"))
+    save_file(
+        {name: t.clone() for name, t in tensors.items()},
+        str(tmp_path / "old"),
+        {saving.HEADER: json.dumps(header)},
+    )
+    assert (tmp_path / "new").stat().st_size < (tmp_path / "old").stat().st_size
+    x = text[0][0]
+    assert torch.equal(load_compressed(tmp_path / "old")(x), load_compressed(tmp_path / "new")(x))

@@ -7,7 +7,7 @@ import torch
 from bklm.data.dialogue_tokens import MARKS, DialogueVocabulary, pieces_of_word
 from bklm.data.dialogue_windows import CONTEXTS, Mixed, dialogue_rows, replies_in_context
 from bklm.data.grammar import grammar_corpus
-from bklm.data.loaders import IGNORED, make_loader, windows
+from bklm.data.loaders import IGNORED, make_loader, set_epoch, windows
 
 TALKS = [
     (
@@ -82,24 +82,31 @@ def test_contexts_are_what_they_say_and_their_targets_are_the_same(vocabulary):
     bye, hello = "<system>bye bye bye<end>", "<system>hello there my friend<end>"
     assert found["0"][1] == bye
     assert found["1"][1] == f"<user>and now<end>{bye}"
-    assert found["2"][1] == f"{hello}<user>and now<end>{bye}"
+    assert found["3"][1] == found["all"][1]
     assert found["all"][1] == f"<user>hi <system> you<end>{hello}<user>and now<end>{bye}"
-    # Nobody else has a fourth turn: the last three of the longest other dialogue.
-    assert found["other"][1] == f"<system>welcome<end><user>what is it<end><system>it is a cat<end>{bye}"
-    assert found["1 after other"][1] == f"<system>welcome<end><user>what is it<end><user>and now<end>{bye}"
+    # Nobody else has a fourth turn: what stands before the last reply of the longest other dialogue.
+    assert found["other"][1] == f"<system>welcome<end><user>what is it<end>{bye}"
+    assert found["1 after other"][1] == f"<system>welcome<end><user>and now<end>{bye}"
     assert found["other"][0].startswith("<user>one two three")
+    # A context of the drawn dialogues begins with the user, as a training row does.
+    drawn = vocabulary.encode_dialogues(
+        grammar_corpus(sizes=dict.fromkeys(("train", "valid", "test"), 3)).dialogues("valid")
+    )
+    for context in CONTEXTS[1:]:
+        rows = replies_in_context(drawn, context, 10_000, vocabulary.pad_id).rows
+        assert {int(ids[0]) for ids, _ in rows} == {vocabulary.user_id}, context
     cut = replies_in_context(encoded, "all", 8, vocabulary.pad_id)
     assert {len(ids) for ids, _ in cut.rows} == {9}
-    with pytest.raises(ValueError, match="context: got '3'"):
-        replies_in_context(encoded, "3", 8, vocabulary.pad_id)
+    with pytest.raises(ValueError, match="context: got '2'"):
+        replies_in_context(encoded, "2", 8, vocabulary.pad_id)
 
 
-def test_a_batch_with_replay_holds_its_share_of_the_other_text_in_an_order_of_its_epoch(vocabulary):
-    encoded = vocabulary.encode_dialogues(TALKS * 6)
+def test_replay_is_a_share_of_the_targets_in_an_order_of_its_epoch_and_no_batch_is_longer_for_it(vocabulary):
+    encoded = vocabulary.encode_dialogues(TALKS * 60)
     rows = dialogue_rows(encoded, 60, vocabulary.pad_id, vocabulary.user_id)
     loader = make_loader(rows, 9, shuffle=True, seed=3)
-    prose = windows(np.arange(200) % 250, 20, pad_id=vocabulary.pad_id)
-    mix = Mixed(loader, prose, 0.1, 3)
+    prose = windows(np.arange(2000) % 250, 70, pad_id=vocabulary.pad_id)
+    mix = Mixed(loader, prose, 0.25, 3)
     first = [(x.clone(), y.clone()) for x, y in mix]
     second = list(mix)
     mix.set_epoch(0)
@@ -110,13 +117,18 @@ def test_a_batch_with_replay_holds_its_share_of_the_other_text_in_an_order_of_it
     assert not all(
         a.shape == b.shape and torch.equal(a, b) for (a, _), (b, _) in zip(first, second, strict=True)
     )
-    assert {len(x) for x, _ in first[:-1]} == {10}
-    x, y = first[0]
-    assert torch.equal(x[9, 1:20], y[9, :19])
-    assert (y[9, 20:] == IGNORED).all()
-    # A share of less than a row a batch is kept over batches.
-    few = [len(x) - 9 for x, _ in Mixed(make_loader(rows, 9), prose, 0.02, 0)]
-    assert set(few[:-1]) <= {0, 1}
+    set_epoch(loader, 0)
+    replayed = 0
+    for (x, y), (own_x, own_y) in zip(first, loader, strict=True):
+        assert x.shape[1] == own_x.shape[1]
+        assert torch.equal(x[: len(own_x)], own_x)
+        assert torch.equal(y[: len(own_y)], own_y)
+        more_x, more_y = x[len(own_x) :], y[len(own_y) :]
+        targets = more_y != IGNORED
+        assert torch.equal(more_x[:, 1:][targets[:, 1:]], more_y[:, :-1][targets[:, 1:]])
+        replayed += int(targets.sum())
+    # Within the window that waits at the end, and the last one of the text, which is shorter.
+    assert abs(replayed - rows.num_targets * 0.25 / 0.75) < 2 * 60
     with pytest.raises(ValueError, match="replay: got 1; allowed is a share between 0 and 1"):
         Mixed(loader, prose, 1, 0)
 

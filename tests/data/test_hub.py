@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from hub_standin import serve_hub
+from hub_standin import COMMIT, serve_hub
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("datasets")
@@ -211,6 +211,10 @@ def test_dailydialog_comes_as_parquet_with_its_revision(hub_root, load):
         whole = load(hub.url, "dailydialog")
         few = load(hub.url, "dailydialog", 2)
     assert whole["source"] == "Hugging Face OpenRL/daily_dialog, revision 0123456789ab"
+    # What the hub named once is what is read, whatever comes meanwhile.
+    fetched = [request for request in hub.requests if "/resolve/" in request and ".parquet" in request]
+    assert fetched
+    assert all(f"/resolve/{COMMIT}/" in request for request in fetched)
     assert [text.split() for text in whole["valid"]] == [
         ["validation", "question", str(i), "answer", str(i)] for i in range(4)
     ]

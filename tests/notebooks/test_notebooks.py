@@ -250,13 +250,14 @@ def test_06_physics_informed_smoke_runs_headless_and_ends_with_claims(tmp_path):
 
 
 @pytest.mark.slow
-def test_07_compression_smoke_runs_headless_and_names_the_smallest_files(tmp_path):
+def test_07_compression_smoke_runs_headless_and_recommends_no_file_of_a_model_that_reads_nothing(tmp_path):
     values = {"profile": "smoke", "dataset": "embedded"}
     printed = run(ROOT / "notebooks" / "07_compression.ipynb", tmp_path, **values)
     for words in (
         "Kneser-Ney 3-gram",
         "of the parameters",
-        "smallest file",
+        "No better than counting single words",
+        "No file is recommended",
         "student at T 2",
         "scored tokens/s",
         "announced",
@@ -275,7 +276,7 @@ def test_08_dialogue_smoke_runs_headless_and_talks_at_its_end(tmp_path):
     assert "GPT: pretraining helps dialogue" in printed
     assert "another dialogue's" in printed
     assert re.search(
-        r"(?s)GPT tuned: .*\n\(saw \d+ tokens: <user>the cat tom \. which cat<end><system>\)", printed
+        r"(?s)GPT tuned: .*\n\(saw \d+ tokens: <user>take red \. which colour<end><system>\)", printed
     )
     assert "SHA-256" in printed
     assert (tmp_path / "results" / "dialogue.zip").exists()

@@ -120,7 +120,7 @@ def test_every_arm_is_trained_and_the_zip_holds_tables_curves_figures_and_what_t
 
 
 def test_arms_that_tell_whether_phase_1_helps_are_added_and_move_no_other_number(config, tmp_path, monkeypatch):
-    blocks = {}
+    config, blocks = dataclasses.replace(config, head="untied", n_layers=2), {}
     whole = embedding_freeze_runner.train_phase2
 
     def spy(model, *args, **options):
@@ -132,19 +132,26 @@ def test_arms_that_tell_whether_phase_1_helps_are_added_and_move_no_other_number
     more = dataclasses.replace(config, phase1_arms=True, output_dir=str(tmp_path / "more"))
     found = run_embedding_freeze(more)
     rows = {row["arm"]: row for row in found.table}
-    base = arms_of(config.resolved())[0].name
-    added = [f"{base}, {words}" for words in PHASE1_ARMS.values()]
+    bases = dict.fromkeys(arm.name for arm in arms_of(more.resolved()) if arm.original in PHASE1_ARMS)
+    bases = dict.fromkeys(
+        name.removesuffix(f", {w}") for name in bases for w in PHASE1_ARMS.values() if name.endswith(w)
+    )
+    assert list(bases) == ["pretrained, frozen, untied", "pretrained, trained, untied"]
+    added = [f"{base}, {words}" for base in bases for words in PHASE1_ARMS.values()]
     assert sorted(rows) == sorted([*added, *(row["arm"] for row in without.table)])
     for row in without.table:
         assert rows[row["arm"]]["val_ppl"] == row["val_ppl"]
     own = [e for e in found.effects if e["factor"] != "phase 1"]
     assert [e["ratio"] for e in own] == [e["ratio"] for e in without.effects]
     ratios = {e["change"]: e["ratio"] for e in found.effects if e["factor"] == "phase 1"}
-    assert ratios.keys() == set(PHASE1_ARMS.values())
-    for words, ratio in ratios.items():
-        pairs = [[t["val_ppl"] for t in json.loads((found.folder / "summary.json").read_text())["table"]
-                  if t["arm"] == arm] for arm in (f"{base}, {words}", base)]  # fmt: skip
-        assert ratio == pytest.approx(pairs[0][0] / pairs[1][0], rel=1e-6)
+    changes = {
+        f"{words} ({base})": (f"{base}, {words}", base) for base in bases for words in PHASE1_ARMS.values()
+    }
+    assert ratios.keys() == changes.keys()
+    for change, (arm, base) in changes.items():
+        assert ratios[change] == pytest.approx(rows[arm]["val_ppl"] / rows[base]["val_ppl"], rel=1e-6)
+        # The weights on a token that nothing reads are none of its size.
+        assert (rows[arm]["parameters"] < rows[base]["parameters"]) == arm.endswith(PHASE1_ARMS["first"])
     said = next(s for s in found.findings if s.startswith("PPL with something else in place of phase 1"))
     assert (
         "no verdict on phase 1, no verdict on its fixed point; with phase 1 and another wiring: token to"

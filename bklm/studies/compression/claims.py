@@ -2,76 +2,102 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bklm.compression import published_core
 from bklm.harness.arms import Arm, claim, nats_in_words, verdicts
 from bklm.harness.comparison import Trial
-from bklm.studies.compression import sparse_core
-from bklm.studies.compression.models import GRADUAL, INT8, RANDOM, family_of
-from bklm.studies.compression.tables import ARMS, is_judged, ratio_in_words, upper
+from bklm.studies.compression.models import CHANCE, GATED, GRADUAL, INT8, RANDOM, SCRATCH, family_of
+from bklm.studies.compression.speed import PER_TOKEN
+from bklm.studies.compression.tables import ARMS, beside_counting, is_judged, ratio_in_words, reads, upper
 
-FOUR_TIMES, MOST_OF_IT = 3.5, 1.03
-HUNDRED, BELOW = 100.0, 1.15
+BELOW = 1.15
+MUCH_SMALLER = (
+    ("100 times smaller for less than 15% of perplexity", 100.0),
+    ("goal: 10 times smaller for less than 15% of perplexity", 10.0),
+)
 STUDENT, BETTER = 2.10, -0.0355
 CORE_SPEED = 1.8
-NEAR = 0.1  # of a file's bytes, within which another has as many
+SAME_RATE = 0.05  # of the positions, within which two models skip equally many
+# What is said of a whole model's file: how it is made, how many times smaller it must be, and at which ratio of perplexities.
+SINGLE_FILES = (
+    ("int8 makes {} 4 times smaller for 1% to 3% of perplexity", INT8, 3.5, 1.03),
+    ("goal: int8 makes {} 3.9 times smaller for 0.3% of perplexity", INT8, 3.9, 1.003),
+    ("goal: int8 products cost {} 1% of perplexity at most", PER_TOKEN, 0.0, 1.01),
+)
+# Arms and controls that a sentence is about, by a part of either's name.
+PAIRS = (
+    ("distillation makes a better student of {} than the text alone", "student at T", ", width"),
+    ("pruning {} while training keeps more than as many zeros at random", GRADUAL, RANDOM),
+    ("Wanda prunes {} better than magnitude by row", "zeros, wanda", "zeros, magnitude by row"),
+    ("zeros in all of {} beat a dense model of as many bytes", "zeros everywhere", ", width"),
+    ("a gate that skips a block of {} token by token beats skipping by chance", GATED, CHANCE),
+    ("{} without parts beats one that was trained without them", ("skipped", "left"), SCRATCH),
+)
+# Methods by a part of their name, and what stands in its place in that of their controls.
+RIVALS = (
+    (" zeros, wanda,", (" zeros, magnitude by row,", " zeros, random,")),
+    (" zeros, magnitude by row,", (" zeros, random,",)),
+    (" zeros, magnitude,", (" zeros, random,",)),
+)
 
 
-def judged(trials: Sequence[Trial], arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
-    """Paired verdicts: retrained arms and students against their controls; Wanda against magnitude, both against chance.
+def judged(trials: Sequence[Trial], arms: Mapping[str, Arm], unigram: float = math.inf) -> list[dict[str, Any]]:
+    """Paired verdicts: retrained arms and students against their controls; Wanda against magnitude, both against chance; zeros
+    everywhere against the narrow model of as many bytes; what is left of a model against one trained in that size.
 
-    Zeros without further training are compared as well with the dense int8 file that is nearest in bytes, if it is ``NEAR``.
+    There is none where the model, or both of a pair, read no better than single words: nothing was there to lose.
     """
-    sizes = {row["arm"]: row["file_bytes"] for row in ARMS.rows(trials) if row["file_bytes"]}
+    rows = {row["arm"]: row for row in ARMS.rows(trials)}
     own = {name: arm.against for name, arm in arms.items() if arm.against}
-    for name in sorted(sizes):
-        for kind, rivals in (("wanda", ("magnitude", "random")), ("magnitude", ("random",))):
-            if f"zeros, {kind}," in name:
-                against = [name.replace(f", {kind},", f", {rival},") for rival in rivals]
-                own[name] = tuple(a for a in against if a in sizes)
-        if _is_pruned(name) and (dense := _dense_of_size(name, sizes)):
-            own[name] = (*own.get(name, ()), dense)
-    return verdicts(ARMS, trials, {name: Arm(None, against) for name, against in own.items()})
+    for name in sorted(rows):
+        if rivals := [rival for rival in _rivals(name, rows) if rival in rows]:
+            own[name] = (*own.get(name, ()), *rivals)
+    found = verdicts(ARMS, trials, {name: Arm(None, against) for name, against in own.items()})
+    for row in found:
+        pair = [rows[name] for name in (row["arm"], row["against"]) if name in rows]
+        whole = rows.get(family_of(row["arm"]))
+        if not (whole and reads(whole, unigram) and any(reads(r, unigram) for r in pair)):
+            row |= {"low": None, "high": None, "verdict": "no better than single words: no verdict"}
+    return found
 
 
-def _is_pruned(name: str) -> bool:
-    """Zeros that were chosen; a retrained arm had more passes over the text than the dense models."""
-    chosen = "zeros" in name and "random" not in name and name.endswith(INT8)
-    return chosen and GRADUAL not in name
-
-
-def _is_dense(name: str) -> bool:
-    """Int8 of a trained model, whole or smaller from scratch, and of nothing else."""
-    return name == f"{family_of(name)}: {INT8}" or (", width" in name and name.endswith(f": {INT8}"))
-
-
-def _dense_of_size(pruned: str, sizes: Mapping[str, float]) -> str | None:
-    dense = [n for n in sizes if _is_dense(n) and family_of(n) == family_of(pruned)]
-    away = {n: abs(sizes[n] / sizes[pruned] - 1) for n in dense}
-    nearest = min(dense, key=away.__getitem__, default=None)
-    return nearest if nearest and away[nearest] <= NEAR else None
+def _rivals(name: str, rows: Mapping[str, Any]) -> list[str]:
+    if "zeros everywhere" in name:
+        width = name.partition("as small as ")[2].partition(",")[0]
+        return [f"{family_of(name)}, {width}: {INT8}"]
+    if name.endswith((f"skipped, {INT8}", f"left, {INT8}")):
+        ending = f"{SCRATCH}: {INT8}"
+        return [other for other in rows if family_of(other) == family_of(name) and other.endswith(ending)]
+    return [name.replace(part, other) for part, others in RIVALS if part in name for other in others]
 
 
 def claims_table(
     rows: Sequence[Mapping[str, Any]],
     verdict_rows: Sequence[Mapping[str, Any]],
     shares: Sequence[Mapping[str, Any]],
+    speeds: Sequence[Mapping[str, Any]] = (),
+    counted: Sequence[Mapping[str, Any]] = (),
 ) -> list[dict[str, str]]:
-    """Rows announced, measured, verdict."""
-    found = [*_four_times(rows), _hundred(rows), *_student(rows)]
-    for words, part, rival in (
-        ("distillation makes a better student than the text alone", "student at T", ", width"),
-        ("pruning while training keeps more than as many zeros at random", GRADUAL, RANDOM),
-        ("Wanda prunes better than magnitude", "zeros, wanda", "zeros, magnitude"),
-    ):
-        if own := [r for r in verdict_rows if part in r["arm"] and rival in r["against"]]:
-            found.append(_all_win(words, own))
-    if pruned := [r["arm"] for r in rows if _is_pruned(r["arm"])]:
-        words = "zeros beat a dense model of as many bytes"
-        near = [r for r in verdict_rows if r["arm"] in pruned and _is_dense(r["against"])]
-        none = claim(words, f"no dense int8 file lies within {NEAR:.0%} of a pruned file's bytes", None)
-        found.append(_all_win(words, near) if near else none)
+    """Rows announced, measured, verdict; of each model where it is about one."""
+    found = [
+        claim("a file reads better than counting in as many bytes", *beside_counting(rows, r))
+        for r in counted[:1]
+    ]
+    families = list(dict.fromkeys(r["family"] for r in rows))
+    found += [row for family in families for row in _single_files(rows, family)]
+    found += [_as_small(rows, shares, *smaller) for smaller in MUCH_SMALLER] + _student(rows)
+    for words, parts, rival in PAIRS:
+        some = (parts,) if isinstance(parts, str) else parts
+        for family in families:
+            own = [
+                r for r in verdict_rows
+                if family_of(r["arm"]) == family and any(p in r["arm"] for p in some) and rival in r["against"]
+            ]  # fmt: skip
+            found += [_at_equal_rates(_all_win(words.format(family), own), own, rows)] if own else []
+    found += [_speed(row) for row in speeds if row["arm"] == PER_TOKEN]
     return found + [_core(row) for row in shares if row["core_time_share"] is not None] + [_published_core()]
 
 
@@ -83,35 +109,59 @@ def _all_win(announced: str, own: Sequence[Mapping[str, Any]]) -> dict[str, str]
         wins = sum(r["high"] < 0 for r in own)
         told.append(f"beyond the interval in {wins} of {len(own)}")
         return claim(announced, "; ".join(told), wins == len(own))
-    lost = [r["arm"] for r in own if r["loss_difference"] is None]
-    return claim(announced, "; ".join([*told, *(f"{arm}: a seed diverged" for arm in lost[:1])]), None)
+    lost = [f"{r['arm']}: {r['verdict'].removesuffix(': no verdict')}" for r in own if r["low"] is None]
+    return claim(announced, "; ".join([*told, *lost[:1]]), None)
 
 
-def _four_times(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Of plain int8, a scale a row: the best of many files would be lucky. It must be both small and near."""
+def _at_equal_rates(
+    row: dict[str, str], pairs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """The claim itself, of blocks that skip positions with the shares that they keep; no verdict where these are apart."""
+    kept = {r["arm"]: r["kept_share"] for r in rows if r.get("kept_share") is not None}
+    shares = [kept[name] for pair in pairs for name in (pair["arm"], pair["against"]) if name in kept]
+    if not shares:
+        return row
+    told = f"{row['measured']}; kept: {', '.join(f'{share:.0%}' for share in shares)} of the positions"
+    verdict = row["verdict"] if max(shares) - min(shares) <= SAME_RATE else "no verdict"
+    return row | {"measured": told, "verdict": verdict}
+
+
+def _single_files(rows: Sequence[Mapping[str, Any]], family: str) -> list[dict[str, str]]:
+    """Of one kind of file each: the best of many would be lucky. It must be both small and near."""
     found = []
-    for row in (r for r in rows if r["arm"] == f"{r['family']}: {INT8}" and upper(r) is not None):
-        announced = f"int8 makes {row['family']} 4 times smaller for 1% to 3% of perplexity"
-        told = f"{row['arm']}: {row['times_smaller']:.2f} times smaller, PPL x{ratio_in_words(row)}"
-        holds = row["times_smaller"] >= FOUR_TIMES and upper(row) <= MOST_OF_IT
-        found.append(claim(announced, told, holds if is_judged(row) else None))
+    for words, method, smaller, most in SINGLE_FILES:
+        for row in (r for r in rows if r["arm"] == f"{family}: {method}" and upper(r) is not None):
+            told = f"{row['arm']}: {_in_words(row)}"
+            holds = row["times_smaller"] >= smaller and upper(row) <= most
+            found.append(claim(words.format(family), told, holds if is_judged(row) else None))
     return found
 
 
-def _hundred(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    announced = "100 times smaller for less than 15% of perplexity"
-    made = [r for r in rows if r["times_smaller"]]
+def _in_words(row: Mapping[str, Any]) -> str:
+    read = "" if row["float_reads"] else ", of a model that reads no better than single words"
+    return f"{row['times_smaller']:.2f} times smaller, PPL x{ratio_in_words(row)}{read}"
+
+
+def _as_small(
+    rows: Sequence[Mapping[str, Any]], shares: Sequence[Mapping[str, Any]], announced: str, times: float
+) -> dict[str, str]:
+    """The smallest file within the bound, the smallest that was tried at all, and what the blocks alone could bring."""
+    made = [r for r in rows if r["times_smaller"] and r["float_reads"]]
     within = [r for r in made if upper(r) is not None and upper(r) <= BELOW]
     best = max(within, key=lambda r: r["times_smaller"], default=None)
-    told = "no file is within 15%"
-    if best:
-        told = f"{best['arm']}: {best['times_smaller']:.1f} times smaller, PPL x{ratio_in_words(best)}"
-        if best["times_smaller"] >= HUNDRED:
-            return claim(announced, told, True if is_judged(best) else None)
+    told = [f"{best['arm']}: {_in_words(best)}" if best else "no file of a model that reads is within 15%"]
+    if made and (tried := max(made, key=lambda r: r["times_smaller"])) is not best:
+        told.append(f"the smallest tried, {tried['arm']}: {_in_words(tried)}")
+    told += [
+        f"no bytes at all for the blocks of {r['family']} would make {1 / r['outer_parameter_share']:.2f} times"
+        for r in shares
+    ]
+    if best and best["times_smaller"] >= times:
+        return claim(announced, "; ".join(told), True if is_judged(best) else None)
     # Another that is as small and has no interval might be near.
-    open_ones = [r["arm"] for r in made if r["times_smaller"] >= HUNDRED and not is_judged(r)]
-    told += "".join(f"; {arm} has no interval" for arm in open_ones[:1])
-    return claim(announced, told, None if open_ones or not any(map(is_judged, made)) else False)
+    open_ones = [r["arm"] for r in made if r["times_smaller"] >= times and not is_judged(r)]
+    told += [f"{arm} has no interval" for arm in open_ones[:1]]
+    return claim(announced, "; ".join(told), None if open_ones or not any(map(is_judged, made)) else False)
 
 
 def _student(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -119,9 +169,7 @@ def _student(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     for family in dict.fromkeys(r["family"] for r in rows if "student" in r["arm"]):
         own = [r for r in rows if r["family"] == family and "student" in r["arm"] and INT8 not in r["arm"]]
         known = sorted((r for r in own if upper(r) is not None), key=upper)
-        told = [
-            f"{r['arm']}: {r['times_smaller']:.2f} times smaller, PPL x{ratio_in_words(r)}" for r in known[:1]
-        ]
+        told = [f"{r['arm']}: {_in_words(r)}" for r in known[:1]]
         told += [f"{r['arm']}: a seed diverged" for r in own if upper(r) is None][:1]
         holds = None
         if all(map(is_judged, own)):
@@ -131,6 +179,17 @@ def _student(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         announced = f"a distilled {family} is {STUDENT:.2f} times smaller and {BETTER:+.2%} in perplexity"
         found.append(claim(announced, "; ".join(told), holds))
     return found
+
+
+def _speed(row: Mapping[str, Any]) -> dict[str, str]:
+    """Over the rounds of one run; an interval around 1 neither shows nor refutes it."""
+    low, high = row["times_faster_low"], row["times_faster_high"]
+    told = f"per token: x{row['times_faster']:.3f} ({low:.3f} to {high:.3f}) of float32's tokens a second, one model's"
+    return claim(
+        f"goal: int8 products score {row['family']} no slower",
+        told,
+        True if low >= 1 else False if high < 1 else None,
+    )
 
 
 def _core(row: Mapping[str, Any]) -> dict[str, str]:
@@ -145,10 +204,10 @@ def _core(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _published_core() -> dict[str, str]:
     """The published sparse core against the resolvent: it is run here, on random potentials, and is no approximation of it."""
-    rows = sparse_core.published_rows()
+    rows = published_core.published_rows()
     whole = next(r for r in rows if not r["masked"])
     alone, batch = (
-        next(r for r in rows if r["batch"] == b and r["masked"] == 0.5) for b in sparse_core.BATCHES
+        next(r for r in rows if r["batch"] == b and r["masked"] == 0.5) for b in published_core.BATCHES
     )
     told = (
         f"the published one, run here: a mean error of {whole['error']:.0%} with nothing masked and of {alone['error']:.0%} "

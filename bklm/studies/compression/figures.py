@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from bklm.harness.figures import (
     GREY,
@@ -17,16 +19,19 @@ from bklm.harness.figures import (
     save_figure,
     wide_range_axis,
 )
-from bklm.studies.compression.tables import BITS, KINDS, MEGA, SCRATCH, kind_of
+from bklm.studies.compression.tables import BITS, KINDS, MEGA, SMALLER, kind_of
 
 COUNTED = "Kneser-Ney"
+WIDTH = re.compile(r".*, width [\d.]+")
 WORST = 3.0  # times the float model's perplexity: what is above says no more than that
 
 
 def draw_files(
-    path: Path, rows: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]], title: str, note: str
-) -> Path | None:
-    """Perplexity against the size of the file, a panel per model; the line to beat are smaller models and counting."""
+    path: Path, rows: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]], unigram: float, title: str,
+    note: str,
+) -> Path | None:  # fmt: skip
+    """Perplexity against the size of the file, a panel per model; the line to beat are smaller models and counting; above the
+    unigram model's line nothing was read."""
     families = list(dict.fromkeys(r["family"] for r in rows if r["seeds"] and r["arm"] == r["family"]))
     if not families:
         return None
@@ -38,7 +43,7 @@ def draw_files(
         for axes, family in zip(panels, families, strict=True):
             own = [r for r in rows if r["family"] == family and r["seeds"] and r["file_bytes"]]
             whole = next(r for r in own if r["arm"] == family)
-            limit = WORST * whole["val_ppl"]
+            limit = max(WORST * whole["val_ppl"], 1.1 * unigram)
             shown = [r for r in own if r["val_ppl"] <= limit]
             for kind in kinds:
                 points = sorted((r for r in shown if kind_of(r["arm"]) == kind), key=lambda r: r["file_bytes"])
@@ -46,15 +51,15 @@ def draw_files(
                     colour, marker = styles[kind]
                     style = {"color": colour, "marker": marker, "linestyle": "", "label": kind, "markersize": 5}
                     _points(axes, points, **style)
-            dense = sorted(
-                (r for r in shown if kind_of(r["arm"]) == SCRATCH or r["arm"] in (family, f"{family}: int8")),
-                key=lambda r: r["file_bytes"],
-            )
-            for ending in ("int8", ""):
-                line = [r for r in dense if r["arm"].endswith("int8") == bool(ending)]
+            for ending, line in (("", ":"), (": int8", "-")):
+                ended = [r for r in shown if r["arm"].endswith(ending)]
+                names = {family, *(a for r in ended if WIDTH.fullmatch(a := r["arm"].removesuffix(ending)))}
+                dense = sorted(
+                    (r for r in ended if r["arm"].removesuffix(ending) in names), key=lambda r: r["file_bytes"]
+                )
                 axes.plot(
-                    [r["file_bytes"] / MEGA for r in line], [r["val_ppl"] for r in line], color=styles[SCRATCH][0],
-                    linewidth=1, linestyle="-" if ending else ":",
+                    [r["file_bytes"] / MEGA for r in dense], [r["val_ppl"] for r in dense], color=styles[SMALLER][0],
+                    linewidth=1, linestyle=line,
                 )  # fmt: skip
             near = [r for r in counted if r["val_ppl"] <= limit]
             axes.plot(
@@ -71,9 +76,12 @@ def draw_files(
                     fontsize=9,
                 )
             axes.axhline(whole["val_ppl"], color=GREY, linewidth=1, linestyle="--")
+            axes.axhline(unigram, color="#000000", linewidth=1, linestyle="-.", label="unigram")
             sizes = [r["file_bytes"] / MEGA for r in (*shown, *near)]
             wide_range_axis(axes.xaxis, sizes, "file, MB")
-            axes.set_ylabel("validation PPL")
+            # From 1, so that it is logarithmic whatever is shown.
+            wide_range_axis(axes.yaxis, [1.0, limit], "validation PPL")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 6, 8)))
             axes.set_title(family, fontsize=11)
         # One legend for all panels: what others show and the last does not is added to it.
         told = {label for axes in panels for label in axes.get_legend_handles_labels()[1]}
@@ -105,17 +113,19 @@ def draw_speed(path: Path, rows: Sequence[Mapping[str, Any]], title: str, note: 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(len(families), 1, squeeze=False)[:, 0]
         for axes, family in zip(panels, families, strict=True):
-            own = [r for r in rows if r["family"] == family]
+            own, shown = [r for r in rows if r["family"] == family], []
             for k, (key, label) in enumerate(
                 (("times_faster", "scoring"), ("written_times_faster", "writing"))
             ):
                 ends = [(r[f"{key}_low"], r[f"{key}_high"]) for r in own]
+                shown += [end for both in ends for end in both]
                 style = {"color": colours(2)[k], "marker": MARKERS[k], "linestyle": "", "label": label}
                 heights = [i + 0.2 * k for i in range(len(own))]
                 mean_with_error(axes, heights, [r[key] for r in own], ends, sideways=True, **style)
             axes.axvline(1, color=GREY, linewidth=1, linestyle="--")
             axes.set_yticks(range(len(own)), [r["arm"] for r in own])
-            axes.set(ylim=(len(own) - 0.4, -0.6), xlabel="times as fast as float32")
+            axes.set(ylim=(len(own) - 0.4, -0.6))
+            wide_range_axis(axes.xaxis, shown, "times as fast as float32")
             axes.set_title(family, fontsize=11)
         legend_below(panels[-1], ncols=2)
 

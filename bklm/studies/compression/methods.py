@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from bklm.compression import (
     low_rank,
     prune,
+    pruned_to,
     quantise,
     quantised,
     remove_experts,
@@ -18,55 +21,104 @@ from bklm.compression import (
     with_int8_products,
 )
 from bklm.compression.calibration import first_batches
+from bklm.compression.pruning import METHODS
 from bklm.harness.session import Session
 from bklm.models import LanguageModel
 from bklm.studies.compression.config import CompressionConfig
-from bklm.studies.compression.models import EXPERTS, INT8, load_model, score, sizes
+from bklm.studies.compression.models import (
+    EXPERTS,
+    GROUP,
+    INT8,
+    families,
+    half_of_experts,
+    load_model,
+    score,
+    sizes,
+)
 
 TORCH_AO = "int8 products, torch.ao"
 PRODUCTS = "int8 products, "
-KEYS = {"val_ppl": float, "seconds": float, "epochs": list, "methods": list}
+KEYS = {
+    "val_ppl": float, "seconds": float, "parameters": int, "file_bytes": int, "packed_file_bytes": int,
+    "context_gain": float | None,
+}  # fmt: skip
 Method = Callable[[LanguageModel, Sequence[Any]], LanguageModel]
 
 
-def methods_of(config: CompressionConfig, family: str, seed: int = 0) -> dict[str, Method]:
+def sources(config: CompressionConfig) -> list[str]:
+    """The trained models that something is done to: the whole ones, and narrower ones from scratch."""
+    narrow = [f"{f}, width {w:g}" for f in families(config) if f != EXPERTS for w in config.widths]
+    return [*families(config), *narrow]
+
+
+def methods_of(config: CompressionConfig, source: str, folder: Path, seed: int = 0) -> dict[str, Method]:
     """Every method by name but int8, which every trained model is measured in; each takes a model and calibration batches.
 
-    The seed is of random zeros.
+    Fewer than 8 bits are tried on narrow models and with part of the experts as well, where the smallest files come from.
+
+    Args:
+        folder: the study's, with the models whose bytes zeros are brought to.
+        seed: of random zeros, and of these models.
     """
-    if family == EXPERTS:
-        left = sorted({config.num_experts - 1, max(2, config.num_experts // 2)}, reverse=True)
-        return {
-            f"{keep} experts left, int8": lambda m, text, keep=keep: quantise(remove_experts(m, keep, text))
-            for keep in left
+    few = {b: _in_groups(b) for b in dict.fromkeys((4, min(config.bits))) if b in config.bits and b < 8}
+    if source == EXPERTS:
+        keep, left = half_of_experts(config), f"{half_of_experts(config)} experts left"
+        kept = {
+            f"{left}, {name}": lambda m, text, b=b, g=g: quantise(remove_experts(m, keep, text), b, g)
+            for b, g, name in ((8, None, INT8), *((b, GROUP, name) for b, name in few.items()))
         }
+        return kept | {name: lambda m, text, b=b: quantise(m, b, GROUP) for b, name in few.items()}
+    if source not in families(config):
+        return {name: lambda m, text, b=b: quantise(m, b, GROUP) for b, name in few.items()}
     found: dict[str, Method] = {"float16": lambda m, text: quantise(m, 16)}
     for bits in config.bits:
-        for group in config.groups:
+        # With 8 bits a scale a row loses nothing that groups could keep.
+        for group in config.groups if bits < 8 else ():
             name = f"int{bits}" if not group else f"int{bits} in groups of {group}"
-            if name != INT8 and group < config.widest_input(family):
+            if group < config.widest_input(source):
                 found[name] = lambda m, text, b=bits, g=group: quantise(m, b, g or None)
-    found |= products_of(config)
+    return found | products_of(config) | _zeros(config, source, folder, seed) | _fewer_parts(config, source)
+
+
+def _in_groups(bits: int) -> str:
+    return f"int{bits} in groups of {GROUP}"
+
+
+def _zeros(config: CompressionConfig, source: str, folder: Path, seed: int) -> dict[str, Method]:
+    found: dict[str, Method] = {}
     for sparsity in config.sparsities:
-        for method in ("magnitude", "wanda", "random"):
+        for method in METHODS:
             found[f"{sparsity:.0%} zeros, {method}, int8"] = lambda m, text, s=sparsity, k=method: quantise(
                 prune(m, s, k, calibration=text, seed=seed)
             )
-        found[f"{sparsity:.0%} zeros everywhere, magnitude, int8"] = lambda m, text, s=sparsity: quantise(
-            prune(m, s, scope="all")
-        )
-    for share in (2, 4):
-        found[f"head of rank 1/{share}, int8"] = lambda m, text, s=share: quantise(
-            low_rank(m, max(1, min(m.head()[0].shape) // s), bits=8)
-        )
-    if family == "NewLLM":
+    # One size: of the next one the mask and the scales alone take most of the bytes.
+    width = f"width {config.widths[0]:g}"
+
+    def made(model: LanguageModel, text: Any) -> LanguageModel:
+        size = sizes(quantise(load_model(folder, config, f"{source}, {width}", seed)))
+        return pruned_to(model, size["file_bytes"])
+
+    found[f"zeros everywhere, as small as {width}, int8"] = made
+    return found
+
+
+def _fewer_parts(config: CompressionConfig, source: str) -> dict[str, Method]:
+    found: dict[str, Method] = {}
+    for share, bits in itertools.product((2, 4), (8, 4)):
+        if bits in config.bits:
+            rest = INT8 if bits == 8 else _in_groups(bits)
+            found[f"head of rank 1/{share}, {rest}"] = lambda m, text, s=share, b=bits: quantise(
+                low_rank(m, max(1, min(m.head()[0].shape) // s), bits=b), b, None if b == 8 else GROUP
+            )
+    if source == "NewLLM":
         # The others' is tied from the start.
         found["tied head, int8"] = lambda m, text: quantise(tie_head(m))
-    else:
-        for count in sorted({1, config.n_layers // 2} & set(range(1, config.n_layers))):
-            found[f"{count} block{'s' * (count > 1)} skipped, int8"] = lambda m, text, c=count: quantise(
-                skip_blocks(m, c, text)
-            )
+        if 4 in config.bits:
+            found[f"tied head, {_in_groups(4)}"] = lambda m, text: quantise(tie_head(m), 4, GROUP)
+    elif count := config.n_layers - config.n_layers // 2 if config.n_layers > 1 else 0:
+        found[f"{count} block{'s' * (count > 1)} skipped, int8"] = lambda m, text: quantise(
+            skip_blocks(m, count, text)
+        )
     return found
 
 
@@ -86,21 +138,17 @@ def products_of(config: CompressionConfig) -> dict[str, Method]:
     }
 
 
-def measure_methods(study: Session, family: str, seed: int) -> dict[str, Any]:
-    """One record with what every method makes of the trained model of a seed."""
+def measure(study: Session, source: str, name: str, seed: int) -> dict[str, Any]:
+    """What a method makes of the trained model of a seed; where it cannot serve that model, its sentence as the reason."""
     config, text = study.config, study.text
     started = time.perf_counter()
-    model = load_model(study.folder, config, family, seed)
-    batches, device = (
-        first_batches(text.train_loader(seed=0), config.calibration_tokens),
-        study.accelerator.device,
-    )
-    rows = []
-    for name, method in methods_of(config, family, seed).items():
-        made = method(model, batches)
-        multiplies = name.startswith(PRODUCTS)
-        weighed = sizes(made, save_quantised) if name == TORCH_AO else sizes(made)
-        scored = score(made, text, "cpu" if multiplies else device)
-        rows.append({"name": name, "parameters": made.num_parameters(), **weighed, **scored})
-    whole = score(model, text, device)["val_ppl"]
-    return {"val_ppl": whole, "seconds": time.perf_counter() - started, "epochs": [], "methods": rows}
+    model = load_model(study.folder, config, source, seed)
+    batches = first_batches(text.train_loader(seed=0), config.calibration_tokens)
+    try:
+        made = methods_of(config, source, study.folder, seed)[name](model, batches)
+    except ValueError as error:
+        return {"val_ppl": None, "reason": str(error), "seconds": time.perf_counter() - started}
+    weighed = sizes(made, save_quantised) if name == TORCH_AO else sizes(made)
+    scored = score(made, text, "cpu" if name.startswith(PRODUCTS) else study.accelerator.device)
+    own = {"parameters": made.num_parameters(), **weighed, **scored}
+    return own | {"seconds": time.perf_counter() - started, "epochs": []}

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from bklm.compression import Distilled, PrunedModel, RoundedModel, TiedModel, baked, narrower, quantise
+from bklm.compression import Distilled, PrunedModel, RoundedModel, baked, narrower, quantise
+from bklm.compression.gating import GatedBlocks
 from bklm.compression.saving import save_compressed, sizes_of
 from bklm.files.atomic import read_result
 from bklm.harness.arms import WEIGHTS, Arm
 from bklm.harness.session import place_of as place_of_trial
 from bklm.models import LanguageModel, NewLLM, NewLLMConfig, ResNetBK, ResNetBKConfig
 from bklm.studies.compression.config import CompressionConfig
+from bklm.training.context_gain import measure_context_gain
 from bklm.training.evaluation import evaluate
 from bklm.training.non_finite import NonFiniteError
 from bklm.training.weights import load_weights
@@ -25,8 +27,10 @@ EXPERTS = "ResNetBK with experts"
 BY_NAME = {"resnet_bk": ("ResNetBK",), "newllm": ("NewLLM",), "all": ("ResNetBK", "NewLLM", EXPERTS)}
 GROUP = 32  # inputs that share a scale, in training
 MORE, GRADUAL, RANDOM = "more steps", "zeros, gradual", "zeros at random, retrained"
-TIED = "tied head in training"
+GATED, CHANCE = "positions kept by a gate", "positions kept by chance"
+SCRATCH = "from scratch"
 ROUNDED = f"bits in training, groups of {GROUP}"
+GAIN_TOKENS = 8192
 FILES = "files"  # folder of compressed models of one seed
 INT8 = "int8"
 
@@ -41,32 +45,41 @@ def family_of(arm: str) -> str:
     return arm.partition(":")[0].partition(",")[0]
 
 
-def smaller(config: CompressionConfig) -> dict[str, tuple[float, int | None]]:
-    """Width's share and layers of the smaller models from scratch, by what follows the family's name in theirs."""
-    found: dict[str, tuple[float, int | None]] = {f"width {width:g}": (width, None) for width in config.widths}
-    if half := config.n_layers // 2:
+def smaller(config: CompressionConfig, family: str) -> dict[str, dict[str, Any]]:
+    """What is changed in a model's configuration for smaller ones from scratch, by what follows the family's name in theirs.
+
+    Those without a narrower width are as a model is after parts of it were removed.
+    """
+    half = config.n_layers // 2
+    if family == EXPERTS:
+        return {f"{half_of_experts(config)} experts {SCRATCH}": {"experts": half_of_experts(config)}}
+    found: dict[str, dict[str, Any]] = {f"width {width:g}": {"width": width} for width in config.widths}
+    if half and family != "NewLLM":
         width = config.widths[0]
-        found[f"width {width:g}, {half} of {config.n_layers} layers"] = (width, half)
+        found[f"width {width:g}, {half} of {config.n_layers} layers"] = {"width": width, "layers": half}
+        found[f"{half} of {config.n_layers} layers {SCRATCH}"] = {"layers": half}
     return found
 
 
-def model_config(config: CompressionConfig, family: str, vocabulary: int) -> Any:
-    """The configuration of the model that is compressed."""
-    d, p = config.d_model, config.dropout
-    if family == "NewLLM":
-        return NewLLMConfig(vocabulary, d, 2 * d, d, config.n_layers, p)
-    return ResNetBKConfig(
-        vocabulary, d, config.n_layers, mixer="solve", n_heads=math.gcd(config.n_heads, d), dropout_p=p,
-        num_experts=config.num_experts if family == EXPERTS else 1,
-    )  # fmt: skip
+def half_of_experts(config: CompressionConfig) -> int:
+    """With one expert a block is of another kind."""
+    return max(2, config.num_experts // 2)
 
 
 def build(
-    config: CompressionConfig, family: str, vocabulary: int, width: float = 1.0, layers: int | None = None
-) -> LanguageModel:
+    config: CompressionConfig, family: str, vocabulary: int, width: float = 1.0, layers: int | None = None,
+    experts: int | None = None,
+) -> LanguageModel:  # fmt: skip
     """An untrained model, or a smaller one of its kind."""
-    made = model_config(config, family, vocabulary)
-    made = made if width == 1.0 else narrower(made, width, layers)
+    d, p = config.d_model, config.dropout
+    if family == "NewLLM":
+        made: Any = NewLLMConfig(vocabulary, d, 2 * d, d, layers or config.n_layers, p)
+    else:
+        made = ResNetBKConfig(
+            vocabulary, d, layers or config.n_layers, mixer="solve", n_heads=math.gcd(config.n_heads, d), dropout_p=p,
+            num_experts=(experts or config.num_experts) if family == EXPERTS else 1,
+        )  # fmt: skip
+    made = made if width == 1.0 else narrower(made, width)
     return NewLLM(made) if family == "NewLLM" else ResNetBK(made)
 
 
@@ -74,10 +87,10 @@ def first_arms(config: CompressionConfig) -> dict[str, Arm]:
     """What is trained first: the models, and smaller ones from scratch."""
     arms = {}
     for family in families(config):
-        arms[family] = Arm(lambda vocabulary, family=family: build(config, family, vocabulary))
-        for name, size in smaller(config).items() if family != EXPERTS else ():
-            arms[f"{family}, {name}"] = Arm(
-                lambda vocabulary, family=family, size=size: build(config, family, vocabulary, *size)
+        sizes = {family: {}} | {f"{family}, {name}": size for name, size in smaller(config, family).items()}
+        for name, size in sizes.items():
+            arms[name] = Arm(
+                lambda vocabulary, family=family, size=size: build(config, family, vocabulary, **size)
             )
     return arms
 
@@ -111,7 +124,10 @@ def kept_seed(folder: Path, config: CompressionConfig, arm: str) -> int | None:
 
 
 def retrained_arms(config: CompressionConfig, folder: Path, steps: int) -> dict[str, Arm]:
-    """Arms that go on from a trained model of their seed for as many steps each, one of them uncompressed."""
+    """Arms that go on from a trained model of their seed for as many steps each, one of them uncompressed.
+
+    A head tied in training is none of them: it begins at a loss that so few steps do not repair.
+    """
     arms = {}
     bits, sparsity = min(config.bits), max(config.sparsities)
     # The last quarter of the steps is for what is left to settle.
@@ -135,9 +151,12 @@ def retrained_arms(config: CompressionConfig, folder: Path, steps: int) -> dict[
                 model, sparsity, pruning, seed=torch.initial_seed()
             ),
         }
-        if family == "NewLLM":
-            changes[TIED] = TiedModel
         against = {f"{sparsity:.0%} {GRADUAL}": f"{sparsity:.0%} {RANDOM}"}
+        if family != "NewLLM":
+            # Half of a block's positions: of NewLLM each layer needs the one before.
+            changes[GATED] = GatedBlocks
+            changes[CHANCE] = lambda model: GatedBlocks(model, seed=torch.initial_seed())
+            against[GATED] = CHANCE
         for name, change in changes.items():
             rivals = (against[name], MORE) if name in against else (MORE,) if name != MORE else ()
             controls = tuple(f"{family}, {rival}" for rival in rivals)
@@ -153,25 +172,26 @@ def _named(model: LanguageModel, arm: str) -> LanguageModel:
 
 
 def student_arms(config: CompressionConfig, folder: Path) -> dict[str, Arm]:
-    """Students with the first of the smaller widths, and with half the layers, too; the control is the model of that size from
-    the text alone."""
-    arms, sizes_of_all = {}, smaller(config)
+    """Students with the first of the smaller widths, of a ResNetBK with half the layers, too; the control is the model of that
+    size from the text alone."""
+    arms = {}
     control = f"width {config.widths[0]:g}"
-    wanted = {f"student at T {t:g}": (t, control) for t in config.temperatures}
     # Half the layers at one temperature, the one in the middle.
     middle = config.temperatures[len(config.temperatures) // 2]
-    for deeper in (name for name in sizes_of_all if name.startswith(f"{control}, ")):
-        wanted[f"student at T {middle:g}{deeper.removeprefix(control)}"] = (middle, deeper)
     for family in (f for f in families(config) if f != EXPERTS):
+        sizes = {name: size for name, size in smaller(config, family).items() if name.startswith(control)}
+        wanted = {f"student at T {t:g}": (t, control) for t in config.temperatures}
+        for deeper in (name for name in sizes if name != control):
+            wanted[f"student at T {middle:g}{deeper.removeprefix(control)}"] = (middle, deeper)
         for name, (temperature, like) in wanted.items():
-            arm, size = f"{family}, {name}", sizes_of_all[like]
+            arm, size = f"{family}, {name}", sizes[like]
 
             def made(
                 vocabulary: int, family: str = family, arm: str = arm, temperature: float = temperature, size: Any = size
             ) -> LanguageModel:  # fmt: skip
                 seed = torch.initial_seed()
                 # Drawn first, so that it begins with the weights of its control.
-                student = build(config, family, vocabulary, *size)
+                student = build(config, family, vocabulary, **size)
                 teacher = load_model(folder, config, family, seed)
                 return _named(Distilled(student, teacher, temperature, config.teacher_weight), arm)
 
@@ -180,13 +200,22 @@ def student_arms(config: CompressionConfig, folder: Path) -> dict[str, Arm]:
 
 
 def score(model: LanguageModel, text: Any, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Perplexity on the whole validation split, without <unk>, and accuracy."""
+    """Perplexity on the whole validation split, without <unk>, accuracy; the gain from context on GAIN_TOKENS of it."""
     found = evaluate(model.to(device), text.val_loader(), text.unk_id)
     return {
         "val_ppl": found.perplexity,
         "val_ppl_without_unk": found.perplexity_without_unk,
         "val_accuracy": found.accuracy,
+        **gain_of(model, text),
     }
+
+
+def gain_of(model: LanguageModel, text: Any) -> dict[str, float | None]:
+    some = text.search_val_loader(GAIN_TOKENS)
+    gained = measure_context_gain(
+        model, some, text.unk_id, windows_of=lambda n: None, window=text.seq_len, lengths=()
+    )
+    return {"context_gain": gained.gain}
 
 
 def sizes(model: LanguageModel, save: Callable[..., Any] = save_compressed) -> dict[str, int]:
@@ -205,8 +234,19 @@ def measured(study: Any) -> Callable[[LanguageModel], dict[str, Any]]:
     def found(model: LanguageModel) -> dict[str, Any]:
         device = next(model.parameters()).device
         plain = baked(model.model if isinstance(model, Distilled) else model)
+        if isinstance(model, GatedBlocks):
+            # Its gates are not in a file: what they skip is time, and the bytes are those of the blocks.
+            kept = model.kept_share(text.first_batch(text.batch_size)[0].to(device))
+            weighed = sizes(model.ungated())
+            return {
+                "vocabulary": text.vocab_size,
+                **weighed,
+                **gain_of(model, text),
+                "int8": {},
+                "kept_share": kept,
+            }
         arm, seed = model.__dict__.get("arm", (None, None))
-        own = {"vocabulary": text.vocab_size, **sizes(plain), "int8": {}}
+        own = {"vocabulary": text.vocab_size, **sizes(plain), **gain_of(plain.to(device), text), "int8": {}}
         if not isinstance(model, RoundedModel):
             small = quantise(plain, 8)
             own["int8"] = {**sizes(small), **score(small, text, device)}
@@ -218,12 +258,19 @@ def measured(study: Any) -> Callable[[LanguageModel], dict[str, Any]]:
     return found
 
 
-NEEDED = {"vocabulary": int, "file_bytes": int, "packed_file_bytes": int, "int8": dict}
+NEEDED = {
+    "vocabulary": int, "file_bytes": int, "packed_file_bytes": int, "context_gain": float | None, "int8": dict,
+}  # fmt: skip
 
 
 def place_of(folder: Path, arm: str) -> Path:
     """Where the file of an arm is kept."""
-    return Path(folder) / FILES / f"{re.sub('[^A-Za-z0-9.]+', '-', arm)}.safetensors"
+    return Path(folder) / FILES / f"{in_name(arm)}.safetensors"
+
+
+def in_name(arm: str) -> str:
+    """An arm as part of a file's name."""
+    return re.sub("[^A-Za-z0-9.]+", "-", arm)
 
 
 def keep(folder: Path, arm: str, model: LanguageModel) -> None:

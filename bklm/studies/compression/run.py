@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,24 @@ from bklm.compression.calibration import first_batches
 from bklm.compression.saving import is_compressed_file
 from bklm.files.atomic import kept_result
 from bklm.harness.arms import Arm, readable_verdicts, train_arms
+from bklm.harness.comparison import not_beaten_in_short
 from bklm.harness.estimate import Run, minutes, text_size
+from bklm.harness.folder import INTERNALS
 from bklm.harness.report import Report, StudyResult, small_print
 from bklm.harness.session import Session
 from bklm.harness.study import run_study
 from bklm.harness.text import StudyText, prepare_text
 from bklm.models import LanguageModel
-from bklm.studies.compression import figures, models, speed, tables
+from bklm.studies.compression import figures, models, speed, tables, timed
 from bklm.studies.compression.claims import claims_table, judged
 from bklm.studies.compression.config import CompressionConfig
-from bklm.studies.compression.methods import KEYS, TORCH_AO, measure_methods, methods_of
+from bklm.studies.compression.methods import KEYS, TORCH_AO, measure, methods_of, sources
 from bklm.studies.compression.models import families
 from bklm.studies.compression.tables import ARMS
 from bklm.training.schedules import TrainingSettings
 
-METHODS = 1 / 3  # of a training pass over the validation tokens, a method: it is scored
+TEACHER = 1 / 3  # of a training step: a forward pass
+SCORING = 1.0  # of a training pass over the validation tokens: forward, softmax, accuracy, and some for the gain from context
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,9 @@ class CompressionResult(StudyResult):
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         made = {
             "recommended": lambda: tables.readable_recommended(self.recommended),
-            "files": lambda: tables.readable_files(self.table),
+            "files": lambda: tables.readable_files(self.table, self.counted),
             "verdicts": lambda: readable_verdicts(self.verdicts),
-            "speed": lambda: tables.readable_speed(self.speed),
+            "speed": lambda: timed.readable_speed(self.speed),
             "claims": lambda: self.claims,
         }
         return {name: make for name, make in made.items() if name in ("files", "claims") or getattr(self, name)}
@@ -82,54 +86,78 @@ def estimated_minutes(config: CompressionConfig) -> float:
         config.dataset, config.data_dir, config.vocab_size, config.tokenizer
     )
     used = min(train_tokens, config.max_train_tokens or train_tokens)
-    runs, seeds = [], len(config.seeds)
+    seeds, runs = len(config.seeds), []
+    first, again = seeds + _extra(config.learning_rates), seeds + _extra(config.retrain_rates)
+    done = {name: len(methods_of(config, name, Path())) for name in sources(config)}
     for family in families(config):
-        made, count = (
-            (lambda family=family: models.build(config, family, vocabulary)),
-            len(methods_of(config, family)),
-        )
-        # A student costs its own step and the teacher's forward; a narrower model up to its width's share.
-        sizes = [width for width, _ in models.smaller(config).values()]
-        students = len(config.temperatures) + len(sizes) - len(config.widths)
-        share = sum(sizes) + students * (config.widths[0] + METHODS)
-        epochs = config.epochs * (1 + share * (family != models.EXPERTS))
-        epochs += (4 + (family == "NewLLM")) * config.retrain_epochs * (family != models.EXPERTS)
-        runs.append(Run((f"compression {family}", config), made, seeds * epochs, used, val_tokens))
-        runs.append(Run((f"compression {family}", config), made, seeds * count, 0, val_tokens))
+        made = functools.partial(models.build, config, family, vocabulary)
+        # A narrower model costs up to its width's share, a student the teacher's forward as well.
+        sizes = [size.get("width", 1.0) for size in models.smaller(config, family).values()]
+        epochs, scored = config.epochs * first * (1 + sum(sizes)), seeds * done[family]
+        if family != models.EXPERTS:
+            students = len(config.temperatures) + (config.n_layers > 1 and family != "NewLLM")
+            epochs += config.epochs * first * students * (config.widths[0] + TEACHER)
+            epochs += config.retrain_epochs * again * (4 + 2 * (family != "NewLLM"))
+            scored += seeds * sum(w * done[f"{family}, width {w:g}"] for w in config.widths)
+        name = (f"compression {family}", config)
+        runs += [Run(name, made, epochs, used, val_tokens), Run(name, made, scored, SCORING * val_tokens, 0)]
     return minutes(config, runs)
+
+
+def _extra(rates: Sequence[float]) -> int:
+    """Trainings of a search that are not gone on with."""
+    return len(rates) - 1
 
 
 def _train_all(study: Session) -> dict[str, Any]:
     config, text = study.config, study.text
     steps = len(text.train_loader(seed=0))
-    arms = {
-        "trials": models.first_arms(config),
-        "retrained": models.retrained_arms(config, study.folder, steps * config.retrain_epochs),
-        "students": models.student_arms(config, study.folder),
-    }
-    passes = {"trials": config.epochs, "retrained": config.retrain_epochs, "students": config.epochs}
-    study.expect(steps * len(config.seeds) * sum(len(arms[name]) * passes[name] for name in arms))
-    found: dict[str, Any] = {"arms": {}}
-    for name, some in arms.items():
+    # What is done to a model is scored, which counts as so many steps.
+    scoring = max(1, round(SCORING * len(text.val_loader())))
+    done = {name: list(methods_of(config, name, study.folder)) for name in sources(config)}
+    parts = (
+        ("trials", models.first_arms(config), config.epochs, config.learning_rates),
+        ("retrained", models.retrained_arms(config, study.folder, steps * config.retrain_epochs),
+         config.retrain_epochs, config.retrain_rates),
+        ("students", models.student_arms(config, study.folder), config.epochs, config.learning_rates),
+    )  # fmt: skip
+    trained = sum(
+        len(arms) * epochs * (len(config.seeds) + len(rates) * (len(rates) > 1))
+        for _, arms, epochs, rates in parts
+    )
+    study.expect(steps * trained + scoring * len(config.seeds) * sum(map(len, done.values())))
+    found: dict[str, Any] = {"arms": {}, "methods": []}
+    for name, arms, epochs, rates in parts:
         settings = TrainingSettings(
-            passes[name], learning_rate=config.retrain_rate if name == "retrained" else config.learning_rate,
-            weight_decay=config.weight_decay, clip=config.clip, schedule=config.schedule,
-        )  # fmt: skip
-        found[name] = train_arms(
-            study, some, settings, name=name, measure=models.measured(study), needed=models.NEEDED
+            epochs,
+            learning_rate=rates[0],
+            weight_decay=config.weight_decay,
+            clip=config.clip,
+            schedule=config.schedule,
         )
+        found[name] = train_arms(
+            study, arms, settings, rates=rates if len(rates) > 1 else (), name=name, measure=models.measured(study),
+            needed=models.NEEDED,
+        )  # fmt: skip
         if name == "trials":
             # What is left goes on from these; where one is lost, so is what would.
             ARMS.require_any([t for t in found[name] if t["arm"] in families(config)])
-        found["arms"] |= some
-    found["methods"] = study.grid(
-        {"arm": families(config), "seed": config.seeds},
-        lambda place, arm, seed: study.trial(
-            place, {"arm": arm, "seed": seed}, 0, lambda folder: measure_methods(study, arm, seed), KEYS
-        ),
-        name="methods",
-        across_machines=False,
-    )
+        found["arms"] |= arms
+    lost = {(t["arm"], t["seed"]) for t in found["trials"] if t["val_ppl"] is None}
+    for source, names in done.items():
+        seeds = [seed for seed in config.seeds if (source, seed) not in lost]
+        study.progress.skip(scoring * len(names) * (len(config.seeds) - len(seeds)))
+
+        def trial(place: str, seed: int, method: str, source: str = source) -> dict[str, Any]:
+            def work(folder: Path) -> dict[str, Any]:
+                made = measure(study, source, method, seed)
+                study.progress.step(scoring)
+                return made
+
+            return study.trial(place, {"arm": source, "method": method, "seed": seed}, scoring, work, KEYS)
+
+        factors, name = {"seed": seeds, "method": names}, f"{INTERNALS}/methods/{models.in_name(source)}"
+        found["methods"] += study.grid(factors, trial, name=name, across_machines=False)
     return found
 
 
@@ -144,9 +172,8 @@ def _is_kept(study: Session, arm: str) -> bool:
         return False
     if method:
         model = models.load_model(study.folder, config, source, seed)
-        known = {models.INT8: lambda m, text: models.quantise(m)} | methods_of(
-            config, models.family_of(source), seed
-        )
+        known = {models.INT8: lambda m, text: models.quantise(m)}
+        known |= methods_of(config, source, study.folder, seed) if source in sources(config) else {}
         batches = first_batches(study.text.train_loader(seed=0), config.calibration_tokens)
         models.keep(study.folder, arm, known[method](model, batches))
     return True
@@ -155,27 +182,28 @@ def _is_kept(study: Session, arm: str) -> bool:
 def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
     config, report = study.config, Report(study)
     files = tables.flat([*found["trials"], *found["retrained"], *found["students"]], found["methods"])
-    rows = tables.file_rows(files)
+    unigram = study.text.baselines[0]["val_ppl"]
+    rows = tables.file_rows(files, unigram)
     arms: dict[str, Arm] = found["arms"]
-    judged_rows = judged(files, arms)
+    judged_rows = judged(files, arms, unigram)
     made = kept_result(
         study.folder / "speed.json", lambda: speed.speeds(study, found["trials"]), {"models": dict}
     )
-    timed = made["models"]
     counted = kept_result(study.folder / "counted.json", lambda: speed.counted(study), {"rows": list})["rows"]
-    speeds, shares = tables.speed_rows(timed, rows), tables.shares_of(timed)
+    speeds, shares = timed.speed_rows(made["models"], rows), timed.shares_of(made["models"])
     for family in families(config):
         _is_kept(study, f"{family}: {models.INT8}")
     chosen = tables.recommended(rows, lambda arm: _is_kept(study, arm))
-    finding = tables.recommended_in_words(chosen)
-    claims = claims_table(rows, judged_rows, shares)
-    note = small_print(
-        study.text, len(config.seeds), f"above {figures.WORST:g} times float's PPL nothing is drawn"
+    finding = tables.finding_in_words(rows, chosen, counted, unigram)
+    claims = claims_table(rows, judged_rows, shares, speeds, counted)
+    note = small_print(study.text, len(config.seeds), "what is far above both lines is not drawn")
+    title = tables.headline(chosen) + not_beaten_in_short(
+        min(r["val_ppl"] for r in rows if r["seeds"]), study.text.baselines
     )
-    report.figure("files.png", figures.draw_files, rows, counted, tables.headline(chosen), note)
+    report.figure("files.png", figures.draw_files, rows, counted, unigram, title, note)
     rows_at_once = min(speed.SEQUENCES, config.batch_size)
     own = f"One CPU, in turns; one seed's models; batch {rows_at_once} x {study.text.seq_len}."
-    report.figure("speed.png", figures.draw_speed, speeds, tables.speed_headline(speeds), own)
+    report.figure("speed.png", figures.draw_speed, speeds, timed.speed_headline(speeds), own)
     for name, part in (
         ("recommended", chosen), ("verdicts", judged_rows), ("speed", speeds), ("shares", shares), ("counted", counted),
         ("claims", claims),
@@ -183,9 +211,9 @@ def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
         report.csv(f"{name}.csv", part)
     for name in ("speed.json", "counted.json"):
         report.path(name)
-    told = tables.shares_in_words(shares)
+    told = timed.shares_in_words(shares)
     return report.finish(
-        CompressionResult, ARMS, files, also={"methods": found["methods"]}, rows=rows, finding=finding,
+        CompressionResult, ARMS, files, rows=rows, finding=finding,
         summary={"claims": claims, "verdicts": judged_rows, "recommended": chosen, "speed": speeds, "shares": told,
                  "counted": counted},
         recommended=chosen, verdicts=judged_rows, speed=speeds, claims=claims, counted=counted, shares=told,

@@ -24,6 +24,7 @@ SECONDS = 10.0  # of timing, an arm at most
 SEQUENCES = 16
 WRITTEN = 32  # tokens
 FLOAT, HIDDEN, CORE, TORCHAO = "float32", "blocks alone", "core alone", "int8 products, torchao, head in float"
+PER_TOKEN = "int8 products, per token"
 
 
 def speeds(study: Session, trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def _speed(study: Session, family: str, trained: set[str], seed: int) -> dict[st
     x, y = text.first_batch(min(SEQUENCES, text.batch_size))
     batches = first_batches(text.train_loader(seed=0), config.calibration_tokens)
     made = {FLOAT: model} | {name: method(model, batches) for name, method in products_of(config).items()}
-    for name in (n for n in smaller(config) if f"{family}, {n}" in trained):
+    for name in (n for n in smaller(config, family) if f"{family}, {n}" in trained):
         made[name] = load_model(study.folder, config, f"{family}, {name}", seed)
     reached = {}
     if config.torchao:

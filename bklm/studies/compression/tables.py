@@ -1,24 +1,26 @@
-"""The compression study's tables: every file with its perplexity, the smallest ones within bounds, speeds, shares."""
+"""The compression study's tables: every file with its perplexity, the smallest ones within bounds, and counting."""
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean
-from bklm.harness.statistics import Perplexity
-from bklm.studies.compression.models import INT8, MORE, family_of
-from bklm.studies.compression.speed import CORE, FLOAT, HIDDEN
+from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean, score_in_words
+from bklm.harness.statistics import FEWEST_SEEDS
+from bklm.studies.compression.models import INT8, MORE, SCRATCH, family_of
+from bklm.training.context_gain import BIGRAM_GAIN, gain_in_words
 
 # What a file's name says of how it was made; the first that fits.
-RETRAINED, SCRATCH, BITS = "retrained", "smaller, from scratch", "fewer bits"
+RETRAINED, SMALLER, BITS = "retrained", "smaller, from scratch", "fewer bits"
 KINDS = (
     ("student", "distilled"),
-    (", width", SCRATCH),
+    (", width", SMALLER),
+    (SCRATCH, SMALLER),
     ("training", RETRAINED),
     ("gradual", RETRAINED),
     ("retrained", RETRAINED),
+    ("positions", RETRAINED),
     (MORE, RETRAINED),
     ("zeros", "zeros"),
     ("products", "int8 products"),
@@ -29,7 +31,7 @@ KINDS = (
 )
 BOUNDS = (0.01, 0.03, 0.15)  # of the float model's perplexity
 MEGA = 1e6
-SEEN = 0.01  # a share of time that a busy machine does not hide
+WORDS = 0.9  # of the unigram model's perplexity: who read more than single words stays below it
 
 
 def kind_of(arm: str) -> str:
@@ -47,16 +49,21 @@ ARMS = Comparison(
     other="other file",
     columns=(
         Column("val_ppl_without_unk", geometric_mean("val_ppl_without_unk"), "without <unk>", ".1f"),
-        Column("parameters", "parameters", "parameters", ",.0f"),
-        Column("file_bytes", "file_bytes", "file", lambda row: _size(row, "file_bytes")),
         Column(
-            "packed_file_bytes",
-            "packed_file_bytes",
-            "packed by zlib",
-            lambda row: _size(row, "packed_file_bytes"),
+            "context_gain", lambda group: _known("context_gain", group), "context gain",
+            lambda r: gain_in_words(r["context_gain"]),
         ),
+        Column("kept_share", lambda group: _known("kept_share", group)),
+        Column("parameters", "parameters"),
+        Column("file_bytes", "file_bytes", "file", lambda row: _size(row, "file_bytes")),
+        Column("packed_file_bytes", "packed_file_bytes", "packed by zlib", lambda r: _size(r, "packed_file_bytes")),
     ),
-)
+)  # fmt: skip
+
+
+def _known(key: str, group: Sequence[Trial]) -> float | None:
+    known = [value for t in group if (value := t.get(key)) is not None]
+    return sum(known) / len(known) if known else None
 
 
 def flat(trials: Sequence[Mapping[str, Any]], methods: Sequence[Mapping[str, Any]] = ()) -> list[Trial]:
@@ -68,26 +75,42 @@ def flat(trials: Sequence[Mapping[str, Any]], methods: Sequence[Mapping[str, Any
         if trial["val_ppl"] is not None and trial["int8"]:
             own = {"arm": f"{trial['arm']}: {INT8}", "seed": trial["seed"], "parameters": trial["parameters"]}
             found.append(own | empty | trial["int8"])
-    known = {(t["arm"], t["seed"]) for t in found}
     for record in methods:
-        for row in record.get("methods", ()):
-            arm = f"{record['arm']}: {row['name']}"
-            if (arm, record["seed"]) not in known:
-                found.append(
-                    {"arm": arm, "seed": record["seed"]} | empty | {k: v for k, v in row.items() if k != "name"}
-                )
+        own = {k: v for k, v in record.items() if k != "method"}
+        found.append(own | {"arm": f"{record['arm']}: {record['method']}"})
     return found
 
 
 def float_of(arm: str, known: Mapping[str, Any]) -> str:
-    """The float model that an arm is compared with: of one that was trained further, the one after as many steps more."""
+    """The float model that an arm is compared with: of one that was trained further, or the one after as many steps more,
+    the better of these two."""
     family = family_of(arm)
     further = f"{family}, {MORE}"
-    return further if kind_of(arm) == RETRAINED and further in known else family
+    rivals = [n for n in (family, further) if n in known and known[n]["val_ppl"] is not None]
+    if kind_of(arm) != RETRAINED or arm == further or not rivals:
+        return family
+    return min(rivals, key=lambda name: known[name]["val_ppl"])
 
 
-def file_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """``ARMS``'s rows, each with its float model: how many times smaller its file is, and its perplexity over that one's."""
+def reads(row: Mapping[str, Any], unigram: float) -> bool:
+    """Whether a model learned more than how often words are: it is clearly below the unigram model, and uses its context."""
+    if row["val_ppl"] is None:
+        return False
+    gain = row.get("context_gain")
+    upper = row["val_ppl"] if row["val_ppl_high"] is None else row["val_ppl_high"]
+    return upper < WORDS * unigram and (gain is None or gain >= BIGRAM_GAIN)
+
+
+def vacuous_in_words(rows: Sequence[Mapping[str, Any]], unigram: float) -> str:
+    """Which trained models read no better than single words; "" where all do."""
+    found = [r["arm"] for r in rows if ":" not in r["arm"] and r["seeds"] and not reads(r, unigram)]
+    words = f"No better than counting single words (unigram: {unigram:.1f}), so that nothing follows from them"
+    return f"{words}: {'; '.join(found)}." if found else ""
+
+
+def file_rows(trials: Sequence[Trial], unigram: float = math.inf) -> list[dict[str, Any]]:
+    """``ARMS``'s rows, each with its float model: how many times smaller its file is, its perplexity over that one's, and
+    whether that one reads, without which a ratio says nothing."""
     rows = []
     by_arm = {row["arm"]: row for row in ARMS.rows(trials)}
     for arm, row in by_arm.items():
@@ -99,6 +122,7 @@ def file_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
         rows.append(row | {
             "family": family_of(arm), "against": against, "times_smaller": times,
             "ppl_ratio": None if ratio is None else ratio.mean, "ppl_ratio_low": low, "ppl_ratio_high": high,
+            "float_reads": against in by_arm and reads(by_arm[against], unigram),
         })  # fmt: skip
     return rows
 
@@ -112,14 +136,22 @@ def ratio_in_words(row: Mapping[str, Any]) -> str:
     return f"{row['ppl_ratio']:.4f} ({row['ppl_ratio_low']:.4f} to {row['ppl_ratio_high']:.4f})"
 
 
-def readable_files(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        words | {
-            "times smaller": "-" if row["times_smaller"] is None else f"{row['times_smaller']:.2f}",
-            "of": row["against"], "PPL over its (95%)": ratio_in_words(row),
-        }
-        for row, words in zip(rows, ARMS.readable(rows), strict=True)
+def readable_files(
+    rows: Sequence[dict[str, Any]], counted: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """Every file for people, those of count models first; what a method could not make did not diverge."""
+    told = [
+        {"arm": r["arm"], "val PPL (95%)": f"{r['val_ppl']:.1f}", "file": _size(r, "file_bytes"),
+         "packed by zlib": _size(r, "packed_file_bytes")}
+        for r in counted
     ]  # fmt: skip
+    for row, words in zip(rows, ARMS.readable(rows), strict=True):
+        if ":" in row["arm"]:
+            words["val PPL (95%)"] = score_in_words(row).replace("diverged", "not made")
+        times = "-" if row["times_smaller"] is None else f"{row['times_smaller']:.2f}"
+        other = f" ({row['against']})" if row["against"] != row["family"] else ""
+        told.append(words | {"times smaller": times + other, "PPL over float's (95%)": ratio_in_words(row)})
+    return told
 
 
 def upper(row: Mapping[str, Any]) -> float | None:
@@ -128,14 +160,22 @@ def upper(row: Mapping[str, Any]) -> float | None:
 
 
 def is_judged(row: Mapping[str, Any]) -> bool:
-    return row["ppl_ratio_high"] is not None
+    """With three seeds, and a float model that reads; rows of an earlier version do not say."""
+    return row["ppl_ratio_high"] is not None and row.get("float_reads", True)
 
 
 def recommended(rows: Sequence[Mapping[str, Any]], is_kept: Callable[[str], bool]) -> list[dict[str, Any]]:
-    """Per model and bound: the smallest file, of those that are kept, whose perplexity's upper end is within it."""
+    """Per model and bound: the smallest file, of those that are kept, whose perplexity's upper end is within it.
+
+    There is none for a model that reads no more than single words.
+    """
     found = []
     for family in dict.fromkeys(r["family"] for r in rows):
-        own = [r for r in rows if r["family"] == family and r["file_bytes"] and upper(r) is not None]
+        own = [
+            r
+            for r in rows
+            if r["family"] == family and r["file_bytes"] and upper(r) is not None and r["float_reads"]
+        ]
         for bound in BOUNDS:
             within = sorted((r for r in own if upper(r) <= 1 + bound), key=lambda r: r["file_bytes"])
             if best := next((r for r in within if is_kept(r["arm"])), None):
@@ -144,7 +184,8 @@ def recommended(rows: Sequence[Mapping[str, Any]], is_kept: Callable[[str], bool
 
 
 _KEPT = (
-    "arm", "file_bytes", "packed_file_bytes", "times_smaller", "val_ppl", "ppl_ratio", "ppl_ratio_low", "ppl_ratio_high",
+    "arm", "float_reads", "file_bytes", "packed_file_bytes", "times_smaller", "val_ppl",
+    "ppl_ratio", "ppl_ratio_low", "ppl_ratio_high",
 )  # fmt: skip
 
 
@@ -166,104 +207,43 @@ def recommended_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
         for r in rows
     ]
     few = "" if all(is_judged(r) for r in rows) else " Fewer than three seeds: by the means, and no verdict."
-    return f"Smallest files by perplexity's upper end: {'; '.join(told)}.{few}" if told else ""
+    return (
+        f"Smallest files by perplexity's upper end: {'; '.join(told)}.{few}"
+        if told
+        else "No file is recommended."
+    )
 
 
-def ratio(slow: Sequence[float], fast: Sequence[float]) -> Perplexity:
-    """How many times faster, with its interval over rounds that both were timed in."""
-    return Perplexity.over_seeds([a / b for a, b in zip(slow, fast, strict=False)])
+def finding_in_words(
+    rows: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]],
+    unigram: float,
+) -> str:  # fmt: skip
+    """What counting does in as few bytes, which models read, what to take of them, and what could not be made."""
+    told = [beside_counting(rows, r)[0] + "." for r in counted[:1]] + [vacuous_in_words(rows, unigram)]
+    missing = [r["arm"] for r in rows if ":" in r["arm"] and r["diverged"]]
+    told += [recommended_in_words(chosen)] + [f"Not made of every seed: {', '.join(missing)}."] * bool(missing)
+    return " ".join(filter(None, told))
 
 
-def speed_rows(
-    models: Mapping[str, Mapping[str, Any]], files: Sequence[Mapping[str, Any]] = ()
-) -> list[dict[str, Any]]:
-    """Per model and arm: tokens a second, and over float32's in the same rounds; perplexity where a file of it is known."""
-    known = {r["arm"]: r["val_ppl"] for r in files}
-    rows = []
-    for family, found in models.items():
-        for arm, seconds in found["generated"].items():
-            scored, written = found["scored"], found["generated"]
-            faster, written_faster = ratio(scored[FLOAT], scored[arm]), ratio(written[FLOAT], seconds)
-            rows.append({
-                "family": family, "arm": arm, "val_ppl": found["val_ppl"].get(arm) or known.get(_file_of(family, arm)),
-                "scored_tokens_per_second": found["tokens"] / statistics.median(scored[arm]),
-                "generated_tokens_per_second": found["written"] / statistics.median(seconds),
-                "times_faster": faster.mean, "times_faster_low": faster.low, "times_faster_high": faster.high,
-                "written_times_faster": written_faster.mean, "written_times_faster_low": written_faster.low,
-                "written_times_faster_high": written_faster.high,
-            })  # fmt: skip
-    return rows
-
-
-def _file_of(family: str, arm: str) -> str:
-    if arm == FLOAT:
-        return family
-    return f"{family}, {arm}" if arm.startswith("width") else f"{family}: {arm}"
-
-
-def readable_speed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "model": r["family"], "products": r["arm"], "val PPL": "-" if r["val_ppl"] is None else f"{r['val_ppl']:.2f}",
-            "scored tokens/s": f"{r['scored_tokens_per_second']:,.0f}",
-            "times float's (95%)": str(Perplexity(r["times_faster"], r["times_faster_low"], r["times_faster_high"])),
-            "generated tokens/s": f"{r['generated_tokens_per_second']:,.0f}",
-            "times float's, generated (95%)": str(Perplexity(
-                r["written_times_faster"], r["written_times_faster_low"], r["written_times_faster_high"]
-            )),
-        }
-        for r in rows
-    ]  # fmt: skip
-
-
-def shares_of(models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per model: what embedding and head are of the parameters and of the time of scoring, and the core of that time.
-
-    Of the fastest calls: what disturbs a call makes it slower and never faster.
-    """
-    rows = []
-    for family, found in models.items():
-        fastest = {name: min(seconds) for name, seconds in found["scored"].items()}
-        parts = {name: min(1.0, fastest[name] / fastest[FLOAT]) for name in (HIDDEN, CORE) if name in fastest}
-        rows.append({
-            "family": family, "outer_parameter_share": found["outer_share"], "head_time_share": 1 - parts[HIDDEN],
-            "core_time_share": parts.get(CORE),
-        })  # fmt: skip
-    return rows
-
-
-def shares_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Amdahl's two shares, and the bounds that follow."""
-    told = []
-    for r in rows:
-        outer, head = r["outer_parameter_share"], r["head_time_share"]
-        faster = (
-            f"{1 / head:.2f} times faster at most"
-            if head >= SEEN
-            else "faster by an amount that was not seen here"
-        )
-        told.append(
-            f"{r['family']}: embedding and head hold {outer:.0%} of the parameters, and the head takes {head:.0%} of the time "
-            f"of scoring; compressing the blocks alone makes its file {1 / outer:.2f} times smaller at most, and its scoring "
-            f"{faster}."
-        )
-    return " ".join(told)
+def beside_counting(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any]) -> tuple[str, bool | None]:
+    """A count model and the best neural file of at most as many bytes, in words, and whether that one reads better."""
+    small = [r for r in rows if r["file_bytes"] and r["seeds"] and r["file_bytes"] <= counted["file_bytes"]]
+    words = f"{counted['arm']} has PPL {counted['val_ppl']:.1f} in {_size(counted, 'file_bytes')}"
+    if not small:
+        return f"{words}, and no neural file is as small", None
+    best = min(small, key=lambda r: r["val_ppl"])
+    words += f"; the best neural file of as few bytes, {best['arm']}, {score_in_words(best)} in {_size(best, 'file_bytes')}"
+    if best["seeds"] < FEWEST_SEEDS:
+        return words, None
+    is_better, is_worse = best["val_ppl_high"] < counted["val_ppl"], best["val_ppl_low"] > counted["val_ppl"]
+    return words, is_better if is_better or is_worse else None
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> str:
     """The figure's title: what the first model's smallest files within the tightest and the widest bound are."""
     if not rows:
-        return "No file is within 15% of its float model"
+        return "No file is recommended"
     first = [r for r in rows if r["family"] == rows[0]["family"]]
     told = [f"{r['times_smaller']:.1f} times smaller within {r['within']:.0%}" for r in (first[0], first[-1])]
     few = "" if all(is_judged(r) for r in first) else " (no interval, no verdict)"
     return f"{first[0]['family']}: {', '.join(dict.fromkeys(told))}{few}"
-
-
-def speed_headline(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The figure's title: the fastest int8 products of the first model."""
-    if not rows:
-        return "No model was timed"
-    own = [r for r in rows if r["family"] == rows[0]["family"] and "products" in r["arm"]]
-    best = max(own, key=lambda r: r["times_faster"])
-    return f"{best['family']}: the fastest int8 products ({best['arm'].partition(', ')[2]}) score x{best['times_faster']:.2f}"

@@ -24,18 +24,19 @@ class DialogueConfig(TextStudyConfig):
         "smoke": {
             "pretraining": "embedded", "seeds": (0,), "epochs": 1, "pretraining_epochs": 1, "learning_rates": (3e-3,),
             "max_dialogues": 48, "held_out_dialogues": 16, "max_pretraining_tokens": 2000, "vocab_size": 400, "seq_len": 64,
-            "width": 16, "n_layers": 1, "context_replies": 10, "sample_dialogues": 2, "reply_tokens": 8,
+            "width": 16, "n_layers": 1, "context_replies": 10, "facts_asked": 5, "sample_dialogues": 2, "reply_tokens": 8,
         },
         "quick": {
-            "pretraining": "embedded", "seeds": (0,), "epochs": 3, "pretraining_epochs": 1, "learning_rates": (2e-3,),
-            "max_dialogues": 1600, "held_out_dialogues": 200, "max_pretraining_tokens": 60_000, "vocab_size": 1024,
-            "seq_len": 96, "width": 64, "n_layers": 2, "context_replies": 100, "sample_dialogues": 8, "reply_tokens": 24,
+            "pretraining": "embedded", "seeds": (0,), "epochs": 1, "pretraining_epochs": 1, "learning_rates": (6e-3,),
+            "max_dialogues": 14_000, "held_out_dialogues": 200, "max_pretraining_tokens": 30_000, "vocab_size": 768,
+            "seq_len": 96, "width": 44, "n_layers": 2, "context_replies": 100, "facts_asked": 50, "sample_dialogues": 8,
+            "reply_tokens": 24,
         },
         "full": {
-            "pretraining": "wikitext-2", "seeds": (0, 1, 2), "epochs": 6, "pretraining_epochs": 3,
-            "learning_rates": (1e-3, 3e-3), "max_dialogues": 0, "held_out_dialogues": 0, "max_pretraining_tokens": 0,
-            "vocab_size": 4096, "seq_len": 256, "width": 256, "n_layers": 2, "context_replies": 1000, "sample_dialogues": 20,
-            "reply_tokens": 40,
+            "pretraining": "wikitext-2", "seeds": (0, 1, 2), "epochs": 2, "pretraining_epochs": 3,
+            "learning_rates": (3e-4, 1e-3, 4e-3, 1e-2), "max_dialogues": 20_000, "held_out_dialogues": 0,
+            "max_pretraining_tokens": 300_000, "vocab_size": 768, "seq_len": 128, "width": 44, "n_layers": 2,
+            "context_replies": 1000, "facts_asked": 300, "sample_dialogues": 20, "reply_tokens": 40,
         },
     }  # fmt: skip
 
@@ -69,7 +70,7 @@ class DialogueConfig(TextStudyConfig):
         None, above=0, high=10, help="several: every arm is searched over all with the first seed"
     )
     replay: float = setting(
-        0.1, above=0, high=0.9, help="share of rows of text in a batch of the arm with replay"
+        0.1, above=0, high=0.9, help="share of the text among the targets of the arm with replay"
     )
     dropout: float = setting(0.0, low=0, high=0.99, help="share of units dropped in training")
     weight_decay: float = setting(0.01, low=0, high=10, help="AdamW weight decay")
@@ -77,6 +78,9 @@ class DialogueConfig(TextStudyConfig):
     schedule: Literal["constant", "cosine"] = setting("cosine", help="learning rate over a run")
     context_replies: int | None = setting(
         None, low=0, high=10**9, help="replies that are scored behind each context; 0: all"
+    )
+    facts_asked: int | None = setting(
+        None, low=1, high=10**6, help="facts of the grammar asked for at each distance"
     )
     sample_dialogues: int | None = setting(
         None, low=1, high=10_000, help="dialogues that every model replies to"

@@ -23,7 +23,7 @@ Rows = Sequence[Mapping[str, Any]]
 CONTEXT_NAMES = (
     "none",
     "last turn",
-    "last two",
+    "last three",
     "all",
     "all of another\ndialogue",
     "its last turn,\nanother's before",
@@ -31,19 +31,23 @@ CONTEXT_NAMES = (
 
 
 def draw_arms(path: Path, rows: Rows, baselines: Rows, title: str, note: str) -> Path | None:
-    """Perplexity of the replies per model and way of training, beside the best count model and the true law."""
-    shown = [r for r in rows if r["val_ppl"] is not None]
+    """Perplexity of the replies per model and way of training, beside the best count model and the true law.
+
+    Without those that were pretrained alone: they are off the scale of the others.
+    """
+    shown = [r for r in rows if r["val_ppl"] is not None and not r["arm"].endswith(" pretrained")]
     if not shown:
         return None
     names = list(dict.fromkeys(r["arm"].split()[0] for r in shown))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for k, (way, colour) in enumerate(zip(WAYS, colours(len(WAYS)), strict=True)):
+        ways = [way for way in WAYS if way != "pretrained"]
+        for k, (way, colour) in enumerate(zip(ways, colours(len(ways)), strict=True)):
             own = [r for r in shown if r["arm"].endswith(f" {way}")]
             ends = [(r["val_ppl_low"], r["val_ppl_high"]) for r in own]
             style = {"color": colour, "marker": MARKERS[k], "linestyle": "", "label": way}
-            places = [names.index(r["arm"].split()[0]) + 0.14 * (k - 2) for r in own]
+            places = [names.index(r["arm"].split()[0]) + 0.14 * (k - 1.5) for r in own]
             mean_with_error(axes, places, [r["val_ppl"] for r in own], ends, sideways=True, **style)
         for line, style in zip(baselines, ("--", ":"), strict=False):
             axes.axvline(line["val_ppl"], color=GREY, linewidth=1.5, linestyle=style, label=line["name"])
@@ -65,9 +69,12 @@ def draw_contexts(path: Path, rows: Rows, title: str, note: str) -> Path | None:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for row, colour, marker in zip(shown, colours(len(shown)), MARKERS, strict=False):
-            values = [v for k, v in row.items() if k.startswith("turns_")]
-            axes.plot(range(4), values[:4], color=colour, marker=marker, label=row["arm"].split()[0])
-            axes.plot(range(4, len(values)), values[4:], color=colour, marker=marker, linestyle="")
+            keys = [k[6:] for k in row if k.startswith("turns_")]
+            values = [row[f"turns_{k}"] for k in keys]
+            ends = [(row[f"ppl_{k}_low"], row[f"ppl_{k}_high"]) for k in keys]
+            style = {"color": colour, "marker": marker}
+            mean_with_error(axes, range(4), values[:4], ends[:4], label=row["arm"].split()[0], **style)
+            mean_with_error(axes, range(4, len(values)), values[4:], ends[4:], linestyle="", **style)
         axes.set_xticks(range(len(CONTEXT_NAMES)), CONTEXT_NAMES, fontsize=10)
         values = [v for row in shown for k, v in row.items() if k.startswith("turns_")]
         wide_range_axis(axes.yaxis, values, "PPL of the replies")
@@ -77,7 +84,7 @@ def draw_contexts(path: Path, rows: Rows, title: str, note: str) -> Path | None:
     return save_figure(path, draw, title=title, note=note, size=(8.0, 4.6))
 
 
-def draw_facts(path: Path, rows: Rows, guessed: Mapping[str, float], title: str, note: str) -> Path | None:
+def draw_facts(path: Path, rows: Rows, chance: float, title: str, note: str) -> Path | None:
     """Share of right facts by turns back, one line a tuned model."""
     shown = [r for r in rows if r["arm"].endswith(" tuned")]
     if not shown:
@@ -94,9 +101,7 @@ def draw_facts(path: Path, rows: Rows, guessed: Mapping[str, float], title: str,
             ]
             style = {"color": colour, "marker": marker, "label": row["arm"].split()[0]}
             mean_with_error(axes, [int(k[9:]) for k in keys], [row[k] for k in keys], ends, **style)
-        far = [int(k) for k in guessed]
-        style = {"color": GREY, "linewidth": 1.5, "linestyle": "--", "label": "guessing among the names told"}
-        axes.plot(far, [*guessed.values()], **style)
+        axes.axhline(chance, color=GREY, linewidth=1.5, linestyle="--", label=f"chance, {chance:.0%}")
         axes.set(ylim=(0, 1.02), xlabel="turns back", ylabel="share of right facts")
         axes.legend()
 

@@ -30,7 +30,7 @@ from bklm.training.dialogues import (
 )
 from bklm.training.evaluation import evaluate
 from bklm.training.non_finite import NonFiniteError
-from bklm.training.weights import load_weights
+from bklm.training.weights import hash_of_tokenizer, load_weights
 
 PRETRAINING, TUNING, LONGER, REPLAY = ".pretraining", ".tuning", ".longer", ".replay"
 """Folders of the trials. Hidden ones stay out of the zip: it takes along one model of each kind, below ``KEPT``."""
@@ -38,13 +38,9 @@ KEPT, BEST = "models", "best_model.safetensors"
 HEADS = {"ResNetBK": 4, "GPT": 2}
 NAMES = {"newllm": "NewLLM", "resnet_bk": "ResNetBK", "gpt": "GPT"}
 NEEDED = {
-    "reply_ppl": float,
-    "contexts": dict,
-    "facts": dict,
-    "writing": dict,
+    "reply_ppl": float, "test_ppl": float, "text_loss": float, "contexts": dict, "facts": dict, "writing": dict,
     "replies": list,
-    "text_ppl": float,
-}
+}  # fmt: skip
 SHOWN = 3  # replies of a trial that are kept to be read
 
 
@@ -91,25 +87,28 @@ def measured(text: DialogueText, config: DialogueConfig) -> Callable[[LanguageMo
     """What is recorded of a trained model, on validation dialogues and on the text of the pretraining."""
     valid, vocabulary = text.encoded["valid"], text.vocabulary
     few = text.dialogues["valid"][: config.sample_dialogues]
-    is_grammar = isinstance(text.corpus, GrammarCorpus)
+    asked = text.corpus.asked_at(config.facts_asked) if isinstance(text.corpus, GrammarCorpus) else []
 
     def found(model: LanguageModel) -> dict[str, Any]:
         replies = evaluate(model, text.val_loader(), text.unk_id)
-        written = write_replies(model, vocabulary, few, config.reply_tokens, config.temperature)
+        settings = {"temperature": config.temperature, "positions": config.seq_len}
+        written = write_replies(model, vocabulary, few, config.reply_tokens, **settings)
         contexts = loss_by_context(model, valid, config.seq_len, vocabulary.pad_id, config.context_replies)
-        facts = (text.dialogues["valid"], text.corpus.facts["valid"]) if is_grammar else ([], [])
-        recalled = recalled_facts(model, vocabulary, *facts, config.seq_len) if is_grammar else {}
         return {
             "reply_ppl": replies.perplexity,
             "reply_ppl_without_unk": replies.perplexity_without_unk,
             "bits_per_byte": bits_per_byte(replies.nll, valid.reply_bytes),
-            "all_tokens_ppl": evaluate(model, text.all_tokens_loader(), text.unk_id).perplexity,
-            "text_ppl": evaluate(model, text.prose.val_loader(), text.unk_id).perplexity,
+            "test_ppl": evaluate(model, text.test_loader(), text.unk_id).perplexity,
+            "all_tokens_loss": evaluate(model, text.all_tokens_loader(), text.unk_id).loss,
+            "text_loss": evaluate(model, text.prose.val_loader(), text.unk_id).loss,
             "contexts": contexts,
             "other_context_loss": contexts["other"] - contexts["all"],
-            "facts": recalled,
+            "facts": recalled_facts(model, vocabulary, asked, config.seq_len) if asked else {},
             "writing": describe_replies(written),
             "replies": [reply.to_dict() for reply in written[:SHOWN]],
+            # Of all parameters those that stand for words, at the input and at the output.
+            "word_share": sum(p.numel() for p in model.parameters() if text.vocab_size in p.shape)
+            / model.num_parameters(),
             "model_class": type(model).__name__,
             "model_config": dataclasses.asdict(model.config),
         }
@@ -134,6 +133,7 @@ def load_kept(folder: Path, arm: str) -> LanguageModel:
 
     Raises:
         FileNotFoundError: it was not kept; the message names those that were.
+        OtherModelError: the folder's tokenizer.json is not the one that it was trained with.
     """
     place = Path(folder) / KEPT / arm.replace(" ", "_")
     if not (place / BEST).exists():
@@ -143,7 +143,7 @@ def load_kept(folder: Path, arm: str) -> LanguageModel:
         )
     record = json.loads((place / "result.json").read_text(encoding="utf-8"))
     model = built(record["model_class"], record["model_config"])
-    load_weights(model, place / BEST)
+    load_weights(model, place / BEST, hash_of_tokenizer(Path(folder) / "tokenizer.json"))
     return model.eval()
 
 

@@ -66,9 +66,11 @@ def estimated_minutes(config: DialogueConfig) -> float:
     _, train, valid = text_size(config.pretraining, config.pretraining_dir, config.vocab_size)
     prose = min(train, config.max_pretraining_tokens or train)
     own = sizes(config)
-    trainings = len(config.seeds) + len(config.learning_rates) * (len(config.learning_rates) > 1)
-    extra = config.pretraining_epochs * prose / own["train"]
-    epochs = trainings * (4 * config.epochs + extra)
+    # The best trial of a search is the first seed's.
+    trainings = len(config.seeds) + len(config.learning_rates) - 1
+    # "longer" goes on for as many steps, not tokens, as the pretraining has.
+    before = config.pretraining_epochs * prose / config.seq_len
+    epochs = trainings * (4 * config.epochs + math.ceil(before / own["rows"]))
     runs = []
     for name, build in models.builders(config).items():
         build = lambda build=build: build(config.vocab_size)  # noqa: E731
@@ -147,20 +149,24 @@ def _report(study: Session, found: dict[str, Any]) -> DialogueResult:
             tables.WAYS.index(t["arm"].split()[1]),
         ),
     )
-    judged, note = verdicts(ARMS, trials, found["arms"]), _note(study)
+    tuned = [name for name in found["arms"] if name.endswith(" tuned")]
+    among = {a: Arm(found["arms"][a].build, tuple(b for b in tuned if b != a)) for a in tuned}
+    judged, note = [*verdicts(ARMS, trials, found["arms"]), *verdicts(ARMS, trials, among)], _note(study)
     contexts, facts = tables.context_rows(trials), tables.fact_rows(trials)
-    guessed = text.corpus.guessed("valid") if facts else {}
+    chance = 1 / text.corpus.grammar.values if facts else None
     mixture = next(row for row in text.baselines if row["name"].startswith(MIXTURE))
     shown = [row for row in text.baselines if row is mixture or row["name"].startswith("true law")]
-    told = [tables.contexts_in_words(contexts), *([tables.facts_in_words(facts, guessed)] if facts else [])]
-    report.figure("arms.png", figures.draw_arms, ARMS.rows(trials), shown, ARMS.headline(trials), note)
+    told = [tables.contexts_in_words(contexts), *([tables.facts_in_words(facts, chance)] if facts else [])]
+    report.figure(
+        "arms.png", figures.draw_arms, ARMS.rows(trials), shown, ARMS.headline(tables.rivals(trials)), note
+    )
     report.figure("contexts.png", figures.draw_contexts, contexts, told[0], note)
     if facts:
-        report.figure("facts.png", figures.draw_facts, facts, guessed, told[1], note)
+        report.figure("facts.png", figures.draw_facts, facts, chance, told[1], note)
     parts = {
         "verdicts": judged, "contexts": contexts, "facts": facts, "writing": tables.writing_rows(trials),
         "replies": tables.reply_table(trials),
-        "claims": tables.claims_table(trials, judged, contexts, facts, mixture, guessed),
+        "claims": tables.claims_table(trials, judged, contexts, facts, mixture, chance),
     }  # fmt: skip
     for name, rows in parts.items():
         report.csv(f"{name}.csv", rows)
@@ -170,9 +176,11 @@ def _report(study: Session, found: dict[str, Any]) -> DialogueResult:
     for path in models.keep(study.folder, kept, places):
         report.path(str(path.relative_to(study.folder)))
     table = ARMS.rows(trials)
-    finding = " ".join([ARMS.finding(trials), *(f"{words}." for words in told)])
+    shares = {row["arm"].split()[0]: row["word_share"] for row in table if row["word_share"] is not None}
+    lowest = ARMS.finding(tables.rivals(trials, " tuned") or tables.rivals(trials))
+    finding = " ".join([lowest, *(f"{words}." for words in told)])
     return report.finish(
         DialogueResult, ARMS, trials, finding=finding, rows=table,
         summary={"claims": parts["claims"], "verdicts": judged, "best_model": _best_kept(table), "notes": text.notes},
-        **parts,
+        manifest={"vocabulary_sha256": text.vocabulary_sha256, "embedding_and_head": shares}, **parts,
     )  # fmt: skip

@@ -12,7 +12,9 @@ from bklm.harness.statistics import Perplexity, interval95, with_interval
 
 WAYS = ("scratch", "longer", "pretrained", "tuned", "replay")
 FORGETS_LESS = "forgets less of the text with replay than tuned alone"
-OTHERS = "all", "other", "1 after other"
+LEARNT = 3  # distances of those that are asked, from which on a model has learnt to look facts up
+CONTROL = "The positive control"
+NOTHING_TO_TEACH = "; the grammar's words are drawn at random, and prose has nothing to teach about them"
 WRITING = ("distinct_1", "distinct_2", "repeats_prompt", "ended", "words")
 Rows = list[dict[str, Any]]
 
@@ -26,8 +28,9 @@ ARMS = Comparison(
     by="arm", title=str, other="other arm", lowest="Lowest PPL of replies: {}, {}",
     columns=(
         Column("bits_per_byte", "bits_per_byte", "bits per byte", ".3f", spread=True),
-        Column("all_tokens_ppl", geometric_mean("all_tokens_ppl"), "PPL of all tokens", ".2f"),
-        Column("text_ppl", geometric_mean("text_ppl"), "PPL of the text", ".1f"),
+        Column("test_ppl", geometric_mean("test_ppl"), "test PPL", ".2f"),
+        Column("all_tokens_loss", "all_tokens_loss", "nats a token, users' turns too", ".2f"),
+        Column("text_loss", "text_loss", "nats a token of the text", ".2f"),
         Column(
             "other_context_loss", "other_context_loss", "gain from its own turns, nats",
             lambda row: "-" if row["other_context_loss"] is None else _nats(row["other_context_loss"], None), spread=True,
@@ -35,7 +38,7 @@ ARMS = Comparison(
         Column("recalled", _recalled, "facts recalled", ".1%"),
         Column("learning_rate", "learning_rate", "rate"),
         Column("parameters", "parameters", "parameters", ",.0f"),
-        Column("seconds", "seconds", "seconds", ".1f"),
+        Column("word_share", "word_share", "of them embedding and head", ".0%"),
     ),
 )  # fmt: skip
 
@@ -46,9 +49,9 @@ def context_rows(trials: Sequence[Trial]) -> Rows:
     for arm, group in ARMS.groups(trials).items():
         row: dict[str, Any] = {"arm": arm}
         for name in group[0]["contexts"]:
-            row[f"turns_{name.replace(' ', '_')}"] = Perplexity.over_seeds(
-                [math.exp(t["contexts"][name]) for t in group]
-            ).mean
+            found = Perplexity.over_seeds([math.exp(t["contexts"][name]) for t in group])
+            key = name.replace(" ", "_")
+            row |= {f"turns_{key}": found.mean, f"ppl_{key}_low": found.low, f"ppl_{key}_high": found.high}
         for key, less in (("own_turns_gain", "other"), ("earlier_turns_gain", "1 after other")):
             mean, half = interval95([t["contexts"][less] - t["contexts"]["all"] for t in group])
             row |= {key: mean, f"{key}_95": half}
@@ -81,12 +84,20 @@ def _context_in_words(key: str) -> str:
 
 
 def fact_rows(trials: Sequence[Trial]) -> Rows:
-    """One row per arm: share of right facts by turns back, over seeds; [] without facts."""
+    """One row per arm: share of right facts by turns back, over seeds; [] without facts.
+
+    The interval holds the chance of the seeds and that of the facts, which are the same for every seed: the half-width of the
+    t-interval and that of the facts' binomial share (Agresti and Coull 1998), added as squares.
+    """
     rows = []
     for arm, group in ARMS.groups(trials).items():
         row: dict[str, Any] = {"arm": arm}
         for back in group[0]["facts"]:
             mean, half = interval95([t["facts"][back][0] / t["facts"][back][1] for t in group])
+            count = min(t["facts"][back][1] for t in group) + 4
+            share = (mean * (count - 4) + 2) / count
+            of_facts = 1.96 * math.sqrt(share * (1 - share) / count)
+            half = None if half is None else math.hypot(half, of_facts)
             row |= {f"recalled_{back}": mean, f"recalled_{back}_95": half}
         rows += [row] if len(row) > 1 else []
     return rows
@@ -94,17 +105,12 @@ def fact_rows(trials: Sequence[Trial]) -> Rows:
 
 def readable_facts(rows: Sequence[Mapping[str, Any]]) -> Rows:
     """The same for people, in percent."""
-    return [
-        {"arm": r["arm"]}
-        | {
-            f"{key[9:]} back": with_interval(
-                100 * r[key], half if (half := r[f"{key}_95"]) is None else 100 * half, 0
-            )
-            + "%"
-            for key in distances(r)
-        }
-        for r in rows
-    ]
+
+    def percent(row: Mapping[str, Any], key: str) -> str:
+        half = row[f"{key}_95"]
+        return with_interval(100 * row[key], None if half is None else 100 * half, 0) + "%"
+
+    return [{"arm": r["arm"]} | {f"{k[9:]} back": percent(r, k) for k in distances(r)} for r in rows]
 
 
 def distances(row: Mapping[str, Any]) -> list[str]:
@@ -132,90 +138,114 @@ def readable_writing(rows: Sequence[Mapping[str, Any]]) -> Rows:
 
 
 def reply_table(trials: Sequence[Trial]) -> Rows:
-    """What the first seed's models wrote to the same prompts; prompt n with the seed n."""
-    rows = []
-    for arm, group in ARMS.groups(trials).items():
-        rows += [
-            {
-                "seed": n,
-                "arm": arm,
-                "asked": r["prompt"][:160],
-                "replied": r["target"][:160],
-                "written": " ".join(r["written"].split()),
-            }
-            for n, r in enumerate(group[0]["replies"])
-        ]
+    """What the first seed's tuned models wrote to the same prompts; prompt n with the seed n."""
+    groups = {arm: group for arm, group in ARMS.groups(trials).items() if arm.endswith(" tuned")}
+    rows = [
+        {"seed": n, "arm": arm, "asked": r["prompt"][:160], "replied": r["target"][:160],
+         "written": " ".join(r["written"].split())}
+        for arm, group in groups.items() for n, r in enumerate(group[0]["replies"])
+    ]  # fmt: skip
     return sorted(rows, key=lambda r: r["seed"])
+
+
+def rivals(trials: Sequence[Trial], way: str = "") -> list[Trial]:
+    """Those that were trained to reply, in this way or in any: a pretrained model was not."""
+    return [t for t in trials if t["arm"].endswith(way) and not t["arm"].endswith(" pretrained")]
 
 
 def claims_table(
     trials: Sequence[Trial], verdicts: Sequence[Mapping[str, Any]], contexts: Rows, facts: Rows, mixture: Mapping[str, Any],
-    guessed: Mapping[str, float],
+    chance: float | None,
 ) -> list[dict[str, str]]:  # fmt: skip
     """Rows announced, measured, verdict: what pretraining brings, who uses earlier turns, who beats counting, what stays.
 
-    ``guessed`` holds by turns back the share of right facts of who guesses among the names told.
+    ``verdicts`` of a tuned model are those against its own controls, and against the other tuned models. ``chance`` is the
+    share of right facts of who remembers nothing, None but for the grammar: there a text has nothing to teach, so that
+    pretraining and forgetting get no verdict.
     """
-    rows = []
+    rows, aside = [], "" if chance is None else NOTHING_TO_TEACH
     for name in dict.fromkeys(r["arm"].split()[0] for r in contexts):
-        own = [r for r in verdicts if r["arm"] == f"{name} tuned"]
-        told = "; ".join(f"{r['arm']} - {r['against']}: {nats_in_words(r, 3)} nats" for r in own)
-        rows.append(claim(f"{name}: pretraining helps dialogue", told, helps(verdicts, f"{name} tuned")))
+        own = [r for r in verdicts if r["arm"] == f"{name} tuned" and r["against"].split()[0] == name]
+        told = "; ".join(f"{r['arm']} - {r['against']}: {nats_in_words(r, 3)} nats" for r in own) + aside
+        rows.append(
+            claim(f"{name}: pretraining helps dialogue", told, None if aside else helps(own, f"{name} tuned"))
+        )
     for row in (r for r in contexts if r["arm"].endswith(" tuned")):
-        mean, half = row["own_turns_gain"], row["own_turns_gain_95"]
-        told = (
-            f"PPL {row['turns_all']:.2f} with its own turns, {row['turns_other']:.2f} with another dialogue's, "
-        )
-        told += f"{row['turns_0']:.2f} with none: {_nats(mean, half)} nats"
-        holds = None if half is None else mean - half > 0
-        name = row["arm"].split()[0]
-        rows.append(claim(f"{name} uses its context, the turn that it answers included", told, holds))
-        mean, half = row["earlier_turns_gain"], row["earlier_turns_gain_95"]
-        told = f"{_nats(mean, half)} nats over the turn that it answers behind another dialogue's"
-        rows.append(
-            claim(f"{name} uses the turns before that", told, None if half is None else mean - half > 0)
-        )
-    for row in (r for r in facts if r["arm"].endswith(" tuned")):
-        above = [
-            k[9:]
-            for k in distances(row)
-            if row[f"{k}_95"] is not None and row[k] - row[f"{k}_95"] > guessed[k[9:]]
-        ]
-        judged = all(row[f"{k}_95"] is not None for k in distances(row))
-        told = f"above guessing among the names told beyond the interval at {', '.join(above) or 'none'} of "
-        told += f"{len(distances(row))} distances in turns: "
-        told += ", ".join(f"{row[k]:.0%} ({guessed[k[9:]]:.0%})" for k in distances(row))
-        holds = len(above) == len(distances(row)) if judged else None
-        rows.append(
-            claim(
-                f"{row['arm'].split()[0]} recalls facts from 1 to {distances(row)[-1][9:]} turns back",
-                told,
-                holds,
-            )
-        )
-    best = ARMS.best(trials)
-    reached = ARMS.perplexity(ARMS.groups(trials)[best])
-    told = f"{best} {reached}; {mixture['name']} {mixture['val_ppl']:.2f}"
-    beats = reached.high < mixture["val_ppl"] if reached.is_judged else None
-    return [*rows, claim("the best model beats counting", told, beats), *_forgotten(trials)]
+        rows += _uses_turns(row)
+    if facts:
+        rows += _recalls(facts, chance)
+    if tuned := rivals(trials, " tuned"):
+        best = ARMS.best(tuned)
+        others = [r for r in verdicts if r["arm"] == best and r["against"].split()[0] != best.split()[0]]
+        told = "; ".join(f"{best} - {r['against']}: {nats_in_words(r, 3)} nats" for r in others)
+        announced = f"{best.split()[0]} is the best of the tuned models"
+        rows += [claim(announced, told, helps(others, best))] if others else []
+    best = ARMS.best(rivals(trials))
+    reached = Perplexity.over_seeds([t["test_ppl"] for t in ARMS.groups(trials)[best]])
+    told = f"on the test split, {best}, chosen on validation: {reached}; {mixture['name']}: {mixture['test_ppl']:.2f}"
+    beats = reached.high < mixture["test_ppl"] if reached.is_judged else None
+    return [*rows, claim("the best model beats counting", told, beats), *_forgotten(trials, aside)]
 
 
-def _forgotten(trials: Sequence[Trial]) -> list[dict[str, str]]:
+def _uses_turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    name, (mean, half) = row["arm"].split()[0], (row["own_turns_gain"], row["own_turns_gain_95"])
+    told = f"PPL {row['turns_all']:.2f} with its own turns, {row['turns_other']:.2f} with another dialogue's, "
+    told += f"{row['turns_0']:.2f} with none: {_nats(mean, half)} nats"
+    first = claim(f"{name} uses its context, the turn that it answers included", told, _above_zero(mean, half))
+    mean, half = row["earlier_turns_gain"], row["earlier_turns_gain_95"]
+    told = f"{_nats(mean, half)} nats over the turn that it answers behind another dialogue's"
+    return [first, claim(f"{name} uses the turns before that", told, _above_zero(mean, half))]
+
+
+def _above_zero(mean: float, half: float | None) -> bool | None:
+    return None if half is None else mean - half > 0
+
+
+def _above(row: Mapping[str, Any], chance: float) -> list[str] | None:
+    """At which distances a share lies above chance beyond its interval; None where there is no interval."""
+    if any(row[f"{k}_95"] is None for k in distances(row)):
+        return None
+    return [k[9:] for k in distances(row) if row[k] - row[f"{k}_95"] > chance]
+
+
+def _recalls(facts: Rows, chance: float) -> list[dict[str, str]]:
+    """The positive control, of all arms, and each tuned model's claim."""
+    found = {r["arm"]: (r, _above(r, chance)) for r in facts}
+    last = distances(facts[0])[-1][9:]
+
+    def told(arm: str) -> str:
+        row, above = found[arm]
+        shares = ", ".join(f"{row[k]:.0%}" for k in distances(row))
+        judged = "" if above is None else f"; above it beyond the interval at {', '.join(above) or 'none'}"
+        return f"{arm}: {shares} of the facts 1 to {last} turns back; chance {chance:.0%}{judged}"
+
+    def judged(announced: str, arm: str, least: int) -> dict[str, str]:
+        above = found[arm][1]
+        return claim(announced, told(arm), None if above is None else len(above) >= least)
+
+    most = max(found, key=lambda arm: sum(found[arm][0][k] for k in distances(found[arm][0])))
+    control = f"{CONTROL}: a model learns here to look facts up, at {LEARNT} distances or more"
+    tuned = {
+        f"{a.split()[0]} recalls facts from 1 to {last} turns back": a for a in found if a.endswith(" tuned")
+    }
+    return [
+        judged(control, most, LEARNT),
+        *(judged(words, a, len(distances(facts[0]))) for words, a in tuned.items()),
+    ]
+
+
+def _forgotten(trials: Sequence[Trial], aside: str) -> list[dict[str, str]]:
     """Per model: whether replay costs less of the text than tuning alone does. That nothing is lost is no claim."""
     rows, groups = [], ARMS.groups(trials)
     for name in dict.fromkeys(arm.split()[0] for arm in groups):
-        scores = [groups.get(f"{name} {way}") for way in ("pretrained", "tuned", "replay")]
-        if None in scores or len({len(group) for group in scores}) > 1:
+        scores = {way: groups.get(f"{name} {way}") for way in ("pretrained", "tuned", "replay")}
+        if None in scores.values() or len({len(group) for group in scores.values()}) > 1:
             continue
-        before, tuned, replay = ([t["text_ppl"] for t in group] for group in scores)
-        ratio = Perplexity.ratio_over_seeds(tuned, replay)
-        told = ", ".join(
-            f"{way} {Perplexity.over_seeds(v)}"
-            for way, v in (("pretrained", before), ("tuned", tuned), ("replay", replay))
-        )
-        told = f"PPL of the text: {told}; tuned alone {ratio} times that with replay"
-        holds = ratio.low > 1 if ratio.is_judged else None
-        rows.append(claim(f"{name} {FORGETS_LESS}", told, holds))
+        nats = {way: [t["text_loss"] for t in group] for way, group in scores.items()}
+        mean, half = interval95([a - b for a, b in zip(nats["tuned"], nats["replay"], strict=True)])
+        told = ", ".join(f"{way} {with_interval(*interval95(found), 2)}" for way, found in nats.items())
+        told = f"nats a token of the text: {told}; tuned alone {_nats(mean, half)} more than with replay{aside}"
+        rows.append(claim(f"{name} {FORGETS_LESS}", told, None if aside else _above_zero(mean, half)))
     return rows
 
 
@@ -226,15 +256,18 @@ def contexts_in_words(contexts: Rows) -> str:
     return f"Another dialogue's turns in place of its own cost, in nats a token: {', '.join(told)}"
 
 
-def facts_in_words(facts: Rows, guessed: Mapping[str, float]) -> str:
-    """Up to how many turns back each tuned model recalls facts better than guessing among the names told: beyond the
-    interval, at every distance before."""
-    told = []
-    for row in (r for r in facts if r["arm"].endswith(" tuned")):
-        ends = [
-            None if row[f"{k}_95"] is None else row[k] - row[f"{k}_95"] - guessed[k[9:]] for k in distances(row)
-        ]
-        far = next((n for n, end in enumerate(ends) if end is None or end <= 0), len(ends))
-        said = f"up to {far} turn{'s' * (far > 1)} back" if far else "nowhere"
-        told.append(f"{row['arm'].split()[0]} {'no verdict' if None in ends else said}")
-    return f"Facts recalled better than by guessing among the names told: {', '.join(told)}"
+def facts_in_words(facts: Rows, chance: float) -> str:
+    """Up to how many turns back each tuned model recalls facts above chance: beyond the interval, at every distance before.
+
+    Where no arm of any kind learnt to look facts up, that the grammar then says nothing of who could.
+    """
+    told, found = [], {row["arm"]: _above(row, chance) for row in facts}
+    for arm, above in found.items():
+        asked = [k[9:] for k in distances(facts[0])]
+        far = next((n for n, k in enumerate(asked) if k not in (above or ())), len(asked))
+        reached = f"up to {far} turn{'s' * (far > 1)} back" if far else "nowhere"
+        said = "no verdict" if above is None else reached
+        told += [f"{arm.split()[0]} {said}"] if arm.endswith(" tuned") else []
+    failed = all(above is not None and len(above) < LEARNT for above in found.values())
+    nothing = f". {CONTROL} failed: no model learnt to look facts up, and who could is not known"
+    return f"Facts recalled above chance ({chance:.0%}): {', '.join(told)}{nothing * failed}"

@@ -16,7 +16,7 @@ from bklm.data import SPLITS, Corpus, TokenizedCorpus, count_models, load_corpus
 from bklm.data.baselines import CannotEstimateError, KneserNey
 from bklm.data.dialogue_tokens import DialogueVocabulary, EncodedDialogues
 from bklm.data.dialogue_windows import Mixed, Rows, dialogue_rows
-from bklm.data.dialogues import Dialogue, DialogueCorpus
+from bklm.data.dialogues import SYSTEM, USER, Dialogue, DialogueCorpus
 from bklm.data.grammar import GrammarCorpus
 from bklm.data.mixtures import mixed, mixing_weight
 from bklm.harness.text import Baseline, StudyText, check_and_log
@@ -37,8 +37,8 @@ class ProseText(StudyText):
 
 @dataclass(frozen=True, eq=False)
 class DialogueText(ProseText):
-    """Dialogues ready to train on: a row is a dialogue, its targets the replies. ``replay`` is the share of rows of ``prose``
-    in a training batch; ``notes`` says what was left out."""
+    """Dialogues ready to train on: a row is a dialogue, its targets the replies. ``replay`` is the share of ``prose`` among
+    the targets of a training; ``notes`` says what was left out."""
 
     prose: ProseText
     dialogues: dict[str, list[Dialogue]]
@@ -74,13 +74,20 @@ class DialogueText(ProseText):
         return Mixed(loader, windows, self.replay, seed) if self.replay else loader
 
     def val_loader(self) -> DataLoader:
-        return make_loader(self.rows["valid"], min(self.batch_size, len(self.rows["valid"])))
+        return self._scored(self.rows["valid"])
+
+    def test_loader(self) -> DataLoader:
+        return self._scored(self.rows["test"])
+
+    def _scored(self, rows: Rows) -> DataLoader:
+        return make_loader(rows, min(self.batch_size, len(rows)))
 
     def all_tokens_loader(self) -> DataLoader:
         """Validation dialogues with every token after the first as a target."""
         own = self.vocabulary
-        rows = dialogue_rows(self.encoded["valid"], self.seq_len, own.pad_id, own.user_id, all_tokens=True)
-        return make_loader(rows, min(self.batch_size, len(rows)))
+        return self._scored(
+            dialogue_rows(self.encoded["valid"], self.seq_len, own.pad_id, own.user_id, all_tokens=True)
+        )
 
 
 def prepare_text(config: DialogueConfig) -> DialogueText:
@@ -115,7 +122,12 @@ def prepare_text(config: DialogueConfig) -> DialogueText:
 
 
 def _prose(config: DialogueConfig, corpus: Corpus, vocabulary: DialogueVocabulary) -> ProseText:
-    ids = {split: vocabulary.encode(corpus.split(split)) for split in SPLITS}
+    """The text with its paragraphs as turns: who was pretrained has seen the marks, and tuning need not teach them."""
+    ids = {}
+    for split in SPLITS:
+        lines = [line.strip() for line in corpus.split(split) if line.strip()]
+        turns = tuple(((USER, SYSTEM)[n % 2], line) for n, line in enumerate(lines))
+        ids[split] = vocabulary.encode_dialogues([turns]).ids
     ids["train"] = ids["train"][: config.max_pretraining_tokens or None]
     if config.max_pretraining_tokens:
         ids["valid"] = ids["valid"][: max(config.seq_len + 1, config.max_pretraining_tokens // 4)]
@@ -157,17 +169,24 @@ def _baselines(
     prose: ProseText,
     vocabulary: DialogueVocabulary,
 ) -> list[Baseline]:
-    """Count models of the dialogues, the best one mixed with one of the text, and the grammar's own law: on the replies."""
-    valid, size = encoded["valid"], len(vocabulary)
-    asked, known = valid.target[1:], valid.ids[1:] != vocabulary.unk_id
+    """Count models of the dialogues, the best one mixed with one of the text, and the grammar's own law: on the replies.
 
-    def row(name: str, scores: np.ndarray) -> Baseline:
-        ppl, without = (math.exp(-float(scores[kept].mean())) for kept in (asked, asked & known))
-        return {"name": name, "val_ppl": ppl, "val_ppl_without_unk": without}
+    What is chosen, order and weight, is chosen on validation; ``test_ppl`` is that of the test split's replies.
+    """
+    held_out, size = {split: encoded[split] for split in ("valid", "test")}, len(vocabulary)
+    asked = {split: own.target[1:] for split, own in held_out.items()}
+    known = held_out["valid"].ids[1:] != vocabulary.unk_id
 
-    scores = {
-        name: model.log_probs(valid.ids) for name, model in count_models(encoded["train"].ids, size).items()
-    }
+    def log_probs(model: Any) -> dict[str, np.ndarray]:
+        return {split: model.log_probs(own.ids) for split, own in held_out.items()}
+
+    def row(name: str, scores: dict[str, np.ndarray]) -> Baseline:
+        kept = {"val_ppl": ("valid", asked["valid"]), "val_ppl_without_unk": ("valid", asked["valid"] & known)}
+        kept["test_ppl"] = "test", asked["test"]
+        ppls = {key: math.exp(-float(scores[s][where].mean())) for key, (s, where) in kept.items()}
+        return {"name": name, **ppls}
+
+    scores = {name: log_probs(model) for name, model in count_models(encoded["train"].ids, size).items()}
     rows = [row(name, found) for name, found in scores.items()]
     best = min((r for r in rows if r["name"] != "unigram"), key=lambda r: r["val_ppl"])["name"]
     order = int(best.split("-gram")[0].split()[-1])
@@ -175,17 +194,22 @@ def _baselines(
         other = KneserNey(order, "modified").fit(prose.tokens.train, size)
     except CannotEstimateError:
         other = KneserNey(order).fit(prose.tokens.train, size)
-    before = other.log_probs(valid.ids)
-    weight = mixing_weight(scores[best][asked], before[asked])
-    rows.append(row(f"{MIXTURE}, {order}-gram, weight {weight:.2f}", mixed(scores[best], before, weight)))
+    own, before = scores[best], log_probs(other)
+    weight = mixing_weight(own["valid"][asked["valid"]], before["valid"][asked["valid"]])
+    both = {split: mixed(own[split], before[split], weight) for split in own}
+    rows.append(row(f"{MIXTURE}, {order}-gram, weight {weight:.2f}", both))
     if isinstance(corpus, GrammarCorpus):
-        exact = math.exp(corpus.reply_nats("valid").sum() / valid.target.sum())
-        rows.append({"name": "true law, all turns", "val_ppl": exact, "val_ppl_without_unk": exact})
+        exact = [
+            math.exp(corpus.reply_nats(s).sum() / held_out[s].target.sum()) for s in ("valid", "valid", "test")
+        ]
+        keys = ("val_ppl", "val_ppl_without_unk", "test_ppl")
+        rows.append({"name": "true law, all turns", **dict(zip(keys, exact, strict=True))})
     return rows
 
 
 def sizes(config: DialogueConfig) -> dict[str, float]:
-    """About how many tokens a resolved config's dialogues and text have, without fetching them; see ``PER_DIALOGUE``."""
+    """About how many tokens a resolved config's dialogues have, and how many ``rows`` its training ones are, without fetching
+    them; see ``PER_DIALOGUE``."""
     known = None if config.data_dir else PER_DIALOGUE.get(config.dataset)
     if known:
         (train, held_out), tokens = known
@@ -193,12 +217,18 @@ def sizes(config: DialogueConfig) -> dict[str, float]:
         corpus: Any = load_corpus(config.dataset, config.data_dir)
         train, held_out = len(corpus.train), len(corpus.valid)
         tokens = sum(map(len, corpus.train[:100])) / min(100, train) / CHARACTERS
+    rows = min(train, config.max_dialogues or train)
     return {
-        "train": min(train, config.max_dialogues or train) * tokens,
+        "rows": rows,
+        "train": rows * tokens,
         "valid": min(held_out, config.held_out_dialogues or held_out) * tokens,
     }
 
 
 CHARACTERS = 3.5  # a piece, of English text
 # Dialogues of the training and of the validation split, and tokens of one: as published.
-PER_DIALOGUE = {"dailydialog": ((11_118, 1000), 150), "ultrachat": ((207_865, 11_555), 1400)}
+PER_DIALOGUE = {
+    "grammar": ((24_000, 500), 70),
+    "dailydialog": ((11_118, 1000), 150),
+    "ultrachat": ((207_865, 11_555), 1400),
+}

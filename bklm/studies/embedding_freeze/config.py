@@ -14,7 +14,7 @@ FACTORS = {
     "freezing": ("frozen", "trained"),
     "head": ("tied", "untied"),
 }
-# What stands in for phase 1 in arms that are otherwise the first one asked for.
+# What stands in for phase 1 in arms that are otherwise the first one, or the first that trains embedding and head.
 PHASE1_ARMS = {
     "diversity": "phase 1 with diversity only",
     "untrained": "untrained context block",
@@ -109,17 +109,17 @@ class EmbeddingFreezeConfig(TextStudyConfig):
         "smoke": {
             "dataset": "embedded", "tokenizer": "corpus", "embedding": "svd", "samples": (12,), "seeds": (0, 1),
             "val_documents": 4, "document_tokens": 256, "pretraining_documents": 20, "vocab_size": 400, "embed_dim": 16,
-            "context_dim": 16, "n_layers": 2, "epochs": 2,
+            "context_dim": 16, "n_layers": 2, "epochs": 2, "phase1_arms": False,
         },
         "quick": {
             "dataset": "ultrachat", "tokenizer": "corpus", "embedding": "svd", "samples": (20, 40), "seeds": (0, 1, 2),
             "val_documents": 6, "document_tokens": 1024, "pretraining_documents": 1000, "vocab_size": 2000, "embed_dim": 64,
-            "context_dim": 64, "n_layers": 3, "epochs": 6,
+            "context_dim": 64, "n_layers": 3, "epochs": 6, "phase1_arms": False,
         },
         "full": {
             "dataset": "ultrachat", "tokenizer": "gpt2", "embedding": "gpt2", "samples": (500, 1000), "seeds": (0, 1, 2),
             "val_documents": 50, "document_tokens": 512, "pretraining_documents": 4000, "vocab_size": 50257,
-            "embed_dim": 768, "context_dim": 768, "n_layers": 6, "epochs": 10,
+            "embed_dim": 768, "context_dim": 768, "n_layers": 6, "epochs": 10, "phase1_arms": True,
         },
     }  # fmt: skip
 
@@ -129,9 +129,8 @@ class EmbeddingFreezeConfig(TextStudyConfig):
     initialisation: Literal["both", "pretrained", "random"] = setting("both", help="embedding to start from")
     freezing: Literal["both", "frozen", "trained"] = setting("both", help="the embedding in phase 2")
     head: Literal["both", "tied", "untied"] = setting("both", help="tied: the output weights are the embedding")
-    phase1_arms: bool = setting(
-        False,
-        help="add arms that tell whether phase 1 helps: diversity only, none at all, token to the first layer",
+    phase1_arms: bool | None = setting(
+        None, help="add arms that tell whether phase 1 helps: diversity only, none, token to the first layer"
     )
     original_comparison: bool = setting(True, help="add the original's two unequal arms, labelled so")
     batch_tokens: int = setting(512, low=64, high=4096, step=64, help="consecutive tokens per optimiser step")
@@ -207,5 +206,7 @@ def arms_of(config: EmbeddingFreezeConfig) -> list[Arm]:
     ]
     arms = [Arm(*values) for values in itertools.product(*chosen)]
     if config.phase1_arms:
-        arms += [dataclasses.replace(arms[0], original=name) for name in PHASE1_ARMS]
+        freest = next((arm for arm in arms if (arm.freezing, arm.head) == ("trained", "untied")), arms[0])
+        pairs = itertools.product(dict.fromkeys((arms[0], freest)), PHASE1_ARMS)
+        arms += [dataclasses.replace(arm, original=name) for arm, name in pairs]
     return arms + (list(ORIGINAL_ARMS) if config.original_comparison else [])

@@ -124,9 +124,8 @@ def state_phase1_arms(trials: Sequence[Trial]) -> str:
         return ""
     ratios = [Perplexity(r["ratio"], r["ratio_low"], r["ratio_high"]) for r in rows]
     told = [f"{r['change']} x{ratio}, {r['verdict']}" for r, ratio in zip(rows, ratios, strict=True)]
-    said = (
-        _of_stand_in(rows, "untrained", "phase 1") + ", " + _of_stand_in(rows, "diversity", "its fixed point")
-    )
+    stand_ins = (("untrained", "phase 1"), ("diversity", "its fixed point"))
+    said = ", ".join(_of_stand_in(rows, *one) for one in stand_ins)
     # Another model, trained by the whole of phase 1.
     first = [t for t in told if t.startswith(PHASE1_ARMS["first"])]
     others = [t for t in told if t not in first]
@@ -137,7 +136,7 @@ def state_phase1_arms(trials: Sequence[Trial]) -> str:
 
 
 def _of_stand_in(rows: Sequence[Mapping[str, Any]], arm: str, name: str) -> str:
-    """What the name does by the verdicts on that stand-in, where all sample sizes agree."""
+    """What the name does by the verdicts on that stand-in, where all arms and sample sizes agree."""
     judged = {r["verdict"] for r in rows if r["change"].startswith(PHASE1_ARMS[arm])}
     known = {"higher": f"{name} helps", "no difference": f"{name} does not help", "lower": f"{name} harms"}
     return known.get(judged.pop(), f"no verdict on {name}") if len(judged) == 1 else f"no verdict on {name}"

@@ -173,17 +173,17 @@ def effect_table(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 
 def phase1_effects(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """What each stand-in for phase 1 does to the arm that it is otherwise equal to, by sample size; [] without such arms."""
+    """What each stand-in for phase 1 does to each arm that it is otherwise equal to, by sample size; [] without such arms."""
     cells, rows = in_cells(trials), []
-    arms = dict.fromkeys(
-        (t["arm"], t["original"], t["samples"]) for t in trials if t["original"] in PHASE1_ARMS
-    )
+    own = [t for t in trials if t["original"] in PHASE1_ARMS]
+    arms = dict.fromkeys((t["arm"], t["original"], t["samples"]) for t in own)
+    several = len({t["samples"] for t in own}) > 1
     for arm, other, samples in arms:
-        words, several = PHASE1_ARMS[other], len(arms) > len(PHASE1_ARMS)
-        if ratio := ARMS.ratio(cells, (arm, samples), (arm.removesuffix(f", {words}"), samples)):
-            change = f"{words}, {samples} samples" if several else words
-            ends = {"ratio_low": ratio.low, "ratio_high": ratio.high, "verdict": verdict(ratio)}
-            rows.append({"factor": "phase 1", "change": change, "where": "all", "ratio": ratio.mean} | ends)
+        base = arm.removesuffix(f", {(words := PHASE1_ARMS[other])}")
+        if ratio := ARMS.ratio(cells, (arm, samples), (base, samples)):
+            change = f"{words} ({base}{f', {samples} samples' * several})"
+            row = {"factor": "phase 1", "change": change, "where": "all", "ratio": ratio.mean}
+            rows.append(row | {"ratio_low": ratio.low, "ratio_high": ratio.high, "verdict": verdict(ratio)})
     return rows
 
 

@@ -1,0 +1,45 @@
+"""Zeros to a size: as many as make a model's file as small as another's, so that both can be compared at equal bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bklm.compression.pruning import prune
+from bklm.compression.saving import file_sizes
+from bklm.compression.weights import quantise
+
+NEAR = 0.01  # of the bytes
+ENDS = (0.3, 0.95)  # sparsities that a mask pays at, and that leave something
+
+
+def pruned_to(
+    model: Any, file_bytes: int, *, bits: int = 8, method: str = "magnitude", scope: str = "all"
+) -> Any:
+    """A copy in ``bits`` bits with the zeros of ``prune`` that make its file ``file_bytes`` bytes, within a hundredth.
+
+    The bytes of a coded matrix fall in proportion to its zeros, so two files tell the sparsity of the third.
+
+    Args:
+        model: a language model, or a run of ``bklm.load``; the result is of the same kind.
+        method, scope: as ``prune`` takes them, but no method that needs a text.
+
+    Raises:
+        TypeError, ValueError: as ``prune`` and ``quantise``; a size that no sparsity between ENDS gives.
+    """
+
+    def made(sparsity: float) -> Any:
+        return quantise(prune(model, sparsity, method, scope=scope), bits)
+
+    few, many = (file_sizes(made(sparsity))[0] for sparsity in ENDS)
+    share = (few - file_bytes) / max(1, few - many)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(
+            f"file_bytes: got {file_bytes:,}; with {ENDS[0]:.0%} to {ENDS[1]:.0%} zeros in {bits} bits this model's file has "
+            f"{few:,} to {many:,} bytes: give a size between them."
+        )
+    found = made(ENDS[0] + share * (ENDS[1] - ENDS[0]))
+    if abs(file_sizes(found)[0] / file_bytes - 1) > NEAR:
+        raise ValueError(
+            f"file_bytes: got {file_bytes:,}, and the nearest file has {file_sizes(found)[0]:,}; give another."
+        )
+    return found
