@@ -18,40 +18,37 @@ LINEAR = 0.1  # nats on either side of 0
 CURVES = (NONE, PLAIN, FULL, KEPT)
 
 
-def draw_switches(path: Path, rows: Sequence[Mapping[str, Any]], title: str, note: str) -> Path | None:
+def draw_switches(path: Path, rows: Sequence[Mapping[str, Any]], title: str, note: str) -> Path:
     """What the removal of each switch does to the loss, at both budgets, and to the time of a step."""
-    shown = list(rows)
 
     def draw(figure: Figure) -> None:
         loss, time = figure.subplots(1, 2, sharey=True)
-        places = range(len(shown))
-        budgets = [("", "equal steps", -SHIFT)]
-        if any(r["time_loss_difference"] is not None for r in shown):
-            budgets.append(("time_", "equal time", SHIFT))
-        for (words, label, shift), colour, marker in zip(budgets, colours(2), MARKERS, strict=False):
-            here = [
-                (i + shift, r)
-                for i, r in zip(places, shown, strict=True)
-                if r[f"{words}loss_difference"] is not None
-            ]
-            means = [r[f"{words}loss_difference"] for _, r in here]
-            ends = [(r[f"{words}loss_low"], r[f"{words}loss_high"]) for _, r in here]
-            style = {"color": colour, "marker": marker, "linestyle": "", "label": label}
-            mean_with_error(loss, [i for i, _ in here], means, ends, sideways=True, **style)
-        ends = [(r["ms_ratio_low"], r["ms_ratio_high"]) for r in shown]
-        style = {"color": "#000000", "marker": "D", "linestyle": ""}
-        mean_with_error(time, places, [r["ms_ratio"] for r in shown], ends, sideways=True, **style)
-        _compare(loss, 0.0, "loss without it, nats more")
-        _compare(time, 1.0, "step time without / with")
         # One switch may be worth a hundred times another: near 0 the axis is linear.
         loss.set_xscale("symlog", linthresh=LINEAR)
         loss.xaxis.set_major_formatter("{x:g}")
-        loss.set_yticks(places, [f"{r['switch']} ({r['study']})" for r in shown])
-        loss.set_ylim(len(shown) - 0.5, -0.5)
+        budgets = [("", "equal steps", -SHIFT)]
+        if any(r["time_loss_difference"] is not None for r in rows):
+            budgets.append(("time_", "equal time", SHIFT))
+        for (words, label, shift), colour, marker in zip(budgets, colours(2), MARKERS, strict=False):
+            here = {i + shift: r for i, r in enumerate(rows) if r[f"{words}loss_difference"] is not None}
+            means = [r[f"{words}loss_difference"] for r in here.values()]
+            ends = [(r[f"{words}loss_low"], r[f"{words}loss_high"]) for r in here.values()]
+            style = {"color": colour, "marker": marker, "linestyle": "", "label": label}
+            mean_with_error(loss, list(here), means, ends, sideways=True, **style)
+        timed = {i: r for i, r in enumerate(rows) if not r["same_step"]}
+        ends = [(r["ms_ratio_low"], r["ms_ratio_high"]) for r in timed.values()]
+        style = {"color": "#000000", "marker": "D", "linestyle": ""}
+        mean_with_error(
+            time, list(timed), [r["ms_ratio"] for r in timed.values()], ends, sideways=True, **style
+        )
+        _compare(loss, 0.0, "loss without it, nats more")
+        _compare(time, 1.0, "step time without / with")
+        loss.set_yticks(range(len(rows)), [f"{r['switch']} ({r['study']})" for r in rows])
+        loss.set_ylim(len(rows) - 0.5, -0.5)
         legend_below(loss, ncols=2, fontsize=10)
 
     note = f"Right of the dashed lines the full set needs the switch. {note}"
-    return save_figure(path, draw, title=title, note=note, size=(7.2, 2.4 + 0.42 * len(shown)))
+    return save_figure(path, draw, title=title, note=note, size=(7.2, 2.4 + 0.42 * len(rows)))
 
 
 def _compare(axes: Axes, value: float, label: str) -> None:
