@@ -25,7 +25,15 @@ from bklm.training.evaluation import evaluate
 from bklm.training.two_phase.phase2 import build
 
 COUNTED = 700  # words of the text 0, 1, 2, ...
-LOADERS = ("val_loader", "test_loader", "train_loader", "search_loader", "search_val_loader", "context_loader")
+LOADERS = (
+    "val_loader",
+    "whole_val_loader",
+    "test_loader",
+    "train_loader",
+    "search_loader",
+    "search_val_loader",
+    "context_loader",
+)
 # Of the others one reads no text, one whole documents and one dialogues: theirs are asked below.
 READ_WINDOWS = [study for study in STUDIES if study not in ("precision", "embedding_freeze", "dialogue")]
 
@@ -91,6 +99,8 @@ def test_in_every_loader_of_a_study_each_target_is_the_next_number(study, protoc
     own = {"protocol": protocol} if protocol == "original" else {}
     if study == "baseline" and own:
         own |= {"seq_len": 63, "model": "newllm"}
+    if "score_tokens" in config_class.names():
+        own |= {"score_tokens": 0}  # all
     config = small(study, tmp_path, counting, max_train_tokens=0, vocab_size=1000, **own).resolved()
     text = run.prepare_text(config)
 
