@@ -106,7 +106,7 @@ def interaction_in_words(found: Mapping[str, Any] | None) -> str:
     words = {k: with_interval(found[k], found[f"{k}_95"], 3) for k in ("together", "sum", "interaction")}
     return (
         f"Loss of plain less that of full: {words['together']} nats; what each removal adds to full's sums to {words['sum']}; "
-        f"the difference, interaction, is {words['interaction']} nats."
+        f"the interaction is {words['interaction']} nats."
     )
 
 
