@@ -124,7 +124,8 @@ def _faster(operators: Rows) -> dict[str, str]:
     told += f", context gain kept: {kept_in_words(shown)}"
     if fast and shown["ppl_ratio_low"] is None:
         return claim(announced, told, None)
-    return claim(announced, told, bool(fast) and shown["ppl_ratio_low"] <= 1)
+    # What keeps none of the gain from context stands in for no block that reads.
+    return claim(announced, told, bool(fast) and shown["ppl_ratio_low"] <= 1 and shown["context_gain_kept"] > 0)
 
 
 def _recurrence(trials: Sequence[Trial], steps: Mapping[str, Sequence[float]]) -> dict[str, str]:
