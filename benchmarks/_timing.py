@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import llvmlite.binding
 import psutil
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 MEMORY_TOLD_FROM = 2**20
@@ -35,6 +36,12 @@ def processor() -> str:
     features = llvmlite.binding.get_host_cpu_features()
     width = 512 if features.get("avx512f") else 256 if features.get("avx2") else 128
     return f"{model}, vectors of {width} bits, {os.cpu_count()} cores"
+
+
+def where() -> str:
+    """What a table was measured on, for its head: processor, torch, threads, and how busy the machine was."""
+    load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
+    return f"{processor()}; torch {torch.__version__}, {torch.get_num_threads()} threads{load}"
 
 
 class Timing(NamedTuple):

@@ -21,12 +21,11 @@ products, once forward and once backward; all else as single products over all p
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from unittest import mock
 
 import torch
-from _timing import duration, print_table, processor, take_turns
+from _timing import duration, print_table, take_turns, where
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -178,9 +177,7 @@ def main() -> None:
     x, y = torch.randint(0, args.vocab_size, (2, 2, 64), device=args.device)
     check_arms_agree(config, x, y)
     keep_freed_memory()  # as training does
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    place = torch.cuda.get_device_name() if x.is_cuda else f"{processor()}, {torch.get_num_threads()} threads"
-    print(f"{config}; torch {torch.__version__}, {place}{load}")
+    print(f"{torch.cuda.get_device_name() + ', ' if x.is_cuda else ''}{where()}\n{config}")
     for batch, length in sizes:
         short = length <= 128
         measure(config, batch, length, args.arms or (list(LOSSES) if short else [BKLM, STEPS]), args)

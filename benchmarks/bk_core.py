@@ -62,6 +62,7 @@ from _timing import (
     print_table,
     refuse_if_too_large,
     take_turns,
+    where,
 )
 from tqdm import tqdm
 
@@ -275,9 +276,7 @@ def main() -> None:
         return
     seconds = options.seconds or (0.5 if options.quick else 6.0)
     done = json.loads(options.save.read_text()) if options.save and options.save.exists() else {}
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the start"
-    )
+    print(where())
     tables: dict[str, list[Row]] = {}
     for table, function, arguments in tqdm(cases(options), desc="cases", leave=False):
         key = f"{table} {arguments} {seconds}"

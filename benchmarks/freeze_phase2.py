@@ -21,12 +21,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import time
 from dataclasses import dataclass
 
 import torch
-from _timing import Timing, duration, print_table, take_turns
+from _timing import Timing, duration, print_table, take_turns, where
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -210,8 +209,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="of measurement, about")
     args = parser.parse_args()
     size = SIZES[args.size or "default"]
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads{load}")
+    print(where())
     report(size, args.device, args.seconds, args.trained)
     if args.sweeps:
         report_sweeps(size, args.device)

@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _timing import print_table
+from _timing import print_table, where
 
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE = "199c828"
@@ -88,6 +88,7 @@ def main() -> None:
         }
         for name, t in taken.items()
     ]
+    print(where())
     print_table(
         f"grad_blend, {args.profile}, embedded text, {os.cpu_count()} cores, {args.rounds} rounds in turn", rows
     )

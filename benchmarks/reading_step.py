@@ -17,12 +17,11 @@ which take as long to read; the others read a text of that length (more than LON
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from _timing import Timing, duration, peak_tensor_memory, print_table, processor, take_turns
+from _timing import Timing, duration, peak_tensor_memory, print_table, take_turns, where
 from torch import Tensor, nn
 
 from bklm.models import GPT, LSTM, LanguageModel, ResNetBK
@@ -173,10 +172,7 @@ def main() -> None:
     if min([*windows, *positions]) < 1:
         parser.error("--windows, --positions: at least 1 position is needed.")
     keep_freed_memory()  # as training does
-    print(processor())
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the start"
-    )
+    print(where())
     for window in windows:
         table, ratio = steps_table(window, options)
         print_table(f"Training, {rows_of(window)} x {window} tokens", table)

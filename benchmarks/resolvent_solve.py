@@ -17,7 +17,6 @@ is better for us. Threads: torch.get_num_threads(), jax's and scipy's own choice
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _timing import Timing, print_table, processor, take_turns
+from _timing import Timing, print_table, take_turns, where
 from scipy.linalg import solve_banded
 from torch import Tensor
 
@@ -180,10 +179,7 @@ def main() -> None:
     peers, models = (((4, 64, 8), (1, 2000, 1)), ((8, 64, 24),)) if options.quick else (PEERS, MODELS)
     if options.size:
         peers = models = (tuple(options.size),)
-    print(processor())
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the start"
-    )
+    print(where())
     if not options.jax:
         print("jax: not installed here; name an interpreter that has it with --jax", file=sys.stderr)
     wanted = options.only or ("peers", "models")

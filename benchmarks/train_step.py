@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _timing import memory_ratio, peak_memory
+from _timing import memory_ratio, peak_memory, where
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -299,9 +299,8 @@ def main() -> None:
     rounds = args.rounds or (3 if args.quick else 7)
     if rounds < 2:
         parser.error(f"--rounds: got {rounds}; at least 2 are needed for quartiles.")
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     clock = "processor" if args.cpu_time else "wall"
-    print(f"{clock} time; {size}; torch {torch.__version__}, {torch.get_num_threads()} threads{load}")
+    print(f"{where()}\n{clock} time; {size}")
     report(size, rounds, time.process_time if args.cpu_time else time.perf_counter)
     if args.chunks:
         report_chunks(size, rounds)
