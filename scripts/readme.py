@@ -21,8 +21,8 @@ has several, ``{peps.finding}`` of its run "peps"; ``{config[seq_len]:,}`` is a 
 with that title over its first column. The links
 ``](curves.png)`` and ``](peps/curves.png)`` lead to a run's kept figure. Where lines such as ``<!-- README.md -->`` divide the
 page, the part ``README.md``, the short of it, goes to docs/findings.md and ``docs/results.md`` to the page of its name;
-``claims`` holds rows of the first table in docs/findings.md, and any other part is a place for the rest. A page without such
-lines is a section of docs/findings.md.
+``claims`` holds rows of the first table in docs/findings.md, ``first`` those of README.md's, and any other part is a place for
+the rest. A page without such lines is a section of docs/findings.md.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ from bklm.studies import STUDIES
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "results"
 SHORT, FINDINGS, RESULTS = "README.md", "docs/findings.md", "docs/results.md"
+# The page on which the rows of a study's part stand together with those of all others.
+TABLES = {"claims": FINDINGS, "first": "README.md"}
 CLAIMS = "| announced | measured here | verdict |\n| --- | --- | --- |\n"
 FIGURE = re.compile(r"\]\((?:([\w-]+)/)?([\w-]+\.png)\)")
 PART = re.compile(r"^<!-- (\S+) -->\n", re.MULTILINE)
@@ -61,22 +63,28 @@ PREFIXES = {
 # Stands for a place whose numbers come from a file that is not kept.
 UNKNOWN = "\0"
 # What a study's sections hold until the results of its first run are kept.
-NOT_YET = "Not run at full length yet: `python scripts/readme.py` writes this section from the results."
+NOT_YET = "Not run yet."
 
 
 def markdown_table(rows: list[dict[str, Any]], first: str = "") -> str:
-    """Rows as a Markdown table, the keys of the first as its head.
+    """Rows as a Markdown table, the keys of all rows, in the order in which they come up, as its head.
 
     Args:
         first: the first column's title, instead of its key; "-" makes a rule without blanks.
     """
-    head = [*([first] if first.strip("-") else list(rows[0])[:1]), *list(rows[0])[1:]]
-    lines = [head, *(["" if v is None else str(v) for v in row.values()] for row in rows)]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    head = [*([first] if first.strip("-") else keys[:1]), *keys[1:]]
+    lines = [head, *([_cell(row.get(key)) for key in keys] for row in rows)]
     # Markdown takes a bare <unk> for HTML, and shows nothing.
     lines[0] = [re.sub("(?<!`)<unk>", "`<unk>`", title) for title in head]
     written = [f"| {' | '.join(line)} |" for line in lines]
     written.insert(1, f"|{('---|' if first == '-' else ' --- |') * len(head)}")
     return "\n".join(written)
+
+
+def _cell(value: Any) -> str:
+    """A value in a table's row, where a bare bar would end the cell."""
+    return "" if value is None else re.sub(r"(?<!\\)\|", r"\\|", str(value))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -158,11 +166,12 @@ class Study(string.Formatter):
 
     Args:
         package: ``bklm.studies.NAME`` where none is given.
-        strict: whether a place whose file is not kept is refused; otherwise `UNKNOWN` stands there.
+        strict: whether a place whose file is not kept is refused; otherwise `UNKNOWN` stands there and ``missing`` names it.
     """
 
     def __init__(self, name: str, package: str = "", strict: bool = True) -> None:
         self.name, self.package, self.strict = name, package or f"bklm.studies.{name}", strict
+        self.missing: set[str] = set()
         self.runs = {run: Run(self, prefix) for run, prefix in PREFIXES.get(name, {"": name}).items()}
         self.first = next(iter(self.runs.values()))
         page = Path(importlib.import_module(self.package).__file__).with_name("page.md")
@@ -213,9 +222,10 @@ class Study(string.Formatter):
             return self.part(field_name), field_name
         try:
             return super().get_field(field_name, args, kwargs)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
             if self.strict:
                 raise
+            self.missing.add(Path(error.filename).name)
             return UNKNOWN, field_name
 
     def get_value(self, key: int | str, args: Any, kwargs: Any) -> Any:
@@ -236,10 +246,18 @@ class Study(string.Formatter):
         return f"](docs/results/{run.kept(link[2]).name})"
 
 
-def claims() -> str:
-    """The first table of docs/findings.md: every claim beside what was measured, from the kept files alone."""
-    studies = [study for study in map(Study, STUDIES) if "claims" in study.parts and study.is_kept]
-    return CLAIMS + "\n".join(study.part("claims") for study in studies)
+def claims(part: str = "claims") -> str:
+    """The table of what was announced beside what was measured on a page of `TABLES`, from the kept files alone."""
+    studies = [study for study in map(Study, STUDIES) if part in study.parts and study.is_kept]
+    return CLAIMS + "\n".join(study.part(part) for study in studies)
+
+
+def missing_files() -> list[str]:
+    """The files that docs/results lacks of what sections of docs/findings.md and docs/results.md name."""
+    studies = [study for name in STUDIES if (study := Study(name, strict=False)).is_kept]
+    for study in studies:
+        study.sections()
+    return sorted(set().union(*(study.missing for study in studies)))
 
 
 def split_page(page: str, name: str) -> tuple[str, str, str]:
@@ -267,7 +285,7 @@ def main(words: list[str]) -> None:
         for word in words[1:]:
             study.keep(*word.rpartition("=")[::2])
         written = {(page, study.name): text for page, text in study.sections().items()} | {
-            (FINDINGS, "claims"): claims()
+            (page, part): claims(part) for part, page in TABLES.items()
         }
     except ValueError as error:
         raise SystemExit(f"readme.py: {error}") from error

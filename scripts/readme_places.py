@@ -40,8 +40,9 @@ NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 EARLIER_GRAMMAR = (
     "**Of an earlier grammar**, whose facts took two steps to look up, in a run too short for any model to learn that, at one "
-    "learning rate: it decides neither who can look a fact up nor what pretraining is worth. "
+    "learning rate: it decides neither who can look a fact up nor what pretraining is worth, and lacks columns named here. "
 )
+EARLIER_NEWLLM = "**Of an earlier version of the study**: rows of NewLLM say nothing, as it read no better than single words. "
 Row = dict[str, Any]
 
 
@@ -83,14 +84,44 @@ def versus_counting(run: Any) -> str:
     return f"The best corrected model, {ppl(best)}, {words} {count['name']} ({count['val_ppl']:.1f})."
 
 
-def claim_lines(run: Any) -> str:
-    """Rows of the first table in docs/findings.md: what was announced beside what was measured."""
-    small = "" if run.config["profile"] == "full" else " (a small run)"
-    seen = " (as published: it sees the future)" if run.summary["sees_the_future"] else ""
-    return "\n".join(
-        f"| {c['announced'][0].upper()}{c['announced'][1:]}{seen} | {c['measured']}{small} | {c['verdict']} |"
+def earlier(run: Any) -> str:
+    """What is wrong with a kept run of a study that was mended since; nothing once it is run again."""
+    if run.study.name == "dialogue" and "facts_asked" not in run.config:
+        return EARLIER_GRAMMAR
+    if run.study.name == "compression" and not any("float_reads" in row for row in run.summary["table"]):
+        return EARLIER_NEWLLM
+    return ""
+
+
+def claims_table(run: Any) -> list[Row]:
+    """Announced, measured, verdict; none of a claim that an earlier version of a study could not judge."""
+    unjudged = {EARLIER_GRAMMAR: "", EARLIER_NEWLLM: "NewLLM"}.get(earlier(run))
+    return [
+        {**c, "verdict": "no verdict"}
+        if unjudged is not None and unjudged in f"{c['announced']} {c['measured']}"
+        else c
         for c in run.summary["claims"]
-    )
+    ]
+
+
+def held(run: Any) -> str:
+    """How many of a run's claims hold, and which."""
+    rows = claims_table(run)
+    names = [c["announced"] for c in rows if c["verdict"] == "holds"]
+    unknown = sum(c["verdict"] == "no verdict" for c in rows)
+    told = f"{len(names)} of {len(rows)} claims hold{': ' * bool(names)}{'; '.join(names)}"
+    told += f"; {unknown} without a verdict" * bool(unknown)
+    return told + " (a small run)" * (run.config["profile"] != "full")
+
+
+def verdict(run: Any) -> str:
+    """One verdict on all claims of a run."""
+    found = {c["verdict"] for c in claims_table(run)}
+    return found.pop() if len(found) == 1 else "in part" if "holds" in found else "does not hold, or no verdict"
+
+
+# Places of a run with claims.
+OF_CLAIMS = {"claims_table": claims_table, "held": held, "verdict": verdict, "earlier": earlier}
 
 
 def physics_table(name: str) -> Callable[[Any], list[dict[str, Any]]]:
@@ -250,10 +281,6 @@ def side_claims(run: Any) -> str:
     return "\n\n".join(next(s for s in said if words in s) for words in SIDE if any(words in s for s in said))
 
 
-def koopman_claims(study: Any) -> str:
-    return "\n".join(map(claim_lines, study.runs.values()))
-
-
 Places = dict[str, dict[str, Callable[[Any], Any]]]
 
 # Places of a run, by study, beside those that every run has (`readme.Run`).
@@ -312,6 +339,7 @@ OF_RUNS: Places = {
         "side_claims": side_claims,
     },
     "koopman": {
+        **OF_CLAIMS,
         "shares": lambda run: run.summary["shares"],
         "verdicts": lambda run: readable_verdicts(run.rows("verdicts.csv")),
         "linearised": lambda run: koopman.readable_linearised(run.rows("linearised.csv")),
@@ -319,42 +347,32 @@ OF_RUNS: Places = {
         "recall": lambda run: koopman.readable_recall(run.rows("recall.csv")),
     },
     "physics": {
-        "claim_lines": claim_lines,
-        "claims_table": lambda run: run.summary["claims"],
+        **OF_CLAIMS,
         "verdicts": lambda run: readable_verdicts(run.summary["parts"]["verdicts"]),
         "block_verdicts": lambda run: readable_verdicts(run.summary["parts"]["block_verdicts"]),
         **{name: physics_table(name) for name in ("energies", "steps", "stability", "memory")},
     },
     "compression": {
-        "claim_lines": claim_lines,
-        "claims_table": lambda run: run.summary["claims"],
+        **OF_CLAIMS,
         "shares": lambda run: run.summary["shares"],
         "counting": lambda run: compression.beside_counting(run.summary["table"], run.summary["counted"][0])[0],
         "reading": lambda run: compression.vacuous_in_words(
             run.summary["table"], run.summary["baselines"][0]["val_ppl"]
         ),
         "recommended": lambda run: compression.readable_recommended(run.summary["recommended"]),
-        "files": lambda run: compression.readable_files(run.summary["table"], run.summary["counted"]),
         "verdicts": lambda run: readable_verdicts(run.summary["verdicts"]),
         "speed": lambda run: compression_timed.readable_speed(run.summary["speed"]),
     },
     "dialogue": {
-        "claim_lines": claim_lines,
-        "claims_table": lambda run: run.summary["claims"],
+        **OF_CLAIMS,
         "notes": lambda run: " ".join(run.summary["notes"]),
-        # Until it is run again: a run of before the facts had dialogues of their own.
-        "earlier": lambda run: "" if "facts_asked" in run.config else EARLIER_GRAMMAR,
         "contexts": lambda run: dialogue.readable_contexts(run.rows("contexts.csv")),
         "facts": lambda run: dialogue.readable_facts(run.rows("facts.csv")),
         "writing": lambda run: dialogue.readable_writing(run.rows("writing.csv")),
-        "replies": lambda run: [
-            {k: str(v).replace("|", "\\|") for k, v in row.items()}
-            for row in [r for r in run.rows("replies.csv") if r["arm"].endswith(" tuned")][:6]
-        ],
+        "replies": lambda run: [r for r in run.rows("replies.csv") if r["arm"].endswith(" tuned")][:6],
     },
     "integration": {
-        "claim_lines": claim_lines,
-        "claims_table": lambda run: run.summary["claims"],
+        **OF_CLAIMS,
         "switches": lambda run: integration.readable_switches(run.summary["switches"]),
         "interaction": lambda run: integration.interaction_in_words(run.summary["interaction"]),
         "shares": lambda run: integration.shares_in_words(run.summary["shares"]),
@@ -384,7 +402,6 @@ OF_STUDIES: Places = {
         ),
         "inequality": lambda study: INEQUALITY,
     },
-    "koopman": {"claims_rows": koopman_claims},
 }
 # What else of a finished run's folder is kept.
 KEEP_MORE: dict[str, Callable[[Any, Path], None]] = {"grad_blend": keep_directions}

@@ -264,6 +264,57 @@ def test_the_table_of_claims_is_what_the_kept_results_give(readme):
     assert table in (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
 
 
+def test_the_readmes_table_is_what_the_kept_results_give(readme):
+    table = readme.claims("first")
+    assert table.count("\n") > 5
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_files_that_numbers_lack_are_named_all_of_them_and_no_other(readme):
+    head = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8").split("\n## ")[0]
+    assert sorted(re.findall(r"`(\w+\.(?:json|csv))`", head)) == readme.missing_files()
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_whose_files_are_kept_fills_every_place_of_its_page(readme, study):
+    loose, strict = readme.Study(study, strict=False), readme.Study(study)
+    if not strict.is_kept:
+        return
+    sections = loose.sections()
+    if not loose.missing:
+        assert strict.sections() == sections
+        assert readme.UNKNOWN not in "".join(sections.values())
+    else:
+        with pytest.raises(FileNotFoundError):
+            strict.sections()
+
+
+def cells(row: str) -> int:
+    """How many cells a table's row has; a bar behind a backslash stands for itself."""
+    return len(re.findall(r"(?<!\\)\|", row.strip())) - 1
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_every_row_of_a_table_has_as_many_cells_as_its_head(path):
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, *rows = table.splitlines()
+        assert [row for row in rows if cells(row) != cells(head)] == [], head
+
+
+def test_a_table_has_the_keys_of_all_its_rows_as_its_head(readme):
+    table = readme.markdown_table(
+        [{"a": 1, "b": 2}, {"a": 3, "c": None, "b": 4}, {"a": 5, "b": "", "c": "x | y"}]
+    )
+    assert table.splitlines() == [
+        "| a | b | c |",
+        "| --- | --- | --- |",
+        "| 1 | 2 |  |",
+        "| 3 | 4 |  |",
+        "| 5 |  | x \\| y |",
+    ]
+
+
 def is_what_the_page_gives(readme, study: str, page: str, section: str) -> bool:
     """Whether a section is the study's page.md, with any words at places whose files are not kept."""
     text = readme.Study(study, strict=False).sections()[page]

@@ -30,10 +30,14 @@ def claims_table(found: Mapping[str, Rows], gains: Mapping[str, float | None]) -
         rows.append(claim("the energy term improves generalisation", told, holds))
     blocks = found["block_verdicts"]
     if blocks:
-        told = _differences(blocks, "conservative")
+        beaten = [row for row in blocks if row["arm"] == "conservative" and row["verdict"] == "lower loss"]
+        holds = helps(blocks, "conservative")
+        part = holds is False and [row["against"] for row in beaten]
+        told = f"lower than {', '.join(part)}, but not than all: " if part else ""
+        told += _differences(blocks, "conservative")
         told += f"; gain from context {gain_in_words(gains['conservative'])}, {PLAIN}'s {gain_in_words(gains[PLAIN])}"
         name = "conservative blocks reach a lower perplexity"
-        rows.append(claim(name, told, helps(blocks, "conservative")))
+        rows.append(claim(name, told, holds))
     rows += [_conserved(r) for r in found["energies"] if r["arm"] in (*CLAIMED, "conservative")]
     for arm in ("published", "mended", "conservative"):
         if own := [r for r in found["steps"] if r["arm"] == arm]:
@@ -41,7 +45,9 @@ def claims_table(found: Mapping[str, Rows], gains: Mapping[str, float | None]) -
     rows += _steadier(found["stability"])
     growths = {r["way"]: r["growth"] for r in found["memory"] if r["growth"] is not None}
     if growths:
-        told = "deepest over shallowest: " + ", ".join(f"{way} {times:.2f}" for way, times in growths.items())
+        told = f"at most {MEMORY - 1:.0%} more allowed; deepest over shallowest: " + ", ".join(
+            f"{way} {times:.2f}" for way, times in growths.items()
+        )
         rows.append(claim("memory does not grow with depth", told, growths["leapfrog, reversible"] <= MEMORY))
     return rows
 
