@@ -148,8 +148,9 @@ class Run:
         return places[name](self)
 
     def keep(self, folder: Path, output_dir: str) -> None:
-        """Copy figures, tables, summary and manifest, the last without the folders of the machine that made it."""
-        for path in (*folder.glob("*.png"), *folder.glob("*.csv"), folder / "summary.json"):
+        """Copy tables, summary, the figures that the page links, and the manifest without the folders of its machine."""
+        figures = (folder / name for name in self.study.figures(self))
+        for path in (*figures, *folder.glob("*.csv"), folder / "summary.json"):
             shutil.copy(path, self.kept(path.name))
         text = (folder / "manifest.json").read_text(encoding="utf-8")
         config = json.loads(text)["config"]
@@ -240,6 +241,11 @@ class Study(string.Formatter):
         if isinstance(value, list):
             return markdown_table(value, format_spec)
         return f"{value / 1e6:.1f} MB" if format_spec == "MB" else super().format_field(value, format_spec)
+
+    def figures(self, run: Run) -> list[str]:
+        """The figures of a run that the page links."""
+        links = FIGURE.findall("\n".join(self.parts.values()))
+        return [figure for name, figure in dict.fromkeys(links) if self.runs.get(name, self.first) is run]
 
     def _figure(self, link: re.Match[str]) -> str:
         run = self.runs[link[1]] if link[1] else self.first

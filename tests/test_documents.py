@@ -289,6 +289,12 @@ def test_a_study_whose_files_are_kept_fills_every_place_of_its_page(readme, stud
             strict.sections()
 
 
+def test_every_picture_that_is_kept_is_shown_on_some_page():
+    linked = {Path(target).name for path in DOCUMENTS for target in links(path)}
+    kept = {path.name for path in (ROOT / "docs" / "results").glob("*.png")}
+    assert kept - linked == set()
+
+
 def cells(row: str) -> int:
     """How many cells a table's row has; a bar behind a backslash stands for itself."""
     return len(re.findall(r"(?<!\\)\|", row.strip())) - 1

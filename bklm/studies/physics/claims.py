@@ -30,7 +30,7 @@ def claims_table(found: Mapping[str, Rows], gains: Mapping[str, float | None]) -
         rows.append(claim("the energy term improves generalisation", told, holds))
     blocks = found["block_verdicts"]
     if blocks:
-        beaten = [row for row in blocks if row["arm"] == "conservative" and row["verdict"] == "lower loss"]
+        beaten = [row for row in blocks if row["arm"] == "conservative" and (row["high"] or 0) < 0]
         holds = helps(blocks, "conservative")
         part = holds is False and [row["against"] for row in beaten]
         told = f"lower than {', '.join(part)}, but not than all: " if part else ""
