@@ -1,4 +1,4 @@
-"""Write the tree of the package into docs/architecture.md, one caption a file, from the files' own first sentences.
+"""Write the tree of the package's rooms into docs/architecture.md, with captions from the files' own first sentences.
 
     python scripts/architecture.py
 
@@ -141,22 +141,21 @@ def first_sentence(path: Path) -> str:
 
 
 def tree(folder: Path = PACKAGE) -> str:
-    """The package as a tree, floor by floor from the top, one caption a file."""
+    """The package's rooms, floor by floor from the top, and what is in each: folders and files, without a folder's files."""
     parts = ["```text", f"{folder.name}/{'':<22}{first_sentence(folder / '__init__.py')}"]
     for rooms in reversed(FLOORS):
         for room in rooms:
-            parts += _branch(folder / room, 1)
+            parts += _room(folder / room)
     return "\n".join([*parts, "```"])
 
 
-def _branch(folder: Path, depth: int) -> list[str]:
-    indent = "  " * depth
-    found = [_leaf(f"{indent}{folder.name}/", folder / "__init__.py")]
+def _room(folder: Path) -> list[str]:
+    found = [_leaf(f"  {folder.name}/", folder / "__init__.py")]
     for path in sorted(folder.iterdir(), key=lambda p: (p.is_dir(), p.name)):
         if path.is_dir() and (path / "__init__.py").exists():
-            found += _branch(path, depth + 1)
+            found.append(_leaf(f"    {path.name}/", path / "__init__.py"))
         elif path.suffix == ".py" and path.name not in ("__init__.py", "__main__.py"):
-            found.append(_leaf(f"{indent}  {path.name}", path))
+            found.append(_leaf(f"    {path.name}", path))
     return found
 
 

@@ -48,7 +48,9 @@ Row = dict[str, Any]
 
 def ppl(row: Row, key: str = "val_ppl") -> str:
     """A row's perplexity with its interval."""
-    return str(Perplexity(row[key], row.get(f"{key}_low"), row.get(f"{key}_high")))
+    low = row.get(f"{key}_low")
+    # No perplexity lies below 1, whatever the interval of few seeds says.
+    return str(Perplexity(row[key], max(1.0, low) if low and key != "ratio" else low, row.get(f"{key}_high")))
 
 
 def list_scores(rows: list[Row]) -> str:

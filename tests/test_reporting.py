@@ -38,7 +38,8 @@ def test_perplexities_are_averaged_as_losses_and_their_interval_is_carried_over(
     assert over.mean == pytest.approx(110.0)
     assert (over.low, over.high) == (pytest.approx(math.exp(loss - half)), pytest.approx(math.exp(loss + half)))
     assert str(Perplexity.over_seeds([268.44])) == "268.4"
-    assert str(Perplexity(2180.0, 450.04, 1.2e9)) == "2,180 (450.0 to 1e+09)"
+    assert str(Perplexity(2180.0, 450.04, 1.2e9)) == "2,180 (450.0 to 1e+09, seeds far apart)"
+    assert str(Perplexity(2180.0, 450.04, 30_000.0)) == "2,180 (450.0 to 30,000)"
 
 
 def test_the_revision_is_that_of_the_packages_own_checkout_and_of_none_around_it(tmp_path, monkeypatch):

@@ -262,12 +262,13 @@ def not_beaten_in_short(perplexity: float, baselines: Sequence[Mapping[str, Any]
 
 
 def score_in_words(row: dict[str, Any]) -> str:
-    """ "268.4 (267.1 to 269.8); diverged: 1 of 3 seeds", or "diverged" where all did."""
+    """ "268.4 (267.1 to 269.8); diverged: 1 of 3 seeds", or "diverged" where all did; no interval begins below 1."""
     # A summary that an earlier version wrote counts none: it could not hold a diverged trial.
     lost = row.get("diverged", 0)
     if not row["seeds"]:
         return "diverged"
-    words = str(Perplexity(row["val_ppl"], row["val_ppl_low"], row["val_ppl_high"], row["seeds"] == 2))
+    low = row["val_ppl_low"] and max(1.0, row["val_ppl_low"])
+    words = str(Perplexity(row["val_ppl"], low, row["val_ppl_high"], row["seeds"] == 2))
     return words + (f"; diverged: {lost} of {lost + row['seeds']} seeds" if lost else "")
 
 

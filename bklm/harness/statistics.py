@@ -11,6 +11,7 @@ from scipy.special import stdtrit
 from bklm.training.evaluation import LARGEST_PERPLEXITY
 
 FEWEST_SEEDS = 3  # for an interval: the t-interval of two is thirteen times their distance
+FAR_APART = 100.0  # upper over lower end of an interval that says little more than that
 
 
 def interval95(values: Sequence[float], any_of: int = 1) -> tuple[float, float | None]:
@@ -69,7 +70,8 @@ class Perplexity:
         if self.low is None:
             return _short(self.mean)
         kind = "range " if self.is_range else ""
-        return f"{_short(self.mean)} ({kind}{_short(self.low)} to {_short(self.high)})"
+        wide = "" if self.is_range or self.high <= FAR_APART * self.low else ", seeds far apart"
+        return f"{_short(self.mean)} ({kind}{_short(self.low)} to {_short(self.high)}{wide})"
 
 
 def is_off_the_scale(perplexity: float) -> bool:

@@ -38,7 +38,6 @@ ARMS = Comparison(
         _lifting("psi_error", "psi's error"),
         _lifting("koopman_ppl", "PPL of the Koopman forward", ".0f"),
         Column("parameters", "parameters", "parameters", ",.0f"),
-        # Not shown: those of trainings on a machine that does other work, too.
         Column("seconds", "seconds"),
     ),
 )

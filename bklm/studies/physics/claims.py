@@ -30,11 +30,11 @@ def claims_table(found: Mapping[str, Rows], gains: Mapping[str, float | None]) -
         rows.append(claim("the energy term improves generalisation", told, holds))
     blocks = found["block_verdicts"]
     if blocks:
-        beaten = [row for row in blocks if row["arm"] == "conservative" and (row["high"] or 0) < 0]
-        holds = helps(blocks, "conservative")
-        part = holds is False and [row["against"] for row in beaten]
-        told = f"lower than {', '.join(part)}, but not than all: " if part else ""
-        told += _differences(blocks, "conservative")
+        holds, own = helps(blocks, "conservative"), [r for r in blocks if r["arm"] == "conservative"]
+        beaten = [r["against"] for r in own if holds is False and r["high"] < 0]
+        told = f"lower than {', '.join(beaten)}, but not than all: " * bool(beaten) + _differences(
+            own, "conservative"
+        )
         told += f"; gain from context {gain_in_words(gains['conservative'])}, {PLAIN}'s {gain_in_words(gains[PLAIN])}"
         name = "conservative blocks reach a lower perplexity"
         rows.append(claim(name, told, holds))
@@ -45,9 +45,8 @@ def claims_table(found: Mapping[str, Rows], gains: Mapping[str, float | None]) -
     rows += _steadier(found["stability"])
     growths = {r["way"]: r["growth"] for r in found["memory"] if r["growth"] is not None}
     if growths:
-        told = f"at most {MEMORY - 1:.0%} more allowed; deepest over shallowest: " + ", ".join(
-            f"{way} {times:.2f}" for way, times in growths.items()
-        )
+        told = f"deepest over shallowest (no growth: {MEMORY:g} at most): "
+        told += ", ".join(f"{way} {times:.2f}" for way, times in growths.items())
         rows.append(claim("memory does not grow with depth", told, growths["leapfrog, reversible"] <= MEMORY))
     return rows
 

@@ -42,7 +42,6 @@ ARMS = Comparison(
         Column("parameters", "parameters", "parameters", ",.0f"),
         Column("gradient_norm_99", _highest_norm, "99% gradient norm", ".3g"),
         Column("embedding_norm", "embedding_norm", "embedding size", ".3f"),
-        # Not shown: those of trainings on a machine that does other work, too.
         Column("seconds", "seconds"),
     ),
 )  # fmt: skip
