@@ -7,7 +7,7 @@
 
 peers       bidirectional, complex64 x (B, N, D), real a, b, c, complex z: forward, and forward + gradients of all five inputs
 models      causal, real x (rows, N, columns a head), number b and c: forward, and forward + gradients of x and a, against
-            copying the bytes that must be moved at least (12 and 32 a number of y) from one existing buffer to another
+            a copy on all threads that moves the bytes that must be moved at least (12 and 32 a number of y)
 
 jax needs a Python of its own, where ``python -m pip install "jax[cpu]"`` put it; it runs there in a second process and
 takes turns with ours. Times are medians of samples taken in turns (quartiles in brackets). Ratios are theirs / ours: larger
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _timing import Timing, print_table, take_turns, where
+from _timing import Timing, copy, print_table, take_turns, where
 from scipy.linalg import solve_banded
 from torch import Tensor
 
@@ -149,20 +149,18 @@ def peers_case(m: int, n: int, columns: int, jax: str | None, seconds: float) ->
     }
 
 
-def copy(count: int) -> Call:
-    """Copy half of ``count`` bytes: as many are read and written together."""
-    source = torch.ones(count // 8)
-    target = torch.empty_like(source).fill_(0.0)
-    return lambda: target.copy_(source)
-
-
 def models_case(m: int, n: int, columns: int, seconds: float) -> dict[str, object]:
     g = torch.Generator().manual_seed(1)
     x, a = torch.randn(m, n, columns, generator=g), torch.randn(m, n, generator=g)
     gbar = torch.randn(m, n, columns, dtype=torch.complex64, generator=g)
     forward, both = ours((x, a, 1.0, 1.0, 1j), gbar, causal=True)
-    size = m * n * columns
-    arms = {"forward": forward, "both": both, "copy 12": copy(12 * size), "copy 32": copy(32 * size)}
+    size, threads = m * n * columns, torch.get_num_threads()
+    arms = {
+        "forward": forward,
+        "both": both,
+        "copy 12": copy(6 * size, threads),
+        "copy 32": copy(16 * size, threads),
+    }
     found = take_turns(arms, seconds)
     return {
         "rows, N, D": f"{m}, {n}, {columns}",

@@ -210,7 +210,7 @@ def study_times() -> list[dict[str, Any]]:
         ("quick", "wikitext-2"),
         ("full", "wikitext-2"),
     ]
-    for profile, corpus in tqdm(profiles, desc="timing", unit="profile", leave=False):
+    for profile, corpus in tqdm(profiles, desc="compiling and timing", unit="profile", leave=False):
         config = GradBlendConfig(profile=profile, dataset=corpus).resolved()
         minutes = round_minutes(estimated_minutes(config))
         rows.append({"notebook": "01 GRAD_BLEND sweep", "profile": profile, "text": corpus, "minutes": minutes})

@@ -67,8 +67,10 @@ def test_importing_the_operator_leaves_numba_to_the_first_call():
     assert subprocess.run([sys.executable, "-c", words], capture_output=True, text=True).stdout == "False\n"
 
 
-def test_the_first_compilation_of_a_process_says_what_is_waited_for(capsys, monkeypatch):
+@pytest.mark.parametrize(("kept", "said"), [(True, "later processes find them"), (False, "every process will again")])
+def test_the_first_compilation_of_a_process_says_what_is_waited_for(capsys, monkeypatch, kept, said):
     monkeypatch.setattr(jit.NOTICE, "said", False)
+    monkeypatch.setattr(jit.NOTICE, "kept", kept)
     for value in (1, 2):
 
         def kernel(x):
@@ -76,4 +78,6 @@ def test_the_first_compilation_of_a_process_says_what_is_waited_for(capsys, monk
 
         kernel.__module__ = "bklm.bk_core.cpu.test"
         jit.part(kernel).compile("(int64,)")
-    assert capsys.readouterr().err.count("bklm: compiling kernels for this processor") == 1
+    told = capsys.readouterr().err
+    assert told.count("bklm: compiling kernels for this processor") == 1
+    assert said in told
