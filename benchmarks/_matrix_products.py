@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
 from bklm.models import loss as loss_module
 
-if TYPE_CHECKING:
-    from train_step import Size
-
 HEADS = 8  # of the mixer solve
+
+
+@dataclass(frozen=True)
+class Size:
+    vocab_size: int = 30_000
+    batch: int = 32
+    length: int = 128
+    d_model: int = 64
+    n_layers: int = 4
+    num_experts: int = 4
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
 
 
 class GemmFloor:

@@ -26,11 +26,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _matrix_products import HEADS, GemmFloor
+from _matrix_products import HEADS, GemmFloor, Size
 from _timing import memory_ratio, peak_memory, target, where
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,20 +47,6 @@ BKLM, SOLVE, PEER, LOOP, AUTOGRAD = (
 ARMS = (BKLM, SOLVE, PEER, LOOP, AUTOGRAD)
 FLOORS = {BKLM: "products", LOOP: "products", SOLVE: "products with the mixer's"}
 MB = 2**20
-
-
-@dataclass(frozen=True)
-class Size:
-    vocab_size: int = 30_000
-    batch: int = 32
-    length: int = 128
-    d_model: int = 64
-    n_layers: int = 4
-    num_experts: int = 4
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.length
 
 
 QUICK = Size(vocab_size=3_000, batch=8, length=32, n_layers=2)
