@@ -1,8 +1,8 @@
 """Threads for kernels that hold no GIL, and a scratch buffer for each.
 
 They are torch's own, where torch brings GNU's OpenMP (pip's torch on Linux): after a matrix product these wait for more
-work with their core busy, and threads of a pool would have to drive them off first, 0.2 ms a call. Elsewhere, and in a
-forked child, which OpenMP's threads do not survive, a pool.
+work with their core busy, and threads of a pool would have to drive them off first, 0.2 ms a call (measured once by hand).
+Elsewhere, and in a forked child, which OpenMP's threads do not survive, a pool.
 
 Not numba's parallel mode: its default layer on Colab, workqueue, aborts when two Python threads call it at once (two
 autograd engines, a data loader beside a training loop). Here any number of threads may call; a forked child starts with an
