@@ -82,16 +82,17 @@ def mixture_against_all_experts(scripts, tokens, width):
     ("arms", "size", "threads", "least"),
     [
         (against_the_loop, (32, 128), 1, 20),
-        (against_the_loop, (16, 512), 1, 30),
+        (against_the_loop, (16, 512), 1, 40),
         (against_a_copy, (1, 200_000, 1), 1, 1 / 12),
         (against_a_copy, (1, 200_000, 2), 2, 1 / 25),
-        (solve_against_scipy, (8, 256, 16), 1, 0.5),
+        (solve_against_scipy, (8, 256, 16), 1, 3),
         (mixture_against_all_experts, (2048, 64), 1, 0.8),
     ],
 )
 def test_what_was_made_fast_keeps_its_distance(arms, size, threads, least, scripts):
-    """In turns, so that a busy machine slows both. A fourth to a sixth of what docs/benchmarks.md shows is enough; where both
-    share the team of threads, on a machine that has no core to spare, less."""
+    """In turns, so that a busy machine slows both. Bounds are a fourth to a sixth of what was measured on an Intel Xeon; those of
+    the copies a tenth and a twenty-fifth, since other processors copy faster, and a machine that has no core to spare slows
+    each of the team's parts."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -99,7 +100,6 @@ def test_what_was_made_fast_keeps_its_distance(arms, size, threads, least, scrip
         found = scripts("_timing").take_turns({"ours": ours, "theirs": theirs}, 0.3)
     finally:
         torch.set_num_threads(before)
-    print(arms.__name__, found["theirs"].median / found["ours"].median)
     assert found["theirs"].median / found["ours"].median > least
 
 
