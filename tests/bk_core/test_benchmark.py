@@ -90,9 +90,9 @@ def mixture_against_all_experts(scripts, tokens, width):
     ],
 )
 def test_what_was_made_fast_keeps_its_distance(arms, size, threads, least, scripts):
-    """In turns, so that a busy machine slows both. Bounds are a fourth to a sixth of what was measured on an Intel Xeon; those of
-    the copies a tenth and a twenty-fifth, since other processors copy faster, and a machine that has no core to spare slows
-    each of the team's parts."""
+    """In turns, so that a busy machine slows both. Bounds are a fourth to a sixth of what was measured on an Intel Xeon; those
+    of the copies a tenth and a twenty-fifth, since other processors copy faster, and a machine that has no core to spare
+    slows each of the team's parts."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
