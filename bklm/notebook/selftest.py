@@ -1,4 +1,4 @@
-"""Ten seconds that tell whether the operator is right on this machine, and how long the studies will take here."""
+"""Whether the operator is right on this machine and how long the studies take here, told in a minute or two."""
 
 from __future__ import annotations
 
