@@ -32,6 +32,12 @@ def judge(tables: dict[str, list[Row]]) -> None:
         if table not in tables:
             continue
         rows = [row for row in tables[table] if next(iter(row.values())) == which]
-        cell = str(rows[0].get(column, "")) if rows else ""
-        found = float(cell) if cell.replace(".", "").replace("e+", "").isdecimal() else None
-        target(f"{column} ({which})", found, **wanted)
+        target(f"{column} ({which})", number(rows[0][column]) if rows else None, **wanted)
+
+
+def number(cell: object) -> float | None:
+    """None for a word: "overflows", "not measured"."""
+    try:
+        return float(str(cell))
+    except ValueError:
+        return None

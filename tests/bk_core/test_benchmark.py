@@ -103,6 +103,20 @@ def test_what_was_made_fast_keeps_its_distance(arms, size, threads, least, scrip
     assert found["theirs"].median / found["ours"].median > least
 
 
+def test_targets_are_printed_as_held_missed_or_not_measured(scripts, capsys):
+    rows = [{"B, N": "32, 128", "autograd / ours": "97.7"}, {"B, N": "32, 512", "autograd / ours": "overflows"}]
+    long = {"ours / copy": "1.09", "extra B/element": "21"}
+    scripts("_bk_core_targets").judge({"loop": rows, "copy": [{"B, N": "8, 65536"} | long]})
+    assert capsys.readouterr().out.splitlines() == [
+        "target: autograd / ours (32, 128), at least 150, measured: 97.7, missed",
+        "target: autograd / ours (32, 512), at least 60, measured: not in this run",
+        "target: ours / copy (8, 65536), at most 6, measured: 1.09, held",
+        "target: ours / copy (1, 1000000), at most 4, measured: not in this run",
+        "target: extra B/element (8, 65536), at most 20, measured: 21, missed",
+        "target: extra B/element (1, 1000000), at most 20, measured: not in this run",
+    ]
+
+
 def test_importing_the_operator_leaves_numba_to_the_first_call():
     words = "import sys, bklm.bk_core; print('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", words], capture_output=True, text=True).stdout == "False\n"
