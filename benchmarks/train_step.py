@@ -206,7 +206,7 @@ def report(size: Size, rounds: int, now: Callable[[], float]) -> None:
     for arm, floor in FLOORS.items():
         flop = GemmFloor(size, now, mixer=arm == SOLVE).flop
         print(
-            f"{arm}: {middle[arm][1] / middle[floor][1]:.2f}x the time of the matrix {floor} alone, "
+            f"{arm}: {middle[arm][1] / middle[floor][1]:.2f}x the time of the matrix {floor}, "
             f"{1e3 * middle[floor][1]:.0f} ms ({flop / middle[floor][1] / 1e9:.0f} GFLOP/s)"
         )
     print("\nwhere the time goes (median ms)")
