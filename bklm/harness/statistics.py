@@ -11,7 +11,6 @@ from scipy.special import stdtrit
 from bklm.training.evaluation import LARGEST_PERPLEXITY
 
 FEWEST_SEEDS = 3  # for an interval: the t-interval of two is thirteen times their distance
-FAR_APART = 100.0  # upper over lower end of an interval that says little more than that
 
 
 def interval95(values: Sequence[float], any_of: int = 1) -> tuple[float, float | None]:
@@ -70,7 +69,7 @@ class Perplexity:
         if self.low is None:
             return _short(self.mean)
         kind = "range " if self.is_range else ""
-        wide = "" if self.is_range or self.high <= FAR_APART * self.low else ", seeds far apart"
+        wide = "" if self.is_range or self.high <= 100 * self.low else ", seeds far apart"
         return f"{_short(self.mean)} ({kind}{_short(self.low)} to {_short(self.high)}{wide})"
 
 
