@@ -68,7 +68,7 @@ def rows(model: LanguageModel, ids: torch.Tensor) -> Iterator[tuple[str, str, fl
     for name, (_, bytes_, why) in made.items():
         factor = statistics.median(a / b for a, b in zip(seconds[name], seconds[plain], strict=True))
         change = math.expm1(losses[name] - losses[plain])
-        what = f"{bytes_ / 1e6:.2f} MB, perplexity {change:+.2%}, time x{factor:.2f}"
+        what = f"{bytes_ / 1e6:.2f} MB, perplexity {change:+.2%}, {factor:.2f} times float32's time"
         yield name, what, math.exp(losses[name]), why
     yield from failed
 

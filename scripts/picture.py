@@ -59,7 +59,8 @@ def _arrow(axes: Axes, start: tuple, end: tuple, colour: str, bend: float = 0.0)
 
 if __name__ == "__main__":
     save_figure(
-        PICTURE, draw, title="Each word sets a potential; the chain carries what was before; G predicts",
+        PICTURE, draw,
+        title="The published model: each word sets a potential, the chain hands on one number, G is the feature",
         note="G is computed with bklm.resolvent_diagonal, causal, z = i: no word knows a later one.", size=(7.2, 5.2),
     )  # fmt: skip
     print(f"wrote {PICTURE.name}")

@@ -75,7 +75,7 @@ def draw_files(
                     textcoords="offset points",
                     fontsize=9,
                 )
-            axes.axhline(whole["val_ppl"], color=GREY, linewidth=1, linestyle="--")
+            axes.axhline(whole["val_ppl"], color=GREY, linewidth=1, linestyle="--", label="float32")
             axes.axhline(unigram, color="#000000", linewidth=1, linestyle="-.", label="unigram")
             sizes = [r["file_bytes"] / MEGA for r in (*shown, *near)]
             wide_range_axis(axes.xaxis, sizes, "file, MB")

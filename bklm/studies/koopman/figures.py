@@ -70,8 +70,9 @@ def draw_linearised(path: Path, rows: Sequence[Mapping[str, Any]], title: str, n
             mean = row["val_ppl"]
             if mean > edge:
                 left.annotate(
-                    f"{mean:,.0f} →", (0.98, place), xycoords=("axes fraction", "data"), ha="right", va="center"
-                )
+                    f"{mean:,.0f} →", (0.98, place), xycoords=("axes fraction", "data"), ha="right", va="center",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+                )  # fmt: skip
                 continue
             # Of the ratio to the original: seeds differ by more than replacements do.
             ends = [e and e * mean / row["ppl_ratio"] for e in (row["ppl_ratio_low"], row["ppl_ratio_high"])]
