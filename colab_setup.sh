@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # bash colab_setup.sh             install what the suite needs
 # bash colab_setup.sh run [...]   install, then run notebook 01 headless; extra words go to papermill (-p profile quick)
-# bash colab_setup.sh test [...]  install, then lint and run every test but the browser's; extra words go to pytest instead
-# bash colab_setup.sh generic     install, then run the fast tests with the code that an old processor would run
+# bash colab_setup.sh test [...]  install, then lint and run the fast tests; extra words go to pytest instead
+# bash colab_setup.sh slow [...]  install, then run what takes long: kills, full disks, PostgreSQL, workers, benchmarks; extra words likewise
+# bash colab_setup.sh generic     install, then run the tests of numbers with the code that an old processor would run
 # bash colab_setup.sh browser     install, then drive the notebooks in JupyterLab with headless Chromium
 # bash colab_setup.sh colab       install the versions that Colab has into .venv-colab, then run the notebooks there
 # bash colab_setup.sh compat END  install one end of the ranges of requirements.txt into .venv-END, then run the fast tests there:
@@ -105,7 +106,14 @@ run_tests() {
     "$PY" -m ruff check .
     "$PY" -m ruff format --check .
     step="running the tests"
-    [ $# -gt 0 ] || set -- -m "slow or not slow" --ignore tests/browser
+    [ $# -gt 0 ] || set -- -m "not slow" --ignore tests/browser
+    in_parallel "$@"
+}
+
+run_slow_tests() {
+    step="running the slow tests"
+    # Whole notebooks are run by the colab lane, on the versions that most of their readers have.
+    [ $# -gt 0 ] || set -- -m slow --ignore tests/browser --ignore tests/notebooks/test_notebooks.py
     in_parallel "$@"
 }
 

@@ -211,6 +211,20 @@ def test_a_speed_up_holds_only_where_one_operator_is_twice_as_fast_and_no_worse(
     assert readable_speed(rows)[1]["one block, times faster (95% over rounds)"].startswith("10.0 (")
 
 
+def test_blocks_are_not_linear_where_the_operator_keeps_none_of_the_gain_from_context():
+    """Fast, and by its interval no worse, as losses differ much between seeds; but no better than a model that reads nothing."""
+    far_apart = [scores({"affine": x, "EDMD": 0.5}) for x in (0.9, -0.4, 0.2)]
+    rows, claim = faster(far_apart, TIMES)
+    affine = next(r for r in rows if r["replacement"] == "affine")
+    assert affine["times_faster_low"] >= 2
+    assert affine["ppl_ratio_low"] <= 1
+    assert affine["context_gain_kept"] < 0
+    assert claim["measured"].endswith("context gain kept: none")
+    assert claim["verdict"] == "does not hold"
+    kept = faster([scores({"affine": x, "EDMD": 0.5}) for x in (0.6, -0.4, 0.2)], TIMES)[1]
+    assert kept["verdict"] == "holds"
+
+
 def test_where_mixing_brings_nothing_there_is_nothing_to_linearise():
     for gains in ((0.0, 0.0, 0.0), (0.01, -0.02, 0.02)):
         rows, claim = faster([scores({"affine": 0.0, "EDMD": 0.0}, gain) for gain in gains], TIMES)

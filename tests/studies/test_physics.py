@@ -206,6 +206,19 @@ def test_conserved_means_little_drift_no_collapse_and_less_drift_than_where_noth
     assert words == ["42% of the first", "100% of the first", "5.4 times the first", "57 times the first", "-"]
 
 
+def test_seeds_that_differ_by_all_bounds_give_no_ratio():
+    """One placebo whose energy collapsed, and another that kept it: their mean would be 0.000 (0.000 to 292.9)."""
+    low, placebo = [(0.05, 1.0)] * 3, [(0.2, 1.0), (0.1, 1.0), (1e9, 1.0)]
+    rows = energies(mended=low, mended_placebo=placebo, detached=[(0.1, 1.0), (0.2, 1.0), (0.3, 1.0)])
+    told = {r["arm"]: r for r in tables.readable_energies(rows)}
+    assert told["mended"]["over its control's (95%)"] == "no ratio, mended-placebo"
+    assert told["mended-placebo"]["at the end (95%)"] == "no ratio"
+    assert told["detached"]["at the end (95%)"].startswith("0.182 (0.0")
+    (claim,) = claims_table(NONE | {"energies": rows}, {})
+    assert claim["measured"].endswith("; over mended-placebo's no ratio")
+    assert claim["verdict"] == "does not hold"
+
+
 def test_a_collapsed_energy_is_drawn_without_its_ratio(tmp_path):
     row = {"step": 0.0, "drift": 0.1, "spread": 1.0, "spread_of_v": 1.0, "weight": 1.0}
     trace = [row, row | {"step": 1.0, "spread": 0.0, "drift": 0.0}]
