@@ -212,7 +212,7 @@ def test_a_speed_up_holds_only_where_one_operator_is_twice_as_fast_and_no_worse(
 
 
 def test_blocks_are_not_linear_where_the_operator_keeps_none_of_the_gain_from_context():
-    """Fast, and by its interval no worse, as losses differ much between seeds; but no better than a model that reads nothing."""
+    """Fast, and by its wide interval no worse; but no better than a model that reads nothing."""
     far_apart = [scores({"affine": x, "EDMD": 0.5}) for x in (0.9, -0.4, 0.2)]
     rows, claim = faster(far_apart, TIMES)
     affine = next(r for r in rows if r["replacement"] == "affine")
