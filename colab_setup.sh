@@ -105,7 +105,7 @@ run_tests() {
     step="checking style with ruff"
     "$PY" -m ruff check .
     "$PY" -m ruff format --check .
-    step="running the tests"
+    step="running the fast tests"
     [ $# -gt 0 ] || set -- -m "not slow" --ignore tests/browser
     in_parallel "$@"
 }
@@ -123,8 +123,14 @@ in_parallel() { # words for pytest
 }
 
 run_generic_tests() {
-    step="running the fast tests as on an old processor"
-    [ $# -gt 0 ] || set -- -m "not slow" --ignore tests/browser
+    local name words=(-m "not slow" tests)
+    step="running the tests of numbers as on an old processor"
+    # What is left out asks for files, words and order, or computes with what the others test.
+    for name in browser faults harness notebooks sharing studies trained test_{architecture,batch,benchmarks}.py \
+        test_{command,config,documents,fuzz_configs,locks,processes,reporting,security,setup}.py; do
+        words+=(--ignore "tests/$name")
+    done
+    [ $# -gt 0 ] || set -- "${words[@]}"
     # torch's own kernels, oneDNN's, MKL's, and numba's code: each picks what suits the processor unless it is told.
     ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic in_parallel "$@"
 }
@@ -139,9 +145,10 @@ run_like_colab() {
     PY="$PWD/.venv-colab/bin/python"
     make_environment .venv-colab test "$python" --like-colab --extra test
     step="running the notebooks on Colab's versions"
-    # The second file writes data sets with one environment's version of datasets and reads them with the other's.
-    "$PY" -m pytest -m "slow or not slow" -W ignore::DeprecationWarning tests/notebooks tests/data/test_dataset_versions.py \
-        --ignore tests/notebooks/test_study_run.py
+    # The second file writes data sets with one environment's version of datasets and reads them with the other's. Most of the
+    # time goes into one file, so its tests are shared out one by one.
+    in_parallel -m "slow or not slow" -W ignore::DeprecationWarning tests/notebooks tests/data/test_dataset_versions.py \
+        --ignore tests/notebooks/test_study_run.py --dist worksteal
 }
 
 run_at_the_end() { # lowest, colab or newest; extra words go to pytest instead
@@ -176,10 +183,11 @@ case "${1:-}" in
 "") install && echo "Installed. Next: bash colab_setup.sh run" ;;
 run) shift && install && run "$@" ;;
 test) shift && install test && run_tests "$@" ;;
+slow) shift && install test && run_slow_tests "$@" ;;
 generic) shift && install test && run_generic_tests "$@" ;;
 browser) shift && install test,browser && step="driving the notebooks" && "$PY" -m pytest -m slow tests/browser "$@" ;;
 colab) run_like_colab ;;
 compat) shift && run_at_the_end "$@" ;;
 -h | --help | help) usage ;;
-*) fail "got '$1'; allowed are no word (install), 'run', 'test', 'generic', 'browser', 'colab', 'compat' and '--help'." 2 ;;
+*) fail "got '$1'; allowed are no word (install), 'run', 'test', 'slow', 'generic', 'browser', 'colab', 'compat' and '--help'." 2 ;;
 esac

@@ -56,7 +56,7 @@ def parameters(words: list[str]) -> dict[str, str]:
 
 def check_setup(words: list[str]) -> None:
     word, *rest = words or [""]
-    assert word in ("", "run", "test", "generic", "browser", "colab", "compat")
+    assert word in ("", "run", "test", "slow", "generic", "browser", "colab", "compat")
     if word == "compat":
         assert rest[0] in ("lowest", "colab", "newest")
     if word == "run":

@@ -20,8 +20,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def alone(small_text: Path, tmp_path_factory: pytest.TempPathFactory):
     """One process's search and two runs of a NewLLM, and nothing random but the batches' order."""
+    folder = str(tmp_path_factory.mktemp("one"))
     return run_baseline(BaselineConfig(
-        profile="smoke", model="newllm", data_dir=str(small_text), output_dir=str(tmp_path_factory.mktemp("one")), device="cpu",
+        profile="smoke", model="newllm", data_dir=str(small_text), output_dir=folder, device="cpu",
         seeds=(0, 1), epochs=2, learning_rates=(1e-3, 1e-2), search_tokens=200, batch_size=12, seq_len=8, vocab_size=100,
         embed_dim=8, hidden_dim=16, context_dim=8, n_layers=1, max_train_tokens=500, generate_tokens=3, context_tokens=0,
         dropout=0.0,

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from small import small
+from small import require_that_figures_say_what_the_model_sees, small
 
 from bklm.studies import KoopmanConfig, run_koopman
 from bklm.studies.koopman.claims import claims_table
@@ -33,6 +33,10 @@ def original(tmp_path_factory, small_text):
 def corrected(tmp_path_factory, small_text):
     given = {"weights": (1.0,), "distances": (8, 128), "learning_rates": (1e-3, 1e-2)}
     return run_koopman(small("koopman", tmp_path_factory.mktemp("koopman"), small_text, **given))
+
+
+def test_every_figure_of_what_was_published_says_that_it_sees_the_future(original):
+    require_that_figures_say_what_the_model_sees(original)
 
 
 def row(result, arm):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small import small
+from small import require_that_figures_say_what_the_model_sees, small
 
 from bklm.models import future_leak
 from bklm.studies import PhysicsConfig, run_physics
@@ -38,6 +38,10 @@ def test_as_published_it_sees_the_future_and_says_so(original):
     announced = [row["announced"] for row in original.claims]
     assert announced[0] == "the energy term improves generalisation"
     assert not any("stable" in words or "memory" in words for words in announced)
+
+
+def test_every_figure_of_what_was_published_says_that_it_sees_the_future(original):
+    require_that_figures_say_what_the_model_sees(original)
 
 
 def test_blocks_are_equal_in_parameters_and_no_corrected_arm_sees_the_future(config):
