@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +16,6 @@ from bklm.studies.grad_blend.config import GradBlendConfig
 # On a busy machine an example may take any time: that says nothing about the code. pytest-timeout stops what hangs.
 settings.register_profile("bklm", deadline=None, print_blob=True)
 settings.load_profile("bklm")
-
-# Every training ends with a full garbage collection, which would walk through all of torch each time.
-gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bklm.data import IGNORED, set_epoch
 from bklm.models import LanguageModel
-from bklm.training.allocator import keep_freed_memory
+from bklm.training.allocator import forget_training, keep_freed_memory
 from bklm.training.checkpoints import CheckpointFolder
 from bklm.training.evaluation import evaluate
 from bklm.training.memory import BatchParts, memory_shortage_explained
@@ -171,7 +171,7 @@ def train(
             label, epoch, settings.epochs, record.trained_in_words, record.val_perplexity, seconds,
             describe_experts(record.expert_counts),
         )  # fmt: skip
-    accelerator.free_memory()
+    forget_training(accelerator)
     return records
 
 
