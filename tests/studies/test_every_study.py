@@ -44,6 +44,7 @@ CHANGED = {
 @pytest.fixture(scope="module", autouse=True)
 def small_parts():
     """The precision study's parts of fixed size, smaller; and no process that weighs memory, which takes long to start."""
+    from bklm.studies.baseline import costs
     from bklm.studies.physics import run as physics
     from bklm.studies.precision import cells, run
 
@@ -51,8 +52,8 @@ def small_parts():
         patch.setattr(cells, "MOE_TOKENS", 32)
         patch.setattr(cells, "ARCHITECTURE_N", 64)
         patch.setattr(cells, "ARCHITECTURE_BATCH", 1)
-        patch.setattr(run, "MemoryMeter", NoMeter)
-        patch.setattr(physics, "MemoryMeter", NoMeter)
+        for module in (run, costs, physics):
+            patch.setattr(module, "MemoryMeter", NoMeter)
         yield
 
 
