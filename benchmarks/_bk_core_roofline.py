@@ -10,7 +10,7 @@ import tempfile
 import torch
 from _bk_core_arms import FLOOR, copy, inputs, nothing, ours
 from _timing import Timing, duration, processor, take_turns
-from resolvent_solve import CALLS, Jax
+from resolvent_solve import Jax, each_of, in_a_row
 
 from bklm.bk_core.cpu import backend as cpu
 from bklm.bk_core.cpu.vectors import REGISTER_BYTES
@@ -96,14 +96,14 @@ def jax_case(m: int, n: int, python: str, seconds: float) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         second = Jax(python, folder, (columns, a, bonds, bonds, z, gbar[..., None]))
         version = second.ask("both")
-        found = take_turns({"ours": ours(a, gbar), "jax": lambda: second.ask("both")}, seconds)
+        found = take_turns({"ours": in_a_row(ours(a, gbar)), "jax": lambda: second.ask("both")}, seconds)
         second.close()
-    theirs = Timing(*(t / CALLS for t in found["jax"]))
+    mine, theirs = (each_of(found[name]) for name in ("ours", "jax"))
     return {
         "B, N": f"{m}, {n}",
-        "ours": found["ours"],
+        "ours": mine,
         f"jax {version}, with gradients": theirs,
-        "jax / ours": f"{theirs.median / found['ours'].median:.3g}",
+        "jax / ours": f"{theirs.median / mine.median:.3g}",
     }
 
 

@@ -10,6 +10,7 @@ The first cell of every notebook is scripts/first_cell.py.
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -77,8 +78,13 @@ def wanted() -> dict[Path, str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit code 1 names what would change"
+    )
+    given = parser.parse_args()
     changed = [p for p, text in wanted().items() if p.read_text(encoding="utf-8") != text]
-    if "--check" in sys.argv[1:]:
+    if given.check:
         names = ", ".join(str(p.relative_to(ROOT)) for p in changed)
         sys.exit(f"Not as scripts/address.py would write them: {names}." if changed else 0)
     texts = wanted()

@@ -712,3 +712,30 @@ def test_costs_are_measured_anew_on_another_machine_and_read_back_on_this_one(tm
     assert measure() == 3.0
     runs.append({"model": "newllm"})
     assert [measure(), measure()] == [4.0, 4.0]
+
+
+def test_each_models_dropout_is_the_best_of_whole_trainings_of_the_first_seed_which_are_not_repeated(
+    small_text, tmp_path, monkeypatch
+):
+    trained, train_run = [], baseline_runner.train_run
+
+    def counted(study, name, fields, *rest, **more):
+        trained.append((fields["dropout_p"], rest[0].seed))
+        return train_run(study, name, fields, *rest, **more)
+
+    monkeypatch.setattr(baseline_runner, "train_run", counted)
+    config = tiny_config(small_text, tmp_path, seeds=(0, 1), dropouts=(0.0, 0.9))
+    result = run_baseline(config)
+    tried = {row["dropout"]: row["val_ppl"] for row in result.search}
+    best = min(tried, key=tried.get)
+    assert tried[0.0] != tried[0.9]
+    assert trained == [(0.0, 0), (0.9, 0), (best, 1)]
+    assert [(run["seed"], run["dropout"], run["model_config"]["dropout_p"]) for run in result.runs] == [
+        (0, best, best),
+        (1, best, best),
+    ]
+    assert result.runs[0]["val_ppl"] == tried[best]
+    (row,) = result.tables()["search"]()
+    assert row[f"dropout {best:g}"].endswith("(taken)")
+    assert run_baseline(config).table == result.table
+    assert len(trained) == 3

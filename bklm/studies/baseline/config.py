@@ -70,6 +70,12 @@ class BaselineConfig(WindowStudyConfig):
     learning_rates: tuple[float, ...] | None = setting(
         None, above=0, high=10, help="each model is tried with each; one alone is taken without a search"
     )
+    dropouts: tuple[float, ...] | None = setting(
+        None,
+        low=0,
+        high=0.99,
+        help="each model is trained whole with each and the first seed; empty: dropout for all",
+    )
     search_tokens: int | None = setting(
         None, low=0, high=10**12, help="training tokens of each trial of the search, one pass; 0: all"
     )

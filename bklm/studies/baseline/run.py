@@ -1,13 +1,15 @@
 """The baseline study: NewLLM as published, beside a GPT, an LSTM and two ResNetBK of the same size.
 
-Each model gets the same small search of the learning rate, then one training per seed with the best one: equal parameters,
-text, batches and steps. ``protocol="original"`` cuts the text as the original did, so that its perplexities can be compared.
+Each model gets the same small search of the learning rate, then one training per seed with the best one, and where several
+``dropouts`` are named one of the first seed with each, of which the best by validation goes on: equal parameters, text,
+batches and steps. ``protocol="original"`` cuts the text as the original did, so that its perplexities can be compared.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +33,7 @@ from bklm.training.checkpoints import CheckpointFolder
 SEARCH_SEED = 0
 # Fields that do not change what a single run computes: which runs there are, and what is measured afterwards.
 _NOT_OF_A_RUN = {
-    "seeds", "learning_rates", "search_tokens", "checkpoint_every", "generate_tokens", "context_tokens",
+    "seeds", "learning_rates", "dropouts", "search_tokens", "checkpoint_every", "generate_tokens", "context_tokens",
 }  # fmt: skip
 
 
@@ -132,7 +134,8 @@ def estimated_minutes(config: BaselineConfig) -> float:
         shape, build = (name, json.dumps(fields)), partial(models.build_model, name, fields)
         # A search is judged by at most as many validation tokens as it trains on.
         runs.append(Run(shape, build, trials, searched, min(searched, val_tokens)))
-        runs.append(Run(shape, build, config.epochs * len(config.seeds), train_tokens, val_tokens))
+        trainings = len(config.seeds) + len(config.dropouts or (0,)) - 1
+        runs.append(Run(shape, build, config.epochs * trainings, train_tokens, val_tokens))
     return minutes(config, runs)
 
 
@@ -150,10 +153,11 @@ def _train_all(study: Session) -> tuple[list[Trial], list[Trial]]:
     fields = fields_of_models(config, text.vocab_size)
     parameters = sum(models.count_parameters(*of_model) for of_model in fields.items())
     # One more than are kept, while it is written.
-    kept = (min(config.epochs, config.keep_checkpoints + 2) + 1) * len(config.seeds)
+    trainings = len(config.seeds) + len(config.dropouts or (0,)) - 1
+    kept = (min(config.epochs, config.keep_checkpoints + 2) + 1) * trainings
     train.require_room(config.checkpoint_folder(), parameters * models.BYTES_PER_PARAMETER * kept)
     steps, search_steps = len(text.train_loader(0)) * config.epochs, _search_steps(study)
-    study.expect((steps * len(config.seeds) + search_steps * len(config.learning_rates)) * len(fields))
+    study.expect((steps * trainings + search_steps * len(config.learning_rates)) * len(fields))
 
     def try_rate(place: str, model: str, learning_rate: float) -> dict[str, Any]:
         point = {"model": model, "learning_rate": learning_rate}
@@ -166,18 +170,37 @@ def _train_all(study: Session) -> tuple[list[Trial], list[Trial]]:
         place=lambda point: f"{point['model']}_lr_{point['learning_rate']:g}",
     )  # fmt: skip
 
-    def train_one(place: str, model: str, seed: int) -> dict[str, Any]:
-        point = {"model": model, "seed": seed, "learning_rate": rates[model]}
-        work = partial(_train_one, study, point, fields[model])
+    def train_one(place: str, model: str, seed: int, **dropout: float) -> dict[str, Any]:
+        dropout = dropout or taken.get(model, {})
+        point = {"model": model, "seed": seed, "learning_rate": rates[model], **dropout}
+        of_model = fields[model] | {"dropout_p": dropout.get("dropout", config.dropout)}
+        work = partial(_train_one, study, point, of_model)
         return study.trial(place, point, steps, lambda folder: work(), train.RUN_KEYS)
 
-    points, draw = {"model": tuple(fields), "seed": config.seeds}, partial(_draw, study)
-    trials = study.grid(points, train_one, name="runs", place=train.run_name, draw=draw)
+    def place(point: dict[str, Any]) -> str:
+        return train.run_name(point | taken.get(point["model"], {}))
+
+    taken: dict[str, dict[str, float]] = {}
+    first, seeds, draw = [], config.seeds, partial(_draw, study, len(fields) * trainings)
+    if config.dropouts:
+        points = {"model": tuple(fields), "seed": seeds[:1], "dropout": config.dropouts}
+        tried = study.grid(points, train_one, name="internals/dropouts", place=train.run_name, draw=draw)
+        first = [min((t for t in tried if t["model"] == name), key=_or_infinity) for name in fields]
+        taken = {trial["model"]: {"dropout": trial["dropout"]} for trial in first}
+        searched, seeds = [*searched, *tried], seeds[1:]
+    points = {"model": tuple(fields), "seed": seeds}
+    draw = partial(_draw, study, len(fields) * len(config.seeds), before=first)
+    trials = first + (study.grid(points, train_one, name="runs", place=place, draw=draw) if seeds else [])
     if not MODELS.finished(trials):
         raise RuntimeError(
             f"every training diverged, the first so: {trials[0]['reason']} Take another output_dir for other settings."
         )
     return searched, trials
+
+
+def _or_infinity(trial: Trial) -> float:
+    """Validation perplexity; of a training that diverged the largest there is."""
+    return math.inf if trial["val_ppl"] is None else trial["val_ppl"]
 
 
 def _search_steps(study: Session) -> int:
@@ -214,6 +237,8 @@ def _note(study: Session, bars: bool = True) -> str:
     parts = [f"each model's learning rate: best of {len(rates)} over {_search_steps(study)} steps"]
     if len(rates) == 1:
         parts = [f"learning rate {rates[0]:g} for all"]
+    if config.dropouts:
+        parts.append(f"its dropout: best of {len(config.dropouts)} over a whole training of the first seed")
     if config.protocol == "original":
         parts.append("the original's windows: an overlap's targets count twice")
     if config.protocol == "field" and study.text.is_wikitext2 and not study.text.is_whole_wikitext2:
@@ -227,12 +252,11 @@ def _note(study: Session, bars: bool = True) -> str:
     return small_print(study.text, len(config.seeds), *parts, bars=bars)
 
 
-def _draw(study: Session, trials: list[Trial]) -> Path | None:
+def _draw(study: Session, total: int, trials: list[Trial], before: Sequence[Trial] = ()) -> Path | None:
+    trials = [*before, *trials]
     finished = MODELS.finished(trials)
     if not finished:
         return None
-    names = models.model_names(study.config.model, study.config.protocol)
-    total = len(names) * len(study.config.seeds)
     title = f"{len(finished)} of {total} trainings done{MODELS.diverged_in_short(trials)}"
     path = study.folder / "training_curves.png"
     return figures.draw_curves(path, trials, study.text, title, _note(study))

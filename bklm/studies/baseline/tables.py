@@ -132,8 +132,10 @@ def model_table(trials: Sequence[Trial], measured: Mapping[str, Mapping[str, Any
 
 
 def search_rows(searched: Sequence[Trial], steps: int) -> list[dict[str, Any]]:
-    """The learning-rate search, one row per trial of so many steps; the perplexity is None where it diverged."""
-    return [{**{k: t[k] for k in ("model", "learning_rate", "val_ppl")}, "steps": steps} for t in searched]
+    """The search of the learning rate, one row per trial of so many steps, and that of dropout, of whole trainings; the
+    perplexity is None where it diverged."""
+    keys = ("model", "learning_rate", "dropout", "val_ppl")
+    return [{**{k: t[k] for k in keys if k in t}, "steps": t.get("steps", steps)} for t in searched]
 
 
 def readable_quality(rows: Rows, baselines: Rows, is_wikitext2: bool = True) -> list[dict[str, Any]]:
@@ -212,20 +214,19 @@ def readable_cost(rows: Rows, measured: Mapping[str, Mapping[str, Any]]) -> list
 
 
 def readable_search(results: Rows, table: Rows) -> list[dict[str, Any]]:
-    """The learning-rate search: one row per model, one column per rate, the chosen one marked."""
-    if not results:
-        return [
-            {"model": TITLES[r["model"]], f"rate {r['learning_rate']:g}": "taken, no search"} for r in table
-        ]
-    rates = sorted({r["learning_rate"] for r in results})
+    """The search: one row per model, one column per rate and per dropout, the chosen ones marked."""
     rows = []
-    for name in dict.fromkeys(r["model"] for r in results):
-        tried = {r["learning_rate"]: r["val_ppl"] for r in results if r["model"] == name}
-        best = min((v for v in tried.values() if v is not None), default=None)
-        row = {"model": TITLES[name]}
-        for rate in rates:
-            taken = " (taken)" if tried[rate] == best else ""
-            row[f"rate {rate:g}"] = _perplexity({"ppl": tried[rate]}, "ppl", "diverged") + taken
+    for entry in table:
+        row, of_model = {"model": TITLES[entry["model"]]}, [r for r in results if r["model"] == entry["model"]]
+        rates = {r["learning_rate"]: r["val_ppl"] for r in of_model if "dropout" not in r}
+        dropouts = {r["dropout"]: r["val_ppl"] for r in of_model if "dropout" in r}
+        if not rates:
+            row[f"rate {entry['learning_rate']:g}"] = "taken, no search"
+        for name, tried in (("rate", rates), ("dropout", dropouts)):
+            best = min((v for v in tried.values() if v is not None), default=None)
+            for value, found in sorted(tried.items()):
+                taken = " (taken)" if found == best else ""
+                row[f"{name} {value:g}"] = _perplexity({"ppl": found}, "ppl", "diverged") + taken
         rows.append(row)
     return rows
 

@@ -115,8 +115,9 @@ def _places(checkpoints: CheckpointFolder, resume_from: Path | None) -> dict[int
 
 
 def run_name(point: Mapping[str, Any]) -> str:
-    """The folder of a run, below the study's "runs" and among the checkpoints."""
-    return f"{point['model']}_seed_{point['seed']}"
+    """The folder of a run, below the study's "runs" and among the checkpoints; ``point`` has "dropout" where it was tried."""
+    tried = f"_dropout_{point['dropout']:g}" if "dropout" in point else ""
+    return f"{point['model']}_seed_{point['seed']}{tried}"
 
 
 def kept_weights(folder: Path, runs: Sequence[Trial]) -> Path | None:
