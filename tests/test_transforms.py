@@ -313,8 +313,9 @@ def other_default_device():
     torch.set_default_device(None)
 
 
+# One of each kind of mixer: what a model makes on a device is asked of all of them, below.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", ["GPT", "NewLLM", "ResNetBK", "ResNetBK that reads"])
 def test_a_model_compiles_whole_where_a_default_device_is_set(name, batch):
     model = MODELS[name]().eval()
     want = model.loss(*batch)
