@@ -238,6 +238,8 @@ def test_usage_statistics():
     assert unused_experts([1, 1]) == 0
     with pytest.raises(ValueError, match="not all zero"):
         usage_entropy([0, 0])
+    with pytest.raises(ValueError, match="not all zero"):
+        unused_experts([0, 0])
 
 
 # Mixed precision, compiler

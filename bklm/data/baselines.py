@@ -47,6 +47,11 @@ class _CountModel:
     vocab_size: int = 0
 
     def log_probs(self, ids: np.ndarray) -> np.ndarray:
+        """Natural logarithms of P(token | those before it), float64 (tokens - 1,): of every token but the first.
+
+        Raises:
+            ValueError: not fitted, fewer than two tokens, or an id outside the vocabulary. TypeError: no integers.
+        """
         raise NotImplementedError
 
     def perplexity(self, ids: np.ndarray, exclude: int | Iterable[int] | None = None) -> float:
@@ -111,6 +116,11 @@ class Unigram(_CountModel):
         self.alpha = alpha
 
     def fit(self, ids: np.ndarray, vocab_size: int) -> Unigram:
+        """Count the words of ``ids`` (tokens,), integers in [0, vocab_size); returns itself.
+
+        Raises:
+            ValueError: no tokens, or an id outside the vocabulary. TypeError: no integers.
+        """
         vocab_size = _as_vocab_size(vocab_size)
         ids = _as_ids(ids, vocab_size, 1)
         self.vocab_size = vocab_size
@@ -143,7 +153,12 @@ class KneserNey(_CountModel):
         self.order, self.discount = require_whole("order", order, 1), discount
 
     def fit(self, ids: np.ndarray, vocab_size: int) -> KneserNey:
-        """Count the n-grams of ``ids`` (tokens,), integers in [0, vocab_size)."""
+        """Count the n-grams of ``ids`` (tokens,), integers in [0, vocab_size); returns itself.
+
+        Raises:
+            ValueError: fewer tokens than the order, an id outside the vocabulary, or no modified discounts for these counts.
+            TypeError: no integers.
+        """
         vocab_size = _as_vocab_size(vocab_size, np.size(ids))
         ids = _as_ids(ids, vocab_size, self.order)
         self.vocab_size = vocab_size

@@ -31,7 +31,8 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 class ContextGain:
     """Validation perplexities of one model; None where there is no such measurement.
 
-    ``by_window`` is by window length, all over the same targets, which need not be those of the other two.
+    ``by_window`` is by window length, all over the same targets: those of ``windows_of``, which need not be those of the
+    other two. None for a length that the model or the text does not have.
     """
 
     perplexity: float

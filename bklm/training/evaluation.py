@@ -19,7 +19,10 @@ LARGEST_PERPLEXITY = math.exp(700.0)  # 1e304; it stands for anything larger, wh
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over every target of a split; the means follow. ``nll`` in nats."""
+    """Sums over every target of a split; the means follow. ``nll`` in nats.
+
+    A perplexity above ``LARGEST_PERPLEXITY``, e^700, is given as that number.
+    """
 
     nll: float
     tokens: int
@@ -29,18 +32,22 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
+        """Mean negative log-likelihood of a target, in nats."""
         return self.nll / self.tokens
 
     @property
     def perplexity(self) -> float:
+        """exp of the loss."""
         return _exp(self.loss)
 
     @property
     def perplexity_without_unk(self) -> float:
+        """That of the targets that are not <unk>, which the model still may predict."""
         return _exp(self.known_nll / self.known_tokens)
 
     @property
     def accuracy(self) -> float:
+        """Share of all targets that were the likeliest token."""
         return self.correct / self.tokens
 
 
@@ -85,7 +92,8 @@ def evaluate(
 ) -> Evaluation:
     """Score every target of ``batches`` (x, y of shape (B, N), y = -100 where masked) once, in evaluation mode.
 
-    A model that sees the future is shown each row up to its last target only.
+    A model that sees the future is shown each row up to its last target only. Numbers are computed in the weights' dtype:
+    there is no autocast here, whatever the precision of the training.
 
     Args:
         accelerator: when its processes evaluate together: each scores its rows of every batch, and all get the sums.

@@ -64,6 +64,9 @@ def train(
     With several processes each works on its rows of every batch; all return the same records and weights, and the main one
     writes the checkpoints.
 
+    The process is changed beyond the model: each epoch seeds torch's global generators of all devices, so what the caller
+    draws later follows from (seed, epoch), and glibc keeps freed memory (``bklm.training.allocator``).
+
     Args:
         train_batches: a loader of (x, y) batches from ``bklm.data.make_loader``; the epoch decides the order. Another
             DataLoader, or a list of batches, will do; a DataLoader that shuffles with a generator of its own then goes on

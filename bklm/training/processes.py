@@ -24,6 +24,9 @@ from torch import Tensor, nn
 def make_accelerator(device: str, precision: str) -> Accelerator:
     """An Accelerator for ``device`` ("auto", "cpu", "cuda") and ``precision`` ("fp32", "bf16", "fp16").
 
+    Accelerate keeps device and precision once a process: those of an Accelerator made before are forgotten, and it is not
+    to be used any more.
+
     Raises:
         ValueError: this machine has no such device, or does not compute in that precision.
     """
