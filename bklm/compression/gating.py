@@ -70,7 +70,8 @@ class GatedBlock(nn.Module):
 
 
 class GatedBlocks(Wrapped):
-    """A causal ResNetBK, changed in place, whose blocks skip positions; it does not stream, and what it writes it computes anew for each token.
+    """A causal ResNetBK, changed in place, whose blocks skip positions; it does not stream: it runs over all it has written
+    again for each token.
 
     Args:
         model: its blocks are replaced by gated ones; it learns in place, and is this model's own from now on.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bklm.compression.coded_model import like, model_of, put
 from bklm.models import LanguageModel, ResNetBK
+from bklm.models.modes import evaluating
 from bklm.moe.layer import AnalyticMoE
 from bklm.training.evaluation import evaluate
 
@@ -38,16 +39,14 @@ def expert_use(model: LanguageModel, batches: Batches) -> list[list[int]]:
         return listen
 
     hooks = [m.register_forward_pre_hook(listener(i)) for i, m in enumerate(mixtures)]
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     try:
-        for x, _ in batches:
-            model.hidden(x.to(device))
+        with evaluating(model):
+            for x, _ in batches:
+                model.hidden(x.to(device))
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(was_training)
     if not any(int(c.sum()) for c in counts):
         raise ValueError(
             "remove_experts: calibration holds no text; give some batches (x, y) of the training text."

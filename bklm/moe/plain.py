@@ -66,8 +66,8 @@ def plain_mixture(
 def plain_gradients(
     grad_y: Tensor, grad_balance: Tensor, saved: Sequence[Tensor | None], settings: Settings
 ) -> list[Tensor | None]:
-    """``bklm.moe.analytic.backward`` of the same arguments (``saved``: all between the gradients and the settings), as functions
-    of the two gradients, of x and of the parameters that may be differentiated again."""
+    """``bklm.moe.analytic.backward`` of the same arguments (``saved``: all between the gradients and the settings), as
+    functions of the two gradients, of x and of the parameters that may be differentiated again."""
     again = torch.is_grad_enabled()
     # Each input as a node of its own: where x was made from one of the parameters, that way must not be gone twice.
     with torch.enable_grad():

@@ -18,6 +18,7 @@ from bklm.data.dialogues import Dialogue
 from bklm.data.grammar import Asked
 from bklm.data.loaders import make_loader
 from bklm.models import LanguageModel
+from bklm.models.modes import evaluating
 from bklm.training.evaluation import evaluate
 
 ROWS = 32  # an evaluation batch; its size changes no score
@@ -70,18 +71,17 @@ def recalled_facts(
             target[[p + 1 for one, _ in places for p in one]] = True
             examples.append((ids[begin:end], target))
             asked.append(places)
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     counts: dict[int, list[int]] = {}
     questions = iter(asked)
-    for x, y in make_loader(Rows(examples, vocabulary.pad_id), min(ROWS, len(examples))):
-        correct = model.token_losses(x.to(device), y.to(device)).correct.cpu()
-        for row, some in zip(correct, questions, strict=False):
-            for places, distance in some:
-                count = counts.setdefault(distance, [0, 0])
-                count[0] += bool(row[places].all())
-                count[1] += 1
-    model.train(was_training)
+    with evaluating(model):
+        for x, y in make_loader(Rows(examples, vocabulary.pad_id), min(ROWS, len(examples))):
+            correct = model.token_losses(x.to(device), y.to(device)).correct.cpu()
+            for row, some in zip(correct, questions, strict=False):
+                for places, distance in some:
+                    count = counts.setdefault(distance, [0, 0])
+                    count[0] += bool(row[places].all())
+                    count[1] += 1
     return {str(k): counts[k] for k in sorted(counts)}
 
 

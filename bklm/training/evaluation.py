@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bklm.data import IGNORED
 from bklm.models import LanguageModel
+from bklm.models.modes import evaluating
 from bklm.training.processes import rows_of_this_process, sum_over_processes
 
 LARGEST_PERPLEXITY = math.exp(700.0)  # 1e304; it stands for anything larger, which a double could not hold
@@ -101,19 +102,17 @@ def evaluate(
     Raises:
         ValueError: there is no target to score, or every one is <unk>.
     """
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     sums = torch.zeros(5, dtype=torch.float64, device=device)
-    for x, y in batches:
-        if accelerator is not None:
-            x, y = rows_of_this_process(accelerator, x, y)
-        if len(x) == 0:
-            continue
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        for part_x, part_y in _without_padding(x, y) if model.sees_future else [(x, y)]:
-            sums += _scores(model, part_x, part_y, unk_id)
-    model.train(was_training)
+    with evaluating(model):
+        for x, y in batches:
+            if accelerator is not None:
+                x, y = rows_of_this_process(accelerator, x, y)
+            if len(x) == 0:
+                continue
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            for part_x, part_y in _without_padding(x, y) if model.sees_future else [(x, y)]:
+                sums += _scores(model, part_x, part_y, unk_id)
     if accelerator is not None:
         sum_over_processes(accelerator, sums)
     nll_sum, tokens, right, known_nll, known_tokens = sums.tolist()

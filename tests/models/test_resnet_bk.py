@@ -398,14 +398,17 @@ def test_untrained_bidirectional_model_already_shows_its_leak():
 
 
 def test_fresh_weights_depend_on_the_seed_alone():
-    def weights():
-        torch.manual_seed(4)
+    def weights(seed):
+        torch.manual_seed(seed)
         model.reset_parameters()
         return {k: v.clone() for k, v in model.state_dict().items()}
 
     model = model_of()
-    first, second = weights(), weights()
+    first, second, other = weights(4), weights(4), weights(5)
     assert all(torch.equal(first[k], second[k]) for k in first)
+    drawn = [k for k, p in model.named_parameters() if p.ndim > 1]
+    assert drawn
+    assert not any(torch.equal(first[k], other[k]) for k in drawn)
 
 
 def test_initial_loss_is_that_of_a_uniform_guess():

@@ -12,6 +12,7 @@ from torch import Tensor
 from bklm.harness.arms import Arm
 from bklm.models import LanguageModel, ResNetBK, ResNetBKConfig
 from bklm.models.koopman import tie_blocks
+from bklm.models.modes import evaluating
 from bklm.studies.koopman.config import KoopmanConfig
 from bklm.training.auxiliary import WithTerm
 from bklm.training.context_gain import measure_context_gain
@@ -105,13 +106,11 @@ def measure(text: Any, ids: Tensor, tokens: int) -> Callable[[LanguageModel], di
 @torch.no_grad()
 def _koopman_mode(model: WithTerm, text: Any, ids: Tensor) -> dict[str, float]:
     """Perplexity of the published Koopman forward, and how many other positions' logits a changed token moves there."""
-    was_training = model.training
-    model.eval()
-    middle = ids.shape[1] // 2
-    changed = ids[:1].clone()
-    changed[0, middle] = (ids[0, middle] + 1) % text.vocab_size
-    with koopman_forward(model.model, model.term):
-        perplexity = evaluate(model.model, text.val_loader(), text.unk_id).perplexity
-        moved = (model.model(ids[:1]) != model.model(changed)).any(-1)[0]
-    model.train(was_training)
+    with evaluating(model):
+        middle = ids.shape[1] // 2
+        changed = ids[:1].clone()
+        changed[0, middle] = (ids[0, middle] + 1) % text.vocab_size
+        with koopman_forward(model.model, model.term):
+            perplexity = evaluate(model.model, text.val_loader(), text.unk_id).perplexity
+            moved = (model.model(ids[:1]) != model.model(changed)).any(-1)[0]
     return {"koopman_ppl": perplexity, "koopman_moves": float(int(moved.sum()) - int(moved[middle]))}
