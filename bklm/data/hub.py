@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from bklm.data.corpus import Corpus
 from bklm.data.local import Dialogues, corpus_from_dialogues, corpus_from_splits
 
 PROBE_SECONDS = 8.0  # how long the hub may take to answer before it counts as unreachable
+_ONE_AT_A_TIME = threading.Lock()
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -145,19 +147,23 @@ def _first_dialogues(dataset: HubDataset, number: int) -> list[Dialogues]:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Hugging Face's offline mode. Its libraries read HF_HUB_OFFLINE once, when imported; later, only these can be set."""
+    """Hugging Face's offline mode. Its libraries read HF_HUB_OFFLINE once, when imported; later, only these can be set.
+
+    They hold for the whole process, so one thread at a time is in such a block: else the last could keep them set for good.
+    """
     import datasets.config
     import huggingface_hub.constants
 
     places = [(datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")]
-    before = [getattr(module, name) for module, name in places]
-    try:
-        for module, name in places:
-            setattr(module, name, True)
-        yield
-    finally:
-        for (module, name), value in zip(places, before, strict=True):
-            setattr(module, name, value)
+    with _ONE_AT_A_TIME:
+        before = [getattr(module, name) for module, name in places]
+        try:
+            for module, name in places:
+                setattr(module, name, True)
+            yield
+        finally:
+            for (module, name), value in zip(places, before, strict=True):
+                setattr(module, name, value)
 
 
 def _in_one_sentence(name: str, dataset: HubDataset, error: BaseException) -> OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -140,6 +141,11 @@ class StudyText:
     def tokenizer_json(self) -> str:
         """The tokeniser as the tokenizers library writes it: with it a text becomes the ids that the models know."""
         return self.tokens.vocab.tokenizer.to_str(pretty=False)
+
+    @property
+    def vocabulary_sha256(self) -> str:
+        """The hash of tokenizer.json, by which weights say which vocabulary they belong to."""
+        return hashlib.sha256(self.tokenizer_json().encode()).hexdigest()
 
     def _loader(self, ids: np.ndarray, shuffle: bool = False, seed: int = 0) -> DataLoader:
         data = self._windows(ids)

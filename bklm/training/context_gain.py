@@ -24,6 +24,12 @@ from bklm.training.evaluation import evaluate
 BIGRAM_GAIN = 0.002  # a smaller gain is none
 WINDOW_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
+
+def short_lengths(window: int) -> list[int]:
+    """Lengths of windows that suffice for a gain of a model trained with ``window``: 1, 2, 4, 8 and that one."""
+    return sorted({1, 2, 4, 8, window})
+
+
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -48,6 +54,10 @@ class ContextGain:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, with ``gain``."""
         return {**asdict(self), "gain": self.gain}
+
+    def record(self) -> dict[str, Any]:
+        """The same under the names that a trial's record has for it."""
+        return {"context_gain": self.gain, "windows": self.to_dict()}
 
 
 def relative_gain(

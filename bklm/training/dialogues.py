@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,9 +176,3 @@ def _repeats(prompt: str, written: str) -> bool:
     asked, said = prompt.lower().split(), written.lower().split()
     run = difflib.SequenceMatcher(None, asked, said, autojunk=False).find_longest_match().size
     return run > 1 and run >= REPEATED * len(said)
-
-
-def rate_of_facts(found: Mapping[str, Sequence[int]], least: int = 1) -> float:
-    """Share of right facts at distances from ``least`` on."""
-    right, asked = (sum(v[n] for k, v in found.items() if int(k) >= least) for n in (0, 1))
-    return right / max(1, asked)

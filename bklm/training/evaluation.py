@@ -51,6 +51,14 @@ class Evaluation:
         """Share of all targets that were the likeliest token."""
         return self.correct / self.tokens
 
+    def record(self) -> dict[str, float]:
+        """The means under the names that a trial's record has for its validation split."""
+        return {
+            "val_ppl": self.perplexity,
+            "val_ppl_without_unk": self.perplexity_without_unk,
+            "val_accuracy": self.accuracy,
+        }
+
 
 def _exp(loss: float) -> float:
     return LARGEST_PERPLEXITY if loss > 700.0 else math.exp(loss)

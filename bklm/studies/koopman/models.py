@@ -15,7 +15,7 @@ from bklm.models.koopman import tie_blocks
 from bklm.models.modes import evaluating
 from bklm.studies.koopman.config import KoopmanConfig
 from bklm.training.auxiliary import WithTerm
-from bklm.training.context_gain import measure_context_gain
+from bklm.training.context_gain import measure_context_gain, short_lengths
 from bklm.training.evaluation import evaluate
 from bklm.training.koopman import KoopmanTerm, PublishedTerm, describe_lifting, koopman_forward
 
@@ -85,7 +85,7 @@ def measure(text: Any, ids: Tensor, tokens: int) -> Callable[[LanguageModel], di
             text.unk_id,
             windows_of=lambda length: text.context_loader(length, tokens),
             window=text.seq_len,
-            lengths=sorted({1, 2, 4, 8, text.seq_len}),
+            lengths=short_lengths(text.seq_len),
         )
         lifting: dict[str, float] = {}
         if isinstance(model, WithTerm):
@@ -95,8 +95,7 @@ def measure(text: Any, ids: Tensor, tokens: int) -> Callable[[LanguageModel], di
                 lifting |= _koopman_mode(model, text, here)
         return {
             "vocabulary": text.vocab_size,
-            "context_gain": gained.gain,
-            "windows": gained.to_dict(),
+            **gained.record(),
             "lifting": lifting,
         }
 
