@@ -170,9 +170,8 @@ class Trainer:
         point = {"arm": arm, "samples": samples, "seed": seed, "learning_rate": learning_rate}
         weights = "" if epochs is None else WEIGHTS
         # One that diverged is recorded without its factors.
-        return factors | self.study.trial(
-            place, point, self._steps(arm, samples), run, TRIAL_KEYS, weights=weights
-        )
+        found = self.study.trial(place, point, self._steps(arm, samples), run, TRIAL_KEYS, weights=weights)
+        return factors | found
 
     def _phase1(
         self, place: str, initialisation: str, samples: int, seed: int, needs_block: bool = False
