@@ -33,14 +33,14 @@ class HubDataset:
         return ", ".join(filter(None, (self.repository, self.configuration)))
 
 
+_WIKITEXT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 DATASETS = {
-    "wikitext-2": HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "wikitext-2": HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", revision=_WIKITEXT),
     # A Parquet copy: the classic id is a loading script, which datasets 4 and later refuse.
     "dailydialog": HubDataset("OpenRL/daily_dialog"),
     "ultrachat": HubDataset("HuggingFaceH4/ultrachat_200k", splits=("train_sft", "test_sft")),
     "wikitext-103": HubDataset(
-        "Salesforce/wikitext", "wikitext-103-raw-v1", ("train", "validation", "test"),
-        "b08601e04326c79dfdd32d625aee71d232d685c3",
+        "Salesforce/wikitext", "wikitext-103-raw-v1", ("train", "validation", "test"), _WIKITEXT
     ),
     "c4": HubDataset("allenai/c4", "en", ("train", "validation"), "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"),
 }  # fmt: skip

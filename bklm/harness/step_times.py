@@ -55,10 +55,8 @@ def step_times(
             )
             calls = {own: Call(step_of(model)) for own, model in made.items()}
             calls |= beside(made, x, y)
-            threads, at_once = (
-                torch.get_num_threads(),
-                workers.number(study.config, len(arms) * len(study.config.seeds)),
-            )
+            threads = torch.get_num_threads()
+            at_once = workers.number(study.config, len(arms) * len(study.config.seeds))
             if study.accelerator.num_processes == 1:
                 torch.set_num_threads(max(1, min(threads, workers.cores() // at_once)))
             try:
