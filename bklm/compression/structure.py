@@ -13,6 +13,7 @@ from torch import Tensor
 from bklm.compression.coded_model import like, model_of, put
 from bklm.models import LanguageModel, ResNetBK
 from bklm.models.modes import evaluating
+from bklm.moe.analytic import choose
 from bklm.moe.layer import AnalyticMoE
 from bklm.training.evaluation import evaluate
 
@@ -32,8 +33,9 @@ def expert_use(model: LanguageModel, batches: Batches) -> list[list[int]]:
 
     def listener(i: int) -> Any:
         def listen(module: AnalyticMoE, given: tuple[Tensor, ...]) -> None:
-            logits = module.router(given[0]).flatten(0, -2)
-            chosen = logits.topk(module.top_k, -1).indices.flatten().cpu()
+            # As the layer itself chooses, ties included: topk breaks them as it likes.
+            logits = module.router(given[0]).flatten(0, -2).t()
+            chosen = choose(logits, module.top_k).flatten().cpu()
             counts[i].add_(torch.bincount(chosen, minlength=module.num_experts))
 
         return listen

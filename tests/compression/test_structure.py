@@ -19,7 +19,16 @@ from bklm.compression import (
     skip_blocks,
 )
 from bklm.compression.structure import WIDTHS, expert_use
-from bklm.models import GPT, GPTConfig, NewLLM, NewLLMConfig, ResNetBK, ResNetBKConfig
+from bklm.models import (
+    GPT,
+    ContextTokenConfig,
+    ContextTokenLM,
+    GPTConfig,
+    NewLLM,
+    NewLLMConfig,
+    ResNetBK,
+    ResNetBKConfig,
+)
 from bklm.training.evaluation import evaluate
 from bklm.training.loop import train
 from bklm.training.schedules import TrainingSettings
@@ -134,6 +143,9 @@ def test_the_teacher_is_in_no_count_and_no_checkpoint_and_stays(reading, text):
     student = ResNetBK(narrower(reading.config, 0.5))
     made = Distilled(student, reading)
     assert made.num_parameters() == student.num_parameters()
+    # It leaves out weights that count for nothing.
+    silent = ContextTokenLM(ContextTokenConfig(120, 16, 16, 2, token_to="first"))
+    assert Distilled(silent, reading).num_parameters() == silent.num_parameters()
     assert all(name.startswith("model.") for name in made.state_dict())
     before = {n: p.clone() for n, p in reading.named_parameters()}
     trained = distil(reading, student, text, text, TrainingSettings(2, learning_rate=1e-2))
