@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bklm.models import LanguageModel
+from bklm.training.evaluation import without_padding
 
 
 @dataclass
@@ -61,7 +62,7 @@ def read_inputs(
     watched = model.recording_mixing() if model.mixing_points() else contextlib.nullcontext()
     try:
         with watched:
-            for x, _ in batches:
+            for x in (rows for batch in batches for rows, _ in without_padding(*batch)):
                 slot(head).add(model.hidden(x.to(device)))
     finally:
         for hook in hooks:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bklm.compression.coded_model import like, model_of, put
 from bklm.models import LanguageModel, ResNetBK
 from bklm.moe.layer import AnalyticMoE
-from bklm.training.evaluation import evaluate
+from bklm.training.evaluation import evaluate, without_padding
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 WIDTHS = ("d_model", "embed_dim", "hidden_dim", "context_dim", "dense_width", "units")
@@ -42,7 +42,7 @@ def expert_use(model: LanguageModel, batches: Batches) -> list[list[int]]:
     model.eval()
     device = next(model.parameters()).device
     try:
-        for x, _ in batches:
+        for x in (rows for batch in batches for rows, _ in without_padding(*batch)):
             model.hidden(x.to(device))
     finally:
         for hook in hooks:
@@ -78,7 +78,8 @@ def remove_experts(model: Any, keep: int, calibration: Batches) -> Any:
         sorted(sorted(range(len(use)), key=lambda e, use=use: -use[e])[:keep])
         for use in expert_use(plain, calibration)
     ]
-    made = ResNetBK(dataclasses.replace(config, num_experts=keep))
+    # One expert has no router to balance.
+    made = ResNetBK(dataclasses.replace(config, num_experts=keep, balance=config.balance * (keep > 1)))
     state = {k: v.detach().cpu() for k, v in plain.state_dict().items()}
     for layer, experts in enumerate(kept):
         for name in ("up_weight", "up_bias", "down_weight", "down_bias", "router.weight", "router.bias"):
