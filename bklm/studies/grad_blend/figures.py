@@ -115,8 +115,9 @@ def draw_training(path: Path, final: Trial, baselines: list[dict[str, Any]], not
         for baseline, line in zip(shown, ("--", "-.", ":", (0, (6, 1))), strict=False):
             label = f"{baseline['name']} ({baseline['val_ppl']:.0f})"
             axes.axhline(baseline["val_ppl"], color=GREY, linestyle=line, linewidth=1.5, label=label)
-        curves = [*filter(None, train), *valid, *(b["val_ppl"] for b in shown)]
-        wide_range_axis(axes.yaxis, curves, "perplexity")
+        wide_range_axis(
+            axes.yaxis, [*filter(None, train), *valid, *(b["val_ppl"] for b in shown)], "perplexity"
+        )
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend_below(axes, ncols=3, fontsize=10)
