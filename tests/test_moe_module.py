@@ -320,6 +320,7 @@ def test_compiled_whole_and_equal_to_eager(experts, k, router_gradient):
         ({"router_gradient": "all"}, ValueError, "'exact', 'selected', 'none'"),
         ({"balance": -1.0}, ValueError, "balance is -1.0"),
         ({"balance": 0.1, "router_gradient": "none"}, ValueError, "router that learns"),
+        ({"balance": 0.1, "num_experts": 1}, ValueError, "balance is 0.1, but one expert has no router"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, words):

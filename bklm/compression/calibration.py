@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bklm.models import LanguageModel
 from bklm.models.modes import evaluating
+from bklm.training.evaluation import without_padding
 
 
 @dataclass
@@ -60,7 +61,7 @@ def read_inputs(
     watched = model.recording_mixing() if model.mixing_points() else contextlib.nullcontext()
     try:
         with evaluating(model), watched:
-            for x, _ in batches:
+            for x in (rows for batch in batches for rows, _ in without_padding(*batch)):
                 slot(head).add(model.hidden(x.to(device)))
     finally:
         for hook in hooks:

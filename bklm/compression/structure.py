@@ -15,7 +15,7 @@ from bklm.models import LanguageModel, ResNetBK
 from bklm.models.modes import evaluating
 from bklm.moe.analytic import choose
 from bklm.moe.layer import AnalyticMoE
-from bklm.training.evaluation import evaluate
+from bklm.training.evaluation import evaluate, without_padding
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 WIDTHS = ("d_model", "embed_dim", "hidden_dim", "context_dim", "dense_width", "units")
@@ -44,7 +44,7 @@ def expert_use(model: LanguageModel, batches: Batches) -> list[list[int]]:
     device = next(model.parameters()).device
     try:
         with evaluating(model):
-            for x, _ in batches:
+            for x in (rows for batch in batches for rows, _ in without_padding(*batch)):
                 model.hidden(x.to(device))
     finally:
         for hook in hooks:
@@ -79,7 +79,8 @@ def remove_experts(model: Any, keep: int, calibration: Batches) -> Any:
         sorted(sorted(range(len(use)), key=lambda e, use=use: -use[e])[:keep])
         for use in expert_use(plain, calibration)
     ]
-    made = ResNetBK(dataclasses.replace(config, num_experts=keep))
+    # One expert has no router to balance.
+    made = ResNetBK(dataclasses.replace(config, num_experts=keep, balance=config.balance * (keep > 1)))
     state = {k: v.detach().cpu() for k, v in plain.state_dict().items()}
     for layer, experts in enumerate(kept):
         for name in ("up_weight", "up_bias", "down_weight", "down_bias", "router.weight", "router.bias"):

@@ -75,6 +75,14 @@ class Windows(GatheredRows):
         """How many tokens are targets, over all windows."""
         return len(self.ids) - 1 if self.layout == "every-target-once" else self.count * self.seq_len
 
+    @property
+    def is_target(self) -> np.ndarray:
+        """Which tokens after the first are targets, (tokens - 1,) bool."""
+        places = np.arange(1, len(self.ids))
+        return (places < self.count * self.stride + 1) & (
+            (places % self.stride > 0) | (self.stride == self.seq_len)
+        )
+
     def __len__(self) -> int:
         return self.count
 

@@ -40,7 +40,7 @@ class LanguageModel(nn.Module):
     n_seq: int | None = None
     streams: bool = False
     sees_future: bool = False
-    # Whether exp of the training loss is a perplexity: not where another model has a say in it.
+    # Whether exp of the training loss is a perplexity: not where another model or a further term has a say in it.
     loss_is_likelihood: bool = True
 
     def hidden(self, input_ids: Tensor) -> Tensor:

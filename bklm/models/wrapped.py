@@ -18,6 +18,10 @@ class Wrapped(LanguageModel):
         self.config, self.vocab_size, self.n_seq = model.config, model.vocab_size, model.n_seq
         self.streams, self.sees_future = model.streams, model.sees_future
 
+    @property
+    def loss_is_likelihood(self) -> bool:
+        return self.model.loss_is_likelihood
+
     def hidden(self, input_ids: Tensor) -> Tensor:
         return self.model.hidden(input_ids)
 

@@ -246,3 +246,7 @@ def _check_arguments(
         raise ValueError(
             "balance needs a router that learns; set balance=0 or another router_gradient than 'none'"
         )
+    if balance > 0 and num_experts == 1:
+        raise ValueError(
+            f"balance is {balance}, but one expert has no router to balance; set balance=0 or num_experts=2"
+        )

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from bklm.models import LanguageModel
-from bklm.training.evaluation import evaluate
+from bklm.training.evaluation import evaluate, without_padding
 
 BIGRAM_GAIN = 0.002  # a smaller gain is none
 WINDOW_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -112,7 +112,7 @@ def measure_context_gain(
     if model.mixing_points():
         # Each process runs over all rows: the means are then the same bits in each.
         with model.recording_mixing() as recorded:
-            evaluate(model, batches, unk_id)
+            evaluate(model, (rows for x, y in batches for rows in without_padding(x, y)), unk_id)
         with model.without_mixing(recorded.means()):
             off = perplexity(batches)
     by_window: dict[int, float | None] = {}

@@ -81,9 +81,9 @@ def _scores(model: LanguageModel, x: Tensor, y: Tensor, unk_id: int | None) -> T
     )
 
 
-def _without_padding(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows up to their last target, those of one length together: a model that sees the future would read the padding
-    behind it, which no text has."""
+def without_padding(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows up to their last target, those of one length together: the padding behind it is no text. A model that sees
+    the future would read it, and what is counted over positions would count it."""
     places = torch.arange(1, y.shape[1] + 1, device=y.device)
     lengths = torch.where(y != IGNORED, places, 0).amax(1)
     for length in lengths.unique().tolist():
@@ -119,7 +119,7 @@ def evaluate(
             if len(x) == 0:
                 continue
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            for part_x, part_y in _without_padding(x, y) if model.sees_future else [(x, y)]:
+            for part_x, part_y in without_padding(x, y) if model.sees_future else [(x, y)]:
                 sums += _scores(model, part_x, part_y, unk_id)
     if accelerator is not None:
         sum_over_processes(accelerator, sums)

@@ -118,6 +118,7 @@ def train(
             on_skip(len(records) * steps)
     # A run that was continued goes on with the parts that fitted.
     batch_parts = BatchParts(max([settings.accumulate, *(r.batch_parts for r in records[-1:])]), label)
+    require_steps_of_its_own(model, accelerator, batch_parts.parts)
     # The model itself is not wrapped: see bklm.training.processes. Clipping unscales through the prepared optimiser.
     optimizer = accelerator.prepare(optimizer)
     check = FiniteCheck(accelerator, label)

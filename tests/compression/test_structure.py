@@ -19,6 +19,7 @@ from bklm.compression import (
     skip_blocks,
 )
 from bklm.compression.structure import WIDTHS, expert_use
+from bklm.data import IGNORED
 from bklm.models import (
     GPT,
     ContextTokenConfig,
@@ -58,10 +59,14 @@ def test_experts_that_nothing_goes_to_leave_without_a_trace(mixture, text, tmp_p
 def test_use_counts_every_position_once_a_layer(mixture, text):
     positions = sum(x.numel() for x, _ in text)
     assert [sum(use) for use in expert_use(mixture, text)] == [positions] * 2
+    x, y = text[0]
+    y = y.clone()
+    y[:, 7:] = IGNORED  # padding, as of short lines
+    assert [sum(use) for use in expert_use(mixture, [(x, y)])] == [7 * len(x)] * 2
 
 
 def test_one_expert_may_be_left_where_it_is_the_same_layer(text):
-    model = ResNetBK(ResNetBKConfig(120, d_model=16, n_layers=2, n_seq=16, num_experts=3)).eval()
+    model = ResNetBK(ResNetBKConfig(120, d_model=16, n_layers=2, n_seq=16, num_experts=3, balance=0.1)).eval()
     assert remove_experts(model, 1, text).blocks[0].moe.router is None
     with pytest.raises(ValueError, match="keep: got 4; each mixture can keep 1 to 3 experts"):
         remove_experts(model, 4, text)

@@ -443,6 +443,7 @@ def test_initial_loss_is_that_of_a_uniform_guess():
         ({"clamps": None}, ValueError),
         ({"n_heads": 0}, ValueError),
         ({"balance": -1.0}, ValueError),
+        ({"balance": 0.1, "num_experts": 1}, ValueError),
     ],
 )
 def test_config_refuses_a_bad_field_by_name_and_value(changes, error):
