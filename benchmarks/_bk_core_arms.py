@@ -15,9 +15,8 @@ from torch import Tensor
 
 from bklm.bk_core import ops, reference, resolvent_diagonal
 
-FLOOR = 52
-"""Bytes per element that forward + backward move at least: a, k and gbar read, G and the gradient written, L and R
-computed again in the backward; see the numbers in bk_core.py."""
+YARDSTICK = 52
+"""Bytes per element of the copy that long rows are held against. What a call itself moves stands in the roofline table."""
 CHUNK = 8
 """Samples per chunk of the chunked variants."""
 Call = Callable[[], object]
@@ -29,13 +28,13 @@ def inputs(m: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(m, n, generator=g) - 2, torch.randn(m, n, dtype=torch.complex64, generator=g)
 
 
-def ours(a: Tensor, gbar: Tensor, **options) -> Call:
-    """Forward + backward through the public function."""
+def ours(a: Tensor, gbar: Tensor, rest: tuple[object, object, object] = (1.0, 1.0, 1j), **options) -> Call:
+    """Forward + backward through the public function; ``rest``: b, c and z."""
     leaf = a.clone().requires_grad_()
 
     def call() -> Tensor:
         leaf.grad = None
-        resolvent_diagonal(leaf, 1.0, 1.0, 1j, **options).backward(gbar)
+        resolvent_diagonal(leaf, *rest, **options).backward(gbar)
         return leaf.grad
 
     return call
@@ -97,20 +96,6 @@ def nothing(a: Tensor, gbar: Tensor) -> Call:
     def call() -> None:
         leaf.grad = None
         _Nothing.apply(leaf, gbar).backward(gbar)
-
-    return call
-
-
-def copy(m: int, n: int, threads: int = 1) -> Call:
-    """FLOOR bytes per element from one existing buffer to another."""
-    source = torch.ones(m * n * FLOOR // 8, dtype=torch.float64)
-    target = torch.empty_like(source).fill_(0.0)
-
-    def call() -> None:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        target.copy_(source)
-        torch.set_num_threads(before)
 
     return call
 

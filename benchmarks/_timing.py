@@ -1,4 +1,4 @@
-"""Timing and memory helpers that benchmarks/ share: the processor, arms in turn, medians and quartiles, peak memory."""
+"""What benchmarks/ share: the processor, arms in turn, medians and quartiles, a copy to compare with, peak memory, targets."""
 
 from __future__ import annotations
 
@@ -97,6 +97,20 @@ def _clock(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def copy(size: int, threads: int) -> Callable[[], None]:
+    """The yardstick of memory: ``size`` bytes from one existing buffer to another, so that twice as many are moved."""
+    source = torch.ones(size // 8, dtype=torch.float64)
+    target = torch.empty_like(source).fill_(0.0)
+
+    def call() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        target.copy_(source)
+        torch.set_num_threads(before)
+
+    return call
+
+
 def peak_tensor_memory(call: Callable[[], object]) -> int:
     """Most bytes that torch had allocated on the CPU at once during one call, above what it had before (torch.profiler)."""
     with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -169,3 +183,18 @@ def print_table(title: str, rows: list[dict[str, object]]) -> None:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
         if i == 0:
             print("  " + "  ".join("-" * width for width in widths))
+
+
+def target(what: str, found: float | None, *, least: float | None = None, most: float | None = None) -> None:
+    """Print whether a target is held; ``found`` is None where this run has not measured it.
+
+    Args:
+        least, most: what is wanted, one of both.
+    """
+    wanted = f"at least {least:,g}" if most is None else f"at most {most:,g}"
+    if found is None:
+        print(f"target: {what}, {wanted}, measured: not in this run")
+        return
+    held = found >= least if most is None else found <= most
+    shown = f"{found:,.0f}" if found >= 1000 else f"{found:.3g}"
+    print(f"target: {what}, {wanted}, measured: {shown}, {'held' if held else 'missed'}")

@@ -3,18 +3,19 @@
     python benchmarks/bk_core.py                        # all tables
     python benchmarks/bk_core.py --quick                # small sizes, short rounds, for CI
     python benchmarks/bk_core.py --only loop copy       # some of: loop copy roofline around first
-                                                        # jax linear peers overhead batched
+                                                        # compile jax linear peers overhead batched
     python benchmarks/bk_core.py --only copy --size 4 250000
     python benchmarks/bk_core.py --save results.json    # interrupted? the same command goes on with the next case
 
 loop        the whole call from Python in complex64 against the theta/phi recursion as a Python loop in complex128 under
             vmap: with autograd through the loop, and with its forward and the published diagonal backward
-copy        few long rows against copying 52 B per element (what forward + backward must move at least) between two
-            existing buffers in one thread, with the extra memory per element and the share of the memory's bandwidth
+copy        few long rows against copying 52 B per element between two existing buffers: in one thread, as when the
+            targets were set, which are judged by it, and in all; with the extra memory per element
 roofline    the passes of a call beside a copy: bytes moved, time, the share of the memory's bandwidth
 around      a small call's kernels, what torch's autograd takes around nothing, and the rest
 first       import and first call of a fresh process, in processor time
-jax         its tridiagonal solve of one column, with gradients, in a second process (--jax PYTHON)
+compile     processor time that fresh processes take to compile: the operator's kernels, bklm selftest, notebook 00
+jax         its tridiagonal solve of one column with the gradient of a, in a second process (--jax PYTHON)
 linear      time per element from 4,096 to 4,000,000 positions
 peers       what else one would reach for: dense inverse, banded solves, torch's associative scan, our torch path
 overhead    the same call through torch.library's registered op, and through autograd with nothing inside
@@ -39,10 +40,9 @@ from pathlib import Path
 import torch
 from _bk_core_arms import (
     BATCHED,
-    FLOOR,
+    YARDSTICK,
     associative_scan,
     banded,
-    copy,
     dense,
     fused,
     inputs,
@@ -53,9 +53,12 @@ from _bk_core_arms import (
     registered,
     theta_phi_rows,
 )
-from _bk_core_roofline import around_case, first_use_case, jax_case, machine, passes_case
+from _bk_core_first_use import compilation_case, first_use_case
+from _bk_core_roofline import around_case, jax_case, machine, passes_case
+from _bk_core_targets import judge
 from _timing import (
     Timing,
+    copy,
     duration,
     peak_memory,
     peak_tensor_memory,
@@ -93,22 +96,22 @@ def loop_case(m: int, n: int, seconds: float) -> Row:
 
 
 def copy_case(m: int, n: int, seconds: float) -> Row:
-    refuse_if_too_large(f"({m}, {n})", m * n * (2 * FLOOR + HELD))
+    size = YARDSTICK * m * n
+    refuse_if_too_large(f"({m}, {n})", 2 * size + m * n * HELD)
     a, gbar = inputs(m, n)
-    arms = {"ours": ours(a, gbar), "causal": ours(a, gbar, causal=True), "copy": copy(m, n)}
-    arms["wide"] = copy(m, n, torch.get_num_threads())
+    arms = {"ours": ours(a, gbar), "causal": ours(a, gbar, causal=True)}
+    arms |= {"one": copy(size, 1), "all": copy(size, torch.get_num_threads())}
     found = take_turns(arms, seconds)
     peak = extra_bytes(m, n)
-    moved = 2 * FLOOR * m * n / min(found["wide"].median, found["copy"].median)  # a copy reads and writes
     return {
         "B, N": f"{m}, {n}",
         "bidirectional": found["ours"],
         "causal": found["causal"],
-        "copy of 52 B/element": found["copy"],
-        "ours / copy": ratio(found["ours"], found["copy"]),
-        "causal / copy": ratio(found["causal"], found["copy"]),
-        "bandwidth GB/s": f"{moved / 1e9:.1f}",
-        "share of it": f"{FLOOR * m * n / found['ours'].median / moved:.1%}",
+        "copy of 52 B/element, one thread": found["one"],
+        "ours / copy": ratio(found["ours"], found["one"]),
+        "causal / copy": ratio(found["causal"], found["one"]),
+        "the same, all threads": found["all"],
+        "ours / it": ratio(found["ours"], found["all"]),
         "extra B/element": "not measured" if peak is None else f"{peak / (m * n):.0f}",
     }
 
@@ -137,10 +140,10 @@ def peers_case(m: int, n: int, seconds: float) -> list[Row]:
     if m * n * n <= 2**22:
         arms |= {
             "torch.linalg.inv, forward only": dense(a, gbar),
-            "scipy solve_banded, forward only": banded(a, gbar),
+            "scipy solve_banded, complex128, forward only": banded(a, gbar),
         }
     try:
-        arms["torch associative_scan, causal"] = associative_scan(a, gbar)
+        arms["torch associative_scan, complex128, causal"] = associative_scan(a, gbar)
     except ImportError:
         tqdm.write("this torch has no associative_scan: left out")
     found = take_turns(arms, seconds)
@@ -210,16 +213,18 @@ def ratio(other: Timing, ours: Timing) -> str:
 
 
 TITLES = {
-    "loop": "Forward + exact backward against the theta/phi loop",
+    "loop": "Forward + exact backward in complex64 against the theta/phi loop in complex128",
     "copy": "Few long rows against a copy",
     "roofline": "Where the time of a call goes",
     "around": "A small call from Python",
-    "first": "The first call of a process",
-    "jax": "jax.lax.linalg.tridiagonal_solve",
+    "first": "The first call of a process, processor time",
+    "compile": "Compilation, seconds of processor time",
+    "jax": "Ours: the diagonal of (T - z)^-1 and its gradient of a. jax: tridiagonal_solve, which is (T - z)^-1 x of one "
+    "column, and its gradient of a",
     "linear": "Linear in N",
-    "peers": "Other ways to compute it",
+    "peers": "Other ways to compute it, in complex64 but where an arm says complex128",
     "overhead": "Overhead",
-    "batched": "Batched gradients",
+    "batched": "Batched gradients; the loop in complex128",
 }
 
 
@@ -233,6 +238,7 @@ def cases(options: argparse.Namespace) -> list[tuple[str, Callable, tuple[int, .
         "roofline": (passes_case, [(4, 2048)] if quick else [(32, 128), (32, 512), (8, 65536), (1, 1_000_000)]),
         "around": (around_case, [(32, 128)]),
         "first": (lambda seconds: first_use_case(), [()]),
+        "compile": (lambda seconds: compilation_case(quick), [()]),
         "jax": (
             lambda m, n, seconds: jax_case(m, n, options.jax, seconds),
             [(8, 65536), (1, 1_000_000)] if options.jax else [],
@@ -290,6 +296,8 @@ def main() -> None:
         tables.setdefault(table, []).extend(done[key])
     for table, rows in tables.items():
         print_table(f"{TITLES[table]} ({machine()})", rows)
+    print()
+    judge(tables)
 
 
 if __name__ == "__main__":

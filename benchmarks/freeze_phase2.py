@@ -25,7 +25,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from _timing import Timing, duration, print_table, take_turns, where
+from _timing import Timing, duration, print_table, take_turns, target, where
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -106,7 +106,8 @@ def scaled(timing: Timing, factor: float) -> Timing:
     return Timing(*(factor * value for value in timing))
 
 
-def report(size: Size, device: str, seconds: float, trained: bool) -> None:
+def report(size: Size, device: str, seconds: float, trained: bool) -> float:
+    """Print the table; how many times as fast kept contexts are as token by token."""
     torch.manual_seed(0)
     sizes = ContextTokenConfig(size.vocab_size, size.width, size.width)
     model = ContextTokenLM(sizes).to(device)
@@ -157,6 +158,7 @@ def report(size: Size, device: str, seconds: float, trained: bool) -> None:
         f"slow arms: {size.slow_batches * BATCH} of {size.tokens - 1} tokens measured, their epoch extrapolated"
     )
     print(f"kept: {cached.plan}; {cached.reports['train'][0]}")
+    return slow / epochs["kept contexts"].median
 
 
 def report_sweeps(size: Size, device: str) -> None:
@@ -210,9 +212,11 @@ def main() -> None:
     args = parser.parse_args()
     size = SIZES[args.size or "default"]
     print(where())
-    report(size, args.device, args.seconds, args.trained)
+    gain = report(size, args.device, args.seconds, args.trained)
     if args.sweeps:
         report_sweeps(size, args.device)
+    print()
+    target("kept contexts over token by token", None if args.size == "quick" else gain, least=30)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What do training and generating with the ResNetBK that reads cost, beside GPT, LSTM and the diagonal ResNetBK of its size?
+"""What do training and generating with the ResNetBK that reads cost, beside GPT, LSTM, NewLLM and the diagonal ResNetBK?
 
     python benchmarks/reading_step.py                            # 2.74 M parameters; windows of 64 to 16,384
     python benchmarks/reading_step.py --windows 64 1024          # these alone
@@ -17,14 +17,16 @@ which take as long to read; the others read a text of that length (more than LON
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from _timing import Timing, duration, peak_tensor_memory, print_table, take_turns, where
+from _timing import Timing, duration, peak_tensor_memory, print_table, take_turns, target, where
 from torch import Tensor, nn
 
-from bklm.models import GPT, LSTM, LanguageModel, ResNetBK
+from bklm.models import GPT, LSTM, LanguageModel, NewLLM, NewLLMConfig, ResNetBK
 from bklm.models.gpt import GPTState, KVCache
 from bklm.models.sizing import gpt_of_size, lstm_of_size, resnet_bk_of_size
 from bklm.training.allocator import keep_freed_memory
@@ -32,6 +34,8 @@ from bklm.training.allocator import keep_freed_memory
 SOLVE, PRODUCTS = "ResNetBK (solve)", "its products"
 TOKENS = 4096
 LONGEST_READ = 2000
+OVER_GPT = {64: 1.5, 1024: 2.0, 4096: 3.0, 16384: 5.0}
+"""Targets: windows, and by how much the solve model's tokens/s exceed GPT's."""
 LEAST_WINDOW = 256  # of the exponent: below, what does not depend on N counts
 
 
@@ -43,8 +47,16 @@ def models(parameters: int, vocab_size: int, n_seq: int, heads: int) -> dict[str
         SOLVE: ResNetBK(solve.config),
         "GPT": GPT(gpt_of_size(*size, n_seq).config),
         "LSTM": LSTM(lstm_of_size(*size).config),
+        "NewLLM": NewLLM(new_llm_of_size(*size)),
         "ResNetBK (diagonal)": ResNetBK(resnet_bk_of_size(*size, None).config),
     }
+
+
+def new_llm_of_size(parameters: int, vocab_size: int) -> NewLLMConfig:
+    """The published proportions, hidden layers twice as wide as context and embedding: with a width of w and a vocabulary
+    of V, 30 w^2 + 3 V w parameters beside biases."""
+    width = round((math.sqrt(9 * vocab_size**2 + 120 * parameters) - 3 * vocab_size) / 60)
+    return NewLLMConfig(vocab_size, width, 2 * width, width)
 
 
 def rows_of(window: int) -> int:
@@ -83,8 +95,8 @@ def products(model: ResNetBK, tokens: int) -> Callable[[], None]:
     return step
 
 
-def steps_table(window: int, options: argparse.Namespace) -> tuple[list[dict[str, object]], float]:
-    """One row an arm, and the solve model's seconds a step."""
+def steps_table(window: int, options: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, float]]:
+    """One row an arm; the solve model's tokens/s over GPT's, its time over its products', its memory over GPT's."""
     rows = rows_of(window)
     ids = torch.randint(options.vocab_size, (rows, window), generator=torch.Generator().manual_seed(0))
     built = models(options.parameters, options.vocab_size, window, options.heads)
@@ -104,7 +116,12 @@ def steps_table(window: int, options: argparse.Namespace) -> tuple[list[dict[str
         }
         for name, time in found.items()
     ]
-    return table, mine / found[PRODUCTS].median
+    judged = {
+        "gain": found["GPT"].median / mine,
+        "products": mine / found[PRODUCTS].median,
+        "memory": memory[SOLVE] / memory["GPT"],
+    }
+    return table, judged
 
 
 def exponent(windows: list[int], options: argparse.Namespace) -> tuple[float, dict[int, Timing]]:
@@ -153,6 +170,16 @@ def generation(position: int, options: argparse.Namespace) -> list[dict[str, obj
     ]
 
 
+def judge(judged: dict[Any, Any]) -> None:
+    """Print every target and whether it is held; what was not measured at the full size is left out of ``judged``."""
+    for window, least in OVER_GPT.items():
+        found = judged.get(window, {})
+        target(f"{SOLVE}'s tokens/s over GPT's, windows of {window:,}", found.get("gain"), least=least)
+        target(f"its time over its products', windows of {window:,}", found.get("products"), most=1.25)
+    target("its memory over GPT's, windows of 1,024", judged.get(1024, {}).get("memory"), most=0.5)
+    target("exponent of its step time over N", judged.get("exponent"), most=1.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small size, short windows and rounds, for CI")
@@ -173,18 +200,21 @@ def main() -> None:
         parser.error("--windows, --positions: at least 1 position is needed.")
     keep_freed_memory()  # as training does
     print(where())
+    judged: dict[Any, Any] = {}
     for window in windows:
-        table, ratio = steps_table(window, options)
+        table, judged[window] = steps_table(window, options)
         print_table(f"Training, {rows_of(window)} x {window} tokens", table)
-        print(f"  {SOLVE}: x{ratio:.2f} the time of its own matrix products")
+        print(f"  {SOLVE}: x{judged[window]['products']:.2f} the time of its own matrix products")
     least = 16 if options.quick else LEAST_WINDOW
     lengths = [n for n in (least, 4 * least, 16 * least, 64 * least) if n <= max(windows)]
     if len(lengths) > 1:
-        slope, found = exponent(lengths, options)
+        judged["exponent"], found = exponent(lengths, options)
         times = ", ".join(f"{n:,}: {duration(t.median)}" for n, t in found.items())
-        print(f"\nexponent of the step time over N, one row: {slope:.2f} ({times})")
+        print(f"\nexponent of the step time over N, one row: {judged['exponent']:.2f} ({times})")
     for position in positions:
         print_table(f"Generation at position {position:,}, one row", generation(position, options))
+    print()
+    judge({} if options.quick else judged)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 
 peers       bidirectional, complex64 x (B, N, D), real a, b, c, complex z: forward, and forward + gradients of all five inputs
 models      causal, real x (rows, N, columns a head), number b and c: forward, and forward + gradients of x and a, against
-            copying the bytes that must be moved at least (12 and 32 a number of y) from one existing buffer to another
+            a copy on all threads that moves the bytes that must be moved at least (12 and 32 a number of y)
 
 jax needs a Python of its own, where ``python -m pip install "jax[cpu]"`` put it; it runs there in a second process and
 takes turns with ours. Times are medians of samples taken in turns (quartiles in brackets). Ratios are theirs / ours: larger
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _timing import Timing, print_table, take_turns, where
+from _timing import Timing, copy, print_table, take_turns, target, where
 from scipy.linalg import solve_banded
 from torch import Tensor
 
@@ -33,8 +33,12 @@ from bklm.bk_core import resolvent_solve
 
 PEERS = ((32, 128, 32), (8, 65536, 1), (1, 1_000_000, 1))
 MODELS = ((64, 256, 32), (64, 1024, 48), (16, 4096, 64), (256, 128, 24))
+AGAINST_JAX = dict(zip(PEERS, (6, 4, 4), strict=True))
+"""Targets of the peers' table: so many times as fast as jax with gradients, and everywhere AGAINST_SCIPY forward."""
+AGAINST_SCIPY = 5
 CALLS = 4
 """Calls in a row for a sample, of ours and scipy as of jax: the first after another's turn finds its data in no cache."""
+MISSING = "not installed"
 Call = Callable[[], object]
 
 
@@ -115,7 +119,7 @@ class Jax:
 
 
 def ratio(other: Timing | None, mine: Timing) -> str:
-    return "not installed" if other is None else f"{other.median / mine.median:.3g}"
+    return MISSING if other is None else f"{other.median / mine.median:.3g}"
 
 
 def peers_case(m: int, n: int, columns: int, jax: str | None, seconds: float) -> dict[str, object]:
@@ -134,26 +138,18 @@ def peers_case(m: int, n: int, columns: int, jax: str | None, seconds: float) ->
         found = {name: each_of(timing) for name, timing in take_turns(arms, seconds).items()}
         if second:
             second.close()
-    missing = "not installed"
     return {
         "B, N, D": f"{m}, {n}, {columns}",
         "ours, forward": found["forward"],
         "scipy": found["scipy"],
         "scipy / ours": ratio(found["scipy"], found["forward"]),
-        "jax, forward": found.get("jax forward", missing),
+        "jax, forward": found.get("jax forward", MISSING),
         "jax / ours": ratio(found.get("jax forward"), found["forward"]),
         "ours, with gradients": found["both"],
-        "jax, with gradients": found.get("jax both", missing),
+        "jax, with gradients": found.get("jax both", MISSING),
         "jax / ours ": ratio(found.get("jax both"), found["both"]),
         "largest difference": f"{difference:.1e}",
     }
-
-
-def copy(count: int) -> Call:
-    """Copy half of ``count`` bytes: as many are read and written together."""
-    source = torch.ones(count // 8)
-    target = torch.empty_like(source).fill_(0.0)
-    return lambda: target.copy_(source)
 
 
 def models_case(m: int, n: int, columns: int, seconds: float) -> dict[str, object]:
@@ -161,8 +157,13 @@ def models_case(m: int, n: int, columns: int, seconds: float) -> dict[str, objec
     x, a = torch.randn(m, n, columns, generator=g), torch.randn(m, n, generator=g)
     gbar = torch.randn(m, n, columns, dtype=torch.complex64, generator=g)
     forward, both = ours((x, a, 1.0, 1.0, 1j), gbar, causal=True)
-    size = m * n * columns
-    arms = {"forward": forward, "both": both, "copy 12": copy(12 * size), "copy 32": copy(32 * size)}
+    size, threads = m * n * columns, torch.get_num_threads()
+    arms = {
+        "forward": forward,
+        "both": both,
+        "copy 12": copy(6 * size, threads),
+        "copy 32": copy(16 * size, threads),
+    }
     found = take_turns(arms, seconds)
     return {
         "rows, N, D": f"{m}, {n}, {columns}",
@@ -195,10 +196,18 @@ def main() -> None:
     if not options.jax:
         print("jax: not installed here; name an interpreter that has it with --jax", file=sys.stderr)
     wanted = options.only or ("peers", "models")
-    if "peers" in wanted:
-        print_table("Bidirectional, complex64", [peers_case(*s, options.jax, seconds) for s in peers])
+    found = {size: peers_case(*size, options.jax, seconds) for size in peers} if "peers" in wanted else {}
+    if found:
+        print_table("Bidirectional, complex64", list(found.values()))
     if "models" in wanted:
         print_table("Causal, as models use it", [models_case(*s, seconds) for s in models])
+    print()
+    for size, least in AGAINST_JAX.items():
+        row = found.get(size, {})
+        for what, column, wished in (("scipy / ours, forward", "scipy / ours", AGAINST_SCIPY),
+                                     ("jax / ours, with gradients", "jax / ours ", least)):  # fmt: skip
+            ratio_found = float(row[column]) if row.get(column, MISSING) != MISSING else None
+            target(f"{what}, at {size}", ratio_found, least=wished)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """How much faster do several processes get through the work of docs/scaling.md on this machine?
 
-    python benchmarks/scaling.py                                         # a batch of notebooks, one training
-    python benchmarks/scaling.py --storage postgresql://me@host/sweeps   # also one sweep that workers share
+    python benchmarks/scaling.py                                         # all three parts, a quarter of an hour on two cores
+    python benchmarks/scaling.py --storage postgresql://me@host/sweeps   # the sweep through this server, not one of its own
     python benchmarks/scaling.py --parts training --rounds 1             # some of it
+
+batch       notebooks through bklm.batch; training: one training under torchrun; sweep: one sweep that workers share through
+            PostgreSQL, a server of its own where one is installed
 
 Every time is that of the whole command, as its user waits for it: start of Python, reading of the text, figures and zip
 included. Arms take turns; the shortest and the longest of the rounds are shown. "x" is the first arm's median over this arm's.
@@ -11,6 +14,7 @@ included. Arms take turns; the shortest and the longest of the rounds are shown.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import statistics
@@ -18,12 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 import yaml
-from _timing import duration, print_table
+from _postgresql import NotInstalledError, Server
+from _timing import duration, print_table, where
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("batch", "training", "sweep")
@@ -115,16 +120,44 @@ def compare(title: str, arms: dict[str, Arm], rounds: int) -> None:
     sys.stdout.flush()
 
 
+@contextlib.contextmanager
+def database(storage: str | None) -> Iterator[str]:
+    """The address given, or of a database on a server that lives as long as the context."""
+    if storage:
+        yield storage
+        return
+    try:
+        server = Server()
+    except NotInstalledError as missing:
+        raise SystemExit(f"the sweep: {missing}; or name a database with --storage.") from None
+    with server:
+        yield server.create("sweeps")
+
+
+def compare_sweeps(storage: str, cores: int, counts: list[int], rounds: int) -> None:
+    seeds = itertools.count(int(time.time()) % 1_000_000 * 1000)
+    arms = {"1 worker, without a database": shared_sweep(1, None, storage, seeds)}
+    for n in counts:
+        if n > 1:
+            threads = max(1, cores // n)
+            arms[f"{named(n, 'worker')}, {named(threads, 'thread')} each"] = shared_sweep(
+                n, threads, storage, seeds
+            )
+    compare("one sweep of 8 points shared through PostgreSQL", arms, rounds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--profile", default="quick", help="of the training (default quick)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--storage", help="a PostgreSQL database that the sweep's workers share")
+    parser.add_argument(
+        "--storage", help="a PostgreSQL database for the sweep, in place of a server of its own"
+    )
     arguments = parser.parse_args()
     cores, counts = os.cpu_count() or 1, arguments.workers
-    print(f"{cores} cores, no GPU used, {arguments.rounds} rounds")
+    print(f"{where()}; no GPU used, {arguments.rounds} rounds")
     if "batch" in arguments.parts:
         compare(
             f"{NOTEBOOKS} notebooks (01, smoke) through bklm.batch; the cores are divided among the workers",
@@ -143,17 +176,9 @@ def main() -> None:
             },
             arguments.rounds,
         )
-    if "sweep" in arguments.parts and arguments.storage:
-        seeds = itertools.count(int(time.time()) % 1_000_000 * 1000)
-        alone = {"1 worker, without a database": shared_sweep(1, None, arguments.storage, seeds)}
-        shared = {
-            f"{named(n, 'worker')}, {named(max(1, cores // n), 'thread')} each": shared_sweep(
-                n, max(1, cores // n), arguments.storage, seeds
-            )
-            for n in counts
-            if n > 1
-        }
-        compare("one sweep of 8 points shared through PostgreSQL", alone | shared, arguments.rounds)
+    if "sweep" in arguments.parts:
+        with database(arguments.storage) as storage:
+            compare_sweeps(storage, cores, counts, arguments.rounds)
 
 
 if __name__ == "__main__":

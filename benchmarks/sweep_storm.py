@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import psutil
 import sqlalchemy
 from _postgresql import NotInstalledError, Server
-from _timing import duration, print_table, processor
+from _timing import duration, print_table, processor, target
 from optuna.distributions import CategoricalDistribution, distribution_to_json
 
 from bklm.sharing import database
@@ -43,6 +43,7 @@ fork = multiprocessing.get_context("fork")
 SERVER_CORES = 8  # of the database's machine in part 3
 TRIALS = {"1 s": 1.0, "1 min": 60.0, "1 h": 3600.0}
 WORKERS = (10, 100, 1000)
+COSTS_GROW = 1.1  # at most, to count as not growing
 HELD_SECONDS = database.HEARTBEAT_SECONDS  # of a trial, for which its worker holds a connection
 FILL = """
 INSERT INTO trials (number, study_id, state, datetime_start, datetime_complete)
@@ -221,6 +222,7 @@ def throughput(workers: int, think: float, lock: float, cores: float, number_of_
 def show_storm(found: dict[str, Any]) -> None:
     keys = ("workers", "points", "killed", "ended with an error", "begun twice", "lost", "stored twice")
     row = {key: f"{found[key]:,}" for key in keys} | {"seconds": f"{found['seconds']:.0f}"}
+    row["points/s"] = f"{found['points'] / found['seconds']:.0f}"
     print_table("the storm: workers killed at random, the server crashed and started anew once", [row])
     sys.stdout.flush()
 
@@ -235,7 +237,7 @@ def show_costs(found: list[dict[str, Any]], lock: float) -> None:
             {
                 "workers": one["workers"],
                 "points": f"{one['points']:,}",
-                "there before": f"{one['there before']:,}",
+                "put there by SQL": f"{one['there before']:,}",
                 "points/s": f"{one['begun'] / one['seconds']:.0f}",
                 "by the model": f"{expected:.0f}",
                 "in the first and last tenth": f"{one['first tenth']:.0f}, {one['last tenth']:.0f}",
@@ -267,6 +269,17 @@ def show_limits(cost: Cost, lock: float) -> None:
     )
 
 
+def judge(storm: dict[str, Any], found: list[dict[str, Any]]) -> None:
+    """Print every target and whether it is held; the costs with the most workers, from the fewest points to the most."""
+    few, many = found[0]["cost"], found[-1]["cost"]
+    print()
+    target("points lost in the storm", storm["lost"], most=0)
+    target("points stored twice in the storm", storm["stored twice"], most=0)
+    grown = f"with {found[-1]['points']:,} points over those with {found[0]['points']:,}"
+    for what, key in (("statements a point", "statements"), ("the server's processor a point", "server")):
+        target(f"{what}, {grown}", getattr(many, key) / getattr(few, key), most=COSTS_GROW)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16])
@@ -288,11 +301,13 @@ def main() -> None:
         # First, so that the workers, which are forks of this process, find SQLAlchemy's mappings made.
         lock = seconds_under_lock(server)
         storm = Storm(server, Path(folder), most, arguments.storm)
-        show_storm(storm.run(kill_every=2.0 if arguments.quick else 1.0, restart=True))
+        stormed = storm.run(kill_every=2.0 if arguments.quick else 1.0, restart=True)
+        show_storm(stormed)
         sizes = [(n, points[0]) for n in workers] + [(most, n) for n in points[1:]]
         found = [Storm(server, Path(folder), *size, there=size[1] - points[0]).run() for size in sizes]
         show_costs(found, lock)
         show_limits(max((one["cost"] for one in found), key=lambda cost: cost.server), lock)
+        judge(stormed, [one for one in found if one["workers"] == most])
 
 
 if __name__ == "__main__":

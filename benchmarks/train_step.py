@@ -8,7 +8,7 @@
 The plain arms are the same model (same weights, experts, AdamW, clip) with logits held whole, F.cross_entropy, and the
 theta/phi recursion as a Python loop in complex128 under vmap: once with the published diagonal backward, once with
 autograd through the loop. The loop is bidirectional, so the arm to compare with is the bidirectional one, whose first
-loss must agree; the causal row is what the package trains by default.
+loss must agree; the causal rows are what the package trains by default, and the GRAD_BLEND study (mixer "solve").
 
 Time: every arm lives in a process of its own; the parent asks them for a step in turn, so that a busy moment of the
 machine hits all of them, and reports medians and quartiles. Memory: a fresh process per arm, warmed by one step
@@ -26,40 +26,27 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _timing import memory_ratio, peak_memory, where
+from _matrix_products import HEADS, GemmFloor, Size
+from _timing import memory_ratio, peak_memory, target, where
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bklm.bk_core import reference
 from bklm.models import ResNetBK, ResNetBKConfig, linear_cross_entropy
-from bklm.models import loss as loss_module
 
-BKLM, PEER, LOOP, AUTOGRAD = (
+BKLM, SOLVE, PEER, LOOP, AUTOGRAD = (
     "bklm, causal (default)",
+    "bklm, causal, mixer solve (GRAD_BLEND's)",
     "bklm, bidirectional",
     "whole logits + loop, published backward",
     "whole logits + loop, autograd through it",
 )
-ARMS = (BKLM, PEER, LOOP, AUTOGRAD)
+ARMS = (BKLM, SOLVE, PEER, LOOP, AUTOGRAD)
+FLOORS = {BKLM: "products", LOOP: "products", SOLVE: "products with the mixer's"}
 MB = 2**20
-
-
-@dataclass(frozen=True)
-class Size:
-    vocab_size: int = 30_000
-    batch: int = 32
-    length: int = 128
-    d_model: int = 64
-    n_layers: int = 4
-    num_experts: int = 4
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.length
 
 
 QUICK = Size(vocab_size=3_000, batch=8, length=32, n_layers=2)
@@ -101,9 +88,9 @@ class Trainer:
     def __init__(self, arm: str, size: Size, now: Callable[[], float]) -> None:
         self.now = now
         torch.manual_seed(0)
-        config = ResNetBKConfig(
-            size.vocab_size, size.d_model, size.n_layers, size.length, size.num_experts, causal=arm == BKLM
-        )
+        mixer = {"mixer": "solve", "n_heads": HEADS} if arm == SOLVE else {}
+        sizes = size.vocab_size, size.d_model, size.n_layers, size.length, size.num_experts
+        config = ResNetBKConfig(*sizes, causal=arm in (BKLM, SOLVE), **mixer)
         self.model = ResNetBK(config).train()
         self.plain = arm in (LOOP, AUTOGRAD)
         if self.plain:
@@ -139,38 +126,10 @@ class Trainer:
         return {**parts, "total": clock[-1] - clock[0], "loss": loss.item()}
 
 
-class GemmFloor:
-    """The matrix products that no implementation can leave out: 3 of the head, 6 per layer of the chosen experts."""
-
-    def __init__(self, size: Size, now: Callable[[], float]) -> None:
-        self.now = now
-        rows = min(size.tokens, loss_module.CPU_CHUNK_BYTES // (4 * size.vocab_size))
-        t, d, v = size.tokens, size.d_model, size.vocab_size
-        self.repeats, self.layers = -(-t // rows), size.n_layers
-        self.h, self.w, self.logits = torch.randn(rows, d), torch.randn(v, d), torch.randn(rows, v)
-        self.dw = torch.zeros(v, d)
-        self.x, self.up, self.u = torch.randn(t, d), torch.randn(2 * d, d), torch.randn(t, 2 * d)
-        self.dx, self.dup = torch.empty(t, d), torch.empty(2 * d, d)
-        self.flop = 3 * 2 * t * d * v + size.n_layers * 6 * 2 * t * d * 2 * d
-
-    def step(self) -> dict[str, float]:
-        start = self.now()
-        # The library that serves these shapes best.
-        head = loss_module.LinearHead(self.h, self.w, None, len(self.h))
-        for _ in range(self.repeats):
-            head.logits(self.h)
-            head.towards_rows(self.logits)
-            self.dw.addmm_(self.logits.t(), self.h)
-        for _ in range(2 * self.layers):  # up and down are of one size; forward, input and weight gradient each
-            torch.mm(self.x, self.up.t(), out=self.u)
-            torch.mm(self.u, self.up, out=self.dx)
-            torch.mm(self.u.t(), self.x, out=self.dup)
-        return {"total": self.now() - start}
-
-
 def serve(arm: str, size: Size, now: Callable[[], float], pipe) -> None:
     """In a process of its own: answer "time" with the timings of a step, "memory" with its extra peak bytes."""
-    work = GemmFloor(size, now) if arm == "floor" else Trainer(arm, size, now)
+    is_floor = arm in FLOORS.values()
+    work = GemmFloor(size, now, mixer=arm == FLOORS[SOLVE]) if is_floor else Trainer(arm, size, now)
     pipe.send(work.step())
     while (request := pipe.recv()) != "stop":
         pipe.send(work.step() if request == "time" else peak_memory(work.step))
@@ -197,7 +156,7 @@ class Worker:
 def measure_time(
     size: Size, rounds: int, now: Callable[[], float]
 ) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:
-    workers = {arm: Worker(arm, size, now) for arm in (*ARMS, "floor")}
+    workers = {arm: Worker(arm, size, now) for arm in (*ARMS, *dict.fromkeys(FLOORS.values()))}
     timings = {arm: [] for arm in workers}
     for i in range(rounds):
         print(f"\rround {i + 1} of {rounds}", end="", file=sys.stderr, flush=True)
@@ -244,20 +203,29 @@ def report(size: Size, rounds: int, now: Callable[[], float]) -> None:
         print(f"{arm:44}{cells:>22}{size.tokens / middle[arm][1]:10.0f}{speed:7.2f}x{memory}")
     if peaks is None:
         print("peak memory: not measured, this system has no /proc/self/clear_refs")
-    floor = middle["floor"][1]
-    gflops = GemmFloor(size, now).flop / floor / 1e9
-    print(f"matrix products alone: {1e3 * floor:.0f} ms ({gflops:.0f} GFLOP/s)")
-    print(
-        f"distance to that floor: {BKLM} {middle[BKLM][1] / floor:.2f}x, {LOOP} {middle[LOOP][1] / floor:.2f}x"
-    )
+    for arm, floor in FLOORS.items():
+        flop = GemmFloor(size, now, mixer=arm == SOLVE).flop
+        print(
+            f"{arm}: {middle[arm][1] / middle[floor][1]:.2f}x the time of the matrix {floor}, "
+            f"{1e3 * middle[floor][1]:.0f} ms ({flop / middle[floor][1] / 1e9:.0f} GFLOP/s)"
+        )
     print("\nwhere the time goes (median ms)")
-    for arm in (BKLM, LOOP):
+    for arm in FLOORS:
         parts = {
             p: statistics.median(t[p] for t in timings[arm])
             for p in timings[arm][0]
             if p not in ("total", "loss")
         }
         print(f"{arm:44}" + "  ".join(f"{p} {1e3 * s:.1f}" for p, s in parts.items()))
+    print()
+    full = size == Size()
+    gain = middle[LOOP][1] / middle[BKLM][1] if full else None
+    target(f"tokens/s of {BKLM} over those of {LOOP}", gain, least=2)
+    share = memory_ratio(peaks[BKLM], peaks[LOOP]) if peaks and full else None
+    target(f"peak memory of {BKLM} over that of {LOOP}", share, most=0.333)
+    for arm in (SOLVE, BKLM):
+        distance = middle[arm][1] / middle[FLOORS[arm]][1] if full else None
+        target(f"step of {arm} over its matrix products", distance, most=1.3)
 
 
 def report_chunks(size: Size, rounds: int) -> None:

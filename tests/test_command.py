@@ -31,6 +31,12 @@ def test_help_and_refusals_import_no_torch(words):
     assert done.stdout or "clip: got -1" in done.stderr
 
 
+def test_the_self_test_says_what_it_waits_for(monkeypatch, capsys):
+    monkeypatch.setattr(actions, "selftest", lambda given: None)
+    assert main(["selftest"]) == 0
+    assert "Loading PyTorch and the package: some ten seconds" in capsys.readouterr().err
+
+
 def test_help_says_what_each_profile_takes(capsys):
     with pytest.raises(SystemExit):
         parse(GradBlendConfig, ["--help"])

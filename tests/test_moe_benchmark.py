@@ -15,18 +15,21 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "moe.py"
 @pytest.mark.parametrize(
     ("small", "shown", "worst"),
     [
-        (0, [["-", "-"]] * 4, "0.50x in time, memory too small to be told"),
-        (2**21, [["1.00x", "2.00x"], ["0.50x", "1.00x"]] * 2, "0.50x in time, 0.50x in memory"),
+        (0, [["-", "-"]] * 5, (0.5, None)),
+        (2**21, [["1.00x", "2.00x"], ["0.50x", "1.00x"]] * 2 + [["1.00x", "2.00x"]], (0.5, 0.5)),
     ],
 )
 def test_memory_too_small_to_be_told_divides_nothing_and_is_no_gain(monkeypatch, capsys, small, shown, worst):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     moe = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
     taken = {"dense": [1.0, 1.0], "loop": [2.0, 2.0], "exact": [1.0, 1.0], "selected": [2.0, 2.0]}
+    taken["layer"] = [0.5, 0.5]
     memory = {"dense": small, "loop": 2 * small, "exact": small, "selected": 2 * small}
+    memory["layer"] = small
     gains = moe.report(moe.Case(64, 8, 4, 1), taken, memory)
     assert [line.split()[-2:] for line in capsys.readouterr().out.splitlines()] == shown
-    assert moe.worst_of(list(gains.values())) == worst
+    assert gains["selected"].over_layer == 0.25
+    assert moe.worst_of([gain for name, gain in gains.items() if name != "layer"]) == worst
 
 
 @pytest.mark.slow

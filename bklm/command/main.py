@@ -107,6 +107,8 @@ def main(words: Sequence[str] | None = None) -> int:
         elif given.command is None:
             parser().print_help()
         else:
+            if given.command == "selftest":
+                print("Loading PyTorch and the package: some ten seconds ...", file=sys.stderr, flush=True)
             # torch comes with it.
             from bklm.command import actions
 

@@ -1,10 +1,11 @@
 """Matrix products on the faster of the libraries that torch carries.
 
 On a CPU torch.mm and F.linear call MKL for float32, and MKL keeps to AVX2 on processors that are not Intel's; oneDNN,
-which torch also carries and torch.compile calls, uses what there is. Time against MKL's on an AMD EPYC with AVX-512, one
-thread: 0.4 for a thin or a large x W^T, 0.5 for a weight's gradient. On an Intel Xeon with AVX-512, two threads: 1 for a
-large x W^T, 1.4 to 1.7 for a thin one and for a weight's gradient. So on Intel's processors and everywhere else (double,
-half precision, an accelerator, a torch built without oneDNN) these functions are the ordinary products.
+which torch also carries and torch.compile calls, uses what there is. Time against MKL's, measured once by hand: on an AMD
+EPYC with AVX-512, one thread, 0.4 for a thin or a large x W^T, 0.5 for a weight's gradient; on an Intel Xeon with
+AVX-512, two threads, 1 for a large x W^T, 1.4 to 1.7 for a thin one and for a weight's gradient. So on Intel's processors
+and everywhere else (double, half precision, an accelerator, a torch built without oneDNN) these functions are the
+ordinary products.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ten seconds that tell whether the operator is right on this machine, and how long the studies will take here."""
+"""Whether the operator is right on this machine and how long the studies take here, told in a minute or two."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def study_times() -> list[dict[str, Any]]:
         ("quick", "wikitext-2"),
         ("full", "wikitext-2"),
     ]
-    for profile, corpus in tqdm(profiles, desc="timing", unit="profile", leave=False):
+    for profile, corpus in tqdm(profiles, desc="compiling and timing", unit="profile", leave=False):
         config = GradBlendConfig(profile=profile, dataset=corpus).resolved()
         minutes = round_minutes(estimated_minutes(config))
         rows.append({"notebook": "01 GRAD_BLEND sweep", "profile": profile, "text": corpus, "minutes": minutes})

@@ -1,9 +1,9 @@
 """The C library's memory on Linux: what a step frees is kept for the next one.
 
 By default glibc gives the end of its heap back to the system when much of it is free, and maps and unmaps every large block
-anew. A training step frees all that its forward has made, so the next one waits for the same pages again: measured on two
-cores, 300 MB of page faults a step of 470 ms and a sixth of its time (benchmarks/reading_step.py). The process keeps its peak
-size instead, which it would reach again at the next step anyway.
+anew. A training step frees all that its forward has made, so the next one waits for the same pages again: measured once by
+hand on two cores, 300 MB of page faults a step and a sixth of its time. The process keeps its peak size instead, which it
+would reach again at the next step anyway.
 """
 
 from __future__ import annotations

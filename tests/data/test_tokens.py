@@ -106,7 +106,7 @@ def test_a_training_limit_keeps_the_vocabulary_and_the_other_splits():
 
 
 def test_words_and_ids_are_found_faster_than_by_the_tokenizers_library():
-    """A third and a quarter of its processor time when it was measured (docs/benchmarks.md)."""
+    """A third and a fifth of its processor time when it was measured (docs/benchmarks.md)."""
     draw = np.random.default_rng(0).zipf(1.3, 200_000) % 50_000
     lines = [" ".join(map(str, part)) for part in np.array_split(draw, 2000)]
     vocab = Vocabulary.train(lines, 100_000)

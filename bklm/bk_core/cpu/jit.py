@@ -41,6 +41,7 @@ def jit(function: Callable, **settings: Any) -> Callable:
         # Raised when neither the package's folder nor the user's cache can be written.
         if "cannot cache function" not in str(error):
             raise
+        NOTICE.kept = False
         return njit(**settings)(function)
 
 
@@ -62,8 +63,14 @@ class _Notice(numba.core.event.Listener):
             and event.data["dispatcher"].py_func.__module__.partition(".")[0] == __name__.partition(".")[0]
         ):
             self.said = True
+            later = (
+                "later processes find them on the disk"
+                if self.kept
+                else "every process will again, as it finds no folder that it may write them to"
+            )
             print(
-                "bklm: compiling kernels for this processor, once for all later processes; a few seconds each time.",
+                "bklm: compiling kernels for this processor, about five seconds for the operator and again when a model "
+                f"needs its own; {later}.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -72,6 +79,8 @@ class _Notice(numba.core.event.Listener):
         pass
 
     said = False
+    kept = True
+    """Whether numba found a folder for every kernel's cache."""
 
 
 NOTICE = _Notice()

@@ -1,8 +1,8 @@
 """Threads for kernels that hold no GIL, and a scratch buffer for each.
 
 They are torch's own, where torch brings GNU's OpenMP (pip's torch on Linux): after a matrix product these wait for more
-work with their core busy, and threads of a pool would have to drive them off first, 0.2 ms a call. Elsewhere, and in a
-forked child, which OpenMP's threads do not survive, a pool.
+work with their core busy, and threads of a pool would have to drive them off first, 0.2 ms a call (measured once by hand).
+Elsewhere, and in a forked child, which OpenMP's threads do not survive, a pool.
 
 Not numba's parallel mode: its default layer on Colab, workqueue, aborts when two Python threads call it at once (two
 autograd engines, a data loader beside a training loop). Here any number of threads may call; a forked child starts with an
@@ -12,11 +12,13 @@ single-threaded.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -95,40 +97,69 @@ def split(kernel: Callable[[int, int], None], n: int, worth_it: bool) -> None:
     count = min(n, PARTS_PER_THREAD * workers)
     edges = [n * i // count for i in range(count + 1)]
     parts = deque(itertools.pairwise(edges))
+    errors: list[BaseException] = []
 
     def work() -> None:
-        while parts:
-            try:
-                first, last = parts.popleft()
-            except IndexError:  # another thread took the last part
-                return
-            kernel(first, last)
+        try:
+            while parts:
+                try:
+                    first, last = parts.popleft()
+                except IndexError:  # another thread took the last part
+                    return
+                kernel(first, last)
+        except BaseException as error:  # it can pass through neither C nor another thread
+            errors.append(error)
+            parts.clear()
 
     team = None if _is_forked else _openmp()
-    (_in_pool if team is None else functools.partial(_in_team, team))(work, workers)
-
-
-def _in_pool(work: Callable[[], None], workers: int) -> None:
-    helpers = [_executor().submit(work) for _ in range(workers - 1)]
-    try:
-        work()
-    finally:
-        for helper in helpers:
-            if not helper.cancel():  # started
-                helper.result()
-
-
-def _in_team(team: Callable[..., None], work: Callable[[], None], workers: int) -> None:
-    errors = []
-
-    def guarded(_: None) -> None:
-        try:
-            work()
-        except BaseException as error:  # an exception cannot pass through C
-            errors.append(error)
-
-    team(_TEAM_FUNCTION(guarded), None, workers, 0)
+    if team is None:
+        _in_pool(work, workers, parts)
+    else:
+        _in_team(work, workers, team)
     if errors:
-        raise errors[0]
-    # Ctrl-C on a member's way into Python is lost with the member: what it would have taken is still there.
+        # Ctrl-C before another thread's error.
+        raise next((error for error in errors if not isinstance(error, Exception)), errors[0])
+
+
+def _in_pool(work: Callable[[], None], workers: int, parts: deque[tuple[int, int]]) -> None:
+    begun: list[None] = []
+    ended: list[None] = []
+    helpers = []
+
+    def help_out() -> None:
+        begun.append(None)
+        work()
+        ended.append(None)
+
+    try:
+        for _ in range(workers - 1):
+            helpers.append(_executor().submit(help_out))
+        work()
+        for helper in helpers:
+            if not helper.cancel():  # begun
+                helper.result()
+    finally:
+        parts.clear()  # who has not begun finds nothing to do
+        _outlast(begun, ended)
+
+
+def _outlast(begun: list[None], ended: list[None]) -> None:
+    """Return when every helper that began has ended, however often Ctrl-C is pressed: they write to the caller's tensors."""
+    while len(ended) < len(begun):
+        with contextlib.suppress(BaseException):  # one is on its way out already
+            time.sleep(1e-3)
+
+
+def _in_team(work: Callable[[], None], workers: int, team: Callable[..., None]) -> None:
+    ended = []
+
+    def member(_: None) -> None:
+        work()
+        ended.append(threading.get_ident())
+
+    team(_TEAM_FUNCTION(member), None, workers, 0)
+    if threading.get_ident() not in ended:
+        # Ctrl-C on this thread's way into Python or out: ctypes prints and forgets it.
+        raise KeyboardInterrupt
+    # What a member that was lost would have taken is still there.
     work()
