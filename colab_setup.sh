@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # bash colab_setup.sh             install what the suite needs
 # bash colab_setup.sh run [...]   install, then run notebook 01 headless; extra words go to papermill (-p profile quick)
-# bash colab_setup.sh test [...]  install, then lint and run every test but the browser's; extra words go to pytest instead
-# bash colab_setup.sh generic     install, then run the fast tests with the code that an old processor would run
+# bash colab_setup.sh test [...]  install, then lint and run the fast tests; extra words go to pytest instead
+# bash colab_setup.sh slow [...]  install, then run what takes long: kills, full disks, PostgreSQL, workers, benchmarks; extra words likewise
+# bash colab_setup.sh generic     install, then run the tests of numbers with the code that an old processor would run
 # bash colab_setup.sh browser     install, then drive the notebooks in JupyterLab with headless Chromium
 # bash colab_setup.sh colab       install the versions that Colab has into .venv-colab, then run the notebooks there
 # bash colab_setup.sh compat END  install one end of the ranges of requirements.txt into .venv-END, then run the fast tests there:
@@ -104,8 +105,15 @@ run_tests() {
     step="checking style with ruff"
     "$PY" -m ruff check .
     "$PY" -m ruff format --check .
-    step="running the tests"
-    [ $# -gt 0 ] || set -- -m "slow or not slow" --ignore tests/browser
+    step="running the fast tests"
+    [ $# -gt 0 ] || set -- -m "not slow" --ignore tests/browser
+    in_parallel "$@"
+}
+
+run_slow_tests() {
+    step="running the slow tests"
+    # Whole notebooks are run by the colab lane, on the versions that most of their readers have.
+    [ $# -gt 0 ] || set -- -m slow --ignore tests/browser --ignore tests/notebooks/test_notebooks.py
     in_parallel "$@"
 }
 
@@ -115,8 +123,14 @@ in_parallel() { # words for pytest
 }
 
 run_generic_tests() {
-    step="running the fast tests as on an old processor"
-    [ $# -gt 0 ] || set -- -m "not slow" --ignore tests/browser
+    local name words=(-m "not slow" tests)
+    step="running the tests of numbers as on an old processor"
+    # What is left out asks for files, words and order, or computes with what the others test.
+    for name in browser faults harness notebooks sharing studies trained test_{architecture,batch,benchmarks}.py \
+        test_{command,config,documents,fuzz_configs,locks,processes,reporting,security,setup}.py; do
+        words+=(--ignore "tests/$name")
+    done
+    [ $# -gt 0 ] || set -- "${words[@]}"
     # torch's own kernels, oneDNN's, MKL's, and numba's code: each picks what suits the processor unless it is told.
     ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic in_parallel "$@"
 }
@@ -131,9 +145,10 @@ run_like_colab() {
     PY="$PWD/.venv-colab/bin/python"
     make_environment .venv-colab test "$python" --like-colab --extra test
     step="running the notebooks on Colab's versions"
-    # The second file writes data sets with one environment's version of datasets and reads them with the other's.
-    "$PY" -m pytest -m "slow or not slow" -W ignore::DeprecationWarning tests/notebooks tests/data/test_dataset_versions.py \
-        --ignore tests/notebooks/test_study_run.py
+    # The second file writes data sets with one environment's version of datasets and reads them with the other's. Most of the
+    # time goes into one file, so its tests are shared out one by one.
+    in_parallel -m "slow or not slow" -W ignore::DeprecationWarning tests/notebooks tests/data/test_dataset_versions.py \
+        --ignore tests/notebooks/test_study_run.py --dist worksteal
 }
 
 run_at_the_end() { # lowest, colab or newest; extra words go to pytest instead
@@ -168,10 +183,11 @@ case "${1:-}" in
 "") install && echo "Installed. Next: bash colab_setup.sh run" ;;
 run) shift && install && run "$@" ;;
 test) shift && install test && run_tests "$@" ;;
+slow) shift && install test && run_slow_tests "$@" ;;
 generic) shift && install test && run_generic_tests "$@" ;;
 browser) shift && install test,browser && step="driving the notebooks" && "$PY" -m pytest -m slow tests/browser "$@" ;;
 colab) run_like_colab ;;
 compat) shift && run_at_the_end "$@" ;;
 -h | --help | help) usage ;;
-*) fail "got '$1'; allowed are no word (install), 'run', 'test', 'generic', 'browser', 'colab', 'compat' and '--help'." 2 ;;
+*) fail "got '$1'; allowed are no word (install), 'run', 'test', 'slow', 'generic', 'browser', 'colab', 'compat' and '--help'." 2 ;;
 esac

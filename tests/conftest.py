@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,6 @@ from bklm.studies.grad_blend.config import GradBlendConfig
 settings.register_profile("bklm", deadline=None, print_blob=True)
 settings.load_profile("bklm")
 
-# Every training ends with a full garbage collection, which would walk through all of torch each time.
-gc.freeze()
-
 
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
@@ -29,11 +26,13 @@ def same_random_numbers() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Token caches of tests stay out of the user's cache folder, and no ambient text is picked up."""
-    monkeypatch.setenv("BKLM_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.delenv("BKLM_DATA_DIR", raising=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BKLM_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.delenv("BKLM_DATA_DIR", raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -50,13 +49,13 @@ def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def tiny_config(small_text: Path, tmp_path: Path) -> GradBlendConfig:
-    """A sweep of four trials that takes about a second."""
-    return GradBlendConfig(
+@pytest.fixture(scope="session")
+def tiny_in(small_text: Path) -> Callable[[Path], GradBlendConfig]:
+    """tiny_in(folder): a sweep of four trials that takes about a second, with its results there."""
+    return lambda folder: GradBlendConfig(
         profile="smoke",
         data_dir=str(small_text),
-        output_dir=str(tmp_path / "results"),
+        output_dir=str(folder),
         device="cpu",
         alphas=(0.0, 0.5),
         seeds=(0, 1),
@@ -68,3 +67,9 @@ def tiny_config(small_text: Path, tmp_path: Path) -> GradBlendConfig:
         n_layers=1,
         max_train_tokens=400,
     )
+
+
+@pytest.fixture
+def tiny_config(tiny_in: Callable[[Path], GradBlendConfig], tmp_path: Path) -> GradBlendConfig:
+    """``tiny_in`` a folder of the test's own."""
+    return tiny_in(tmp_path / "results")

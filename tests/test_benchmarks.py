@@ -33,7 +33,7 @@ RUNS = {
     "reading_search": ("--quick --model gpt --only taken", "Validation perplexity after epoch 1"),
     "sweep_storm": ("--quick", "under the study's lock"),
     "data_scale": ("--quick", "KenLM trie"),
-    "moe_perplexity": ("--quick --output_dir OUTPUT", "exact router gradient"),
+    "moe_perplexity": ("--quick --epochs 1 --seeds 0 1 --output_dir OUTPUT", "exact router gradient"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -56,7 +57,7 @@ def parameters(words: list[str]) -> dict[str, str]:
 
 def check_setup(words: list[str]) -> None:
     word, *rest = words or [""]
-    assert word in ("", "run", "test", "generic", "browser", "colab", "compat")
+    assert word in ("", "run", "test", "slow", "generic", "browser", "colab", "compat")
     if word == "compat":
         assert rest[0] in ("lowest", "colab", "newest")
     if word == "run":
@@ -183,14 +184,13 @@ def test_a_command_that_does_not_exist_is_found(words):
 
 
 def is_cheap(words: list[str]) -> bool:
-    return "smoke" in words or "--help" in words
+    # Every notebook's smoke profile is run by tests/notebooks.
+    return ("smoke" in words or "--help" in words) and "papermill" not in words
 
 
 def program(words: list[str]) -> tuple[str, ...]:
     """What a command starts: two that differ in their settings alone, or in the name of Python, start the same."""
     names = ["python" if word in PYTHONS else word for word in words]
-    if "papermill" in names:
-        return ("papermill", next(word for word in names if word.endswith(".ipynb")))
     return (*names[: 3 if "-m" in names or names[0] == "bash" else 2], *(w for w in names if w == "--help"))
 
 
@@ -200,14 +200,23 @@ CHEAP = list(
 )
 
 
+# Behind a command's own words: one arm, seed and epoch, as the whole smoke profiles are run by tests/notebooks.
+ONE = {
+    ("bash", "colab_setup.sh", "run"): "-p alphas 0.5 -p seeds 0 -p epochs_per_trial 1 -p final_epochs 1",
+    ("python", "-m", "bklm.studies.grad_blend"): "--alphas 0.5 --seeds 0 --epochs_per_trial 1 --final_epochs 1",
+    ("bklm", "run"): "--model newllm --learning_rates 1e-3 --seeds 0 --epochs 1",
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("document", "words"), CHEAP, ids=[shlex.join(w)[:70] for _, w in CHEAP])
 def test_a_documents_cheap_command_runs(document, words, tmp_path):
     """Those that ask for help or for the smoke profile, with results and packages where they disturb nothing."""
+    more = ONE.get(program(words), "").split()
     words = [
         sys.executable if word in PYTHONS else re.sub(r"^(results\b|(?=executed\.))", f"{tmp_path}/", word)
         for word in words
-    ]
+    ] + more
     if words[0] == "bklm":
         words = [sys.executable, "-m", *words]
     if words[0] == "bash" and "output_dir" not in words:
@@ -221,8 +230,6 @@ def test_a_documents_cheap_command_runs(document, words, tmp_path):
     # As an activated environment has it.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "BKLM_PYTHON": sys.executable, "PIP_QUIET": "1"}
-    if "papermill" in words:
-        words += ["-p", "output_dir", str(tmp_path), "--no-progress-bar"]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -240,6 +247,10 @@ def links(path: Path) -> Iterator[str]:
     return (target for target in LINK.findall(text) if "://" not in target)
 
 
+def test_links_are_found_at_all():
+    assert sum(1 for path in DOCUMENTS for _ in links(path)) > 20
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_every_link_of_a_document_leads_somewhere(path):
     for target in links(path):
@@ -249,6 +260,22 @@ def test_every_link_of_a_document_leads_somewhere(path):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], target
+
+
+NAME = re.compile(r"`bklm((?:\.\w+)+)")
+NAMING = [*DOCUMENTS, *sorted((ROOT / "bklm").rglob("*.py"))]
+
+
+def test_every_name_of_the_package_in_documents_and_docstrings_exists():
+    found = {name for path in NAMING for name in NAME.findall(path.read_text(encoding="utf-8"))}
+    assert len(found) > 50
+    unknown = []
+    for name in sorted(found - {".studies.NAME"}):
+        try:
+            pkgutil.resolve_name(f"bklm{name}")
+        except (ImportError, AttributeError):
+            unknown.append(name)
+    assert unknown == []
 
 
 @pytest.fixture

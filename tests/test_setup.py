@@ -75,7 +75,7 @@ def test_help_prints_the_head_of_the_script_and_does_nothing(word, tmp_path):
     shutil.copy(ROOT / "colab_setup.sh", tmp_path)
     done = subprocess.run(["bash", str(tmp_path / "colab_setup.sh"), word], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for command in ("run", "test", "generic", "browser", "colab", "compat", "--help"):
+    for command in ("run", "test", "slow", "generic", "browser", "colab", "compat", "--help"):
         assert f"bash colab_setup.sh {command} " in done.stdout
     assert "set -" not in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["colab_setup.sh"]
@@ -262,4 +262,6 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert "bash colab_setup.sh test" in commands
     assert "bash colab_setup.sh run" in commands
     lanes = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert {"bash colab_setup.sh test", "bash colab_setup.sh generic"} <= set(lanes)
+    assert {f"bash colab_setup.sh {lane}" for lane in ("test", "slow", "generic", "browser", "colab")} <= set(
+        lanes
+    )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bklm.data import IGNORED, set_epoch
 from bklm.models import LanguageModel
-from bklm.training.allocator import keep_freed_memory
+from bklm.training.allocator import forget_training, keep_freed_memory
 from bklm.training.checkpoints import CheckpointFolder
 from bklm.training.evaluation import evaluate
 from bklm.training.memory import BatchParts, memory_shortage_explained
@@ -63,6 +63,9 @@ def train(
 
     With several processes each works on its rows of every batch; all return the same records and weights, and the main one
     writes the checkpoints.
+
+    The process is changed beyond the model: each epoch seeds torch's global generators of all devices, so what the caller
+    draws later follows from (seed, epoch), and glibc keeps freed memory (``bklm.training.allocator``).
 
     Args:
         train_batches: a loader of (x, y) batches from ``bklm.data.make_loader``; the epoch decides the order. Another
@@ -115,6 +118,7 @@ def train(
             on_skip(len(records) * steps)
     # A run that was continued goes on with the parts that fitted.
     batch_parts = BatchParts(max([settings.accumulate, *(r.batch_parts for r in records[-1:])]), label)
+    require_steps_of_its_own(model, accelerator, batch_parts.parts)
     # The model itself is not wrapped: see bklm.training.processes. Clipping unscales through the prepared optimiser.
     optimizer = accelerator.prepare(optimizer)
     check = FiniteCheck(accelerator, label)
@@ -171,7 +175,7 @@ def train(
             label, epoch, settings.epochs, record.trained_in_words, record.val_perplexity, seconds,
             describe_experts(record.expert_counts),
         )  # fmt: skip
-    accelerator.free_memory()
+    forget_training(accelerator)
     return records
 
 

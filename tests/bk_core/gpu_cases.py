@@ -131,9 +131,10 @@ def test_a_row_of_three_blocks_agrees_with_the_recurrences(chunks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("n", [31, 64, 65, 127, 129])
+@pytest.mark.parametrize("n", [31, 64, 129])
 def test_more_lengths_agree_with_the_recurrences(chunks, n, causal):
-    check(problem(33, n, F32, complex_k=True), causal, 1e-5)
+    """One short of a block, two whole ones, and an element more than four; three rows uncut."""
+    check(problem(3, n, F32, complex_k=True), causal, 1e-5)
     chunks(8, F64, polish=True)
     check(problem(1, n, F64, complex_a=True), causal, 1e-12)
 
@@ -146,12 +147,18 @@ def test_more_lengths_agree_with_the_recurrences(chunks, n, causal):
 def test_the_plan_in_use_agrees_with_the_recurrences(monkeypatch, m, n, causal, fast_float64):
     monkeypatch.setattr(gpu, "_fast_float64", lambda device: fast_float64)
     check(problem(m, n, F32, complex_a=True), causal, 1e-5)
+
+
+# 64-bit operands are cut alike on every GPU.
+@pytest.mark.slow
+@pytest.mark.parametrize(("m", "n", "causal"), [(2, 300, True), (1, 4095, False)])
+def test_the_plan_in_use_of_64_bits_agrees_with_the_recurrences(m, n, causal):
     check(problem(m, n, F64, shared_k=True), causal, 1e-12)
 
 
 @pytest.mark.slow
 @on_interpreter
-@settings(max_examples=25, deadline=None, database=None)
+@settings(max_examples=12, deadline=None, database=None)
 @given(
     m=st.integers(1, 3), n=st.integers(1, 70), chunk=st.sampled_from([8, 16, 24]), causal=st.booleans(),
     complex_a=st.booleans(), complex_k=st.booleans(), shared_k=st.booleans(), polish=st.booleans(),

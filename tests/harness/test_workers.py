@@ -7,13 +7,13 @@ import json
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from meanwhile import when_a_helper_trains
 
 from bklm.harness import workers
 from bklm.harness.progress import Progress
@@ -24,18 +24,31 @@ from bklm.studies.grad_blend.run import run_grad_blend
 
 pytestmark = pytest.mark.slow
 
+EPOCHS = 8  # of a trial: enough for a helper to be killed in one
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch):
-    monkeypatch.setattr(figures, "save_figure", lambda path, *a, **k: path.write_bytes(b"") and path)
+
+@pytest.fixture(scope="module", autouse=True)
+def no_drawing():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save_figure", lambda path, *a, **k: path.write_bytes(b"") and path)
+        yield
+
+
+def six_trials(config, workers):
+    return dataclasses.replace(
+        config, alphas=(0.0, 0.5, 1.0), epochs_per_trial=EPOCHS, final_epochs=1, workers=workers
+    )
 
 
 @pytest.fixture
 def config(tiny_config):
-    """Six trials that each take long enough for a helper, which imports torch first, to get some."""
-    return dataclasses.replace(
-        tiny_config, alphas=(0.0, 0.5, 1.0), epochs_per_trial=25, final_epochs=1, workers=2
-    )
+    return six_trials(tiny_config, workers=2)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_in, tmp_path_factory) -> list:
+    """The numbers of one worker."""
+    return numbers(run_grad_blend(six_trials(tiny_in(tmp_path_factory.mktemp("alone")), workers=1)).folder)
 
 
 def numbers(folder: Path) -> list:
@@ -45,50 +58,42 @@ def numbers(folder: Path) -> list:
     ]
 
 
-def trained_here(monkeypatch) -> list[str]:
-    """The labels of what this process trains."""
-    labels, real = [], grad_blend.train
-    monkeypatch.setattr(grad_blend, "train", lambda *a, **k: labels.append(k["label"]) or real(*a, **k))
-    return labels
-
-
 def helpers() -> list[psutil.Process]:
     return [p for p in psutil.Process().children() if "bklm.harness.helper" in p.cmdline()]
 
 
-def test_two_workers_give_the_numbers_of_one_and_each_trial_is_trained_once(config, monkeypatch, tmp_path):
-    here = trained_here(monkeypatch)
+def trials(config) -> Path:
+    return Path(config.output_dir) / "grad_blend" / "internals" / "trials"
+
+
+def test_two_workers_give_the_numbers_of_one_and_each_trial_is_trained_once(config, monkeypatch, alone):
+    here = when_a_helper_trains(grad_blend, trials(config), monkeypatch)
     together = run_grad_blend(config)
     assert 0 < len(here) - 1 < 6, "the helper trained none, or all"
     log = (together.folder / "run.log").read_text()
     for alpha in ("0", "0.5", "1"):
         for seed in (0, 1):
-            assert log.count(f"bklm.training.loop: alpha {alpha}, seed {seed}: epoch 1/25") == 1
+            assert log.count(f"bklm.training.loop: alpha {alpha}, seed {seed}: epoch 1/{EPOCHS}") == 1
     assert "2 trials run at once" in log
     assert helpers() == []
-    alone = run_grad_blend(dataclasses.replace(config, workers=1, output_dir=str(tmp_path / "alone")))
-    assert numbers(together.folder) == numbers(alone.folder)
+    assert numbers(together.folder) == alone
 
 
-def test_the_point_of_a_helper_that_is_killed_is_done_by_the_others(config, monkeypatch, tmp_path):
+def test_the_point_of_a_helper_that_is_killed_is_done_by_the_others(config, monkeypatch, alone):
     killed = []
 
-    def kill_at_work() -> None:
-        deadline = time.monotonic() + 120
-        folder = Path(config.output_dir) / "grad_blend" / "internals" / "trials"
-        while time.monotonic() < deadline and not killed:
-            # Two folders of trials under way: one of them is the helper's.
-            if len(list(folder.glob("*/checkpoints"))) > 1 and helpers():
-                killed.extend(helpers())
-                os.kill(killed[0].pid, signal.SIGKILL)
-            time.sleep(0.02)
+    def kill() -> None:
+        killed.extend(helpers())
+        os.kill(killed[0].pid, signal.SIGKILL)
 
-    threading.Thread(target=kill_at_work, daemon=True).start()
+    here = when_a_helper_trains(grad_blend, trials(config), monkeypatch, kill)
     result = run_grad_blend(config)
-    assert killed
-    assert "A worker ended early" in (result.folder / "run.log").read_text()
-    alone = run_grad_blend(dataclasses.replace(config, workers=1, output_dir=str(tmp_path / "alone")))
-    assert numbers(result.folder) == numbers(alone.folder)
+    assert len(killed) == 1
+    assert len(here) - 1 >= 5
+    log = (result.folder / "run.log").read_text()
+    assert "A worker ended early" in log
+    assert "goes on after epoch" in log, "the helper was at work on it"
+    assert numbers(result.folder) == alone
 
 
 def test_an_error_in_the_study_ends_its_helpers(config, monkeypatch):
@@ -179,3 +184,15 @@ def test_a_helper_at_a_grids_end_waits_for_the_point_that_the_studys_own_process
     askers[0].join(10)
     pool.close()
     assert answers == [None]
+
+
+def test_a_helper_that_fails_at_an_import_says_why():
+    class Config:
+        def to_dict(self):
+            return {}
+
+    Config.__module__ = "bklm.nowhere"
+    helper = workers._start(Config(), 1)
+    helper.wait(120)
+    assert "No module named 'bklm.nowhere'" in workers._last_words(helper)
+    helper.errors.close()

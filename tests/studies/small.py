@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from bklm import studies
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -68,3 +70,10 @@ def small(study: str, folder: Path, text: Path, **changes: Any) -> Any:
 def run_of(study: str) -> Any:
     """The study's run function."""
     return getattr(studies, f"run_{study}")
+
+
+def require_that_figures_say_what_the_model_sees(result: Any) -> None:
+    """Of a run as it was published: every figure says that its model sees the future."""
+    drawn = {p.name: Image.open(p).text["Description"] for p in result.folder.glob("*.png")}
+    assert drawn
+    assert [name for name, note in drawn.items() if "THIS MODEL SEES THE FUTURE" not in note] == []

@@ -17,15 +17,22 @@ from bklm.studies.baseline.run import run_baseline
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def config(small_text: Path, tmp_path: Path) -> BaselineConfig:
-    """A search and two runs of a NewLLM and nothing random but the batches' order."""
-    return BaselineConfig(
-        profile="smoke", model="newllm", data_dir=str(small_text), output_dir=str(tmp_path / "one"), device="cpu",
+@pytest.fixture(scope="module")
+def alone(small_text: Path, tmp_path_factory: pytest.TempPathFactory):
+    """One process's search and two runs of a NewLLM, and nothing random but the batches' order."""
+    folder = str(tmp_path_factory.mktemp("one"))
+    return run_baseline(BaselineConfig(
+        profile="smoke", model="newllm", data_dir=str(small_text), output_dir=folder, device="cpu",
         seeds=(0, 1), epochs=2, learning_rates=(1e-3, 1e-2), search_tokens=200, batch_size=12, seq_len=8, vocab_size=100,
         embed_dim=8, hidden_dim=16, context_dim=8, n_layers=1, max_train_tokens=500, generate_tokens=3, context_tokens=0,
         dropout=0.0,
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+@pytest.fixture
+def together(alone, tmp_path: Path) -> BaselineConfig:
+    """The same settings, with results of the test's own."""
+    return dataclasses.replace(alone.config, output_dir=str(tmp_path / "two"))
 
 
 def curves(result) -> list[float]:
@@ -59,11 +66,8 @@ def require_same(found, alone) -> None:
     )
 
 
-def test_torchrun_gives_the_numbers_of_one_process_and_prints_and_writes_once(config, tmp_path, monkeypatch):
-    alone = run_baseline(config)
-    together = dataclasses.replace(config, output_dir=str(tmp_path / "two"))
-    words = command_words(together.resolved())[2:]
-    done = torchrun(words)
+def test_torchrun_gives_the_numbers_of_one_process_and_prints_and_writes_once(alone, together, tmp_path):
+    done = torchrun(command_words(together)[2:])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Lowest validation PPL") == 1
     assert done.stdout.count("seed 0: epoch 1/2") == 1
@@ -72,15 +76,13 @@ def test_torchrun_gives_the_numbers_of_one_process_and_prints_and_writes_once(co
     assert log.count("NewLLM, seed 1: epoch 2/2") == 1
 
 
-def test_a_notebook_launches_the_processes_and_gets_the_result(config, tmp_path):
-    alone = run_baseline(config)
-    found = run_baseline(dataclasses.replace(config, processes=2, output_dir=str(tmp_path / "two")))
+def test_a_notebook_launches_the_processes_and_gets_the_result(alone, together):
+    found = run_baseline(dataclasses.replace(together, processes=2))
     require_same(found, alone)
     assert found.bundle.path.exists()
 
 
-def test_bad_input_in_two_processes_ends_all_of_them_with_the_sentence(config, tmp_path):
-    words = command_words(dataclasses.replace(config, seq_len=5000).resolved())[2:]
-    done = torchrun(words)
+def test_bad_input_in_two_processes_ends_all_of_them_with_the_sentence(together):
+    done = torchrun(command_words(dataclasses.replace(together, seq_len=5000))[2:])
     assert done.returncode != 0
     assert "longer than the text" in done.stderr

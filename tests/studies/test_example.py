@@ -8,14 +8,13 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
+from meanwhile import kill_within_a_training, when_a_helper_trains
 
 from bklm.harness.cli import parse
 from bklm.harness.report import command_words
@@ -38,17 +37,25 @@ def package(tmp_path_factory) -> str:
     sys.path.remove(str(place))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def study(package):
     return importlib.import_module(package)
 
 
-@pytest.fixture
-def config(study, small_text, tmp_path):
-    return study.ExampleConfig(
-        profile="smoke", data_dir=str(small_text), output_dir=str(tmp_path / "results"), device="cpu", batch_size=8,
-        seq_len=8, max_train_tokens=400, width=8,
+@pytest.fixture(scope="module")
+def finished(study, small_text, tmp_path_factory):
+    """A finished run, for all tests that leave it as it is."""
+    config = study.ExampleConfig(
+        profile="smoke", data_dir=str(small_text), output_dir=str(tmp_path_factory.mktemp("results")), device="cpu",
+        batch_size=8, seq_len=8, max_train_tokens=400, width=8,
     )  # fmt: skip
+    return study.run_example(config)
+
+
+@pytest.fixture
+def config(finished, tmp_path):
+    """The same settings, with results of the test's own."""
+    return dataclasses.replace(finished.config, output_dir=str(tmp_path / "results"))
 
 
 def numbers(folder: Path) -> list:
@@ -105,8 +112,8 @@ def test_it_has_a_command_line_that_refuses_before_torch_is_imported(study, conf
     assert "| torch" not in done.stderr
 
 
-def test_it_leaves_table_curves_figure_manifest_and_zip_and_is_read_back(study, config, monkeypatch):
-    result = study.run_example(config)
+def test_it_leaves_table_curves_figure_manifest_and_zip_and_is_read_back(study, finished, monkeypatch):
+    result = finished
     assert {r["dropout"]: r["seeds"] for r in result.table} == {0.0: 2, 0.3: 2}
     assert result.finding.startswith("Lowest validation PPL at dropout")
     with zipfile.ZipFile(result.bundle.path) as archive:
@@ -124,24 +131,24 @@ def test_it_leaves_table_curves_figure_manifest_and_zip_and_is_read_back(study, 
     assert manifest["command"].split()[:3] == ["python", "-m", study.__name__]
     run = importlib.import_module(f"{study.__name__}.run")
     monkeypatch.setattr(run, "train", lambda *a, **k: pytest.fail("trained again"))
-    assert study.run_example(config).table == result.table
+    assert study.run_example(result.config).table == result.table
 
 
-def test_its_page_becomes_a_section_of_the_readme(study, config, monkeypatch, tmp_path):
-    result = study.run_example(config)
+def test_its_page_becomes_a_section_of_the_readme(study, finished, monkeypatch, tmp_path):
+    result = finished
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     readme = importlib.import_module("readme")
     monkeypatch.setattr(readme, "DOCS", tmp_path)
     page = readme.Study("example", study.__name__)
     with pytest.raises(FileNotFoundError, match="example_summary"):
         page.sections()
-    page.keep("", config.output_dir)
+    page.keep("", result.config.output_dir)
     section = page.sections()["docs/findings.md"]
     assert result.finding in section
     assert len(re.findall(r"(?m)^\| 0\.?\d* \|", section)) == len(result.table)
     assert "](results/example_dropouts.png)" in section
     assert (tmp_path / "example_dropouts.png").exists()
-    assert str(tmp_path) not in (tmp_path / "example_manifest.json").read_text()
+    assert result.config.output_dir not in (tmp_path / "example_manifest.json").read_text()
 
 
 def test_it_says_how_long_it_will_take(study, config):
@@ -150,35 +157,27 @@ def test_it_says_how_long_it_will_take(study, config):
     assert 0 < run.estimated_minutes(few) < run.estimated_minutes(many)
 
 
-def test_other_settings_are_refused_in_the_same_folder_naming_the_field(study, config):
-    study.run_example(config)
+def test_other_settings_are_refused_in_the_same_folder_naming_the_field(study, finished):
     with pytest.raises(ValueError, match=r"made with other settings: learning_rate \(0.003 there, 0.001 now\)"):
-        study.run_example(dataclasses.replace(config, learning_rate=1e-3))
+        study.run_example(dataclasses.replace(finished.config, learning_rate=1e-3))
 
 
 @pytest.mark.slow
 def test_killed_with_signal_9_it_goes_on_and_ends_with_the_numbers_of_an_undisturbed_run(
-    study, config, tmp_path
+    study, config, finished
 ):
-    config = dataclasses.replace(config, epochs=30).resolved()
-    process = command(config)
     folder = Path(config.output_dir) / "example"
-    deadline = time.monotonic() + 200
-    while not list(folder.glob("internals/trials/*/checkpoints/epoch_0003")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_within_a_training(command(config), folder)
     assert not (folder / "summary.json").exists()
     resumed = study.run_example(config)
-    alone = study.run_example(dataclasses.replace(config, output_dir=str(tmp_path / "alone")))
-    assert numbers(resumed.folder) == numbers(alone.folder)
+    assert "goes on after epoch 1" in (folder / "run.log").read_text()
+    assert numbers(resumed.folder) == numbers(finished.folder)
 
 
 @pytest.mark.slow
 def test_two_machines_share_its_grid_through_a_database(study, config, database, tmp_path):
     configs = [
-        dataclasses.replace(config, storage=database, epochs=20, output_dir=str(tmp_path / name)).resolved()
+        dataclasses.replace(config, storage=database, epochs=8, output_dir=str(tmp_path / name)).resolved()
         for name in "ab"
     ]
     processes = [command(c) for c in configs]
@@ -188,20 +187,20 @@ def test_two_machines_share_its_grid_through_a_database(study, config, database,
     tables = [numbers(Path(c.output_dir) / "example") for c in configs]
     assert tables[0] == tables[1]
     logs = [(Path(c.output_dir) / "example" / "run.log").read_text() for c in configs]
-    assert sum(log.count("epoch 1/20") for log in logs) == 4, "each trial is trained once, by one of them"
+    assert sum(log.count("epoch 1/8") for log in logs) == 4, "each trial is trained once, by one of them"
 
 
 @pytest.mark.slow
-def test_several_processes_train_its_models_together(study, config, tmp_path):
-    config = dataclasses.replace(config, dropouts=(0.0,))
-    alone = study.run_example(config)
-    together = study.run_example(dataclasses.replace(config, processes=2, output_dir=str(tmp_path / "two")))
-    assert together.table[0]["val_ppl"] == pytest.approx(alone.table[0]["val_ppl"], rel=1e-4)
+def test_several_processes_train_its_models_together(study, config, finished):
+    together = study.run_example(dataclasses.replace(config, dropouts=(0.0,), processes=2))
+    assert together.table[0]["val_ppl"] == pytest.approx(finished.table[0]["val_ppl"], rel=1e-4)
 
 
 @pytest.mark.slow
-def test_two_workers_give_the_numbers_of_one(study, config, tmp_path):
-    config = dataclasses.replace(config, epochs=20, workers=2)
-    together = study.run_example(config)
-    alone = study.run_example(dataclasses.replace(config, workers=1, output_dir=str(tmp_path / "alone")))
-    assert numbers(together.folder) == numbers(alone.folder)
+def test_two_workers_give_the_numbers_of_one(study, config, finished, monkeypatch):
+    run = importlib.import_module(f"{study.__name__}.run")
+    trials = Path(config.output_dir) / "example" / "internals" / "trials"
+    here = when_a_helper_trains(run, trials, monkeypatch)
+    together = study.run_example(dataclasses.replace(config, workers=2))
+    assert 0 < len(here) < 4, "the helper trained none, or all"
+    assert numbers(together.folder) == numbers(finished.folder)

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from small import small
+from small import require_that_figures_say_what_the_model_sees, small
 
 from bklm.studies import KoopmanConfig, run_koopman
 from bklm.studies.koopman.claims import claims_table
@@ -33,6 +33,10 @@ def original(tmp_path_factory, small_text):
 def corrected(tmp_path_factory, small_text):
     given = {"weights": (1.0,), "distances": (8, 128), "learning_rates": (1e-3, 1e-2)}
     return run_koopman(small("koopman", tmp_path_factory.mktemp("koopman"), small_text, **given))
+
+
+def test_every_figure_of_what_was_published_says_that_it_sees_the_future(original):
+    require_that_figures_say_what_the_model_sees(original)
 
 
 def row(result, arm):
@@ -209,6 +213,20 @@ def test_a_speed_up_holds_only_where_one_operator_is_twice_as_fast_and_no_worse(
     # A model's times are one row a replacement, and say what they are of.
     assert [r["replacement"] for r in readable_speed(rows)] == ["original", "affine", "EDMD"]
     assert readable_speed(rows)[1]["one block, times faster (95% over rounds)"].startswith("10.0 (")
+
+
+def test_blocks_are_not_linear_where_the_operator_keeps_none_of_the_gain_from_context():
+    """Fast, and by its wide interval no worse; but no better than a model that reads nothing."""
+    far_apart = [scores({"affine": x, "EDMD": 0.5}) for x in (0.9, -0.4, 0.2)]
+    rows, claim = faster(far_apart, TIMES)
+    affine = next(r for r in rows if r["replacement"] == "affine")
+    assert affine["times_faster_low"] >= 2
+    assert affine["ppl_ratio_low"] <= 1
+    assert affine["context_gain_kept"] < 0
+    assert claim["measured"].endswith("context gain kept: none")
+    assert claim["verdict"] == "does not hold"
+    kept = faster([scores({"affine": x, "EDMD": 0.5}) for x in (0.6, -0.4, 0.2)], TIMES)[1]
+    assert kept["verdict"] == "holds"
 
 
 def test_where_mixing_brings_nothing_there_is_nothing_to_linearise():

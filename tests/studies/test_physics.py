@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small import small
+from small import require_that_figures_say_what_the_model_sees, small
 
 from bklm.models import future_leak
 from bklm.studies import PhysicsConfig, run_physics
@@ -38,6 +38,10 @@ def test_as_published_it_sees_the_future_and_says_so(original):
     announced = [row["announced"] for row in original.claims]
     assert announced[0] == "the energy term improves generalisation"
     assert not any("stable" in words or "memory" in words for words in announced)
+
+
+def test_every_figure_of_what_was_published_says_that_it_sees_the_future(original):
+    require_that_figures_say_what_the_model_sees(original)
 
 
 def test_blocks_are_equal_in_parameters_and_no_corrected_arm_sees_the_future(config):
@@ -204,6 +208,19 @@ def test_conserved_means_little_drift_no_collapse_and_less_drift_than_where_noth
     }
     words = [tables.kept_in_words(x) for x in (0.421, 1.0, 5.44, 56.9, None)]
     assert words == ["42% of the first", "100% of the first", "5.4 times the first", "57 times the first", "-"]
+
+
+def test_seeds_that_differ_by_all_bounds_give_no_ratio():
+    """One placebo whose energy collapsed, and another that kept it: their mean would be 0.000 (0.000 to 292.9)."""
+    low, placebo = [(0.05, 1.0)] * 3, [(0.2, 1.0), (0.1, 1.0), (1e9, 1.0)]
+    rows = energies(mended=low, mended_placebo=placebo, detached=[(0.1, 1.0), (0.2, 1.0), (0.3, 1.0)])
+    told = {r["arm"]: r for r in tables.readable_energies(rows)}
+    assert told["mended"]["over its control's (95%)"] == "no ratio, mended-placebo"
+    assert told["mended-placebo"]["at the end (95%)"] == "no ratio"
+    assert told["detached"]["at the end (95%)"].startswith("0.182 (0.0")
+    (claim,) = claims_table(NONE | {"energies": rows}, {})
+    assert claim["measured"].endswith("; over mended-placebo's no ratio")
+    assert claim["verdict"] == "does not hold"
 
 
 def test_a_collapsed_energy_is_drawn_without_its_ratio(tmp_path):

@@ -36,8 +36,7 @@ def claims_table(found: Mapping[str, Rows], gains: Mapping[str, float | None]) -
             own, "conservative"
         )
         told += f"; gain from context {gain_in_words(gains['conservative'])}, {PLAIN}'s {gain_in_words(gains[PLAIN])}"
-        name = "conservative blocks reach a lower perplexity"
-        rows.append(claim(name, told, holds))
+        rows.append(claim("conservative blocks reach a lower perplexity", told, holds))
     rows += [_conserved(r) for r in found["energies"] if r["arm"] in (*CLAIMED, "conservative")]
     for arm in ("published", "mended", "conservative"):
         if own := [r for r in found["steps"] if r["arm"] == arm]:

@@ -17,6 +17,7 @@ from bklm.training.stability import largest_rate, steps_to_loss
 PLAIN = "plain"
 CONSERVED, COLLAPSED = 0.1, 0.1  # drift over spread; spread over its first value
 ROUNDS = 9  # of timing steps
+WIDEST = 1000.0  # an interval's higher end over its lower: beyond, seeds differ so much that their mean tells nothing
 # Nets that learn beside a model which no term touches, and pairs without the structure, come to a low drift, too.
 ENERGY_CONTROLS = {
     "published": ("shuffled",), "apart": ("apart-shuffled",), "mended": ("detached", "mended-placebo"),
@@ -134,8 +135,11 @@ def _number(value: float | None, form: str = ".2f") -> str:
 
 
 def words_of(row: Mapping[str, Any], name: str) -> str:
-    ends = row[name], row.get(f"{name}_low"), row.get(f"{name}_high")
-    return "-" if ends[0] is None else str(Perplexity(*ends))
+    """A ratio with its interval; "-" where there is none, "no ratio" where its interval is wider than any ratio means."""
+    mean, low, high = row[name], row.get(f"{name}_low"), row.get(f"{name}_high")
+    if mean is None:
+        return "-"
+    return "no ratio" if low is not None and high > WIDEST * low else str(Perplexity(mean, low, high))
 
 
 def readable_energies(rows: Sequence[Mapping[str, Any]]) -> Rows:
