@@ -361,7 +361,9 @@ OF_RUNS: Places = {
         "reading": lambda run: compression.vacuous_in_words(
             run.summary["table"], run.summary["baselines"][0]["val_ppl"]
         ),
-        "recommended": lambda run: compression.readable_recommended(run.summary["recommended"]),
+        "recommended": lambda run: compression.readable_recommended(
+            [r for r in run.summary["recommended"] if not earlier(run) or r["family"] != "NewLLM"]
+        ),
         "verdicts": lambda run: readable_verdicts(run.summary["verdicts"]),
         "speed": lambda run: compression_timed.readable_speed(run.summary["speed"]),
     },

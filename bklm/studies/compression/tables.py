@@ -102,10 +102,14 @@ def reads(row: Mapping[str, Any], unigram: float) -> bool:
 
 
 def vacuous_in_words(rows: Sequence[Mapping[str, Any]], unigram: float) -> str:
-    """Which trained models read no better than single words; "" where all do."""
-    found = [r["arm"] for r in rows if ":" not in r["arm"] and r["seeds"] and not reads(r, unigram)]
+    """How many trained models read no better than single words, and the largest of them; "" where all do."""
+    trained = [r for r in rows if ":" not in r["arm"] and r["seeds"]]
+    found = sorted((r["arm"] for r in trained if not reads(r, unigram)), key=len)
+    told = "; ".join(found[:3]) + f"; and {len(found) - 3} more of {len(trained)} trained models" * (
+        len(found) > 3
+    )
     words = f"No better than counting single words (unigram: {unigram:.1f}), so that nothing follows from them"
-    return f"{words}: {'; '.join(found)}." if found else ""
+    return f"{words}: {told}." if found else ""
 
 
 def file_rows(trials: Sequence[Trial], unigram: float = math.inf) -> list[dict[str, Any]]:
