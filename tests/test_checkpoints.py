@@ -189,6 +189,11 @@ def test_best_newest_and_the_newest_milestones_are_kept_with_the_perplexity_in_t
     assert folder.newest().name == "epoch_0017_ppl_114.000"
 
 
+def test_the_newest_epoch_is_the_one_of_the_largest_number_also_when_it_has_five_digits(tmp_path):
+    folder = scored(tmp_path, {9999: None, 10000: None})
+    assert [p.name for p in folder.all()] == ["epoch_10000"]
+
+
 def test_an_epoch_that_is_trained_again_replaces_its_checkpoint_whatever_its_perplexity_was(tmp_path):
     folder = scored(tmp_path, {1: 50.0}, keep=3)
     folder.save(1, torch.nn.Linear(1, 1), {"epoch": 1}, 40.0)

@@ -105,6 +105,24 @@ def test_the_published_size_does_not_need_9_gigabytes(monkeypatch):
     assert plan.bytes(552_498, model) < 2 * 2**30
 
 
+@pytest.mark.parametrize("layers", [True, False])
+def test_free_memory_decides_where_contexts_are_kept_and_no_number_of_them(layers, monkeypatch):
+    monkeypatch.setattr(context_store, "LAYERS_BYTES", 10**9 if layers else 0)
+    model, kept = model_of(), []
+    # Room for half precision alone: the numbers stay whole.
+    for free in (10**9, 2 * 2 * NUMBERS, 0):
+        monkeypatch.setattr(context_store, "free_bytes", lambda device, free=free: free)
+        cached = build(model, texts())
+        assert (cached.plan.layers, cached.plan.dtype, cached.plan.on_disk) == (
+            layers,
+            torch.float32,
+            free < 10**9,
+        )
+        kept.append(torch.cat([cached.contexts(x).flatten(0, 1) for x, _ in cached.batches("train", 64)]))
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], kept[2])
+
+
 def test_a_disk_too_small_is_refused_in_one_sentence(monkeypatch):
     model = model_of()
     monkeypatch.setattr(context_store.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10}))

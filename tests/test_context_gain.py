@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from bklm.data import IGNORED
 from bklm.models import (
     GPT,
     LSTM,
@@ -150,6 +151,25 @@ def test_the_means_are_those_over_all_positions():
             model(x)
     (mean,) = recorded.means()
     torch.testing.assert_close(mean, torch.cat(seen).mean(0))
+
+
+@pytest.mark.parametrize("name", ["solve", "gpt"])
+def test_padding_behind_a_text_is_in_no_mean(name):
+    model = trained(MODELS[name], steps=5)
+    lengths = [3, 16, 7, 16]
+    rows = [
+        (IDS[i : i + n][None], IDS[i + 1 : i + n + 1][None])
+        for i, n in zip(range(0, 80, 20), lengths, strict=True)
+    ]
+    x, y = (torch.full((4, 16), value) for value in (V - 1, IGNORED))
+    for i, (own, target) in enumerate(rows):
+        x[i, : lengths[i]], y[i, : lengths[i]] = own[0], target[0]
+    padded, plain = (
+        measure_context_gain(model, batches, None, windows_of=lambda n: None, window=16)
+        for batches in ([(x, y)], rows)
+    )
+    assert padded.perplexity == pytest.approx(plain.perplexity, rel=1e-6)
+    assert padded.mixer_off == pytest.approx(plain.mixer_off, rel=1e-6)
 
 
 def test_a_measurement_leaves_the_model_as_it_was_even_when_it_fails():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -248,6 +249,10 @@ def links(path: Path) -> Iterator[str]:
     return (target for target in LINK.findall(text) if "://" not in target)
 
 
+def test_links_are_found_at_all():
+    assert sum(1 for path in DOCUMENTS for _ in links(path)) > 20
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_every_link_of_a_document_leads_somewhere(path):
     for target in links(path):
@@ -257,6 +262,22 @@ def test_every_link_of_a_document_leads_somewhere(path):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], target
+
+
+NAME = re.compile(r"`bklm((?:\.\w+)+)")
+NAMING = [*DOCUMENTS, *sorted((ROOT / "bklm").rglob("*.py"))]
+
+
+def test_every_name_of_the_package_in_documents_and_docstrings_exists():
+    found = {name for path in NAMING for name in NAME.findall(path.read_text(encoding="utf-8"))}
+    assert len(found) > 50
+    unknown = []
+    for name in sorted(found - {".studies.NAME"}):
+        try:
+            pkgutil.resolve_name(f"bklm{name}")
+        except (ImportError, AttributeError):
+            unknown.append(name)
+    assert unknown == []
 
 
 @pytest.fixture

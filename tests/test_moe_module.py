@@ -238,6 +238,8 @@ def test_usage_statistics():
     assert unused_experts([1, 1]) == 0
     with pytest.raises(ValueError, match="not all zero"):
         usage_entropy([0, 0])
+    with pytest.raises(ValueError, match="not all zero"):
+        unused_experts([0, 0])
 
 
 # Mixed precision, compiler
@@ -318,6 +320,7 @@ def test_compiled_whole_and_equal_to_eager(experts, k, router_gradient):
         ({"router_gradient": "all"}, ValueError, "'exact', 'selected', 'none'"),
         ({"balance": -1.0}, ValueError, "balance is -1.0"),
         ({"balance": 0.1, "router_gradient": "none"}, ValueError, "router that learns"),
+        ({"balance": 0.1, "num_experts": 1}, ValueError, "balance is 0.1, but one expert has no router"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, words):

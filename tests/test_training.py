@@ -267,6 +267,19 @@ def test_a_batch_without_any_target_is_refused_in_one_sentence():
         )  # fmt: skip
 
 
+def test_an_evaluation_that_fails_and_a_generation_leave_every_module_in_its_mode():
+    model = make_model().train()
+    model.blocks[0].eval()  # frozen by its owner
+    before = {name: module.training for name, module in model.named_modules()}
+    assert set(before.values()) == {True, False}
+    x = torch.full((1, 6), VOCABULARY)
+    with pytest.raises(ValueError, match="input_ids: got 20"):
+        evaluate(model, [(x, x)], None)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    model.generate(torch.zeros(1, 2, dtype=torch.int64), 2)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_a_split_without_any_target_cannot_be_evaluated():
     x = torch.zeros(2, 6, dtype=torch.int64)
     with pytest.raises(ValueError, match="no target to score"):

@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 
 from bklm.bk_core import autograd, solve_autograd
-from bklm.bk_core.arguments import as_number, as_precision, between_rows, coupling, precision_of, shift, widened
+from bklm.bk_core.arguments import (
+    as_number,
+    as_precision,
+    between_rows,
+    check_broadcast,
+    coupling,
+    precision_of,
+    shift,
+    widened,
+)
 from bklm.bk_core.gradients import materialised
 from bklm.bk_core.operator import check_options
 
@@ -189,8 +198,19 @@ def solve_step(
     pivot = a.to(as_precision(a.dtype, wide)) - rows_z.to(as_precision(torch.complex64, wide)).reshape(batch)
     source = x.to(as_precision(torch.complex64, wide))
     if state is not None:
+        b, c = (_between(name, value, batch, wide, owner) for name, value in (("b", b), ("c", c)))
         pivot = pivot - b * c * state.left
         source = source - (c[..., None] if isinstance(c, Tensor) else c) * state.y
     left = pivot.reciprocal()
     y = (left[..., None] * source).to(dtype)
     return y, SolveState(left.to(dtype), y)
+
+
+def _between(
+    name: str, value: Tensor | complex, batch: tuple[int, ...], precision: torch.dtype, owner: str
+) -> Tensor | complex:
+    """b_{i-1} or c_{i-1} in the precision of the pass, before it is multiplied: a product in 16 bits can overflow."""
+    if not isinstance(value, Tensor):
+        return value
+    check_broadcast(name, value, batch, f"(...) = {batch} for {owner}")
+    return value.to(as_precision(value.dtype, precision))

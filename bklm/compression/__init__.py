@@ -1,6 +1,7 @@
 """Smaller models: few bits, zeros, low rank, fewer parts, students; what each costs, and the files that hold them."""
 
 from bklm.compression.activations import with_int8_products
+from bklm.compression.coding import CannotServeError
 from bklm.compression.distilling import Distilled, distil
 from bklm.compression.gating import GatedBlocks
 from bklm.compression.int8 import (
@@ -20,6 +21,7 @@ from bklm.compression.tying import TiedModel, tie_head
 from bklm.compression.weights import low_rank, quantise
 
 __all__ = [
+    "CannotServeError",
     "Distilled",
     "GatedBlocks",
     "PrunedModel",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bklm.models import LanguageModel
+from bklm.models.modes import evaluating
+from bklm.training.evaluation import without_padding
 
 
 @dataclass
@@ -55,18 +57,15 @@ def read_inputs(
     head = model.head()[0]
     maps = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight is not head]
     hooks = [m.register_forward_pre_hook(listen) for m in maps]
-    was_training = model.training
-    model.eval()
     # NewLLM calls its maps as modules only while its mixer is looked at.
     watched = model.recording_mixing() if model.mixing_points() else contextlib.nullcontext()
     try:
-        with watched:
-            for x, _ in batches:
+        with evaluating(model), watched:
+            for x in (rows for batch in batches for rows, _ in without_padding(*batch)):
                 slot(head).add(model.hidden(x.to(device)))
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(was_training)
     if not found or not any(inputs.positions for inputs in found.values()):
         raise ValueError(f"{caller}: calibration holds no text; give some batches (x, y) of the training text.")
     return found

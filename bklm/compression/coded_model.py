@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from bklm import models
 from bklm.compression.coding import Coded, Tied, half
 from bklm.models import LanguageModel
+from bklm.models.by_name import CLASSES
 
-CLASSES = ("ResNetBK", "NewLLM", "GPT", "LSTM", "LinearContext", "ContextTokenLM", "Conservative")
 SMALLEST = 8  # a matrix with fewer inputs or outputs is not worth a scale a row
 MULTIPLIED = 16  # inputs and outputs of a map, below which its products stay in float
 

@@ -28,6 +28,10 @@ WELL_FILLED = 7  # bits from which the scale that clips nothing is taken
 Stored = dict[str, Tensor]
 
 
+class CannotServeError(ValueError):
+    """A method cannot serve this trained model: its numbers, not the call, are to blame."""
+
+
 @dataclass(frozen=True)
 class Integers:
     """Integers with scales.
@@ -184,11 +188,13 @@ def integers(
         columns: (K,) positive: inputs are divided by it before rounding and multiplied again by ``decode``.
 
     Raises:
-        ValueError: bits not 2 to 8, a group below 1, weights that are not finite.
+        ValueError: bits not 2 to 8, a group below 1. CannotServeError: weights that are not finite.
     """
     check_rounding(bits, group)
     if not bool(weight.isfinite().all()):
-        raise ValueError("weights hold NaN or infinity, so the model has diverged; take an earlier checkpoint.")
+        raise CannotServeError(
+            "weights hold NaN or infinity, so the model has diverged; take an earlier checkpoint."
+        )
     width = weight.shape[-1]
     rows = weight.detach().to("cpu", torch.float32).reshape(-1, width)
     rows = rows if columns is None else rows / columns

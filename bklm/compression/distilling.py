@@ -29,7 +29,8 @@ ROWS_AT_ONCE = 512  # of two vocabularies of logits
 class Distilled(Wrapped):
     """A student whose training loss is the one above; it is scored and generates as itself.
 
-    The teacher is no part of it: its weights are in no checkpoint and no count, and it learns nothing.
+    The teacher is no part of it: its weights are in no checkpoint and no count, and it learns nothing. It is used as it is
+    and not copied: it is in evaluation mode from then on, and moves to the device of the ids.
 
     Raises:
         ValueError: a temperature that is not positive, a weight outside 0 to 1, or another vocabulary.
@@ -104,6 +105,8 @@ def distil(
 ) -> Any:
     """Train a student of a language model, or of a run of ``bklm.load``, and return it: trained in place, in evaluation mode.
 
+    The teacher comes back to its device and stays in evaluation mode.
+
     Args:
         teacher: the trained model or run; of a run the result is a run with the student as its model.
         student: an untrained model of the same vocabulary, such as one of ``narrower(teacher.config, 0.5)``.
@@ -116,9 +119,13 @@ def distil(
     from accelerate import Accelerator
 
     plain, own = model_of(teacher, "distil"), model_of(student, "distil")
-    train(
-        Distilled(own, plain, temperature, weight), train_batches, val_batches, settings,
-        accelerator=accelerator or Accelerator(), label="student",
-    )  # fmt: skip
+    device = next(plain.parameters()).device
+    try:
+        train(
+            Distilled(own, plain, temperature, weight), train_batches, val_batches, settings,
+            accelerator=accelerator or Accelerator(), label="student",
+        )  # fmt: skip
+    finally:
+        plain.to(device)
     put(own.cpu().eval(), {})
     return like(teacher, own)

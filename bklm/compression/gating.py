@@ -70,10 +70,11 @@ class GatedBlock(nn.Module):
 
 
 class GatedBlocks(Wrapped):
-    """A causal ResNetBK whose blocks skip positions; it does not stream, and what it writes it computes anew for each token.
+    """A causal ResNetBK, changed in place, whose blocks skip positions; it does not stream: it runs over all it has written
+    again for each token.
 
     Args:
-        model: learns in place, and is this model's own from now on.
+        model: its blocks are replaced by gated ones; it learns in place, and is this model's own from now on.
         share: of the positions that a block keeps, as a target; of those kept by chance, as a rate.
         seed: of positions kept by chance, the same in every row; None: by a gate that learns.
 

@@ -29,33 +29,40 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
+from bklm import models
 from bklm.compression.coded_model import MULTIPLIED
+from bklm.compression.coding import CannotServeError
 from bklm.compression.int8_linear import Int8Embedding, Int8Linear, row_exponents
 from bklm.compression.int8_model import HEAD, Quantised, class_of
 from bklm.compression.int8_modules import with_modules
-from bklm.models import GPT, LSTM, Conservative, ContextTokenLM, LanguageModel, LinearContext, NewLLM, ResNetBK
+from bklm.files.atomic import replacing
+from bklm.models import LanguageModel
+from bklm.models.by_name import CLASSES
 from bklm.training.evaluation import evaluate
 
-MODELS = (NewLLM, GPT, ResNetBK, LSTM, LinearContext, ContextTokenLM, Conservative)
+MODELS = tuple(getattr(models, name) for name in CLASSES)
 
 
 def quantised(model: LanguageModel) -> LanguageModel:
     """An int8 copy of a trained model, on the CPU and in evaluation mode; the model itself is left as it is.
+
+    Its products are in int8; not to be confused with ``bklm.compression.quantise``, whose files are small and whose products
+    are in float.
 
     It is used as the model is (logits, token_losses, loss without a gradient, generate, step). The embedding of a tied
     model is looked up in the int8 head (``Int8Embedding``). Activations are scaled per call, so a row's logits depend,
     within quantisation error, on what else is in the batch.
 
     Raises:
-        TypeError: no model of ``MODELS``, or an int8 copy already. ValueError: weights that are not finite.
-        RuntimeError: this torch has no int8 kernels.
+        TypeError: no model of ``MODELS``, or an int8 copy already. CannotServeError (a ValueError): weights that are not
+        finite. RuntimeError: this torch has no int8 kernels.
     """
     if not isinstance(model, MODELS) or isinstance(model, Quantised):
         names = ", ".join(kind.__name__ for kind in MODELS)
         raise TypeError(f"quantised: got {type(model).__name__}; it takes a float {names}.")
     for name, p in model.named_parameters():
         if not bool(p.detach().isfinite().all()):
-            raise ValueError(
+            raise CannotServeError(
                 f"quantised: {name} holds NaN or infinity, so the model has diverged; take an earlier checkpoint."
             )
     result = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
@@ -109,9 +116,17 @@ def with_float_products(int8: LanguageModel) -> LanguageModel:
     return result
 
 
-def save_quantised(model: LanguageModel, path: Path | str) -> None:
-    """Write an int8 copy to a safetensors file: per int8 map its integers, scales and bias; the rest in float32. The matrix of
-    a tied model is there once, as ``int8_head``."""
+def save_quantised(model: LanguageModel, path: Path | str) -> Path:
+    """Write a copy of ``quantised`` to a safetensors file, whole or not at all; returns its path.
+
+    Per int8 map it holds the integers, scales and bias, and the rest in float32; the matrix of a tied model is there once, as
+    ``int8_head``. It does not say which model it is of: ``load_quantised`` is given one. Not to be confused with
+    ``save_compressed``, whose files are smaller and say it.
+
+    Raises:
+        WriteError (an OSError): the disk is full, or the folder may not be written.
+    """
+    path = Path(path)
     state = {}
     for name, linear in _int8_linears(model):
         integers, scales, bias = linear.weight_and_bias()
@@ -119,7 +134,9 @@ def save_quantised(model: LanguageModel, path: Path | str) -> None:
         if bias is not None:
             state[f"{name}.bias"] = bias
     state |= {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    save_file(state, str(path))
+    with replacing(path) as temporary:
+        save_file(state, str(temporary))
+    return path
 
 
 def load_quantised(model: LanguageModel, path: Path | str) -> LanguageModel:

@@ -76,6 +76,10 @@ class Changed(LanguageModel):
     def model(self) -> LanguageModel:
         return self.caller.model
 
+    @property
+    def loss_is_likelihood(self) -> bool:
+        return self.model.loss_is_likelihood
+
     def change(self) -> dict[str, Tensor]:
         """The weights that are another in use, by their name in the model."""
         raise NotImplementedError
@@ -260,11 +264,17 @@ class PrunedModel(Changed):
         step = int(self.steps)
         ends = step >= self.whole
         due = not self._has_ended if ends else step % self.steps_between == 0 or not self.training
+        masks = [self._mask(i) for i in range(len(self._names))]
         if self.gradual and due:
-            self._has_ended = ends
-            for i, mask in enumerate(self._masks_at(self.sparsity_at(step), named).values()):
-                self._mask(i).copy_(mask)
-        return {name: named[name] * self._mask(i) for i, name in enumerate(self._names)}
+            found = list(self._masks_at(self.sparsity_at(step), named).values())
+            # Scoring looks ahead and keeps nothing: whoever scores more often trains the same model.
+            if self.training:
+                self._has_ended = ends
+                for mask, new in zip(masks, found, strict=True):
+                    mask.copy_(new)
+            else:
+                masks = [new.to(mask.device) for mask, new in zip(masks, found, strict=True)]
+        return {name: named[name] * mask for name, mask in zip(self._names, masks, strict=True)}
 
     def _masks_at(self, sparsity: float, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.seed is not None:

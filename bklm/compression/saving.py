@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bklm.compression.activations import Activations, activations_of, multiply
-from bklm.compression.coded_model import CLASSES, codes_of, model_of, put
+from bklm.compression.coded_model import codes_of, model_of, put
 from bklm.compression.coding import Coded, pack_bits, read, unpack_bits
 from bklm.files.atomic import replacing
 from bklm.models import LanguageModel
-from bklm.models.by_name import built
+from bklm.models.by_name import CLASSES, built
 
 HEADER = "bklm"
 JOINED = ("half", "codes")  # kinds of tensors of which a model has many short ones

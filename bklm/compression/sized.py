@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bklm.compression.coding import CannotServeError
 from bklm.compression.pruning import prune
 from bklm.compression.saving import file_sizes
 from bklm.compression.weights import quantise
@@ -24,7 +25,7 @@ def pruned_to(
         method, scope: as ``prune`` takes them, but no method that needs a text.
 
     Raises:
-        TypeError, ValueError: as ``prune`` and ``quantise``; a size that no sparsity between ENDS gives.
+        TypeError, ValueError: as ``prune`` and ``quantise``. CannotServeError: a size that no sparsity between ENDS gives.
     """
 
     def made(sparsity: float) -> Any:
@@ -33,13 +34,13 @@ def pruned_to(
     few, many = (file_sizes(made(sparsity))[0] for sparsity in ENDS)
     share = (few - file_bytes) / max(1, few - many)
     if not 0.0 <= share <= 1.0:
-        raise ValueError(
+        raise CannotServeError(
             f"file_bytes: got {file_bytes:,}; with {ENDS[0]:.0%} to {ENDS[1]:.0%} zeros in {bits} bits this model's file has "
             f"{few:,} to {many:,} bytes: give a size between them."
         )
     found = made(ENDS[0] + share * (ENDS[1] - ENDS[0]))
     if abs(file_sizes(found)[0] / file_bytes - 1) > NEAR:
-        raise ValueError(
+        raise CannotServeError(
             f"file_bytes: got {file_bytes:,}, and the nearest file has {file_sizes(found)[0]:,}; give another."
         )
     return found

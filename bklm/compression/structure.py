@@ -12,8 +12,10 @@ from torch import Tensor
 
 from bklm.compression.coded_model import like, model_of, put
 from bklm.models import LanguageModel, ResNetBK
+from bklm.models.modes import evaluating
+from bklm.moe.analytic import choose
 from bklm.moe.layer import AnalyticMoE
-from bklm.training.evaluation import evaluate
+from bklm.training.evaluation import evaluate, without_padding
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 WIDTHS = ("d_model", "embed_dim", "hidden_dim", "context_dim", "dense_width", "units")
@@ -31,23 +33,22 @@ def expert_use(model: LanguageModel, batches: Batches) -> list[list[int]]:
 
     def listener(i: int) -> Any:
         def listen(module: AnalyticMoE, given: tuple[Tensor, ...]) -> None:
-            logits = module.router(given[0]).flatten(0, -2)
-            chosen = logits.topk(module.top_k, -1).indices.flatten().cpu()
+            # As the layer itself chooses, ties included: topk breaks them as it likes.
+            logits = module.router(given[0]).flatten(0, -2).t()
+            chosen = choose(logits, module.top_k).flatten().cpu()
             counts[i].add_(torch.bincount(chosen, minlength=module.num_experts))
 
         return listen
 
     hooks = [m.register_forward_pre_hook(listener(i)) for i, m in enumerate(mixtures)]
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     try:
-        for x, _ in batches:
-            model.hidden(x.to(device))
+        with evaluating(model):
+            for x in (rows for batch in batches for rows, _ in without_padding(*batch)):
+                model.hidden(x.to(device))
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(was_training)
     if not any(int(c.sum()) for c in counts):
         raise ValueError(
             "remove_experts: calibration holds no text; give some batches (x, y) of the training text."
@@ -78,7 +79,8 @@ def remove_experts(model: Any, keep: int, calibration: Batches) -> Any:
         sorted(sorted(range(len(use)), key=lambda e, use=use: -use[e])[:keep])
         for use in expert_use(plain, calibration)
     ]
-    made = ResNetBK(dataclasses.replace(config, num_experts=keep))
+    # One expert has no router to balance.
+    made = ResNetBK(dataclasses.replace(config, num_experts=keep, balance=config.balance * (keep > 1)))
     state = {k: v.detach().cpu() for k, v in plain.state_dict().items()}
     for layer, experts in enumerate(kept):
         for name in ("up_weight", "up_bias", "down_weight", "down_bias", "router.weight", "router.bias"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bklm.compression.coded_model import copy_of, like, model_of, put
-from bklm.compression.coding import Tied
+from bklm.compression.coding import CannotServeError, Tied
 from bklm.compression.retraining import Changed
 from bklm.models import LanguageModel
 
@@ -77,10 +77,12 @@ def _nearest(model: LanguageModel, head: str, source: str) -> Tensor:
     """M of the least squared error, float32 on the CPU."""
     e, w = (model.get_parameter(n).detach().cpu().double() for n in (source, head))
     if not (bool(e.isfinite().all()) and bool(w.isfinite().all())):
-        raise ValueError("weights hold NaN or infinity, so the model has diverged; take an earlier checkpoint.")
+        raise CannotServeError(
+            "weights hold NaN or infinity, so the model has diverged; take an earlier checkpoint."
+        )
     found = torch.linalg.lstsq(e, w).solution.float()
     if not bool(found.half().isfinite().all()):
-        raise ValueError(
+        raise CannotServeError(
             f"this {type(model).__name__}'s embedding is brought to its head by numbers beyond half precision; keep the head."
         )
     return found

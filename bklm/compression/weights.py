@@ -26,7 +26,8 @@ def quantise(
     """A copy whose weights are integers of so many bits with scales; products stay in float32. The model is left as it is.
 
     It serves every model of ``bklm.models``, tied or not: each tensor is coded where it lies, and a shared one once.
-    ``save_compressed`` writes it in that many bits. For int8 products see ``bklm.compression.with_int8_products``.
+    ``save_compressed`` writes it in that many bits. Not to be confused with ``quantised``; for int8 products of these weights
+    see ``bklm.compression.with_int8_products``.
 
     Args:
         model: a language model, or a run of ``bklm.load``; the result is of the same kind.

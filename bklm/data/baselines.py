@@ -18,6 +18,7 @@ level, over many targets at once. A model takes 8 to 24 bytes an n-gram, and so 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,11 @@ class _CountModel:
     vocab_size: int = 0
 
     def log_probs(self, ids: np.ndarray) -> np.ndarray:
+        """Natural logarithms of P(token | those before it), float64 (tokens - 1,): of every token but the first.
+
+        Raises:
+            ValueError: not fitted, fewer than two tokens, or an id outside the vocabulary. TypeError: no integers.
+        """
         raise NotImplementedError
 
     def perplexity(self, ids: np.ndarray, exclude: int | Iterable[int] | None = None) -> float:
@@ -111,6 +117,11 @@ class Unigram(_CountModel):
         self.alpha = alpha
 
     def fit(self, ids: np.ndarray, vocab_size: int) -> Unigram:
+        """Count the words of ``ids`` (tokens,), integers in [0, vocab_size); returns itself.
+
+        Raises:
+            ValueError: no tokens, or an id outside the vocabulary. TypeError: no integers.
+        """
         vocab_size = _as_vocab_size(vocab_size)
         ids = _as_ids(ids, vocab_size, 1)
         self.vocab_size = vocab_size
@@ -143,7 +154,12 @@ class KneserNey(_CountModel):
         self.order, self.discount = require_whole("order", order, 1), discount
 
     def fit(self, ids: np.ndarray, vocab_size: int) -> KneserNey:
-        """Count the n-grams of ``ids`` (tokens,), integers in [0, vocab_size)."""
+        """Count the n-grams of ``ids`` (tokens,), integers in [0, vocab_size); returns itself.
+
+        Raises:
+            ValueError: fewer tokens than the order, an id outside the vocabulary, or no modified discounts for these counts.
+            TypeError: no integers.
+        """
         vocab_size = _as_vocab_size(vocab_size, np.size(ids))
         ids = _as_ids(ids, vocab_size, self.order)
         self.vocab_size = vocab_size
@@ -216,6 +232,25 @@ def count_models(ids: np.ndarray, vocab_size: int) -> dict[str, Unigram | Kneser
         words = discount if discount == "modified" else f"discount {discount:g}"
         models[f"Kneser-Ney {order}-gram, {words}"] = model
     return models
+
+
+def score_count_models(
+    train: np.ndarray, ids: np.ndarray, vocab_size: int, unk_id: int, is_target: np.ndarray | None = None
+) -> list[dict[str, Any]]:
+    """A row per count model of ``train``: name, and perplexity of ``ids`` (tokens,) with and without <unk>.
+
+    Args:
+        is_target: (tokens - 1,) bool, which tokens after the first are scored, all by default. Each is given whatever
+            precedes it in ``ids``, also where a language model begins anew.
+    """
+    scored = np.ones(len(ids) - 1, bool) if is_target is None else is_target
+    known = scored & (ids[1:] != unk_id)
+    rows = []
+    for name, model in count_models(train, vocab_size).items():
+        log_probs = model.log_probs(ids)
+        without = perplexity(log_probs[known])
+        rows.append({"name": name, "val_ppl": perplexity(log_probs[scored]), "val_ppl_without_unk": without})
+    return rows
 
 
 class CannotEstimateError(ValueError):

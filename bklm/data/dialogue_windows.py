@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bklm.data.checks import index_or_none, require_whole
+from bklm.data.checks import require_whole
 from bklm.data.dialogue_tokens import EncodedDialogues
-from bklm.data.loaders import IGNORED, EpochOrder, Windows, set_epoch
+from bklm.data.loaders import IGNORED, EpochOrder, GatheredRows, Windows, set_epoch
 
 CONTEXTS = ("0", "1", "3", "all", "other", "1 after other")
 """What stands before a reply: so many turns of its dialogue; as many of another one's as it has; its last turn after those.
@@ -25,7 +25,7 @@ All but the first begin with a turn of the user, as a training row does: behind 
 whatever it remembers. No turn at all is outside of what a model was trained on, and so says least."""
 
 
-class Rows(Dataset):
+class Rows(GatheredRows):
     """Rows of ids, each with the targets that it is asked for, filled up to the longest of a batch: x and y int64 (B, N)."""
 
     def __init__(self, rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int) -> None:
@@ -39,13 +39,7 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor]:
-        if (place := index_or_none(index)) is not None:
-            x, y = self.__getitems__([range(len(self))[place]])
-            return x[0], y[0]
-        return self.__getitems__(index)
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         rows = [self.rows[i] for i in indices]
         longest = max(len(ids) for ids, _ in rows) - 1
         x = np.full((len(rows), longest), self.pad_id, np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from bklm.data.corpus import Corpus
 from bklm.data.local import Dialogues, corpus_from_dialogues, corpus_from_splits
 
 PROBE_SECONDS = 8.0  # how long the hub may take to answer before it counts as unreachable
+_ONE_AT_A_TIME = threading.Lock()
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -31,14 +33,14 @@ class HubDataset:
         return ", ".join(filter(None, (self.repository, self.configuration)))
 
 
+_WIKITEXT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 DATASETS = {
-    "wikitext-2": HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "wikitext-2": HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", revision=_WIKITEXT),
     # A Parquet copy: the classic id is a loading script, which datasets 4 and later refuse.
     "dailydialog": HubDataset("OpenRL/daily_dialog"),
     "ultrachat": HubDataset("HuggingFaceH4/ultrachat_200k", splits=("train_sft", "test_sft")),
     "wikitext-103": HubDataset(
-        "Salesforce/wikitext", "wikitext-103-raw-v1", ("train", "validation", "test"),
-        "b08601e04326c79dfdd32d625aee71d232d685c3",
+        "Salesforce/wikitext", "wikitext-103-raw-v1", ("train", "validation", "test"), _WIKITEXT
     ),
     "c4": HubDataset("allenai/c4", "en", ("train", "validation"), "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"),
 }  # fmt: skip
@@ -145,19 +147,23 @@ def _first_dialogues(dataset: HubDataset, number: int) -> list[Dialogues]:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Hugging Face's offline mode. Its libraries read HF_HUB_OFFLINE once, when imported; later, only these can be set."""
+    """Hugging Face's offline mode. Its libraries read HF_HUB_OFFLINE once, when imported; later, only these can be set.
+
+    They hold for the whole process, so one thread at a time is in such a block: else the last could keep them set for good.
+    """
     import datasets.config
     import huggingface_hub.constants
 
     places = [(datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")]
-    before = [getattr(module, name) for module, name in places]
-    try:
-        for module, name in places:
-            setattr(module, name, True)
-        yield
-    finally:
-        for (module, name), value in zip(places, before, strict=True):
-            setattr(module, name, value)
+    with _ONE_AT_A_TIME:
+        before = [getattr(module, name) for module, name in places]
+        try:
+            for module, name in places:
+                setattr(module, name, True)
+            yield
+        finally:
+            for (module, name), value in zip(places, before, strict=True):
+                setattr(module, name, value)
 
 
 def _in_one_sentence(name: str, dataset: HubDataset, error: BaseException) -> OSError:

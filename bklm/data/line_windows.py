@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils.data import Dataset
 
-from bklm.data.checks import index_or_none, require_whole
-from bklm.data.loaders import IGNORED
+from bklm.data.checks import require_whole
+from bklm.data.loaders import IGNORED, GatheredRows
 
 SPECIAL = ("<PAD>", "<UNK>", "<BOS>", "<EOS>")
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = range(4)
@@ -71,7 +70,7 @@ class LineVocabulary:
         return self.ids.get(word, UNK_ID)
 
 
-class LineWindows(Dataset):
+class LineWindows(GatheredRows):
     """Windows (x, y) over rows of ids (windows, S + 1) that end in padding: int64 (S,), y the token after each of x.
 
     A padded target is -100. Indexed with a list it gathers a batch, (len(list), S) each, at once.
@@ -88,14 +87,8 @@ class LineWindows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        if (place := index_or_none(index)) is not None:
-            x, y = self.__getitems__([range(len(self))[place]])
-            return x[0], y[0]
-        return self.__getitems__(index)
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        both = self.rows[np.asarray(indices, np.int64)].astype(np.int64)
+    def gather(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        both = self.rows[indices].astype(np.int64)
         x, y = both[:, :-1].copy(), both[:, 1:].copy()
         y[y == PAD_ID] = IGNORED
         return torch.from_numpy(x), torch.from_numpy(y)

@@ -18,7 +18,33 @@ IGNORED = -100  # the target that torch's losses leave out
 LAYOUTS = ("every-target-once", "disjoint")
 
 
-class Windows(Dataset):
+class GatheredRows(Dataset):
+    """Rows (x, y) that come a batch at a time; a subclass has ``__len__`` and ``gather``.
+
+    An index gives one row, (N,) each, and may count from the end; a list of them gives a batch, (len(list), N) each.
+    """
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def gather(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and y int64 (B, N) of some rows; ``indices``: int64 (B,), each from 0 to the length - 1."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        if (place := index_or_none(index)) is not None:
+            x, y = self.__getitems__([range(len(self))[place]])
+            return x[0], y[0]
+        return self.__getitems__(index)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        indices = np.asarray(indices, np.int64)
+        if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"window indices must lie in [0, {len(self)})")
+        return self.gather(indices)
+
+
+class Windows(GatheredRows):
     """Windows (x, y) over token ids (tokens,): x and y int64 (seq_len,), y the token after each of x.
 
     "every-target-once": windows start at 0, S, 2S ... and overlap by one token, so that every token after the
@@ -49,19 +75,18 @@ class Windows(Dataset):
         """How many tokens are targets, over all windows."""
         return len(self.ids) - 1 if self.layout == "every-target-once" else self.count * self.seq_len
 
+    @property
+    def is_target(self) -> np.ndarray:
+        """Which tokens after the first are targets, (tokens - 1,) bool."""
+        places = np.arange(1, len(self.ids))
+        return (places < self.count * self.stride + 1) & (
+            (places % self.stride > 0) | (self.stride == self.seq_len)
+        )
+
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        if (place := index_or_none(index)) is not None:
-            x, y = self.__getitems__([range(self.count)[place]])
-            return x[0], y[0]
-        return self.__getitems__(index)
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = np.asarray(indices, np.int64)
-        if indices.size and not 0 <= indices.min() <= indices.max() < self.count:
-            raise IndexError(f"window indices must lie in [0, {self.count})")
+    def gather(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         places = indices[:, None] * self.stride + np.arange(self.seq_len + 1)
         beyond = places >= len(self.ids)
         both = self.ids[np.where(beyond, 0, places)].astype(np.int64)

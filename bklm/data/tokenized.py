@@ -31,6 +31,7 @@ class TokenizedCorpus:
 
     @property
     def vocab_size(self) -> int:
+        """Number of ids, the special ones included."""
         return len(self.vocab)
 
     @property
@@ -41,16 +42,20 @@ class TokenizedCorpus:
 
     @property
     def unk_id(self) -> int:
+        """Id of what the vocabulary does not hold."""
         return self.vocab.unk_id
 
     @property
     def pad_id(self) -> int:
+        """Id that fills up a row; a filled-up place is never a target."""
         return self.vocab.pad_id
 
     def encode(self, text: str | Iterable[str]) -> np.ndarray:
+        """The ids of a text or of lines, (tokens,), uint16 or int32."""
         return self.vocab.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids."""
         return self.vocab.decode(ids)
 
 

@@ -163,8 +163,12 @@ def set_mode(path: Path, mode: int) -> None:
 
 
 def sync(path: Path) -> None:
-    flags = os.O_RDONLY
-    descriptor = os.open(path, flags)
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    is_windows = os.name == "nt"
+    if is_windows and path.is_dir():
+        return  # it opens no folder, and has nothing of the kind
+    # Windows syncs what may be written only.
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError:

@@ -187,12 +187,14 @@ def _identity(own: Sequence[Trial], others: Sequence[Trial]) -> str:
         {t["seed"]: [e["val_loss"] for e in t["epochs"]] for t in group if t["val_ppl"] is not None}
         for group in (own, others)
     ]
-    both = curves[0].keys() & curves[1].keys()
-    if not both:
+    pairs = [(curves[0][seed], curves[1][seed]) for seed in curves[0].keys() & curves[1].keys()]
+    if not pairs:
         return "a seed diverged: no verdict"
-    worst = max(abs(a - b) for seed in both for a, b in zip(curves[0][seed], curves[1][seed], strict=True))
-    if worst == 0:
+    if all(one == other for one, other in pairs):
         return "identical by construction, every loss to the last bit"
+    if any(len(one) != len(other) for one, other in pairs):
+        return "NOT identical, though it ought to be: another number of epochs"
+    worst = max(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True))
     return f"NOT identical, though it ought to be: by up to {worst:.1g} nats"
 
 

@@ -47,10 +47,11 @@ class Column:
     spread: bool = False
 
     def values(self, group: Sequence[Trial]) -> dict[str, Any]:
-        """The column's cells for the finished trials of one arm; None where there are none."""
+        """The column's cells for the finished trials of one arm; None where there are none, or one has no such number."""
         if callable(self.of):
             return {self.name: self.of(group) if group else None}
-        mean, half = interval95([t[self.of] for t in group]) if group else (None, None)
+        values = [t.get(self.of) for t in group]  # an earlier version's runs may lack it
+        mean, half = interval95(values) if values and None not in values else (None, None)
         return {self.name: mean} | ({f"{self.name}_95": half} if self.spread else {})
 
     def words(self, row: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import torch
 from bklm.data import load_corpus, tokenize_corpus
 from bklm.models import LanguageModel
 from bklm.training.evaluation import evaluate
+from bklm.training.one_step import training_step
 from bklm.training.processes import make_accelerator
 
 KNOWN = {"wikitext-2": (30_000, 2_051_910, 213_886), "wikitext-103": (267_735, 103_227_021, 217_646),
@@ -87,18 +88,9 @@ def seconds_per_token(name: Hashable, build: Callable[[], LanguageModel], config
 def _seconds_of_a_step_and_score(model: LanguageModel, config: Any) -> tuple[float, float]:
     accelerator = make_accelerator(config.device, config.precision)
     model.to(accelerator.device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     x = torch.randint(model.config.vocab_size, (config.batch_size, config.seq_len), device=accelerator.device)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with accelerator.autocast():
-            loss = model.loss(x, x)
-        loss.backward()
-        optimizer.step()
-        loss.item()
-
-    return best_of(step), best_of(lambda: evaluate(model, [(x, x)], None))
+    step = training_step(model, x, x, accelerator)
+    return best_of(lambda: step().item()), best_of(lambda: evaluate(model, [(x, x)], None))
 
 
 def best_of(work: Callable[[], None], times: int = 2) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from bklm.harness.measure import Arm as Call
 from bklm.harness.measure import time_arms
 from bklm.harness.session import Session
 from bklm.models import LanguageModel
+from bklm.training.one_step import training_step
 from bklm.training.processes import broadcast
 
 SECONDS = 30.0  # of timing an arm, at most
@@ -48,12 +50,13 @@ def step_times(
             for own, arm in arms.items():
                 torch.manual_seed(study.config.seeds[0])
                 made[own] = arm.build(text.vocab_size).to(device).train()
-            calls = {own: Call(_step(study, model, x, y)) for own, model in made.items()}
-            calls |= beside(made, x, y)
-            threads, at_once = (
-                torch.get_num_threads(),
-                workers.number(study.config, len(arms) * len(study.config.seeds)),
+            step_of = functools.partial(
+                training_step, x=x, y=y, accelerator=study.accelerator, clip=study.config.clip
             )
+            calls = {own: Call(step_of(model)) for own, model in made.items()}
+            calls |= beside(made, x, y)
+            threads = torch.get_num_threads()
+            at_once = workers.number(study.config, len(arms) * len(study.config.seeds))
             if study.accelerator.num_processes == 1:
                 torch.set_num_threads(max(1, min(threads, workers.cores() // at_once)))
             try:
@@ -70,18 +73,3 @@ def step_times(
 
     (found,) = study.grid({"measured": ["steps"]}, measure, name=f"{INTERNALS}/{name}", across_machines=False)
     return found["milliseconds"]
-
-
-def _step(study: Session, model: LanguageModel, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        with study.accelerator.autocast():
-            loss = model.loss(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), study.config.clip)
-        optimizer.step()
-        return loss.detach()
-
-    return step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -16,12 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 from bklm.data import (
     Corpus,
     TokenizedCorpus,
-    count_models,
     load_corpus,
     make_loader,
     tokenize_corpus,
     windows,
 )
+from bklm.data.baselines import score_count_models
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +142,11 @@ class StudyText:
         """The tokeniser as the tokenizers library writes it: with it a text becomes the ids that the models know."""
         return self.tokens.vocab.tokenizer.to_str(pretty=False)
 
+    @property
+    def vocabulary_sha256(self) -> str:
+        """The hash of tokenizer.json, by which weights say which vocabulary they belong to."""
+        return hashlib.sha256(self.tokenizer_json().encode()).hexdigest()
+
     def _loader(self, ids: np.ndarray, shuffle: bool = False, seed: int = 0) -> DataLoader:
         data = self._windows(ids)
         # Scoring keeps no activations: larger batches are faster, and change no sum.
@@ -160,7 +166,7 @@ def prepare_text(config: Any) -> StudyText:
     corpus = load_corpus(config.dataset, config.data_dir, max_tokens=config.max_train_tokens or None)
     tokens = tokenize_corpus(corpus, config.vocab_size, config.max_train_tokens or None, config.tokenizer)
     layout = "disjoint" if getattr(config, "protocol", "") == "original" else "every-target-once"
-    baselines = ngram_baselines(corpus, tokens, config.seq_len)
+    baselines = ngram_baselines(corpus, tokens, config.seq_len, layout)
     text = StudyText(corpus, tokens, config.seq_len, config.batch_size, layout, baselines)
     check_and_log(text, (text.train_loader(0), text.val_loader(), text.test_loader()))
     return text
@@ -195,15 +201,16 @@ def warn_of_unknown(text: StudyText) -> str:
     )
 
 
-def ngram_baselines(corpus: Corpus, tokens: TokenizedCorpus, seq_len: int) -> list[dict[str, Any]]:
+def ngram_baselines(
+    corpus: Corpus, tokens: TokenizedCorpus, seq_len: int, layout: str = "every-target-once"
+) -> list[dict[str, Any]]:
     """Unigram, Kneser-Ney and, where it is known, the text's true law: rows as in ``StudyText.baselines``.
 
-    The law is restarted at each window of ``seq_len`` inputs, as a model is. It has no row where <unk> is a target.
+    Count models read over the windows' edges, which a model does not. The law is restarted at each window of ``seq_len``
+    inputs, as a model is, and scored on every target of the split; it has no row where <unk> is one.
     """
-    rows = []
-    for name, model in count_models(tokens.train, tokens.vocab_size).items():
-        without = model.perplexity(tokens.valid, exclude=tokens.unk_id)
-        rows.append({"name": name, "val_ppl": model.perplexity(tokens.valid), "val_ppl_without_unk": without})
+    is_target = windows(tokens.valid, seq_len, layout).is_target if layout == "disjoint" else None
+    rows = score_count_models(tokens.train, tokens.valid, tokens.vocab_size, tokens.unk_id, is_target)
     floor = corpus.entropy_floor("valid", context=seq_len)
     if floor is None:
         return rows
@@ -217,10 +224,7 @@ def ngram_baselines(corpus: Corpus, tokens: TokenizedCorpus, seq_len: int) -> li
         return rows
     name, perplexity = f"true law, {seq_len} tokens of context", math.exp(floor)
     # No <unk>: one number.
-    return [
-        *rows,
-        {"name": name, "val_ppl": perplexity, "val_ppl_without_unk": perplexity},
-    ]
+    return [*rows, {"name": name, "val_ppl": perplexity, "val_ppl_without_unk": perplexity}]
 
 
 def as_ids(text: StudyText, length: int) -> Tensor:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-TRACKERS = ("none", "tensorboard", "trackio", "wandb", "mlflow")
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 
 

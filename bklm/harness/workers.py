@@ -15,6 +15,7 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -107,6 +108,7 @@ class Pool:
         for helper in self._helpers:
             helper.kill()
             helper.wait()
+            helper.errors.close()
         torch.set_num_threads(self._threads)
 
     def _next(self) -> Point | None:
@@ -143,7 +145,8 @@ class Pool:
         with self._lock:
             if not self._is_closed:
                 log.warning(
-                    "A worker ended early (run.log may say why); what it had under way is done by the others."
+                    "A worker ended early (%srun.log may say why); what it had under way is done by the others.",
+                    _last_words(helper),
                 )
             if (lost := self._out.pop(helper.pid, None)) is not None:
                 self._waiting.insert(0, lost)
@@ -165,12 +168,21 @@ def _counted(threads: int) -> tuple[int, str]:
     return threads, "s" * (threads > 1)
 
 
+def _last_words(helper: subprocess.Popen[str]) -> str:
+    """The last line that a helper that has ended wrote to its standard error: there a failing import says why; or ""."""
+    helper.errors.seek(0)
+    lines = helper.errors.read().split("\n")
+    return next((f"it wrote {line.strip()[:200]!r}; " for line in reversed(lines) if line.strip()), "")
+
+
 def _start(config: StudyConfig, threads: int) -> subprocess.Popen[str]:
+    # Of no name: it is gone with the processes that have it open.
+    errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
     helper = subprocess.Popen(
         [sys.executable, "-m", "bklm.harness.helper"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=errors,
         text=True,
         # An interrupt from the keyboard goes to the study's own process, which ends its helpers.
         start_new_session=True,
@@ -180,6 +192,7 @@ def _start(config: StudyConfig, threads: int) -> subprocess.Popen[str]:
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         },
     )
+    helper.errors = errors
     module, name = type(config).__module__, type(config).__qualname__
     helper.stdin.write(
         json.dumps({"module": module, "class": name, "config": config.to_dict(), "threads": threads}) + "\n"

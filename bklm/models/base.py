@@ -22,6 +22,7 @@ from bklm.data.loaders import IGNORED
 from bklm.models.checks import values_at_hand
 from bklm.models.loss import TokenLosses, linear_cross_entropy, linear_token_losses
 from bklm.models.mixing import MixingMeans, MixingPoint, recording, replacing
+from bklm.models.modes import evaluating
 
 
 class LanguageModel(nn.Module):
@@ -39,7 +40,7 @@ class LanguageModel(nn.Module):
     n_seq: int | None = None
     streams: bool = False
     sees_future: bool = False
-    # Whether exp of the training loss is a perplexity: not where another model has a say in it.
+    # Whether exp of the training loss is a perplexity: not where another model or a further term has a say in it.
     loss_is_likelihood: bool = True
 
     def hidden(self, input_ids: Tensor) -> Tensor:
@@ -167,9 +168,7 @@ class LanguageModel(nn.Module):
         temperature = float(temperature)
         tokens = input_ids.new_empty(batch, length + max_new_tokens)
         tokens[:, :length] = input_ids
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             state = None
             for position in range(length, length + max_new_tokens):
                 if not self.streams:
@@ -180,8 +179,6 @@ class LanguageModel(nn.Module):
                     logits, state = self.step(tokens[:, position - 1], state)
                 tokens[:, position] = _draw(logits, temperature, generator)
                 yield tokens[:, position].clone()
-        finally:
-            self.train(was_training)
 
     def mixing_points(self) -> list[MixingPoint]:
         """Where the model's features of other positions pass; none where it has no such place, or does not say."""

@@ -7,6 +7,9 @@ from typing import Any
 
 from bklm import models
 
+CLASSES = ("ResNetBK", "NewLLM", "GPT", "LSTM", "LinearContext", "ContextTokenLM", "Conservative")
+"""Every class of a language model here; a new one is added to this tuple."""
+
 
 def config_class(name: str) -> type:
     """The class of the configuration of ``bklm.models``' class of that name."""

@@ -32,7 +32,12 @@ def values_at_hand(tensor: Tensor) -> bool:
 
 
 def check_int(name: str, value: Any, least: int, also: str = "") -> None:
-    """Refuse what is not a whole number (TypeError) or is below ``least`` (ValueError)."""
+    """Refuse what is not a whole number (TypeError) or is below ``least`` (ValueError).
+
+    One of numpy is refused, too: a configuration is kept as JSON, which has no word for it.
+    """
+    if isinstance(value, numbers.Integral) and not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r}; it must be a whole number of Python's own: give int({name}).")
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}; it must be a whole number{also}.")
     if value < least:

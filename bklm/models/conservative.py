@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_choice, check_dropout, check_int, check_real
 from bklm.models.dropout import draw_number, dropout, numbered_dropout
+from bklm.models.modes import evaluating
 from bklm.models.potentials import LARGEST_STEP, FreeForce, PairPotential, Potential
 from bklm.models.resnet_bk_config import ResNetBKConfig
 from bklm.models.resnet_bk_mixers import INITIAL_STD, MixerState, SolveMixer
@@ -170,12 +171,10 @@ class Conservative(LanguageModel):
     @torch.no_grad()
     def inverse_error(self, input_ids: Tensor) -> float:
         """Largest difference between (q, p) before the first block and what is rebuilt from the last one's output."""
-        was_training = self.training
-        self.eval()
-        before = self.start(input_ids)
-        after = run_blocks(self.forces, *before, self.config.step)
-        rebuilt = undo_blocks(self.forces, *after, self.config.step)
-        self.train(was_training)
+        with evaluating(self):
+            before = self.start(input_ids)
+            after = run_blocks(self.forces, *before, self.config.step)
+            rebuilt = undo_blocks(self.forces, *after, self.config.step)
         return max(float((x - y).abs().max()) for x, y in zip(before, rebuilt, strict=True))
 
     def init_state(self, batch_size: int) -> ConservativeState:

@@ -184,7 +184,8 @@ def replaced(model: LanguageModel, blocks: Mapping[int, nn.Module]) -> Iterator[
 
 
 def tie_blocks(model: LanguageModel) -> LanguageModel:
-    """``model`` with its first block at every depth: an autonomous map, the only kind that has one spectrum."""
+    """Put, in place, the model's first block at every depth: an autonomous map, the only kind that has one spectrum; returns
+    the model."""
     for i in range(1, len(model.blocks)):
         model.blocks[i] = model.blocks[0]
     return model

@@ -154,7 +154,7 @@ class LinearContext(LanguageModel):
 
     @torch.no_grad()
     def step(self, token: Tensor, state: LinearContextState) -> tuple[Tensor, LinearContextState]:
-        self.check_ids(token.unsqueeze(1))
+        self.check_token(token)
         return self._continue(token.unsqueeze(1), state)
 
     def state_bytes(self, position: int) -> int:

@@ -26,6 +26,7 @@ from bklm.data.loaders import IGNORED
 from bklm.models import loss_kernels
 from bklm.models.checks import is_plain_wanted, values_at_hand
 from bklm.models.products import onednn_linear, onednn_serves, weight_gradient
+from bklm.models.second_derivatives import differentiable_gradients
 from bklm.moe.autocast import autocast_dtype, autocast_off
 
 # Size of one chunk of logits. On a CPU it should stay near the last-level cache; a GPU wants matrix products
@@ -281,14 +282,9 @@ def _plain_gradients(
     product: torch.dtype,
 ) -> list[Tensor | None]:
     """What the backward returns, as functions that may be differentiated again."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Each input as a node of its own: rows were made from a tied weight, and that way must not be gone twice.
-        nodes = [None if t is None else t.view_as(t) for t in inputs]
-        wanted = [t for t in nodes if t is not None and t.requires_grad]
-        total = _plain_losses(*nodes, targets, valid, product).nll.sum()
-        found = iter(torch.autograd.grad(total, wanted, grad_total, create_graph=again))
-    return [next(found) if t is not None and t.requires_grad else None for t in nodes]
+    return differentiable_gradients(
+        lambda *nodes: _plain_losses(*nodes, targets, valid, product).nll.sum(), inputs, grad_total
+    )
 
 
 def _rows_per_chunk(weight: Tensor) -> int:

@@ -103,7 +103,7 @@ class LSTM(LanguageModel):
 
     @torch.no_grad()
     def step(self, token: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
-        self.check_ids(token.unsqueeze(1))
+        self.check_token(token)
         return self._continue(token.unsqueeze(1), state)
 
     def state_bytes(self, position: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bklm.models.second_derivatives import differentiable_gradients
 from bklm.moe.autocast import autocast_dtype, autocast_off
 
 CONTEXT_LIMIT = 10.0  # the original's clamp of the context
@@ -46,22 +47,13 @@ def plain_gradients(
     d_hidden: Tensor, d_context: Tensor, a: Tensor, inputs: Sequence[Tensor], scale: float, eps: float
 ) -> tuple[Tensor | None, ...]:
     """What the backward returns, as functions that may be differentiated again; ``a`` says where gradients pass."""
-    again, silent = torch.is_grad_enabled(), a == 0
-    with torch.enable_grad():
-        # Each input as a node of its own: where one was made from another, that way must not be gone twice.
-        inputs = [t.view_as(t) for t in inputs]
-        outputs = plain(
-            *inputs, eps=eps, product=a.dtype,
+    silent = a == 0
+    grads = differentiable_gradients(
+        lambda *nodes: plain(
+            *nodes, eps=eps, product=a.dtype,
             activate=lambda t, layer, x: x.masked_fill(silent[layer, t], 0.0) * scale,
-        )  # fmt: skip
-        wanted = [i for i, t in enumerate(inputs) if t.requires_grad]
-        found = torch.autograd.grad(
-            outputs,
-            [inputs[i] for i in wanted],
-            (d_hidden, d_context),
-            create_graph=again,
-            allow_unused=True,
-        )
-    grads = dict(zip(wanted, found, strict=True))
-    first, last = (tuple(grads.get(i) for i in range(*span)) for span in ((0, 6), (6, len(inputs))))
-    return (*first, None, None, *last)
+        ),
+        inputs,
+        (d_hidden, d_context),
+    )  # fmt: skip
+    return (*grads[:6], None, None, *grads[6:])

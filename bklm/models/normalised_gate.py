@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from bklm.bk_core.autograd import in_forward_mode, is_plain
 from bklm.bk_core.gradients import materialised
 from bklm.models import gate_kernels
+from bklm.models.second_derivatives import differentiable_gradients
 
 EPS = 1e-5
 
@@ -72,11 +73,7 @@ class _NormalisedGate(torch.autograd.Function):
 
 def _plain_gradients(y: Tensor, gates: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients as functions of y, the gates and o that may be differentiated again."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Nodes of their own: a graph that leads from one to the other must not be gone through twice.
-        inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (y, gates)]
-        return torch.autograd.grad(gated(normalised(inputs[0]), inputs[1]), inputs, o, create_graph=again)
+    return tuple(differentiable_gradients(lambda y, gates: gated(normalised(y), gates), (y, gates), o))
 
 
 def _has_kernel(y: Tensor) -> bool:

@@ -200,6 +200,10 @@ class ResNetBK(LanguageModel):
             numbers += (2 + max(0, config.convolution - 1)) * config.d_model
         return config.n_layers * numbers * self.norm.weight.element_size()
 
+    @property
+    def loss_is_likelihood(self) -> bool:
+        return self.config.balance == 0
+
     def auxiliary_loss(self) -> Tensor | None:
         return total_balance_loss(self) if self.config.balance > 0 else None
 

@@ -94,6 +94,10 @@ class ResNetBKConfig:
             raise ValueError(
                 f"balance: got {self.balance}, but router_gradient='none' leaves no router to balance."
             )
+        if self.balance > 0 and self.num_experts == 1:
+            raise ValueError(
+                f"balance: got {self.balance}, but num_experts=1 has no router to balance; give 0, or more experts."
+            )
         check_choice("gradient", self.gradient, ("exact", "local", "original"))
         check_choice("router_gradient", self.router_gradient, ("exact", "selected", "none"))
         check_choice("causal", self.causal, (True, False))

@@ -20,6 +20,7 @@ from bklm.bk_core.cpu import threads
 from bklm.bk_core.cpu.jit import jit, part
 from bklm.bk_core.cpu.scratch import reals_at
 from bklm.bk_core.gradients import materialised
+from bklm.models.second_derivatives import differentiable_gradients
 
 BLOCK = 128
 THREADS_FROM = 2**18  # elements of x
@@ -71,11 +72,9 @@ class _ShortConvolution(torch.autograd.Function):
 
 def _plain_gradients(x: Tensor, weight: Tensor, bias: Tensor, o: Tensor, before: int) -> tuple[Tensor, ...]:
     """The gradients as functions of all four tensors that may be differentiated again."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Nodes of their own: a graph that leads from one to the other must not be gone through twice.
-        inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (x, weight, bias)]
-        return torch.autograd.grad(plain_convolution(*inputs, before), inputs, o, create_graph=again)
+    return tuple(
+        differentiable_gradients(lambda *nodes: plain_convolution(*nodes, before), (x, weight, bias), o)
+    )
 
 
 def _run(kernel, x: Tensor, taps: Tensor, tensors: tuple[Tensor, ...], before: int) -> None:

@@ -24,6 +24,7 @@ from bklm.bk_core.autograd import in_forward_mode, is_plain
 from bklm.bk_core.gradients import materialised
 from bklm.models import solve_features_kernels as kernels
 from bklm.models.normalised_gate import EPS, gated, normalised
+from bklm.models.second_derivatives import differentiable_gradients
 
 
 def is_fused(read: Tensor, log_eta: Tensor) -> bool:
@@ -79,8 +80,4 @@ class _SolveFeatures(torch.autograd.Function):
 
 def _plain_gradients(read: Tensor, log_eta: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients as functions of read, log eta and o that may be differentiated again."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Nodes of their own: a graph that leads from one to the other must not be gone through twice.
-        inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (read, log_eta)]
-        return torch.autograd.grad(plain_features(*inputs), inputs, o, create_graph=again)
+    return tuple(differentiable_gradients(plain_features, (read, log_eta), o))

@@ -18,6 +18,10 @@ class Wrapped(LanguageModel):
         self.config, self.vocab_size, self.n_seq = model.config, model.vocab_size, model.n_seq
         self.streams, self.sees_future = model.streams, model.sees_future
 
+    @property
+    def loss_is_likelihood(self) -> bool:
+        return self.model.loss_is_likelihood
+
     def hidden(self, input_ids: Tensor) -> Tensor:
         return self.model.hidden(input_ids)
 
@@ -35,6 +39,13 @@ class Wrapped(LanguageModel):
 
     def state_bytes(self, position: int) -> int:
         return self.model.state_bytes(position)
+
+    def num_parameters(self, trainable_only: bool = False) -> int:
+        """What the model counts as its own, and what the wrapper adds: the parameters of a term, say."""
+        inside = {id(p) for p in self.model.parameters()}
+        added = [p for p in self.parameters() if id(p) not in inside]
+        added = sum(p.numel() for p in added if p.requires_grad or not trainable_only)
+        return self.model.num_parameters(trainable_only) + added
 
     def reset_expert_counts(self, counts: Any = ()) -> None:
         self.model.reset_expert_counts(counts)

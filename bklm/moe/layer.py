@@ -57,7 +57,7 @@ class AnalyticMoE(nn.Module):
     experts, so that the exact router gradient compares experts under equal conditions; with top_k = 1 this is ordinary
     dropout. Noise and mask come from torch's global generator of the device. torch.compile sees the mixture as opaque
     operators (fullgraph works, and gives the eager numbers). Second derivatives, torch.func's transforms and forward mode are
-    right too, at the price of every expert on every token (``bklm.moe_plain``).
+    right too, at the price of every expert on every token (``bklm.moe.plain``).
 
     router_gradient: "exact": straight-through over all experts. "selected": cheaper and biased, the outputs of experts
         that were not selected count as zero. "none": the router of the original experiment, the largest logits without
@@ -184,20 +184,33 @@ def total_balance_loss(model: nn.Module) -> Tensor | float:
 
 
 def usage_entropy(counts: Tensor | Sequence[int], normalised: bool = False) -> float:
-    """Entropy of the tokens' distribution over experts, in nats (0 ... log E), or in units of log E if ``normalised``."""
-    counts = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
-    if counts.ndim != 1 or counts.sum() <= 0 or counts.min() < 0:
-        raise ValueError(
-            f"counts must be one non-negative number per expert, not all zero; got {counts.tolist()}"
-        )
+    """Entropy of the tokens' distribution over experts, in nats (0 ... log E), or in units of log E if ``normalised``.
+
+    Raises:
+        ValueError: counts that are negative or all zero.
+    """
+    counts = _as_counts(counts)
     entropy = float(torch.special.entr(counts / counts.sum()).sum())
     return entropy / math.log(len(counts)) if normalised and len(counts) > 1 else entropy
 
 
 def unused_experts(counts: Tensor | Sequence[int], share: float = 0.01) -> int:
-    """Number of experts that received less than ``share`` of a uniform expert's tokens (dropped out of the mixture)."""
-    counts = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
+    """Number of experts that received less than ``share`` of a uniform expert's tokens (dropped out of the mixture).
+
+    Raises:
+        ValueError: counts that are negative or all zero.
+    """
+    counts = _as_counts(counts)
     return int((counts * len(counts) < share * counts.sum()).sum())
+
+
+def _as_counts(counts: Tensor | Sequence[int]) -> Tensor:
+    counts = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
+    if counts.ndim != 1 or counts.sum() <= 0 or counts.min() < 0:
+        raise ValueError(
+            f"counts must be one non-negative number per expert, not all zero; got {counts.tolist()}"
+        )
+    return counts
 
 
 def _check_arguments(
@@ -232,4 +245,8 @@ def _check_arguments(
     if balance > 0 and router_gradient == "none":
         raise ValueError(
             "balance needs a router that learns; set balance=0 or another router_gradient than 'none'"
+        )
+    if balance > 0 and num_experts == 1:
+        raise ValueError(
+            f"balance is {balance}, but one expert has no router to balance; set balance=0 or num_experts=2"
         )

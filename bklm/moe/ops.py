@@ -2,7 +2,7 @@
 
 - torch.compile, tracing, fake and meta tensors, dispatch modes: the registered operators bklm::moe_*, which a compiler
   treats as opaque. Sizes that depend on the data stay inside, and a seeded run draws what it draws in eager mode.
-- torch.func, forward mode, gradients in batches and gradients that are differentiated again: ``bklm.moe_plain``.
+- torch.func, forward mode, gradients in batches and gradients that are differentiated again: ``bklm.moe.plain``.
 - plain eager calls: an autograd.Function that calls the operators' code directly, since the bookkeeping of a registered
   operator costs more than routing.
 """

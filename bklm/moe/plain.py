@@ -1,6 +1,6 @@
 """The mixture of experts in ordinary differentiable operations, every expert on every token: what transforms are given.
 
-``bklm.moe_core`` is the fast way to y and to its first gradient. Higher derivatives, torch.func (vmap, grad, jacrev),
+``bklm.moe.analytic`` is the fast way to y and to its first gradient. Higher derivatives, torch.func (vmap, grad, jacrev),
 gradients in batches and forward mode take this one: E / k times the work, the same numbers to rounding, and nothing in it asks
 for a value. So a router's infinite logits are not refused here; they show as NaN.
 """
@@ -51,7 +51,7 @@ def plain_mixture(
     keep: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:
-    """y (T, D) and the balance, as ``bklm.moe_ops.mixture`` gives them for these arguments."""
+    """y (T, D) and the balance, as ``bklm.moe.ops.mixture`` gives them for these arguments."""
     parameters = (up_weight, up_bias, down_weight, down_bias)
     if router_weight is None:
         return _experts(x, *parameters, x.new_ones((1, len(x)), dtype=routing_dtype(x)), keep, settings)
@@ -66,8 +66,8 @@ def plain_mixture(
 def plain_gradients(
     grad_y: Tensor, grad_balance: Tensor, saved: Sequence[Tensor | None], settings: Settings
 ) -> list[Tensor | None]:
-    """``bklm.moe_core.backward`` of the same arguments (``saved``: all between the gradients and the settings), as functions
-    of the two gradients, of x and of the parameters that may be differentiated again."""
+    """``bklm.moe.analytic.backward`` of the same arguments (``saved``: all between the gradients and the settings), as
+    functions of the two gradients, of x and of the parameters that may be differentiated again."""
     again = torch.is_grad_enabled()
     # Each input as a node of its own: where x was made from one of the parameters, that way must not be gone twice.
     with torch.enable_grad():
@@ -98,7 +98,7 @@ def plain_gradients(
 
 
 def plain_draw(x: Tensor, num_experts: int, hidden: int, dropped: int) -> tuple[Tensor, Tensor]:
-    """``bklm.moe_ops.draw``'s noise and mask in operations that vmap knows, each sample's own with randomness="different"."""
+    """``bklm.moe.ops.draw``'s noise and mask in operations that vmap knows, each sample's own with randomness="different"."""
     dtype = routing_dtype(x)
     uniform = torch.rand((num_experts, len(x)), device=x.device, dtype=dtype).clamp_min(2.0**-26)
     keep = torch.rand((len(x) if dropped else 0, hidden), device=x.device) >= dropped / 2**16
@@ -112,7 +112,7 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _selected(p: Tensor, tokens: Tensor, bounds: Tensor) -> Tensor:
-    """1 where an expert (E, T) was selected, else 0, from the groups that ``bklm.moe_core`` made."""
+    """1 where an expert (E, T) was selected, else 0, from the groups that ``bklm.moe.analytic`` made."""
     if not len(tokens):
         return torch.ones_like(p)
     counts = (bounds[:, -1] - bounds[:, 0]).to(tokens.device)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from bklm.models import LanguageModel
-from bklm.models.by_name import built, config_class
+from bklm.models.by_name import CLASSES, built, config_class
 
 MANIFEST, WEIGHTS, RECORD = "manifest.json", "best_model.safetensors", "result.json"
 TOKENIZER, OLD_TOKENIZER = "tokenizer.json", "vocabulary.json"
-CLASSES = ("ResNetBK", "NewLLM", "GPT", "LSTM", "LinearContext", "ContextTokenLM")
+# Later classes than those whose records do not name their own.
+_NAMED = ("Conservative",)
 # Classes whose configs have the same fields, where a record of an earlier version does not name its own.
 _BY_NAME = {"lstm": "LSTM", "linear_context": "LinearContext"}
 
@@ -47,7 +48,8 @@ class SavedModel:
         if known := self.record.get("model_class"):
             return known
         keys = set(self.record["model_config"])
-        fit = [c for c in CLASSES if keys <= {f.name for f in dataclasses.fields(config_class(c))}]
+        old = [c for c in CLASSES if c not in _NAMED]
+        fit = [c for c in old if keys <= {f.name for f in dataclasses.fields(config_class(c))}]
         # The fewest fields besides: NewLLM's are no ResNetBK's, but an older ResNetBK had fewer than today's.
         fit.sort(key=lambda c: len(dataclasses.fields(config_class(c))))
         return _BY_NAME.get(self.record.get("model", ""), fit[0]) if fit else "of no known class"

@@ -125,6 +125,10 @@ class WithTerm(Wrapped):
         self._could_learn = True
 
     @property
+    def loss_is_likelihood(self) -> bool:
+        return self.weight == 0 and self.model.loss_is_likelihood
+
+    @property
     def blocks(self) -> nn.ModuleList:
         """The model's, so that one term may stand around another."""
         return self.model.blocks

@@ -132,7 +132,7 @@ class CheckpointFolder:
     def all(self) -> list[Path]:
         """Every checkpoint, oldest epoch first."""
         folders = self.path.glob("epoch_*") if self.path.exists() else ()
-        return sorted(p for p in folders if _NAME.fullmatch(p.name))
+        return sorted((p for p in folders if _NAME.fullmatch(p.name)), key=epoch_of)
 
     def best(self) -> Path | None:
         """The checkpoint of the lowest perplexity, the earliest on a tie; None when no name carries one."""

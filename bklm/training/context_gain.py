@@ -19,10 +19,16 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from bklm.models import LanguageModel
-from bklm.training.evaluation import evaluate
+from bklm.training.evaluation import evaluate, without_padding
 
 BIGRAM_GAIN = 0.002  # a smaller gain is none
 WINDOW_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def short_lengths(window: int) -> list[int]:
+    """Lengths of windows that suffice for a gain of a model trained with ``window``: 1, 2, 4, 8 and that one."""
+    return sorted({1, 2, 4, 8, window})
+
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -31,7 +37,8 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 class ContextGain:
     """Validation perplexities of one model; None where there is no such measurement.
 
-    ``by_window`` is by window length, all over the same targets, which need not be those of the other two.
+    ``by_window`` is by window length, all over the same targets: those of ``windows_of``, which need not be those of the
+    other two. None for a length that the model or the text does not have.
     """
 
     perplexity: float
@@ -47,6 +54,10 @@ class ContextGain:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, with ``gain``."""
         return {**asdict(self), "gain": self.gain}
+
+    def record(self) -> dict[str, Any]:
+        """The same under the names that a trial's record has for it."""
+        return {"context_gain": self.gain, "windows": self.to_dict()}
 
 
 def relative_gain(
@@ -101,7 +112,7 @@ def measure_context_gain(
     if model.mixing_points():
         # Each process runs over all rows: the means are then the same bits in each.
         with model.recording_mixing() as recorded:
-            evaluate(model, batches, unk_id)
+            evaluate(model, (rows for x, y in batches for rows in without_padding(x, y)), unk_id)
         with model.without_mixing(recorded.means()):
             off = perplexity(batches)
     by_window: dict[int, float | None] = {}

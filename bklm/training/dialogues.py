@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from bklm.data.dialogues import Dialogue
 from bklm.data.grammar import Asked
 from bklm.data.loaders import make_loader
 from bklm.models import LanguageModel
+from bklm.models.modes import evaluating
 from bklm.training.evaluation import evaluate
 
 ROWS = 32  # an evaluation batch; its size changes no score
@@ -70,18 +71,17 @@ def recalled_facts(
             target[[p + 1 for one, _ in places for p in one]] = True
             examples.append((ids[begin:end], target))
             asked.append(places)
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     counts: dict[int, list[int]] = {}
     questions = iter(asked)
-    for x, y in make_loader(Rows(examples, vocabulary.pad_id), min(ROWS, len(examples))):
-        correct = model.token_losses(x.to(device), y.to(device)).correct.cpu()
-        for row, some in zip(correct, questions, strict=False):
-            for places, distance in some:
-                count = counts.setdefault(distance, [0, 0])
-                count[0] += bool(row[places].all())
-                count[1] += 1
-    model.train(was_training)
+    with evaluating(model):
+        for x, y in make_loader(Rows(examples, vocabulary.pad_id), min(ROWS, len(examples))):
+            correct = model.token_losses(x.to(device), y.to(device)).correct.cpu()
+            for row, some in zip(correct, questions, strict=False):
+                for places, distance in some:
+                    count = counts.setdefault(distance, [0, 0])
+                    count[0] += bool(row[places].all())
+                    count[1] += 1
     return {str(k): counts[k] for k in sorted(counts)}
 
 
@@ -176,9 +176,3 @@ def _repeats(prompt: str, written: str) -> bool:
     asked, said = prompt.lower().split(), written.lower().split()
     run = difflib.SequenceMatcher(None, asked, said, autojunk=False).find_longest_match().size
     return run > 1 and run >= REPEATED * len(said)
-
-
-def rate_of_facts(found: Mapping[str, Sequence[int]], least: int = 1) -> float:
-    """Share of right facts at distances from ``least`` on."""
-    right, asked = (sum(v[n] for k, v in found.items() if int(k) >= least) for n in (0, 1))
-    return right / max(1, asked)

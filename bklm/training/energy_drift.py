@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bklm.models.conservative import Conservative
+from bklm.models.modes import evaluating
 from bklm.models.potentials import LARGEST_STEP, PairPotential, Potential, energy
 from bklm.models.reversible import leapfrog
 
@@ -127,19 +128,17 @@ def block_energies(model: Conservative, input_ids: Tensor, *, driven: bool) -> d
     Returns:
         "drift" and "spread", each averaged over the blocks with a potential, and "ratio", the mean of ``over_spread``.
     """
-    was_training = model.training
-    model.eval()
-    q, p = model.start(input_ids)
     drifts, spreads, h = [], [], model.config.step
-    for force in model.forces:
-        after = leapfrog(force, q, p, h)
-        if force.potential is not None:
-            moved = after if driven else by_leapfrog(force.potential, q, p, h)
-            before = energy(force.potential, q, p).double()
-            drifts.append(float((energy(force.potential, *moved) - before).abs().mean()))
-            spreads.append(float(before.std()))
-        q, p = after
-    model.train(was_training)
+    with evaluating(model):
+        q, p = model.start(input_ids)
+        for force in model.forces:
+            after = leapfrog(force, q, p, h)
+            if force.potential is not None:
+                moved = after if driven else by_leapfrog(force.potential, q, p, h)
+                before = energy(force.potential, q, p).double()
+                drifts.append(float((energy(force.potential, *moved) - before).abs().mean()))
+                spreads.append(float(before.std()))
+            q, p = after
     ratios = [over_spread(d, s) for d, s in zip(drifts, spreads, strict=True)]
     return {
         name: mean_or_none(values)

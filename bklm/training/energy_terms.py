@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bklm.models import LanguageModel
 from bklm.models.checks import is_without_numbers
+from bklm.models.modes import evaluating, keeping_modes
 from bklm.moe.ops import in_backward
 from bklm.training.auxiliary import WithTerm, other_sequence, recorded_states
 from bklm.training.energy_drift import mean_or_none, over_spread
@@ -209,12 +210,10 @@ def measure_energy(model: WithTerm, input_ids: Tensor) -> dict[str, float | None
 
     A published energy's x' is another sequence: like the batch before, an unrelated text.
     """
-    was_training = model.training
-    model.eval()
-    with recorded_states(model.model) as states:
-        model.model.hidden(input_ids)
-    found = measure_pairs(model.term.pairs(states, other_sequence(states[0])))
-    model.train(was_training)
+    with evaluating(model):
+        with recorded_states(model.model) as states:
+            model.model.hidden(input_ids)
+        found = measure_pairs(model.term.pairs(states, other_sequence(states[0])))
     return dict(zip(("drift", "spread", "ratio"), found, strict=True))
 
 
@@ -225,13 +224,13 @@ def gradient_share(model: WithTerm, x: Tensor, y: Tensor) -> float:
     term, experts' counts and random state are left as they were. A published energy's x' is the batch before, or another
     sequence where none is known.
     """
-    was_training, apart = model.training, {id(p) for p in model.parameters_apart()}
+    apart = {id(p) for p in model.parameters_apart()}
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     state = {name: value.clone() for name, value in model.term.state_dict().items()}
     counts, term_of_batches = model.expert_counts(), isinstance(model.term, PublishedEnergy)
     before, start = (model.term.before, model.term.start) if term_of_batches else (None, None)
-    model.train()
-    with torch.random.fork_rng():
+    with keeping_modes(model), torch.random.fork_rng():
+        model.train()
         with recorded_states(model.model) as states:
             loss = model.model.loss(x, y)
         if term_of_batches:
@@ -247,7 +246,6 @@ def gradient_share(model: WithTerm, x: Tensor, y: Tensor) -> float:
         ]
     model.term.load_state_dict(state)
     model.reset_expert_counts(counts)
-    model.train(was_training)
     if term_of_batches:
         model.term.before, model.term.start = before, start
     return norms[0] / (norms[0] + norms[1])

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from bklm.models import LanguageModel
 from bklm.models.koopman import edmd, replaced
+from bklm.models.modes import evaluating
 from bklm.training.auxiliary import other_sequence, recorded_states
 
 RING = 100  # means that the published DMD is fitted to
@@ -179,11 +180,8 @@ def koopman_forward(model: LanguageModel, term: PublishedTerm):
 def describe_lifting(model: LanguageModel, term: KoopmanTerm | PublishedTerm, ids: Tensor) -> dict[str, float]:
     """What a term learned, on ids (B, N), mean over blocks: R^2 of K, of predicting no change, and of least squares on the
     same pairs, all of the lifted state after the block; the variance of phi; and psi's share of x that is not explained."""
-    was_training = model.training
-    model.eval()
-    with recorded_states(model) as states:
+    with evaluating(model), recorded_states(model) as states:
         model.hidden(ids)
-    model.train(was_training)
     rows = []
     for lifting, (x, after) in zip(term.liftings, itertools.pairwise(states), strict=True):
         if isinstance(term, KoopmanTerm):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from bklm.models import LanguageModel
 from bklm.models.koopman import Dictionary, LinearBlock, TokenBlock, dmd, edmd, replaced
 from bklm.models.mixing import replacing
+from bklm.models.modes import evaluating
 from bklm.training.auxiliary import recorded_states
 from bklm.training.evaluation import evaluate
 
@@ -40,21 +41,20 @@ def collect_states(model: LanguageModel, batches: Batches, positions: int) -> li
     Raises:
         ValueError: there are no windows.
     """
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     found: list[list[Tensor]] = []
     seen = 0
-    for x, _ in batches:
-        if seen >= positions:
-            break
-        if found and x.shape[1] != found[0][0].shape[1]:
-            continue
-        x = x[: max(1, math.ceil((positions - seen) / x.shape[1]))]
-        with recorded_states(model) as states:
-            model.hidden(x.to(device))
-        found.append(list(states))
-        seen += x.numel()
-    model.train(was_training)
+    with evaluating(model):
+        for x, _ in batches:
+            if seen >= positions:
+                break
+            if found and x.shape[1] != found[0][0].shape[1]:
+                continue
+            x = x[: max(1, math.ceil((positions - seen) / x.shape[1]))]
+            with recorded_states(model) as states:
+                model.hidden(x.to(device))
+            found.append(list(states))
+            seen += x.numel()
     if not found:
         raise ValueError("states: got no batch to collect them from; give more text.")
     return [torch.cat(parts) for parts in zip(*found, strict=True)]

@@ -64,6 +64,9 @@ def train(
     With several processes each works on its rows of every batch; all return the same records and weights, and the main one
     writes the checkpoints.
 
+    The process is changed beyond the model: each epoch seeds torch's global generators of all devices, so what the caller
+    draws later follows from (seed, epoch), and glibc keeps freed memory (``bklm.training.allocator``).
+
     Args:
         train_batches: a loader of (x, y) batches from ``bklm.data.make_loader``; the epoch decides the order. Another
             DataLoader, or a list of batches, will do; a DataLoader that shuffles with a generator of its own then goes on
@@ -115,6 +118,7 @@ def train(
             on_skip(len(records) * steps)
     # A run that was continued goes on with the parts that fitted.
     batch_parts = BatchParts(max([settings.accumulate, *(r.batch_parts for r in records[-1:])]), label)
+    require_steps_of_its_own(model, accelerator, batch_parts.parts)
     # The model itself is not wrapped: see bklm.training.processes. Clipping unscales through the prepared optimiser.
     optimizer = accelerator.prepare(optimizer)
     check = FiniteCheck(accelerator, label)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bklm.models import LanguageModel
+from bklm.training.processes import name_of_what_keeps_state
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ class BatchParts:
             rows: sequences in the batch, the largest number of parts.
 
         Raises:
-            OutOfMemoryError: one sequence at a time is still too much.
+            OutOfMemoryError: one sequence at a time is still too much; or a term keeps numbers from step to step, to which the
+                failed attempt and each part were a step.
         """
         while True:
             draws, counts = _random_state(), model.expert_counts()
@@ -81,6 +83,11 @@ class BatchParts:
                     raise
                 reason = _first_line(error)
             # Only here: while the error lives, its traceback holds the tensors that are in the way.
+            if (name := name_of_what_keeps_state(model)) is not None:
+                raise OutOfMemoryError(
+                    f"{self.label}: out of memory ({reason}), and {name} keeps numbers from step to step, so a batch cannot "
+                    "be worked through in parts; take a smaller batch_size, seq_len or model. What was finished is kept."
+                )
             model.zero_grad(set_to_none=True)
             model.reset_expert_counts(counts)
             _restore_random_state(draws)

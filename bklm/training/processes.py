@@ -24,6 +24,9 @@ from torch import Tensor, nn
 def make_accelerator(device: str, precision: str) -> Accelerator:
     """An Accelerator for ``device`` ("auto", "cpu", "cuda") and ``precision`` ("fp32", "bf16", "fp16").
 
+    Accelerate keeps device and precision once a process: those of an Accelerator made before are forgotten, and it is not
+    to be used any more.
+
     Raises:
         ValueError: this machine has no such device, or does not compute in that precision.
     """
@@ -45,13 +48,18 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
     return Accelerator(cpu=not on_gpu, mixed_precision={"fp32": "no"}.get(precision, precision))
 
 
+def name_of_what_keeps_state(model: nn.Module) -> str | None:
+    """The class of a term that moves numbers of its own at each forward (``keeps_state``); None where there is none."""
+    return next((type(m).__name__ for m in model.modules() if getattr(m, "keeps_state", False)), None)
+
+
 def require_steps_of_its_own(model: nn.Module, accelerator: Accelerator, parts: int) -> None:
     """Refuse a term that keeps numbers from step to step where one forward is not one step of the training.
 
     Raises:
         ValueError: with several processes, each of which would keep numbers of its own; or where a batch has several parts.
     """
-    name = next((type(m).__name__ for m in model.modules() if getattr(m, "keeps_state", False)), None)
+    name = name_of_what_keeps_state(model)
     if name is None or (accelerator.num_processes == 1 and parts == 1):
         return
     raise ValueError(

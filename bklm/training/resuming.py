@@ -100,8 +100,8 @@ def restore(
         steps: per epoch. Where that many were not taken before, the schedule goes on after as many whole epochs.
 
     Raises:
-        ValueError: the checkpoint holds another model (``bklm.weights.OtherModelError``), or one of which other parts were
-            frozen. The model is then left as it is.
+        ValueError: the checkpoint holds another model (``bklm.training.weights.OtherModelError``), or one of which other
+            parts were frozen. The model is then left as it is.
     """
     if place is None:
         return []

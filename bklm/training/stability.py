@@ -54,7 +54,8 @@ def largest_rate(
 
 
 def with_spectral_norm(model: LanguageModel) -> LanguageModel:
-    """The model with every linear map of its blocks divided by its largest singular value (Miyato et al. 2018)."""
+    """Divide, in place, every linear map of the model's blocks by its largest singular value (Miyato et al. 2018); returns
+    the model."""
     for module in model.blocks.modules():
         if isinstance(module, nn.Linear):
             spectral_norm(module)

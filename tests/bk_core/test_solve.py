@@ -305,6 +305,23 @@ def test_steps_equal_the_whole_pass_to_rounding(n, dtype):
             assert error(state.left, left[..., i]) < (5e-6 if dtype == F32 else 1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_step_multiplies_couplings_of_16_bits_in_the_precision_of_the_pass(dtype):
+    x, a = torch.ones(3, 2, dtype=dtype), torch.zeros(3, dtype=dtype)
+    b = torch.full((2,), 300.0, dtype=dtype)  # b c is beyond float16
+    y, left = resolvent_solve(x, a, b, b, 1j, causal=True, return_left=True)
+    row, state = solve_step(x[2], a[2], b[1], b[1], 1j, SolveState(left[1], y[1]))
+    assert error(row, y[2]) < 5e-5
+    assert error(state.left, left[2]) < 5e-5
+
+
+def test_a_step_refuses_couplings_of_another_shape():
+    x, a = torch.ones(2, 3), torch.zeros(2)
+    state = solve_step(x, a, 1.0, 1.0, 1j)[1]
+    with pytest.raises(ValueError, match=r"c has shape \(3,\): it must broadcast to \(\.\.\.\) = \(2,\)"):
+        solve_step(x, a, 1.0, torch.ones(3), 1j, state)
+
+
 def test_steps_are_differentiable_and_agree_with_the_whole_pass():
     inputs = [t.requires_grad_() for t in problem(5, 2, (3,))]
     x, a, b, c, z = inputs

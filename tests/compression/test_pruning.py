@@ -189,6 +189,22 @@ def test_gradual_pruning_follows_its_law_and_what_is_zero_stays_zero(reading, te
     assert evaluate(baked(made), text, None).loss < evaluate(prune(reading, 0.8), text, None).loss
 
 
+@pytest.mark.parametrize("seed", [None, 0])
+def test_scoring_in_the_middle_leaves_the_training_as_it_was(reading, text, seed):
+    ends = []
+    for scores in (False, True):
+        torch.manual_seed(0)
+        # Masks every five steps: between two of them the weights move on.
+        made = PrunedModel(copy.deepcopy(reading), 0.5, steps=250, seed=seed).train()
+        optimizer = torch.optim.SGD(made.parameters(), lr=0.5)
+        for t in range(8):
+            if scores and t == 6:
+                evaluate(made, text[:1], None)
+            step(made, optimizer, text[t % 3])
+        ends.append(made.state_dict())
+    assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
+
+
 def test_zeros_at_random_come_on_the_same_schedule_and_differ_by_seed(reading, text):
     made = {s: PrunedModel(copy.deepcopy(reading), 0.5, steps=40, seed=s).train() for s in (0, 1)}
     for model in made.values():

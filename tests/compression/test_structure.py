@@ -19,7 +19,17 @@ from bklm.compression import (
     skip_blocks,
 )
 from bklm.compression.structure import WIDTHS, expert_use
-from bklm.models import GPT, GPTConfig, NewLLM, NewLLMConfig, ResNetBK, ResNetBKConfig
+from bklm.data import IGNORED
+from bklm.models import (
+    GPT,
+    ContextTokenConfig,
+    ContextTokenLM,
+    GPTConfig,
+    NewLLM,
+    NewLLMConfig,
+    ResNetBK,
+    ResNetBKConfig,
+)
 from bklm.training.evaluation import evaluate
 from bklm.training.loop import train
 from bklm.training.schedules import TrainingSettings
@@ -49,10 +59,14 @@ def test_experts_that_nothing_goes_to_leave_without_a_trace(mixture, text, tmp_p
 def test_use_counts_every_position_once_a_layer(mixture, text):
     positions = sum(x.numel() for x, _ in text)
     assert [sum(use) for use in expert_use(mixture, text)] == [positions] * 2
+    x, y = text[0]
+    y = y.clone()
+    y[:, 7:] = IGNORED  # padding, as of short lines
+    assert [sum(use) for use in expert_use(mixture, [(x, y)])] == [7 * len(x)] * 2
 
 
 def test_one_expert_may_be_left_where_it_is_the_same_layer(text):
-    model = ResNetBK(ResNetBKConfig(120, d_model=16, n_layers=2, n_seq=16, num_experts=3)).eval()
+    model = ResNetBK(ResNetBKConfig(120, d_model=16, n_layers=2, n_seq=16, num_experts=3, balance=0.1)).eval()
     assert remove_experts(model, 1, text).blocks[0].moe.router is None
     with pytest.raises(ValueError, match="keep: got 4; each mixture can keep 1 to 3 experts"):
         remove_experts(model, 4, text)
@@ -134,6 +148,9 @@ def test_the_teacher_is_in_no_count_and_no_checkpoint_and_stays(reading, text):
     student = ResNetBK(narrower(reading.config, 0.5))
     made = Distilled(student, reading)
     assert made.num_parameters() == student.num_parameters()
+    # It leaves out weights that count for nothing.
+    silent = ContextTokenLM(ContextTokenConfig(120, 16, 16, 2, token_to="first"))
+    assert Distilled(silent, reading).num_parameters() == silent.num_parameters()
     assert all(name.startswith("model.") for name in made.state_dict())
     before = {n: p.clone() for n, p in reading.named_parameters()}
     trained = distil(reading, student, text, text, TrainingSettings(2, learning_rate=1e-2))

@@ -48,6 +48,14 @@ def test_short_lines_are_skipped_and_the_others_padded_with_bos_eos_and_ignored_
     assert data.num_targets == 12
 
 
+def test_a_window_has_an_index_from_the_end_but_not_in_a_batch():
+    data = line_windows(LINES, LineVocabulary.train(LINES, limit=6))
+    assert all(np.array_equal(a, b) for a, b in zip(data[-1], data[len(data) - 1], strict=True))
+    for beyond in (-1, len(data)):
+        with pytest.raises(IndexError, match=r"window indices must lie in \[0, 2\)"):
+            data[[beyond]]
+
+
 def test_long_lines_are_cut_every_32_tokens_as_long_as_a_window_of_64_fits_and_the_tail_is_dropped():
     # BOS, 98 words, EOS: 100 tokens. Windows begin at 0 and 32; one at 64 would end at 128.
     line = " ".join(f"w{i}" for i in range(98))

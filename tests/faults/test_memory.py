@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import torch
 
 from bklm.data import make_loader, windows
 from bklm.models import ResNetBK, ResNetBKConfig
+from bklm.training import loop
+from bklm.training.auxiliary import WithTerm
 from bklm.training.loop import train
 from bklm.training.memory import OutOfMemoryError
 from bklm.training.processes import make_accelerator
@@ -81,6 +84,44 @@ def test_a_run_that_was_stopped_after_it_ran_short_goes_on_with_the_parts_that_f
     run(small_model(fits=4), tmp_path, epochs=1)
     continued = run(small_model(), tmp_path)  # memory enough by now, and yet the same numbers
     assert curve(continued) == curve(undisturbed)
+
+
+class Counting(torch.nn.Module):
+    """A term that counts its calls."""
+
+    keeps_state = True
+    calls = 0
+
+    def forward(self, states):
+        self.calls += 1
+        return 0.0 * states[-1].mean()
+
+
+def test_a_term_that_counts_steps_ends_a_batch_that_does_not_fit_for_parts_would_be_steps_too(tmp_path):
+    term = Counting()
+
+    class Short(WithTerm):
+        def loss(self, x, y, *, reduction="mean"):
+            value = super().loss(x, y, reduction=reduction)
+            if self.training and len(x) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return value
+
+    with pytest.raises(OutOfMemoryError, match=r"Counting keeps numbers .*smaller batch_size"):
+        run(Short(small_model(), term, 0.1))
+    assert term.calls == 1
+
+
+def test_a_run_that_goes_on_in_parts_refuses_a_term_that_counts_steps(tmp_path, monkeypatch):
+    run(WithTerm(small_model(), Counting(), 0.1), tmp_path, epochs=1)
+    found = loop.restore
+
+    def in_parts(*given, **options):
+        return [dataclasses.replace(r, batch_parts=2) for r in found(*given, **options)]
+
+    monkeypatch.setattr(loop, "restore", in_parts)
+    with pytest.raises(ValueError, match=r"Counting: this term keeps numbers.* in 2 part\(s\)"):
+        run(WithTerm(small_model(), Counting(), 0.1), tmp_path, epochs=2)
 
 
 def test_when_one_sequence_is_too_much_there_is_one_sentence(tmp_path):

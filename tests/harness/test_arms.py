@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from bklm.compression.retraining import RoundedModel
 from bklm.harness.arms import WEIGHTS, Arm, claim, helps, readable_verdicts, train_arms, verdicts
-from bklm.harness.comparison import Comparison
+from bklm.harness.comparison import Column, Comparison
 from bklm.harness.study import run_study
 from bklm.harness.text import prepare_text
 from bklm.models import GPT, LSTM, GPTConfig, LSTMConfig, ResNetBK, ResNetBKConfig
+from bklm.models.wrapped import Wrapped
 from bklm.training.auxiliary import WithTerm, other_sequence, recorded_states, without_term
 from bklm.training.schedules import TrainingSettings
 from bklm.training.weights import load_weights
@@ -294,6 +296,29 @@ def test_a_wrapped_model_scores_streams_and_generates_as_the_model_does():
     assert wrapped.mixing_points() == model.mixing_points()
     wrapped.train()
     assert wrapped.loss(ids, ids) > model.eval().loss(ids, ids)
+
+
+def test_exp_of_a_training_loss_with_a_further_term_is_no_perplexity():
+    model, balanced = plain(9), ResNetBK(ResNetBKConfig(9, 8, 1, num_experts=2, balance=0.1))
+    told = [model, balanced, Wrapped(model), Wrapped(balanced), RoundedModel(balanced, 8)]
+    told += [WithTerm(model, Predicts(8, 2), 0.0), WithTerm(model, Predicts(8, 2), 0.1)]
+    told += [RoundedModel(model, 8), RoundedModel(told[-1], 8)]
+    assert [m.loss_is_likelihood for m in told] == [True, False, True, False, False, True, False, True, False]
+
+
+def test_an_arm_that_ought_to_equal_another_and_ends_at_another_epoch_is_told_so():
+    long = {**trial("none", 0, 9.0), "epochs": [{"val_loss": 2.5}, {"val_loss": 2.2}]}
+    short = {**trial("same", 0, 12.0), "epochs": [{"val_loss": 2.5}]}
+    (row,) = verdicts(ARMS, [long, short], {"none": Arm(plain), "same": Arm(plain, same_as="none")})
+    assert row["verdict"] == "NOT identical, though it ought to be: another number of epochs"
+
+
+def test_a_column_has_a_mean_only_where_every_seed_has_the_number():
+    column = Column("gain", "gain", spread=True)
+    whole = [{"gain": 1.0}, {"gain": 2.0}, {"gain": 3.0}]
+    assert column.values(whole) == {"gain": 2.0, "gain_95": pytest.approx(2.4841, abs=1e-4)}
+    for group in ([{"gain": None}, *whole], [{}, *whole], []):
+        assert column.values(group) == {"gain": None, "gain_95": None}
 
 
 def test_an_arm_that_must_equal_another_has_one_seed_and_is_compared_bit_by_bit(small_text, tmp_path):

@@ -26,17 +26,19 @@ def test_a_step_is_timed_with_the_threads_that_each_of_the_trainings_has(
     )  # fmt: skip
     monkeypatch.setattr(workers, "cores", lambda: 4)
     monkeypatch.setattr(workers, "free_bytes", lambda device: 2 * workers.HELPER_BYTES)
-    seen, before = [], torch.get_num_threads()
+    seen, losses, before = [], [], torch.get_num_threads()
 
     def timed(calls, *settings):
         seen.append(torch.get_num_threads())
+        losses.extend(float(call()) for call in (calls["one"], calls["one"]))
         return {name: {"total": [0.5]} for name in calls}
 
     monkeypatch.setattr(step_times, "time_arms", timed)
     torch.set_num_threads(4)
     try:
-        arm = Arm(lambda vocabulary: GPT(GPTConfig(vocabulary, 8, 1, 1, 4)))
+        arm = Arm(lambda vocabulary: GPT(GPTConfig(vocabulary, 8, 1, 1, 4, 0.0)))
         assert step_times.step_times(study, {"one": arm}, repeats=3) == {"one": [500.0]}
         assert (seen, torch.get_num_threads()) == ([threads], 4)
+        assert losses[0] != losses[1], "a step moves the weights"
     finally:
         torch.set_num_threads(before)

@@ -184,3 +184,15 @@ def test_a_helper_at_a_grids_end_waits_for_the_point_that_the_studys_own_process
     askers[0].join(10)
     pool.close()
     assert answers == [None]
+
+
+def test_a_helper_that_fails_at_an_import_says_why():
+    class Config:
+        def to_dict(self):
+            return {}
+
+    Config.__module__ = "bklm.nowhere"
+    helper = workers._start(Config(), 1)
+    helper.wait(120)
+    assert "No module named 'bklm.nowhere'" in workers._last_words(helper)
+    helper.errors.close()

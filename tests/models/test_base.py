@@ -189,6 +189,11 @@ def test_a_tiny_temperature_still_draws_between_equals():
 
 @pytest.mark.parametrize("shape", [(), (2, 1)])
 def test_a_step_takes_one_id_a_sequence(shape):
-    for model in (GPT(GPTConfig(50, 16, 1, 2, 32)), ResNetBK(ResNetBKConfig(50, 16, 1, 32))):
+    for model in (
+        GPT(GPTConfig(50, 16, 1, 2, 32)),
+        ResNetBK(ResNetBKConfig(50, 16, 1, 32)),
+        LSTM(LSTMConfig(50, 16, 1)),
+        LinearContext(LinearContextConfig(50, 16, 1)),
+    ):
         with pytest.raises(ValueError, match=r"token: got shape .*; it must be \(batch,\), one id a sequence"):
             model.step(torch.zeros(shape, dtype=torch.int64), model.init_state(1))

@@ -5,8 +5,12 @@ import dataclasses
 import pytest
 
 from bklm import models
-from bklm.compression.coded_model import CLASSES
-from bklm.models.by_name import built, config_class
+from bklm.models.by_name import CLASSES, built, config_class
+
+
+def test_every_class_of_a_language_model_is_among_them():
+    known = {name for name in models.__all__ if hasattr(models, f"{name}Config")} | {"ContextTokenLM"}
+    assert set(CLASSES) == known
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -32,6 +32,9 @@ def test_a_field_that_is_no_number_is_refused_by_its_name(config, field, kind):
         with pytest.raises(TypeError, match=rf"^{field}: got .*; it must be a (whole )?number") as caught:
             CONFIGS[config](20, **{**mixer, **needed, field: value})
         assert "\n" not in str(caught.value)
+    if kind == "int":
+        with pytest.raises(TypeError, match=rf"it must be a whole number of Python's own: give int\({field}\)"):
+            CONFIGS[config](20, **{**mixer, **needed, field: np.int64(1)})
     CONFIGS[config](20, **mixer, **needed)
 
 

@@ -398,14 +398,17 @@ def test_untrained_bidirectional_model_already_shows_its_leak():
 
 
 def test_fresh_weights_depend_on_the_seed_alone():
-    def weights():
-        torch.manual_seed(4)
+    def weights(seed):
+        torch.manual_seed(seed)
         model.reset_parameters()
         return {k: v.clone() for k, v in model.state_dict().items()}
 
     model = model_of()
-    first, second = weights(), weights()
+    first, second, other = weights(4), weights(4), weights(5)
     assert all(torch.equal(first[k], second[k]) for k in first)
+    changed = [k for k in first if not torch.equal(first[k], other[k])]
+    assert "embedding.weight" in changed
+    assert any(k.startswith("blocks.") for k in changed)
 
 
 def test_initial_loss_is_that_of_a_uniform_guess():
@@ -440,6 +443,7 @@ def test_initial_loss_is_that_of_a_uniform_guess():
         ({"clamps": None}, ValueError),
         ({"n_heads": 0}, ValueError),
         ({"balance": -1.0}, ValueError),
+        ({"balance": 0.1, "num_experts": 1}, ValueError),
     ],
 )
 def test_config_refuses_a_bad_field_by_name_and_value(changes, error):

@@ -324,14 +324,17 @@ def test_compiles_whole_and_gives_the_eager_numbers(changes):
 
 
 def test_fresh_weights_depend_on_the_seed_alone():
-    def weights():
-        torch.manual_seed(4)
+    def weights(seed):
+        torch.manual_seed(seed)
         model.reset_parameters()
         return {k: v.clone() for k, v in model.state_dict().items()}
 
     model = model_of(convolution=2)
-    first, second = weights(), weights()
+    first, second, other = weights(4), weights(4), weights(5)
     assert all(torch.equal(first[k], second[k]) for k in first)
+    changed = [k for k in first if not torch.equal(first[k], other[k])]
+    assert "embedding.weight" in changed
+    assert any(k.startswith("blocks.") for k in changed)
 
 
 def test_it_has_no_position_embedding_and_no_last_position():

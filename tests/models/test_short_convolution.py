@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from bklm.bk_core.cpu import threads
+from bklm.models import short_convolution as module
 from bklm.models.short_convolution import BLOCK, plain_convolution, short_convolution
 
 
@@ -29,9 +31,18 @@ def test_it_is_conv1d_with_its_gradients_to_second_order(shape, width, before):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
-def test_many_threads_and_one_give_the_same_bits():
+def test_many_threads_and_one_give_the_same_bits(monkeypatch):
     x, weight, bias = torch.randn(3, 300, 40), torch.randn(40, 1, 4), torch.randn(40)
-    threads, results = torch.get_num_threads(), []
+    before, results, shares = torch.get_num_threads(), [], []
+    split = threads.split
+
+    def counted(kernel, n, worth_it):
+        parts = []
+        split(lambda first, last: parts.append(first) or kernel(first, last), n, worth_it)
+        shares.append(len(parts))
+
+    monkeypatch.setattr(threads, "split", counted)
+    monkeypatch.setattr(module, "THREADS_FROM", 0)
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
@@ -39,5 +50,7 @@ def test_many_threads_and_one_give_the_same_bits():
             out = short_convolution(x, leaf, bias, 3)
             results.append([out, *torch.autograd.grad(out.square().sum(), leaf)])
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+    assert shares[:2] == [1, 1]
+    assert min(shares[2:]) >= 3, "the work was not shared"
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -9,7 +9,7 @@ import torch
 from small import run_of, small
 
 from bklm.bk_core import resolvent_diagonal
-from bklm.compression import load_compressed, published_core
+from bklm.compression import CannotServeError, load_compressed, published_core
 from bklm.compression.activations import activations_of
 from bklm.compression.coded_model import matrices
 from bklm.harness.arms import Arm
@@ -220,11 +220,16 @@ def test_fewer_bits_meet_narrow_models_experts_low_rank_and_a_tied_head(result):
 
 def test_what_a_method_cannot_serve_is_a_row_with_its_sentence_and_the_others_go_on(result, monkeypatch):
     def refuse(model, text):
-        raise ValueError("embedding: beyond half precision; keep the head.")
+        raise CannotServeError("embedding: beyond half precision; keep the head.")
 
-    monkeypatch.setattr(methods, "methods_of", lambda *given: {"bad": refuse})
+    def fail(model, text):
+        raise ValueError("a shape that does not fit")
+
+    monkeypatch.setattr(methods, "methods_of", lambda *given: {"bad": refuse, "mistaken": fail})
     text = prepare_text(result.config)
     study = SimpleNamespace(config=result.config, folder=result.folder, text=text)
+    with pytest.raises(ValueError, match="a shape"):
+        methods.measure(study, "NewLLM", "mistaken", 0)
     record = methods.measure(study, "NewLLM", "bad", 0)
     assert (record["val_ppl"], record["reason"]) == (None, "embedding: beyond half precision; keep the head.")
     found = trials(("NewLLM", 100.0, 4000))

@@ -141,11 +141,14 @@ def test_in_windows_of_dialogues_and_with_replay_each_target_is_the_token_after(
     ]
     pairs = {pair for ids in whole for pair in itertools.pairwise(ids)}
     for batches in (make_loader(rows, 2), Mixed(make_loader(rows, 2, shuffle=True, seed=0), prose, 0.5, 0)):
+        scored = 0
         for x, y in batches:
             kept = y != IGNORED
+            scored += int(kept.sum())
             assert set(zip(x[kept].tolist(), y[kept].tolist(), strict=True)) <= pairs
             inner = kept[:, :-1] & kept[:, 1:]
             assert torch.equal(y[:, :-1][inner], x[:, 1:][inner])
+        assert scored > 20
 
 
 def test_in_batches_of_positions_with_kept_contexts_each_target_is_the_next_number():

@@ -6,9 +6,11 @@ import dataclasses
 import logging
 import math
 
+import numpy as np
 import pytest
+import torch
 
-from bklm.data import tokenize_corpus
+from bklm.data import count_models, tokenize_corpus, windows
 from bklm.data.hmm import WORDS_A_LINE, hmm_corpus
 from bklm.harness.text import drawn_baselines, ngram_baselines
 
@@ -35,6 +37,18 @@ def test_the_true_law_has_as_much_context_as_its_label_says(corpus, seq_len):
     assert row["val_ppl"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-10)
     assert row["val_ppl"] > math.exp(corpus.entropy_floor("valid"))
     assert row["val_ppl_without_unk"] == row["val_ppl"]  # no target is <unk>
+
+
+def test_in_disjoint_blocks_count_models_are_scored_on_the_targets_of_the_models(corpus):
+    tokens = tokenize_corpus(corpus)
+    row = ngram_baselines(corpus, tokens, 8, "disjoint")[1]
+    model = count_models(tokens.train, tokens.vocab_size)[row["name"]]
+    data = windows(np.arange(len(tokens.valid)), 8, "disjoint")
+    targets = torch.cat([y for _, y in data]).numpy()  # their places
+    assert len(targets) == data.num_targets == data.is_target.sum() < len(tokens.valid) - 1
+    losses = -model.log_probs(tokens.valid)[targets - 1]
+    assert row["val_ppl"] == pytest.approx(math.exp(losses.mean()), rel=1e-12)
+    assert row["val_ppl"] != ngram_baselines(corpus, tokens, 8)[1]["val_ppl"]
 
 
 def test_the_true_law_is_left_out_with_a_reason_where_targets_are_unknown_words(corpus, caplog):

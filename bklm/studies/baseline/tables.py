@@ -56,12 +56,6 @@ def _by_context(group: Sequence[Trial], length: int) -> float | None:
     return geometric_mean("found")([{"found": t["val_ppl_by_context"].get(str(length))} for t in group])
 
 
-def _mean_or_none(group: Sequence[Trial], key: str) -> float | None:
-    # An earlier version's runs have no such number.
-    values = [trial.get(key) for trial in group]
-    return None if None in values else interval95(values)[0]
-
-
 def _mixer_off(group: Sequence[Trial]) -> float | None:
     return geometric_mean("off")([{"off": trial.get("val_ppl_mixer_off")} for trial in group])
 
@@ -101,7 +95,7 @@ MODELS = Comparison(
         Column("val_ppl_mixer_off", _mixer_off),
         Column(
             "context_gain",
-            partial(_mean_or_none, key="context_gain"),
+            "context_gain",
             "gain from context",
             lambda row: gain_in_words(row["context_gain"]),
         ),

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from bklm.data import Corpus, TokenizedCorpus, count_models, tokenize_corpus
-from bklm.data.baselines import perplexity
+from bklm.data import Corpus, TokenizedCorpus, tokenize_corpus
+from bklm.data.baselines import score_count_models
 from bklm.data.line_windows import PAD_ID, LineVocabulary, LineWindows, line_windows
 from bklm.data.units import with_lower_case
 from bklm.harness.estimate import KNOWN
@@ -175,13 +175,4 @@ def _line_baselines(tokens: TokenizedCorpus) -> list[dict[str, Any]]:
     is_first = np.zeros_like(is_text)
     is_first[:, 0] = True
     is_target = ~is_first[is_text][1:]
-    known = is_target & (valid[1:] != tokens.unk_id)
-    rows = []
-    for name, model in count_models(train, tokens.vocab_size).items():
-        log_probs = model.log_probs(valid)
-        scores = {
-            "val_ppl": perplexity(log_probs[is_target]),
-            "val_ppl_without_unk": perplexity(log_probs[known]),
-        }
-        rows.append({"name": name, **scores})
-    return rows
+    return score_count_models(train, valid, tokens.vocab_size, tokens.unk_id, is_target)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bklm.compression import (
+    CannotServeError,
     low_rank,
     prune,
     pruned_to,
@@ -146,7 +147,7 @@ def measure(study: Session, source: str, name: str, seed: int) -> dict[str, Any]
     batches = first_batches(text.train_loader(seed=0), config.calibration_tokens)
     try:
         made = methods_of(config, source, study.folder, seed)[name](model, batches)
-    except ValueError as error:
+    except CannotServeError as error:
         return {"val_ppl": None, "reason": str(error), "seconds": time.perf_counter() - started}
     weighed = sizes(made, save_quantised) if name == TORCH_AO else sizes(made)
     scored = score(made, text, "cpu" if name.startswith(PRODUCTS) else study.accelerator.device)

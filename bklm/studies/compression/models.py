@@ -202,12 +202,7 @@ def student_arms(config: CompressionConfig, folder: Path) -> dict[str, Arm]:
 def score(model: LanguageModel, text: Any, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Perplexity on the whole validation split, without <unk>, accuracy; the gain from context on GAIN_TOKENS of it."""
     found = evaluate(model.to(device), text.val_loader(), text.unk_id)
-    return {
-        "val_ppl": found.perplexity,
-        "val_ppl_without_unk": found.perplexity_without_unk,
-        "val_accuracy": found.accuracy,
-        **gain_of(model, text),
-    }
+    return found.record() | gain_of(model, text)
 
 
 def gain_of(model: LanguageModel, text: Any) -> dict[str, float | None]:

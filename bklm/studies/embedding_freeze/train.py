@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file, save_model
+from safetensors.torch import save_file
 
 from bklm.files.atomic import read_result, replacing, write_json
 from bklm.harness.comparison import Trial
@@ -35,6 +35,7 @@ from bklm.training.two_phase.phase1 import (
     train_in_its_place,
 )
 from bklm.training.two_phase.phase2 import build
+from bklm.training.weights import save_weights
 
 log = logging.getLogger(__name__)
 
@@ -163,15 +164,14 @@ class Trainer:
                 return factors | trained
             if self.study.is_main:
                 with replacing(folder / WEIGHTS) as temporary:
-                    save_model(model, str(temporary))
+                    save_weights(model, temporary, self.text.bpe.sha256)
             return factors | trained | {"model_config": dataclasses.asdict(model.config)}
 
         point = {"arm": arm, "samples": samples, "seed": seed, "learning_rate": learning_rate}
         weights = "" if epochs is None else WEIGHTS
         # One that diverged is recorded without its factors.
-        return factors | self.study.trial(
-            place, point, self._steps(arm, samples), run, TRIAL_KEYS, weights=weights
-        )
+        found = self.study.trial(place, point, self._steps(arm, samples), run, TRIAL_KEYS, weights=weights)
+        return factors | found
 
     def _phase1(
         self, place: str, initialisation: str, samples: int, seed: int, needs_block: bool = False

@@ -87,10 +87,9 @@ class GradBlendConfig(WindowStudyConfig):
             config = dataclasses.replace(config, mixer="solve" if able else "diagonal")
         if config.learning_rate is None:
             config = dataclasses.replace(config, learning_rate=RATES[config.mixer])
-        if config.balance and config.router_gradient == "none":
+        if config.balance and (config.router_gradient == "none" or config.num_experts == 1):
             raise ValueError(
-                f"balance: got {config.balance:g} with a router that never learns (router_gradient 'none', protocol "
-                f"{config.protocol!r}); set balance to 0, or router_gradient to 'exact' or 'selected'."
+                f"balance: got {config.balance:g} with a router that never learns ('none', or one expert); take 0."
             )
         if config.mixer == "solve" and not able:
             raise ValueError(

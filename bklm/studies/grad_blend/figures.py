@@ -107,14 +107,15 @@ def draw_training(path: Path, final: Trial, baselines: list[dict[str, Any]], not
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        x = [e["epoch"] for e in epochs]
-        axes.plot(x, [e["train_perplexity"] for e in epochs], marker="o", color=colours(2)[0], label="training")
-        axes.plot(x, [e["val_perplexity"] for e in epochs], marker="s", color=colours(2)[1], label="validation")
+        # Of a loss with a further term there is no perplexity, and no curve.
+        x, train, valid = ([e[k] for e in epochs] for k in ("epoch", "train_perplexity", "val_perplexity"))
+        axes.plot(x, train, marker="o", color=colours(2)[0], label="training" if all(train) else None)
+        axes.plot(x, valid, marker="s", color=colours(2)[1], label="validation")
         for baseline, line in zip(shown, ("--", "-.", ":", (0, (6, 1))), strict=False):
             label = f"{baseline['name']} ({baseline['val_ppl']:.0f})"
             axes.axhline(baseline["val_ppl"], color=GREY, linestyle=line, linewidth=1.5, label=label)
-        curves = [e[key] for e in epochs for key in ("train_perplexity", "val_perplexity")]
-        wide_range_axis(axes.yaxis, curves + [b["val_ppl"] for b in shown], "perplexity")
+        told = [*filter(None, train), *valid, *(b["val_ppl"] for b in shown)]
+        wide_range_axis(axes.yaxis, told, "perplexity")
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend_below(axes, ncols=3, fontsize=10)

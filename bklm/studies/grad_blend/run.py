@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model
 
 from bklm.files.atomic import read_result, replacing, write_json
 from bklm.harness.comparison import Trial, not_beaten_in_short
@@ -31,11 +31,12 @@ from bklm.studies.grad_blend.config import GradBlendConfig
 from bklm.studies.grad_blend.directions import measure_directions
 from bklm.studies.grad_blend.tables import ALPHAS, beside, original_format, pooled_directions, readable_alphas
 from bklm.training.checkpoints import CheckpointFolder, read_weights
-from bklm.training.context_gain import measure_context_gain
+from bklm.training.context_gain import measure_context_gain, short_lengths
 from bklm.training.evaluation import evaluate
 from bklm.training.loop import train
 from bklm.training.records import EPOCH_KEYS, convergence_epoch, gradient_variance
 from bklm.training.schedules import TrainingSettings
+from bklm.training.weights import save_weights
 
 log = logging.getLogger(__name__)
 
@@ -198,14 +199,13 @@ def _train(study: Session, alpha: float, seed: int, epochs: int, folder: Path, f
     last, perplexities = records[-1], [r.val_perplexity for r in records]
     gained = measure_context_gain(
         model, text.val_loader(), text.unk_id, windows_of=lambda n: text.context_loader(n, WINDOW_TOKENS),
-        window=text.seq_len, lengths=sorted({1, 2, 4, 8, text.seq_len}), accelerator=study.accelerator,
+        window=text.seq_len, lengths=short_lengths(text.seq_len), accelerator=study.accelerator,
     )  # fmt: skip
     result = {
         "val_ppl": last.val_perplexity,
         "val_ppl_without_unk": last.val_perplexity_without_unk,
         "val_accuracy": last.val_accuracy,
-        "context_gain": gained.gain,
-        "windows": gained.to_dict(),
+        **gained.record(),
         "convergence_speed": convergence_epoch(perplexities),
         "gradient_variance": gradient_variance(records),
         "seconds": sum(r.seconds for r in records),
@@ -221,7 +221,7 @@ def _train(study: Session, alpha: float, seed: int, epochs: int, folder: Path, f
         early.unlink()
         if final:
             with replacing(folder / WEIGHTS) as temporary:
-                save_model(model, str(temporary))
+                save_weights(model, temporary, text.vocabulary_sha256)
     return result
 
 

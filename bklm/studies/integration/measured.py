@@ -17,7 +17,7 @@ from bklm.harness.session import Session
 from bklm.harness.step_times import step_times as time_steps
 from bklm.models import LanguageModel, linear_cross_entropy
 from bklm.training.auxiliary import without_term
-from bklm.training.context_gain import measure_context_gain
+from bklm.training.context_gain import measure_context_gain, short_lengths
 from bklm.training.evaluation import evaluate
 
 HEAD = "head alone"
@@ -87,12 +87,11 @@ def of_models(text: Any) -> Any:
         score = evaluate(model, text.whole_val_loader(), text.unk_id)
         gained = measure_context_gain(
             model, text.val_loader(), text.unk_id, windows_of=lambda n: text.context_loader(n, text.scored),
-            window=text.seq_len, lengths=sorted({1, 2, 4, 8, text.seq_len}),
+            window=text.seq_len, lengths=short_lengths(text.seq_len),
         )  # fmt: skip
         alone = without_term(baked(model))
         return {
-            "val_ppl": score.perplexity, "val_ppl_without_unk": score.perplexity_without_unk, "val_accuracy": score.accuracy,
-            "vocabulary": text.vocab_size, "context_gain": gained.gain, "windows": gained.to_dict(),
+            **score.record(), "vocabulary": text.vocab_size, **gained.record(),
             "logit_parameters": alone.num_parameters(), "bytes": file_sizes(alone)[0], "steps_per_score": steps,
         }  # fmt: skip
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from bklm.harness.arms import Arm
 from bklm.models import LanguageModel, ResNetBK, ResNetBKConfig
 from bklm.models.koopman import tie_blocks
+from bklm.models.modes import evaluating
 from bklm.studies.koopman.config import KoopmanConfig
 from bklm.training.auxiliary import WithTerm
-from bklm.training.context_gain import measure_context_gain
+from bklm.training.context_gain import measure_context_gain, short_lengths
 from bklm.training.evaluation import evaluate
 from bklm.training.koopman import KoopmanTerm, PublishedTerm, describe_lifting, koopman_forward
 
@@ -84,7 +85,7 @@ def measure(text: Any, ids: Tensor, tokens: int) -> Callable[[LanguageModel], di
             text.unk_id,
             windows_of=lambda length: text.context_loader(length, tokens),
             window=text.seq_len,
-            lengths=sorted({1, 2, 4, 8, text.seq_len}),
+            lengths=short_lengths(text.seq_len),
         )
         lifting: dict[str, float] = {}
         if isinstance(model, WithTerm):
@@ -94,8 +95,7 @@ def measure(text: Any, ids: Tensor, tokens: int) -> Callable[[LanguageModel], di
                 lifting |= _koopman_mode(model, text, here)
         return {
             "vocabulary": text.vocab_size,
-            "context_gain": gained.gain,
-            "windows": gained.to_dict(),
+            **gained.record(),
             "lifting": lifting,
         }
 
@@ -105,13 +105,11 @@ def measure(text: Any, ids: Tensor, tokens: int) -> Callable[[LanguageModel], di
 @torch.no_grad()
 def _koopman_mode(model: WithTerm, text: Any, ids: Tensor) -> dict[str, float]:
     """Perplexity of the published Koopman forward, and how many other positions' logits a changed token moves there."""
-    was_training = model.training
-    model.eval()
-    middle = ids.shape[1] // 2
-    changed = ids[:1].clone()
-    changed[0, middle] = (ids[0, middle] + 1) % text.vocab_size
-    with koopman_forward(model.model, model.term):
-        perplexity = evaluate(model.model, text.val_loader(), text.unk_id).perplexity
-        moved = (model.model(ids[:1]) != model.model(changed)).any(-1)[0]
-    model.train(was_training)
+    with evaluating(model):
+        middle = ids.shape[1] // 2
+        changed = ids[:1].clone()
+        changed[0, middle] = (ids[0, middle] + 1) % text.vocab_size
+        with koopman_forward(model.model, model.term):
+            perplexity = evaluate(model.model, text.val_loader(), text.unk_id).perplexity
+            moved = (model.model(ids[:1]) != model.model(changed)).any(-1)[0]
     return {"koopman_ppl": perplexity, "koopman_moves": float(int(moved.sum()) - int(moved[middle]))}

@@ -205,12 +205,9 @@ def measured(text: PhysicsText) -> Callable[[LanguageModel], dict[str, Any]]:
             lengths=sorted({n for n in SHORT_WINDOWS if n < text.seq_len} | {text.seq_len}),
         )  # fmt: skip
         return {
-            "val_ppl": score.perplexity,
-            "val_ppl_without_unk": score.perplexity_without_unk,
-            "val_accuracy": score.accuracy,
+            **score.record(),
             "vocabulary": text.vocab_size,
-            "context_gain": gained.gain,
-            "windows": gained.to_dict(),
+            **gained.record(),
             "embedding_norm": embedding_norm(model),
             "energy": energy_of(model, x.to(device), y.to(device)),
         }

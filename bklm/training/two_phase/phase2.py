@@ -3,8 +3,7 @@
 ``build`` runs the context block along each text once (``bklm.training.two_phase.contexts``) and returns a
 ``CachedContextLM``: a language model over *positions* of those texts instead of token ids, which ``bklm.training.train``
 trains like any other. An epoch is then plain batched training of the token block, on the numbers that the walk from
-token to token would give. What is kept of them, and where, ``bklm.training.two_phase.store`` chooses by the memory there
-is.
+token to token would give. What is kept of them, and where, ``bklm.training.two_phase.store`` chooses.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from torch.utils.data import DataLoader
 
 from bklm.data import IGNORED, Windows, make_loader
 from bklm.models import ContextTokenLM, LanguageModel
-from bklm.training.memory import free_bytes
 from bklm.training.two_phase.contexts import CorpusContexts, checked_ids, corpus_contexts
 from bklm.training.two_phase.store import Plan, choose_plan, empty_store
 
 log = logging.getLogger(__name__)
 
 SHORTEST_SEGMENT, LONGEST_SEGMENT = 8192, 2**18  # tokens whose contexts are found in one piece
+SEGMENT_BYTES = 2**27  # of such a piece's final contexts; what finds them takes some sixteen times that
 CHUNK = 2048  # tokens whose layers are computed at once
 
 
@@ -49,7 +48,8 @@ def build(
     Args:
         texts: name -> (T,) token ids. Every text starts from the zero context; within one the state runs on.
         document_starts: name -> positions at which it starts from zeros again.
-        memory_bytes: what the cache may take; half of what is free on the model's device, or else here, when None.
+        memory_bytes: what the cache may take, if need be in half precision. None: contexts are kept as computed, in a file
+            where memory is short, so that no number depends on what is free.
         refresh: compute the contexts anew whenever an epoch has changed the embedding or the LayerNorm after it (they are
             otherwise those of the embedding as it is now). Said in the log each time.
         tolerance: of the contexts, see ``corpus_contexts``.
@@ -235,8 +235,8 @@ class _PositionWindows(Windows):
 
 
 def _segments(ids: Tensor, model: ContextTokenLM) -> Iterator[tuple[int, Tensor]]:
-    """(first position, ids) of parts whose contexts fit into a sixteenth of the memory that is free."""
+    """(first position, ids) of parts, cut by the model's size alone: where they are cut moves contexts by the tolerance."""
     per_token = model.config.context_dim * model.embedding.weight.element_size()
-    size = max(SHORTEST_SEGMENT, min(LONGEST_SEGMENT, free_bytes(ids.device) // (16 * per_token)))
+    size = max(SHORTEST_SEGMENT, min(LONGEST_SEGMENT, SEGMENT_BYTES // per_token))
     for first in range(0, len(ids), size):
         yield first, ids[first : first + size]

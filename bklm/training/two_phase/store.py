@@ -1,11 +1,17 @@
-"""Where the contexts of a corpus are kept for phase 2, chosen by the memory there is: the first of these that fits.
+"""Where the contexts of a corpus are kept for phase 2.
 
-    the contexts of every layer, as computed             T L D_c numbers
+By default they are kept as computed, whatever memory is free: arms, seeds and continued runs must read the same numbers,
+and half precision moves a loss by as much as arms differ. How much there is decides the number of tokens alone: of every
+layer (T L D_c numbers) up to ``LAYERS_BYTES``, else the final ones (T D_c), from which the layers of a batch follow by its
+left neighbours. Free memory decides where: on the GPU, in the computer's memory, or in a file, of which the system keeps in
+memory as much as it can.
+
+Told what they may take, they are kept in the first of these ways that fits:
+
+    the contexts of every layer, as computed
     the contexts of every layer, in half precision
-    the final contexts, as computed, then in half        T D_c: the layers of a batch follow from its left neighbours
-    the final contexts, in half precision, in a file     the system keeps in memory as much of it as it can
-
-With a GPU, its memory is tried first, then the computer's, both without the file.
+    the final contexts, as computed, then in half
+    the final contexts, in half precision, in a file
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +28,7 @@ from torch import Tensor
 from bklm.models import ContextTokenLM
 from bklm.training.memory import free_bytes
 
+LAYERS_BYTES = 2 * 2**30  # the contexts of every layer are kept up to this size
 SHARE = 0.5  # of the free memory that a cache may take: optimiser, gradients and the batch want the rest
 
 
@@ -45,18 +52,24 @@ class Plan:
 
 
 def choose_plan(model: ContextTokenLM, tokens: int, memory_bytes: int | None = None) -> Plan:
-    """The first way to keep the contexts of so many tokens that fits into ``memory_bytes`` (None: half of what is free)."""
+    """How to keep the contexts of so many tokens: as computed, or in the first way that fits into ``memory_bytes``."""
     device, exact = model.embedding.weight.device, model.embedding.weight.dtype
+    here = torch.device("cpu")
+    if memory_bytes is None:
+        plan = Plan(True, exact, device)
+        if plan.bytes(tokens, model) > LAYERS_BYTES:
+            plan = Plan(False, exact, device)
+        for place in dict.fromkeys((device, here)):
+            if plan.bytes(tokens, model) <= SHARE * free_bytes(place):
+                return replace(plan, device=place)
+        return replace(plan, device=here, on_disk=True)
     # Contexts come out of a LayerNorm: no range is needed, and bfloat16 has 8 times the error.
     half = torch.float16
-    here = torch.device("cpu")
-    for place in dict.fromkeys((device, here)):
-        room = SHARE * free_bytes(place) if memory_bytes is None else memory_bytes
-        for layers in (True, False):
-            for dtype in (exact, half):
-                plan = Plan(layers, dtype, place)
-                if plan.bytes(tokens, model) <= room:
-                    return plan
+    for layers in (True, False):
+        for dtype in (exact, half):
+            plan = Plan(layers, dtype, device)
+            if plan.bytes(tokens, model) <= memory_bytes:
+                return plan
     return Plan(False, half, here, on_disk=True)
 
 
@@ -67,14 +80,15 @@ def empty_store(plan: Plan, tokens: int, model: ContextTokenLM) -> Tensor:
     if not plan.on_disk:
         return torch.empty(shape, dtype=plan.dtype, device=plan.device)
     needed, folder = plan.bytes(tokens, model), tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
+    free, what = shutil.disk_usage(folder).free, "contexts of every layer" if plan.layers else "final contexts"
     if needed > free:
         raise ValueError(
-            f"texts: the final contexts of {tokens} tokens take {needed / 2**30:.1f} GiB, more than memory or the "
+            f"texts: the {what} of {tokens} tokens take {needed / 2**30:.1f} GiB, more than memory or the "
             f"{free / 2**30:.1f} GiB free in {folder} hold; give fewer tokens, or set TMPDIR to a larger disk."
         )
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  gone with the tensor that maps it
     if hasattr(os, "posix_fallocate"):
         # A mapped file that runs out of disk would kill the process.
         os.posix_fallocate(file.fileno(), 0, needed)
-    return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=shape))
+    # By its bytes: numpy has no bfloat16.
+    return torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=(needed,))).view(plan.dtype).view(shape)
