@@ -5,7 +5,8 @@
 # bash colab_setup.sh slow [...]  install, then run what takes long: kills, full disks, PostgreSQL, workers, benchmarks; extra words likewise
 # bash colab_setup.sh generic     install, then run the tests of numbers with the code that an old processor would run
 # bash colab_setup.sh browser     install, then drive the notebooks in JupyterLab with headless Chromium
-# bash colab_setup.sh colab       install the versions that Colab has into .venv-colab, then run the notebooks there
+# bash colab_setup.sh colab       install the versions that Colab has into .venv-colab, then run the notebooks there; colab install:
+#                                 no more than that
 # bash colab_setup.sh compat END  install one end of the ranges of requirements.txt into .venv-END, then run the fast tests there:
 #                                 lowest (Python 3.10), colab (3.13, Colab's torch too) or newest; no part of CI
 # bash colab_setup.sh --help      print this
@@ -135,8 +136,9 @@ run_generic_tests() {
     ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic in_parallel "$@"
 }
 
-run_like_colab() {
+run_like_colab() { # install: no more than that
     local python candidate
+    [[ "${1:-install}" = install ]] || fail "colab: got '$1'; allowed are no word and install." 2
     python=$(find_python)
     # Colab's Python is 3.13; pyenv keeps versions that are not on the PATH.
     for candidate in python3.13 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.13*/bin/python; do
@@ -144,6 +146,7 @@ run_like_colab() {
     done
     PY="$PWD/.venv-colab/bin/python"
     make_environment .venv-colab test "$python" --like-colab --extra test
+    [ -z "${1:-}" ] || return 0
     step="running the notebooks on Colab's versions"
     # The second file writes data sets with one environment's version of datasets and reads them with the other's. Most of the
     # time goes into one file, so its tests are shared out one by one.
@@ -186,7 +189,7 @@ test) shift && install test && run_tests "$@" ;;
 slow) shift && install test && run_slow_tests "$@" ;;
 generic) shift && install test && run_generic_tests "$@" ;;
 browser) shift && install test,browser && step="driving the notebooks" && "$PY" -m pytest -m slow tests/browser "$@" ;;
-colab) run_like_colab ;;
+colab) shift && run_like_colab "$@" ;;
 compat) shift && run_at_the_end "$@" ;;
 -h | --help | help) usage ;;
 *) fail "got '$1'; allowed are no word (install), 'run', 'test', 'slow', 'generic', 'browser', 'colab', 'compat' and '--help'." 2 ;;

@@ -62,7 +62,7 @@ def main() -> None:
         {
             "arm": name,
             "parameters": f"{parameters[name]:,}",
-            "val PPL (95%)": str(Perplexity.over_seeds(values)),
+            "val PPL (95%)": "a seed diverged" if None in values else str(Perplexity.over_seeds(values)),
             "ratio to the first, paired": _ratio(values, base) if values is not base else "",
             "expert usage entropy": entropies[name],
         }
@@ -72,10 +72,12 @@ def main() -> None:
     write_csv(arguments.output_dir / "table.csv", rows)
 
 
-def _ratio(values: list[float], base: list[float]) -> str:
+def _ratio(values: list[float | None], base: list[float | None]) -> str:
+    if None in (*values, *base):
+        return "a seed diverged: no verdict"
     ratio = Perplexity.over_seeds([v / b for v, b in zip(values, base, strict=True)])
-    if ratio.low is None:
-        return f"x{ratio} (one seed, no verdict)"
+    if not ratio.is_judged:
+        return f"x{ratio} (fewer than three seeds, no verdict)"
     verdict = "worse" if ratio.low > 1 else "better" if ratio.high < 1 else "no difference"
     return f"x{ratio}: {verdict}"
 

@@ -58,6 +58,8 @@ def parameters(words: list[str]) -> dict[str, str]:
 def check_setup(words: list[str]) -> None:
     word, *rest = words or [""]
     assert word in ("", "run", "test", "slow", "generic", "browser", "colab", "compat")
+    if word == "colab":
+        assert rest in ([], ["install"])
     if word == "compat":
         assert rest[0] in ("lowest", "colab", "newest")
     if word == "run":

@@ -60,6 +60,15 @@ def test_an_end_of_the_ranges_that_there_is_not_is_refused(end):
     assert f"compat: got '{end}'; allowed are lowest, colab and newest" in done.stderr
 
 
+def test_a_word_behind_colab_that_there_is_not_is_refused_before_anything_is_installed(tmp_path):
+    shutil.copy(ROOT / "colab_setup.sh", tmp_path)
+    words = ["bash", str(tmp_path / "colab_setup.sh"), "colab", "fly"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "colab: got 'fly'; allowed are no word and install." in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["colab_setup.sh"]
+
+
 def test_the_lowest_versions_are_the_lower_bounds_of_every_range(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     found = importlib.import_module("install").lowest()
