@@ -85,7 +85,7 @@ def mixture_against_all_experts(scripts, tokens, width):
         (against_the_loop, (16, 512), 1, 40),
         (against_a_copy, (1, 200_000, 1), 1, 1 / 12),
         (against_a_copy, (1, 200_000, 2), 2, 1 / 25),
-        (solve_against_scipy, (8, 256, 16), 1, 3),
+        (solve_against_scipy, (8, 256, 16), 1, 0.5),
         (mixture_against_all_experts, (2048, 64), 1, 0.8),
     ],
 )
