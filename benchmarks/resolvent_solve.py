@@ -17,6 +17,7 @@ is better for us. Threads: torch.get_num_threads(), jax's and scipy's own choice
 from __future__ import annotations
 
 import argparse
+import select
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,8 @@ AGAINST_SCIPY = 5
 CALLS = 4
 """Calls in a row for a sample, of ours and scipy as of jax: the first after another's turn finds its data in no cache."""
 MISSING = "not installed"
+PATIENCE = 120
+"""Seconds; the longest answer, the first, compiles for a few."""
 Call = Callable[[], object]
 
 
@@ -98,16 +101,28 @@ class Jax:
         self.folder = Path(folder)
         names = ("x", "a", "b", "c", "z", "gbar")
         np.savez(self.folder / "inputs.npz", **{k: t.numpy() for k, t in zip(names, given, strict=True)})
-        command = [python, str(Path(__file__).with_name("_jax_solve.py")), folder, str(CALLS)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.command = [python, str(Path(__file__).with_name("_jax_solve.py")), folder, str(CALLS)]
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, name: str) -> str:
-        self.process.stdin.write(name + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline().strip()
-        if not answer:
-            raise SystemExit("jax's process stopped: see its message above.")
-        return answer
+        """Its answer. jax 0.10.2 was once seen to wait for ever on two cores: then another process is asked, and the sample
+        that took so long is one of many."""
+        for _ in range(3):
+            self.process.stdin.write(name + "\n")
+            self.process.stdin.flush()
+            if select.select([self.process.stdout], [], [], PATIENCE)[0]:
+                answer = self.process.stdout.readline().strip()
+                if not answer:
+                    raise SystemExit("jax's process stopped: see its message above.")
+                return answer
+            print(f"jax gave no answer for {PATIENCE} s; it is started anew.", file=sys.stderr)
+            self.process.kill()
+            self.process.wait()
+            self.process = self._start()
+        raise SystemExit(f"jax gave no answer for {PATIENCE} s, three times: leave out --jax.")
 
     def values(self) -> np.ndarray:
         self.ask("values")
