@@ -81,7 +81,7 @@ def mixture_against_all_experts(scripts, tokens, width):
 @pytest.mark.parametrize(
     ("arms", "size", "threads", "least"),
     [
-        (against_the_loop, (32, 128), 1, 20),
+        (against_the_loop, (32, 128), 1, 25),
         (against_the_loop, (16, 512), 1, 40),
         (against_a_copy, (1, 200_000, 1), 1, 1 / 12),
         (against_a_copy, (1, 200_000, 2), 2, 1 / 25),
