@@ -54,6 +54,14 @@ def test_threads_at_work_together_have_a_scratch_buffer_each(three_threads):
     assert len({id(buffer) for buffer in buffers}) == 3
 
 
+def test_a_scratch_buffer_has_the_length_that_is_asked_for_whatever_was_asked_before():
+    """Kernels write to it by address: into a shorter one they would write past its end."""
+    few, many = threads.scratch(8, np.float32), threads.scratch(100, np.float32)
+    assert (len(few), len(many)) == (8, 100)
+    assert threads.scratch(8, np.float32) is few
+    assert threads.scratch(100, np.float32) is many
+
+
 def test_several_callers_share_the_work_of_each(three_threads):
     with ThreadPoolExecutor(4) as callers:
         for parts in callers.map(parts_of, [50] * 12):

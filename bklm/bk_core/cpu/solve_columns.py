@@ -3,7 +3,7 @@
 With L known (cpu/tiles.py) what is left is linear, ``v_i = x_i - q v_{i-1}`` or ``y_i = L_i v_i - q y_{i+1}``, with factors q
 that all columns share. Columns are taken BLOCK at a time; the state of a block lives in scratch, real and imaginary parts
 apart, and the interleaved rows of the arrays are read and written as they are. Conventions on addresses, unsigned indices
-and fused multiply-add: cpu_scratch.py.
+and fused multiply-add: cpu/scratch.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SIMD kernels of the solve for few columns: tiles of many lines side by side in the lanes, all independent of each other.
 
 A line is one column of one row, cut into tiles of at most TILE positions, of which LANES at a time are transposed into
-scratch; conventions as in cpu_scratch.py, with a layout of its own. With L known (cpu/tiles.py) the solve is linear:
+scratch; conventions as in cpu/scratch.py, with a layout of its own. With L known (cpu/tiles.py) the solve is linear:
 
     elimination   v_j = x_j - Q_{j-1} v_{j-1},       Q = L c  (left out by the causal solve: v = x)
     substitution  y_j = L_j v_j - P_j y_{j+1},       P = L b

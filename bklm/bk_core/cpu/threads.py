@@ -31,7 +31,7 @@ PARTS_PER_THREAD = 4
 _pool: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
 _is_forked = False
-_scratch: dict[tuple[int, type[np.floating]], np.ndarray] = {}
+_scratch: dict[tuple[int, type[np.floating], int], np.ndarray] = {}
 _TEAM_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -61,9 +61,9 @@ def _executor() -> ThreadPoolExecutor:
 
 
 def scratch(length: int, dtype: type[np.floating]) -> np.ndarray:
-    """An uninitialised buffer (length,) of this thread, the same one at every call."""
+    """An uninitialised buffer (length,) of this thread, the same one at every call for that length."""
     # Not threading.local: to Python, OpenMP's threads are new ones at every call.
-    key = threading.get_ident(), dtype
+    key = threading.get_ident(), dtype, length
     if key not in _scratch:
         _scratch[key] = np.zeros(length, dtype)
     return _scratch[key]
