@@ -24,9 +24,9 @@ from bklm.harness.report import as_text, write_csv
 from bklm.harness.statistics import Perplexity
 from bklm.models import ContextTokenConfig, ContextTokenLM
 from bklm.studies.embedding_freeze.config import EmbeddingFreezeConfig
+from bklm.studies.embedding_freeze.phase2 import train_phase2
 from bklm.studies.embedding_freeze.run import prepare_text, run_embedding_freeze
 from bklm.studies.embedding_freeze.text import FreezeText
-from bklm.studies.embedding_freeze.train import train_phase2
 from bklm.training.processes import make_accelerator
 from bklm.training.schedules import TrainingSettings
 from bklm.training.two_phase.phase1 import FixedPointSettings, train_context

@@ -33,7 +33,7 @@ ORIGINAL_CODE = {0.0: 361.8, 0.5: 374.9, 1.0: 378.5}
 ORIGINAL_WINDOWS = 51_026
 # Findings of the embedding-freeze study on the original's side claims hold one of these.
 SIDE = (
-    "Phase 1:", "Tokens per", "beat Kneser-Ney", "trials ended at", "profit from", "A trained embedding",
+    "Phase 1:", "Tokens per", "beat Kneser-Ney", "Context lowers", "trials ended at", "profit from", "A trained embedding",
     "The original's unequal",
 )  # fmt: skip
 NUMBERS = ("no", "one", "two", "three", "four", "five")

@@ -82,6 +82,34 @@ def test_every_way_of_keeping_gives_the_contexts_and_losses_of_the_walk(room, fr
         torch.testing.assert_close(nll, losses, rtol=0, atol=1e-7 if exact else 5e-3)
 
 
+@pytest.mark.parametrize("room", ROOM)
+def test_with_the_mixer_off_a_kept_context_is_made_of_its_own_token(room):
+    model = model_of(double=True)
+    cached = build(model, texts(), memory_bytes=room, tolerance=1e-9)
+    ids = torch.as_tensor(texts()["valid"])
+    (x, y), *_ = cached.batches("valid", len(ids) - 1)
+    with cached.recording_mixing() as recorded:
+        cached.token_losses(x, y)
+    (mean,), exact = recorded.means(), cached.plan.dtype == torch.float64
+    finals = walked(model, ids)[0][:-2, -1]
+    torch.testing.assert_close(mean, finals.sum(0) / (len(ids) - 1), rtol=0, atol=1e-7 if exact else 1e-3)
+    with cached.without_mixing([mean]), torch.no_grad():
+        off = cached.token_losses(x, y).nll[0]
+        hidden = model.token_block(
+            model.embed(ids), model.context_block(mean.expand(len(ids), -1), model.embed(ids))
+        )
+    torch.testing.assert_close(
+        off, torch.nn.functional.cross_entropy(model.logits(hidden[:-1]), ids[1:], reduction="none"),
+        rtol=0, atol=1e-12 if exact else 1e-3,
+    )  # fmt: skip
+    # Zeros are what the first token of a text hears of: windows of one.
+    with cached.without_mixing([torch.zeros(WIDTH)]):
+        alone = cached.token_losses(x, y).nll[0]
+    ones = model.token_losses(ids[:-1, None], ids[1:, None]).nll[:, 0]
+    torch.testing.assert_close(alone, ones, rtol=0, atol=1e-12 if exact else 1e-3)
+    assert (alone - off).abs().max() > 1e-6
+
+
 def test_the_first_plan_that_fits_is_taken_and_said():
     model = model_of(double=True)
     plans = [choose_plan(model, TRAIN + VALID, room) for room in ROOM]

@@ -12,8 +12,6 @@ from bklm.models import (
     LSTM,
     Conservative,
     ConservativeConfig,
-    ContextTokenConfig,
-    ContextTokenLM,
     GPTConfig,
     LanguageModel,
     LinearContext,
@@ -193,7 +191,7 @@ def test_a_measurement_leaves_the_model_as_it_was_even_when_it_fails():
 def test_a_model_without_mixing_points_or_longer_windows_says_none():
     found = measured(trained(MODELS["gpt"], steps=2), lengths=(1, 16, 24))
     assert found.by_window[24] is None
-    lm = ContextTokenLM(ContextTokenConfig(V, 4, 4, 1))
+    lm = MODELS["lstm"]()
     found = measure_context_gain(
         lm, windows_of(16), None, windows_of=lambda n: None, window=16, lengths=(1, 16)
     )

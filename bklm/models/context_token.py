@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_choice, check_int
+from bklm.models.mixing import MixingPoint
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class ContextBlock(_Layers):
     def __init__(self, config: ContextTokenConfig) -> None:
         super().__init__(config.context_dim, config.embed_dim, config.context_dim, config.n_layers)
         self.reading = 1 if config.token_to == "first" else config.n_layers
+        # Of other positions a token hears through its left neighbour's final context alone.
+        self.mixing = MixingPoint()
         # Kept with the weights: phase 2 refuses contexts of a block that no phase 1 has trained.
         self.register_buffer("fixed_point_iterations", torch.zeros((), dtype=torch.int64))
 
@@ -113,7 +116,8 @@ class ContextBlock(_Layers):
         """``sweep``, one token at a time: the contexts of its layers, L tensors (B, D_c)."""
         inputs, context = self.given(x), start
         for t in range(x.shape[1]):
-            layers = self.from_inputs(context, inputs[:, t])
+            heard = context if self.mixing.idle else self.mixing(context[:, None])[:, 0]
+            layers = self.from_inputs(heard, inputs[:, t])
             context = layers[-1]
             yield layers
 

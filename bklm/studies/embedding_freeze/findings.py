@@ -21,6 +21,7 @@ from bklm.studies.embedding_freeze.tables import (
     phase1_effects,
     verdict,
 )
+from bklm.training.context_gain import BIGRAM_GAIN
 
 # Training tokens per trained parameter; Hoffmann et al. 2022, for models trained once over their data.
 RULE = 20
@@ -187,6 +188,16 @@ def state_baselines(trials: Sequence[Trial], baselines: Sequence[dict[str, Any]]
         f"{beat} of {len(rows)} arms (each sample size counted) beat Kneser-Ney on the same tokens, {worse} are worse than "
         "the unigram."
     )
+
+
+def state_context_gain(trials: Sequence[Trial]) -> str:
+    """How far context lowers the perplexity of the controlled arms; "" where an earlier version's run did not measure it."""
+    gains = [row["context_gain"] for row in _controlled(trials)]
+    if not gains or None in gains:
+        return ""
+    told = f"Context lowers the perplexity by {_range(gains, '.1%')} (arms and sample sizes)"
+    small = sum(gain < BIGRAM_GAIN for gain in gains)
+    return f"{told}; {small} of {len(gains)} are bigram models." if small else f"{told}."
 
 
 def state_limits(trials: Sequence[Trial], epochs: int, rates: Sequence[float]) -> str:

@@ -242,6 +242,7 @@ def _findings(study: Session, found: _Found) -> list[str]:
             findings.state_phase1_arms(trials),
             findings.state_rule(trials),
             findings.state_baselines(trials, text.baselines),
+            findings.state_context_gain(trials),
             findings.state_limits(trials, config.epochs, config.learning_rates),
             advantages if text.embedding.is_used else "",
             *said,

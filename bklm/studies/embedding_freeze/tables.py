@@ -10,6 +10,7 @@ from bklm.harness import text
 from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean, same
 from bklm.harness.statistics import Perplexity, is_off_the_scale, with_interval
 from bklm.studies.embedding_freeze.config import FACTORS, ORIGINAL_ARMS, PHASE1_ARMS, Arm
+from bklm.training.context_gain import gain_in_words
 
 # Reported by the original: UltraChat, GPT-2 sizes, an L4, one seed. The second arm did not train the embedding.
 REPORTED = {
@@ -57,6 +58,7 @@ ARMS = Comparison(
             lambda row: str(Perplexity(row["val_ppl_without_unk"], None, None)) if row["seeds"] else "-",
         ),
         Column("accuracy", "val_accuracy", "accuracy %", _mean("accuracy", factor=100), spread=True),
+        Column("context_gain", "context_gain", "context gain", lambda row: gain_in_words(row["context_gain"])),
         Column("parameters", same("parameters")),
         Column(
             "trainable_parameters", same("trainable_parameters"), "trained / all parameters",

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -22,19 +21,16 @@ from bklm.harness.folder import INTERNALS, internal
 from bklm.harness.session import Session
 from bklm.models import ContextTokenConfig, ContextTokenLM
 from bklm.studies.embedding_freeze.config import FACTORS, Arm
+from bklm.studies.embedding_freeze.phase2 import train_phase2
 from bklm.training.checkpoints import read_weights
-from bklm.training.loop import train
 from bklm.training.processes import broadcast
 from bklm.training.records import EPOCH_KEYS
 from bklm.training.schedules import TrainingSettings
-from bklm.training.two_phase.contexts import corpus_contexts
 from bklm.training.two_phase.phase1 import (
     FixedPointSettings,
     Phase1Result,
-    effective_rank,
     train_in_its_place,
 )
-from bklm.training.two_phase.phase2 import build
 from bklm.training.weights import save_weights
 
 log = logging.getLogger(__name__)
@@ -47,8 +43,6 @@ TRIAL_KEYS = {
 PHASE1, TRIALS = f"{INTERNALS}/phase1", f"{INTERNALS}/trials"
 BLOCK = "context_block.safetensors"
 WEIGHTS = "best_model.safetensors"
-# Windows per evaluation batch; their number changes no score.
-VALIDATION_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -278,43 +272,3 @@ class Trainer:
 
 def _name(initialisation: str, samples: int, seed: int) -> str:
     return f"{initialisation}_samples_{samples}_seed_{seed}"
-
-
-def train_phase2(
-    model: ContextTokenLM,
-    train_ids: np.ndarray,
-    val_ids: np.ndarray,
-    settings: TrainingSettings,
-    *,
-    batch_tokens: int,
-    recompute_contexts: bool,
-    **options: Any,
-) -> dict[str, Any]:
-    """Train what ``model`` leaves trainable until the validation loss stops falling.
-
-    Args:
-        options: those of ``bklm.training.loop.train``, the accelerator among them.
-
-    Returns:
-        Scores at the best epoch (perplexity, accuracy, ``gap`` in nats), parameter counts, tokens per trained parameter,
-        ``seconds`` of the optimiser's steps, how far the contexts of the validation text moved (``context_drift``, relative;
-        None where nothing under them was trained), and every epoch's record.
-    """
-    moves = any(p.requires_grad for p in (model.embedding.weight, *model.norm.parameters()))
-    before = corpus_contexts(model, val_ids).final if moves else None
-    cached = build(model, {"train": train_ids, "valid": val_ids}, refresh=moves and recompute_contexts)
-    batches = cached.batches("train", batch_tokens, shuffle=True, seed=settings.seed)
-    validation = cached.batches("valid", batch_tokens, rows=VALIDATION_ROWS)
-    records = train(cached, batches, validation, settings, **options)
-    best = min(records, key=lambda r: r.val_loss)
-    trainable = model.num_parameters(trainable_only=True)
-    after = None if before is None else corpus_contexts(model, val_ids).final
-    drift = None if after is None else float(torch.linalg.norm(after - before) / torch.linalg.norm(before))
-    return {
-        "train_tokens": len(train_ids), "val_ppl": best.val_perplexity, "val_ppl_without_unk": best.val_perplexity_without_unk,
-        "val_accuracy": best.val_accuracy, "train_ppl": best.train_perplexity, "gap": best.val_loss - best.train_loss,
-        "best_epoch": best.epoch, "parameters": model.num_parameters(), "trainable_parameters": trainable,
-        "tokens_per_parameter": len(train_ids) / trainable, "seconds": sum(r.seconds for r in records),
-        "contexts": str(cached.plan), "context_drift": drift, "context_rank": None if after is None else effective_rank(after),
-        "epochs": [r.to_dict() for r in records],
-    }  # fmt: skip

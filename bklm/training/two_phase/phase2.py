@@ -144,15 +144,16 @@ class CachedContextLM(LanguageModel):
 
     def contexts(self, positions: Tensor) -> Tensor:
         """Contexts of every layer (B, N, L, D_c) at ``positions`` (B, N), on their device, in the model's dtype."""
-        like = self.model.embedding.weight
-        if self.plan.layers:
+        like, block = self.model.embedding.weight, self.model.context_block
+        if self.plan.layers and block.mixing.idle:
             return self._read(positions).to(positions.device, like.dtype, non_blocking=True)
         places = positions.to(self.plan.device)
         alone = self._alone[places].unsqueeze(-1).to(positions.device)
         before = self._read((places - 1).clamp_min(0)).to(positions.device, like.dtype, non_blocking=True)
+        before = before[..., -1, :] if self.plan.layers else before
         with torch.no_grad():
             x = self._x_of_the_contexts(self._ids[places].to(positions.device))
-            return self.model.context_block(before.masked_fill(alone, 0.0), x)
+            return block(block.mixing(before.masked_fill(alone, 0.0)), x)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         return self.model.head()
