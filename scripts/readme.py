@@ -13,7 +13,7 @@
     python scripts/readme.py koopman corrected=FOLDER original=FOLDER
     python scripts/readme.py physics corrected=FOLDER original=FOLDER
     python scripts/readme.py compression FOLDER
-    python scripts/readme.py dialogue grammar=FOLDER
+    python scripts/readme.py dialogue grammar=FOLDER real=FOLDER
     python scripts/readme.py integration FOLDER
 
 A page.md is prose with places: ``{finding}`` is a number or a table of `readme_places.py`, of the study's first run where it
@@ -58,7 +58,7 @@ PREFIXES = {
     "embedding_freeze": {name: f"freeze_{name}" for name in ("peps", "wikitext")},
     "koopman": {name: f"koopman_{name}" for name in ("corrected", "original")},
     "physics": {name: f"physics_{name}" for name in ("corrected", "original")},
-    "dialogue": {"grammar": "dialogue_grammar"},
+    "dialogue": {name: f"dialogue_{name}" for name in ("grammar", "real")},
 }
 # Stands for a place whose numbers come from a file that is not kept.
 UNKNOWN = "\0"

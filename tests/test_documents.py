@@ -318,6 +318,20 @@ def test_a_study_whose_files_are_kept_fills_every_place_of_its_page(readme, stud
             strict.sections()
 
 
+@pytest.mark.parametrize("study", STUDIES)
+def test_what_is_measured_again_are_the_runs_of_the_pages_in_words_that_the_study_takes(readme, study):
+    again = importlib.import_module("measure_again")
+    assert list(again.RUNS[study]) == list(readme.Study(study).runs)
+    folders = dict.fromkeys(again.TEXTS, ROOT)
+    kind = next(c for c in configs() if c.study == study)
+    for run in again.RUNS[study]:
+        words = again.command(study, run, folders, ROOT / "results", workers=1)
+        assert parse(kind, words[3:], "bklm").resolved().study == study
+    if "data_dir" in str(again.RUNS[study]):
+        with pytest.raises(SystemExit, match=f"{study} .* was not given; give --"):
+            again.command(study, run, dict.fromkeys(again.TEXTS), ROOT, workers=1)
+
+
 def test_every_picture_that_is_kept_is_shown_on_some_page():
     linked = {Path(target).name for path in DOCUMENTS for target in links(path)}
     kept = {path.name for path in (ROOT / "docs" / "results").glob("*.png")}

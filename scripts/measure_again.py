@@ -1,0 +1,139 @@
+"""Run the studies again as docs/findings.md and docs/results.md tell of them, and write their sections.
+
+    python scripts/measure_again.py --wikitext FOLDER --peps FOLDER --dialogues FOLDER --output_dir FOLDER
+    python scripts/measure_again.py koopman physics --wikitext FOLDER --output_dir FOLDER    # these
+    python scripts/measure_again.py --commands --wikitext FOLDER --output_dir FOLDER         # only say what would be run
+
+One run after the other, each on both of two cores (``--workers``); all of them take some ten hours there. What was stopped
+goes on where it was, and a run that was finished is written from what is there. ``--wikitext`` and ``--peps`` are folders with
+train.txt, valid.txt and test.txt, ``--dialogues`` the one that scripts/chatterbot_dialogues.py writes. Tables of benchmarks
+that a page also shows stay as docs/results keeps them, and int8.csv of 03 comes from its notebook (scripts/readme.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from readme import PREFIXES
+
+from bklm.studies import STUDIES
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = ("wikitext", "peps", "dialogues")
+FREEZE = (
+    "--profile quick --document_tokens {} --samples {} --val_documents {} --pretraining_documents 400 --vocab_size 2048 \
+--epochs 10 --learning_rates 0.001 0.004 --phase1_arms True"
+)
+BASELINE = "--profile full --batch_size 16 --clip 1 --schedule cosine --context_tokens 16384"
+# Words by study and run; TEXT in capitals stands for a folder.
+RUNS = {
+    "grad_blend": {
+        "corrected": "--profile full --epochs_per_trial 3 --mixer diagonal --data_dir WIKITEXT",
+        "original": "--profile full --epochs_per_trial 3 --protocol original --data_dir WIKITEXT",
+        "reads": "--profile full --epochs_per_trial 3 --data_dir WIKITEXT",
+    },
+    "precision": {"": "--profile quick"},
+    "baseline": {
+        "wikitext": f"{BASELINE} --epochs 8 --learning_rates 0.0001 0.0003 0.001 0.003 0.01 0.03 --dropouts 0.1 0.3 "
+        "--data_dir WIKITEXT",
+        "peps": f"{BASELINE} --epochs 1 --learning_rates 0.001 0.003 0.01 --search_tokens 60000 --max_train_tokens 120000 "
+        "--data_dir PEPS",
+        "original": "--profile full --model newllm --protocol original --seeds 0 --epochs 27 --learning_rates 0.0001 "
+        "--seq_len 63 --clip '0.5@1, 1@11' --context_tokens 16384 --data_dir WIKITEXT",
+    },
+    "embedding_freeze": {
+        "peps": FREEZE.format(512, "40 80", 30) + " --data_dir PEPS",
+        "wikitext": FREEZE.format(1024, "15 30", 15) + " --data_dir WIKITEXT",
+    },
+    "koopman": {
+        "corrected": "--profile full --data_dir WIKITEXT",
+        "original": "--profile full --protocol original --data_dir WIKITEXT",
+    },
+    "physics": {
+        "corrected": "--profile full --data_dir WIKITEXT",
+        "original": "--profile full --protocol original --data_dir WIKITEXT",
+    },
+    "compression": {"": "--profile full --data_dir WIKITEXT"},
+    "dialogue": {
+        "grammar": "--profile full --learning_rates 0.001 0.004 --pretraining_dir WIKITEXT",
+        "real": "--profile full --dataset dailydialog --learning_rates 0.001 0.004 --epochs 8 --pretraining_dir WIKITEXT "
+        "--data_dir DIALOGUES",
+    },
+    "integration": {"": "--profile full --data_dir WIKITEXT"},
+}
+# These time what they compute, or keep the batch before of one process.
+ALONE = {"precision"}
+
+
+def command(study: str, run: str, folders: dict[str, Path | None], output_dir: Path, workers: int) -> list[str]:
+    """One run as a command line.
+
+    Raises:
+        SystemExit: the folder of its text was not given.
+    """
+    words = shlex.split(RUNS[study][run])
+    for name in TEXTS:
+        if name.upper() in words and folders[name] is None:
+            raise SystemExit(
+                f"measure_again.py: {study} {run} reads a folder that was not given; give --{name} FOLDER."
+            )
+        words = [str(folders[name]) if word == name.upper() else word for word in words]
+    shared = [] if study in ALONE else ["--workers", str(workers)]
+    place = output_dir / "_".join(filter(None, (study, run)))
+    return [
+        sys.executable,
+        "-m",
+        f"bklm.studies.{study}",
+        *words,
+        "--device",
+        "cpu",
+        *shared,
+        "--output_dir",
+        str(place),
+    ]
+
+
+def is_finished(study: str, place: Path) -> bool:
+    """Whether a run of the study that ended lies there."""
+    manifest = place / study / "manifest.json"
+    return manifest.exists() and bool(json.loads(manifest.read_text(encoding="utf-8")).get("finished"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; all where none is named"
+    )
+    for name in TEXTS:
+        parser.add_argument(f"--{name}", type=lambda path: Path(path).resolve())
+    parser.add_argument("--output_dir", type=lambda path: Path(path).resolve(), required=True)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--commands", action="store_true", help="print the commands that are left, run none")
+    given = parser.parse_args()
+    if unknown := [name for name in given.studies if name not in STUDIES]:
+        parser.error(f"got {', '.join(unknown)}; allowed is {', '.join(STUDIES)}.")
+    folders = {name: getattr(given, name) for name in TEXTS}
+    for study in given.studies or STUDIES:
+        own = {run: command(study, run, folders, given.output_dir, given.workers) for run in RUNS[study]}
+        for words in own.values():
+            if is_finished(study, Path(words[-1])):
+                continue
+            print(f"\n$ {shlex.join(words[1:])}", flush=True)
+            if not given.commands:
+                subprocess.run(words, cwd=ROOT, check=True)
+        if not given.commands:
+            kept = [f"{run}={words[-1]}" if PREFIXES.get(study) else words[-1] for run, words in own.items()]
+            subprocess.run(
+                [sys.executable, str(ROOT / "scripts/readme.py"), study, *kept], cwd=ROOT, check=True
+            )
+
+
+if __name__ == "__main__":
+    main()
