@@ -7,7 +7,7 @@
 One run after the other, each on both of two cores (``--workers``); all of them take some ten hours there. What was stopped
 goes on where it was, and a run that was finished is written from what is there. ``--wikitext`` and ``--peps`` are folders with
 train.txt, valid.txt and test.txt, ``--dialogues`` the one that scripts/chatterbot_dialogues.py writes. Tables of benchmarks
-that a page also shows stay as docs/results keeps them, and int8.csv of 03 comes from its notebook (scripts/readme.py).
+that a page also shows stay as docs/results keeps them (scripts/readme.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from pathlib import Path
 
 from readme import PREFIXES
 
+from bklm.harness.int8 import int8_table
 from bklm.studies import STUDIES
+from bklm.studies.baseline import BaselineConfig
+from bklm.studies.baseline.run import prepare_text, run_baseline
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ("wikitext", "peps", "dialogues")
@@ -104,6 +107,15 @@ def is_finished(study: str, place: Path) -> bool:
     return manifest.exists() and bool(json.loads(manifest.read_text(encoding="utf-8")).get("finished"))
 
 
+def add_int8(place: Path) -> None:
+    """int8.csv of NewLLM beside the results of 03 in ``place``, as its notebook writes it."""
+    manifest = json.loads((place / "baseline" / "manifest.json").read_text(encoding="utf-8"))
+    config = BaselineConfig(**manifest["config"])
+    text = prepare_text(config)
+    # Of what is finished nothing is trained again.
+    int8_table(run_baseline(config, text=text), text, "newllm")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -128,6 +140,8 @@ def main() -> None:
             print(f"\n$ {shlex.join(words[1:])}", flush=True)
             if not given.commands:
                 subprocess.run(words, cwd=ROOT, check=True)
+        if study == "baseline" and not given.commands:
+            add_int8(Path(own["wikitext"][-1]))
         if not given.commands:
             kept = [f"{run}={words[-1]}" if PREFIXES.get(study) else words[-1] for run, words in own.items()]
             subprocess.run(

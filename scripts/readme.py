@@ -154,9 +154,11 @@ class Run:
             shutil.copy(path, self.kept(path.name))
         text = (folder / "manifest.json").read_text(encoding="utf-8")
         config = json.loads(text)["config"]
-        if config.get("data_dir"):
-            text = text.replace(config["data_dir"], Path(config["data_dir"]).name)
         text = text.replace(config["output_dir"], output_dir)
+        for place in (
+            value for value in config.values() if isinstance(value, str) and Path(value).is_absolute()
+        ):
+            text = text.replace(place, Path(place).name)
         self.kept("manifest.json").write_text(text, encoding="utf-8")
         if more := KEEP_MORE.get(self.study.name):
             more(self, folder)
