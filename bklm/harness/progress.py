@@ -17,7 +17,8 @@ class Progress:
     def __init__(self, total: int, shown: bool = True, tell: Callable[[int], None] | None = None) -> None:
         self._tell = tell
         self.bar = tqdm(total=total, unit="step", mininterval=1.0, disable=not shown)
-        self.total, self.done = total, 0
+        # Of all that is done, ``own`` is this process's: a trial sets its count right while helpers go on.
+        self.total, self.done, self.own = total, 0, 0
         self.started, self.trained = time.monotonic(), 0
 
     def expect(self, steps: int, unit: str = "step") -> None:
@@ -37,12 +38,18 @@ class Progress:
         """Steps just trained."""
         if self._tell is not None:
             self._tell(steps)
+        self.own += steps
+        self.step_of_helper(steps)
+
+    def step_of_helper(self, steps: int) -> None:
+        """Steps just trained by another process."""
         self.trained += steps
         self.done += steps
         self.bar.update(steps)
 
     def skip(self, steps: int) -> None:
         """Steps that need no training: an earlier run did them, or a run ended early. They do not flatter the speed."""
+        self.own += steps
         self.done += steps
         if not self.bar.disable:
             self.bar.n += steps

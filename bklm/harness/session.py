@@ -109,10 +109,10 @@ class Session:
             return recorded
         self._counted.add(place)
         self.progress.describe(_name_point(point))
-        before, started = self.progress.done, time.perf_counter()
+        before, started = self.progress.own, time.perf_counter()
 
         def attempt() -> dict[str, Any]:
-            self.progress.skip(before - self.progress.done)
+            self.progress.skip(before - self.progress.own)
             return train(folder)
 
         try:
@@ -122,7 +122,7 @@ class Session:
             log.warning("%s; it is recorded as diverged; delete %s to train it again.", error.what, folder)
             seconds = time.perf_counter() - started
             record = {**point, "val_ppl": None, "reason": f"{error.what}.", "seconds": seconds}
-        self.progress.skip(before + steps - self.progress.done)
+        self.progress.skip(before + steps - self.progress.own)
         if self.is_main:
             write_json(folder / "result.json", record)
             CheckpointFolder(folder / CHECKPOINTS).remove()

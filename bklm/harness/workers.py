@@ -133,7 +133,7 @@ class Pool:
                 with self._lock:
                     if helper.pid in self._out:
                         self._steps.append((self._out[helper.pid], message["steps"]))
-                self._progress.step(message["steps"])
+                self._progress.step_of_helper(message["steps"])
             elif "ask" in message:
                 with contextlib.suppress(OSError), self._lock:
                     self._out.pop(helper.pid, None)

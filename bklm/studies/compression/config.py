@@ -33,7 +33,7 @@ class CompressionConfig(WindowStudyConfig):
         # 8,000 of the original's 30,000 words: a seventh of the words is left unknown, and the time goes into steps.
         "full": {
             "seeds": (0, 1, 2), "epochs": 3, "retrain_epochs": 2, "seq_len": 128, "vocab_size": 8_000, "d_model": 64,
-            "n_layers": 4, "max_train_tokens": 0, "learning_rates": (3e-3, 1e-2), "retrain_rates": (3e-3,),
+            "n_layers": 4, "max_train_tokens": 0, "learning_rates": (1e-2, 3e-2), "retrain_rates": (3e-3,),
             "bits": (8, 4, 3, 2), "groups": (0, 32), "sparsities": (0.5, 0.8), "widths": (0.5, 0.25, 0.125),
             "temperatures": (1.0, 2.0, 4.0), "calibration_tokens": 16_384, "repeats": 11,
         },
