@@ -339,6 +339,7 @@ OF_RUNS: Places = {
         "finding": lambda run: run.summary["findings"][0],
         "rates": lambda run: ", ".join(f"{rate:g}" for rate in run.config["learning_rates"]),
         "side_claims": side_claims,
+        "phase1_arms": lambda run: next(s for s in run.summary["findings"] if "in place of phase 1" in s),
     },
     "koopman": {
         **OF_CLAIMS,
