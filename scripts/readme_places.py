@@ -38,10 +38,6 @@ SIDE = (
 )  # fmt: skip
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 
-EARLIER_GRAMMAR = (
-    "**Of an earlier grammar**, whose facts took two steps to look up, in a run too short for any model to learn that, at one "
-    "learning rate: it decides neither who can look a fact up nor what pretraining is worth, and lacks columns named here. "
-)
 EARLIER_NEWLLM = "**Of an earlier version of the study**: rows of NewLLM say nothing, as it read no better than single words. "
 Row = dict[str, Any]
 
@@ -88,8 +84,6 @@ def versus_counting(run: Any) -> str:
 
 def earlier(run: Any) -> str:
     """What is wrong with a kept run of a study that was mended since; nothing once it is run again."""
-    if run.study.name == "dialogue" and "facts_asked" not in run.config:
-        return EARLIER_GRAMMAR
     if run.study.name == "compression" and not any("float_reads" in row for row in run.summary["table"]):
         return EARLIER_NEWLLM
     return ""
@@ -97,10 +91,9 @@ def earlier(run: Any) -> str:
 
 def claims_table(run: Any) -> list[Row]:
     """Announced, measured, verdict; none of a claim that an earlier version of a study could not judge."""
-    unjudged = {EARLIER_GRAMMAR: "", EARLIER_NEWLLM: "NewLLM"}.get(earlier(run))
     return [
         {**c, "verdict": "no verdict"}
-        if unjudged is not None and unjudged in f"{c['announced']} {c['measured']}"
+        if earlier(run) and "NewLLM" in f"{c['announced']} {c['measured']}"
         else c
         for c in run.summary["claims"]
     ]
@@ -373,6 +366,7 @@ OF_RUNS: Places = {
         "notes": lambda run: " ".join(run.summary["notes"]),
         "contexts": lambda run: dialogue.readable_contexts(run.rows("contexts.csv")),
         "facts": lambda run: dialogue.readable_facts(run.rows("facts.csv")),
+        "recalled": lambda run: "Facts recalled" + run.finding.rpartition("Facts recalled")[2].rstrip("."),
         "writing": lambda run: dialogue.readable_writing(run.rows("writing.csv")),
         "replies": lambda run: [r for r in run.rows("replies.csv") if r["arm"].endswith(" tuned")][:6],
     },

@@ -186,6 +186,13 @@ def test_facts_are_recalled_as_far_as_every_distance_before_is_above_chance_beyo
     assert "GPT up to 1 turn back. The positive control failed: " in told[1]
     assert "GPT nowhere. The positive control failed: " in told[2]
     assert "no verdict" in tables.facts_in_words(tables.fact_rows(of((9, 10), seeds=1)), CHANCE)
+    # What a model does not learn in one way of training it may in another.
+    longer = [t | {"arm": "GPT longer"} for t in of((90, 100), (80, 100), (90, 100), (9, 10))]
+    facts = tables.fact_rows([*of((90, 100), (80, 100), (30, 100), (9, 10)), *longer])
+    assert tables.facts_in_words(facts, CHANCE).endswith("GPT up to 2 turns back (GPT longer up to 4)")
+    (claim,) = (c for c in tables._recalls(facts, CHANCE) if c["announced"].startswith("GPT recalls"))
+    assert claim["measured"].endswith("; GPT longer up to 4 turns back")
+    assert claim["verdict"] == "does not hold"
     # Seeds that agree on ten facts know no more than ten facts say.
     (row,) = tables.fact_rows(of((10, 10), (0, 10)))
     expected = pytest.approx(1.96 * math.sqrt(12 * 2 / 14**3))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +68,24 @@ def draw_contexts(path: Path, rows: Rows, title: str, note: str) -> Path | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for row, colour, marker in zip(shown, colours(len(shown)), MARKERS, strict=False):
+        for aside, row, colour, marker in _side_by_side(shown):
             keys = [k[6:] for k in row if k.startswith("turns_")]
             values = [row[f"turns_{k}"] for k in keys]
-            ends = [(row[f"ppl_{k}_low"], row[f"ppl_{k}_high"]) for k in keys]
+            # No perplexity lies below 1, whatever the interval of few seeds says.
+            ends = [
+                (low and max(1.0, low), row[f"ppl_{k}_high"]) for k in keys for low in [row[f"ppl_{k}_low"]]
+            ]
             style = {"color": colour, "marker": marker}
-            mean_with_error(axes, range(4), values[:4], ends[:4], label=row["arm"].split()[0], **style)
-            mean_with_error(axes, range(4, len(values)), values[4:], ends[4:], linestyle="", **style)
+            places = [i + aside for i in range(len(values))]
+            mean_with_error(axes, places[:4], values[:4], ends[:4], label=row["arm"].split()[0], **style)
+            mean_with_error(axes, places[4:], values[4:], ends[4:], linestyle="", **style)
         axes.set_xticks(range(len(CONTEXT_NAMES)), CONTEXT_NAMES, fontsize=10)
         values = [v for row in shown for k, v in row.items() if k.startswith("turns_")]
         wide_range_axis(axes.yaxis, values, "PPL of the replies")
         axes.set_xlabel("turns before the reply that the model reads")
-        axes.legend()
+        legend_below(axes, ncols=len(shown))
 
-    return save_figure(path, draw, title=title, note=note, size=(8.0, 4.6))
+    return save_figure(path, draw, title=title, note=note, size=(8.0, 5.0))
 
 
 def draw_facts(path: Path, rows: Rows, chance: float, title: str, note: str) -> Path | None:
@@ -92,17 +96,23 @@ def draw_facts(path: Path, rows: Rows, chance: float, title: str, note: str) -> 
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for row, colour, marker in zip(shown, colours(len(shown)), MARKERS, strict=False):
+        for aside, row, colour, marker in _side_by_side(shown):
             keys = distances(row)
             halves = [row[f"{k}_95"] for k in keys]
             ends = [
-                (None, None) if h is None else (row[k] - h, row[k] + h)
+                (None, None) if h is None else (max(0.0, row[k] - h), min(1.0, row[k] + h))
                 for k, h in zip(keys, halves, strict=True)
             ]
             style = {"color": colour, "marker": marker, "label": row["arm"].split()[0]}
-            mean_with_error(axes, [int(k[9:]) for k in keys], [row[k] for k in keys], ends, **style)
+            mean_with_error(axes, [int(k[9:]) + aside for k in keys], [row[k] for k in keys], ends, **style)
         axes.axhline(chance, color=GREY, linewidth=1.5, linestyle="--", label=f"chance, {chance:.0%}")
         axes.set(ylim=(0, 1.02), xlabel="turns back", ylabel="share of right facts")
-        axes.legend()
+        legend_below(axes, ncols=len(shown) + 1)
 
-    return save_figure(path, draw, title=title, note=note)
+    return save_figure(path, draw, title=title, note=note, size=(7.2, 5.0))
+
+
+def _side_by_side(rows: Rows) -> Iterator[tuple[float, Mapping[str, Any], str, str]]:
+    """How far aside of its place a row is drawn, so that no bar hides another; the row, its colour and its marker."""
+    for i, (row, colour, marker) in enumerate(zip(rows, colours(len(rows)), MARKERS, strict=False)):
+        yield 0.12 * (i - (len(rows) - 1) / 2), row, colour, marker

@@ -221,7 +221,9 @@ def _recalls(facts: Rows, chance: float) -> list[dict[str, str]]:
 
     def judged(announced: str, arm: str, least: int) -> dict[str, str]:
         above = found[arm][1]
-        return claim(announced, told(arm), None if above is None else len(above) >= least)
+        farther = _farther(facts, arm, chance)
+        also = f"; {farther} turns back" if farther else ""
+        return claim(announced, told(arm) + also, None if above is None else len(above) >= least)
 
     most = max(found, key=lambda arm: sum(found[arm][0][k] for k in distances(found[arm][0])))
     control = f"{CONTROL}: a model learns here to look facts up, at {LEARNT} distances or more"
@@ -263,11 +265,24 @@ def facts_in_words(facts: Rows, chance: float) -> str:
     """
     told, found = [], {row["arm"]: _above(row, chance) for row in facts}
     for arm, above in found.items():
-        asked = [k[9:] for k in distances(facts[0])]
-        far = next((n for n, k in enumerate(asked) if k not in (above or ())), len(asked))
+        far = _reach(facts, above)
         reached = f"up to {far} turn{'s' * (far > 1)} back" if far else "nowhere"
-        said = "no verdict" if above is None else reached
+        farther = _farther(facts, arm, chance)
+        said = "no verdict" if above is None else f"{reached} ({farther})" if farther else reached
         told += [f"{arm.split()[0]} {said}"] if arm.endswith(" tuned") else []
     failed = all(above is not None and len(above) < LEARNT for above in found.values())
     nothing = f". {CONTROL} failed: no model learnt to look facts up, and who could is not known"
     return f"Facts recalled above chance ({chance:.0%}): {', '.join(told)}{nothing * failed}"
+
+
+def _reach(facts: Rows, above: Sequence[str] | None) -> int:
+    """How many of the distances are above chance, from the first without a gap."""
+    asked = [k[9:] for k in distances(facts[0])]
+    return next((n for n, k in enumerate(asked) if k not in (above or ())), len(asked))
+
+
+def _farther(facts: Rows, arm: str, chance: float) -> str:
+    """ "ResNetBK longer up to 8": the arm of the same model that reaches farthest, where farther than this one, or ""."""
+    own = {r["arm"]: _reach(facts, _above(r, chance)) for r in facts if r["arm"].split()[0] == arm.split()[0]}
+    best = max(own, key=own.get)
+    return f"{best} up to {own[best]}" if own[best] > own[arm] else ""
