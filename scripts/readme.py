@@ -187,8 +187,9 @@ class Study(string.Formatter):
         return any(DOCS.glob(f"{self.first.prefix}_*"))
 
     def part(self, name: str) -> str:
-        """A part of the page with its places filled, without line ends around it."""
-        return self.format(FIGURE.sub(self._figure, self.parts[name].strip()))
+        """A part of the page with its places filled, without line ends around it, and without what an empty place leaves."""
+        text = self.format(FIGURE.sub(self._figure, self.parts[name].strip()))
+        return re.sub(r"\n{3,}", "\n\n", re.sub(r"^ (?=\S)", "", text, flags=re.MULTILINE))
 
     def sections(self) -> dict[str, str]:
         """What the page gives, by the page of the repository that it stands on.

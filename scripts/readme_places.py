@@ -366,6 +366,14 @@ OF_RUNS: Places = {
         "notes": lambda run: " ".join(run.summary["notes"]),
         "contexts": lambda run: dialogue.readable_contexts(run.rows("contexts.csv")),
         "facts": lambda run: dialogue.readable_facts(run.rows("facts.csv")),
+        "helped": lambda run: (
+            ", ".join(
+                c["announced"].split(":")[0]
+                for c in run.summary["claims"]
+                if c["announced"].endswith(": pretraining helps dialogue") and c["verdict"] == "holds"
+            )
+            or "no model"
+        ),
         "recalled": lambda run: "Facts recalled" + run.finding.rpartition("Facts recalled")[2].rstrip("."),
         "writing": lambda run: dialogue.readable_writing(run.rows("writing.csv")),
         "replies": lambda run: [r for r in run.rows("replies.csv") if r["arm"].endswith(" tuned")][:6],

@@ -28,7 +28,7 @@ ARMS = Comparison(
     by="arm", title=str, other="other arm", lowest="Lowest PPL of replies: {}, {}",
     columns=(
         Column("bits_per_byte", "bits_per_byte", "bits per byte", ".3f", spread=True),
-        Column("test_ppl", geometric_mean("test_ppl"), "test PPL", ".2f"),
+        Column("test_ppl", geometric_mean("test_ppl"), "test PPL", lambda row: _ppl(row["test_ppl"])),
         Column("all_tokens_loss", "all_tokens_loss", "nats a token, users' turns too", ".2f"),
         Column("text_loss", "text_loss", "nats a token of the text", ".2f"),
         Column(
@@ -63,13 +63,17 @@ def readable_contexts(rows: Sequence[Mapping[str, Any]]) -> Rows:
     """The same for people."""
     return [
         {"arm": r["arm"]}
-        | {_context_in_words(k): f"{v:.2f}" for k, v in r.items() if k.startswith("turns_")}
+        | {_context_in_words(k): _ppl(v) for k, v in r.items() if k.startswith("turns_")}
         | {
             "own turns less another's, nats (95%)": _nats(-r["own_turns_gain"], r["own_turns_gain_95"]),
             "of those before the last": _nats(-r["earlier_turns_gain"], r["earlier_turns_gain_95"]),
         }
         for r in rows
     ]
+
+
+def _ppl(value: float | None) -> str:
+    return "-" if value is None else str(Perplexity(value, None, None))
 
 
 def _nats(mean: float, half: float | None) -> str:
