@@ -51,7 +51,9 @@ def ppl(row: Row, key: str = "val_ppl") -> str:
 
 def list_scores(rows: list[Row]) -> str:
     """ "NewLLM 38.4, GPT 27.5": perplexities of models or, by their names, of n-gram models."""
-    return ", ".join(f"{row.get('name') or TITLES[row['model']]} {row['val_ppl']:.1f}" for row in rows)
+    return ", ".join(
+        f"{row.get('name') or TITLES[row['model']]} {Perplexity(row['val_ppl'], None, None)}" for row in rows
+    )
 
 
 def keep_directions(run: Any, folder: Path) -> None:
@@ -373,6 +375,9 @@ OF_RUNS: Places = {
                 if c["announced"].endswith(": pretraining helps dialogue") and c["verdict"] == "holds"
             )
             or "no model"
+        ),
+        "counting": lambda run: next(
+            c["measured"] for c in run.summary["claims"] if c["announced"] == "the best model beats counting"
         ),
         "recalled": lambda run: "Facts recalled" + run.finding.rpartition("Facts recalled")[2].rstrip("."),
         "writing": lambda run: dialogue.readable_writing(run.rows("writing.csv")),

@@ -180,3 +180,13 @@ class Mixed:
             for t, value in zip(more, (self.windows.pad_id, IGNORED), strict=True)
         ]
         return torch.cat([x, filled[0]]), torch.cat([y, filled[1]])
+
+
+def count_replies(encoded: EncodedDialogues, most: int = 0) -> tuple[int, int]:
+    """How many replies ``replies_in_context`` gives, and how many of them have turns before the one that they answer."""
+    places = [
+        place
+        for d in range(len(encoded))
+        for place in np.flatnonzero(encoded.replies[encoded.first_turns[d] : encoded.first_turns[d + 1]])
+    ][: most or None]
+    return len(places), sum(place > 1 for place in places)

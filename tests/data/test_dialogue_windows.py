@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bklm.data.dialogue_tokens import MARKS, DialogueVocabulary, pieces_of_word
-from bklm.data.dialogue_windows import CONTEXTS, Mixed, dialogue_rows, replies_in_context
+from bklm.data.dialogue_windows import CONTEXTS, Mixed, count_replies, dialogue_rows, replies_in_context
 from bklm.data.grammar import grammar_corpus
 from bklm.data.loaders import IGNORED, make_loader, set_epoch, windows
 
@@ -88,6 +88,9 @@ def test_contexts_are_what_they_say_and_their_targets_are_the_same(vocabulary):
     assert found["other"][1] == f"<system>welcome<end><user>what is it<end>{bye}"
     assert found["1 after other"][1] == f"<system>welcome<end><user>and now<end>{bye}"
     assert found["other"][0].startswith("<user>one two three")
+    more = [one != whole for one, whole in zip(found["1"], found["all"], strict=True)]
+    assert count_replies(encoded) == (len(more), sum(more))
+    assert count_replies(encoded, 1) == (1, more[0])
     # A context of the drawn dialogues begins with the user, as a training row does.
     drawn = vocabulary.encode_dialogues(
         grammar_corpus(sizes=dict.fromkeys(("train", "valid", "test"), 3)).dialogues("valid")

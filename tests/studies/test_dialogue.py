@@ -133,8 +133,9 @@ def made(**more):
         ({}, "GPT: pretraining helps dialogue", "holds"),
         ({"longer": 1.5}, "GPT: pretraining helps dialogue", "does not hold"),
         ({}, "GPT uses its context, the turn that it answers included", "holds"),
-        ({"other": 1.0}, "GPT uses its context, the turn that it answers included", "does not hold"),
-        ({}, "GPT uses the turns before that", "does not hold"),
+        ({"other": 1.0}, "GPT uses its context, the turn that it answers included", "not shown"),
+        ({"other": 0.9}, "GPT uses its context, the turn that it answers included", "does not hold"),
+        ({}, "GPT uses the turns before that", "not shown"),
         ({"earlier": 1.5}, "GPT uses the turns before that", "holds"),
         ({}, "GPT recalls facts from 1 to 2 turns back", "does not hold"),
         (
@@ -158,18 +159,27 @@ def test_a_claim_holds_only_beyond_its_interval_and_against_every_control(more, 
     judged = verdicts(tables.ARMS, trials, arms)
     contexts, facts = tables.context_rows(trials), tables.fact_rows(trials)
     mixture = {"name": MIXTURE, "val_ppl": 1.0, "test_ppl": more.get("counting", 5.2)}
-    rows = {r["announced"]: r for r in tables.claims_table(trials, judged, contexts, facts, mixture, CHANCE)}
+    rows = {
+        r["announced"]: r
+        for r in tables.claims_table(trials, judged, contexts, facts, mixture, CHANCE, (100, 60))
+    }
     # Random words answer neither what a text teaches nor what is forgotten of it.
     undecided = {n for n in rows if "pretraining helps" in n or tables.FORGETS_LESS in n}
     assert {rows[name]["verdict"] for name in undecided} == {"no verdict"}
     assert all(rows[name]["measured"].endswith(tables.NOTHING_TO_TEACH) for name in undecided)
     if claim not in undecided:
         assert rows[claim]["verdict"] == verdict
-    rows = tables.claims_table(trials, judged, contexts, [], mixture, None)
+    few = tables.claims_table(trials, judged, contexts, facts, mixture, CHANCE, (100, 13))
+    (earlier,) = (r for r in few if r["announced"] == "GPT uses the turns before that")
+    assert earlier["verdict"] == "no verdict"
+    assert earlier["measured"].endswith("; 13 of 100 replies have any")
+    rows = tables.claims_table(trials, judged, contexts, [], mixture, None, (100, 60))
     assert claim not in undecided or {r["announced"]: r["verdict"] for r in rows}[claim] == verdict
     one = [t for t in trials if t["seed"] == 0]
     judged = verdicts(tables.ARMS, one, arms)
-    rows = tables.claims_table(one, judged, tables.context_rows(one), tables.fact_rows(one), mixture, CHANCE)
+    rows = tables.claims_table(
+        one, judged, tables.context_rows(one), tables.fact_rows(one), mixture, CHANCE, (100, 60)
+    )
     assert {r["verdict"] for r in rows} == {"no verdict"}
 
 

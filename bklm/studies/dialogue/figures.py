@@ -50,12 +50,18 @@ def draw_arms(path: Path, rows: Rows, baselines: Rows, title: str, note: str) ->
             places = [names.index(r["arm"].split()[0]) + 0.14 * (k - 1.5) for r in own]
             mean_with_error(axes, places, [r["val_ppl"] for r in own], ends, sideways=True, **style)
         for line, style in zip(baselines, ("--", ":"), strict=False):
-            axes.axvline(line["val_ppl"], color=GREY, linewidth=1.5, linestyle=style, label=line["name"])
+            axes.axvline(
+                line["val_ppl"],
+                color=GREY,
+                linewidth=1.5,
+                linestyle=style,
+                label=line["name"].partition(" of ")[0],
+            )
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         values = [r["val_ppl"] for r in shown] + [line["val_ppl"] for line in baselines]
         wide_range_axis(axes.xaxis, values, "PPL of the replies")
-        legend_below(axes, ncols=3, fontsize=9)
+        legend_below(axes, ncols=3)
 
     return save_figure(path, draw, title=title, note=note, size=(7.2, 3.4 + 0.7 * len(names)))
 
@@ -79,7 +85,7 @@ def draw_contexts(path: Path, rows: Rows, title: str, note: str) -> Path | None:
             places = [i + aside for i in range(len(values))]
             mean_with_error(axes, places[:4], values[:4], ends[:4], label=row["arm"].split()[0], **style)
             mean_with_error(axes, places[4:], values[4:], ends[4:], linestyle="", **style)
-        axes.set_xticks(range(len(CONTEXT_NAMES)), CONTEXT_NAMES, fontsize=10)
+        axes.set_xticks(range(len(CONTEXT_NAMES)), CONTEXT_NAMES)
         values = [v for row in shown for k, v in row.items() if k.startswith("turns_")]
         wide_range_axis(axes.yaxis, values, "PPL of the replies")
         axes.set_xlabel("turns before the reply that the model reads")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bklm.data.dialogue_windows import count_replies
 from bklm.harness.arms import Arm, readable_verdicts, train_arms, verdicts
 from bklm.harness.comparison import Trial
 from bklm.harness.estimate import Run, minutes, text_size
@@ -166,7 +167,9 @@ def _report(study: Session, found: dict[str, Any]) -> DialogueResult:
     parts = {
         "verdicts": judged, "contexts": contexts, "facts": facts, "writing": tables.writing_rows(trials),
         "replies": tables.reply_table(trials),
-        "claims": tables.claims_table(trials, judged, contexts, facts, mixture, chance),
+        "claims": tables.claims_table(
+            trials, judged, contexts, facts, mixture, chance, count_replies(text.encoded["valid"], config.context_replies)
+        ),
     }  # fmt: skip
     for name, rows in parts.items():
         report.csv(f"{name}.csv", rows)
@@ -177,7 +180,10 @@ def _report(study: Session, found: dict[str, Any]) -> DialogueResult:
         report.path(str(path.relative_to(study.folder)))
     table = ARMS.rows(trials)
     shares = {row["arm"].split()[0]: row["word_share"] for row in table if row["word_share"] is not None}
-    lowest = ARMS.finding(tables.rivals(trials, " tuned") or tables.rivals(trials))
+    if tuned_ones := tables.rivals(trials, " tuned"):
+        lowest = replace(ARMS, lowest="Lowest PPL of replies among the tuned: {}, {}").finding(tuned_ones)
+    else:
+        lowest = ARMS.finding(tables.rivals(trials))
     finding = " ".join([lowest, *(f"{words}." for words in told)])
     return report.finish(
         DialogueResult, ARMS, trials, finding=finding, rows=table,

@@ -13,6 +13,8 @@ from bklm.harness.statistics import Perplexity, interval95, with_interval
 WAYS = ("scratch", "longer", "pretrained", "tuned", "replay")
 FORGETS_LESS = "forgets less of the text with replay than tuned alone"
 LEARNT = 3  # distances of those that are asked, from which on a model has learnt to look facts up
+# With turns before the one they answer, for a verdict on what these are worth.
+FEWEST_REPLIES = 30
 CONTROL = "The positive control"
 NOTHING_TO_TEACH = "; the grammar's words are drawn at random, and prose has nothing to teach about them"
 WRITING = ("distinct_1", "distinct_2", "repeats_prompt", "ended", "words")
@@ -159,13 +161,14 @@ def rivals(trials: Sequence[Trial], way: str = "") -> list[Trial]:
 
 def claims_table(
     trials: Sequence[Trial], verdicts: Sequence[Mapping[str, Any]], contexts: Rows, facts: Rows, mixture: Mapping[str, Any],
-    chance: float | None,
+    chance: float | None, replies: tuple[int, int],
 ) -> list[dict[str, str]]:  # fmt: skip
     """Rows announced, measured, verdict: what pretraining brings, who uses earlier turns, who beats counting, what stays.
 
     ``verdicts`` of a tuned model are those against its own controls, and against the other tuned models. ``chance`` is the
     share of right facts of who remembers nothing, None but for the grammar: there a text has nothing to teach, so that
-    pretraining and forgetting get no verdict.
+    pretraining and forgetting get no verdict. ``replies``: how many stand behind other contexts, and how many of them have
+    turns before the one they answer; where these are few, what they are worth has no verdict.
     """
     rows, aside = [], "" if chance is None else NOTHING_TO_TEACH
     for name in dict.fromkeys(r["arm"].split()[0] for r in contexts):
@@ -175,7 +178,7 @@ def claims_table(
             claim(f"{name}: pretraining helps dialogue", told, None if aside else helps(own, f"{name} tuned"))
         )
     for row in (r for r in contexts if r["arm"].endswith(" tuned")):
-        rows += _uses_turns(row)
+        rows += _uses_turns(row, *replies)
     if facts:
         rows += _recalls(facts, chance)
     if tuned := rivals(trials, " tuned"):
@@ -191,14 +194,22 @@ def claims_table(
     return [*rows, claim("the best model beats counting", told, beats), *_forgotten(trials, aside)]
 
 
-def _uses_turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
+def _uses_turns(row: Mapping[str, Any], replies: int, deep: int) -> list[dict[str, str]]:
     name, (mean, half) = row["arm"].split()[0], (row["own_turns_gain"], row["own_turns_gain_95"])
     told = f"PPL {row['turns_all']:.2f} with its own turns, {row['turns_other']:.2f} with another dialogue's, "
     told += f"{row['turns_0']:.2f} with none: {_nats(mean, half)} nats"
-    first = claim(f"{name} uses its context, the turn that it answers included", told, _above_zero(mean, half))
+    first = _gain_claim(f"{name} uses its context, the turn that it answers included", told, mean, half)
     mean, half = row["earlier_turns_gain"], row["earlier_turns_gain_95"]
     told = f"{_nats(mean, half)} nats over the turn that it answers behind another dialogue's"
-    return [first, claim(f"{name} uses the turns before that", told, _above_zero(mean, half))]
+    if deep < FEWEST_REPLIES:
+        told, half = f"{told}; {deep} of {replies} replies have any", None
+    return [first, _gain_claim(f"{name} uses the turns before that", told, mean, half)]
+
+
+def _gain_claim(announced: str, measured: str, mean: float, half: float | None) -> dict[str, str]:
+    """A gain that may be none: an interval that holds 0 shows neither."""
+    made = claim(announced, measured, _above_zero(mean, half))
+    return made if half is None or abs(mean) > half else {**made, "verdict": "not shown"}
 
 
 def _above_zero(mean: float, half: float | None) -> bool | None:
@@ -256,10 +267,10 @@ def _forgotten(trials: Sequence[Trial], aside: str) -> list[dict[str, str]]:
 
 
 def contexts_in_words(contexts: Rows) -> str:
-    """What another dialogue's turns in place of its own cost each tuned model."""
-    told = [f"{r['arm'].split()[0]} {_nats(r['own_turns_gain'], r['own_turns_gain_95'])}"
+    """What the turns before the one that is answered are worth to each tuned model."""
+    told = [f"{r['arm'].split()[0]} {_nats(r['earlier_turns_gain'], r['earlier_turns_gain_95'])}"
             for r in contexts if r["arm"].endswith(" tuned")]  # fmt: skip
-    return f"Another dialogue's turns in place of its own cost, in nats a token: {', '.join(told)}"
+    return f"Turns before the one that is answered are worth, in nats a token: {', '.join(told)}"
 
 
 def facts_in_words(facts: Rows, chance: float) -> str:
