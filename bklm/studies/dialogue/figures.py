@@ -85,13 +85,14 @@ def draw_contexts(path: Path, rows: Rows, title: str, note: str) -> Path | None:
             places = [i + aside for i in range(len(values))]
             mean_with_error(axes, places[:4], values[:4], ends[:4], label=row["arm"].split()[0], **style)
             mean_with_error(axes, places[4:], values[4:], ends[4:], linestyle="", **style)
-        axes.set_xticks(range(len(CONTEXT_NAMES)), CONTEXT_NAMES)
+        axes.set_xticks(range(len(CONTEXT_NAMES)), CONTEXT_NAMES, fontsize=10)
         values = [v for row in shown for k, v in row.items() if k.startswith("turns_")]
         wide_range_axis(axes.yaxis, values, "PPL of the replies")
         axes.set_xlabel("turns before the reply that the model reads")
-        legend_below(axes, ncols=len(shown))
+        # Between the short contexts and another dialogue's no model is that bad.
+        axes.legend(loc="upper center")
 
-    return save_figure(path, draw, title=title, note=note, size=(8.0, 5.0))
+    return save_figure(path, draw, title=title, note=note, size=(8.0, 4.8))
 
 
 def draw_facts(path: Path, rows: Rows, chance: float, title: str, note: str) -> Path | None:

@@ -138,7 +138,7 @@ def draw_effects(path: Path, effects: list[dict[str, Any]], note: str) -> Path |
         axes.grid(axis="y", visible=False)
         # Ruled by the points: an interval from two seeds may leave the picture.
         reach = 1.6 * max(abs(math.log(row["ratio"])) for row in effects) + 0.05
-        wide_range_axis(axes.xaxis, [math.exp(-reach), math.exp(reach)], "ratio of validation PPL")
+        wide_range_axis(axes.xaxis, [math.exp(-reach), math.exp(reach)], "ratio of PPL")
         axes.set_xlim(math.exp(-reach), math.exp(reach))
 
     title = f"{len(beyond)} of {len(overall)} changes move validation PPL beyond the 95% interval"
