@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -228,6 +229,7 @@ def arms_table(study: Any) -> list[Row]:
         accuracy = with_interval(100 * own["accuracy"], own["accuracy_95"] and 100 * own["accuracy_95"])
         row |= {
             f"accuracy % {beside}": accuracy,
+            f"context gain {beside}": f"{own['context_gain']:.1%}",
             f"val - train, nats {beside}": with_interval(own["gap"], own["gap_95"], 2),
             f"best epoch {beside}": with_interval(own["best_epoch"], own["best_epoch_95"]),
             f"seconds {beside}": with_interval(own["seconds"], own["seconds_95"], 0),
@@ -238,14 +240,54 @@ def arms_table(study: Any) -> list[Row]:
     return rows
 
 
+# "untrained context block (pretrained, frozen, tied, 80 samples)": what stands in for phase 1, of which arm, in which sample.
+STAND_IN = re.compile(r"(.*) \((.*), (\d+) samples\)")
+
+
 def effects(study: Any) -> list[Row]:
-    """Every effect over all cells and within the other factors' values, one column a text."""
+    """Every factor's effect over all cells and within the other factors' values, one column a text."""
     rows: dict[tuple[str, str], Row] = {}
     for run in study.runs.values():
-        for row in (r for r in run.rows("effects.csv") if "samples" not in r["where"]):
+        own = (r for r in run.rows("effects.csv") if not STAND_IN.match(r["change"]))
+        for row in (r for r in own if "samples" not in r["where"]):
             place = {"change": row["change"], "where": row["where"]}
             rows.setdefault(tuple(place.values()), place)[run.name] = f"x{ppl(row, 'ratio')}: {row['verdict']}"
     return list(rows.values())
+
+
+def stand_ins(study: Any) -> list[Row]:
+    """What stands in for phase 1, over the same arm with it: a row each, one column a text and sample size."""
+    rows: dict[str, Row] = {}
+    for run in study.runs.values():
+        for row in run.rows("effects.csv"):
+            if found := STAND_IN.match(row["change"]):
+                what, arm, samples = found.groups()
+                made = rows.setdefault(f"{what}: {arm}", {"in place of phase 1": what, "arm": arm})
+                made[f"{run.name}, {samples}"] = f"x{ppl(row, 'ratio')}: {row['verdict']}"
+    return list(rows.values())
+
+
+def untrained(study: Any) -> str:
+    """The ratios of a context block as it was drawn, least and most over arms, texts and sample sizes."""
+    found = [
+        row["ratio"]
+        for run in study.runs.values()
+        for row in run.rows("effects.csv")
+        if row["change"].startswith("untrained")
+    ]
+    return f"x{min(found):.3f} to x{max(found):.3f} of its PPL in {len(found)} comparisons"
+
+
+def phase1_holds(study: Any) -> str:
+    """One verdict on phase 1 for all texts."""
+    helps = {run.phase1_verdict.startswith("phase 1 helps") for run in study.runs.values()}
+    return {(True,): "holds", (False,): "does not hold"}.get(tuple(helps), "in part")
+
+
+def phase1_verdict(run: Any) -> str:
+    """ "phase 1 does not help, no verdict on its fixed point"."""
+    said = next(s for s in run.summary["findings"] if "in place of phase 1" in s)
+    return said.partition("; with phase 1")[0].rpartition(": ")[2]
 
 
 def count_models_by_size(study: Any) -> str:
@@ -334,7 +376,10 @@ OF_RUNS: Places = {
         "finding": lambda run: run.summary["findings"][0],
         "rates": lambda run: ", ".join(f"{rate:g}" for rate in run.config["learning_rates"]),
         "side_claims": side_claims,
-        "phase1_arms": lambda run: next(s for s in run.summary["findings"] if "in place of phase 1" in s),
+        "phase1_verdict": phase1_verdict,
+        "gains": lambda run: re.search(
+            r"Context lowers the perplexity by ([^(]*) \(", "\n".join(run.summary["findings"])
+        )[1],
     },
     "koopman": {
         **OF_CLAIMS,
@@ -403,6 +448,9 @@ OF_STUDIES: Places = {
     "embedding_freeze": {
         "arms_table": arms_table,
         "effects": effects,
+        "stand_ins": stand_ins,
+        "untrained": untrained,
+        "phase1_holds": phase1_holds,
         "main_effects": lambda study: [
             {k: v for k, v in row.items() if k != "where"} for row in effects(study) if row["where"] == "all"
         ],
