@@ -60,7 +60,8 @@ def draw_arms(
         axes.grid(axis="y", visible=False)
         wide_range_axis(axes.xaxis, values, "validation PPL")
         axes.set_xlim(min(axes.get_xlim()[0], 0.95 * min(values)), min(axes.get_xlim()[1], 2 * max(values)))
-        legend_below(axes, ncols=2, fontsize=9)
+        # One column: beside long names the axes are too narrow for two.
+        legend_below(axes, ncols=1)
 
     farthest = max(row["val_ppl_high"] or 0 for row in found)
     if farthest > 2 * max(values):
