@@ -53,7 +53,7 @@ def draw_arms(
             own = [b for b in baselines if b["samples"] == size]
             if own:
                 counted = min(own, key=lambda b: b["val_ppl"])
-                label = f"{counted['name']}, {size} samples ({counted['val_ppl']:.0f})"
+                label = f"{counted['name'].partition(',')[0]}, {size} samples ({counted['val_ppl']:.0f})"
                 axes.axvline(counted["val_ppl"], color=colour, linestyle=":", linewidth=1.5, label=label)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
@@ -61,7 +61,7 @@ def draw_arms(
         wide_range_axis(axes.xaxis, values, "validation PPL")
         axes.set_xlim(min(axes.get_xlim()[0], 0.95 * min(values)), min(axes.get_xlim()[1], 2 * max(values)))
         # One column: beside long names the axes are too narrow for two.
-        legend_below(axes, ncols=1)
+        legend_below(axes, ncols=1, fontsize=10)
 
     farthest = max(row["val_ppl_high"] or 0 for row in found)
     if farthest > 2 * max(values):
