@@ -61,7 +61,7 @@ class ModularContextBlock(ContextBlock):
 
     def __init__(self, block: ContextBlock) -> None:
         nn.Module.__init__(self)
-        self.context_dim, self.norms = block.context_dim, block.norms
+        self.context_dim, self.norms, self.mixing = block.context_dim, block.norms, block.mixing
         self.register_buffer("fixed_point_iterations", block.fixed_point_iterations)
         self.inputs = _linear(*block.input_weights())
         own = (linear.weight[:, : block.context_dim] for linear in block.linears)

@@ -84,15 +84,15 @@ def mixture_against_all_experts(scripts, tokens, width):
         (against_the_loop, (32, 128), 1, 25),
         (against_the_loop, (16, 512), 1, 40),
         (against_a_copy, (1, 200_000, 1), 1, 1 / 12),
-        (against_a_copy, (1, 200_000, 2), 2, 1 / 25),
+        (against_a_copy, (1, 200_000, 2), 2, 1 / 60),
         (solve_against_scipy, (8, 256, 16), 1, 0.5),
         (mixture_against_all_experts, (2048, 64), 1, 0.8),
     ],
 )
 def test_what_was_made_fast_keeps_its_distance(arms, size, threads, least, scripts):
     """In turns, so that a busy machine slows both. Bounds are a fourth to a sixth of what was measured on an Intel Xeon; those
-    of the copies a tenth and a twenty-fifth, since other processors copy faster, and a machine that has no core to spare
-    slows each of the team's parts."""
+    of the copies a tenth and a sixtieth, since other processors copy faster, and a machine that has no core to spare
+    slows each of the team's parts (an AMD EPYC beside another worker of these tests: a twenty-seventh)."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
