@@ -64,8 +64,7 @@ RUNS = {
     "compression": {"": "--profile full --data_dir WIKITEXT"},
     "dialogue": {
         "grammar": "--profile full --learning_rates 0.001 0.004 --pretraining_dir WIKITEXT",
-        "real": "--profile full --dataset dailydialog --learning_rates 0.001 0.004 --epochs 8 --pretraining_dir WIKITEXT "
-        "--data_dir DIALOGUES",
+        "real": "--profile full --dataset dailydialog --epochs 8 --pretraining_dir WIKITEXT --data_dir DIALOGUES",
     },
     "integration": {"": "--profile full --data_dir WIKITEXT"},
 }
