@@ -21,6 +21,7 @@ from bklm.harness import progress
 from bklm.harness.report import command_words
 from bklm.models import ContextTokenConfig, ContextTokenLM
 from bklm.studies.embedding_freeze import figures as embedding_freeze_figures
+from bklm.studies.embedding_freeze import phase2
 from bklm.studies.embedding_freeze import run as embedding_freeze
 from bklm.studies.embedding_freeze import text as embedding_freeze_text
 from bklm.studies.embedding_freeze import train as embedding_freeze_runner
@@ -304,7 +305,7 @@ def test_a_damaged_result_is_set_aside_and_only_that_trial_is_trained_again(conf
 def test_a_study_that_was_interrupted_goes_on_and_ends_with_the_numbers_of_an_undisturbed_one(
     config, tmp_path, monkeypatch
 ):
-    real, epochs = embedding_freeze_runner.train, []
+    real, epochs = phase2.train, []
 
     def interrupt(*args, **options):
         def stop(record):
@@ -314,10 +315,10 @@ def test_a_study_that_was_interrupted_goes_on_and_ends_with_the_numbers_of_an_un
 
         return real(*args, **options, on_epoch=stop)
 
-    monkeypatch.setattr(embedding_freeze_runner, "train", interrupt)
+    monkeypatch.setattr(phase2, "train", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_embedding_freeze(config)
-    monkeypatch.setattr(embedding_freeze_runner, "train", real)
+    monkeypatch.setattr(phase2, "train", real)
     resumed = run_embedding_freeze(config)
     undisturbed = run_embedding_freeze(dataclasses.replace(config, output_dir=str(tmp_path / "undisturbed")))
     assert len(numbers(resumed.folder)) == 4
@@ -375,7 +376,7 @@ def test_every_arm_gets_the_same_search_over_learning_rates_and_goes_on_with_its
 
 def diverging(monkeypatch, diverges):
     """Phase 2 as ever, but a failure where ``diverges(settings)``."""
-    real = embedding_freeze_runner.train
+    real = phase2.train
 
     def train(model, loader, val, settings, **options):
         if diverges(settings):
@@ -384,7 +385,7 @@ def diverging(monkeypatch, diverges):
             )
         return real(model, loader, val, settings, **options)
 
-    monkeypatch.setattr(embedding_freeze_runner, "train", train)
+    monkeypatch.setattr(phase2, "train", train)
 
 
 @pytest.mark.slow
@@ -423,7 +424,7 @@ def test_a_trial_that_diverges_is_reported_and_the_others_without_it(config, mon
     )
     shown = {row["val PPL (95%)"].split("; ")[1] for row in result.tables()["arms"]()}
     assert shown == {"diverged: 1 of 2 seeds"}
-    monkeypatch.setattr(embedding_freeze_runner, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(phase2, "train", lambda *a, **k: pytest.fail("trained again"))
     assert run_embedding_freeze(config).table == result.table
 
 
@@ -431,14 +432,14 @@ def test_a_trial_that_diverges_is_reported_and_the_others_without_it(config, mon
 @pytest.mark.draws
 def test_an_arm_whose_seeds_all_diverged_keeps_its_row_and_is_drawn_as_diverged(config, monkeypatch):
     diverging(monkeypatch, lambda settings: False)
-    real = embedding_freeze_runner.train
+    real = phase2.train
 
     def train(model, *arguments, **options):
         if options["label"].startswith("pretrained, trained"):
             raise NonFiniteError("the loss was nan")
         return real(model, *arguments, **options)
 
-    monkeypatch.setattr(embedding_freeze_runner, "train", train)
+    monkeypatch.setattr(phase2, "train", train)
     result = run_embedding_freeze(dataclasses.replace(config, epochs=1))
     lost = result.table[1]
     assert (lost["arm"], lost["seeds"], lost["diverged"], lost["val_ppl"]) == (
@@ -457,7 +458,7 @@ def test_an_arm_whose_seeds_all_diverged_keeps_its_row_and_is_drawn_as_diverged(
 
 @pytest.mark.slow
 def test_a_trial_that_meets_nan_once_is_trained_again_and_leaves_no_trace(config, monkeypatch, tmp_path):
-    real, failed = embedding_freeze_runner.train, []
+    real, failed = phase2.train, []
 
     def train(*arguments, **options):
         if options["label"] not in failed:
@@ -465,9 +466,9 @@ def test_a_trial_that_meets_nan_once_is_trained_again_and_leaves_no_trace(config
             raise NonFiniteError("the loss was nan")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(embedding_freeze_runner, "train", train)
+    monkeypatch.setattr(phase2, "train", train)
     found = run_embedding_freeze(config)
-    monkeypatch.setattr(embedding_freeze_runner, "train", real)
+    monkeypatch.setattr(phase2, "train", real)
     undisturbed = run_embedding_freeze(dataclasses.replace(config, output_dir=str(tmp_path / "undisturbed")))
     assert len(failed) == 4
     assert numbers(found.folder) == numbers(undisturbed.folder)
@@ -555,13 +556,13 @@ def test_when_every_trial_diverges_one_sentence_says_so(config, monkeypatch):
 
 @pytest.mark.slow
 def test_a_training_loss_too_large_for_exp_is_recorded_not_a_traceback(config, monkeypatch):
-    real = embedding_freeze_runner.train
+    real = phase2.train
 
     def train(*arguments, **options):
         large = {"train_loss": 5000.0, "train_perplexity": math.exp(700)}
         return [dataclasses.replace(r, **large) for r in real(*arguments, **options)]
 
-    monkeypatch.setattr(embedding_freeze_runner, "train", train)
+    monkeypatch.setattr(phase2, "train", train)
     result = run_embedding_freeze(dataclasses.replace(config, learning_rates=(1e-2,), epochs=1))
     trials = [json.loads(p.read_text()) for p in result.folder.glob("internals/trials/*/result.json")]
     assert {t["train_ppl"] for t in trials} == {math.exp(700)}

@@ -27,8 +27,8 @@ class DialogueConfig(TextStudyConfig):
             "width": 16, "n_layers": 1, "context_replies": 10, "facts_asked": 5, "sample_dialogues": 2, "reply_tokens": 8,
         },
         "quick": {
-            "pretraining": "embedded", "seeds": (0,), "epochs": 1, "pretraining_epochs": 1, "learning_rates": (6e-3,),
-            "max_dialogues": 14_000, "held_out_dialogues": 200, "max_pretraining_tokens": 30_000, "vocab_size": 768,
+            "pretraining": "embedded", "seeds": (0,), "epochs": 1, "pretraining_epochs": 1, "learning_rates": (4e-3,),
+            "max_dialogues": 16_000, "held_out_dialogues": 200, "max_pretraining_tokens": 30_000, "vocab_size": 768,
             "seq_len": 96, "width": 44, "n_layers": 2, "context_replies": 100, "facts_asked": 50, "sample_dialogues": 8,
             "reply_tokens": 24,
         },
