@@ -280,8 +280,9 @@ def untrained(study: Any) -> str:
 
 def phase1_holds(study: Any) -> str:
     """One verdict on phase 1 for all texts."""
-    helps = {run.phase1_verdict.startswith("phase 1 helps") for run in study.runs.values()}
-    return {(True,): "holds", (False,): "does not hold"}.get(tuple(helps), "in part")
+    known = {"phase 1 helps": "holds", "no verdict on phase 1": "no verdict"}
+    found = {known.get(run.phase1_verdict.split(",")[0], "does not hold") for run in study.runs.values()}
+    return found.pop() if len(found) == 1 else "in part"
 
 
 def phase1_verdict(run: Any) -> str:
