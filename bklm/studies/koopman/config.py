@@ -33,7 +33,7 @@ class KoopmanConfig(WindowStudyConfig):
         },
         # 8,000 of the original's 30,000 words: a seventh of the words is left unknown, and the time goes into steps.
         "full": {
-            "weights": (0.01, 0.1, 1.0), "seeds": (0, 1, 2), "epochs": 4, "learning_rates": (3e-3, 1e-2, 3e-2),
+            "weights": (0.01, 0.1, 1.0), "seeds": (0, 1, 2), "epochs": 4, "learning_rates": (1e-3, 3e-3, 1e-2, 3e-2),
             "seq_len": 128, "vocab_size": 8_000, "d_model": 64, "n_layers": 4, "lift": 256, "max_train_tokens": 0,
             "fit_positions": 20_000, "score_tokens": 30_000, "units": 192, "delays": (1, 4, 8), "recall_steps": 2000,
             "recall_width": 48, "recall_pairs": 1, "recall_rates": (3e-3, 1e-2), "trained_distance": 128, "batch_size": 16,

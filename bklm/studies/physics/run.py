@@ -199,7 +199,10 @@ def _train_unsearched(
     chosen = tables.nearest_decay(tried, published[0]) if published else None
     if chosen is not None:
         found += decayed(chosen, None)
-        arms[f"decay-{chosen:g}"] = Arm(models.plain(config), (PLAIN,))
+        name = f"decay-{chosen:g}"
+        arms[name] = Arm(models.plain(config), (PLAIN,))
+        # What the term does to the embedding alone, without an energy.
+        arms["published"] = dataclasses.replace(arms["published"], against=(*arms["published"].against, name))
     return found
 
 
