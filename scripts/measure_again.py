@@ -61,7 +61,7 @@ RUNS = {
         "corrected": "--profile full --data_dir WIKITEXT",
         "original": "--profile full --protocol original --data_dir WIKITEXT",
     },
-    "compression": {"": "--profile full --data_dir WIKITEXT"},
+    "compression": {"": "--profile full --torchao True --data_dir WIKITEXT"},
     "dialogue": {
         "grammar": "--profile full --learning_rates 0.001 0.004 --pretraining_dir WIKITEXT",
         "real": "--profile full --dataset dailydialog --epochs 8 --pretraining_dir WIKITEXT --data_dir DIALOGUES",

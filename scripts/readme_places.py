@@ -24,6 +24,7 @@ from bklm.studies.embedding_freeze.tables import REPORTED
 from bklm.studies.integration import tables as integration
 from bklm.studies.koopman import tables as koopman
 from bklm.studies.physics import tables as physics_tables
+from bklm.studies.physics.energies import readable_energies
 from bklm.studies.precision.claims import readable_claims
 from bklm.studies.precision.tables import readable_summary
 
@@ -124,7 +125,8 @@ OF_CLAIMS = {"claims_table": claims_table, "held": held, "verdict": verdict, "ea
 
 def physics_table(name: str) -> Callable[[Any], list[dict[str, Any]]]:
     """A part of the physics study for people."""
-    return lambda run: getattr(physics_tables, f"readable_{name}")(run.summary["parts"][name])
+    made = readable_energies if name == "energies" else getattr(physics_tables, f"readable_{name}")
+    return lambda run: made(run.summary["parts"][name])
 
 
 def alpha_lines(study: Any) -> str:
@@ -389,6 +391,7 @@ OF_RUNS: Places = {
         "linearised": lambda run: koopman.readable_linearised(run.rows("linearised.csv")),
         "speed": lambda run: koopman.readable_speed(run.rows("linearised.csv")),
         "recall": lambda run: koopman.readable_recall(run.rows("recall.csv")),
+        "spectrum": lambda run: koopman.readable_spectrum(run.rows("spectrum.csv")),
     },
     "physics": {
         **OF_CLAIMS,
@@ -399,7 +402,7 @@ OF_RUNS: Places = {
     "compression": {
         **OF_CLAIMS,
         "shares": lambda run: run.summary["shares"],
-        "counting": lambda run: compression.beside_counting(run.summary["table"], run.summary["counted"][0])[0],
+        "counting": lambda run: compression.counting_in_words(run.summary["table"], run.summary["counted"]),
         "reading": lambda run: compression.vacuous_in_words(
             run.summary["table"], run.summary["baselines"][0]["val_ppl"]
         ),

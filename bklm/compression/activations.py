@@ -27,7 +27,7 @@ from bklm.compression.coded_model import (
     model_of,
     put,
 )
-from bklm.compression.coding import Integers, integers
+from bklm.compression.coding import Integers, integers, is_whole
 from bklm.compression.products import HEAD, Int8Product, class_with_int8_products
 from bklm.models import GPT, LanguageModel, LinearContext, NewLLM, ResNetBK
 
@@ -79,8 +79,8 @@ def with_int8_products(
         raise ValueError(f"per: got {per!r}; allowed are {', '.join(map(repr, PER))}.")
     if smooth is not None and not 0.0 <= smooth <= 1.0:
         raise ValueError(f"smooth: got {smooth}; it must lie between 0 and 1, or be None for no smoothing.")
-    if outliers < 0:
-        raise ValueError(f"outliers: got {outliers}; give a number of columns, 0 or more.")
+    if not is_whole(outliers) or outliers < 0:
+        raise ValueError(f"outliers: got {outliers!r}; give a number of columns, 0 or more.")
     made = copy_of(plain)
     output = made.head()[0]
     head = (output.shape[1] >= HEAD_INPUTS if head is None else head) and min(output.shape) >= MULTIPLIED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def read_inputs(
     watched = model.recording_mixing() if model.mixing_points() else contextlib.nullcontext()
     try:
         with evaluating(model), watched:
-            for x in (rows for batch in batches for rows, _ in without_padding(*batch)):
+            for x in (rows for batch in batches for rows, _ in without_padding(*_pair(batch, caller))):
                 slot(head).add(model.hidden(x.to(device)))
     finally:
         for hook in hooks:
@@ -69,6 +70,14 @@ def read_inputs(
     if not found or not any(inputs.positions for inputs in found.values()):
         raise ValueError(f"{caller}: calibration holds no text; give some batches (x, y) of the training text.")
     return found
+
+
+def _pair(batch: Any, caller: str) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        return tuple(batch)
+    raise ValueError(
+        f"{caller}: calibration holds a {type(batch).__name__}; give batches (x, y) of token ids, of which y is not read."
+    )
 
 
 def first_batches(batches: Iterable[tuple[Tensor, Tensor]], tokens: int) -> list[tuple[Tensor, Tensor]]:

@@ -12,7 +12,9 @@ quantisation does (Dettmers 2023), here on a logarithmic scale: base 2^(-c / 16)
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -169,12 +171,25 @@ def read(tensors: Stored, facts: dict[str, Any]) -> Coded:
 
 
 def check_rounding(bits: int, group: int | None) -> None:
-    """Refuse, by a ValueError, bits other than 2 to 8 and a group below 1."""
-    if bits not in BITS:
-        raise ValueError(f"bits: got {bits}; a weight is rounded to {BITS[0]} to {BITS[-1]} bits.")
-    if group is not None and group < 1:
+    """Refuse, by a ValueError, bits other than 2 to 8 and a group that is no whole number from 1."""
+    if not is_whole(bits) or bits not in BITS:
+        raise ValueError(f"bits: got {bits!r}; a weight is rounded to {BITS[0]} to {BITS[-1]} bits.")
+    if group is not None and (not is_whole(group) or group < 1):
         raise ValueError(
-            f"group: got {group}; give the number of inputs that share a scale, or None for a whole row."
+            f"group: got {group!r}; give the number of inputs that share a scale, or None for a whole row."
+        )
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_finite(weights: Iterable[Tensor]) -> None:
+    """Refuse, by a ``CannotServeError``, weights that are not finite."""
+    if not all(bool(w.isfinite().all()) for w in weights):
+        raise CannotServeError(
+            "weights hold NaN or infinity, so the model has diverged; take an earlier checkpoint."
         )
 
 
@@ -191,10 +206,7 @@ def integers(
         ValueError: bits not 2 to 8, a group below 1. CannotServeError: weights that are not finite.
     """
     check_rounding(bits, group)
-    if not bool(weight.isfinite().all()):
-        raise CannotServeError(
-            "weights hold NaN or infinity, so the model has diverged; take an earlier checkpoint."
-        )
+    check_finite([weight])
     width = weight.shape[-1]
     rows = weight.detach().to("cpu", torch.float32).reshape(-1, width)
     rows = rows if columns is None else rows / columns
@@ -243,17 +255,22 @@ def factors(weight: Tensor, rank: int, bits: int | None = 8) -> Factors:
     in half precision.
 
     Raises:
-        ValueError: a tensor that is no matrix, or a rank outside 1 to its smaller side.
+        ValueError: a tensor that is no matrix, or a rank outside 1 to its smaller side. CannotServeError: weights that are not
+            finite, or factors beyond half precision.
     """
-    if weight.ndim != 2 or not 1 <= rank <= min(weight.shape):
+    if weight.ndim != 2 or not is_whole(rank) or not 1 <= rank <= min(weight.shape):
         raise ValueError(
-            f"rank: got {rank} for a weight of shape {tuple(weight.shape)}; a matrix has ranks 1 to its smaller side."
+            f"rank: got {rank!r} for a weight of shape {tuple(weight.shape)}; a matrix has ranks 1 to its smaller side."
         )
+    check_finite([weight])
     u, s, v = torch.linalg.svd(weight.detach().cpu().double(), full_matrices=False)
     root = s[:rank].sqrt()
     left, right = (u[:, :rank] * root).float(), (root.unsqueeze(1) * v[:rank]).float()
     if bits is None:
-        return Factors(Half(left.half()), Half(right.half()))
+        halves = Half(left.half()), Half(right.half())
+        if not all(bool(part.values.isfinite().all()) for part in halves):
+            raise CannotServeError("its factors hold numbers beyond half precision; give bits 2 to 8.")
+        return Factors(*halves)
     return Factors(integers(left, bits), integers(right, bits))
 
 

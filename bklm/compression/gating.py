@@ -5,7 +5,8 @@
 A threshold and no choice of the best k of a sequence, which would look at later positions (Mixture-of-Depths, Raposo et al.
 2024, names that problem). The load (mean of kept - share)^2 keeps the share near its target; kept passes the gradient of p
 straight through. Skipped positions are not in the block's chain: of each row those that are kept stand in front, and what
-fills up the row behind them no causal block can see. The control skips as many positions by chance.
+fills up the row behind them no causal block can see. The control skips as many positions by chance: others in every batch of a
+training, so that nothing adapts to them, and in evaluation a fixed set of positions whose rate is exact.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from bklm.models import ResNetBK
 from bklm.models.wrapped import Wrapped
 
 LOAD = 1.0  # weight of the load in the loss, nats
-PATTERN = 4093  # positions after which positions skipped by chance repeat
+PATTERN = 4096  # positions after which those that are kept by chance repeat
+EVEN = 32  # positions of which they are kept at exactly their rate
 
 
 class GatedBlock(nn.Module):
@@ -36,8 +38,9 @@ class GatedBlock(nn.Module):
             nn.init.normal_(self.gate.weight, std=0.1)
             nn.init.zeros_(self.gate.bias)
         else:
-            chance = torch.rand(PATTERN, generator=generator, device="cpu")
-            self.register_buffer("pattern", chance < share)
+            ranks = torch.rand(PATTERN // EVEN, EVEN, generator=generator, device="cpu").argsort(1).argsort(1)
+            ends = (torch.arange(len(ranks) + 1) * EVEN * share).round()
+            self.register_buffer("pattern", (ranks < ends.diff().unsqueeze(1)).flatten())
 
     @property
     def moe(self) -> Any:
@@ -45,6 +48,8 @@ class GatedBlock(nn.Module):
 
     def chosen(self, x: Tensor) -> Tensor:
         """Which positions are kept, (B, N): 1 or 0 of x's dtype, with the gradient of p."""
+        if self.gate is None and self.training:
+            return (torch.rand(x.shape[:2], device=x.device) < self.share).to(x.dtype)
         if self.gate is None:
             places = torch.arange(x.shape[1], device=x.device) % PATTERN
             return self.pattern[places].to(x.dtype).expand(x.shape[:2])
@@ -76,7 +81,8 @@ class GatedBlocks(Wrapped):
     Args:
         model: its blocks are replaced by gated ones; it learns in place, and is this model's own from now on.
         share: of the positions that a block keeps, as a target; of those kept by chance, as a rate.
-        seed: of positions kept by chance, the same in every row; None: by a gate that learns.
+        seed: of positions kept by chance in evaluation, the same in every row; in training torch's generator draws them. None:
+            by a gate that learns.
 
     Raises:
         TypeError: no plain ResNetBK, or one that sees the future. ValueError: a share outside (0, 1].

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bklm.compression.calibration import read_inputs
 from bklm.compression.coded_model import copy_of, forget_codes, like, matrices, model_of, outer_names, put
+from bklm.compression.coding import check_finite
 from bklm.models import LanguageModel
 
 METHODS = ("magnitude", "magnitude by row", "wanda", "random")
@@ -47,6 +48,7 @@ def prune(
             inputs are not seen.
     """
     plain = model_of(model, "prune")
+    check_finite(plain.parameters())
     made = copy_of(plain)
     masks = masks_of(made, sparsity, method, scope=scope, calibration=calibration, seed=seed)
     forget_codes(made)

@@ -15,7 +15,7 @@ from bklm.compression.coded_model import (
     outer_names,
     put,
 )
-from bklm.compression.coding import Factors, Tied, factors, integers
+from bklm.compression.coding import Factors, Tied, check_finite, factors, integers
 
 HALF = 16  # bits
 
@@ -43,13 +43,19 @@ def quantise(
     plain = model_of(model, "quantise")
     if rest not in ("float16", "float32"):
         raise ValueError(f"rest: got {rest!r}; allowed are 'float16' and 'float32'.")
+    if bits == HALF and (group, outer_bits) != (None, None):
+        raise ValueError(
+            f"bits: got {HALF} with group {group} and outer_bits {outer_bits}; half precision has neither: leave them out, or "
+            "give bits 2 to 8."
+        )
+    check_finite(plain.parameters())
     made = copy_of(plain)
     outer, held = outer_names(made), codes_of(made)
     if bits == HALF:
         forget_codes(made)
     else:
         put(made, {
-            name: integers(p, (outer_bits or bits) if name in outer else bits, group)
+            name: integers(p, outer_bits if outer_bits is not None and name in outer else bits, group)
             for name, p in matrices(made).items() if not isinstance(held.get(name), Factors | Tied)
         })  # fmt: skip
     if rest == "float16":

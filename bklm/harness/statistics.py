@@ -23,6 +23,12 @@ def interval95(values: Sequence[float], any_of: int = 1) -> tuple[float, float |
     return float(sample.mean()), float(half)
 
 
+def widened(mean: float, end: float, seeds: int, any_of: int) -> float:
+    """One end of a 95% interval around a geometric mean over seeds, moved out as far as ``any_of`` intervals at once ask."""
+    alone, at_once = (stdtrit(seeds - 1, 1 - 0.025 / count) for count in (1, any_of))
+    return mean * (end / mean) ** float(at_once / alone)
+
+
 @dataclass(frozen=True)
 class Perplexity:
     """Perplexity over seeds: exp of the mean loss, and the 95% t-interval of that mean, in nats, carried over by exp.

@@ -155,6 +155,8 @@ def test_what_cannot_multiply_in_int8_is_refused_in_one_sentence(reading, text):
         with_int8_products(reading, "row")
     with pytest.raises(ValueError, match="smooth: got 2; it must lie between"):
         with_int8_products(reading, smooth=2, calibration=text)
+    with pytest.raises(ValueError, match=r"outliers: got 2\.5; give a number of columns"):
+        with_int8_products(reading, outliers=2.5, calibration=text)
     with pytest.raises(ValueError, match="calibration holds no text; give some batches"):
         with_int8_products(reading, smooth=0.5)
     small = with_int8_products(reading, head=True)

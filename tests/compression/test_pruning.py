@@ -119,6 +119,10 @@ def test_zeros_are_as_many_as_make_a_file_of_the_bytes_asked_for(any_model):
         ),
         (lambda m: prune(m, 0.5, scope="head"), "scope: got 'head'; allowed are"),
         (lambda m: prune(m, 0.5, "wanda"), "calibration holds no text"),
+        (
+            lambda m: prune(m, 0.5, "wanda", calibration=[torch.zeros(1, 4, dtype=torch.int64)]),
+            "calibration holds a Tensor; give batches",
+        ),
     ],
 )
 def test_bad_values_are_refused_in_one_sentence(reading, call, words):

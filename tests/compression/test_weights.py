@@ -86,6 +86,13 @@ def wrapped(model: LanguageModel) -> LanguageModel:
     return WithTerm(model, torch.nn.Identity(), 0.1)
 
 
+def diverged(model: LanguageModel, value: float = torch.nan) -> LanguageModel:
+    made = copy.deepcopy(model)
+    with torch.no_grad():
+        made.head()[0][0, 0] = value
+    return made
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -93,6 +100,18 @@ def wrapped(model: LanguageModel) -> LanguageModel:
         (lambda m, p: quantise(wrapped(m)), TypeError, "got a WithTerm; it takes a plain"),
         (lambda m, p: quantise(m, rest="bfloat16"), ValueError, "rest: got 'bfloat16'; allowed are"),
         (lambda m, p: low_rank(m, 33), ValueError, "rank: got 33"),
+        (lambda m, p: low_rank(m, 2.5), ValueError, "rank: got 2.5"),
+        (lambda m, p: low_rank(diverged(m), 2), ValueError, "hold NaN or infinity, so the model has diverged"),
+        (lambda m, p: low_rank(diverged(m, 1e12), 2), ValueError, "beyond half precision; give bits 2 to 8"),
+        (lambda m, p: quantise(diverged(m), 16), ValueError, "hold NaN or infinity, so the model has diverged"),
+        (lambda m, p: quantise(m, "8"), ValueError, "bits: got '8'; a weight is rounded"),
+        (lambda m, p: quantise(m, 4, 2.5), ValueError, "group: got 2.5; give the number of inputs"),
+        (lambda m, p: quantise(m, outer_bits=0), ValueError, "bits: got 0; a weight is rounded"),
+        (
+            lambda m, p: quantise(m, 16, -5),
+            ValueError,
+            "bits: got 16 with group -5 and outer_bits None; half precision",
+        ),
         (
             lambda m, p: save_compressed(tie_blocks(copy.deepcopy(m)), p / "x"),
             ValueError,

@@ -103,7 +103,23 @@ def test_every_weight_has_a_placebo_and_every_part_leaves_table_and_picture(corr
     for name in ("verdicts.csv", "equal_seconds.csv", "linearised.csv", "spectrum.csv", "recall.csv", "claims.csv",
                  "arms.png", "linearised.png", "spectrum.png", "recall.png"):  # fmt: skip
         assert (corrected.folder / name).stat().st_size > 100, name
-    assert set(corrected.tables()) == {"arms", "verdicts", "linearised", "speed", "recall", "claims"}
+    assert set(corrected.tables()) == {
+        "arms",
+        "verdicts",
+        "linearised",
+        "speed",
+        "spectrum",
+        "recall",
+        "claims",
+    }
+    # Each eigenvalue once, the largest first, with its residual; a conjugate pair is one.
+    spectrum = corrected.tables()["spectrum"]()
+    assert 0 < len(spectrum) <= 10
+    assert [float(r["modulus"]) for r in spectrum] == sorted(
+        (float(r["modulus"]) for r in spectrum), reverse=True
+    )
+    assert "residual below 0.1 on held-out text" in corrected.finding
+    assert f"(the first {corrected.config.score_tokens:,} validation tokens)" in corrected.finding
     assert len(corrected.tables()["linearised"]()) == 8
     blocks = {r["block"] for r in corrected.linearised}
     assert blocks == {"1", "2", "all"}
@@ -113,7 +129,7 @@ def test_every_weight_has_a_placebo_and_every_part_leaves_table_and_picture(corr
     assert recall["GPT"]["accuracy_128"] is None
     assert 0 <= recall["NewLLM"]["accuracy_128"] <= 1
     assert list(recall) == ["NewLLM", "ResNetBK", "GPT", "LinearContext", "LRU"]
-    assert len(corrected.claims) == 5
+    assert len(corrected.claims) == 6
     assert all(r["residual"] > 1e-6 for r in corrected.spectrum)
     assert "of the parameters" in corrected.shares
 
@@ -153,6 +169,7 @@ def test_the_plain_model_is_loaded_with_the_perplexity_that_the_table_says(corre
         ({"protocol": "original", "parts": "linearise"}, r"^parts: got 'linearise' with protocol 'original', whose"),
         ({"protocol": "original", "start_epoch": 3}, r"^start_epoch: got 3 with 2 epochs, so the published term would never"),
         ({"distances": (16, 4096)}, r"^distances: got \(16, 4096\); allowed is "),
+        ({"trained_distance": 8, "recall_pairs": 5, "distances": (16,)}, r"^trained_distance: got 8 with 5 pairs, which"),
         ({"distances": (2, 16)}, r"^distances: got 2 with 2 pairs, which are 4 tokens long themselves; take"),
     ],
 )  # fmt: skip
@@ -193,8 +210,11 @@ TIMES = {"original": [0.010, 0.011, 0.010], "affine": [0.001, 0.0011, 0.001], "E
 
 
 def test_a_speed_up_holds_only_where_one_operator_is_twice_as_fast_and_no_worse():
-    good = [scores({"affine": x, "EDMD": 0.0}) for x in (0.01, -0.01, 0.0)]
+    good = [scores({"affine": x, "EDMD": 0.0}) for x in (0.001, -0.001, 0.0)]
     assert faster(good, TIMES)[1]["verdict"] == "holds"
+    # Seeds that are far apart prove nothing: a wide interval is not "no worse".
+    apart = [scores({"affine": x, "EDMD": 0.0}) for x in (0.03, -0.03, 0.0)]
+    assert faster(apart, TIMES)[1]["verdict"] == "no verdict"
     # The fast one is worse, and the one that is no worse is not fast.
     bad = [scores({"affine": x, "EDMD": 0.0}) for x in (0.11, 0.1, 0.12)]
     rows, claim = faster(bad, TIMES)
@@ -225,8 +245,9 @@ def test_blocks_are_not_linear_where_the_operator_keeps_none_of_the_gain_from_co
     assert affine["context_gain_kept"] < 0
     assert claim["measured"].endswith("context gain kept: none")
     assert claim["verdict"] == "does not hold"
+    # Something is kept, by a mean whose interval holds 0.
     kept = faster([scores({"affine": x, "EDMD": 0.5}) for x in (0.6, -0.4, 0.2)], TIMES)[1]
-    assert kept["verdict"] == "holds"
+    assert kept["verdict"] == "no verdict"
 
 
 def test_where_mixing_brings_nothing_there_is_nothing_to_linearise():
@@ -286,15 +307,24 @@ def recalled(accuracies: dict[str, list[float]], distances=("16", "128", "512"))
 def test_long_range_holds_only_beyond_the_interval_over_paired_seeds():
     steps = {name: [0.01, 0.0101, 0.0099] for name in ("LRU", "ResNetBK")}
 
-    def verdict(linear, other, chance=0.05):
-        trials = recalled({"NewLLM": other, "LRU": linear, "ResNetBK": other, "GPT": other})
-        return claims_table([], [], [], [], trials, steps, 100.0, chance)[-1]["verdict"]
+    def verdict(linear, other, chance=0.05, gated=None):
+        trials = recalled(
+            {"NewLLM": other, "LRU": linear, "ResNetBK": other, "GPT": other, "LinearContext": gated or linear}
+        )
+        far = claims_table([], [], [], [], trials, steps, 100.0, chance)[-2:]
+        assert ["(LRU)" in far[0]["announced"], "gated recurrence (LinearContext)" in far[1]["announced"]] == [
+            True
+        ] * 2
+        return far[gated is not None]["verdict"]
 
     assert verdict([0.9, 0.92, 0.91], [0.1, 0.12, 0.1]) == "holds"
-    assert verdict([0.2, 0.1, 0.15], [0.15, 0.12, 0.16]) == "does not hold"
+    assert verdict([0.2, 0.18, 0.19], [0.15, 0.19, 0.21]) == "does not hold"
     assert verdict([0.9], [0.1]) == "no verdict"
     # A rival that never learned the task, not even at the shortest distance, says nothing about distance.
     assert verdict([0.9, 0.92, 0.91], [0.1, 0.12, 0.1], chance=0.1) == "no verdict"
+    # Nor does a model that did not: it is not shown to remember less.
+    assert verdict([0.05, 0.5, 0.01], [0.9, 0.92, 0.91]) == "no verdict"
+    assert verdict([0.1, 0.1, 0.1], [0.2, 0.21, 0.19], gated=[0.9, 0.9, 0.91]) == "holds"
     assert long_range(recalled({"NewLLM": [0.1], "LRU": [0.9]}, ("16",))) is None
     lost = recalled({"NewLLM": [0.1, 0.1], "LRU": [0.9, 0.9], "GPT": [0.5, 0.5]})
     lost[3]["val_ppl"] = None

@@ -6,8 +6,10 @@ import pytest
 import torch
 from small import require_that_figures_say_what_the_model_sees, small
 
+from bklm.harness.arms import Arm
 from bklm.models import future_leak
 from bklm.studies import PhysicsConfig, run_physics
+from bklm.studies.physics import energies as of_energies
 from bklm.studies.physics import figures, models, tables
 from bklm.studies.physics.claims import MEMORY, claims_table
 from bklm.studies.physics.run import PARTS_OF_RESULT, MemoryMeter
@@ -176,8 +178,8 @@ def energies(**arms):
             energy = {"drift": drift, "spread": spread, "ratio": over_spread(drift, spread)}
             trials.append(trial(arm.replace("_", "-"), seed, [3.0], energy=energy))
     first = {t["arm"]: {"spread": 1.0, "ratio": 1.0} for t in trials}
-    rows = tables.energy_rows([*trials, trial("plain", 0, [3.0], energy={})], first)
-    assert len(tables.readable_energies(rows)) == len(rows)
+    rows = of_energies.energy_rows([*trials, trial("plain", 0, [3.0], energy={})], first)
+    assert len(of_energies.readable_energies(rows)) == len(rows)
     return rows
 
 
@@ -192,7 +194,13 @@ def test_conserved_means_little_drift_no_collapse_and_less_drift_than_where_noth
     assert found(mended=low, detached=high, **rest) == {
         "mended": "yes", "detached": "a control", "mended-placebo": "a control",
     }  # fmt: skip
-    assert found(mended=low, detached=same, **rest)["mended"] == "no: detached drifts as little"
+    straddles = found(mended=low, detached=same, **rest)["mended"]
+    assert straddles == "no verdict: not shown to drift less than detached"
+    less = [(0.01, 1.0), (0.011, 1.0), (0.009, 1.0)]
+    assert found(mended=low, detached=less, **rest)["mended"] == "no: detached drifts no more"
+    # A spread far above that of untrained nets, and far below that of nets which no model hears of.
+    wide = [(3.0, 20.0)] * 3
+    assert found(mended=low, detached=wide, **rest)["mended"] == "no: collapsed"
     assert found(mended=high, detached=high, **rest)["mended"] == "no: it drifts"
     assert found(mended=low[:2], detached=high[:2], mended_placebo=high[:2])["mended"] == "no verdict"
     # A control that lost a seed.
@@ -203,10 +211,11 @@ def test_conserved_means_little_drift_no_collapse_and_less_drift_than_where_noth
     assert energies(published=[(1e-6, 0.01)])[0]["conserves"] == "no verdict"
     # One number for every state: no ratio, and no division by zero.
     assert energies(published=[(0.0, 0.0)] * 3, shuffled=low)[0]["conserves"] == "no: collapsed"
-    assert claims(energies=energies(mended=low, detached=same, **rest)) == {
-        "energy is conserved: mended": "does not hold"
-    }
-    words = [tables.kept_in_words(x) for x in (0.421, 1.0, 5.44, 56.9, None)]
+    for other, verdict in ((less, "does not hold"), (same, "no verdict")):
+        assert claims(energies=energies(mended=low, detached=other, **rest)) == {
+            "energy is conserved: mended": verdict
+        }
+    words = [of_energies.kept_in_words(x) for x in (0.421, 1.0, 5.44, 56.9, None)]
     assert words == ["42% of the first", "100% of the first", "5.4 times the first", "57 times the first", "-"]
 
 
@@ -214,13 +223,13 @@ def test_seeds_that_differ_by_all_bounds_give_no_ratio():
     """One placebo whose energy collapsed, and another that kept it: their mean would be 0.000 (0.000 to 292.9)."""
     low, placebo = [(0.05, 1.0)] * 3, [(0.2, 1.0), (0.1, 1.0), (1e9, 1.0)]
     rows = energies(mended=low, mended_placebo=placebo, detached=[(0.1, 1.0), (0.2, 1.0), (0.3, 1.0)])
-    told = {r["arm"]: r for r in tables.readable_energies(rows)}
+    told = {r["arm"]: r for r in of_energies.readable_energies(rows)}
     assert told["mended"]["over its control's (95%)"] == "no ratio, mended-placebo"
     assert told["mended-placebo"]["at the end (95%)"] == "no ratio"
     assert told["detached"]["at the end (95%)"].startswith("0.182 (0.0")
     (claim,) = claims_table(NONE | {"energies": rows}, {})
     assert claim["measured"].endswith("; over mended-placebo's no ratio")
-    assert claim["verdict"] == "does not hold"
+    assert claim["verdict"] == "no verdict"
 
 
 def test_a_collapsed_energy_is_drawn_without_its_ratio(tmp_path):
@@ -253,7 +262,37 @@ def test_more_stable_needs_a_higher_rate_than_every_plain_model():
     assert run(conservative=2) == "holds"
     assert run(conservative=2, seeds=2) == "no verdict"
     assert run(conservative=1) == "does not hold"
-    assert run(conservative=3, **{"plain-unit": 3}) == "does not hold"
+    # Both stable at the largest rate that was tried: which breaks first was not seen.
+    assert run(conservative=3, **{"plain-unit": 3}) == "no verdict"
+    assert run(conservative=2, **{"plain-unit": 3}) == "does not hold"
+
+
+def test_a_lower_perplexity_is_also_asked_for_in_as_many_seconds_and_edges_of_searches_are_named():
+    curve = [6 - math.log(k) for k in (1, 2, 3, 4)]
+    trials = [trial("plain", seed, curve) for seed in range(3)]
+    trials += [trial("conservative", seed, [x - 0.1 - 0.001 * seed for x in curve]) for seed in range(3)]
+    arms = {"plain": Arm(None), "conservative": Arm(None, ("plain",))}
+    times = {"plain": [10.0, 10.0, 10.0], "conservative": [16.0, 16.0, 16.0]}
+    rows = tables.equal_seconds_rows(trials, arms, times, "constant")
+    assert rows[0]["loss_difference"] == pytest.approx(math.log(1.6) - 0.101)
+    assert tables.equal_seconds_rows(trials, arms, times, "cosine") == []
+    row = {"arm": "conservative", "against": "plain", "loss_difference": -0.1, "low": -0.11, "high": -0.09}
+    gains = {"plain": 0.2, "conservative": 0.2}
+    told = claims_table(NONE | {"block_verdicts": [row], "equal_seconds": rows}, gains, {"plain"})
+    assert [r["verdict"] for r in told] == ["holds", "does not hold"]
+    assert told[0]["measured"].endswith("; best rate at the edge of those tried: plain")
+    assert told[1]["measured"].startswith("a step takes 1.600 (1.600 to 1.600) times as long as plain's")
+
+
+def test_the_embedding_of_a_term_stands_beside_that_of_the_nearest_weight_decay():
+    def sized(arm, size, seeds=3):
+        return [trial(arm, seed, [3.0], embedding_norm=size, energy={}) for seed in range(seeds)]
+
+    trials = [*sized("plain", 0.5), *sized("published", 0.1), *sized("decay-1", 0.3, 1), *sized("decay-3", 0.2)]
+    told = tables.size_in_words(trials, (1.0, 3.0))
+    assert "size 0.100, a weight decay of 3 one of 0.200, the largest tried, and plain has 0.500." in told
+    assert "the largest tried" not in tables.size_in_words(trials, (1.0, 3.0, 9.0))
+    assert tables.size_in_words(sized("plain", 0.5), (1.0,)) == ""
 
 
 @pytest.mark.slow

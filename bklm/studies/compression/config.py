@@ -34,7 +34,7 @@ class CompressionConfig(WindowStudyConfig):
         "full": {
             "seeds": (0, 1, 2), "epochs": 3, "retrain_epochs": 2, "seq_len": 128, "vocab_size": 8_000, "d_model": 64,
             "n_layers": 4, "max_train_tokens": 0, "learning_rates": (1e-2, 3e-2), "retrain_rates": (3e-3,),
-            "bits": (8, 4, 3, 2), "groups": (0, 32), "sparsities": (0.5, 0.8), "widths": (0.5, 0.25, 0.125),
+            "bits": (8, 4, 3, 2), "groups": (0, 32, 128), "sparsities": (0.5, 0.8), "widths": (0.5, 0.25, 0.125),
             "temperatures": (1.0, 2.0, 4.0), "calibration_tokens": 16_384, "repeats": 11,
         },
     }  # fmt: skip

@@ -30,8 +30,8 @@ def draw_files(
     path: Path, rows: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]], unigram: float, title: str,
     note: str,
 ) -> Path | None:  # fmt: skip
-    """Perplexity against the size of the file, a panel per model; the line to beat are smaller models and counting; above the
-    unigram model's line nothing was read."""
+    """Perplexity against the size of the packed file, a panel per model; the line to beat are smaller models and counting;
+    above the unigram model's line nothing was read."""
     families = list(dict.fromkeys(r["family"] for r in rows if r["seeds"] and r["arm"] == r["family"]))
     if not families:
         return None
@@ -41,12 +41,14 @@ def draw_files(
     def draw(figure: Figure) -> None:
         panels = figure.subplots(len(families), 1, squeeze=False)[:, 0]
         for axes, family in zip(panels, families, strict=True):
-            own = [r for r in rows if r["family"] == family and r["seeds"] and r["file_bytes"]]
+            own = [r for r in rows if r["family"] == family and r["seeds"] and r["packed_file_bytes"]]
             whole = next(r for r in own if r["arm"] == family)
             limit = max(WORST * whole["val_ppl"], 1.1 * unigram)
             shown = [r for r in own if r["val_ppl"] <= limit]
             for kind in kinds:
-                points = sorted((r for r in shown if kind_of(r["arm"]) == kind), key=lambda r: r["file_bytes"])
+                points = sorted(
+                    (r for r in shown if kind_of(r["arm"]) == kind), key=lambda r: r["packed_file_bytes"]
+                )
                 if points:
                     colour, marker = styles[kind]
                     style = {"color": colour, "marker": marker, "linestyle": "", "label": kind, "markersize": 5}
@@ -55,30 +57,31 @@ def draw_files(
                 ended = [r for r in shown if r["arm"].endswith(ending)]
                 names = {family, *(a for r in ended if WIDTH.fullmatch(a := r["arm"].removesuffix(ending)))}
                 dense = sorted(
-                    (r for r in ended if r["arm"].removesuffix(ending) in names), key=lambda r: r["file_bytes"]
+                    (r for r in ended if r["arm"].removesuffix(ending) in names),
+                    key=lambda r: r["packed_file_bytes"],
                 )
                 axes.plot(
-                    [r["file_bytes"] / MEGA for r in dense], [r["val_ppl"] for r in dense], color=styles[SMALLER][0],
+                    [r["packed_file_bytes"] / MEGA for r in dense], [r["val_ppl"] for r in dense], color=styles[SMALLER][0],
                     linewidth=1, linestyle=line,
                 )  # fmt: skip
             near = [r for r in counted if r["val_ppl"] <= limit]
             axes.plot(
-                [r["file_bytes"] / MEGA for r in near], [r["val_ppl"] for r in near], color="#000000", marker="*",
+                [r["packed_file_bytes"] / MEGA for r in near], [r["val_ppl"] for r in near], color="#000000", marker="*",
                 markersize=9, linestyle="", label=COUNTED,
             )  # fmt: skip
             for row in near:
                 order = row["arm"].removeprefix("Kneser-Ney ").partition("-")[0]
                 axes.annotate(
                     order,
-                    (row["file_bytes"] / MEGA, row["val_ppl"]),
+                    (row["packed_file_bytes"] / MEGA, row["val_ppl"]),
                     (5, 4),
                     textcoords="offset points",
                     fontsize=9,
                 )
             axes.axhline(whole["val_ppl"], color=GREY, linewidth=1, linestyle="--", label="float32")
             axes.axhline(unigram, color="#000000", linewidth=1, linestyle="-.", label="unigram")
-            sizes = [r["file_bytes"] / MEGA for r in (*shown, *near)]
-            wide_range_axis(axes.xaxis, sizes, "file, MB")
+            sizes = [r["packed_file_bytes"] / MEGA for r in (*shown, *near)]
+            wide_range_axis(axes.xaxis, sizes, "file packed by zlib, MB")
             # From 1, so that it is logarithmic whatever is shown.
             wide_range_axis(axes.yaxis, [1.0, limit], "validation PPL")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 6, 8)))
@@ -95,7 +98,7 @@ def draw_files(
 def _points(axes: Any, points: Sequence[Mapping[str, Any]], **style: Any) -> None:
     mean_with_error(
         axes,
-        [r["file_bytes"] / MEGA for r in points],
+        [r["packed_file_bytes"] / MEGA for r in points],
         [r["val_ppl"] for r in points],
         [(r["val_ppl_low"], r["val_ppl_high"]) for r in points],
         **style,

@@ -230,16 +230,11 @@ def measured(study: Any) -> Callable[[LanguageModel], dict[str, Any]]:
         device = next(model.parameters()).device
         plain = baked(model.model if isinstance(model, Distilled) else model)
         if isinstance(model, GatedBlocks):
-            # Its gates are not in a file: what they skip is time, and the bytes are those of the blocks.
-            kept = model.kept_share(text.first_batch(text.batch_size)[0].to(device))
-            weighed = sizes(model.ungated())
-            return {
-                "vocabulary": text.vocab_size,
-                **weighed,
-                **gain_of(model, text),
-                "int8": {},
-                "kept_share": kept,
-            }
+            # No file holds its gates: what they skip is time, and the bytes of the blocks are those of a model without.
+            batches = [x.to(device) for x, _ in text.search_val_loader(GAIN_TOKENS)]
+            kept = sum(model.kept_share(x) * x.numel() for x in batches) / sum(x.numel() for x in batches)
+            weighed = {"file_bytes": None, "packed_file_bytes": None, "int8": {}, "kept_share": kept}
+            return {"vocabulary": text.vocab_size, **weighed, **gain_of(model, text)}
         arm, seed = model.__dict__.get("arm", (None, None))
         own = {"vocabulary": text.vocab_size, **sizes(plain), **gain_of(plain.to(device), text), "int8": {}}
         if not isinstance(model, RoundedModel):
@@ -254,7 +249,8 @@ def measured(study: Any) -> Callable[[LanguageModel], dict[str, Any]]:
 
 
 NEEDED = {
-    "vocabulary": int, "file_bytes": int, "packed_file_bytes": int, "context_gain": float | None, "int8": dict,
+    "vocabulary": int, "file_bytes": int | None, "packed_file_bytes": int | None, "context_gain": float | None,
+    "int8": dict,
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean, score_in_words
-from bklm.harness.statistics import FEWEST_SEEDS
+from bklm.harness.statistics import FEWEST_SEEDS, widened
 from bklm.studies.compression.models import INT8, MORE, SCRATCH, family_of
 from bklm.training.context_gain import BIGRAM_GAIN, gain_in_words
 
@@ -92,24 +92,35 @@ def float_of(arm: str, known: Mapping[str, Any]) -> str:
     return min(rivals, key=lambda name: known[name]["val_ppl"])
 
 
-def reads(row: Mapping[str, Any], unigram: float) -> bool:
-    """Whether a model learned more than how often words are: it is clearly below the unigram model, and uses its context."""
-    if row["val_ppl"] is None:
-        return False
-    gain = row.get("context_gain")
+def knows_words(row: Mapping[str, Any], unigram: float) -> bool:
+    """Whether a model is clearly below the unigram model."""
     upper = row["val_ppl"] if row["val_ppl_high"] is None else row["val_ppl_high"]
-    return upper < WORDS * unigram and (gain is None or gain >= BIGRAM_GAIN)
+    return upper is not None and upper < WORDS * unigram
+
+
+def reads(row: Mapping[str, Any], unigram: float) -> bool:
+    """Whether a model learned more than how often words are, and uses its context."""
+    gain = row.get("context_gain")
+    return knows_words(row, unigram) and (gain is None or gain >= BIGRAM_GAIN)
 
 
 def vacuous_in_words(rows: Sequence[Mapping[str, Any]], unigram: float) -> str:
-    """How many trained models read no better than single words, and the largest of them; "" where all do."""
+    """How many trained models read no better than single words, how many others use no context, and the largest of either;
+    "" where all read."""
     trained = [r for r in rows if ":" not in r["arm"] and r["seeds"]]
-    found = sorted((r["arm"] for r in trained if not reads(r, unigram)), key=len)
-    told = "; ".join(found[:3]) + f"; and {len(found) - 3} more of {len(trained)} trained models" * (
-        len(found) > 3
+    idle = [r for r in trained if not reads(r, unigram)]
+    no_words, no_context = (
+        sorted((r["arm"] for r in idle if knows_words(r, unigram) is known), key=len) for known in (False, True)
     )
-    words = f"No better than counting single words (unigram: {unigram:.1f}), so that nothing follows from them"
-    return f"{words}: {told}." if found else ""
+    told = ""
+    for found, words in (
+        (no_words, f"No better than counting single words (unigram: {unigram:.1f})"),
+        (no_context, f"Bigram models, which gain less than {BIGRAM_GAIN:.1%} from context"),
+    ):
+        if found:
+            more = f"; and {len(found) - 3} more of {len(trained)} trained models" * (len(found) > 3)
+            told += f" {words}, so that nothing follows from them: {'; '.join(found[:3])}{more}."
+    return told.strip()
 
 
 def file_rows(trials: Sequence[Trial], unigram: float = math.inf) -> list[dict[str, Any]]:
@@ -204,7 +215,7 @@ def readable_recommended(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     ]  # fmt: skip
 
 
-def recommended_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+def recommended_in_words(rows: Sequence[Mapping[str, Any]], tried: int) -> str:
     """One sentence: what to take within each bound."""
     told = [
         f"{r['arm']} within {r['within']:.0%} ({r['times_smaller']:.1f} times smaller, PPL x{ratio_in_words(r)})"
@@ -212,7 +223,7 @@ def recommended_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     few = "" if all(is_judged(r) for r in rows) else " Fewer than three seeds: by the means, and no verdict."
     return (
-        f"Smallest files by perplexity's upper end: {'; '.join(told)}.{few}"
+        f"Smallest files by perplexity's upper end, of {tried} tried (each by its own interval): {'; '.join(told)}.{few}"
         if told
         else "No file is recommended."
     )
@@ -223,23 +234,43 @@ def finding_in_words(
     unigram: float,
 ) -> str:  # fmt: skip
     """What counting does in as few bytes, which models read, what to take of them, and what could not be made."""
-    told = [beside_counting(rows, r)[0] + "." for r in counted[:1]] + [vacuous_in_words(rows, unigram)]
+    told = [f"{counting_in_words(rows, counted)}."] if counted else []
+    told.append(vacuous_in_words(rows, unigram))
     missing = [r["arm"] for r in rows if ":" in r["arm"] and r["diverged"]]
-    told += [recommended_in_words(chosen)] + [f"Not made of every seed: {', '.join(missing)}."] * bool(missing)
+    told.append(recommended_in_words(chosen, sum(bool(r["file_bytes"]) for r in rows)))
+    told += [f"Not made of every seed: {', '.join(missing)}."] * bool(missing)
     return " ".join(filter(None, told))
 
 
+def counting_in_words(rows: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]]) -> str:
+    """The smallest count model beside the best neural file of as few bytes, and how many of the larger ones are beaten so."""
+    told, larger = beside_counting(rows, counted[0])[0], [beside_counting(rows, r)[1] for r in counted[1:]]
+    if not larger:
+        return told
+    beaten = sum(better is True for better in larger)
+    are = f"{beaten or 'none'} {'is' if beaten < 2 else 'are'}"
+    return f"{told}; of {len(larger)} larger count models {are} beaten in as few bytes"
+
+
 def beside_counting(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any]) -> tuple[str, bool | None]:
-    """A count model and the best neural file of at most as many bytes, in words, and whether that one reads better."""
-    small = [r for r in rows if r["file_bytes"] and r["seeds"] and r["file_bytes"] <= counted["file_bytes"]]
-    words = f"{counted['arm']} has PPL {counted['val_ppl']:.1f} in {_size(counted, 'file_bytes')}"
+    """A count model and the best neural file of at most as many bytes, both packed by zlib, in words, and whether that one
+    reads better: as the best of many it must do so by an interval for as many at once; all must be worse to be refuted.
+
+    Packed, since a count model's numbers are float32, of which zlib leaves a third, and of integers nearly all.
+    """
+    size, ppl = "packed_file_bytes", counted["val_ppl"]
+    small = [r for r in rows if r[size] and r["seeds"] and r[size] <= counted[size]]
+    words = f"{counted['arm']} has PPL {ppl:.1f} in {_size(counted, size)} packed"
     if not small:
         return f"{words}, and no neural file is as small", None
     best = min(small, key=lambda r: r["val_ppl"])
-    words += f"; the best neural file of as few bytes, {best['arm']}, {score_in_words(best)} in {_size(best, 'file_bytes')}"
-    if best["seeds"] < FEWEST_SEEDS:
+    words += (
+        f"; the best neural file of as few bytes, {best['arm']}, {score_in_words(best)} in {_size(best, size)}"
+    )
+    if min(r["seeds"] for r in small) < FEWEST_SEEDS:
         return words, None
-    is_better, is_worse = best["val_ppl_high"] < counted["val_ppl"], best["val_ppl_low"] > counted["val_ppl"]
+    is_better = widened(best["val_ppl"], best["val_ppl_high"], best["seeds"], len(small)) < ppl
+    is_worse = all(r["val_ppl_low"] > ppl for r in small)
     return words, is_better if is_better or is_worse else None
 
 

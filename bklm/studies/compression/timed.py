@@ -72,9 +72,10 @@ def shares_of(models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     for family, found in models.items():
         fastest = {name: min(seconds) for name, seconds in found["scored"].items()}
         parts = {name: min(1.0, fastest[name] / fastest[FLOAT]) for name in (HIDDEN, CORE) if name in fastest}
+        core = ratio(found["scored"][CORE], found["scored"][FLOAT]) if CORE in parts else None
         rows.append({
             "family": family, "outer_parameter_share": found["outer_share"], "head_time_share": 1 - parts[HIDDEN],
-            "core_time_share": parts.get(CORE),
+            "core_time_share": parts.get(CORE), "core_time_share_high": core and core.high,
         })  # fmt: skip
     return rows
 

@@ -22,6 +22,8 @@ from bklm.studies.koopman.tables import (
 
 TERMS = ("mended", "published")
 TWICE = 2.0
+NO_WORSE = 1.01  # a ratio of perplexities, by its interval's upper end
+GATED = "LinearContext"  # a recurrence whose gate reads the input
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -68,7 +70,7 @@ def claims_table(
     if operators := [r for r in linearised if r["block"] == "all" and r["replacement"] not in CONTROLS]:
         rows.append(_faster(operators))
     if recalled:
-        rows += [_recurrence(recalled, steps), _far(recalled, chance)]
+        rows += [_recurrence(recalled, steps)] + [_far(recalled, chance, name) for name in (LINEAR, GATED)]
     return rows
 
 
@@ -102,13 +104,13 @@ def term_in_words(verdicts: Rows) -> str:
     return f"The Koopman loss ({best}): {told}: {verdict}"
 
 
-def operators_in_words(linearised: Rows) -> str:
-    """What the operator of the lowest perplexity makes of the model when it stands in for all blocks."""
+def operators_in_words(linearised: Rows, tokens: int) -> str:
+    """What the operator of the lowest perplexity makes of the model when it stands in for all blocks, on so many tokens."""
     whole = {r["replacement"]: r for r in linearised if r["block"] == "all"}
     best = min((r for name, r in whole.items() if name not in CONTROLS), key=lambda r: r["val_ppl"])
     return (
         f"All blocks replaced by {best['replacement']}, the best operator: PPL {whole['original']['val_ppl']:.1f} becomes "
-        f"{best['val_ppl']:.1f}; gain from context kept: {kept_in_words(best)}"
+        f"{best['val_ppl']:.1f} (the first {tokens:,} validation tokens); gain from context kept: {kept_in_words(best)}"
     )
 
 
@@ -123,10 +125,17 @@ def _faster(operators: Rows) -> dict[str, str]:
     if shown["context_gain_kept"] is None:
         return claim(announced, f"{told}; nothing to linearise: the mixers bring nothing here", None)
     told += f", context gain kept: {kept_in_words(shown)}"
-    if fast and shown["ppl_ratio_low"] is None:
-        return claim(announced, told, None)
-    # What keeps none of the gain from context stands in for no block that reads.
-    return claim(announced, told, bool(fast) and shown["ppl_ratio_low"] <= 1 and shown["context_gain_kept"] > 0)
+    if not fast or shown["context_gain_kept"] <= 0:
+        # What keeps none of the gain from context stands in for no block that reads.
+        return claim(announced, told, False)
+    kept_beyond = shown["context_gain_kept"] - (shown["context_gain_kept_95"] or 0.0) > 0
+    no_worse = _no_worse(shown["ppl_ratio_low"], shown["ppl_ratio_high"])
+    return claim(announced, told, no_worse if kept_beyond or not no_worse else None)
+
+
+def _no_worse(low: float | None, high: float | None) -> bool | None:
+    """Shown to be no worse than ``NO_WORSE``, shown to be worse, or neither: a wide interval is no proof."""
+    return None if low is None else True if high <= NO_WORSE else False if low > NO_WORSE else None
 
 
 def _recurrence(trials: Sequence[Trial], steps: Mapping[str, Sequence[float]]) -> dict[str, str]:
@@ -139,21 +148,23 @@ def _recurrence(trials: Sequence[Trial], steps: Mapping[str, Sequence[float]]) -
     told = f"a step of the {LINEAR} is {speed} times as fast as {to}'s (95% over rounds), its PPL at recall x{ratio or '-'}"
     if speed.low < TWICE:
         return claim(announced, told, False)
-    return claim(announced, told, None if ratio is None or not ratio.is_judged else ratio.low <= 1)
+    return claim(announced, told, None if ratio is None else _no_worse(*ratio.interval))
 
 
-def _far(trials: Sequence[Trial], chance: float) -> dict[str, str]:
-    """Beside a model that never learned the task nothing is said of distance."""
-    announced, found, rival = "better long-range dependence", long_range(trials), "NewLLM"
+def _far(trials: Sequence[Trial], chance: float, model: str) -> dict[str, str]:
+    """Beside a model that never learned the task nothing is said of distance, nor of one that did not."""
+    rival, found = "NewLLM", long_range(trials, model)
+    announced = f"better long-range dependence: {'linear' if model == LINEAR else 'gated'} recurrence ({model})"
     if found is None:
         return claim(announced, f"no distance of {LONG} or more was tested on both models", None)
     mean, half = found
     groups = RECALL.groups(trials)
-    told = f"recall at {LONG} and more, {LINEAR} - {rival}: {with_interval(100 * mean, half and 100 * half, 1)} points; "
-    told += ", ".join(f"{name} {_at(group)}" for name, group in groups.items() if name in (LINEAR, rival))
-    if half is not None and not has_learned(groups[rival], chance):
+    told = f"recall at {LONG} and more, {model} - {rival}: {with_interval(100 * mean, half and 100 * half, 1)} points; "
+    told += ", ".join(f"{name} {_at(group)}" for name, group in groups.items() if name in (model, rival))
+    idle = [name for name in (model, rival) if not has_learned(groups[name], chance)]
+    if half is not None and idle:
         shortest = min(groups[rival][0]["recall"], key=int)
-        told += f"; {rival} is not above chance ({chance:.0%}) at {shortest} either: it never learned the task"
+        told += f"; not above chance ({chance:.0%}) at {shortest}, so that it never learned the task: {', '.join(idle)}"
         return claim(announced, told, None)
     return claim(announced, told, None if half is None else mean - half > 0)
 

@@ -83,6 +83,11 @@ class KoopmanConfig(WindowStudyConfig):
 
     def resolved(self) -> KoopmanConfig:
         config = super().resolved()
+        if config.parts in ("all", "recall") and config.trained_distance < 2 * config.recall_pairs:
+            raise ValueError(
+                f"trained_distance: got {config.trained_distance} with {config.recall_pairs} pairs, which are "
+                f"{2 * config.recall_pairs} tokens long themselves; take at least that."
+            )
         if config.start_epoch is None:
             config = replace(config, start_epoch=-(-2 * config.epochs // 5))
         if config.protocol == "original" and config.parts != "auxiliary":

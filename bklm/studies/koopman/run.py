@@ -57,6 +57,7 @@ class KoopmanResult(StudyResult):
             "verdicts": lambda: readable_verdicts(self.verdicts),
             "linearised": lambda: tables.readable_linearised(self.linearised),
             "speed": lambda: tables.readable_speed(self.linearised),
+            "spectrum": lambda: tables.readable_spectrum(self.spectrum),
             "recall": lambda: tables.readable_recall(self.recall),
             "claims": lambda: self.claims,
         }
@@ -237,12 +238,14 @@ def _operators(
     needed = {"scores": list, "times": dict, "outer_share": float}
     made = kept_result(folder / "linearised.json", lambda: linearise(study, trials), needed)
     linearised, eigenvalues = tables.linearised_rows(made["scores"], made["times"]), []
-    told.append(operators_in_words(linearised))
-    report.figure("linearised.png", figures.draw_linearised, linearised, told[-1], _note(study, trials))
+    told.append(operators_in_words(linearised, study.config.score_tokens))
+    note = f"{_note(study, trials)} Intervals of operators: for {linearised[0]['any_of']} at once."
+    report.figure("linearised.png", figures.draw_linearised, linearised, told[-1], note)
     report.path("linearised.json")
     if RECALL.finished(found["tied"]):
         eigenvalues = kept_result(folder / "spectrum.json", lambda: spectrum_of(study), {"rows": list})["rows"]
         note = f"{_note(study, trials, 1)} This model's PPL: {found['tied'][0]['val_ppl']:.1f}. Residuals on held-out text; "
         note += "a conjugate pair counts as one, the constant not at all."
+        told.append(tables.spectrum_in_words(eigenvalues))
         report.figure("spectrum.png", figures.draw_spectrum, eigenvalues, note)
     return linearised, eigenvalues, tables.shares_in_words(made["times"]["forward_"], made["outer_share"])

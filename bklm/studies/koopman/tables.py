@@ -8,9 +8,12 @@ from typing import Any
 
 from bklm.harness.comparison import Column, Comparison, Trial
 from bklm.harness.statistics import Perplexity, interval95, with_interval
+from bklm.harness.step_times import at_equal_seconds as equal_seconds
 from bklm.training.context_gain import gain_in_words
 
 LONG = 128  # distances from here on are what "long range" means
+LARGEST = 10  # eigenvalues, in the table for people
+OWN = 0.1  # a residual below which an eigenvalue is taken for one of the map
 CONTROLS = ("original", "mixer off", "skip", "MLP")
 LINEAR = "LRU"  # the recurrence that is linear, which claims of one are about
 
@@ -65,32 +68,15 @@ def plain_in_words(trials: Sequence[Trial], tried: Sequence[float]) -> str:
 
 
 def at_equal_seconds(trials: Sequence[Trial], step: Sequence[float], any_of: int) -> list[dict[str, Any]]:
-    """By arm with the mended term, its validation loss minus the plain model's when both have trained as long: an earlier
-    moment of its own run, between two evaluations on a line in the logarithm of the steps; None before the first one.
-
-    Args:
-        step: the seconds of its training step over the plain model's, by round of timing.
-    """
-    groups, cost = ARMS.groups(trials), Perplexity.over_seeds(step)
-    ends = {t["seed"]: t["epochs"][-1]["val_loss"] for t in groups.get("none", [])}
-    rows = []
-    for arm, group in ((name, found) for name, found in groups.items() if name.startswith("mended")):
-        losses = {t["seed"]: _loss_after(t["epochs"], len(t["epochs"]) / cost.mean) for t in group}
-        known = bool(ends) and ends.keys() <= losses.keys() and None not in losses.values()
-        mean, half = interval95([losses[s] - end for s, end in ends.items()], any_of) if known else (None, None)
-        row = {"arm": arm, "against": "none, equal seconds", "loss_difference": mean}
-        row |= dict.fromkeys(("low", "high")) if half is None else {"low": mean - half, "high": mean + half}
-        row |= {"any_of": any_of, "verdict": "" if known else "not scored that early, or a seed diverged"}
-        rows.append(row | _with_ends("step_ratio", cost, (cost.low, cost.high)))
-    return rows
-
-
-def _loss_after(epochs: Sequence[Mapping[str, Any]], passes: float) -> float | None:
-    whole = min(int(passes), len(epochs))
-    if whole == len(epochs) or whole < 1:
-        return epochs[-1]["val_loss"] if whole else None
-    here, after = (epochs[k]["val_loss"] for k in (whole - 1, whole))
-    return here + (after - here) * math.log(passes / whole) / math.log((whole + 1) / whole)
+    """A row per arm with the mended term: it and the plain model when both have trained as long. See
+    ``bklm.harness.step_times.at_equal_seconds``."""
+    groups = ARMS.groups(trials)
+    return [
+        {"arm": arm, "against": "none, equal seconds"}
+        | equal_seconds(group, groups.get("none", []), step, any_of)
+        for arm, group in groups.items()
+        if arm.startswith("mended")
+    ]
 
 
 def linearised_rows(
@@ -246,6 +232,27 @@ def has_learned(group: Sequence[Trial], chance: float) -> bool:
     shortest = min(group[0]["recall"], key=int)
     mean, half = interval95([t["recall"][shortest] for t in group])
     return half is not None and mean - half > chance
+
+
+def readable_spectrum(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The eigenvalues of the largest modulus, a conjugate pair once."""
+    upper = sorted((r for r in rows if r["imaginary"] >= 0), key=lambda r: -r["modulus"])
+    return [
+        {"eigenvalue": f"{r['real']:.3f}" + f" ± {r['imaginary']:.3f} i" * (r["imaginary"] > 0),
+         "modulus": f"{r['modulus']:.3f}", "residual, held-out": f"{r['residual']:.3f}"}
+        for r in upper[:LARGEST]
+    ]  # fmt: skip
+
+
+def spectrum_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many eigenvalues can be told from artefacts of the dictionary."""
+    upper = [r for r in rows if r["imaginary"] >= 0]
+    near = [r for r in upper if r["residual"] < OWN]
+    least, told = min(r["residual"] for r in upper), f"{len(near)} of {len(upper)} eigenvalues"
+    return (
+        f"The block that is repeated at every depth: {told} have a residual below {OWN:g} on held-out text, the smallest is "
+        f"{least:.2f}; near 1 an eigenvalue is an artefact of the dictionary"
+    )
 
 
 def shares_in_words(times: Mapping[str, Sequence[float]], outer: float) -> str:

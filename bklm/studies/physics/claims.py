@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from bklm.harness.arms import claim, helps, nats_in_words
 from bklm.harness.statistics import FEWEST_SEEDS
-from bklm.studies.physics.tables import PLAIN, Rows, kept_in_words, largest_in_words, words_of
+from bklm.studies.physics.energies import kept_in_words
+from bklm.studies.physics.tables import PLAIN, Rows, largest_in_words, words_of
 from bklm.training.context_gain import gain_in_words
 
 CLAIMED = ("published", "apart", "mended")  # terms any of which makes the first claim hold
 MEMORY = 1.3  # of the deepest over that of the shallowest
 
 
-def claims_table(found: Mapping[str, Rows], gains: Mapping[str, float | None]) -> Rows:
+def claims_table(
+    found: Mapping[str, Rows], gains: Mapping[str, float | None], at_edge: Collection[str] = ()
+) -> Rows:
     """Announced, measured, verdict.
 
     Args:
-        found: rows of "verdicts", "block_verdicts", "energies", "steps", "stability" and "memory".
+        found: rows of "verdicts", "block_verdicts", "equal_seconds", "energies", "steps", "stability" and "memory".
         gains: share by which context lowers the perplexity, by arm.
+        at_edge: arms whose best learning rate is the smallest or largest that was tried.
     """
     rows, terms = [], found["verdicts"]
     better = {arm: helps(terms, arm) for arm in CLAIMED if any(r["arm"] == arm for r in terms)}
     if better:
         several = f" (intervals for {len(better)} terms at once, as any of them would do)" * (len(better) > 1)
         holds = True if True in better.values() else None if None in better.values() else False
-        told = _differences(terms, *better) + several
+        told = (
+            _differences(terms, *better) + several + _edges([r for r in terms if r["arm"] in better], at_edge)
+        )
         rows.append(claim("the energy term improves generalisation", told, holds))
     blocks = found["block_verdicts"]
     if blocks:
@@ -36,7 +42,12 @@ def claims_table(found: Mapping[str, Rows], gains: Mapping[str, float | None]) -
             own, "conservative"
         )
         told += f"; gain from context {gain_in_words(gains['conservative'])}, {PLAIN}'s {gain_in_words(gains[PLAIN])}"
-        rows.append(claim("conservative blocks reach a lower perplexity", told, holds))
+        announced = "conservative blocks reach a lower perplexity"
+        rows.append(claim(announced, told + _edges(own, at_edge), holds))
+        if timed := [r for r in found["equal_seconds"] if r["arm"] == "conservative"]:
+            step = "; ".join(f"{words_of(r, 'step_ratio')} times as long as {r['against']}'s" for r in timed)
+            told = f"a step takes {step}; {_differences(timed, 'conservative')}"
+            rows.append(claim(f"{announced} in the same time", told, holds and helps(timed, "conservative")))
     rows += [_conserved(r) for r in found["energies"] if r["arm"] in (*CLAIMED, "conservative")]
     for arm in ("published", "mended", "conservative"):
         if own := [r for r in found["steps"] if r["arm"] == arm]:
@@ -46,12 +57,21 @@ def claims_table(found: Mapping[str, Rows], gains: Mapping[str, float | None]) -
     if growths:
         told = f"deepest over shallowest (no growth: {MEMORY:g} at most): "
         told += ", ".join(f"{way} {times:.2f}" for way, times in growths.items())
-        rows.append(claim("memory does not grow with depth", told, growths["leapfrog, reversible"] <= MEMORY))
+        own = growths.get("leapfrog, reversible")
+        rows.append(claim("memory does not grow with depth", told, None if own is None else own <= MEMORY))
     return rows
 
 
 def _differences(rows: Rows, *arms: str) -> str:
     return "; ".join(f"{r['arm']} - {r['against']}: {nats_in_words(r)} nats" for r in rows if r["arm"] in arms)
+
+
+def _edges(rows: Rows, at_edge: Collection[str]) -> str:
+    """A search that ended at its edge might have gone on, of an arm or of its control."""
+    there = [
+        name for name in dict.fromkeys(n for r in rows for n in (r["arm"], r["against"])) if name in at_edge
+    ]
+    return f"; best rate at the edge of those tried: {', '.join(there)}" if there else ""
 
 
 def _conserved(row: Mapping[str, Any]) -> dict[str, str]:
@@ -60,7 +80,7 @@ def _conserved(row: Mapping[str, Any]) -> dict[str, str]:
     told += f"; over {row['control']}'s {words_of(row, 'over_control')}" if row["control"] else ""
     told += f"; with the causal drive {row['work']:.2f}" if row["work"] is not None else ""
     which = row["arm"] if row["work"] is None else f"{row['arm']}, drive off"
-    holds = {"yes": True, "no verdict": None}.get(row["conserves"], False)
+    holds = True if row["conserves"] == "yes" else None if row["conserves"].startswith("no verdict") else False
     return claim(f"energy is conserved: {which}", told, holds)
 
 
@@ -89,8 +109,11 @@ def _steadier(rows: Rows) -> Rows:
         return []
     rates = {r["arm"]: r["largest_rate"] or 0.0 for r in rows}
     told = "largest rate: " + ", ".join(f"{r['arm']} {largest_in_words(r)}" for r in rows)
-    is_higher = rates["conservative"] > max(rate for arm, rate in rates.items() if arm != "conservative")
-    enough = min(r["seeds"] for r in rows) >= FEWEST_SEEDS
+    best = max((r for r in rows if r["arm"] != "conservative"), key=lambda r: rates[r["arm"]])
+    is_higher = rates["conservative"] > rates[best["arm"]]
+    # Of two that are stable at the largest rate tried nobody knows which breaks first.
+    both_at_edge = best["at_edge"] and rates["conservative"] == rates[best["arm"]]
+    enough = min(r["seeds"] for r in rows) >= FEWEST_SEEDS and not both_at_edge
     return [claim("more stable than the plain model, all clipped", told, is_higher if enough else None)]
 
 

@@ -18,7 +18,7 @@ from bklm.harness.figures import (
     save_figure,
     wide_range_axis,
 )
-from bklm.studies.physics.tables import CONSERVED
+from bklm.studies.physics.energies import CONSERVED
 from bklm.training.energy_drift import TIME, DriftBySteps, over_spread
 
 

@@ -25,7 +25,7 @@ from bklm.harness.step_times import step_times
 from bklm.harness.study import run_study
 from bklm.harness.text import prepare_text as prepare_plain_text
 from bklm.models import LanguageModel
-from bklm.studies.physics import claims, figures, models, tables
+from bklm.studies.physics import claims, energies, figures, models, tables
 from bklm.studies.physics.config import PhysicsConfig
 from bklm.studies.physics.models import PLAIN, PhysicsText
 from bklm.studies.physics.tables import ARMS, BLOCKS, LOSSES
@@ -37,7 +37,7 @@ NEEDED = {"vocabulary": int, "context_gain": float, "embedding_norm": float, "en
 MEMORY_BATCH, MEMORY_WIDTH, MEMORY_LENGTH = 16, 64, 128
 TRIALS = "arms"  # their folder
 PARTS = {"losses": "loss", "blocks": "blocks"}
-PARTS_OF_RESULT = ("verdicts", "block_verdicts", "energies", "steps", "stability", "memory")
+PARTS_OF_RESULT = ("verdicts", "block_verdicts", "equal_seconds", "energies", "steps", "stability", "memory")
 MANY_STEPS = 10**6  # so many that a share of the gradient is not logged while steps are timed
 
 
@@ -53,7 +53,7 @@ class PhysicsResult(StudyResult):
             "arms": lambda: ARMS.readable(self.table),
             "verdicts": lambda: readable_verdicts(self.parts["verdicts"]),
             "block_verdicts": lambda: readable_verdicts(self.parts["block_verdicts"]),
-            "energies": lambda: tables.readable_energies(self.parts["energies"]),
+            "energies": lambda: energies.readable_energies(self.parts["energies"]),
             "steps": lambda: tables.readable_steps(self.parts["steps"]),
             "stability": lambda: tables.readable_stability(self.parts["stability"]),
             "memory": lambda: tables.readable_memory(self.parts["memory"]),
@@ -267,14 +267,17 @@ def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
             bars=False,
         )
         report.figure(f"{name}_curves.png", figures.draw_curves, own, found["piece"], note)
-    parts["energies"] = tables.energy_rows(
+    parts["energies"] = energies.energy_rows(
         trials, _first_energies(study, {n: arm for n, arm in searched.items() if not arm.seeds})
     )
     timed = {name: arm for name, arm in searched.items() if name in found["times"]}
     parts["steps"] = tables.step_rows(
         trials, timed, found["piece"], math.log(study.text.vocab_size), found["times"]
     )
-    report.csv("trace.csv", tables.trace_rows(trials))
+    parts["equal_seconds"] = tables.equal_seconds_rows(
+        trials, arms.get("blocks", {}), found["times"], config.schedule
+    )
+    report.csv("trace.csv", energies.trace_rows(trials))
     first = [t for t in ARMS.finished(trials) if t["seed"] == config.seeds[0] and "trace" in t["energy"]]
     logged = {t["arm"]: t["energy"] for t in first if not searched[t["arm"]].seeds}
     note = _note(study, "the first one", seeds=1)
@@ -295,10 +298,13 @@ def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
     for name, rows in parts.items():
         report.csv(f"{name}.csv", rows)
     table = ARMS.rows(trials)
-    announced = claims.claims_table(parts, {row["arm"]: row["context_gain"] for row in table})
+    edges = {t["arm"] for t in trials if t["at_edge"]}
+    announced = claims.claims_table(parts, {row["arm"]: row["context_gain"] for row in table}, edges)
+    sentences.append(tables.size_in_words(trials, config.decays).strip())
     report.csv("claims.csv", announced)
     return report.finish(
         PhysicsResult, ARMS, trials, also={"stability": found["stability"]} if found["stability"] else {}, rows=table,
-        finding=" ".join(sentences) + claims.claims_in_words(announced), summary={"claims": announced, "parts": parts},
-        sees_the_future=config.protocol == "original", parts=parts, claims=announced,
+        finding=" ".join(filter(None, sentences)) + claims.claims_in_words(announced),
+        summary={"claims": announced, "parts": parts}, sees_the_future=config.protocol == "original", parts=parts,
+        claims=announced,
     )  # fmt: skip

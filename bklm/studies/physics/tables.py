@@ -9,20 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bklm.harness.comparison import Column, Comparison, Trial, same
-from bklm.harness.statistics import FEWEST_SEEDS, Perplexity, interval95
+from bklm.harness.statistics import Perplexity, interval95
+from bklm.harness.step_times import at_equal_seconds
 from bklm.training.context_gain import gain_in_words
-from bklm.training.energy_drift import mean_or_none, over_spread
 from bklm.training.stability import largest_rate, steps_to_loss
 
 PLAIN = "plain"
-CONSERVED, COLLAPSED = 0.1, 0.1  # drift over spread; spread over its first value
 ROUNDS = 9  # of timing steps
 WIDEST = 1000.0  # an interval's higher end over its lower: beyond, seeds differ so much that their mean tells nothing
-# Nets that learn beside a model which no term touches, and pairs without the structure, come to a low drift, too.
-ENERGY_CONTROLS = {
-    "published": ("shuffled",), "apart": ("apart-shuffled",), "mended": ("detached", "mended-placebo"),
-}  # fmt: skip
 Rows = list[dict[str, Any]]
+NOTHING = Perplexity(None, None, None)
 
 
 def _highest_norm(group: Sequence[Trial]) -> float:
@@ -49,88 +45,12 @@ ARMS = Comparison(
 LOSSES, BLOCKS = (dataclasses.replace(ARMS, other=words) for words in ("other term", "other block"))
 
 
-def energy_rows(trials: Sequence[Trial], first: Mapping[str, Mapping[str, Any]]) -> Rows:
-    """One row per arm with an energy: does it drift, does it still tell states apart, and what does it take of the clip?
-
-    Args:
-        first: per arm the same measures of its untrained model of the first seed.
-    """
-    groups = {arm: group for arm, group in ARMS.groups(trials).items() if arm in first}
-    ratios = {arm: {t["seed"]: t["energy"]["ratio"] for t in group} for arm, group in groups.items()}
-    rows = []
-    for arm, group in groups.items():
-        row: dict[str, Any] = {"arm": arm, "seeds": len(group)}
-        for key in ("drift", "spread", "gradient_share", "work", "inverse_error"):
-            values = [t["energy"].get(key) for t in group]
-            row[key] = None if None in values else interval95(values)[0]
-        row |= _interval("ratio", _over_seeds(list(ratios[arm].values())))
-        # A published energy begins when the model has learned a while: from there on its spread is its own doing.
-        begun = [t["energy"]["trace"][0] for t in group if t["energy"].get("trace")]
-        row["first_spread"] = interval95([r["spread"] for r in begun])[0] if begun else first[arm]["spread"]
-        row["first_ratio"] = first[arm]["ratio"]
-        if begun:
-            row["first_ratio"] = mean_or_none([over_spread(r["drift"], r["spread"]) for r in begun])
-        shares = [t["energy"]["shares"][0]["gradient_share"] for t in group if t["energy"].get("shares")]
-        row["first_share"] = interval95(shares)[0] if shares else None
-        row["spread_kept"] = over_spread(row["spread"], row["first_spread"])
-        controls = {c: _paired(ratios[arm], ratios.get(c, {})) for c in ENERGY_CONTROLS.get(arm, ())}
-        # The hardest one to be below: of those without an interval none can be.
-        hardest = max(
-            controls,
-            key=lambda c: math.inf if controls[c].interval[1] is None else controls[c].high,
-            default="",
-        )
-        row |= {"control": hardest} | _interval("over_control", controls.get(hardest, NOTHING))
-        rows.append(row | {"conserves": _conserves(row)})
-    return rows
-
-
-NOTHING = Perplexity(None, None, None)
-
-
-def _over_seeds(values: Sequence[float | None]) -> Perplexity:
-    """Mean of positive numbers and its interval, as of perplexities; ``NOTHING`` where one is missing."""
-    return NOTHING if not values or None in values else Perplexity.over_seeds([max(v, 1e-12) for v in values])
-
-
-def _paired(own: Mapping[int, float | None], other: Mapping[int, float | None]) -> Perplexity:
-    pairs = [(own[seed], other.get(seed)) for seed in own]
-    return (
-        NOTHING
-        if any(None in pair for pair in pairs)
-        else _over_seeds([max(a, 1e-12) / max(b, 1e-12) for a, b in pairs])
-    )
-
-
-def _interval(name: str, found: Perplexity) -> dict[str, float | None]:
+def interval_of(name: str, found: Perplexity) -> dict[str, float | None]:
     low, high = found.interval
     return {name: found.mean, f"{name}_low": low, f"{name}_high": high}
 
 
-def _conserves(row: Mapping[str, Any]) -> str:
-    if any(row["arm"] in controls for controls in ENERGY_CONTROLS.values()):
-        return "a control"
-    if row["seeds"] < FEWEST_SEEDS:
-        return "no verdict"
-    if row["ratio"] is None or row["spread_kept"] is None or row["spread_kept"] < COLLAPSED:
-        return "no: collapsed"
-    if row["ratio_high"] >= CONSERVED:
-        return "no: it drifts"
-    if row["control"] and row["over_control_high"] is None:
-        return "no verdict"
-    if row["control"] and row["over_control_high"] >= 1:
-        return f"no: {row['control']} drifts as little"
-    return "yes"
-
-
-def kept_in_words(share: float | None) -> str:
-    """ "42% of the first", "57 times the first" or "-": a spread at the end."""
-    if share is None:
-        return "-"
-    return f"{share:.0%} of the first" if share < 2 else f"{share:.{int(share < 10)}f} times the first"
-
-
-def _number(value: float | None, form: str = ".2f") -> str:
+def number(value: float | None, form: str = ".2f") -> str:
     return "-" if value is None else format(value, form)
 
 
@@ -140,33 +60,6 @@ def words_of(row: Mapping[str, Any], name: str) -> str:
     if mean is None:
         return "-"
     return "no ratio" if low is not None and high > WIDEST * low else str(Perplexity(mean, low, high))
-
-
-def readable_energies(rows: Sequence[Mapping[str, Any]]) -> Rows:
-    return [
-        {
-            "arm": r["arm"],
-            "drift / spread, at first": _number(r["first_ratio"]),
-            "at the end (95%)": words_of(r, "ratio"),
-            "over its control's (95%)": f"{words_of(r, 'over_control')}, {r['control']}" if r["control"] else "-",
-            "spread at the end": kept_in_words(r["spread_kept"]),
-            "conserves": r["conserves"],
-            "share of the gradient, first / last": f"{_number(r['first_share'])} / {_number(r['gradient_share'])}",
-            "drift / spread with the drive": _number(r["work"]),
-            "inverse's error": _number(r["inverse_error"], ".0e"),
-        }
-        for r in rows
-    ]  # fmt: skip
-
-
-def trace_rows(trials: Sequence[Trial]) -> Rows:
-    """What was logged of every energy over its training: a row per arm, seed and step; shares have rows of their own."""
-    return [
-        {"arm": t["arm"], "seed": t["seed"], **row}
-        for t in ARMS.finished(trials)
-        for key in ("trace", "shares")
-        for row in t["energy"].get(key, ())
-    ]
 
 
 def step_rows(
@@ -206,7 +99,7 @@ def step_rows(
                 ends = (None, None) if low is None else (low * slower.low, high * slower.high)
                 seconds = Perplexity(ratio.mean * slower.mean, *ends)
             row |= {"against": control, "ratio": ratio.mean, "low": low, "high": high, "ms_ratio": slower.mean}
-            rows.append(row | _interval("seconds_ratio", seconds))
+            rows.append(row | interval_of("seconds_ratio", seconds))
     return rows
 
 
@@ -218,12 +111,29 @@ def _times_slower(times: Mapping[str, Sequence[float]], arm: str, control: str) 
     return Perplexity(statistics.median(ratios), ratios[out], ratios[-1 - out])
 
 
+def equal_seconds_rows(
+    trials: Sequence[Trial], arms: Mapping[str, Any], times: Mapping[str, Sequence[float]], schedule: str
+) -> Rows:
+    """Validation losses of arms whose step takes longer, and of their controls, when both have trained as long; none where the
+    learning rate falls, of which no earlier moment is a shorter training."""
+    groups = ARMS.groups(trials)
+    return [
+        {"arm": arm, "against": control}
+        | at_equal_seconds(
+            groups[arm], groups[control], [a / b for a, b in zip(times[arm], times[control], strict=False)]
+        )
+        for arm, own in arms.items()
+        for control in own.against
+        if schedule == "constant" and {arm, control} <= groups.keys() & times.keys()
+    ]
+
+
 def readable_steps(rows: Sequence[Mapping[str, Any]]) -> Rows:
     return [
         {
             "arm": r["arm"], "seeds that get there": f"{r['reached']} of {r['seeds']}",
-            "steps to the plain model's loss": _number(r["steps"], ",.0f"), "ms a step": _number(r["ms"], ".1f"),
-            "seconds": _number(r["seconds_to_loss"], ",.1f"), "against": r["against"],
+            "steps to the plain model's loss": number(r["steps"], ",.0f"), "ms a step": number(r["ms"], ".1f"),
+            "seconds": number(r["seconds_to_loss"], ",.1f"), "against": r["against"],
             "steps over its (95%)": words_of({**r, "ratio_low": r["low"], "ratio_high": r["high"]}, "ratio"),
             "seconds over its (95%)": words_of(r, "seconds_ratio"),
         }
@@ -281,6 +191,21 @@ def growth(by_layers: Mapping[int, int | None]) -> float | None:
     """Memory at the largest depth over that at the smallest; None for one depth, or where one could not be measured."""
     low, high = by_layers[min(by_layers)], by_layers[max(by_layers)]
     return high / low if low and high and len(by_layers) > 1 else None
+
+
+def size_in_words(trials: Sequence[Trial], tried: Sequence[float]) -> str:
+    """The published arm's embedding beside that of the plain model whose weight decay came nearest."""
+    sizes = {
+        arm: interval95([t["embedding_norm"] for t in group])[0] for arm, group in ARMS.groups(trials).items()
+    }
+    whole = [arm for arm, group in ARMS.groups(trials).items() if arm.startswith("decay-") and len(group) > 1]
+    if not whole or "published" not in sizes:
+        return ""
+    edge = f", the largest tried, and {PLAIN} has" if whole[0] == f"decay-{max(tried):g}" else f"; {PLAIN} has"
+    return (
+        f" The published term leaves an embedding of size {sizes['published']:.3f}, a weight decay of {whole[0][6:]} one of "
+        f"{sizes[whole[0]]:.3f}{edge} {sizes[PLAIN]:.3f}."
+    )
 
 
 def nearest_decay(trials: Sequence[Trial], size: float) -> float | None:
