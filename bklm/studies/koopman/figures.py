@@ -17,8 +17,7 @@ from bklm.harness.figures import (
     mean_with_error,
     save_figure,
 )
-
-SURE = 0.1  # an eigenvalue with a smaller residual is one
+from bklm.studies.koopman.tables import OWN
 
 
 def draw_arms(path: Path, verdicts: Sequence[Mapping[str, Any]], title: str, note: str) -> Path | None:
@@ -102,7 +101,7 @@ def draw_linearised(path: Path, rows: Sequence[Mapping[str, Any]], title: str, n
 def draw_spectrum(path: Path, rows: Sequence[Mapping[str, Any]], note: str) -> Path:
     """Eigenvalues of the repeated block in the complex plane, coloured by residual; a conjugate pair counts as one."""
     counted = [r for r in rows if r["imaginary"] >= 0]
-    sure = sum(r["residual"] < SURE for r in counted)
+    sure = sum(r["residual"] < OWN for r in counted)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -115,7 +114,7 @@ def draw_spectrum(path: Path, rows: Sequence[Mapping[str, Any]], note: str) -> P
         axes.set(xlabel="real part", ylabel="imaginary part", aspect="equal")
         axes.autoscale_view()
 
-    title = f"One block at every depth: {sure} of {len(counted)} eigenvalues have a residual below {SURE:g}"
+    title = f"One block at every depth: {sure} of {len(counted)} eigenvalues have a residual below {OWN:g}"
     return save_figure(path, draw, title=title, note=note, size=(7.2, 5.4))
 
 
