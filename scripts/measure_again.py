@@ -42,10 +42,11 @@ RUNS = {
     },
     "precision": {"": "--profile quick"},
     "baseline": {
-        "wikitext": f"{BASELINE} --epochs 8 --learning_rates 0.0001 0.0003 0.001 0.003 0.01 0.03 --dropouts 0.1 0.3 "
+        "wikitext": f"{BASELINE} --epochs 8 --learning_rates 0.0001 0.0003 0.001 0.003 0.01 0.03 --dropouts 0 0.1 0.3 "
         "--data_dir WIKITEXT",
-        "peps": f"{BASELINE} --epochs 1 --learning_rates 0.001 0.003 0.01 --search_tokens 60000 --max_train_tokens 120000 "
-        "--data_dir PEPS",
+        # The models that read, at sizes at which the head does not take most of the parameters, once over the whole text.
+        "peps": f"{BASELINE} --epochs 1 --learning_rates 0.001 0.003 0.01 --search_tokens 400000 --model readers "
+        "--tokenizer bpe --vocab_size 8000 --embed_dim 128 --hidden_dim 256 --context_dim 128 --data_dir PEPS",
         "original": "--profile full --model newllm --protocol original --seeds 0 --epochs 27 --learning_rates 0.0001 "
         "--seq_len 63 --clip '0.5@1, 1@11' --context_tokens 16384 --data_dir WIKITEXT",
     },

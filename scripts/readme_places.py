@@ -169,26 +169,40 @@ def speeds(run: Any) -> dict[str, Row]:
 
 def quality(run: Any) -> list[Row]:
     titles = (
-        "model", "parameters (active)", "learning rate", "val PPL (95%)", "without <unk>", "test PPL", "accuracy",
+        "model", "parameters (active)", "learning rate", "dropout", "val PPL (95%)", "without <unk>", "test PPL", "accuracy",
+        "gain from context",
     )  # fmt: skip
     rows = tables.readable_quality(run.summary["table"], run.summary["baselines"])[:-1]
-    return [{title.replace("<unk>", "`<unk>`"): row[title] for title in titles} for row in rows]
+    return [{title.replace("<unk>", "`<unk>`"): row[title] for title in titles if title in row} for row in rows]
 
 
 def below_counting(run: Any) -> str:
-    """Which models beat the best count model of the same tokens."""
-    best = run.count_model
-    below = [TITLES[r["model"]] for r in run.summary["table"] if r["val_ppl"] < best["val_ppl"]]
+    """Which models beat every count model of the same tokens, by their intervals' upper ends, with <unk> and without."""
+    best, keys = run.count_model, ("val_ppl", "val_ppl_without_unk")
+    bounds = {key: min(row[key] for row in run.summary["baselines"]) for key in keys}
+    below = [
+        TITLES[r["model"]]
+        for r in run.summary["table"]
+        if all((r.get(f"{key}_high") or r[key]) < bounds[key] for key in keys)
+    ]
     who, verb = ", ".join(below) or "No model", "are" if len(below) > 1 else "is"
-    return f"{who} {verb} below the {best['name']} of the same tokens, {best['val_ppl']:.1f}."
+    return (
+        f"{who} {verb} below every count model of the same tokens (the best, {best['name']}: {best['val_ppl']:.1f}; without "
+        f"`<unk>` {bounds['val_ppl_without_unk']:.1f}), by the intervals' upper ends."
+    )
 
 
 def gain_of_context(run: Any) -> str:
-    """What the longest windows bring over the shortest, at best."""
+    """What windows of up to the length of the training bring over windows of 16, at best."""
     found = {}
     for row in run.summary["table"]:
-        values = [v for k, v in row.items() if k.startswith("val_ppl_context_") and v is not None]
-        found[TITLES[row["model"]]] = 1 - min(values) / values[0]
+        values = {
+            int(k.rpartition("_")[2]): v
+            for k, v in row.items()
+            if k.startswith("val_ppl_context_") and v is not None
+        }
+        longer = [v for length, v in values.items() if 16 <= length <= run.config["seq_len"]]
+        found[TITLES[row["model"]]] = 1 - min(longer) / values[16]
     name = max(found, key=found.get)
     return f"The most that more than 16 words of context bring is {found[name]:.1%}, to {name}."
 
@@ -360,7 +374,16 @@ OF_RUNS: Places = {
         "cost": lambda run: tables.readable_cost(run.summary["table"], run.summary["measured"]),
         "threads": lambda run: run.hardware("{torch_threads} thread{s} of an {processor}"),
         "worst_first": lambda run: list_scores(sorted(run.summary["table"], key=lambda row: -row["val_ppl"])),
-        "rank": lambda run: "last of the three" if run.worst_first[:6] == "NewLLM" else "beats a competitor",
+        "rank": lambda run: (
+            f"last of the {NUMBERS[len(run.summary['table'])]}"
+            if run.worst_first[:6] == "NewLLM"
+            else "beats a competitor"
+        ),
+        "rivals": lambda run: [
+            {"announced": r["claim"], "measured": r["measured here"]}
+            for r in run.summary["claims"]
+            if "test PPL" in r["claim"]
+        ],
         "int8": lambda run: {row["weights"]: row for row in run.rows("int8.csv") if row["perplexity"]},
         # Changes of perplexity, the smallest first.
         "int8_changes": lambda run: sorted(

@@ -22,7 +22,7 @@ from bklm.models import LanguageModel
 from bklm.training.evaluation import evaluate, without_padding
 
 BIGRAM_GAIN = 0.002  # a smaller gain is none
-WINDOW_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+WINDOW_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def short_lengths(window: int) -> list[int]:

@@ -57,8 +57,19 @@ class BaselineConfig(WindowStudyConfig):
     }  # fmt: skip
 
     model: Literal[
-        "all", "newllm", "gpt", "lstm", "resnet_bk", "resnet_bk_diagonal", "newllm_advanced", "linear_context"
-    ] = setting("all", help="one model, or NewLLM, GPT, LSTM and both ResNetBK of the same size together")
+        "all",
+        "readers",
+        "newllm",
+        "gpt",
+        "lstm",
+        "resnet_bk",
+        "resnet_bk_diagonal",
+        "newllm_advanced",
+        "linear_context",
+    ] = setting(
+        "all",
+        help="one model; all: NewLLM, GPT, LSTM and both ResNetBK of the same size; readers: GPT, LSTM, ResNetBK",
+    )
     protocol: Literal["corrected", "original", "field"] = setting(
         "corrected",
         help="original: its windows of lines, tails dropped; field: as others score WikiText-2, published numbers beside it",
@@ -150,12 +161,16 @@ class BaselineConfig(WindowStudyConfig):
         return Path(self.checkpoint_dir or Path(self.output_dir) / "baseline_checkpoints")
 
     def _check_resume(self) -> None:
-        asked = {name: getattr(self, name) for name in ("model", "seeds", "learning_rates")}
-        many = [f"{n} {v}" for n, v in asked.items() if v == "all" or (isinstance(v, tuple) and len(v) > 1)]
+        asked = {name: getattr(self, name) for name in ("model", "seeds", "learning_rates", "dropouts")}
+        many = [
+            f"{n} {v}"
+            for n, v in asked.items()
+            if v in ("all", "readers") or (isinstance(v, tuple) and len(v) > 1)
+        ]
         if many:
             raise ValueError(
                 f"resume_from: a checkpoint continues one run, but several are asked for ({'; '.join(many)}); "
-                "name one model, one seed and one learning rate."
+                "name one model, one seed, one learning rate and one dropout."
             )
         # torch comes with it, for which a refused value need not wait.
         from bklm.training.checkpoints import is_checkpoint

@@ -28,6 +28,8 @@ from bklm.training.context_gain import WINDOW_LENGTHS
 
 # What "all" compares, at equal parameters.
 COMPETITORS = ("newllm", "gpt", "lstm", "resnet_bk", "resnet_bk_diagonal")
+# Those that make much of their context, for a text that five models take too long on.
+READERS = ("gpt", "lstm", "resnet_bk")
 TITLES = {
     "newllm": "NewLLM",
     "gpt": "GPT",
@@ -55,6 +57,8 @@ CLASSES: dict[str, tuple[type[LanguageModel], type]] = {
 def model_names(choice: str, protocol: str) -> tuple[str, ...]:
     """The models that one value of the ``model`` field stands for; of ResNetBK, "original" has the published one only, and
     "field" has LinearContext, too."""
+    if choice == "readers":
+        return READERS
     if choice != "all":
         return (choice,)
     if protocol == "field":

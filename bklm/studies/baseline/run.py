@@ -57,7 +57,9 @@ class BaselineResult(StudyResult):
         """ "contexts" is left out where the text is cut into lines: there is no longer context then."""
         found = {
             "quality": lambda: tables.readable_quality(
-                self.table, self.baselines, bool(self.claims) and self.config.protocol != "field"
+                self.table,
+                self.baselines,
+                tables.is_beside_the_original(self.claims) and self.config.protocol != "field",
             ),
             "search": lambda: tables.readable_search(self.search, self.table),
             "contexts": lambda: tables.readable_contexts(self.table),
@@ -181,13 +183,15 @@ def _train_all(study: Session) -> tuple[list[Trial], list[Trial]]:
         return train.run_name(point | taken.get(point["model"], {}))
 
     taken: dict[str, dict[str, float]] = {}
-    first, seeds, draw = [], config.seeds, partial(_draw, study, len(fields) * trainings)
+    first, seeds = [], config.seeds
     if config.dropouts:
         points = {"model": tuple(fields), "seed": seeds[:1], "dropout": config.dropouts}
-        tried = study.grid(points, train_one, name="internals/dropouts", place=train.run_name, draw=draw)
+        # Not drawn: dropouts are no seeds, whose mean a curve would be.
+        tried = study.grid(points, train_one, name="internals/dropouts", place=train.run_name)
         first = [min((t for t in tried if t["model"] == name), key=_or_infinity) for name in fields]
         taken = {trial["model"]: {"dropout": trial["dropout"]} for trial in first}
-        searched, seeds = [*searched, *tried], seeds[1:]
+        # The best one is a run: counted once.
+        searched, seeds = [*searched, *(t for t in tried if t not in first)], seeds[1:]
     points = {"model": tuple(fields), "seed": seeds}
     draw = partial(_draw, study, len(fields) * len(config.seeds), before=first)
     trials = first + (study.grid(points, train_one, name="runs", place=place, draw=draw) if seeds else [])
@@ -275,12 +279,13 @@ def _report(study: Session, found: tuple[list[Trial], list[Trial]]) -> BaselineR
         runs, text, internal(study.folder, "internals/measured.json"),
         device=config.device, precision=config.precision, generate_tokens=config.generate_tokens,
     )  # fmt: skip
-    table, search = tables.model_table(trials, measured), tables.search_rows(searched, _search_steps(study))
+    chosen = [t for t in trials if "dropout" in t and t["seed"] == config.seeds[0]]
+    search = tables.search_rows([*searched, *chosen], _search_steps(study))
+    table = tables.model_table(trials, measured)
     # What was reported and announced for WikiText-2 stands beside no other text, and what others publish beside no sample.
     claims = tables.claims_table(table) if text.is_the_originals else []
-    is_field = config.protocol == "field"
-    claims += tables.field_claims(trials) if is_field else []
-    published = tables.PUBLISHED if is_field and text.is_whole_wikitext2 else []
+    claims += tables.rival_claims(trials)
+    published = tables.PUBLISHED if config.protocol == "field" and text.is_whole_wikitext2 else []
     report.csv("learning_rates.csv", search)
     best = MODELS.perplexity(MODELS.groups(trials)[MODELS.best(trials)]).mean
     title = MODELS.headline(trials) + not_beaten_in_short(best, text.baselines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from bklm.studies.baseline.text import BaselineText
 from bklm.training.checkpoints import CheckpointFolder, epoch_of, is_checkpoint, perplexity_of, read_state
 
 SAMPLE_WORDS = 60
+# A folder of ``bklm.studies.baseline.train.run_name``.
+RUN = re.compile(r"(.*)_seed_(\d+)(?:_dropout_([\d.e-]+))?")
 
 
 def write_sample(
@@ -40,13 +43,16 @@ def continue_text(model: LanguageModel, text: BaselineText, prompt: str = "", te
 def checkpoints_table(result: BaselineResult, text: BaselineText | None = None) -> list[dict[str, Any]]:
     """Every checkpoint of a study, one row each, numbered: model, seed, epoch, validation PPL, best or not, size, path."""
     rows = []
-    for run in sorted(p for p in result.config.checkpoint_folder().glob("*_seed_*") if p.is_dir()):
+    for run in sorted(
+        p for p in result.config.checkpoint_folder().glob("*_seed_*") if p.is_dir() and RUN.fullmatch(p.name)
+    ):
         folder = CheckpointFolder(run)
-        name, _, seed = run.name.rpartition("_seed_")
+        name, seed, dropout = RUN.fullmatch(run.name).groups()
         for place in folder.all():
             best = "best" if place == folder.best() else ""
             size = round(sum(f.stat().st_size for f in place.iterdir()) / 1e6, 1)
             row = {"number": len(rows), "model": TITLES.get(name, name), "seed": int(seed)}
+            row |= {"dropout": float(dropout)} if dropout else {}
             row |= {"epoch": epoch_of(place), "val PPL": perplexity_of(place), "kept as": best}
             rows.append({**row, "MB": size, "path": str(place)})
     return rows
