@@ -25,8 +25,13 @@ def interval95(values: Sequence[float], any_of: int = 1) -> tuple[float, float |
 
 def widened(mean: float, end: float, seeds: int, any_of: int) -> float:
     """One end of a 95% interval around a geometric mean over seeds, moved out as far as ``any_of`` intervals at once ask."""
+    return mean * (end / mean) ** times_wider(seeds, any_of)
+
+
+def times_wider(seeds: int, any_of: int) -> float:
+    """How many times as wide a 95% interval over seeds is where ``any_of`` of them hold at once."""
     alone, at_once = (stdtrit(seeds - 1, 1 - 0.025 / count) for count in (1, any_of))
-    return mean * (end / mean) ** float(at_once / alone)
+    return float(at_once / alone)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def draw_switches(path: Path, rows: Sequence[Mapping[str, Any]], title: str, not
         loss.set_ylim(len(rows) - 0.5, -0.5)
         legend_below(loss, ncols=2, fontsize=10)
 
-    note = f"Right of the dashed lines the full set needs the switch. {note}"
+    note = f"A bar that lies wholly right of a dashed line is a cost of the removal (of time: of more than 2%). {note}"
     return save_figure(path, draw, title=title, note=note, size=(7.2, 2.4 + 0.42 * len(rows)))
 
 

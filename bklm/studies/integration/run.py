@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from bklm.compression import baked
 from bklm.data import Portions
 from bklm.files.atomic import read_result
-from bklm.harness.arms import WEIGHTS, Arm, readable_verdicts, train_arms
+from bklm.harness.arms import WEIGHTS, Arm, readable_verdicts, require_one_process, train_arms
 from bklm.harness.comparison import Trial
 from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.report import Report, StudyResult, small_print
@@ -38,7 +38,6 @@ from bklm.studies.integration.switches import (
     build,
     co_occurrences,
     removed,
-    together,
 )
 from bklm.studies.integration.tables import ARMS, FULL, KEPT, NONE, PLACEBO, PLAIN
 from bklm.training.auxiliary import without_term
@@ -84,7 +83,7 @@ class IntegrationResult(StudyResult):
         place = self.folder / trials / place_of({"arm": name, "seed": self.config.seeds[0]})
         record = read_result(place / "result.json", {**NEEDED, "val_ppl": float})
         if record is None or not (place / WEIGHTS).exists():
-            known = ", ".join(repr(row["arm"]) for row in self.table)
+            known = ", ".join(repr(row["arm"]) for row in self.table if not row["arm"].startswith(PLACEBO))
             raise ValueError(f"model: got {model!r}; this study trained {known}, those that diverged excepted.")
         training = Training(None, record["steps_per_score"] * self.config.scores)
         made = _arms(self.config, training, self.kept)[name].build(record["vocabulary"])
@@ -129,6 +128,11 @@ def prepare_text(config: IntegrationConfig) -> IntegrationText:
     own = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
     text = IntegrationText(**own, scored=config.score_tokens)
     steps = len(text.train_loader(0)) * config.epochs
+    if 0 < config.score_tokens <= config.seq_len:
+        raise ValueError(
+            f"score_tokens: got {config.score_tokens}, but a window has {config.seq_len} (seq_len); take more than that, or 0 "
+            "for the whole validation split."
+        )
     if config.scores > steps:
         raise ValueError(
             f"scores: got {config.scores}, but a training has {steps} steps; take that many or fewer."
@@ -145,9 +149,10 @@ def estimated_minutes(config: IntegrationConfig) -> float:
     scored, seeds = min(config.score_tokens or val_tokens, val_tokens), len(config.seeds)
     arms = _arms(config, Training(None, 1000))
     times = {name: _trainings(config, arm) for name, arm in arms.items()}
-    times[FULL] *= 2  # the integrated one, which no arm costs more than
+    times[FULL] *= 4  # two placebos and the integrated one, which no arm costs more than
     if config.budgets != "steps":
-        times[PLAIN] += 3 * seeds  # at equal time: the full set, and perhaps two without a switch
+        # At equal time: none, the full set, the integrated one, perhaps two without a switch.
+        times[PLAIN] += 5 * seeds
     in_the_end = (val_tokens + SHORT * scored) * seeds / (seeds + len(config.learning_rates) - 1)
     return minutes(config, [
         Run((f"integration {name}", config), lambda name=name: arms[name].build(vocabulary), count, used,
@@ -180,6 +185,7 @@ def _arms(config: IntegrationConfig, training: Training, kept: Collection[str] =
 def _train_all(study: Session) -> dict[str, Any]:
     """The trials at equal steps and at equal time, what a step of each arm takes, and the switches with those that stay."""
     config, text = study.config, study.text
+    require_one_process(study, "the terms compare sequences of one batch, and have a limit of their own")
     portion = len(text.train_loader(seed=0)) * config.epochs // config.scores
     steps, table = portion * config.scores, co_occurrences(text.tokens.train, text.vocab_size, config.d_model)
     arms, whole = _arms(config, Training(table, steps)), Training(table, steps)
@@ -221,16 +227,16 @@ def _train_all(study: Session) -> dict[str, Any]:
     if config.budgets != "steps":
         traded = (n for r in _judged(study, found) if r["trade"] for n in (r["against"], r["arm"]))
         found["time"] = [t for t in found["steps"] if t["arm"] == PLAIN]
-        for name in dict.fromkeys([FULL, *traded]):
+        for name in dict.fromkeys([NONE, FULL, *traded]):
             train_for_as_long(name)
     for term in (r["switch"] for r in _judged(study, found) if r["switch"] in TERMS and r["stays"]):
         placebo = Arm(build(config, SWITCHES, whole, placebo=term), (FULL,), kept=False)
         train_more(PLACEBO + term, placebo, f"placebo_{term}")
     found["switches"] = _judged(study, found)
-    names = {r["switch"] for r in found["switches"] if r["stays"]}
-    found["kept"] = tuple(n for n in SWITCHES if n in together(names))
+    names = tables.kept_names(found["switches"])
+    found["kept"] = tuple(n for n in SWITCHES if n in names)
     # With fewer seeds nothing is judged; a set that was trained under another name is not trained again.
-    is_new = len(SWITCHES) - 1 > len(found["kept"]) > 0 and set(found["kept"]) != OF_PLAIN
+    is_new = bool(found["kept"]) and _known_as(found["kept"]) is None
     if seeds >= FEWEST_SEEDS and is_new:
         place, arm = _place_of_kept(found["kept"]), _arms(config, whole, found["kept"])[KEPT]
         later = step_times(study, {PLAIN: arms[PLAIN], KEPT: arm}, PLAIN, f"times_{place}")["milliseconds"]
@@ -239,6 +245,14 @@ def _train_all(study: Session) -> dict[str, Any]:
         if config.budgets != "steps":
             train_for_as_long(KEPT, f"{place}_{TIMED}")
     return found
+
+
+def _known_as(kept: Collection[str]) -> str | None:
+    """The arm that has these switches, of those that are trained first."""
+    known = {frozenset(SWITCHES): FULL, OF_PLAIN: PLAIN, frozenset(): NONE}
+    for name in SWITCHES:
+        known[frozenset(SWITCHES) - set(removed(name))] = next(iter(left_out([name]).values()))[0]
+    return known.get(frozenset(kept))
 
 
 def _place_of_kept(kept: Collection[str]) -> str:
@@ -280,7 +294,7 @@ def _report(study: Session, found: dict[str, Any]) -> IntegrationResult:
     kept = tables.kept_in_words(found["switches"])
     report.figure("switches.png", figures.draw_switches, found["switches"], kept, _note(study))
     seconds = {arm: found["portion"] * statistics.median(ms) / 1e3 for arm, ms in milliseconds.items()}
-    title = tables.costs_in_words(parts["costs"], (FULL, KEPT))
+    title = tables.costs_in_words(parts["costs"], (PLAIN, FULL, KEPT))
     report.figure("curves.png", figures.draw_curves, trials, seconds, title, _note(study, bars=False))
     files = {"switches": found["switches"], **parts}
     for name, rows in files.items():
@@ -291,6 +305,7 @@ def _report(study: Session, found: dict[str, Any]) -> IntegrationResult:
     told = [
         f"Lowest validation PPL: {best}, {reached}.{ARMS.diverged(trials)}",
         kept,
+        *([f"Those that stay are the arm {known}."] if (known := _known_as(found["kept"])) else []),
         tables.interaction_in_words(adds),
     ]
     told += [tables.rates_in_words(table, study.config.learning_rates), tables.realised_in_words(timed)]

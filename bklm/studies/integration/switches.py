@@ -30,17 +30,19 @@ START = 0.5
 
 class Switch(NamedTuple):
     """``study``: the number of the one it came from; ``on``, ``off``: what the model has. ``same_step``: a step computes the
-    same with and without it, so no time is judged; ``same_loss``: the losses are the same but for rounding."""
+    same with and without it, so no time is judged; ``untimed``: nor is it where a step without it leaves the fused kernel,
+    too; ``same_loss``: the losses are the same but for rounding."""
 
     study: str
     on: str
     off: str
     same_step: bool = False
     same_loss: bool = False
+    untimed: bool = False
 
 
 SWITCHES = {
-    "gradient": Switch("01", "exact gradient", "its published blend with hypothesis-7"),
+    "gradient": Switch("01", "exact gradient", "its published blend with hypothesis-7", untimed=True),
     "kernel": Switch("02", "fused kernel", "scans in torch operations", same_loss=True),
     "reading": Switch("03", "resolvent applied to values", "its diagonal, as published"),
     "convolution": Switch("03", "short causal convolution", "none"),
@@ -64,6 +66,11 @@ def removed(name: str) -> tuple[str, ...]:
 def together(names: Collection[str]) -> frozenset[str]:
     """The switches of these names that have what they need."""
     return frozenset(n for n in names if NEEDS.get(n, n) in names)
+
+
+def with_needed(names: Collection[str]) -> frozenset[str]:
+    """The switches of these names, and those that they need."""
+    return frozenset(names) | {NEEDS[n] for n in names if n in NEEDS}
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 from scipy.special import bdtr
 
 from bklm.harness.arms import nats_in_words
-from bklm.harness.comparison import Column, Comparison, Trial
+from bklm.harness.comparison import Column, Comparison, Trial, same
 from bklm.harness.statistics import Perplexity, interval95, with_interval
-from bklm.studies.integration.switches import NEEDS, OF_PLAIN, removed
+from bklm.studies.integration.switches import NEEDS, OF_PLAIN, removed, with_needed
 from bklm.training.context_gain import gain_in_words
 from bklm.training.stability import steps_to_loss
 
@@ -28,7 +28,7 @@ ARMS = Comparison(
     by="arm", title=str, other="other arm",
     columns=(
         Column("context_gain", "context_gain", "context gain", lambda row: gain_in_words(row["context_gain"])),
-        Column("learning_rate", "learning_rate", "rate"),
+        Column("learning_rate", same("learning_rate"), "rate"),
         Column("parameters", "parameters", "parameters", ",.0f"),
         Column("logit_parameters", "logit_parameters", "of the logits", ",.0f"),
         Column("bytes", "bytes", "bytes of its file", ",.0f"),
@@ -51,10 +51,9 @@ def time_ratio(milliseconds: Milliseconds, arm: str, to: str, any_of: int = 1) -
 
 def readable_switches(rows: Sequence[Row]) -> Rows:
     def time_in_words(r: Row) -> str:
+        ratio = f"x{Perplexity(r['ms_ratio'], r['ms_ratio_low'], r['ms_ratio_high'])}"
         return (
-            "the same step"
-            if r["same_step"]
-            else f"x{Perplexity(r['ms_ratio'], r['ms_ratio_low'], r['ms_ratio_high'])}"
+            "the same step" if r["same_step"] else f"{ratio}, the kernel's as well" if r["untimed"] else ratio
         )
 
     def nats(r: Row, words: str) -> str:
@@ -198,8 +197,23 @@ def shares_in_words(shares: Mapping[str, float]) -> str:
     )
 
 
+def kept_names(rows: Sequence[Row]) -> frozenset[str]:
+    """The switches that stay: each for itself, those of a pair of which only the two together show that they are needed, and
+    what these need."""
+    names = {r["switch"] for r in rows if r["stays"] and " and " not in r["switch"]}
+    for row in (r for r in rows if r["stays"] and " and " in r["switch"]):
+        pair = set(row["switch"].split(" and "))
+        names |= set() if pair & names else pair
+    return with_needed(names)
+
+
 def kept_in_words(rows: Sequence[Row]) -> str:
-    rows = [r for r in rows if " and " not in r["switch"]]
-    by = {v: [r["switch"] for r in rows if r["stays"] is v] for v in (True, False, None)}
+    kept, rows = kept_names(rows), [r for r in rows if " and " not in r["switch"]]
+    needed = [r["switch"] for r in rows if r["switch"] in kept and not r["stays"]]
+    by = {
+        v: [r["switch"] for r in rows if r["stays"] is v and r["switch"] not in needed]
+        for v in (True, False, None)
+    }
+    by[True] += [f"{name} (as one of a pair)" for name in needed]
     words = {True: "Stays", False: "Goes", None: "No verdict on"}
     return " ".join(f"{words[v]}: {', '.join(names)}." for v, names in by.items() if names)
