@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from bklm.harness.arms import readable_verdicts
+from bklm.harness.arms import NOT_SHOWN, readable_verdicts
 from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.studies.baseline import tables
 from bklm.studies.baseline.models import TITLES
@@ -107,16 +107,17 @@ def held(run: Any) -> str:
     """How many of a run's claims hold, and which."""
     rows = claims_table(run)
     names = [c["announced"] for c in rows if c["verdict"] == "holds"]
-    unknown = sum(c["verdict"] == "no verdict" for c in rows)
     told = f"{len(names)} of {len(rows)} claims hold{': ' * bool(names)}{'; '.join(names)}"
-    told += f"; {unknown} without a verdict" * bool(unknown)
+    for said, words in ((NOT_SHOWN, "not shown"), ("no verdict", "without a verdict")):
+        if count := sum(c["verdict"] == said for c in rows):
+            told += f"; {count} {words}"
     return told + " (a small run)" * (run.config["profile"] != "full")
 
 
 def verdict(run: Any) -> str:
     """One verdict on all claims of a run."""
     found = {c["verdict"] for c in claims_table(run)}
-    return found.pop() if len(found) == 1 else "in part" if "holds" in found else "does not hold, or no verdict"
+    return found.pop() if len(found) == 1 else "in part" if "holds" in found else "none is shown to hold"
 
 
 # Places of a run with claims.

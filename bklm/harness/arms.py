@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,15 +222,38 @@ def readable_verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]
     ]
 
 
-def helps(rows: Sequence[Mapping[str, Any]], arm: str) -> bool | None:
-    """Whether an arm's loss is below that of each of its controls beyond the interval; None where one gave no verdict."""
-    own = [row for row in rows if row["arm"] == arm]
-    if not own or any(row["low"] is None for row in own):
+NOT_SHOWN = "not shown"
+# True: shown; False: the opposite is shown; ``NOT_SHOWN``: measured, and neither is; None: not measured well enough to judge.
+Holds = bool | str | None
+
+
+def is_below(low: float | None, high: float | None, bound: float = 0.0) -> Holds:
+    """Whether what an interval is of lies below ``bound``; None without an interval."""
+    if low is None or high is None:
         return None
-    return all(row["high"] < 0 for row in own)
+    return True if high < bound else False if low > bound else NOT_SHOWN
 
 
-def claim(announced: str, measured: str, holds: bool | None) -> dict[str, str]:
+def all_hold(found: Iterable[Holds]) -> Holds:
+    """The verdict on a claim that asks for all of these; None for none of them."""
+    listed = list(found)
+    return next((v for v in (False, None, NOT_SHOWN) if any(f is v for f in listed)), True if listed else None)
+
+
+def any_holds(found: Iterable[Holds]) -> Holds:
+    """The verdict on a claim for which any of these would do."""
+    listed = list(found)
+    return next((v for v in (True, None, NOT_SHOWN) if any(f is v for f in listed)), False)
+
+
+def helps(rows: Sequence[Mapping[str, Any]], arm: str) -> Holds:
+    """Whether an arm's loss is below that of each of its controls beyond the interval; None where one gave no verdict."""
+    return all_hold(is_below(row["low"], row["high"]) for row in rows if row["arm"] == arm)
+
+
+def claim(announced: str, measured: str, holds: Holds) -> dict[str, str]:
     """A row of a study's claims table."""
-    verdict = {True: "holds", False: "does not hold", None: "no verdict"}[holds]
+    verdict = (
+        holds if isinstance(holds, str) else {True: "holds", False: "does not hold", None: "no verdict"}[holds]
+    )
     return {"announced": announced, "measured": measured, "verdict": verdict}

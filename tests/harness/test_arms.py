@@ -11,7 +11,18 @@ import torch
 from torch import nn
 
 from bklm.compression.retraining import RoundedModel
-from bklm.harness.arms import WEIGHTS, Arm, claim, helps, readable_verdicts, train_arms, verdicts
+from bklm.harness.arms import (
+    NOT_SHOWN,
+    WEIGHTS,
+    Arm,
+    all_hold,
+    any_holds,
+    claim,
+    helps,
+    readable_verdicts,
+    train_arms,
+    verdicts,
+)
 from bklm.harness.comparison import Column, Comparison
 from bklm.harness.study import run_study
 from bklm.harness.text import prepare_text
@@ -207,9 +218,12 @@ def test_verdicts_are_of_paired_seeds_and_an_arm_helps_where_it_beats_every_cont
     ]  # fmt: skip
     assert rows[0]["loss_difference"] == pytest.approx(math.log(0.9), abs=5e-3)
     assert helps(rows, "better") is True
-    assert helps(rows, "same") is False
+    # An interval that holds 0 denies nothing.
+    assert helps(rows, "same") is NOT_SHOWN
     assert helps(rows, "none") is None
-    assert claim("converges better", "x", helps(rows, "same"))["verdict"] == "does not hold"
+    assert claim("converges better", "x", helps(rows, "same"))["verdict"] == "not shown"
+    worse = [{"arm": "a", "low": low, "high": 0.3} for low in (-0.1, 0.1)]
+    assert claim("converges better", "x", helps(worse, "a"))["verdict"] == "does not hold"
     # Of many arms one is likely to look better by chance: their intervals are wider (Bonferroni), and said to be.
     many = verdicts(ARMS, trials, arms, any_of=60)
     assert many[0]["loss_difference"] == rows[0]["loss_difference"]
@@ -217,7 +231,7 @@ def test_verdicts_are_of_paired_seeds_and_an_arm_helps_where_it_beats_every_cont
     # Student's t with 2 degrees of freedom has the quantile (2q - 1) / sqrt(2q(1 - q)).
     low, high = ((1 - 2 * p) / math.sqrt(2 * p * (1 - p)) for p in (0.025, 0.025 / 60))
     assert wider == pytest.approx(high / low, rel=1e-6)
-    assert helps(many, "better") is False
+    assert helps(many, "better") is NOT_SHOWN
     assert "loss difference, nats (95% for 60 arms at once)" in readable_verdicts(many)[0]
     assert "loss difference, nats (95%)" in readable_verdicts(rows)[0]
     lost = [*trials[:-1], trial("same", 2, None)]
@@ -227,6 +241,18 @@ def test_verdicts_are_of_paired_seeds_and_an_arm_helps_where_it_beats_every_cont
         rows = verdicts(ARMS, [t for t in trials if t["seed"] < few], arms)
         assert helps(rows, "better") is None
         assert {(r["low"], r["verdict"]) for r in rows} == {(None, "no interval: no verdict")}
+
+
+def test_a_claim_of_many_parts_is_as_good_as_its_worst_and_one_of_any_as_its_best():
+    assert all_hold([True, True]) is True
+    assert all_hold([True, NOT_SHOWN]) is NOT_SHOWN
+    assert all_hold([True, NOT_SHOWN, None]) is None
+    assert all_hold([True, NOT_SHOWN, None, False]) is False
+    assert all_hold([]) is None
+    assert any_holds([False, NOT_SHOWN, None, True]) is True
+    assert any_holds([False, NOT_SHOWN, None]) is None
+    assert any_holds([False, NOT_SHOWN]) is NOT_SHOWN
+    assert any_holds([False, False]) is False
 
 
 def test_states_are_those_before_the_first_block_and_after_each_also_of_a_block_used_twice():

@@ -429,7 +429,7 @@ def test_the_best_of_many_files_beats_counting_only_by_an_interval_for_as_many()
              "packed_file_bytes": 900}  # fmt: skip
     others = [alone | {"arm": f"NewLLM: {i}", "val_ppl": 110.0} for i in range(20)]
     assert tables.beside_counting([alone], counted)[1] is True
-    assert tables.beside_counting([alone, *others], counted)[1] is None
+    assert tables.beside_counting([alone, *others], counted)[1] == "not shown"
 
 
 def test_a_gate_beats_chance_only_where_both_keep_as_many_positions():

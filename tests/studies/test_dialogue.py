@@ -131,7 +131,8 @@ def made(**more):
     ("more", "claim", "verdict"),
     [
         ({}, "GPT: pretraining helps dialogue", "holds"),
-        ({"longer": 1.5}, "GPT: pretraining helps dialogue", "does not hold"),
+        ({"longer": 1.5}, "GPT: pretraining helps dialogue", "not shown"),
+        ({"longer": 1.2}, "GPT: pretraining helps dialogue", "does not hold"),
         ({}, "GPT uses its context, the turn that it answers included", "holds"),
         ({"other": 1.0}, "GPT uses its context, the turn that it answers included", "not shown"),
         ({"other": 0.9}, "GPT uses its context, the turn that it answers included", "does not hold"),
@@ -148,7 +149,8 @@ def made(**more):
         ({"replay": 19.9}, f"GPT {tables.FORGETS_LESS}", "holds"),
         ({"replay": 20.5}, f"GPT {tables.FORGETS_LESS}", "does not hold"),
         ({}, "the best model beats counting", "holds"),
-        ({"counting": 4.9}, "the best model beats counting", "does not hold"),
+        ({"counting": 4.9}, "the best model beats counting", "not shown"),
+        ({"counting": 4.0}, "the best model beats counting", "does not hold"),
     ],
 )
 def test_a_claim_holds_only_beyond_its_interval_and_against_every_control(more, claim, verdict):

@@ -333,14 +333,14 @@ def test_seconds_to_the_plain_loss_are_steps_times_milliseconds_and_claims_are_r
 
     assert verdicts(1 / 12)["10 times faster"] == "holds"
     assert verdicts(1 / 12)["17.5 times faster"] == "does not hold"
-    assert verdicts(1 / 12, wide=1.7)["10 times faster"] == "no verdict"
+    assert verdicts(1 / 12, wide=1.7)["10 times faster"] == "not shown"
     assert verdicts(None)["10 times faster"] == "does not hold"
     full = {"arm": "full", "against": "plain", "loss_difference": -1.0, "low": -1.1, "high": -0.9}
     found = verdicts(1.0, [full, full | {"arm": "integrated"}])
     assert found["all optimisations together help, at equal steps"] == "holds"
     assert "parameters of the logits 100 and 200" in told["all optimisations together help, at equal steps"]
     unshown = full | {"low": -1.1, "high": 0.1}
-    assert verdicts(1.0, [unshown])["all optimisations together help, at equal steps"] == "no verdict"
+    assert verdicts(1.0, [unshown])["all optimisations together help, at equal steps"] == "not shown"
     beside = verdicts(1.0, [full | {"against": "none", "low": 0.1, "high": 0.2}])
     assert beside["all optimisations together help, at equal steps, beside none of them"] == "does not hold"
     # What the same seeds chose and measured is not shown by them.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bklm.compression import published_core
-from bklm.harness.arms import Arm, claim, nats_in_words, verdicts
+from bklm.harness.arms import Arm, all_hold, claim, is_below, nats_in_words, verdicts
 from bklm.harness.comparison import Trial
 from bklm.harness.statistics import widened
 from bklm.studies.compression.models import CHANCE, GATED, GRADUAL, INT8, RANDOM, SCRATCH, family_of
@@ -118,9 +118,9 @@ def _all_win(announced: str, own: Sequence[Mapping[str, Any]]) -> dict[str, str]
     known = sorted((r for r in own if r["loss_difference"] is not None), key=lambda r: r["loss_difference"])
     told = [f"{r['arm']} - {r['against']}: {nats_in_words(r, 3)} nats" for r in known[:1]]
     if all(r["low"] is not None for r in own):
-        wins = sum(r["high"] < 0 for r in own)
-        told.append(f"beyond the interval in {wins} of {len(own)}")
-        return claim(announced, "; ".join(told), wins == len(own))
+        found = [is_below(r["low"], r["high"]) for r in own]
+        told.append(f"beyond the interval in {found.count(True)} of {len(own)}")
+        return claim(announced, "; ".join(told), all_hold(found))
     lost = [f"{r['arm']}: {r['verdict'].removesuffix(': no verdict')}" for r in own if r["low"] is None]
     return claim(announced, "; ".join([*told, *lost[:1]]), None)
 
@@ -144,8 +144,10 @@ def _single_files(rows: Sequence[Mapping[str, Any]], family: str) -> list[dict[s
     for words, method, smaller, most in SINGLE_FILES:
         for row in (r for r in rows if r["arm"] == f"{family}: {method}" and upper(r) is not None):
             told = f"{row['arm']}: {_in_words(row)}"
-            holds = row["times_smaller"] >= smaller and upper(row) <= most
-            found.append(claim(words.format(family), told, holds if is_judged(row) else None))
+            near = is_below(row["ppl_ratio_low"], row["ppl_ratio_high"], most) if is_judged(row) else None
+            found.append(
+                claim(words.format(family), told, near and False if row["times_smaller"] < smaller else near)
+            )
     return found
 
 
@@ -206,11 +208,7 @@ def _speed(row: Mapping[str, Any]) -> dict[str, str]:
     """Over the rounds of one run; an interval around 1 neither shows nor refutes it."""
     low, high = row["times_faster_low"], row["times_faster_high"]
     told = f"per token: x{row['times_faster']:.3f} ({low:.3f} to {high:.3f}) of float32's tokens a second, one model's"
-    return claim(
-        f"goal: int8 products score {row['family']} no slower",
-        told,
-        True if low >= 1 else False if high < 1 else None,
-    )
+    return claim(f"goal: int8 products score {row['family']} no slower", told, is_below(-high, -low, -1.0))
 
 
 def _core(row: Mapping[str, Any]) -> dict[str, str]:

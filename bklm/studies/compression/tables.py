@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from bklm.harness.arms import NOT_SHOWN, Holds
 from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean, score_in_words
 from bklm.harness.statistics import FEWEST_SEEDS, widened
 from bklm.studies.compression.models import INT8, MORE, SCRATCH, family_of
@@ -252,7 +253,7 @@ def counting_in_words(rows: Sequence[Mapping[str, Any]], counted: Sequence[Mappi
     return f"{told}; of {len(larger)} larger count models {are} beaten in as few bytes"
 
 
-def beside_counting(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any]) -> tuple[str, bool | None]:
+def beside_counting(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any]) -> tuple[str, Holds]:
     """A count model and the best neural file of at most as many bytes, both packed by zlib, in words, and whether that one
     reads better: as the best of many it must do so by an interval for as many at once; all must be worse to be refuted.
 
@@ -269,9 +270,9 @@ def beside_counting(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any
     )
     if min(r["seeds"] for r in small) < FEWEST_SEEDS:
         return words, None
-    is_better = widened(best["val_ppl"], best["val_ppl_high"], best["seeds"], len(small)) < ppl
-    is_worse = all(r["val_ppl_low"] > ppl for r in small)
-    return words, is_better if is_better or is_worse else None
+    if widened(best["val_ppl"], best["val_ppl_high"], best["seeds"], len(small)) < ppl:
+        return words, True
+    return words, False if all(r["val_ppl_low"] > ppl for r in small) else NOT_SHOWN
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bklm.harness.arms import claim, helps, nats_in_words
+from bklm.harness.arms import Holds, claim, helps, is_below, nats_in_words
 from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean
 from bklm.harness.statistics import Perplexity, interval95, with_interval
 
@@ -190,7 +190,7 @@ def claims_table(
     best = ARMS.best(rivals(trials))
     reached = Perplexity.over_seeds([t["test_ppl"] for t in ARMS.groups(trials)[best]])
     told = f"on the test split, {best}, chosen on validation: {reached}; {mixture['name']}: {mixture['test_ppl']:.2f}"
-    beats = reached.high < mixture["test_ppl"] if reached.is_judged else None
+    beats = is_below(*reached.interval, mixture["test_ppl"])
     return [*rows, claim("the best model beats counting", told, beats), *_forgotten(trials, aside)]
 
 
@@ -208,12 +208,11 @@ def _uses_turns(row: Mapping[str, Any], replies: int, deep: int) -> list[dict[st
 
 def _gain_claim(announced: str, measured: str, mean: float, half: float | None) -> dict[str, str]:
     """A gain that may be none: an interval that holds 0 shows neither."""
-    made = claim(announced, measured, _above_zero(mean, half))
-    return made if half is None or abs(mean) > half else {**made, "verdict": "not shown"}
+    return claim(announced, measured, _above_zero(mean, half))
 
 
-def _above_zero(mean: float, half: float | None) -> bool | None:
-    return None if half is None else mean - half > 0
+def _above_zero(mean: float, half: float | None) -> Holds:
+    return None if half is None else is_below(-mean - half, half - mean)
 
 
 def _above(row: Mapping[str, Any], chance: float) -> list[str] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bklm.harness.arms import claim, nats_in_words
+from bklm.harness.arms import claim, is_below, nats_in_words
 from bklm.harness.statistics import Perplexity
 from bklm.studies.integration.tables import FULL, KEPT, NONE, PLAIN
 
@@ -26,12 +26,12 @@ def claims_table(steps: Rows, time: Rows, costs: Rows, table: Rows, unigram: flo
     for words, judged in (("equal steps", steps), ("equal time", time)):
         for row in (r for r in judged if r["arm"] in (FULL, KEPT) and r["against"] in (PLAIN, NONE)):
             beside = "" if row["against"] == PLAIN else ", beside none of them"
-            which, helped = "all optimisations", _is_lower(row)
+            which, helped = "all optimisations", is_below(row["low"], row["high"])
             told = f"{row['arm']} - {row['against']}: {nats_in_words(row, 3)} nats"
             told += _sizes(by, row["arm"], row["against"])
             if row["arm"] == KEPT:
                 # Chosen by these seeds on this text, it is flattered by them: it can fail here, and not be shown.
-                which, helped = "those that stay", helped and None
+                which, helped = "those that stay", None if helped is True else helped
                 told += "; chosen and measured on the same seeds and text"
             rows.append(claim(f"{which} together help, at {words}{beside}", told, helped))
     cost = next((r for r in costs if r["arm"] == FULL), None)
@@ -48,13 +48,6 @@ def claims_table(steps: Rows, time: Rows, costs: Rows, table: Rows, unigram: flo
     return rows
 
 
-def _is_lower(row: Mapping[str, Any]) -> bool | None:
-    """Shown to be a lower loss, shown to be a higher one, or neither."""
-    if row["low"] is None:
-        return None
-    return True if row["high"] < 0 else False if row["low"] > 0 else None
-
-
 def _sizes(by: Mapping[str, Mapping[str, Any]], arm: str, against: str) -> str:
     """ "; parameters of the logits 2,196,608 and 3,870,000", or "" where one is not known."""
     found = [by.get(name, {}).get("logit_parameters") for name in (arm, against)]
@@ -68,6 +61,4 @@ def _times_faster(announced: str, times: float, cost: Mapping[str, Any] | None) 
         return claim(announced, "the full set does not get to the plain loss in every seed", False)
     ratio = Perplexity(1 / cost["ratio"], *(None if e is None else 1 / e for e in (cost["high"], cost["low"])))
     told = f"the full set is at the plain loss {ratio} times as fast"
-    if not ratio.is_judged:
-        return claim(announced, told, None)
-    return claim(announced, told, True if ratio.low >= times else False if ratio.high < times else None)
+    return claim(announced, told, is_below(cost["low"], cost["high"], 1 / times))

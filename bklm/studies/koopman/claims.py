@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bklm.harness.arms import claim, helps, nats_in_words
+from bklm.harness.arms import NOT_SHOWN, all_hold, any_holds, claim, helps, is_below, nats_in_words
 from bklm.harness.comparison import Trial
 from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.studies.koopman.tables import (
@@ -48,11 +48,13 @@ def claims_table(
     if terms := _terms(verdicts):
         announced, many = "the Koopman loss makes training converge better", _at_once(verdicts)
         told = "; ".join(f"{r['arm']} - {r['against']}: {_nats(r)}" for r in verdicts if r["arm"] in terms)
-        rows.append(claim(announced, told + many, _any(helps(verdicts, name) for name in terms)))
+        rows.append(claim(announced, told + many, any_holds(helps(verdicts, name) for name in terms)))
         if equal_seconds:
             step = ratio_of(equal_seconds[0], "step_ratio")
             told = "; ".join(f"{r['arm']} - none: {_nats(r)}" for r in equal_seconds)
-            better = _any(helps(verdicts, r["arm"]) and helps([r], r["arm"]) for r in equal_seconds)
+            better = any_holds(
+                all_hold((helps(verdicts, r["arm"]), helps([r], r["arm"]))) for r in equal_seconds
+            )
             rows.append(
                 claim(
                     f"{announced} in the same time", f"a step takes {step} times as long; {told}{many}", better
@@ -72,12 +74,6 @@ def claims_table(
     if recalled:
         rows += [_recurrence(recalled, steps)] + [_far(recalled, chance, name) for name in (LINEAR, GATED)]
     return rows
-
-
-def _any(found: Any) -> bool | None:
-    """Whether one arm of several helps; None where none does and one has no verdict."""
-    listed = list(found)
-    return True if True in listed else None if None in listed else False
 
 
 def _terms(verdicts: Rows) -> list[str]:
@@ -100,7 +96,8 @@ def term_in_words(verdicts: Rows) -> str:
         return ""
     best = min((r for r in terms if r["against"] == "none"), key=lambda r: r["loss_difference"])["arm"]
     told = ", ".join(f"{_nats(r)} against {r['against']}" for r in terms if r["arm"] == best)
-    verdict = {True: "it helps", False: "no help", None: "no verdict"}[helps(verdicts, best)]
+    words = {True: "it helps", False: "no help", NOT_SHOWN: "no help is shown", None: "no verdict"}
+    verdict = words[helps(verdicts, best)]
     return f"The Koopman loss ({best}): {told}: {verdict}"
 
 
@@ -128,14 +125,10 @@ def _faster(operators: Rows) -> dict[str, str]:
     if not fast or shown["context_gain_kept"] <= 0:
         # What keeps none of the gain from context stands in for no block that reads.
         return claim(announced, told, False)
-    kept_beyond = shown["context_gain_kept"] - (shown["context_gain_kept_95"] or 0.0) > 0
-    no_worse = _no_worse(shown["ppl_ratio_low"], shown["ppl_ratio_high"])
-    return claim(announced, told, no_worse if kept_beyond or not no_worse else None)
-
-
-def _no_worse(low: float | None, high: float | None) -> bool | None:
-    """Shown to be no worse than ``NO_WORSE``, shown to be worse, or neither: a wide interval is no proof."""
-    return None if low is None else True if high <= NO_WORSE else False if low > NO_WORSE else None
+    kept, half = shown["context_gain_kept"], shown["context_gain_kept_95"] or 0.0
+    # A wide interval is no proof of "no worse".
+    no_worse = is_below(shown["ppl_ratio_low"], shown["ppl_ratio_high"], NO_WORSE)
+    return claim(announced, told, all_hold((no_worse, is_below(-kept - half, half - kept))))
 
 
 def _recurrence(trials: Sequence[Trial], steps: Mapping[str, Sequence[float]]) -> dict[str, str]:
@@ -148,7 +141,7 @@ def _recurrence(trials: Sequence[Trial], steps: Mapping[str, Sequence[float]]) -
     told = f"a step of the {LINEAR} is {speed} times as fast as {to}'s (95% over rounds), its PPL at recall x{ratio or '-'}"
     if speed.low < TWICE:
         return claim(announced, told, False)
-    return claim(announced, told, None if ratio is None else _no_worse(*ratio.interval))
+    return claim(announced, told, None if ratio is None else is_below(*ratio.interval, NO_WORSE))
 
 
 def _far(trials: Sequence[Trial], chance: float, model: str) -> dict[str, str]:
@@ -166,7 +159,7 @@ def _far(trials: Sequence[Trial], chance: float, model: str) -> dict[str, str]:
         shortest = min(groups[rival][0]["recall"], key=int)
         told += f"; not above chance ({chance:.0%}) at {shortest}, so that it never learned the task: {', '.join(idle)}"
         return claim(announced, told, None)
-    return claim(announced, told, None if half is None else mean - half > 0)
+    return claim(announced, told, None if half is None else is_below(-mean - half, half - mean))
 
 
 def _at(group: Sequence[Trial]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from bklm.harness.arms import claim, helps, nats_in_words
+from bklm.harness.arms import NOT_SHOWN, all_hold, any_holds, claim, helps, is_below, nats_in_words
 from bklm.harness.statistics import FEWEST_SEEDS
 from bklm.studies.physics.energies import kept_in_words
 from bklm.studies.physics.tables import PLAIN, Rows, largest_in_words, words_of
@@ -29,15 +29,14 @@ def claims_table(
     better = {arm: helps(terms, arm) for arm in CLAIMED if any(r["arm"] == arm for r in terms)}
     if better:
         several = f" (intervals for {len(better)} terms at once, as any of them would do)" * (len(better) > 1)
-        holds = True if True in better.values() else None if None in better.values() else False
         told = (
             _differences(terms, *better) + several + _edges([r for r in terms if r["arm"] in better], at_edge)
         )
-        rows.append(claim("the energy term improves generalisation", told, holds))
+        rows.append(claim("the energy term improves generalisation", told, any_holds(better.values())))
     blocks = found["block_verdicts"]
     if blocks:
         holds, own = helps(blocks, "conservative"), [r for r in blocks if r["arm"] == "conservative"]
-        beaten = [r["against"] for r in own if holds is False and r["high"] < 0]
+        beaten = [r["against"] for r in own if holds is not True and (r["high"] or 0) < 0]
         told = f"lower than {', '.join(beaten)}, but not than all: " * bool(beaten) + _differences(
             own, "conservative"
         )
@@ -47,7 +46,9 @@ def claims_table(
         if timed := [r for r in found["equal_seconds"] if r["arm"] == "conservative"]:
             step = "; ".join(f"{words_of(r, 'step_ratio')} times as long as {r['against']}'s" for r in timed)
             told = f"a step takes {step}; {_differences(timed, 'conservative')}"
-            rows.append(claim(f"{announced} in the same time", told, holds and helps(timed, "conservative")))
+            rows.append(
+                claim(f"{announced} in the same time", told, all_hold((holds, helps(timed, "conservative"))))
+            )
     rows += [_conserved(r) for r in found["energies"] if r["arm"] in (*CLAIMED, "conservative")]
     for arm in ("published", "mended", "conservative"):
         if own := [r for r in found["steps"] if r["arm"] == arm]:
@@ -80,7 +81,10 @@ def _conserved(row: Mapping[str, Any]) -> dict[str, str]:
     told += f"; over {row['control']}'s {words_of(row, 'over_control')}" if row["control"] else ""
     told += f"; with the causal drive {row['work']:.2f}" if row["work"] is not None else ""
     which = row["arm"] if row["work"] is None else f"{row['arm']}, drive off"
-    holds = True if row["conserves"] == "yes" else None if row["conserves"].startswith("no verdict") else False
+    words = row["conserves"]
+    holds = (
+        True if words == "yes" else None if words == "no verdict" else words.startswith(NOT_SHOWN) and NOT_SHOWN
+    )
     return claim(f"energy is conserved: {which}", told, holds)
 
 
@@ -94,13 +98,13 @@ def _faster(arm: str, own: Rows, steps: Rows) -> dict[str, str]:
         f"seconds {words_of(r, 'seconds_ratio')}"
         for r in own
     )  # fmt: skip
-    highs = [r[key] for r in own for key in ("high", "seconds_ratio_high")]
-    slower = any(r["reached"] < r["seeds"] for r in own) or any(
-        high is not None and high >= 1 for high in highs
-    )
-    # One that always gets there where a control does not is beyond what a ratio can say; so are fewer seeds than three.
-    unknown = own[0]["seeds"] < FEWEST_SEEDS or (None in highs and not slower)
-    return claim(f"faster convergence, steps and seconds: {arm}", told, None if unknown else not slower)
+    announced = f"faster convergence, steps and seconds: {arm}"
+    if own[0]["seeds"] < FEWEST_SEEDS:
+        return claim(announced, told, None)
+    # One that always gets there where a control does not is beyond what a ratio can say.
+    ends = (("low", "high"), ("seconds_ratio_low", "seconds_ratio_high"))
+    faster = [is_below(r[low], r[high], 1.0) for r in own for low, high in ends]
+    return claim(announced, told, all_hold([*faster, *(False for r in own if r["reached"] < r["seeds"])]))
 
 
 def _steadier(rows: Rows) -> Rows:
@@ -121,7 +125,12 @@ def claims_in_words(claims: Sequence[Mapping[str, str]]) -> str:
     """Which of the announced things were found here."""
     by = {
         v: [c["announced"] for c in claims if c["verdict"] == v]
-        for v in ("holds", "does not hold", "no verdict")
+        for v in ("holds", "does not hold", NOT_SHOWN, "no verdict")
     }
-    words = {"holds": "Found here", "does not hold": "Not found", "no verdict": "Undecided"}
+    words = {
+        "holds": "Found here",
+        "does not hold": "Not so",
+        NOT_SHOWN: "Not shown",
+        "no verdict": "Undecided",
+    }
     return "".join(f" {words[v]}: {'; '.join(names)}." for v, names in by.items() if names)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bklm.harness.arms import NOT_SHOWN
 from bklm.harness.comparison import Trial
 from bklm.harness.statistics import FEWEST_SEEDS, Perplexity, interval95
 from bklm.studies.physics.tables import ARMS, NOTHING, Rows, interval_of, number, words_of
@@ -94,9 +95,7 @@ def _conserves(row: Mapping[str, Any]) -> str:
         return "no verdict"
     if row["over_control_low"] >= 1:
         return f"no: {row['control']} drifts no more"
-    return (
-        "yes" if row["over_control_high"] < 1 else f"no verdict: not shown to drift less than {row['control']}"
-    )
+    return "yes" if row["over_control_high"] < 1 else f"{NOT_SHOWN} to drift less than {row['control']}"
 
 
 def kept_in_words(share: float | None) -> str:
