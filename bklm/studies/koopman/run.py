@@ -174,9 +174,11 @@ def _judged(trials: list[Trial], arms: Mapping[str, Arm]) -> list[dict[str, Any]
     return verdicts(ARMS, trials, arms, any_of=sum(name.startswith(TERMS) for name in arms) or 1)
 
 
-def _note(study: Session, trials: list[Trial], seeds: int | None = None) -> str:
+def _note(study: Session, trials: list[Trial], seeds: int | None = None, at_once: int = 1) -> str:
     config = study.config
-    own = (f"{config.protocol} protocol", tables.rate_in_words(trials, config.learning_rates))
+    own = [f"{config.protocol} protocol", tables.rate_in_words(trials, config.learning_rates)]
+    if at_once > 1:
+        own.append(f"intervals for {at_once} at once")
     return small_print(
         study.text, seeds or len(config.seeds), *own, sees_the_future=config.protocol == "original"
     )
@@ -186,13 +188,18 @@ def _draw(study: Session, arms: Mapping[str, Arm], trials: list[Trial]) -> Path 
     if not ARMS.finished(trials):
         return None
     count = sum(arm.seeds or len(study.config.seeds) for arm in arms.values())
-    title = f"{len(trials)} of {count} trials done{ARMS.diverged_in_short(trials)}"
-    return figures.draw_arms(study.folder / "arms.png", _judged(trials, arms), title, _note(study, trials))
+    title, judged = (
+        f"{len(trials)} of {count} trials done{ARMS.diverged_in_short(trials)}",
+        _judged(trials, arms),
+    )
+    note = _note(study, trials, at_once=judged[0]["any_of"] if judged else 1)
+    return figures.draw_arms(study.folder / "arms.png", judged, title, note)
 
 
 def _report(study: Session, found: dict[str, Any]) -> KoopmanResult:
     config, report, trials = study.config, Report(study), found["trials"]
-    judged, note = _judged(trials, found["arms"]), _note(study, trials)
+    judged = _judged(trials, found["arms"])
+    note = _note(study, trials, at_once=judged[0]["any_of"] if judged else 1)
     recalled, equal, steps, task = [], [], {}, recall_task(config)
     told = [tables.plain_in_words(trials, config.learning_rates)]
     if judged:
@@ -239,7 +246,7 @@ def _operators(
     made = kept_result(folder / "linearised.json", lambda: linearise(study, trials), needed)
     linearised, eigenvalues = tables.linearised_rows(made["scores"], made["times"]), []
     told.append(operators_in_words(linearised, study.config.score_tokens))
-    note = f"{_note(study, trials)} Intervals of operators: for {linearised[0]['any_of']} at once."
+    note = _note(study, trials, at_once=linearised[0]["any_of"])
     report.figure("linearised.png", figures.draw_linearised, linearised, told[-1], note)
     report.path("linearised.json")
     if RECALL.finished(found["tied"]):

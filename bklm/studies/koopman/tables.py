@@ -12,7 +12,7 @@ from bklm.harness.step_times import at_equal_seconds as equal_seconds
 from bklm.training.context_gain import gain_in_words
 
 LONG = 128  # distances from here on are what "long range" means
-LARGEST = 10  # eigenvalues, in the table for people
+SHOWN = 10  # eigenvalues, in the table for people
 OWN = 0.1  # a residual below which an eigenvalue is taken for one of the map
 CONTROLS = ("original", "mixer off", "skip", "MLP")
 LINEAR = "LRU"  # the recurrence that is linear, which claims of one are about
@@ -235,12 +235,12 @@ def has_learned(group: Sequence[Trial], chance: float) -> bool:
 
 
 def readable_spectrum(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The eigenvalues of the largest modulus, a conjugate pair once."""
-    upper = sorted((r for r in rows if r["imaginary"] >= 0), key=lambda r: -r["modulus"])
+    """The eigenvalues of the smallest residuals, a conjugate pair once."""
+    upper = sorted((r for r in rows if r["imaginary"] >= 0), key=lambda r: r["residual"])
     return [
         {"eigenvalue": f"{r['real']:.3f}" + f" ± {r['imaginary']:.3f} i" * (r["imaginary"] > 0),
          "modulus": f"{r['modulus']:.3f}", "residual, held-out": f"{r['residual']:.3f}"}
-        for r in upper[:LARGEST]
+        for r in upper[:SHOWN]
     ]  # fmt: skip
 
 
