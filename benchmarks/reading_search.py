@@ -1,8 +1,8 @@
 """Which defaults of a model read best? One training per variant, for the tables in `bklm/models/resnet_bk_config.py` and
 docs/benchmarks.md.
 
-    python benchmarks/reading_search.py --data_dir FOLDER                         # every variant at 1e-3, one epoch each
-    python benchmarks/reading_search.py --data_dir FOLDER --rate 3e-3 --epochs 4 --only taken "4 heads"
+    python benchmarks/reading_search.py --data_dir FOLDER                         # every variant of each, one epoch of four
+    python benchmarks/reading_search.py --data_dir FOLDER --model resnet_bk --rate 3e-3 --epochs 4 --only taken "4 heads"
     python benchmarks/reading_search.py --data_dir FOLDER --model gpt --parameters 2740000 --epochs 8 --schedule 8
     python benchmarks/reading_search.py --data_dir FOLDER --model lstm --rate 1e-2 --schedule 1
     python benchmarks/reading_search.py --quick                                   # embedded text, a tiny model, for CI
@@ -17,17 +17,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from _timing import print_table
+from _timing import print_table, where
 from torch import Tensor, nn
 
 from bklm.models import GPT, LSTM, GPTConfig, LanguageModel, ResNetBK, ResNetBKConfig
 from bklm.models.sizing import gpt_of_size, lstm_of_size
 from bklm.studies.baseline.config import BaselineConfig
 from bklm.studies.baseline.run import prepare_text
+from bklm.studies.baseline.text import BaselineText
 from bklm.training.denormals import flushed_denormals
 from bklm.training.loop import train
 from bklm.training.processes import make_accelerator
@@ -115,6 +117,8 @@ def build_lstm(
     return model
 
 
+# Of those that the search of study 03 tries, one that suits the model.
+RATES = {"resnet_bk": 3e-3, "gpt": 1e-3, "lstm": 1e-2}
 MODELS: dict[str, tuple[dict[str, dict[str, Any]], Callable[..., LanguageModel]]] = {
     "resnet_bk": (READERS, build_reader),
     "gpt": (GPTS, build_gpt),
@@ -125,29 +129,39 @@ MODELS: dict[str, tuple[dict[str, dict[str, Any]], Callable[..., LanguageModel]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir")
-    parser.add_argument("--model", choices=MODELS, default="resnet_bk")
-    parser.add_argument("--only", nargs="+", help="names of variants")
+    parser.add_argument("--model", choices=MODELS, help="one alone")
+    parser.add_argument("--only", nargs="+", help="names of variants, of one model")
     parser.add_argument("--parameters", type=int, default=2_740_000, help="of GPT and LSTM")
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, help="learning rate; each model's own where none is given")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--schedule", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
-    variants, build = MODELS[given.model]
-    if unknown := [name for name in given.only or () if name not in variants]:
-        parser.error(f"--only: got {', '.join(unknown)}; {given.model} has {', '.join(variants)}.")
+    if given.only and given.model is None:
+        parser.error("--only: name the --model that these are variants of.")
+    known = MODELS[given.model][0] if given.model else {}
+    if unknown := [name for name in given.only or () if name not in known]:
+        parser.error(f"--only: got {', '.join(unknown)}; {given.model} has {', '.join(known)}.")
     source = {"dataset": "embedded"} if given.data_dir is None else {"data_dir": given.data_dir}
     small = {"profile": "smoke"} if given.quick else {"profile": "full", "seq_len": 64, "vocab_size": 1000}
     config = BaselineConfig(**source, **small, batch_size=16).resolved()
     given.seq_len = config.seq_len
     given.parameters = 20_000 if given.quick else given.parameters
     text = prepare_text(config)
+    print(where())
+    for model in [given.model] if given.model else MODELS:
+        search(model, given.rate or RATES[model], text, given)
+
+
+def search(name_of_model: str, rate: float, text: BaselineText, given: argparse.Namespace) -> None:
+    """Print a model's table, a row a variant."""
+    variants, build = MODELS[name_of_model]
     rows = []
     for name in given.only or variants:
         options = dict(variants[name])
         settings = TrainingSettings(
-            max(given.schedule, given.epochs), learning_rate=given.rate, weight_decay=0.0, clip=1.0, schedule="cosine",
+            max(given.schedule, given.epochs), learning_rate=rate, weight_decay=0.0, clip=1.0, schedule="cosine",
             warmup=options.pop("warmup", 0.05),
         )  # fmt: skip
         row = {"variant": name}
@@ -158,10 +172,10 @@ def main() -> None:
                 "parameters": f"{model.num_parameters():,}",
                 f"seed {seed}": _perplexity(model, text, settings, seed, given),
             }
-            print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            print(", ".join(f"{key} {value}" for key, value in row.items()), file=sys.stderr, flush=True)
         rows.append(row)
-    last = f"after epoch {given.epochs} of {settings.epochs}, rate {given.rate:g}"
-    print_table(f"Validation perplexity {last}, {given.model}, {text.corpus.name}", rows)
+    last = f"after epoch {given.epochs} of {settings.epochs}, rate {rate:g}"
+    print_table(f"Validation perplexity {last}, {name_of_model}, {text.corpus.name}", rows)
 
 
 class _Enough(Exception):

@@ -3,6 +3,7 @@
     python scripts/benchmarks.py                    # all of them, an hour and a half on two quiet cores
     python scripts/benchmarks.py bk_core moe        # these; the others keep what they printed last
     python scripts/benchmarks.py bk_core --jax PYTHON    # where jax is a peer: an interpreter that has it
+    python scripts/benchmarks.py reading_search --text FOLDER    # of what trains: train.txt, valid.txt and test.txt
     python scripts/benchmarks.py --page             # only the page
 
 What each prints is kept as it is in docs/results/benchmarks/NAME.txt, under the command and the date.
@@ -54,9 +55,13 @@ BENCHMARKS = {
     "that grows with the points by more than a tenth.",
     "scaling": "Several processes on one machine: notebooks, one training, one shared sweep. No target; "
     "[scaling.md](scaling.md) says what follows.",
+    "reading_search": "Which defaults read best: one epoch of four for each variant of the model that reads, of GPT and of "
+    "the LSTM that study 03 compares, one seed (``--text``; other models of study 03 have the published defaults). *taken* is "
+    "what the package has. No target; more variants were tried of the model that reads (`bklm/models/resnet_bk_config.py`).",
     "freeze_phase2": "An epoch of phase 2 with cached contexts against the token-by-token procedure. Target: 30 times.",
 }
 AGAINST_JAX = ("bk_core", "resolvent_solve")
+TRAINS = ("reading_search",)
 HEAD = """# Benchmarks
 
 What each script printed, on two cores of a shared virtual machine without a GPU; its first lines name the revision, the
@@ -77,12 +82,14 @@ def wait_until_quiet() -> None:
         time.sleep(5)
 
 
-def run(name: str, jax: str | None) -> None:
+def run(name: str, jax: str | None, text: str | None) -> None:
     command = [sys.executable, f"benchmarks/{name}.py"]
     asked = ""
     if jax and name in AGAINST_JAX:
         # The page names no path of this machine.
         command, asked = [*command, "--jax", jax], " --jax PYTHON"
+    if text and name in TRAINS:
+        command, asked = [*command, "--data_dir", text], " --data_dir FOLDER"
     shown = (
         f"$ python benchmarks/{name}.py{asked}    # {datetime.date.today()}, revision {git_revision()[:12]}\n"
     )
@@ -102,13 +109,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; none: all")
     parser.add_argument("--jax", metavar="PYTHON", help="a Python interpreter that has jax")
+    parser.add_argument("--text", metavar="FOLDER", help="the text of what trains")
     parser.add_argument("--page", action="store_true", help="run nothing, only write the page")
     given = parser.parse_args()
     if unknown := [n for n in given.names if n not in BENCHMARKS]:
         parser.error(f"got {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}.")
     for name in [] if given.page else given.names or BENCHMARKS:
         print(f"benchmarks/{name}.py ...", file=sys.stderr, flush=True)
-        run(name, given.jax)
+        run(name, given.jax, given.text)
     page = [HEAD]
     for name, what in BENCHMARKS.items():
         output = OUTPUTS / f"{name}.txt"
