@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from bklm.harness.arms import NOT_SHOWN, readable_verdicts
+from bklm.harness.arms import NOT_SHOWN, any_holds, claim, readable_verdicts
 from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.studies.baseline import tables
 from bklm.studies.baseline.models import TITLES
@@ -84,6 +84,22 @@ def versus_counting(run: Any) -> str:
     elif best["val_ppl_low"] > count["val_ppl"]:
         words = "does not beat"
     return f"The best corrected model, {ppl(best)}, {words} {count['name']} ({count['val_ppl']:.1f})."
+
+
+def blending_helps(run: Any) -> str:
+    """Whether an alpha of 0.3 to 0.7 is shown to be better than 0, all of them to be worse, or neither: by intervals that do
+    not overlap."""
+    none = run.by_alpha[0.0]
+    blends = [row for alpha, row in run.by_alpha.items() if 0.3 <= alpha <= 0.7]
+    found = [
+        True
+        if r["val_ppl_high"] < none["val_ppl_low"]
+        else False
+        if r["val_ppl_low"] > none["val_ppl_high"]
+        else NOT_SHOWN
+        for r in blends
+    ]
+    return claim("", "", any_holds(found))["verdict"]
 
 
 def earlier(run: Any) -> str:
@@ -350,7 +366,7 @@ OF_RUNS: Places = {
         "best_ppl": lambda run: ppl(run.best),
         "reported": lambda run: run.by_alpha[0.0]["original_val_ppl"],
         "above": lambda run: "above" if run.best["val_ppl"] > run.count_model["val_ppl"] else "below",
-        "holds": lambda run: "holds" if 0.3 <= run.summary["best_alpha"] <= 0.7 else "does not hold",
+        "holds": blending_helps,
         "versus": versus_counting,
         "exact": exact_directions,
         "rate": lambda run: f"{run.config['learning_rate']:.0e}".replace("e-0", "e-"),

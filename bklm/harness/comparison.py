@@ -295,7 +295,7 @@ def state_finding(best: str, ratios: Mapping[str, Perplexity], seeds: int) -> st
     if worse:
         best += f"; worse over {seeds} paired seeds: {', '.join(worse)}"
     if same:
-        best += f"; no difference beyond the 95% interval: {', '.join(same)}"
+        best += f"; not told apart by the 95% interval: {', '.join(same)}"
     if unjudged:
         best += f"; no verdict, because a perplexity is too large to be recorded: {', '.join(unjudged)}"
     return f"{best}."

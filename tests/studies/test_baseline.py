@@ -592,7 +592,7 @@ def test_a_difference_inside_its_interval_is_called_none_and_one_outside_worse()
     runs = [run_of("newllm", 0, 50.0), run_of("newllm", 1, 55.0), run_of("newllm", 2, 52.4)]
     same = [*runs, run_of("gpt", 0, 56.0), run_of("gpt", 1, 50.0), run_of("gpt", 2, 52.5)]
     assert MODELS.finding(same).startswith("Lowest validation PPL: NewLLM, 52.4 (")
-    assert "no difference beyond the 95% interval: GPT x" in MODELS.finding(same)
+    assert "not told apart by the 95% interval: GPT x" in MODELS.finding(same)
     assert "no other is worse" in MODELS.headline(same)
     worse = [*runs, run_of("gpt", 0, 60.0), run_of("gpt", 1, 66.1), run_of("gpt", 2, 62.9)]
     assert "worse over 3 paired seeds: GPT x1.201 (" in MODELS.finding(worse)

@@ -102,7 +102,7 @@ def test_the_closing_sentence_names_what_made_the_difference_largest_first_and_c
     assert sentence.startswith(
         "Pretraining and tying made a difference over 3 paired seeds: a pretrained instead of a random"
     )
-    assert "no difference beyond the 95% interval: freezing the embedding instead of training it" in sentence
+    assert "not told apart by the 95% interval: freezing the embedding instead of training it" in sentence
     assert "gives a lower PPL, x0.700" in sentence
     assert "gives a higher PPL, x1.100" in sentence
     nothing = state_finding(study(wobble={0: 0.9, 1: 1.1, 2: 1.0}))

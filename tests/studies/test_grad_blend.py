@@ -220,7 +220,7 @@ def trial(alpha: float, seed: int, perplexity: float | None) -> dict:
 def test_a_difference_inside_its_interval_is_called_none_and_one_outside_worse():
     same = [trial(0.0, s, p) for s, p in enumerate((100.0, 110.0, 105.0))]
     same += [trial(0.5, s, p) for s, p in enumerate((111.0, 100.0, 106.0))]
-    assert "no difference beyond the 95% interval: alpha 0.5 x" in ALPHAS.finding(same)
+    assert "not told apart by the 95% interval: alpha 0.5 x" in ALPHAS.finding(same)
     # Paired over seeds a constant ratio is certain although the seeds themselves scatter.
     worse = same[:3] + [trial(0.5, s, p) for s, p in enumerate((105.0, 115.6, 110.25))]
     assert "worse over 3 paired seeds: alpha 0.5 x1.050 (" in ALPHAS.finding(worse)
@@ -235,7 +235,7 @@ def test_one_diverged_seed_widens_the_interval_and_cannot_take_it_below_zero():
     assert 0 < row["val_ppl_low"] < row["val_ppl"] < row["val_ppl_high"]
     assert row["val_ppl"] == pytest.approx((90.0 * 1e5 * 110.0) ** (1 / 3))
     assert ALPHAS.best(trials) == 0.0
-    assert "no difference beyond the 95% interval: alpha 1" in ALPHAS.finding(trials)
+    assert "not told apart by the 95% interval: alpha 1" in ALPHAS.finding(trials)
 
 
 def test_one_seed_gives_no_interval_and_no_verdict():

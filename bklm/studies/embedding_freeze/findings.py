@@ -54,7 +54,7 @@ def state_finding(trials: Sequence[Trial]) -> str:
         parts.append(f"{nouns} made a difference over {seeds} paired seeds: {listed}")
     if none:
         listed = "; ".join(f"{ACTIONS[f]}, x{ratios[f]}" for f in none)
-        parts.append(f"no difference beyond the 95% interval: {listed}")
+        parts.append(f"not told apart by the 95% interval: {listed}")
     if unjudged := [ACTIONS[f] for f in ratios if f not in (*made, *none)]:
         parts.append(f"no verdict, because a perplexity is too large to be recorded: {', '.join(unjudged)}")
     sentence = "; ".join(parts)
