@@ -91,7 +91,8 @@ def backward(batch: int, length: int, seed: int, device: str) -> Arms:
 
 
 class _Mixture:
-    """Weights, noise and dropout mask of one mixture; ``step`` is its forward and backward, (tokens, WIDTH)."""
+    """Weights, noise and dropout mask of one mixture; ``forward`` gives its output (tokens, WIDTH), ``backward`` the gradients
+    of input and weights."""
 
     def __init__(self, tokens: int, experts: int, device: str) -> None:
         d = WIDTH
@@ -101,50 +102,68 @@ class _Mixture:
         self.ybar = torch.randn(tokens, d, device=device)
         self.noise, self.keep, self.keep_p = draw(self.inputs[0].detach(), experts, 2 * d, DROPOUT)
 
-    def step(self, analytic: bool, router_gradient: str = "exact") -> tuple[Tensor, ...]:
+    def forward(self, analytic: bool, router_gradient: str = "exact") -> Tensor:
         settings = Settings(1, 1.0, router_gradient, self.keep_p, torch.float32)
         arguments = (*self.inputs, self.noise, self.keep, settings)
-        y = mixture(*arguments)[0] if analytic else dense_moe(*arguments)
+        return mixture(*arguments)[0] if analytic else dense_moe(*arguments)
+
+    def backward(self, y: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, self.inputs, self.ybar)
 
 
 def moe(tokens: int, experts: int, seed: int, device: str) -> Arms:
-    """Gradients of input and weights of a top-1 mixture of width 64, forward included."""
+    """Gradients of input and weights of a top-1 mixture of width 64; forward and backward timed apart."""
     torch.manual_seed(seed)
     problem = _Mixture(tokens, experts, device)
     return {
-        DENSE: Arm(lambda: problem.step(analytic=False)),
-        EXACT: Arm(lambda: problem.step(analytic=True)),
-        SELECTED: Arm(lambda: problem.step(analytic=True, router_gradient="selected")),
+        DENSE: Arm(lambda: problem.forward(analytic=False), problem.backward),
+        EXACT: Arm(lambda: problem.forward(analytic=True), problem.backward),
+        SELECTED: Arm(lambda: problem.forward(analytic=True, router_gradient="selected"), problem.backward),
     }
 
 
 def total(batch: int, length: int, seed: int, device: str) -> Arms:
-    """Gradient of the core, exact, and of a mixture of 4 experts on the same number of tokens, forward included.
+    """Gradient of the core, exact, and of a mixture of 4 experts on the same number of tokens; forward and backward apart.
 
     The plain core is in complex128, because the theta/phi products overflow in complex64 from N = 56 on; bklm's, which does
     not need that, in complex64, and in complex128 for a comparison like with like. All mixtures are in float32.
     """
     torch.manual_seed(seed)
     problem, experts = Problem.make(batch, length, 1.0, seed, device), _Mixture(batch * length, 4, device)
-    gbar, z = problem.gbar["complex128"], problem.z
+    z = problem.z
 
-    def core(rows: slice) -> Tensor:
-        leaf = problem.a["complex128"][rows].detach().requires_grad_()
+    def leaf_of(precision: str, rows: slice) -> Tensor:
+        return problem.a[precision][rows].detach().requires_grad_()
+
+    def theta_phi(leaf: Tensor) -> Tensor:
         ones = leaf.new_ones(length - 1)
-        return torch.autograd.grad(reference.theta_phi(leaf, ones, ones, z), leaf, gbar[rows])[0]
+        return reference.theta_phi(leaf, ones, ones, z)
 
-    def plain(slices: list[slice]) -> tuple[Tensor, ...]:
-        return torch.cat([core(rows) for rows in slices]), *experts.step(analytic=False)
+    def arm(core: Callable[[Tensor], Tensor], precision: str, slices: list[slice], analytic: bool) -> Arm:
+        def forward() -> tuple[list[Tensor], list[Tensor], Tensor]:
+            leaves = [leaf_of(precision, rows) for rows in slices]
+            return leaves, [core(leaf) for leaf in leaves], experts.forward(analytic=analytic)
 
-    def analytic(precision: str) -> tuple[Tensor, ...]:
-        return _analytic(problem, precision, "exact"), *experts.step(analytic=True)
+        def backward(state: tuple[list[Tensor], list[Tensor], Tensor]) -> tuple[Tensor, ...]:
+            leaves, outputs, y = state
+            upstream = problem.gbar[precision]
+            found = [
+                torch.autograd.grad(G, leaf, upstream[rows])[0]
+                for G, leaf, rows in zip(outputs, leaves, slices, strict=True)
+            ]
+            return torch.cat(found), *experts.backward(y)
 
+        return Arm(forward, backward)
+
+    def fused(leaf: Tensor) -> Tensor:
+        return resolvent_diagonal(leaf, 1.0, 1.0, z)
+
+    each, whole = [slice(i, i + 1) for i in range(batch)], [slice(None)]
     return {
-        PLAIN_SEQUENTIAL: Arm(lambda: plain([slice(i, i + 1) for i in range(batch)])),
-        PLAIN: Arm(lambda: plain([slice(None)])),
-        ALL_ANALYTIC: Arm(lambda: analytic("complex64")),
-        ALL_ANALYTIC_DOUBLE: Arm(lambda: analytic("complex128")),
+        PLAIN_SEQUENTIAL: arm(theta_phi, "complex128", each, False),
+        PLAIN: arm(theta_phi, "complex128", whole, False),
+        ALL_ANALYTIC: arm(fused, "complex64", whole, True),
+        ALL_ANALYTIC_DOUBLE: arm(fused, "complex128", whole, True),
     }
 
 
