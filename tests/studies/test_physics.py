@@ -206,6 +206,9 @@ def test_conserved_means_little_drift_no_collapse_and_less_drift_than_where_noth
     wide = [(3.0, 20.0)] * 3
     assert found(mended=low, detached=wide, **rest)["mended"] == "no: collapsed"
     assert found(mended=high, detached=high, **rest)["mended"] == "no: it drifts"
+    near = [(0.06, 1.0), (0.09, 1.0), (0.14, 1.0)]
+    words = "not shown to drift by less than 10% of its spread"
+    assert found(mended=near, detached=high, **rest)["mended"] == words
     assert found(mended=low[:2], detached=high[:2], mended_placebo=high[:2])["mended"] == "no verdict"
     # A control that lost a seed.
     assert found(mended=low, detached=high[:2], **rest)["mended"] == "no verdict"

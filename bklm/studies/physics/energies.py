@@ -87,8 +87,10 @@ def _conserves(row: Mapping[str, Any]) -> str:
         return "no verdict"
     if row["ratio"] is None or row["spread_kept"] is None or row["spread_kept"] < COLLAPSED:
         return "no: collapsed"
-    if row["ratio_high"] >= CONSERVED:
+    if row["ratio_low"] >= CONSERVED:
         return "no: it drifts"
+    if row["ratio_high"] >= CONSERVED:
+        return f"{NOT_SHOWN} to drift by less than {CONSERVED:.0%} of its spread"
     if not row["control"]:
         return "yes"
     if row["over_control_high"] is None:

@@ -88,7 +88,9 @@ def step_rows(
         row = {"arm": arm, "reached": len(reached), "seeds": len(goals), "ms": statistics.median(times[arm])}
         row["steps"] = steps * interval95(reached)[0] if reached and len(reached) == len(goals) else None
         row["seconds_to_loss"] = row["steps"] and 1e-3 * row["steps"] * row["ms"]
-        for control in arms[arm].against or ((target,) if arm != target else ("-",)):
+        # A control whose step was not timed is one of losses alone.
+        controls = [control for control in arms[arm].against if control in times]
+        for control in controls or ((target,) if arm != target else ("-",)):
             other = taken.get(control, {})
             pairs = [(found.get(s), other.get(s)) for s in goals]
             known = bool(pairs) and all(n is not None and m for n, m in pairs)
