@@ -185,6 +185,9 @@ def _train_unsearched(
     steps = len(study.text.train_loader(seed=0)) * settings.epochs
     arms["detached"] = models.detached_arm(config, steps, rates["mended"] == rates[PLAIN])
     found = train({"detached": arms["detached"]}, dataclasses.replace(settings, learning_rate=rates["mended"]))
+    if rates["mended"] != rates[PLAIN]:
+        # The plain model at the mended one's rate: where the searches ended apart, it is the fairer control.
+        arms["mended"] = dataclasses.replace(arms["mended"], against=(*arms["mended"].against, "detached"))
     published = [
         t["embedding_norm"] for t in ARMS.groups(trials).get("published", ()) if t["seed"] == config.seeds[0]
     ]
