@@ -79,10 +79,12 @@ COLUMNS = (
     (r"diverged", "number of trainings that ended without a finite loss"),
     (r"epoch|best_epoch|convergence_epoch", "number of passes over the training text"),
     (r"learning_rate(_at_start)?", "step size of the optimiser"),
+    (r"dropout", "share of units that training drops, 0 to 1"),
+    (r"loss_low_alone", "lower end of a loss difference's own 95% interval, nats"),
     (r"gradient_(norm(_\w+)?|variance)", "length of the gradient of all parameters (99: of 99 steps in 100)"),
     (
         r"(seconds_)?ratio|over_control|at_edge|gap|change|verdict|claim\w*|announced|measured|compared|short|where|factor|way|conserves|within|times_smaller|"
-        r"distinct_\d|(ms|bytes)_ratio|stays|trade|same_\w+|repeats_prompt|ended|recalled|asked|replied|written",
+        r"distinct_\d|(ms|bytes)_ratio|stays|trade|same_\w+|untimed|repeats_prompt|ended|recalled|asked|replied|written",
         "see the tables",
     ),
     (r"cosine", "cosine with the exact gradient, -1 to 1"),
