@@ -235,9 +235,10 @@ def is_below(low: float | None, high: float | None, bound: float = 0.0) -> Holds
 
 
 def all_hold(found: Iterable[Holds]) -> Holds:
-    """The verdict on a claim that asks for all of these; None for none of them."""
+    """The verdict on a claim that asks for all of these; None for none of them. Where one is not shown, the claim is not,
+    whatever another without a verdict may be."""
     listed = list(found)
-    return next((v for v in (False, None, NOT_SHOWN) if any(f is v for f in listed)), True if listed else None)
+    return next((v for v in (False, NOT_SHOWN, None) if any(f is v for f in listed)), True if listed else None)
 
 
 def any_holds(found: Iterable[Holds]) -> Holds:

@@ -95,6 +95,7 @@ COLUMNS = (
     (r"converged|stopped_early|float_reads", "true or false; share of documents for a phase 1"),
     (r"first_(spread|ratio|share)", "{0} when the energy's training begins"),
     (r"spread_kept", "spread of the energy over its first one"),
+    (r"spread_of_detached", "spread of the energy over that of the nets which no model hears of"),
     (r"drift|spread(_of_v)?", "of an energy: mean change; standard deviation over states (of V over tokens)"),
     (r"work", "mean change of an energy with the causal drive, over its spread"),
     (r"(gradient|outer_parameter|head_time|core_time|kept|word)_share", "part of the whole, 0 to 1"),

@@ -246,7 +246,8 @@ def test_verdicts_are_of_paired_seeds_and_an_arm_helps_where_it_beats_every_cont
 def test_a_claim_of_many_parts_is_as_good_as_its_worst_and_one_of_any_as_its_best():
     assert all_hold([True, True]) is True
     assert all_hold([True, NOT_SHOWN]) is NOT_SHOWN
-    assert all_hold([True, NOT_SHOWN, None]) is None
+    assert all_hold([True, NOT_SHOWN, None]) is NOT_SHOWN
+    assert all_hold([True, None]) is None
     assert all_hold([True, NOT_SHOWN, None, False]) is False
     assert all_hold([]) is None
     assert any_holds([False, NOT_SHOWN, None, True]) is True

@@ -205,6 +205,8 @@ def test_conserved_means_little_drift_no_collapse_and_less_drift_than_where_noth
     # A spread far above that of untrained nets, and far below that of nets which no model hears of.
     wide = [(3.0, 20.0)] * 3
     assert found(mended=low, detached=wide, **rest)["mended"] == "no: collapsed"
+    told = {r["arm"]: r for r in of_energies.readable_energies(energies(mended=low, detached=wide, **rest))}
+    assert told["mended"]["spread at the end"] == "100% of the first, 5% of detached's"
     assert found(mended=high, detached=high, **rest)["mended"] == "no: it drifts"
     near = [(0.06, 1.0), (0.09, 1.0), (0.14, 1.0)]
     words = "not shown to drift by less than 10% of its spread"

@@ -122,9 +122,9 @@ def _faster(operators: Rows) -> dict[str, str]:
     if shown["context_gain_kept"] is None:
         return claim(announced, f"{told}; nothing to linearise: the mixers bring nothing here", None)
     told += f", context gain kept: {kept_in_words(shown)}"
-    if not fast or shown["context_gain_kept"] <= 0:
-        # What keeps none of the gain from context stands in for no block that reads.
+    if not fast:
         return claim(announced, told, False)
+    # What keeps none of the gain from context stands in for no block that reads.
     kept, half = shown["context_gain_kept"], shown["context_gain_kept_95"] or 0.0
     # A wide interval is no proof of "no worse".
     no_worse = is_below(shown["ppl_ratio_low"], shown["ppl_ratio_high"], NO_WORSE)
@@ -163,5 +163,6 @@ def _far(trials: Sequence[Trial], chance: float, model: str) -> dict[str, str]:
 
 
 def _at(group: Sequence[Trial]) -> str:
-    far = [d for d in group[0]["recall"] if int(d) >= LONG]
+    # The shortest one first: what is not remembered there is no matter of range.
+    far = [d for d in group[0]["recall"] if int(d) >= LONG or d == min(group[0]["recall"], key=int)]
     return ", ".join(f"{interval95([t['recall'][d] for t in group])[0]:.0%} at {d}" for d in far)

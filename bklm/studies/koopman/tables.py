@@ -125,11 +125,14 @@ def ratio_of(row: Mapping[str, Any], name: str) -> Perplexity:
 
 
 def kept_in_words(row: Mapping[str, Any]) -> str:
-    """What is left of the gain from context: "74 ± 3%"; a loss above that of the best model without context is "none"."""
-    found = row["context_gain_kept"]
+    """What is left of the gain from context: "74 ± 3%"; a loss above that of the best model without context is "none", or
+    "none shown" where its interval reaches above 0."""
+    found, half = row["context_gain_kept"], row["context_gain_kept_95"]
     if found is None:
         return "nothing to keep"
-    return "none" if found <= 0 else _percent(found, row["context_gain_kept_95"])
+    if found <= 0:
+        return "none shown" if half is not None and found + half > 0 else "none"
+    return _percent(found, half)
 
 
 def readable_linearised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -142,9 +145,10 @@ def readable_linearised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
             "replacement": whole["replacement"],
             "R² of the increment, by block": ", ".join(f"{r['r2']:.2f}" for r in alone),
             "PPL ratio, one block": ", ".join(f"{r['ppl_ratio']:.3f}" for r in alone),
+            "context gain kept, one block": ", ".join(kept_in_words(r) for r in alone),
             "val PPL, all blocks": f"{whole['val_ppl']:.1f}",
             f"PPL ratio, all blocks (95%{f' for {many} operators at once' * (many > 1)})": str(ratio_of(whole, "ppl_ratio")),
-            "context gain kept": kept_in_words(whole),
+            "context gain kept, all blocks": kept_in_words(whole),
         })  # fmt: skip
     return found
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from bklm.harness.arms import NOT_SHOWN, all_hold, any_holds, claim, helps, is_below, nats_in_words
 from bklm.harness.statistics import FEWEST_SEEDS
-from bklm.studies.physics.energies import kept_in_words
-from bklm.studies.physics.tables import PLAIN, Rows, largest_in_words, words_of
+from bklm.studies.physics.energies import spread_in_words
+from bklm.studies.physics.tables import Rows, largest_in_words, words_of
 from bklm.training.context_gain import gain_in_words
 
 CLAIMED = ("published", "apart", "mended")  # terms any of which makes the first claim hold
@@ -40,7 +40,10 @@ def claims_table(
         told = f"lower than {', '.join(beaten)}, but not than all: " * bool(beaten) + _differences(
             own, "conservative"
         )
-        told += f"; gain from context {gain_in_words(gains['conservative'])}, {PLAIN}'s {gain_in_words(gains[PLAIN])}"
+        told += f"; gain from context {gain_in_words(gains['conservative'])}, "
+        told += ", ".join(
+            f"{r['against']}'s {gain_in_words(gains[r['against']])}" for r in own if r["against"] in gains
+        )
         announced = "conservative blocks reach a lower perplexity"
         rows.append(claim(announced, told + _edges(own, at_edge), holds))
         if timed := [r for r in found["equal_seconds"] if r["arm"] == "conservative"]:
@@ -77,7 +80,7 @@ def _edges(rows: Rows, at_edge: Collection[str]) -> str:
 
 def _conserved(row: Mapping[str, Any]) -> dict[str, str]:
     """Of one energy: little drift, no collapse, and less drift than where nothing was asked of the model."""
-    told = f"drift / spread {words_of(row, 'ratio')}, spread {kept_in_words(row['spread_kept'])}"
+    told = f"drift / spread {words_of(row, 'ratio')}, spread {spread_in_words(row)}"
     told += f"; over {row['control']}'s {words_of(row, 'over_control')}" if row["control"] else ""
     told += f"; with the causal drive {row['work']:.2f}" if row["work"] is not None else ""
     which = row["arm"] if row["work"] is None else f"{row['arm']}, drive off"

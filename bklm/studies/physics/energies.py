@@ -43,11 +43,11 @@ def energy_rows(trials: Sequence[Trial], first: Mapping[str, Mapping[str, Any]])
             row["first_ratio"] = mean_or_none([over_spread(r["drift"], r["spread"]) for r in begun])
         shares = [t["energy"]["shares"][0]["gradient_share"] for t in group if t["energy"].get("shares")]
         row["first_share"] = interval95(shares)[0] if shares else None
-        if DETACHED in ENERGY_CONTROLS.get(arm, ()) and DETACHED in groups:
-            # An energy of untrained nets on small embeddings tells next to nothing apart: it must also stay near what the same
-            # nets find in a model that does not hear of them.
-            row["first_spread"] = max(row["first_spread"], _spread(groups[DETACHED]))
         row["spread_kept"] = over_spread(row["spread"], row["first_spread"])
+        # An energy of untrained nets on small embeddings tells next to nothing apart: it must also stay near what the same
+        # nets find in a model that does not hear of them.
+        beside = DETACHED in ENERGY_CONTROLS.get(arm, ()) and DETACHED in groups
+        row["spread_of_detached"] = over_spread(row["spread"], _spread(groups[DETACHED])) if beside else None
         controls = {c: _paired(ratios[arm], ratios.get(c, {})) for c in ENERGY_CONTROLS.get(arm, ())}
         hardest = max(controls, key=lambda c: _hard(controls[c]), default="")
         row |= {"control": hardest} | interval_of("over_control", controls.get(hardest, NOTHING))
@@ -85,7 +85,12 @@ def _conserves(row: Mapping[str, Any]) -> str:
         return "a control"
     if row["seeds"] < FEWEST_SEEDS:
         return "no verdict"
-    if row["ratio"] is None or row["spread_kept"] is None or row["spread_kept"] < COLLAPSED:
+    kept = [row["spread_kept"], row["spread_of_detached"]]
+    if (
+        row["ratio"] is None
+        or kept[0] is None
+        or any(share is not None and share < COLLAPSED for share in kept)
+    ):
         return "no: collapsed"
     if row["ratio_low"] >= CONSERVED:
         return "no: it drifts"
@@ -107,6 +112,12 @@ def kept_in_words(share: float | None) -> str:
     return f"{share:.0%} of the first" if share < 2 else f"{share:.{int(share < 10)}f} times the first"
 
 
+def spread_in_words(row: Mapping[str, Any]) -> str:
+    """ "319 times the first, 113% of detached's"."""
+    beside = row.get("spread_of_detached")
+    return kept_in_words(row["spread_kept"]) + ("" if beside is None else f", {beside:.0%} of {DETACHED}'s")
+
+
 def readable_energies(rows: Sequence[Mapping[str, Any]]) -> Rows:
     return [
         {
@@ -114,7 +125,7 @@ def readable_energies(rows: Sequence[Mapping[str, Any]]) -> Rows:
             "drift / spread, at first": number(r["first_ratio"]),
             "at the end (95%)": words_of(r, "ratio"),
             "over its control's (95%)": f"{words_of(r, 'over_control')}, {r['control']}" if r["control"] else "-",
-            "spread at the end": kept_in_words(r["spread_kept"]),
+            "spread at the end": spread_in_words(r),
             "conserves": r["conserves"],
             "share of the gradient, first / last": f"{number(r['first_share'])} / {number(r['gradient_share'])}",
             "drift / spread with the drive": number(r["work"]),

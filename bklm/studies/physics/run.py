@@ -254,7 +254,7 @@ def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
             continue
         any_of = len({*claims.CLAIMED} & {*arms[name]}) if name == "losses" else 1
         key = {"losses": "verdicts", "blocks": "block_verdicts"}[name]
-        parts[key] = verdicts(comparison, own, arms[name], any_of=any_of)
+        parts[key] = verdicts(comparison, *tables.with_detached(name, own, arms, trials), any_of=any_of)
         own = [t for t in own if not arms[name][t["arm"]].same_as]
         searching = (
             "every arm's learning rate searched" if len(config.learning_rates) > 1 else "one learning rate"

@@ -113,6 +113,21 @@ def _times_slower(times: Mapping[str, Sequence[float]], arm: str, control: str) 
     return Perplexity(statistics.median(ratios), ratios[out], ratios[-1 - out])
 
 
+def with_detached(
+    part: str, own: list[Trial], arms: Mapping[str, dict[str, Any]], trials: list[Trial]
+) -> tuple[list[Trial], dict[str, Any]]:
+    """A part's trials and arms; of the blocks with *detached* as a control where it is the plain model at another rate."""
+    detached = arms.get("losses", {}).get("detached")
+    if part != "blocks" or detached is None or detached.same_as:
+        return own, arms[part]
+    beside = [t for t in trials if t["arm"] == "detached"]
+    added = {
+        name: dataclasses.replace(arm, against=(*arm.against, "detached")) if PLAIN in arm.against else arm
+        for name, arm in arms[part].items()
+    }
+    return own + beside, added
+
+
 def equal_seconds_rows(
     trials: Sequence[Trial], arms: Mapping[str, Any], times: Mapping[str, Sequence[float]], schedule: str
 ) -> Rows:
