@@ -174,7 +174,7 @@ def test_every_model_begins_at_a_uniform_guess(name):
     begins_at_a_uniform_guess(MODELS[name](), V)
 
 
-@pytest.mark.parametrize("name", [*COMPETITORS, "linear_context"])
+@pytest.mark.parametrize("name", COMPETITORS)
 def test_every_competitor_begins_at_a_uniform_guess_among_as_many_words_as_the_field_has(name):
     sizes = {"embed_dim": 48, "hidden_dim": 96, "context_dim": 48, "n_layers": 2, "dropout_p": 0.1}
     torch.manual_seed(0)
@@ -205,5 +205,5 @@ def test_no_model_of_the_compression_and_baseline_studies_sees_the_future(tmp_pa
     for name, arm in compression.first_arms(config).items():
         require_no_leak(arm.build, name)
     sizes = {"embed_dim": 8, "hidden_dim": 16, "context_dim": 8, "n_layers": 1, "dropout_p": 0.1}
-    for name in (*COMPETITORS, "linear_context", "newllm_advanced"):
+    for name in (*COMPETITORS, "newllm_advanced"):
         require_no_leak(lambda v, name=name: build_model(name, model_settings(name, v, 8, sizes)), name)

@@ -68,7 +68,7 @@ class BaselineConfig(WindowStudyConfig):
         "linear_context",
     ] = setting(
         "all",
-        help="one model; all: NewLLM, GPT, LSTM and both ResNetBK of the same size; readers: GPT, LSTM, ResNetBK",
+        help="one model; all: NewLLM, GPT, LSTM, two ResNetBK, LinearContext, of one size; readers: GPT, LSTM, ResNetBK",
     )
     protocol: Literal["corrected", "original", "field"] = setting(
         "corrected",

@@ -27,7 +27,8 @@ from bklm.models.sizing import Sized, gpt_of_size, linear_context_of_size, lstm_
 from bklm.training.context_gain import WINDOW_LENGTHS
 
 # What "all" compares, at equal parameters.
-COMPETITORS = ("newllm", "gpt", "lstm", "resnet_bk", "resnet_bk_diagonal")
+COMPETITORS = ("newllm", "gpt", "lstm", "resnet_bk", "resnet_bk_diagonal", "linear_context")
+LATER = ("resnet_bk", "linear_context")  # than what was published
 # Those that make much of their context, for a text that five models take too long on.
 READERS = ("gpt", "lstm", "resnet_bk")
 TITLES = {
@@ -55,15 +56,12 @@ CLASSES: dict[str, tuple[type[LanguageModel], type]] = {
 
 
 def model_names(choice: str, protocol: str) -> tuple[str, ...]:
-    """The models that one value of the ``model`` field stands for; of ResNetBK, "original" has the published one only, and
-    "field" has LinearContext, too."""
+    """The models that one value of the ``model`` field stands for; "original" has what was published only."""
     if choice == "readers":
         return READERS
     if choice != "all":
         return (choice,)
-    if protocol == "field":
-        return (*COMPETITORS, "linear_context")
-    return tuple(name for name in COMPETITORS if protocol != "original" or name != "resnet_bk")
+    return tuple(name for name in COMPETITORS if protocol != "original" or name not in LATER)
 
 
 def model_settings(name: str, vocab_size: int, seq_len: int, sizes: Mapping[str, Any]) -> dict[str, Any]:

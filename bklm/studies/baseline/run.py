@@ -1,4 +1,4 @@
-"""The baseline study: NewLLM as published, beside a GPT, an LSTM and two ResNetBK of the same size.
+"""The baseline study: NewLLM as published, beside a GPT, an LSTM, two ResNetBK and a LinearContext of its size.
 
 Each model gets the same small search of the learning rate, then one training per seed with the best one, and where several
 ``dropouts`` are named one of the first seed with each, of which the best by validation goes on: equal parameters, text,
