@@ -33,7 +33,7 @@ EXACT_IN_FLOAT = 1024  # products of two int8 numbers whose sum, at most 2**24, 
 
 
 @functools.cache
-def _multiplies_exactly() -> bool:
+def multiplies_exactly() -> bool:
     """Whether torch's int8 product is right here.
 
     Without VNNI, or kept from it by ONEDNN_MAX_CPU_ISA, oneDNN adds pairs of products in 16 bits, and large ones saturate.
@@ -44,7 +44,7 @@ def _multiplies_exactly() -> bool:
 
 def _product(whole: Tensor, values: Tensor) -> Tensor:
     """whole (T, K) int8 times values (K, V) int8, exact: int32 (T, V)."""
-    if _multiplies_exactly():
+    if multiplies_exactly():
         return torch._int_mm(whole, values)
     sums = torch.zeros(len(whole), values.shape[1], dtype=torch.int32)
     for x, w in zip(whole.split(EXACT_IN_FLOAT, 1), values.split(EXACT_IN_FLOAT), strict=True):

@@ -3,9 +3,9 @@
 torchao is the successor of torch.ao. It rounds weights per output and activations per token, as ``with_int8_products`` does;
 the head stays in float. It is no dependency: ``pip install torchao``.
 
-It sums through torch's int8 product, which may saturate on a processor without VNNI; ``bklm.compression.products`` guards its
-own products against that, and nothing guards torchao's. Measured with torchao 0.18.0 and torch 2.13 on normal numbers, 33 rows
-of 256 inputs: a relative error of 0.008, and of 0.14 where ONEDNN_MAX_CPU_ISA=AVX2 keeps oneDNN from VNNI.
+It sums through torch's int8 product, which saturates on a processor without VNNI and says nothing: it is refused there.
+Measured with torchao 0.18.0 and torch 2.13 on normal numbers, 33 rows of 256 inputs: a relative error of 0.008, and of 0.14
+where ONEDNN_MAX_CPU_ISA=AVX2 keeps oneDNN from VNNI (findings/torchao_saturates_without_vnni.sh).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bklm.compression.coded_model import MULTIPLIED, copy_of, like, model_of
+from bklm.compression.products import multiplies_exactly
 
 
 def has_torchao() -> bool:
@@ -43,12 +44,18 @@ def with_torchao_products(model: Any) -> Any:
     It is measured and not saved: torchao's tensors are none of a safetensors file. The model is left as it is.
 
     Raises:
-        RuntimeError: torchao is not installed. TypeError: a model without such maps.
+        RuntimeError: torchao is not installed, or torch's int8 product is wrong on this processor. TypeError: a model without
+            such maps.
     """
     plain = model_of(model, "with_torchao_products")
     if not has_torchao():
         raise RuntimeError(
             "with_torchao_products: torchao is not installed; pip install torchao, or take with_int8_products."
+        )
+    if not multiplies_exactly():
+        raise RuntimeError(
+            "with_torchao_products: torch's int8 product saturates on this processor, which lacks VNNI or is kept from it by "
+            "ONEDNN_MAX_CPU_ISA; take with_int8_products, which is right here too."
         )
     made = copy_of(plain).requires_grad_(False)
     head = made.head()[0]

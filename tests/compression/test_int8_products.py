@@ -8,7 +8,7 @@ import torch
 
 from bklm.compression import load_compressed, products, save_compressed, with_int8_products
 from bklm.compression.coding import integers
-from bklm.compression.products import Int8Product, _multiplies_exactly, _product
+from bklm.compression.products import Int8Product, _product, multiplies_exactly
 from bklm.models import LSTM, LSTMConfig
 from bklm.training.evaluation import evaluate
 
@@ -48,7 +48,7 @@ def test_a_product_is_that_of_the_rounded_numbers(per, outliers, rows, inputs, o
 @pytest.mark.parametrize("exactly", [True, False])
 def test_the_sums_are_exact_also_where_torchs_int8_product_saturates(exactly, monkeypatch):
     """At the ends of int8, and of more inputs than float32 sums exactly at once."""
-    monkeypatch.setattr(products, "_multiplies_exactly", lambda: exactly and _multiplies_exactly())
+    monkeypatch.setattr(products, "multiplies_exactly", lambda: exactly and multiplies_exactly())
     for rows, inputs, outputs in [(1, 17, 19), (40, 37, 16), (33, 2500, 17)]:
         x = torch.randint(-128, 128, (rows, inputs), dtype=torch.int8)
         w = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)

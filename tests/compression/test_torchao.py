@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from bklm.compression import torchao_products
+from bklm.compression.products import multiplies_exactly
 from bklm.compression.torchao_products import has_torchao, with_torchao_products
 from bklm.models import LSTM, LSTMConfig
 from bklm.training.evaluation import evaluate
 
 
 @pytest.mark.skipif(not has_torchao(), reason="torchao is not installed")
+@pytest.mark.skipif(not multiplies_exactly(), reason="torch's int8 product saturates without VNNI")
 def test_a_model_through_torchao_is_near_the_float_one_which_stays(model_with_maps, text):
     before = [p.clone() for p in model_with_maps.parameters()]
     small = with_torchao_products(model_with_maps)
@@ -27,5 +29,9 @@ def test_what_it_cannot_serve_is_refused_in_one_sentence(reading, monkeypatch):
     with pytest.raises(RuntimeError, match="torchao is not installed; pip install torchao"):
         with_torchao_products(reading)
     monkeypatch.setattr(torchao_products, "has_torchao", lambda: True)
+    monkeypatch.setattr(torchao_products, "multiplies_exactly", lambda: False)
+    with pytest.raises(RuntimeError, match="torch's int8 product saturates on this processor"):
+        with_torchao_products(reading)
+    monkeypatch.setattr(torchao_products, "multiplies_exactly", lambda: True)
     with pytest.raises(TypeError, match="this LSTM has no maps of its own"):
         with_torchao_products(LSTM(LSTMConfig(30, 16, 1)))

@@ -83,6 +83,15 @@ class CompressionConfig(WindowStudyConfig):
             raise ValueError(
                 "torchao: got True, but it is not installed here; pip install torchao, or give False."
             )
+        if config.torchao:
+            # torch comes with it, for which a refused value need not wait.
+            from bklm.compression.products import multiplies_exactly
+
+            if not multiplies_exactly():
+                raise ValueError(
+                    "torchao: got True, but torch's int8 product, which it sums through, saturates on this processor, which "
+                    "lacks VNNI; give False."
+                )
         widest = config.widest_input("NewLLM" if config.models == "newllm" else "ResNetBK")
         if max(config.groups) >= widest:
             raise ValueError(
