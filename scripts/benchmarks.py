@@ -118,10 +118,15 @@ def main() -> None:
         print(f"benchmarks/{name}.py ...", file=sys.stderr, flush=True)
         run(name, given.jax, given.text)
     page = [HEAD]
+    missing = []
     for name, what in BENCHMARKS.items():
         output = OUTPUTS / f"{name}.txt"
-        text = output.read_text(encoding="utf-8") if output.exists() else "(not run yet)\n"
-        page.append(f"## {name}\n\n{what}\n\n```text\n{text}```\n")
+        if output.exists():
+            page.append(f"## {name}\n\n{what}\n\n```text\n{output.read_text(encoding='utf-8')}```\n")
+        else:
+            missing.append(f"`benchmarks/{name}.py`")
+    if missing:
+        page.append(f"Of {', '.join(missing)} no output is kept yet.\n")
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(page), encoding="utf-8")
 
 

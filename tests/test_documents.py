@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -297,6 +298,40 @@ def test_the_readmes_table_is_what_the_kept_results_give(readme):
     table = readme.claims("first")
     assert table.count("\n") > 5
     assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_words_on_05_and_06_have_the_numbers_of_the_kept_results():
+    def rows(name):
+        return pd.read_csv(ROOT / "docs" / "results" / f"{name}.csv")
+
+    def readme_says(words):
+        assert words in re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8")), words
+
+    equal = rows("koopman_corrected_equal_seconds")
+    readme_says(
+        f"costs {equal.loss_difference.min():.2f} to {equal.loss_difference.max():.2f} nats at equal time"
+    )
+    assert round(equal.step_ratio[0]) == 3
+    readme_says("as a step takes three times as long")
+    recall = rows("koopman_corrected_recall").set_index("arm")
+    far = [c for c in recall if re.fullmatch(r"accuracy_\d+", c)]
+    assert recall.loc["LinearContext", far].min() == 1.0
+    readme_says(
+        f"kept over {max(int(c[9:]) for c in far)} positions by a recurrence whose gate reads its input"
+    )
+    assert (recall.loc["NewLLM", far] - 1 / 3).abs().max() < 0.05
+    alone = rows("koopman_corrected_linearised").query(
+        "block != 'all' and replacement not in ('original', 'MLP')"
+    )
+    assert 0.25 < alone.context_gain_kept.max() < 1 / 3
+    readme_says("in place of one block, up to a third")
+    seconds = rows("physics_corrected_equal_seconds").set_index(["arm", "against"])
+    readme_says(f"as a step takes {seconds.step_ratio['conservative', 'plain']:.1f} times as long")
+    assert seconds.loss_difference["conservative"].min() > 0
+    verdicts = rows("physics_corrected_block_verdicts").set_index(["arm", "against"])
+    for arm in ("conservative", "free-force"):
+        assert verdicts.high[arm, "plain"] < 0
+        assert verdicts.high[arm, "detached"] < 0
 
 
 def test_the_files_that_numbers_lack_are_named_all_of_them_and_no_other(readme):

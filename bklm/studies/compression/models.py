@@ -19,7 +19,7 @@ from bklm.harness.session import place_of as place_of_trial
 from bklm.models import LanguageModel, NewLLM, NewLLMConfig, ResNetBK, ResNetBKConfig
 from bklm.studies.compression.config import CompressionConfig
 from bklm.training.context_gain import measure_context_gain
-from bklm.training.evaluation import evaluate
+from bklm.training.evaluation import evaluate, without_padding
 from bklm.training.non_finite import NonFiniteError
 from bklm.training.weights import load_weights
 
@@ -231,7 +231,10 @@ def measured(study: Any) -> Callable[[LanguageModel], dict[str, Any]]:
         plain = baked(model.model if isinstance(model, Distilled) else model)
         if isinstance(model, GatedBlocks):
             # No file holds its gates: what they skip is time, and the bytes of the blocks are those of a model without.
-            batches = [x.to(device) for x, _ in text.search_val_loader(GAIN_TOKENS)]
+            whole = (
+                rows for batch in text.search_val_loader(GAIN_TOKENS) for rows, _ in without_padding(*batch)
+            )
+            batches = [x.to(device) for x in whole]
             kept = sum(model.kept_share(x) * x.numel() for x in batches) / sum(x.numel() for x in batches)
             weighed = {"file_bytes": None, "packed_file_bytes": None, "int8": {}, "kept_share": kept}
             return {"vocabulary": text.vocab_size, **weighed, **gain_of(model, text)}

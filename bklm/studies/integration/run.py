@@ -302,10 +302,12 @@ def _report(study: Session, found: dict[str, Any]) -> IntegrationResult:
     report.csv("claims.csv", claims)
     best = ARMS.best(trials)
     reached = ARMS.perplexity(ARMS.groups(trials)[best])
+    # With fewer seeds nothing is judged, so that what stays is not known.
+    is_judged, known = len(study.config.seeds) >= FEWEST_SEEDS, _known_as(found["kept"])
     told = [
         f"Lowest validation PPL: {best}, {reached}.{ARMS.diverged(trials)}",
         kept,
-        *([f"Those that stay are the arm {known}."] if (known := _known_as(found["kept"])) else []),
+        f"Those that stay are the arm {known}." if is_judged and known else "",
         tables.interaction_in_words(adds),
     ]
     told += [tables.rates_in_words(table, study.config.learning_rates), tables.realised_in_words(timed)]

@@ -188,10 +188,8 @@ def _draw(study: Session, arms: Mapping[str, Arm], trials: list[Trial]) -> Path 
     if not ARMS.finished(trials):
         return None
     count = sum(arm.seeds or len(study.config.seeds) for arm in arms.values())
-    title, judged = (
-        f"{len(trials)} of {count} trials done{ARMS.diverged_in_short(trials)}",
-        _judged(trials, arms),
-    )
+    title = f"{len(trials)} of {count} trials done{ARMS.diverged_in_short(trials)}"
+    judged = _judged(trials, arms)
     note = _note(study, trials, at_once=judged[0]["any_of"] if judged else 1)
     return figures.draw_arms(study.folder / "arms.png", judged, title, note)
 

@@ -303,7 +303,7 @@ def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
     table = ARMS.rows(trials)
     edges = {t["arm"] for t in trials if t["at_edge"]}
     announced = claims.claims_table(parts, {row["arm"]: row["context_gain"] for row in table}, edges)
-    sentences.append(tables.size_in_words(trials, config.decays).strip())
+    sentences.append(tables.size_in_words(trials, config.decays))
     report.csv("claims.csv", announced)
     return report.finish(
         PhysicsResult, ARMS, trials, also={"stability": found["stability"]} if found["stability"] else {}, rows=table,

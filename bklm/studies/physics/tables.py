@@ -220,7 +220,7 @@ def size_in_words(trials: Sequence[Trial], tried: Sequence[float]) -> str:
         return ""
     edge = f", the largest tried, and {PLAIN} has" if whole[0] == f"decay-{max(tried):g}" else f"; {PLAIN} has"
     return (
-        f" The published term leaves an embedding of size {sizes['published']:.3f}, a weight decay of {whole[0][6:]} one of "
+        f"The published term leaves an embedding of size {sizes['published']:.3f}, a weight decay of {whole[0][6:]} one of "
         f"{sizes[whole[0]]:.3f}{edge} {sizes[PLAIN]:.3f}."
     )
 
