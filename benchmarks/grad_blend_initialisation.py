@@ -18,7 +18,7 @@ from bklm.harness.report import as_text, write_csv
 from bklm.harness.text import prepare_text
 from bklm.models import ResNetBK
 from bklm.studies.grad_blend.config import GradBlendConfig
-from bklm.studies.grad_blend.run import model_config
+from bklm.studies.grad_blend.train import model_config
 from bklm.training.loop import train
 from bklm.training.processes import make_accelerator
 from bklm.training.schedules import TrainingSettings

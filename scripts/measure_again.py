@@ -36,9 +36,9 @@ BASELINE = "--profile full --batch_size 16 --clip 1 --schedule cosine --context_
 # Words by study and run; TEXT in capitals stands for a folder.
 RUNS = {
     "grad_blend": {
-        "corrected": "--profile full --epochs_per_trial 3 --mixer diagonal --data_dir WIKITEXT",
+        "corrected": "--profile full --epochs_per_trial 3 --final_epochs 5 --mixer diagonal --data_dir WIKITEXT",
         "original": "--profile full --epochs_per_trial 3 --protocol original --data_dir WIKITEXT",
-        "reads": "--profile full --epochs_per_trial 3 --data_dir WIKITEXT",
+        "reads": "--profile full --epochs_per_trial 3 --final_epochs 5 --data_dir WIKITEXT",
     },
     "precision": {"": "--profile quick"},
     "baseline": {

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from readme_places import KEEP_MORE, OF_RUNS, OF_STUDIES, list_scores, size_in_words
+from readme_places import OF_RUNS, OF_STUDIES, list_scores, size_in_words
 
 from bklm.harness.comparison import Comparison
 from bklm.studies import STUDIES
@@ -160,8 +160,6 @@ class Run:
         ):
             text = text.replace(place, Path(place).name)
         self.kept("manifest.json").write_text(text, encoding="utf-8")
-        if more := KEEP_MORE.get(self.study.name):
-            more(self, folder)
 
 
 class Study(string.Formatter):

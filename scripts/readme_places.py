@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -45,7 +43,9 @@ Row = dict[str, Any]
 
 
 def ppl(row: Row, key: str = "val_ppl") -> str:
-    """A row's perplexity with its interval."""
+    """A row's perplexity with its interval; "diverged" where every seed did."""
+    if row[key] is None:
+        return "diverged"
     low = row.get(f"{key}_low")
     # No perplexity lies below 1, whatever the interval of few seeds says.
     return str(Perplexity(row[key], max(1.0, low) if low and key != "ratio" else low, row.get(f"{key}_high")))
@@ -58,16 +58,18 @@ def list_scores(rows: list[Row]) -> str:
     )
 
 
-def keep_directions(run: Any, folder: Path) -> None:
-    """Keep the gradient directions at the end of each model that GRAD_BLEND trained with the exact gradient."""
-    paths = sorted(folder.glob("**/trials/alpha_0_seed_*/result.json"))
-    results = [json.loads(path.read_text())["directions"]["at the end"] for path in paths]
-    table = pd.DataFrame([row for rows in results for row in rows if row["layer"] == "all"])
-    table[["direction", "cosine", "norm_ratio"]].to_csv(run.kept("exact_directions.csv"), index=False)
-
-
 def exact_directions(run: Any) -> dict[str, dict[str, str]]:
-    """Cosine and length of each direction against the exact gradient, over the seeds (mean, 95% interval)."""
+    """Cosine and length of each direction against the exact gradient at the end, over the seeds (mean, 95% interval)."""
+    rows = [r for r in run.rows("gradient_directions.csv") if r["weights"] == "at the end"]
+    if "norm_ratio_low" in rows[0]:
+        return {
+            r["direction"]: {
+                "cosine": "{cosine:+.2f} ({cosine_low:+.2f} to {cosine_high:+.2f})".format(**r),
+                "ratio": "{norm_ratio:.0f} ({norm_ratio_low:.0f} to {norm_ratio_high:.0f})".format(**r),
+            }
+            for r in rows
+        }
+    # A run of before 0.3.0 pooled the trials of all alphas there.
     found = {}
     for name, group in pd.DataFrame(run.rows("exact_directions.csv")).groupby("direction"):
         cosine, ratio = (interval95(list(group[key])) for key in ("cosine", "norm_ratio"))
@@ -77,7 +79,8 @@ def exact_directions(run: Any) -> dict[str, dict[str, str]]:
 
 def versus_counting(run: Any) -> str:
     """Whether the best corrected model beats the best count model of the same tokens, in one sentence."""
-    best, count = min(run.by_alpha.values(), key=lambda row: row["val_ppl"]), run.count_model
+    finished = [row for row in run.by_alpha.values() if row["val_ppl"] is not None]
+    best, count = min(finished, key=lambda row: row["val_ppl"]), run.count_model
     words = "cannot be told from"
     if best["val_ppl_high"] < count["val_ppl"]:
         words = "beats"
@@ -88,7 +91,9 @@ def versus_counting(run: Any) -> str:
 
 def blending_helps(run: Any) -> str:
     """Whether an alpha of 0.3 to 0.7 is shown to be better than 0, all of them to be worse, or neither: by intervals that do
-    not overlap."""
+    not overlap, of a run of version 0.1.0; of a later one by its own pairs of seeds."""
+    if found := run.summary.get("claims"):
+        return found[0]["verdict"]
     none = run.by_alpha[0.0]
     blends = [row for alpha, row in run.by_alpha.items() if 0.3 <= alpha <= 0.7]
     found = [
@@ -151,7 +156,7 @@ def alpha_lines(study: Any) -> str:
     lines, theirs = [], study.runs["original"].by_alpha
     for alpha, row in study.first.by_alpha.items():
         ours = [ppl(row), ppl(theirs[alpha]) if alpha in theirs else "-"]
-        reported = "-" if row["original_val_ppl"] is None else f"{row['original_val_ppl']:.2f}"
+        reported = "-" if row.get("original_val_ppl") is None else f"{row['original_val_ppl']:.2f}"
         lines.append(" | ".join([f"{alpha:g}", *ours, f"{ORIGINAL_CODE.get(alpha, '-')}", reported]))
     return "\n".join(f"| {line} |" for line in lines)
 
@@ -507,5 +512,3 @@ OF_STUDIES: Places = {
         "inequality": lambda study: INEQUALITY,
     },
 }
-# What else of a finished run's folder is kept.
-KEEP_MORE: dict[str, Callable[[Any, Path], None]] = {"grad_blend": keep_directions}

@@ -36,8 +36,8 @@ from bklm.studies.grad_blend.config import FULL_GRID, GradBlendConfig
         ("batch_size", True),
         ("batch_size", "many"),
         ("vocab_size", 2),
-        ("learning_rate", 0),
-        ("learning_rate", math.inf),
+        ("learning_rates", 0),
+        ("learning_rates", math.inf),
         ("dataset", "wikitext-3"),
         ("profile", "fast"),
         ("causal", "perhaps"),
@@ -214,11 +214,11 @@ def test_a_folder_that_is_called_like_a_home_can_be_named():
 
 def test_numbers_of_array_libraries_are_numbers():
     config = GradBlendConfig(
-        alphas=np.linspace(0, 1, 11), seeds=np.arange(3), batch_size=np.int64(8), learning_rate=np.float32(0.1),
+        alphas=np.linspace(0, 1, 11), seeds=np.arange(3), batch_size=np.int64(8), learning_rates=np.float32(0.1),
         dropout=np.array(0.2), top_k=torch.tensor(1), causal=np.True_,
     )  # fmt: skip
     assert config.alphas == FULL_GRID
-    assert (config.seeds, config.batch_size, config.learning_rate) == ((0, 1, 2), 8, 0.1)
+    assert (config.seeds, config.batch_size, config.learning_rates) == ((0, 1, 2), 8, (0.1,))
     assert (config.dropout, config.top_k, config.causal) == (0.2, 1, True)
     assert GradBlendConfig(alphas=np.float64(0.5), seeds=torch.tensor(4)) == GradBlendConfig(
         alphas=(0.5,), seeds=(4,)

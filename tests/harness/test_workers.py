@@ -19,7 +19,7 @@ from bklm.harness import workers
 from bklm.harness.progress import Progress
 from bklm.harness.session import Session
 from bklm.studies.grad_blend import figures
-from bklm.studies.grad_blend import run as grad_blend
+from bklm.studies.grad_blend import train as grad_blend
 from bklm.studies.grad_blend.run import run_grad_blend
 
 pytestmark = pytest.mark.slow

@@ -18,11 +18,12 @@ from bklm.harness.text import prepare_text
 from bklm.models import ResNetBK
 from bklm.studies.grad_blend import figures as grad_blend_figures
 from bklm.studies.grad_blend import future
-from bklm.studies.grad_blend import run as grad_blend
+from bklm.studies.grad_blend import train as grad_blend
 from bklm.studies.grad_blend.config import GradBlendConfig
 from bklm.studies.grad_blend.directions import measure_directions
-from bklm.studies.grad_blend.run import load_final_model, model_config, run_grad_blend
-from bklm.studies.grad_blend.tables import ALPHAS
+from bklm.studies.grad_blend.run import load_final_model, run_grad_blend
+from bklm.studies.grad_blend.tables import ALPHAS, claims_table, trained_for_directions
+from bklm.studies.grad_blend.train import model_config
 from bklm.training.checkpoints import CheckpointFolder
 from bklm.training.non_finite import NonFiniteError
 
@@ -211,7 +212,7 @@ def trial(alpha: float, seed: int, perplexity: float | None) -> dict:
     if perplexity is None:
         return {"alpha": alpha, "seed": seed, "val_ppl": None, "reason": "nan", "seconds": 1.0}
     return {
-        "alpha": alpha, "seed": seed, "val_ppl": perplexity, "val_ppl_without_unk": perplexity,
+        "alpha": alpha, "seed": seed, "learning_rate": 1e-3, "val_ppl": perplexity, "val_ppl_without_unk": perplexity,
         "val_accuracy": 0.1, "context_gain": 0.1, "convergence_speed": 2, "gradient_variance": 0.1, "seconds": 1.0,
         "epochs": [{"val_perplexity": 2 * perplexity}, {"val_perplexity": perplexity}],
     }  # fmt: skip
@@ -284,12 +285,11 @@ def test_a_damaged_config_does_not_let_other_settings_into_the_folder(tiny_confi
     first = run_grad_blend(tiny_config)
     (first.folder / "config.json").write_text('{"config": {"alph')
     with pytest.raises(ValueError, match=r"config\.json is missing or damaged"):
-        run_grad_blend(dataclasses.replace(tiny_config, learning_rate=0.02))
+        run_grad_blend(dataclasses.replace(tiny_config, learning_rates=0.02))
     again = run_grad_blend(tiny_config)
     assert again.table == first.table
-    assert (
-        json.loads((first.folder / "config.json").read_text())["config"]["learning_rate"]
-        == first.config.learning_rate
+    assert json.loads((first.folder / "config.json").read_text())["config"]["learning_rates"] == list(
+        first.config.learning_rates
     )
 
 
@@ -323,7 +323,13 @@ def test_perplexity_that_never_fell_is_no_fast_convergence():
         "val_accuracy": 0.0,
         "context_gain": 0.0,
     }
-    trial |= {"convergence_speed": 1, "gradient_variance": 1.0, "seconds": 1.0, "epochs": epochs}
+    trial |= {
+        "learning_rate": 1e-3,
+        "convergence_speed": 1,
+        "gradient_variance": 1.0,
+        "seconds": 1.0,
+        "epochs": epochs,
+    }
     assert ALPHAS.readable(ALPHAS.rows([trial]))[0]["converged at epoch"] == "-"
 
 
@@ -456,3 +462,71 @@ def test_the_best_alpha_finished_all_its_seeds_or_where_none_did_the_most():
         none
     )
     assert " x" not in ALPHAS.finding(none)  # no seed in common, no ratio
+
+
+@pytest.mark.slow
+def test_each_alpha_takes_its_best_rate_and_no_training_is_made_twice(tiny_config, monkeypatch):
+    trained = []
+    real = grad_blend.train
+    monkeypatch.setattr(grad_blend, "train", lambda *a, **k: trained.append(k["label"]) or real(*a, **k))
+    config = dataclasses.replace(tiny_config, learning_rates=(1e-3, 3e-2))
+    result = run_grad_blend(config)
+    tried = json.loads((result.folder / "summary.json").read_text())["searched"]
+    assert [(r["alpha"], r["learning_rate"]) for r in tried] == [
+        (a, r) for a in (0.0, 0.5) for r in (1e-3, 3e-2)
+    ]
+    for row in result.table:
+        own = {r["learning_rate"]: r["val_ppl"] for r in tried if r["alpha"] == row["alpha"]}
+        assert row["learning_rate"] == min(own, key=own.get)
+    # Two alphas with two rates, the second seed of each, the final training.
+    assert len(trained) == len(set(trained)) == 4 + 2 + 1
+    trained.clear()
+    assert run_grad_blend(config).table == result.table
+    assert trained == []
+
+
+@pytest.mark.slow
+def test_as_published_starts_from_torchs_own_weights_and_the_solve_refuses_them(tiny_config, monkeypatch):
+    started = {}
+    real = grad_blend.train
+
+    def train(model, *arguments, label, **options):
+        started[label] = (
+            model.embedding.weight.std().item(),
+            model.blocks[0].potential.weight.abs().max().item(),
+        )
+        return real(model, *arguments, label=label, **options)
+
+    monkeypatch.setattr(grad_blend, "train", train)
+    run_grad_blend(dataclasses.replace(tiny_config, protocol="original"))
+    width = tiny_config.resolved().d_model
+    for deviation, largest in started.values():
+        assert deviation == pytest.approx(1.0, abs=0.1)
+        assert largest <= width**-0.5
+    with pytest.raises(ValueError, match="first_weights: got 'torch' with mixer 'solve'"):
+        dataclasses.replace(tiny_config, first_weights="torch").resolved()
+
+
+def test_the_claim_is_judged_in_pairs_for_all_the_alphas_of_which_any_would_do():
+    def sweep(*scores: tuple[float, tuple[float | None, ...]], rate: float = 1e-2) -> list:
+        return [{**trial(a, s, p), "learning_rate": rate} for a, own in scores for s, p in enumerate(own)]
+
+    rates = (1e-3, 1e-2, 3e-2)
+    none, better = (0.0, (100.0, 110.0, 120.0)), (0.5, (90.0, 99.1, 107.9))
+    worse, lost = (0.3, (200.0, 219.0, 241.0)), (0.7, (None, None, None))
+    assert claims_table(sweep(none, better, worse, lost), rates)[0]["verdict"] == "holds"
+    row = claims_table(sweep(none, worse, lost), rates)[0]
+    assert row["verdict"] == "does not hold"
+    assert "alpha 0.7: diverged" in row["measured"]
+    assert "(intervals for 2 alphas at once)" in row["measured"]
+    equal = (0.5, (99.0, 112.0, 119.0))
+    assert claims_table(sweep(none, equal, worse), rates)[0]["verdict"] == "not shown"
+    assert claims_table(sweep((0.0, (100.0,)), (0.5, (90.0,))), rates)[0]["verdict"] == "no verdict"
+    assert "[best rate 0.03, at the edge]" in claims_table(sweep(none, worse, rate=3e-2), rates)[0]["measured"]
+    assert claims_table(sweep(none, (1.0, (1.0, 2.0, 3.0))), rates) == []
+
+
+def test_directions_are_compared_at_weights_that_the_theory_alone_trained():
+    trials = [trial(0.0, 0, 50.0), trial(0.5, 0, 20.0), trial(0.0, 1, None)]
+    assert trained_for_directions(trials) == (0.0, trials[:1])
+    assert trained_for_directions(trials[1:]) == (0.5, trials[1:2])

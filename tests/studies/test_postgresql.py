@@ -21,7 +21,7 @@ import sqlalchemy
 from bklm.harness.report import command_for
 from bklm.sharing import database as sweep_storage
 from bklm.sharing.sweep import Sweep
-from bklm.studies.grad_blend import run as grad_blend
+from bklm.studies.grad_blend import train as grad_blend
 from bklm.studies.grad_blend.config import GradBlendConfig
 from bklm.studies.grad_blend.run import run_grad_blend
 from bklm.training.non_finite import NonFiniteError

@@ -11,6 +11,7 @@ from bklm.harness.config import WindowStudyConfig, setting
 ORIGINAL_ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)
 # Of 0.001, 0.003 and 0.01 the one with the lowest perplexity for "solve" after 3 epochs on a WikiText-2 sample: 323, 263, 247.
 RATES = {"diagonal": 1e-3, "solve": 1e-2}
+SEARCHED = (1e-3, 3e-3, 1e-2, 3e-2)
 FULL_GRID = tuple(round(0.1 * i, 1) for i in range(11))
 
 
@@ -39,8 +40,13 @@ class GradBlendConfig(WindowStudyConfig):
         },
     }  # fmt: skip
     protocols: ClassVar[dict[str, dict[str, Any]]] = {
-        "corrected": {"gradient": "exact", "causal": True, "router_gradient": "exact"},
-        "original": {"gradient": "original", "causal": False, "router_gradient": "none"},
+        "corrected": {"gradient": "exact", "causal": True, "router_gradient": "exact", "first_weights": "bklm"},
+        "original": {
+            "gradient": "original",
+            "causal": False,
+            "router_gradient": "none",
+            "first_weights": "torch",
+        },
     }
 
     protocol: Literal["corrected", "original"] = setting(
@@ -57,11 +63,15 @@ class GradBlendConfig(WindowStudyConfig):
     num_experts: int | None = setting(None, low=1, high=256, help="experts per block")
     top_k: int = setting(1, low=1, high=256, help="experts per token")
     weight_decay: float = setting(0.01, low=0, high=10, help="AdamW weight decay")
-    learning_rate: float | None = setting(
+    learning_rates: tuple[float, ...] | None = setting(
         None,
         above=0,
         high=10,
-        help="AdamW's; empty: 0.001 with the mixer diagonal, as published, 0.01 with solve",
+        help="AdamW's; of several each alpha takes its best with the first seed; empty: four in profile full, elsewhere 0.01 "
+        "with the mixer solve, 0.001 with diagonal; as published: 0.001",
+    )
+    first_weights: Literal["bklm", "torch"] | None = setting(
+        None, help="torch: each layer's default, as the original had it; empty: the protocol's"
     )
     clip: float = setting(0.5, above=0, high=1e6, help="largest gradient norm")
     gradient: Literal["exact", "local", "original"] | None = setting(
@@ -85,8 +95,11 @@ class GradBlendConfig(WindowStudyConfig):
         able = (config.gradient, config.causal, config.protocol) == ("exact", True, "corrected")
         if config.mixer is None:
             config = dataclasses.replace(config, mixer="solve" if able else "diagonal")
-        if config.learning_rate is None:
-            config = dataclasses.replace(config, learning_rate=RATES[config.mixer])
+        if config.learning_rates is None:
+            searches = config.profile == "full" and config.protocol == "corrected"
+            config = dataclasses.replace(
+                config, learning_rates=SEARCHED if searches else (RATES[config.mixer],)
+            )
         if config.balance and (config.router_gradient == "none" or config.num_experts == 1):
             raise ValueError(
                 f"balance: got {config.balance:g} with a router that never learns ('none', or one expert); take 0."
@@ -95,6 +108,11 @@ class GradBlendConfig(WindowStudyConfig):
             raise ValueError(
                 f"mixer: got 'solve' with gradient {config.gradient!r}, causal {config.causal} and protocol "
                 f"{config.protocol!r}; it has gradient 'exact' and causal True in protocol 'corrected' only: take those, or "
+                "mixer 'diagonal'."
+            )
+        if config.mixer == "solve" and config.first_weights == "torch":
+            raise ValueError(
+                "first_weights: got 'torch' with mixer 'solve', whose energies bklm spreads over the band; take 'bklm', or "
                 "mixer 'diagonal'."
             )
         if config.top_k > config.num_experts:
