@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -396,7 +397,7 @@ NO_MODELS = [{"format": "fp32", "support": "native", "ms": 1.0, "times_faster": 
 def test_the_fastest_precision_within_the_tolerance_is_recommended():
     best, sentence = recommend(grid(single_error=1e-6), NO_MODELS, tolerance=1e-4)
     assert best == "complex64"
-    assert "complex128 takes 2 times as long" in sentence
+    assert re.search(r"complex128 takes 2 \([\d.]+ to [\d.]+\) times as long", sentence)
     assert "theta/phi is not finite from N = 100 in complex64" in sentence
 
 
@@ -408,9 +409,8 @@ def test_complex64_is_named_for_the_shifts_where_it_is_accurate_enough():
     small_shift = [{**row, "im_z": 0.001} for row in grid(single_error=1e-3)]
     best, sentence = recommend([*grid(single_error=1e-6), *small_shift], NO_MODELS, tolerance=1e-4)
     assert best == "complex128"
-    assert (
-        "for Im z of 1 or more complex64 is enough (worst gradient error 1e-06) at 0.5 of the time" in sentence
-    )
+    said = r"for Im z of 1 or more complex64 is enough \(worst gradient error 1e-06\) at 0\.5 \([\d.]+ to [\d.]+\) of the time"
+    assert re.search(said, sentence)
 
 
 def test_of_two_whose_times_cannot_be_told_apart_the_one_with_less_memory_is_recommended():

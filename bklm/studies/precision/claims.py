@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 from bklm.harness.measure import is_crowded, paired_ratio
 from bklm.studies.precision import parts
 from bklm.studies.precision.grid import LEFT_RIGHT, PRECISIONS, THETA_PHI, THETA_PHI_LOOP
-from bklm.studies.precision.tables import Cells, Rows, at_longest, first_overflow, of_arm, of_part, worst
+from bklm.studies.precision.tables import (
+    Cells,
+    Rows,
+    at_longest,
+    first_overflow,
+    of_arm,
+    of_part,
+    times_as_long,
+    worst,
+)
 
 CLAIMED_ERROR = 1e-4
 UNDECIDED = "too noisy to tell"
@@ -181,7 +190,7 @@ def recommend(table: Rows, models: Rows, tolerance: float, busy: bool = False) -
         )
     if best != "complex128":
         sentence += (
-            f"; complex128 takes {times['complex128']['ms'] / times[best]['ms']:.2g} times as long at N = {n:,}"
+            f"; complex128 takes {times_as_long(times['complex128'], times[best])} times as long at N = {n:,}"
         )
         if memory[best] and memory["complex128"]:
             sentence += f" and {memory['complex128'] / memory[best]:.2g} times the memory"
@@ -204,7 +213,7 @@ def _enough_for_larger_shifts(
     error = max(at[z]["gradient_error"] for z in good)
     words = f"; for Im z of {min(good):g} or more complex64 is enough (worst gradient error {error:.0e})"
     share = times["complex64"]["ms"] / times[best]["ms"]
-    words += f" at {share:.2g} {'of' if share < 1 else 'times'} the time"
+    words += f" at {times_as_long(times['complex64'], times[best])} {'of' if share < 1 else 'times'} the time"
     if memory["complex64"] and memory[best]:
         words += f" and {memory['complex64'] / memory[best]:.2g} of the memory"
     return words

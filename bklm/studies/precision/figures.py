@@ -15,7 +15,7 @@ from bklm.harness.figures import GREY, MARKERS, colours, legend_below, save_figu
 from bklm.studies.precision import parts
 from bklm.studies.precision.claims import UNDECIDED
 from bklm.studies.precision.grid import LEFT_RIGHT, PRECISIONS, THETA_PHI, THETA_PHI_LOOP
-from bklm.studies.precision.tables import RESOLVED_MB, Rows, first_overflow, of_arm, worst
+from bklm.studies.precision.tables import RESOLVED_MB, Rows, first_overflow, of_arm, times_as_long, worst
 
 COLOUR = dict(zip(PRECISIONS, colours(len(PRECISIONS)), strict=True))
 MARKER = dict(zip(PRECISIONS, MARKERS, strict=False))
@@ -147,7 +147,7 @@ def costs_title(rows: Rows) -> str:
     n = max(r["n"] for r in rows if r["ms"] is not None and r["recursion"] == LEFT_RIGHT)
     at = {r["precision"]: r for r in rows if r["n"] == n and r["recursion"] == LEFT_RIGHT}
     single, double = at["complex64"], at["complex128"]
-    title = f"At N = {n:,} left/right in complex128 takes {double['ms'] / single['ms']:.1f} times as long as in complex64"
+    title = f"At N = {n:,} left/right in complex128 takes {times_as_long(double, single)} times as long as in complex64"
     if single["peak_mb"] and double["peak_mb"]:
         title += f" and {double['peak_mb'] / single['peak_mb']:.1f} times the memory"
     return title
@@ -179,14 +179,14 @@ def batched_title(batched: Rows, backward: Rows) -> str:
     """How much faster than autograd and vmap the fused operator is at the largest batch."""
     largest = max(r["batch"] for r in batched)
 
-    def ms(rows: Rows, arm: str) -> float:
-        return next(r["ms"] for r in rows if (r["batch"], r["arm"]) == (largest, arm))
+    def at(rows: Rows, arm: str) -> dict[str, Any]:
+        return next(r for r in rows if (r["batch"], r["arm"]) == (largest, arm))
 
-    vmap, fused = ms(batched, parts.VMAP), ms(batched, parts.FUSED)
-    loop, analytic = ms(backward, parts.LOOP_AUTOGRAD), ms(backward, parts.ANALYTIC)
+    vmap = times_as_long(at(batched, parts.VMAP), at(batched, parts.FUSED), ".3g")
+    autograd = times_as_long(at(backward, parts.LOOP_AUTOGRAD), at(backward, parts.ANALYTIC), ".3g")
     return (
-        f"At batch {largest} the fused operator takes 1/{vmap / fused:.0f} of vmap's time over the loop; the analytic "
-        f"backward 1/{loop / analytic:.0f} of autograd's"
+        f"At batch {largest} vmap over the loop takes {vmap} times as long as the fused operator; autograd through the loop "
+        f"{autograd} times as long as the analytic backward"
     )
 
 

@@ -82,6 +82,13 @@ def _note(cost: dict[str, Any] | None) -> str:
     return ""
 
 
+def times_as_long(slow: dict[str, Any], fast: dict[str, Any], form: str = ".2g") -> str:
+    """How many times as long one row's calls take as another's, of the medians, and within what both quartiles allow."""
+    ends = (slow["ms"] / fast["ms"], slow["ms_low"] / fast["ms_high"], slow["ms_high"] / fast["ms_low"])
+    middle, low, high = (format(end, form) for end in ends)
+    return f"{middle} ({low} to {high})"
+
+
 def duration(seconds: float) -> str:
     """ "38 ms", "4.1 s" or "12 min"."""
     if seconds < 1:
