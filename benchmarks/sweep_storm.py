@@ -192,9 +192,13 @@ class Storm:
         }
 
 
-def seconds_under_lock(server: Server) -> float:
-    """Seconds that one trial's creation holds the study's lock, that is at most those of its transaction; the median."""
-    trials = Sweep(server.create("lock"), "lock", grid(50))._trials
+def seconds_under_lock(server: Server, folder: Path, points: int) -> float:
+    """Seconds that one trial's creation holds the study's lock, that is at most those of its transaction; the median.
+
+    In a study of which all ``points`` but 50 are done.
+    """
+    study = Storm(server, folder, 1, points, there=points - 50)
+    trials = Sweep(study.address, "storm", grid(points))._trials
     times = []
     for _ in range(200):
         started = time.perf_counter()
@@ -299,7 +303,7 @@ def main() -> None:
         raise SystemExit(f"{missing}.") from None
     with server, tempfile.TemporaryDirectory() as folder:
         # First, so that the workers, which are forks of this process, find SQLAlchemy's mappings made.
-        lock = seconds_under_lock(server)
+        lock = seconds_under_lock(server, Path(folder), points[-1])
         storm = Storm(server, Path(folder), most, arguments.storm)
         stormed = storm.run(kill_every=2.0 if arguments.quick else 1.0, restart=True)
         show_storm(stormed)

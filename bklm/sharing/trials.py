@@ -15,9 +15,28 @@ import optuna
 import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage, fail_stale_trials
+from optuna.storages._rdb.models import TrialModel
 from optuna.trial import FrozenTrial
+from sqlalchemy.orm import Session
 
 from bklm.sharing.database import patiently
+
+
+def _number_after_the_last(self: TrialModel, session: Session) -> int:
+    """How many trials of its study are older than a trial, asked of the last of them.
+
+    Optuna numbers a new trial so, while everybody else waits for the study's lock, and counts them one by one: with 20,000
+    trials that was a fifth of what a point cost the server. They are numbered in the order of their ids, so the number of
+    the one before and 1 is the same.
+    """
+    older = session.query(TrialModel.number).filter(
+        TrialModel.study_id == self.study_id, TrialModel.trial_id < self.trial_id
+    )
+    last = older.order_by(TrialModel.trial_id.desc()).limit(1).scalar()
+    return 0 if last is None else last + 1
+
+
+TrialModel.count_past_trials = _number_after_the_last
 
 
 class Row(NamedTuple):

@@ -132,6 +132,43 @@ def test_what_a_point_costs_the_database_does_not_grow_with_the_points_that_are_
     assert costs[-1] <= 18
 
 
+def test_what_the_database_reads_for_a_point_does_not_grow_with_the_points_that_are_done(storage):
+    """By the steps of SQLite's machine: a statement that counts all earlier trials is one statement, too."""
+    steps, told = [0], []
+
+    @sqlalchemy.event.listens_for(storage.engine, "checkout")
+    def count(connection, *_):
+        connection.set_progress_handler(lambda: steps.__setitem__(0, steps[0] + 1), 1)
+
+    many = Sweep("postgresql://me@host/sweeps", "many", {"alpha": [0.5], "seed": list(range(1000))})
+    with many._trials.engine.begin() as connection:
+        row = {"study": many._trials.id}
+        connection.execute(
+            sqlalchemy.text(
+                "INSERT INTO trials (number, study_id, state) VALUES (:number, :study, 'COMPLETE')"
+            ),
+            [row | {"number": number} for number in range(20)],
+        )
+    many._is_dealt = False
+
+    def spent() -> int:
+        before = steps[0]
+        told.append(many._take())
+        return steps[0] - before
+
+    spent()
+    few = spent()
+    with many._trials.engine.begin() as connection:
+        connection.execute(
+            sqlalchemy.text(
+                "INSERT INTO trials (number, study_id, state) VALUES (:number, :study, 'COMPLETE')"
+            ),
+            [row | {"number": number} for number in range(22, 900)],
+        )
+    assert 0 < spent() <= 1.2 * few
+    assert [number for _, number in told] == [20, 21, 900]
+
+
 class Away(Exception):
     """What a driver says of a server that is gone."""
 
