@@ -1,12 +1,12 @@
 """Run benchmarks and write the page that shows what they printed: docs/benchmarks.md.
 
-    python scripts/benchmarks.py                    # all of them, an hour and a half on two quiet cores
-    python scripts/benchmarks.py bk_core moe        # these; the others keep what they printed last
-    python scripts/benchmarks.py bk_core --jax PYTHON    # where jax is a peer: an interpreter that has it
-    python scripts/benchmarks.py reading_search --text FOLDER    # of what trains: train.txt, valid.txt and test.txt
+    python scripts/benchmarks.py moe baseline_step  # these; the others keep what they printed last
+    python scripts/benchmarks.py --jax PYTHON --nltk PYTHON --text FOLDER    # all of them, on two quiet cores two hours
     python scripts/benchmarks.py --page             # only the page
 
-What each prints is kept as it is in docs/results/benchmarks/NAME.txt, under the command and the date.
+What each prints is kept as it is in docs/results/benchmarks/NAME.txt, under the command, the date and the revision, which
+is a clean one. ``--jax`` and ``--nltk`` are interpreters that have what a script compares with; ``--text`` is a folder with
+train.txt, valid.txt and test.txt, for what trains.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from bklm.harness.machine import git_revision
@@ -60,36 +62,74 @@ BENCHMARKS = {
     "what the package has. No target; more variants were tried of the model that reads (`bklm/models/resnet_bk_config.py`).",
     "freeze_phase2": "An epoch of phase 2 with cached contexts against the token-by-token procedure. Target: 30 times.",
 }
-AGAINST_JAX = ("bk_core", "resolvent_solve")
-TRAINS = ("reading_search",)
+# What a script needs to be told, and by which option of its own.
+NEEDS = {
+    "bk_core": {"jax": "--jax"},
+    "resolvent_solve": {"jax": "--jax"},
+    "data_scale": {"nltk": "--nltk"},
+    "reading_search": {"text": "--data_dir"},
+}
+SHOWN = {"jax": "PYTHON", "nltk": "PYTHON", "text": "FOLDER"}  # the page names no path of a machine
+# Of what misses a target, as far as its tables tell why; shown only where one is missed.
+WHY = {
+    "bk_core": "At (32, 128) the kernels are a quarter of a call; the rest is autograd's and Python's around them (*A small "
+    "call from Python*), so that no faster kernel would reach the target. At (8, 65536) a call takes twice as long as a copy "
+    "of the same bytes on all cores (*Where the time of a call goes*), so that less than a factor of two is left against jax, "
+    "too. Of the compilation the solve's kernels are most (*Compilation*).",
+    "resolvent_solve": "At (32, 128) with 32 columns the calls around the kernels take more than half of the time, so that "
+    "kernels of half the time would not reach the target either. With long rows of one column the solve reads and writes "
+    "what the diagonal does, and x, y and their gradients besides.",
+    "reading_step": "A step is not its matrix products alone: the optimiser, norms, dropout, the mixer and the loss pass over "
+    "memory that the products do not.",
+    "train_step": "Beside the products of so small a model the optimiser passes over an embedding and a head of 30,000 words, "
+    "and the loss over their logits.",
+    "moe": "With one active expert of four the router, the sort of tokens by expert and the sums back are passes that a dense "
+    "layer of the active size does not have; the smaller the layer, the more they weigh. *exact* asks every expert, for the "
+    "router's gradient.",
+    "baseline_step": "At 16 x 64 positions one position after the other is already a product over 16 rows, and the parallel "
+    "sweeps, of which several are needed, have only 64 positions to win back.",
+    "data_scale": "Scoring looks n-grams up in tables that no cache holds, and waits for memory the more often, the larger "
+    "they are.",
+}
 HEAD = """# Benchmarks
 
 What each script printed, on two cores of a shared virtual machine without a GPU; its first lines name the revision, the
 processor and how busy the machine was. Compare within a table, not between tables: the arms of one table took turns in one
 run. A script ends with its targets and whether they are held. There was no GPU; `benchmarks/bk_core_gpu.py` is ready for one.
+Other processors than the one that a head names were not measured at that revision.
 The speeds in [findings.md](findings.md) were measured by their study, on the machine that is named there.
 
 Write this page again with `python scripts/benchmarks.py`.
 """
-QUIET, LONGEST_WAIT = 0.5, 180.0
+QUIET, LONGEST_WAIT = 0.5, 300.0
 """The load below which a script starts, and the seconds for which that is waited for."""
+TARGET = re.compile(
+    r"^target: (.*), (at (?:least|most) [\d.,e+-]+), measured: (.*?)(?:, (held|missed))?$", re.MULTILINE
+)
 
 
 def wait_until_quiet() -> None:
-    """Until the work of the script before has left the average of a minute, so that the head tells of others' alone."""
+    """Until the work of the script before has left the average of a minute, so that the head tells of others' alone.
+
+    Raises:
+        SystemExit: others keep the machine busy.
+    """
     until = time.monotonic() + LONGEST_WAIT
-    while hasattr(os, "getloadavg") and os.getloadavg()[0] > QUIET and time.monotonic() < until:
+    while hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > QUIET:
+        if time.monotonic() > until:
+            raise SystemExit(
+                f"the load is {load:.1f} after {LONGEST_WAIT:.0f} s; timings need a quiet machine: end what runs."
+            )
         time.sleep(5)
 
 
-def run(name: str, jax: str | None, text: str | None) -> None:
-    command = [sys.executable, f"benchmarks/{name}.py"]
-    asked = ""
-    if jax and name in AGAINST_JAX:
-        # The page names no path of this machine.
-        command, asked = [*command, "--jax", jax], " --jax PYTHON"
-    if text and name in TRAINS:
-        command, asked = [*command, "--data_dir", text], " --data_dir FOLDER"
+def run(name: str, told: Mapping[str, str | None]) -> None:
+    """Run one script and keep what it prints."""
+    command, asked = [sys.executable, f"benchmarks/{name}.py"], ""
+    for option, own in NEEDS.get(name, {}).items():
+        if told[option]:
+            command += [own, told[option]]
+            asked += f" {own} {SHOWN[option]}"
     shown = (
         f"$ python benchmarks/{name}.py{asked}    # {datetime.date.today()}, revision {git_revision()[:12]}\n"
     )
@@ -105,29 +145,60 @@ def run(name: str, jax: str | None, text: str | None) -> None:
     (OUTPUTS / f"{name}.txt").write_text(shown + done.stdout.strip("\n") + "\n", encoding="utf-8")
 
 
+def page() -> str:
+    """docs/benchmarks.md from the kept outputs: which targets are missed, then each script with what it printed."""
+    outputs = {
+        name: path.read_text(encoding="utf-8")
+        for name in BENCHMARKS
+        if (path := OUTPUTS / f"{name}.txt").exists()
+    }
+    found = [(name, *match) for name, output in outputs.items() for match in TARGET.findall(output)]
+    missed = [row for row in found if row[-1] == "missed"]
+    told = f"{sum(row[-1] == 'held' for row in found)} targets are held, {len(missed)} are missed"
+    if unmeasured := [row for row in found if not row[-1]]:
+        told += f", {len(unmeasured)} were not measured"
+    parts = [HEAD, f"## Targets\n\n{told}.\n"]
+    if missed:
+        lines = [
+            f"| [{name}](#{name}) | {what} | {wanted} | {value} |" for name, what, wanted, value, _ in missed
+        ]
+        parts.append(
+            "| missed in | what | wanted | measured |\n| --- | --- | --- | --- |\n" + "\n".join(lines) + "\n"
+        )
+    for name, output in outputs.items():
+        why = f"{WHY[name]}\n\n" if name in WHY and any(row[0] == name for row in missed) else ""
+        parts.append(f"## {name}\n\n{BENCHMARKS[name]}\n\n{why}```text\n{output}```\n")
+    if missing := [f"`benchmarks/{name}.py`" for name in BENCHMARKS if name not in outputs]:
+        parts.append(f"Of {', '.join(missing)} no output is kept yet.\n")
+    return "\n".join(parts)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; none: all")
     parser.add_argument("--jax", metavar="PYTHON", help="a Python interpreter that has jax")
+    parser.add_argument("--nltk", metavar="PYTHON", help="a Python interpreter that has nltk")
     parser.add_argument("--text", metavar="FOLDER", help="the text of what trains")
     parser.add_argument("--page", action="store_true", help="run nothing, only write the page")
     given = parser.parse_args()
     if unknown := [n for n in given.names if n not in BENCHMARKS]:
         parser.error(f"got {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}.")
-    for name in [] if given.page else given.names or BENCHMARKS:
+    names = [] if given.page else given.names or list(BENCHMARKS)
+    told = {option: getattr(given, option) for option in SHOWN}
+    for name in names:
+        if untold := [option for option in NEEDS.get(name, {}) if not told[option]]:
+            parser.error(
+                f"{name} needs --{untold[0]} {SHOWN[untold[0]]}, without which its kept numbers would be lost; give it, or "
+                "name other scripts."
+            )
+    if names and "+" in git_revision():
+        parser.error(
+            "the checkout has changes that are not committed; a kept output names a clean revision: commit them."
+        )
+    for name in names:
         print(f"benchmarks/{name}.py ...", file=sys.stderr, flush=True)
-        run(name, given.jax, given.text)
-    page = [HEAD]
-    missing = []
-    for name, what in BENCHMARKS.items():
-        output = OUTPUTS / f"{name}.txt"
-        if output.exists():
-            page.append(f"## {name}\n\n{what}\n\n```text\n{output.read_text(encoding='utf-8')}```\n")
-        else:
-            missing.append(f"`benchmarks/{name}.py`")
-    if missing:
-        page.append(f"Of {', '.join(missing)} no output is kept yet.\n")
-    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(page), encoding="utf-8")
+        run(name, told)
+    (ROOT / "docs" / "benchmarks.md").write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,10 @@ def test_a_benchmark_runs_to_its_end(name, small_text, tmp_path):
         pytest.skip("PostgreSQL is not installed here")
     assert done.returncode == 0, done.stderr[-2000:]
     assert printed in done.stdout
+    if name == "sweep_storm":
+        assert re.findall(r"target: points (lost|stored twice) in the storm, .*, (held|missed)", done.stdout) == [
+            ("lost", "held"), ("stored twice", "held")
+        ]  # fmt: skip
 
 
 def test_quick_sweep_compares_medians_of_both_revisions(monkeypatch, capsys):
@@ -73,6 +77,46 @@ def test_quick_sweep_compares_medians_of_both_revisions(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["quick_sweep", "--rounds", "3"])
     quick_sweep.main()
     assert "at least 1.5, measured: 3, held" in capsys.readouterr().out
+
+
+def benchmarks_page(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("benchmarks")
+
+
+def test_the_page_is_made_of_the_kept_outputs_and_says_first_which_targets_are_missed(monkeypatch, tmp_path):
+    script = benchmarks_page(monkeypatch)
+    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == script.page()
+    monkeypatch.setattr(script, "OUTPUTS", tmp_path)
+    (tmp_path / "moe.txt").write_text(
+        "$ python benchmarks/moe.py\n\ntarget: a, b (c), at least 1,000, measured: 1,200, held\n"
+        "target: d, at most 0.3, measured: 0.4, missed\ntarget: e, at most 1, measured: not in this run\n"
+    )
+    page = script.page()
+    assert "1 targets are held, 1 are missed, 1 were not measured." in page
+    assert "| [moe](#moe) | d | at most 0.3 | 0.4 |" in page
+    assert script.WHY["moe"] in page
+    assert "`benchmarks/bk_core.py`" in page.rpartition("Of ")[2]
+
+
+def test_a_script_whose_peer_is_not_given_is_refused_before_it_overwrites_what_was_measured(
+    monkeypatch, capsys
+):
+    script = benchmarks_page(monkeypatch)
+    monkeypatch.setattr(script, "run", lambda *a: pytest.fail("ran"))
+    for words, told in (
+        (["bk_core"], "bk_core needs --jax PYTHON"),
+        (["nothing"], "got nothing; there are bk_core"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["benchmarks.py", *words])
+        with pytest.raises(SystemExit):
+            script.main()
+        assert told in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["benchmarks.py", "moe"])
+    monkeypatch.setattr(script, "git_revision", lambda: "0123456789abcdef+changes")
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "changes that are not committed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [1, 3, 40])

@@ -57,6 +57,8 @@ class Session:
         # Trials that the progress bar knows of, and the steps it was told of others by their workers.
         self._counted: set[str] = set()
         self._helped: dict[str, int] = {}
+        # Trials that this process trained, of which it tells.
+        self._trained: set[str] = set()
         self._grids = 0
         self._pool: workers.Pool | None = None
 
@@ -108,6 +110,7 @@ class Session:
             self._counted.add(place)
             return recorded
         self._counted.add(place)
+        self._trained.add(place)
         self.progress.describe(_name_point(point))
         before, started = self.progress.own, time.perf_counter()
 
@@ -174,9 +177,12 @@ class Session:
             key = tuple(point.values())
             if key not in records:
                 self._announce(point)
-                records[key] = trial(folder_of(point), **point)
-                track(self.accelerator, folder_of(point).removeprefix(f"{INTERNALS}/"), records[key])
-                self._tell(points, records, point, draw)
+                place, of_helper = folder_of(point), folder_of(point) in self._helped
+                records[key] = trial(place, **point)
+                track(self.accelerator, place.removeprefix(f"{INTERNALS}/"), records[key])
+                if place in self._trained or not (of_helper or workers.link):
+                    self._tell(points, len(records), point, records[key])
+                self._draw(points, records, draw)
             return records[key]
 
         if not self.is_main:
@@ -244,16 +250,18 @@ class Session:
     def _announce(self, point: Point | None) -> Point | None:
         return broadcast(self.accelerator, point)
 
-    def _tell(
-        self, points: list[Point], records: dict[tuple, dict[str, Any]], point: Point, draw: Callable | None
-    ) -> None:
-        record = records[tuple(point.values())]
+    def _tell(self, points: list[Point], done: int, point: Point, record: dict[str, Any]) -> None:
+        """One line on a trial; how many are done and the time left are known to the study's own process alone."""
         # A part that is no trial, such as a model's first phase, has no score.
-        if record.get("val_ppl") is not None:
-            log.info(
-                "Trial %d of %d, %s: validation PPL %.1f%s",
-                len(records), len(points), _name_point(point), record["val_ppl"], self.progress.time_left(),
-            )  # fmt: skip
+        if record.get("val_ppl") is None:
+            return
+        words = f"{_name_point(point)}: validation PPL {record['val_ppl']:.1f}"
+        if workers.link is None:
+            done = max(done, self._pool.done(len(points)) if self._pool else 0)
+            words = f"Trial {done} of {len(points)}, {words}{self.progress.time_left()}"
+        log.info("%s", words)
+
+    def _draw(self, points: list[Point], records: dict[tuple, dict[str, Any]], draw: Callable | None) -> None:
         if draw is None or workers.link is not None or time.monotonic() - self._drawn < SECONDS_BETWEEN_FIGURES:
             return
         self.show(draw([records[key] for p in points if (key := tuple(p.values())) in records]))

@@ -88,6 +88,11 @@ class Pool:
         finally:
             torch.set_num_threads(share)
 
+    def done(self, points: int) -> int:
+        """How many of a grid's points are done, that of this process included, whose training has just ended."""
+        with self._lock:
+            return points - len(self._waiting) - len(self._out) + (os.getpid() in self._out)
+
     def steps_of_helpers(self) -> list[tuple[Point, int]]:
         """Points of the grid that helpers have worked on, each with the optimiser steps that they told of."""
         with self._lock:

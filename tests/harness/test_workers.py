@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -74,7 +75,12 @@ def test_two_workers_give_the_numbers_of_one_and_each_trial_is_trained_once(conf
     for alpha in ("0", "0.5", "1"):
         for seed in (0, 1):
             assert log.count(f"bklm.training.loop: alpha {alpha}, seed {seed}: epoch 1/{EPOCHS}") == 1
+            # Told by whoever trained it, and once; the best one's final training is told of, too.
+            is_best = (float(alpha), seed) == (together.best_alpha, 0)
+            assert log.count(f"alpha {alpha}, seed {seed}: validation PPL") == 1 + is_best
     assert "2 trials run at once" in log
+    # How many are done, and the time left, are known here alone.
+    assert len(re.findall(r"Trial \d of 6, .* left\n", log)) == len(here) - 1
     assert helpers() == []
     assert numbers(together.folder) == alone
 
