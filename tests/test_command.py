@@ -58,6 +58,19 @@ def test_a_study_has_the_number_of_its_notebook(number):
     assert int(config.notebook[:2]) == number
 
 
+@pytest.mark.parametrize(("profile", "said"), [("quick", "Takes about 12 min on this machine"), ("smoke", "")])
+def test_a_run_says_how_long_it_takes_before_it_starts(profile, said, monkeypatch, capsys):
+    from bklm.studies.grad_blend import run
+
+    def started(config):
+        assert said in (told := capsys.readouterr().err)
+        assert bool(told) == bool(said)
+
+    monkeypatch.setattr(run, "estimated_minutes", lambda config: 12.0)
+    monkeypatch.setattr(run, "run_grad_blend", started)
+    assert main(["run", "1", "--profile", profile, "--dataset", "embedded"]) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import signal
 import sys
 import typing
@@ -74,6 +75,12 @@ def main(config_class: type[StudyConfig], words: list[str] | None = None, prog: 
     try:
         config = parse(config_class, words, prog).resolved()
         study = importlib.import_module(f"{config_class.package()}.run")
+        if config.profile != "smoke" and os.environ.get("RANK", "0") == "0":
+            # Not imported where no study runs: torch comes with it.
+            from bklm.harness.estimate import duration_in_words
+
+            words = duration_in_words(study.estimated_minutes(config))
+            print(f"Takes {words} on this machine, less what is done already.", file=sys.stderr, flush=True)
         # The processes of a launch that are not the main one have no result.
         if (result := getattr(study, f"run_{config.study}")(config)) is not None:
             result.show()

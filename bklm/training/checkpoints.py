@@ -143,6 +143,15 @@ class CheckpointFolder:
         """Delete all checkpoints of this run (its result is recorded elsewhere)."""
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def keep_only(self, epoch: int) -> None:
+        """Delete all checkpoints but that of one epoch: the run is done, and nothing goes on from the others."""
+        for other in (p for p in self.all() if epoch_of(p) != epoch):
+            shutil.rmtree(other)
+
+    def bytes(self) -> int:
+        """What all files of the folder take."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
     def _worth_keeping(self) -> set[Path]:
         folders = self.all()
         kept = set(folders[-self.keep :])

@@ -10,6 +10,7 @@ import shutil
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -271,12 +272,34 @@ def test_bad_input_is_refused_in_one_sentence_before_anything_is_trained(tiny, m
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused(tiny, monkeypatch):
-    from types import SimpleNamespace
-
     monkeypatch.setattr(baseline_runner.shutil, "disk_usage", lambda path: SimpleNamespace(free=250_000_000))
     config = dataclasses.replace(tiny, embed_dim=2000, hidden_dim=2000, context_dim=2000)
     with pytest.raises(OSError, match=r"checkpoint_dir: .* has 250 MB left; the checkpoints take up to \d+ MB"):
         run_baseline(config)
+
+
+def test_the_checkpoints_of_the_whole_wikitext2_fit_a_free_drive_and_those_that_lie_there_are_counted(
+    tiny, monkeypatch, tmp_path
+):
+    config = BaselineConfig(protocol="field", profile="full", data_dir=tiny.data_dir, workers=1).resolved()
+    fields = baseline_run.fields_of_models(config, config.vocab_size)
+    needed = baseline_run._checkpoint_bytes(config, fields, len(config.seeds))
+    assert 5e9 < needed < 10e9, "GB of the 15 that a Drive has"
+    free = needed - 4e6
+    monkeypatch.setattr(baseline_runner.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(OSError, match="the checkpoints take up to"):
+        baseline_runner.require_room(tmp_path / "drive", needed)
+    (tmp_path / "drive" / "run").mkdir()
+    (tmp_path / "drive" / "run" / "state.pt").write_bytes(bytes(5_000_000))
+    baseline_runner.require_room(tmp_path / "drive", needed)
+
+
+@pytest.mark.slow
+def test_with_no_checkpoints_to_keep_a_finished_run_leaves_its_best_alone(tiny):
+    result = run_baseline(dataclasses.replace(tiny, seeds=(0, 1), keep_checkpoints=0))
+    left = [(r["seed"], r["epoch"]) for r in checkpoints_table(result)]
+    assert sorted(left) == [(run["seed"], run["best_epoch"]) for run in result.runs]
+    assert result.load("newllm").num_parameters() == result.table[0]["parameters"]
 
 
 @pytest.mark.slow
@@ -384,6 +407,11 @@ def test_the_fields_protocol_keeps_case_adds_linear_context_and_sets_published_n
     assert {row["model"] for row in result.table} == set(COMPETITORS)
     assert "Animals" in prepare_text(config).tokens.vocab.words
     assert all(row["test_ppl"] for row in result.table)
+    counted = [row for row in readable_quality(result.table, result.baselines) if "Kneser-Ney" in row["model"]]
+    assert counted
+    assert all(float(row["test PPL"]) > 1 for row in counted), (
+        "whether a model beats counting is asked of test, too"
+    )
     assert "AWD-LSTM (Merity et al. 2017)" in [row["published"] for row in result.tables()["published"]()]
     # What the original reported is of words in lower case; the contest is judged on test, in pairs.
     judged = [row["claim"] for row in result.claims]

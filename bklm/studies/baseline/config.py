@@ -12,7 +12,7 @@ from bklm.training.schedules import TrainingSettings, parse_clip
 
 ORIGINAL_CLIP = "0.5@1, 1@11, 2@31"
 # Of every profile, where the protocol says nothing else.
-OTHERWISE = {"lowercase": True, "patience": 15, "schedule": "constant"}
+OTHERWISE = {"lowercase": True, "patience": 15, "schedule": "constant", "keep_checkpoints": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,8 @@ class BaselineConfig(WindowStudyConfig):
         "field": {
             "lowercase": False, "vocab_size": 30_000, "seq_len": 128, "epochs": 10, "patience": 2, "schedule": "cosine",
             "clip": "1", "learning_rates": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+            # A free Drive holds 15 GB.
+            "keep_checkpoints": 0,
         },
     }  # fmt: skip
 
@@ -104,7 +106,12 @@ class BaselineConfig(WindowStudyConfig):
     min_delta: float = setting(1e-3, low=0, high=10, help="fall of the loss that counts as improvement")
     accumulate: int = setting(1, low=1, high=512, help="parts that a batch is worked in, to save memory")
     checkpoint_every: int = setting(5, low=1, high=1000, help="epochs between the checkpoints that are kept")
-    keep_checkpoints: int = setting(2, low=1, high=1000, help="how many a run keeps, besides best and newest")
+    keep_checkpoints: int | None = setting(
+        None,
+        low=0,
+        high=1000,
+        help="how many a run keeps, besides best and newest; 0: of one that is done the best; empty: 2, as the field 0",
+    )
     checkpoint_dir: str | None = setting(
         None, is_path=True, help="folder for checkpoints, such as one on a Drive"
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from bklm.data import load_corpus
+from bklm.harness import workers
 from bklm.harness.comparison import Trial, not_beaten_in_short
 from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.folder import internal
@@ -153,11 +154,8 @@ def _train_all(study: Session) -> tuple[list[Trial], list[Trial]]:
     """The trials of the search, and the runs."""
     config, text = study.config, study.text
     fields = fields_of_models(config, text.vocab_size)
-    parameters = sum(models.count_parameters(*of_model) for of_model in fields.items())
-    # One more than are kept, while it is written.
     trainings = len(config.seeds) + len(config.dropouts or (0,)) - 1
-    kept = (min(config.epochs, config.keep_checkpoints + 2) + 1) * trainings
-    train.require_room(config.checkpoint_folder(), parameters * models.BYTES_PER_PARAMETER * kept)
+    train.require_room(config.checkpoint_folder(), _checkpoint_bytes(config, fields, trainings))
     steps, search_steps = len(text.train_loader(0)) * config.epochs, _search_steps(study)
     study.expect((steps * trainings + search_steps * len(config.learning_rates)) * len(fields))
 
@@ -200,6 +198,16 @@ def _train_all(study: Session) -> tuple[list[Trial], list[Trial]]:
             f"every training diverged, the first so: {trials[0]['reason']} Take another output_dir for other settings."
         )
     return searched, trials
+
+
+def _checkpoint_bytes(config: BaselineConfig, fields: dict[str, dict[str, Any]], trainings: int) -> int:
+    """What the checkpoints take at most: those that are kept of every run, and what those under way have besides."""
+    sizes = [models.count_parameters(*of_model) for of_model in fields.items()]
+    at_work = min(config.epochs, config.keep_checkpoints + 2)
+    kept = at_work if config.keep_checkpoints else 1
+    # One more than are kept, while it is written.
+    besides = max(sizes) * workers.number(config, len(sizes) * trainings) * (at_work + 1 - kept)
+    return models.BYTES_PER_PARAMETER * (sum(sizes) * trainings * kept + besides)
 
 
 def _or_infinity(trial: Trial) -> float:

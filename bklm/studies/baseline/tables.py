@@ -143,9 +143,9 @@ def readable_quality(rows: Rows, baselines: Rows, is_wikitext2: bool = True) -> 
     """Perplexities and accuracy for people, the n-gram baselines below; on WikiText-2 the original's report, too."""
     found = MODELS.readable(rows)
     empty = dict.fromkeys(found[0], "-")
-    titles = {"val_ppl": "val PPL (95%)", "val_ppl_without_unk": "without <unk>"}
+    titles = {"val_ppl": "val PPL (95%)", "val_ppl_without_unk": "without <unk>", "test_ppl": "test PPL"}
     for row in baselines:
-        words = {title: _perplexity(row, key) for key, title in titles.items()}
+        words = {title: _perplexity(row, key) for key, title in titles.items() if row.get(key) is not None}
         found.append({**empty, "model": row["name"], **words})
     if not is_wikitext2:
         return found

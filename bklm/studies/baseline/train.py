@@ -76,6 +76,8 @@ def train_run(
         model, text.val_loader(), text.unk_id, windows_of=lambda n: text.context_loader(n, context_tokens),
         window=text.seq_len, lengths=CONTEXT_LENGTHS, accelerator=study.accelerator,
     )  # fmt: skip
+    if not study.config.keep_checkpoints and study.is_main:
+        checkpoints.keep_only(best.epoch)
     return {
         "parameters": model.num_parameters(),
         "active_parameters": active_parameters(model),
@@ -148,7 +150,7 @@ def keep_weights(folder: Path, runs: Sequence[Trial], checkpoints: Path, resume_
 
 
 def require_room(target: Path, needed: float) -> None:
-    """Refuse to start where ``needed`` bytes of checkpoints will not fit.
+    """Refuse to start where ``needed`` bytes of checkpoints will not fit, beside those that lie there already.
 
     Raises:
         OSError: the folder cannot be made, or its disk is too full.
@@ -159,9 +161,9 @@ def require_room(target: Path, needed: float) -> None:
         raise OSError(
             f"checkpoint_dir: cannot write to {target} ({error.strerror}); choose a folder you may write to."
         ) from error
-    free = shutil.disk_usage(target).free
-    if free < needed:
+    free, more = shutil.disk_usage(target).free, needed - CheckpointFolder(target).bytes()
+    if free < more:
         raise OSError(
-            f"checkpoint_dir: {target} has {free / 1e6:.0f} MB left; the checkpoints take up to {needed / 1e6:.0f} MB; "
-            "free some space, choose another folder, or a smaller keep_checkpoints."
+            f"checkpoint_dir: {target} has {free / 1e6:.0f} MB left; the checkpoints take up to {more / 1e6:.0f} MB; "
+            "free some space, choose another folder, or a smaller keep_checkpoints (0: of a finished run the best alone)."
         )

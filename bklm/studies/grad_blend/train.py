@@ -50,11 +50,17 @@ def model_config(config: GradBlendConfig, vocab_size: int, alpha: float) -> ResN
     )
 
 
-def _first_weights(model: ResNetBK) -> None:
-    """Draw every layer as torch does on its own, as the published model started."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Embedding | nn.Linear | nn.LayerNorm | AnalyticMoE):
-            layer.reset_parameters()
+def fresh_model(config: GradBlendConfig, vocab_size: int, alpha: float, seed: int) -> ResNetBK:
+    """The model of one trial of a resolved config with its first weights, the same for all alphas of a seed."""
+    torch.manual_seed(seed)
+    model = ResNetBK(model_config(config, vocab_size, alpha))
+    if config.first_weights == "torch":
+        # Every layer as torch draws it on its own: the published model started so.
+        torch.manual_seed(seed)
+        for layer in model.modules():
+            if isinstance(layer, nn.Embedding | nn.Linear | nn.LayerNorm | AnalyticMoE):
+                layer.reset_parameters()
+    return model
 
 
 def train_trial(
@@ -67,12 +73,7 @@ def train_trial(
     if (folder / "checkpoints").exists() and read_result(early, {"directions": list}) is None:
         log.warning("%s is missing or damaged, so this trial starts again from its first epoch.", early)
         CheckpointFolder(folder / "checkpoints").remove()
-    torch.manual_seed(seed)
-    model = ResNetBK(settings)
-    if config.first_weights == "torch":
-        torch.manual_seed(seed)
-        _first_weights(model)
-    model = model.to(study.accelerator.device)
+    model = fresh_model(config, text.vocab_size, alpha, seed).to(study.accelerator.device)
 
     def directions() -> list[dict[str, Any]]:
         return measure_directions(model, *text.first_batch(sequences=8), config.alphas, config.gradient)
