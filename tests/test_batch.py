@@ -175,6 +175,12 @@ def test_the_example_in_the_documentation_is_one_that_runs(monkeypatch):
     ]  # fmt: skip
 
 
+def test_the_batch_of_everything_names_every_notebook(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = [r.notebook.name for r in read_runs(Path("docs/batch_all.yaml"))]
+    assert sorted(runs) == sorted(p.name for p in Path("notebooks").glob("*.ipynb"))
+
+
 def test_paths_among_the_parameters_are_relative_to_the_folder_the_batch_is_started_in(
     sets, tmp_path, monkeypatch
 ):

@@ -1,5 +1,5 @@
-"""Notebooks 01 and 03 as a user has them: run all, move a slider, choose values, Run, look at the figure, Stop; 00, 02 and 04
-are run and read, at a desk and on a phone.
+"""Notebooks 01 and 03 as a user has them: run all, move a slider, choose values, Run, look at the figure, Stop; the
+others are run and read, at a desk and on a phone.
 
 $BKLM_SCREENSHOTS keeps what was seen.
 """
@@ -77,6 +77,11 @@ WALKS = {
     "00_setup.ipynb": {},
     "02_precision_benchmark.ipynb": {"profile": "smoke"},
     "04_embedding_freeze_study.ipynb": {"profile": "smoke", "dataset": "embedded"},
+    "05_koopman.ipynb": {"profile": "smoke", "dataset": "embedded"},
+    "06_physics_informed.ipynb": {"profile": "smoke", "dataset": "embedded"},
+    "07_compression.ipynb": {"profile": "smoke", "dataset": "embedded"},
+    "08_dialogue.ipynb": {"profile": "smoke", "pretraining": "embedded"},
+    "09_integration.ipynb": {"profile": "smoke", "dataset": "embedded"},
 }
 
 
