@@ -18,6 +18,7 @@ TARGETS: tuple[tuple[str, str, str, dict[str, float]], ...] = (
     ("jax", "1, 1000000", "jax / ours", {"least": 6}),
     ("jax", "8, 65536", "jax / ours, tensors", {"least": 6}),
     ("jax", "1, 1000000", "jax / ours, tensors", {"least": 6}),
+    ("first", "nothing compiled", "import, s", {"most": 0.3}),
     ("first", "kernels in the cache", "import, s", {"most": 0.3}),
     ("compile", CPU_BACKEND, "compilation, s", {"most": 10}),
     ("compile", SELFTEST, "compilation, s", {"most": 10}),

@@ -4,6 +4,7 @@
     python benchmarks/baseline_step.py --model advanced
     python benchmarks/baseline_step.py --batch 32 --length 63 --arms bklm literal
     python benchmarks/baseline_step.py --quick          # a small size, for CI
+    python benchmarks/baseline_step.py --weights FILE    # of a trained NewLLM (study 03), which takes more sweeps
     python benchmarks/baseline_step.py --device cuda
 
 A step is forward, loss, backward, clip and Adam, with dropout. The literal arm is the published description as a loop
@@ -23,10 +24,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import torch
 from _timing import duration, print_table, take_turns, target, where
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,9 +72,14 @@ LOSSES: dict[str, Callable[[NewLLM, Tensor, Tensor], Tensor]] = {
 }
 
 
-def training_step(config: NewLLMConfig, arm: str, x: Tensor, y: Tensor) -> Callable[[], None]:
+def training_step(
+    config: NewLLMConfig, arm: str, x: Tensor, y: Tensor, weights: Path | None
+) -> Callable[[], None]:
     torch.manual_seed(0)
-    model = NewLLM(config).to(x.device).train()
+    model = NewLLM(config)
+    if weights is not None:
+        load_model(model, str(weights))
+    model.to(x.device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -138,7 +146,7 @@ def measure(
     """Print the table of one size; how many times as fast as steps bklm is."""
     tokens = torch.randint(0, args.vocab_size, (batch, length + 1), device=args.device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    arms = {arm: training_step(config, arm, x, y) for arm in names}
+    arms = {arm: training_step(config, arm, x, y, args.weights) for arm in names}
     # A sweep's products are others than a loop's.
     floor, operations = floor_step(config, x) if LITERAL in names else (None, 0)
     found = take_turns({**arms, "floor": floor} if floor else arms, args.seconds)
@@ -171,6 +179,9 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=1000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--arms", nargs="+", choices=LOSSES, help="which, the reference last")
+    parser.add_argument(
+        "--weights", type=Path, help="a NewLLM's safetensors file; fresh ones where none is given"
+    )
     parser.add_argument("--seconds", type=float, default=12.0, help="about how long to measure each size")
     args = parser.parse_args()
     if (args.batch is None) != (args.length is None):
@@ -184,6 +195,7 @@ def main() -> None:
     check_arms_agree(config, x, y)
     keep_freed_memory()  # as training does
     print(f"{torch.cuda.get_device_name() + ', ' if x.is_cuda else ''}{where()}\n{config}")
+    print("fresh weights" if args.weights is None else "weights of a trained model")
     gains = {}
     for batch, length in sizes:
         arms = args.arms or (list(LOSSES) if length <= 128 else [BKLM, STEPS])

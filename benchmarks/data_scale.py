@@ -242,11 +242,11 @@ def show(found: list[dict[str, Any]]) -> None:
 
 
 def exponent(found: list[dict[str, Any]], key: str, words: str) -> float | None:
-    """Of the seconds at ``key`` over the number of words, by least squares through the logarithms."""
+    """Of the seconds or bytes at ``key`` over the number of words, by least squares through the logarithms."""
     if len(found) < 2:
         return None
-    sizes, seconds = ([row[name] for row in found] for name in (words, key))
-    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+    sizes, values = ([row[name] for row in found] for name in (words, key))
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 def judge(found: list[dict[str, Any]], over_nltk: float | None) -> None:
@@ -261,6 +261,7 @@ def judge(found: list[dict[str, Any]], over_nltk: float | None) -> None:
     ):
         target(f"exponent of the time of {what} over the words", exponent(found, key, words), most=LINEAR)
     for what, key in (("training", "fit_peak"), ("the model", "model"), ("scoring", "score_peak")):
+        target(f"exponent of the memory of {what} over the words", exponent(found, key, "tokens"), most=LINEAR)
         worst = max(row[key] / sum(row["ngrams"]) for row in found)
         target(f"bytes an n-gram of {what}", worst, most=BYTES_AN_NGRAM)
     target("times as fast as nltk", over_nltk, least=TIMES_NLTK)

@@ -279,9 +279,15 @@ def judge(storm: dict[str, Any], found: list[dict[str, Any]]) -> None:
     print()
     target("points lost in the storm", storm["lost"], most=0)
     target("points stored twice in the storm", storm["stored twice"], most=0)
+    rates = [one["begun"] / one["seconds"] for one in (found[0], found[-1])]
     grown = f"with {found[-1]['points']:,} points over those with {found[0]['points']:,}"
-    for what, key in (("statements a point", "statements"), ("the server's processor a point", "server")):
+    for what, key in (
+        ("statements a point", "statements"),
+        ("the worker's processor a point", "worker"),
+        ("the server's processor a point", "server"),
+    ):
         target(f"{what}, {grown}", getattr(many, key) / getattr(few, key), most=COSTS_GROW)
+    target(f"points/s, {grown}", rates[1] / rates[0], least=1 / COSTS_GROW)
 
 
 def main() -> None:

@@ -221,6 +221,7 @@ def report(size: Size, rounds: int, now: Callable[[], float]) -> None:
     full = size == Size()
     gain = middle[LOOP][1] / middle[BKLM][1] if full else None
     target(f"tokens/s of {BKLM} over those of {LOOP}", gain, least=2)
+    target(f"tokens/s of {BKLM} over those of {LOOP} (aim)", gain, least=3)
     share = memory_ratio(peaks[BKLM], peaks[LOOP]) if peaks and full else None
     target(f"peak memory of {BKLM} over that of {LOOP}", share, most=0.333)
     for arm in (SOLVE, BKLM):

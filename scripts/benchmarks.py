@@ -45,7 +45,8 @@ BENCHMARKS = {
     "k = 1; *exact* not slower than *dense*; at E = 4, k = 1 as fast as the dense layer of its active size. Claimed by "
     "the original: 10 times.",
     "baseline_step": "A training step of NewLLM against the literal loop over positions, and against *steps*: one "
-    "position after the other, NewLLM's only engine when the targets were set. Targets: 1.3 times the tokens/s of "
+    "position after the other, NewLLM's only engine when the targets were set; fresh weights, and trained ones take more "
+    "sweeps (``--weights``). Targets: 1.3 times the tokens/s of "
     "*steps* at 16 x 64 positions, 2 times at 1 x 4,096.",
     "quick_sweep": "Notebook 01's quick sweep, whole process, against the revision before the house was rebuilt. "
     "Target: 1.5 times faster on two cores.",

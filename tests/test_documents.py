@@ -334,6 +334,27 @@ def test_the_readmes_words_on_05_and_06_have_the_numbers_of_the_kept_results():
         assert verdicts.high[arm, "detached"] < 0
 
 
+def test_the_readmes_speeds_of_the_operator_are_those_that_the_benchmark_printed():
+    kept = (ROOT / "docs" / "results" / "benchmarks" / "bk_core.txt").read_text(encoding="utf-8")
+    words = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    said = re.search(
+        r"compiles the kernels, about (\w+) seconds on a CPU.* some (\d+) µs at \(32, 128\), more than (\d+) times "
+        r"faster than autograd through the published loop; some (\d+) ms at N = 1,000,000, and with long rows "
+        r"(\d+) to (\d+) times faster than jax's",
+        words,
+    )
+    first = re.search(r"nothing compiled .* ([\d.]+) s\n +kernels in the cache .* (\d+) ms\n", kept)
+    assert ["four", "five", "six", "seven"].index(said[1]) + 4 == pytest.approx(
+        float(first[1]) - int(first[2]) / 1000, abs=1
+    )
+    call, over = re.search(r"\n  32, 128 +(\d+) us .* ([\d.]+) +[\d.]+ ms \(.*\) +[\d.]+\n", kept).groups()
+    assert int(said[2]) == pytest.approx(int(call), rel=0.15)
+    assert 0.9 * float(over) <= int(said[3]) <= float(over)
+    assert int(said[4]) == pytest.approx(float(re.search(r"\n  1, 1000000 +([\d.]+) ms", kept)[1]), rel=0.25)
+    jax = [float(value) for value in re.findall(r"target: jax / ours[^:]*: ([\d.]+), ", kept)]
+    assert (int(said[5]), int(said[6])) == pytest.approx((min(jax), max(jax)), abs=0.8)
+
+
 def test_the_files_that_numbers_lack_are_named_all_of_them_and_no_other(readme):
     head = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8").split("\n## ")[0]
     assert sorted(re.findall(r"`(\w+\.(?:json|csv))`", head)) == readme.missing_files()
