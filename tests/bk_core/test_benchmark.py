@@ -78,6 +78,19 @@ def mixture_against_all_experts(scripts, tokens, width):
     return (lambda: problem.step(arms["selected"])), (lambda: problem.step(arms["dense"]))
 
 
+def mixture_against_a_layer(scripts, tokens, width):
+    moe = scripts("moe")
+    problem, arms = moe.Problem(moe.Case(tokens, width, 4, 1), "cpu"), {arm.name: arm for arm in moe.ARMS}
+    return (lambda: problem.step(arms["selected"])), (lambda: problem.step(arms["layer"]))
+
+
+def newllm_against_steps(scripts, batch, length):
+    step = scripts("baseline_step")
+    x = torch.randint(1000, (batch, length), generator=torch.Generator().manual_seed(0))
+    config = step.NewLLMConfig(1000, 128, 256, 128, 3)
+    return tuple(step.training_step(config, arm, x, x, None) for arm in (step.BKLM, step.STEPS))
+
+
 @pytest.mark.parametrize(
     ("arms", "size", "threads", "least"),
     [
@@ -87,6 +100,8 @@ def mixture_against_all_experts(scripts, tokens, width):
         (against_a_copy, (1, 200_000, 2), 2, 1 / 60),
         (solve_against_scipy, (8, 256, 16), 1, 0.5),
         (mixture_against_all_experts, (2048, 64), 1, 0.8),
+        (mixture_against_a_layer, (2048, 64), 1, 0.15),
+        (newllm_against_steps, (16, 64), 1, 0.5),
     ],
 )
 def test_what_was_made_fast_keeps_its_distance(arms, size, threads, least, scripts):
