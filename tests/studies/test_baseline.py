@@ -377,7 +377,9 @@ def test_the_originals_protocol_trains_on_its_windows_and_says_so(small_text, ti
     assert int(y[0, (y[0] != -100).sum() - 1]) == 3  # a line ends with EOS
     assert text.val_targets == sum(int((y != -100).sum()) for _, y in text.val_loader())
     result = run_baseline(config)
-    assert "the original's windows" in json.loads(result.paths["summary.json"].read_text())["note"]
+    assert (
+        "as published: the original's windows" in json.loads(result.paths["summary.json"].read_text())["note"]
+    )
     assert result.baselines[0]["val_ppl"] > result.baselines[1]["val_ppl"] > 1
     assert "context_lengths.png" not in result.paths
 

@@ -252,7 +252,7 @@ def _note(study: Session, bars: bool = True) -> str:
     if config.dropouts:
         parts.append(f"its dropout: best of {len(config.dropouts)} over a whole training of the first seed")
     if config.protocol == "original":
-        parts.append("the original's windows: an overlap's targets count twice")
+        parts.append("as published: the original's windows, an overlap's targets count twice")
     if config.protocol == "field" and study.text.is_wikitext2 and not study.text.is_whole_wikitext2:
         parts.append(
             f"a sample of WikiText-2, {study.text.train_tokens:,} of its {OFFICIAL_WORDS:,} training words"
