@@ -334,6 +334,31 @@ def test_the_readmes_words_on_05_and_06_have_the_numbers_of_the_kept_results():
         assert verdicts.high[arm, "detached"] < 0
 
 
+def test_the_readmes_words_on_08_have_the_numbers_of_its_row():
+    """The row is written from the kept results."""
+    page = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    row = re.search(
+        r"NewLLM up to (\d+) turns back, ResNetBK up to (\d+) turns back \(ResNetBK longer up to (\d+)\), "
+        r"GPT up to (\d+) turns back, .* pretraining helps ([\w, ]+), and counting words beats all of them",
+        page,
+    )
+    newllm, reads, longer, gpt = (
+        ["none", "one", "two", "three", "four", "five", "six", "seven", "eight"][int(n)]
+        for n in row.groups()[:4]
+    )
+    assert (
+        f"In artificial dialogues GPT recalls what was said up to {gpt} turns back, NewLLM up to {newllm}, ResNetBK up "
+        f"to {reads} " in page
+    )
+    assert f"and up to {longer} when it trains half as long again" in page
+    helped = set(row[5].split(", "))
+    assert (
+        f"pretraining on a text helps {' and '.join(sorted(helped, reverse=True))}, and NewLLM no more" in page
+    )
+    assert "NewLLM" not in helped
+    assert "counting words beats all three" in page
+
+
 def test_the_readmes_speeds_of_the_operator_are_those_that_the_benchmark_printed():
     kept = (ROOT / "docs" / "results" / "benchmarks" / "bk_core.txt").read_text(encoding="utf-8")
     words = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
