@@ -7,7 +7,7 @@
 #   of any other one for nothing. [0.5, 0.0] after [0.0, 0.5] evaluates both again; one value more evaluates the old ones again, so
 #   means over trials weigh them double. Nothing is said.
 # bklm: trials of one machine are files named after their settings; for shared grids it asks which points have a completed trial
-#   (bklm/harness/grid.py).
+#   (bklm/sharing/sweep.py).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

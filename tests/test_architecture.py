@@ -253,6 +253,16 @@ def test_scripts_and_benchmarks_import_what_a_package_hands_out(house, folder):
     assert taken == set()
 
 
+def test_what_findings_say_of_bklm_names_files_that_are_there():
+    named = {
+        (script.name, name)
+        for script in (ROOT / "findings").glob("*.sh")
+        for name in re.findall(r"\b(?:bklm|tests|docs)/[\w/]+\.(?:py|md)\b", script.read_text(encoding="utf-8"))
+    }
+    assert named
+    assert [(script, name) for script, name in sorted(named) if not (ROOT / name).exists()] == []
+
+
 def test_findings_import_what_a_library_hands_out():
     lines = [
         (p.name, line) for p in (ROOT / "findings").glob("*.sh") for line in p.read_text("utf-8").splitlines()
