@@ -1,8 +1,8 @@
 """A grid of trials that several machines share, kept in an Optuna study in a PostgreSQL database.
 
 Any number of workers take points of one grid; each point is evaluated once. What makes that sure: Optuna numbers trials
-under a lock, and the trial with number n has the nth point, so that taking one reads no other trial. When all points are
-dealt, those are dealt again whose trial failed, or fell silent (heartbeat): such a trial names its point, perhaps two
+under a lock, and the trial with number n has the nth point, so that taking one reads the last number alone. When all points
+are dealt, those are dealt again whose trial failed, or fell silent (heartbeat): such a trial names its point, perhaps two
 workers do so at once, and of trials of one point that are alive the one with the lowest number stays. A trial that ended
 is never changed, so the result of a worker that was only asleep comes too late. On one machine nothing of this is needed.
 """
