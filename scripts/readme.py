@@ -107,7 +107,8 @@ OF_EVERY_RUN: dict[str, Callable[[Run], Any]] = {
     "config": lambda run: run.manifest["config"],
     # Settings as a command line has them.
     "words": lambda run: {
-        k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in run.config.items()
+        k: " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in v) if isinstance(v, list) else v
+        for k, v in run.config.items()
     },
     "seeds": lambda run: len(run.config["seeds"]),
     "finding": lambda run: run.summary["finding"],

@@ -36,7 +36,7 @@ SIDE = (
     "Phase 1:", "Tokens per", "beat Kneser-Ney", "Context lowers", "trials ended at", "profit from", "A trained embedding",
     "The original's unequal",
 )  # fmt: skip
-NUMBERS = ("no", "one", "two", "three", "four", "five")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 EARLIER_NEWLLM = "**Of an earlier version of the study**: rows of NewLLM say nothing, as it read no better than single words. "
 Row = dict[str, Any]
@@ -214,16 +214,28 @@ def below_counting(run: Any) -> str:
     )
 
 
+def batch_of(run: Any) -> tuple[int, int]:
+    """Sequences of a batch and their length, of a run whose manifest may not be kept."""
+    return tuple(map(int, re.search(r"batch (\d+) x (\d+)", run.summary["note"]).groups()))
+
+
+def rank_of_newllm(run: Any) -> str:
+    """Its place among the models by mean validation perplexity."""
+    order = [row["model"] for row in sorted(run.summary["table"], key=lambda row: row["val_ppl"] or math.inf)]
+    place, count = order.index("newllm") + 1, len(order)
+    return f"last of the {NUMBERS[count]}" if place == count else f"place {place} of {count}"
+
+
 def gain_of_context(run: Any) -> str:
     """What windows of up to the length of the training bring over windows of 16, at best."""
-    found = {}
+    found, (_, window) = {}, batch_of(run)
     for row in run.summary["table"]:
         values = {
             int(k.rpartition("_")[2]): v
             for k, v in row.items()
             if k.startswith("val_ppl_context_") and v is not None
         }
-        longer = [v for length, v in values.items() if 16 <= length <= run.config["seq_len"]]
+        longer = [v for length, v in values.items() if 16 <= length <= window]
         found[TITLES[row["model"]]] = 1 - min(longer) / values[16]
     name = max(found, key=found.get)
     return f"The most that more than 16 words of context bring is {found[name]:.1%}, to {name}."
@@ -232,7 +244,7 @@ def gain_of_context(run: Any) -> str:
 def in_their_epochs(study: Any) -> dict[str, Any]:
     """The steps as published in epochs of the original's text, and what it reported before and after them."""
     run, reported = study.runs["original"], tables.REPORTED_EPOCHS
-    count = run.row["steps"] / math.ceil(ORIGINAL_WINDOWS / run.config["batch_size"])
+    count = run.row["steps"] / math.ceil(ORIGINAL_WINDOWS / batch_of(run)[0])
     before = [epoch for epoch in reported if epoch["epoch"] <= count][-1]
     return {"count": count, "before": before, "after": reported[reported.index(before) + 1]}
 
@@ -396,11 +408,7 @@ OF_RUNS: Places = {
         "cost": lambda run: tables.readable_cost(run.summary["table"], run.summary["measured"]),
         "threads": lambda run: run.hardware("{torch_threads} thread{s} of an {processor}"),
         "worst_first": lambda run: list_scores(sorted(run.summary["table"], key=lambda row: -row["val_ppl"])),
-        "rank": lambda run: (
-            f"last of the {NUMBERS[len(run.summary['table'])]}"
-            if run.worst_first[:6] == "NewLLM"
-            else "beats a competitor"
-        ),
+        "rank": rank_of_newllm,
         "rivals": lambda run: [
             {"announced": r["claim"], "measured": r["measured here"]}
             for r in run.summary["claims"]
