@@ -123,8 +123,8 @@ def main() -> None:
     parser.add_argument(
         "studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; all where none is named"
     )
-    for name in TEXTS:
-        parser.add_argument(f"--{name}", type=lambda path: Path(path).resolve())
+    for option in ("--wikitext", "--peps", "--dialogues"):
+        parser.add_argument(option, type=lambda path: Path(path).resolve())
     parser.add_argument("--output_dir", type=lambda path: Path(path).resolve(), required=True)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--commands", action="store_true", help="print the commands that are left, run none")

@@ -137,7 +137,7 @@ def test_a_table_that_a_run_does_not_have_is_a_sentence_with_those_it_has(finish
     study.run()
     capsys.readouterr()
     study.table("contexts")
-    assert capsys.readouterr().out == "This run has no table 'contexts'; it has alphas.\n"
+    assert capsys.readouterr().out == "This run has no table 'contexts'; it has alphas, claims.\n"
     study.result = SimpleNamespace(
         tables=lambda: {"claims": list}, config=study.result.config, silent=None, number=3
     )
