@@ -73,13 +73,11 @@ NEEDS = {
 SHOWN = {"jax": "PYTHON", "nltk": "PYTHON", "text": "FOLDER"}  # the page names no path of a machine
 # Of what misses a target, as far as its tables tell why; shown only where one is missed.
 WHY = {
-    "bk_core": "At (32, 128) the kernels are a quarter of a call; the rest is autograd's and Python's around them (*A small "
-    "call from Python*), so that no faster kernel would reach the target. At (8, 65536) a call takes twice as long as a copy "
-    "of the same bytes on all cores (*Where the time of a call goes*), so that less than a factor of two is left against jax, "
-    "too. Of the compilation the solve's kernels are most (*Compilation*).",
-    "resolvent_solve": "At (32, 128) with 32 columns the calls around the kernels take more than half of the time, so that "
-    "kernels of half the time would not reach the target either. With long rows of one column the solve reads and writes "
-    "what the diagonal does, and x, y and their gradients besides.",
+    "bk_core": "At (32, 128) most of a call is autograd's and Python's time around the kernels (*A small call from Python*). "
+    "With long rows a call is bound by memory: what is left to win is its distance to a copy of the same bytes on all cores "
+    "(*Where the time of a call goes*). Of the compilation the solve's kernels are most (*Compilation*).",
+    "resolvent_solve": "With short rows the calls around the kernels weigh as much as the kernels; with long rows of one "
+    "column the solve reads and writes what the diagonal does, and x, y and their gradients besides.",
     "reading_step": "A step is not its matrix products alone: the optimiser, norms, dropout, the mixer and the loss pass over "
     "memory that the products do not.",
     "train_step": "Beside the products of so small a model the optimiser passes over an embedding and a head of 30,000 words, "
@@ -89,8 +87,8 @@ WHY = {
     "router's gradient.",
     "baseline_step": "At 16 x 64 positions one position after the other is already a product over 16 rows, and the parallel "
     "sweeps, of which several are needed, have only 64 positions to win back.",
-    "data_scale": "Scoring looks n-grams up in tables that no cache holds, and waits for memory the more often, the larger "
-    "they are.",
+    "data_scale": "Not found out; scoring looks n-grams up in tables that no cache holds, which may be why larger ones take "
+    "longer.",
 }
 HEAD = """# Benchmarks
 

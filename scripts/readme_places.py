@@ -220,10 +220,19 @@ def batch_of(run: Any) -> tuple[int, int]:
 
 
 def rank_of_newllm(run: Any) -> str:
-    """Its place among the models by mean validation perplexity."""
-    order = [row["model"] for row in sorted(run.summary["table"], key=lambda row: row["val_ppl"] or math.inf)]
-    place, count = order.index("newllm") + 1, len(order)
-    return f"last of the {NUMBERS[count]}" if place == count else f"place {place} of {count}"
+    """Its place among the models by mean validation perplexity, and whose intervals overlap its own."""
+    rows = sorted((r for r in run.summary["table"] if r["val_ppl"]), key=lambda row: row["val_ppl"])
+    own = next(row for row in rows if row["model"] == "newllm")
+    place, count = rows.index(own) + 1, len(rows)
+    told = f"last of the {NUMBERS[count]}" if place == count else f"place {place} of {count}"
+    level = [
+        TITLES[row["model"]]
+        for row in rows
+        if row is not own
+        and (own["val_ppl_low"] or own["val_ppl"]) <= (row["val_ppl_high"] or row["val_ppl"])
+        and (row["val_ppl_low"] or row["val_ppl"]) <= (own["val_ppl_high"] or own["val_ppl"])
+    ]
+    return f"{told} by the mean, its interval overlaps that of {', '.join(level)}" if level else told
 
 
 def gain_of_context(run: Any) -> str:

@@ -334,6 +334,41 @@ def test_the_readmes_words_on_05_and_06_have_the_numbers_of_the_kept_results():
         assert verdicts.high[arm, "detached"] < 0
 
 
+def test_the_readmes_words_on_03_have_the_numbers_of_the_kept_results():
+    kept = json.loads(
+        (ROOT / "docs" / "results" / "baseline_wikitext_summary.json").read_text(encoding="utf-8")
+    )
+    page = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    table = {row["model"]: row for row in kept["table"]}
+    best = min(table, key=lambda model: table[model]["val_ppl"])
+    assert (best, len(table)) == ("lstm", 6)
+    assert "Of six models of one size an LSTM reads best." in page
+    judged = {row["claim"]: row["measured here"].rpartition(": ")[2] for row in kept["claims"]}
+    said = {
+        name: judged[f"ResNetBK better than {name}, test PPL"]
+        for name in ("GPT", "NewLLM", "LinearContext", "LSTM")
+    }
+    assert said == {**dict.fromkeys(("GPT", "NewLLM", "LinearContext"), "no difference"), "LSTM": "worse"}
+    assert (
+        "cannot be told from GPT, NewLLM or LinearContext on the test split, and is worse than the LSTM" in page
+    )
+    (goal,) = (row["measured here"] for row in kept["claims"] if row["claim"].startswith("goal:"))
+    assert goal.startswith("not reached")
+    assert "the goal of nine tenths of GPT's perplexity is not reached" in page
+    by_window = {
+        int(k[16:]): v for k, v in table["resnet_bk"].items() if re.fullmatch(r"val_ppl_context_\d+", k)
+    }
+    own, gained = table["gpt"]["n_seq"], 1 - min(by_window.values()) / by_window[64]
+    assert (
+        f"Windows beyond its training's {own} words, where GPT ends, lower its perplexity by another {gained:.1%}"
+        in page
+    )
+    assert abs(table["resnet_bk_diagonal"]["context_gain"]) < 1e-3
+    counted = min(row["val_ppl"] for row in kept["baselines"])
+    assert table["newllm"]["val_ppl_low"] < counted < table["newllm"]["val_ppl_high"]
+    assert "The published ResNetBK is a bigram model. NewLLM is not shown to beat counting." in page
+
+
 def test_the_readmes_words_on_08_have_the_numbers_of_its_row():
     """The row is written from the kept results."""
     page = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))

@@ -235,13 +235,19 @@ def count_models(ids: np.ndarray, vocab_size: int) -> dict[str, Unigram | Kneser
 
 
 def score_count_models(
-    train: np.ndarray, ids: np.ndarray, vocab_size: int, unk_id: int, is_target: np.ndarray | None = None
+    train: np.ndarray,
+    ids: np.ndarray,
+    vocab_size: int,
+    unk_id: int,
+    is_target: np.ndarray | None = None,
+    test: tuple[np.ndarray, np.ndarray | None] | None = None,
 ) -> list[dict[str, Any]]:
     """A row per count model of ``train``: name, and perplexity of ``ids`` (tokens,) with and without <unk>.
 
     Args:
         is_target: (tokens - 1,) bool, which tokens after the first are scored, all by default. Each is given whatever
             precedes it in ``ids``, also where a language model begins anew.
+        test: ids of another split and which of them are scored; the rows then have its perplexity, too, "test_ppl".
     """
     scored = np.ones(len(ids) - 1, bool) if is_target is None else is_target
     known = scored & (ids[1:] != unk_id)
@@ -249,7 +255,11 @@ def score_count_models(
     for name, model in count_models(train, vocab_size).items():
         log_probs = model.log_probs(ids)
         without = perplexity(log_probs[known])
-        rows.append({"name": name, "val_ppl": perplexity(log_probs[scored]), "val_ppl_without_unk": without})
+        row = {"name": name, "val_ppl": perplexity(log_probs[scored]), "val_ppl_without_unk": without}
+        if test is not None:
+            on_test = model.log_probs(test[0])
+            row["test_ppl"] = perplexity(on_test if test[1] is None else on_test[test[1]])
+        rows.append(row)
     return rows
 
 

@@ -202,15 +202,17 @@ def warn_of_unknown(text: StudyText) -> str:
 
 
 def ngram_baselines(
-    corpus: Corpus, tokens: TokenizedCorpus, seq_len: int, layout: str = "every-target-once"
-) -> list[dict[str, Any]]:
-    """Unigram, Kneser-Ney and, where it is known, the text's true law: rows as in ``StudyText.baselines``.
+    corpus: Corpus, tokens: TokenizedCorpus, seq_len: int, layout: str = "every-target-once", with_test: bool = False
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Unigram, Kneser-Ney and, where it is known, the text's true law: rows as in ``StudyText.baselines``; of count models
+    ``with_test`` also test_ppl.
 
     Count models read over the windows' edges, which a model does not. The law is restarted at each window of ``seq_len``
     inputs, as a model is, and scored on every target of the split; it has no row where <unk> is one.
     """
     is_target = windows(tokens.valid, seq_len, layout).is_target if layout == "disjoint" else None
-    rows = score_count_models(tokens.train, tokens.valid, tokens.vocab_size, tokens.unk_id, is_target)
+    test = (tokens.test, None) if with_test and len(tokens.test) > 1 else None
+    rows = score_count_models(tokens.train, tokens.valid, tokens.vocab_size, tokens.unk_id, is_target, test)
     floor = corpus.entropy_floor("valid", context=seq_len)
     if floor is None:
         return rows

@@ -25,9 +25,9 @@ from bklm.sharing.database import patiently
 def _number_after_the_last(self: TrialModel, session: Session) -> int:
     """How many trials of its study are older than a trial, asked of the last of them.
 
-    Optuna numbers a new trial so, while everybody else waits for the study's lock, and counts them one by one: with 20,000
-    trials that was a fifth of what a point cost the server. They are numbered in the order of their ids, so the number of
-    the one before and 1 is the same.
+    Optuna numbers a new trial so, while everybody else waits for the study's lock, and counts them one by one
+    (findings/optuna_counts_older_trials.sh). They are numbered in the order of their ids, so the number of the one before and
+    1 is the same.
     """
     older = session.query(TrialModel.number).filter(
         TrialModel.study_id == self.study_id, TrialModel.trial_id < self.trial_id

@@ -139,18 +139,12 @@ def make_text(
         rows = {split: line_windows(lines, vocabulary).rows for split, lines in splits.items()}
         rows["train"] = _first_rows(rows["train"], max_train_tokens)
         tokens = TokenizedCorpus(**rows, vocab=vocabulary, name=corpus.name, sha256=corpus.sha256)
-        baselines = _line_baselines(tokens, tokens.valid)
-        tested = _line_baselines(tokens, tokens.test) if validation == "valid" and len(tokens.test) else []
+        baselines = _line_baselines(tokens, with_test=validation == "valid")
     else:
         cased = Corpus(corpus.name, corpus.source, **splits)
         tokens = tokenize_corpus(cased, vocab_size, max_train_tokens or None, tokenizer)
         # The true law of an artificial text is no floor here: rare words are merged into <unk>, which makes the text easier.
-        baselines = ngram_baselines(cased, tokens, seq_len)
-        same = (tokens.vocab_size, tokens.unk_id)
-        is_there = validation == "valid" and len(tokens.test) > 1
-        tested = score_count_models(tokens.train, tokens.test, *same) if is_there else []
-    on_test = {row["name"]: row["val_ppl"] for row in tested}
-    baselines = [{**row, "test_ppl": on_test.get(row["name"])} for row in baselines]
+        baselines = ngram_baselines(cased, tokens, seq_len, with_test=validation == "valid")
     kind, layout = (LineText, "lines") if tokenizer == LINES else (BaselineText, "every-target-once")
     text = kind(corpus, tokens, seq_len, batch_size, layout, baselines, lowercase, validation)
     loaders = [text.train_loader(0), text.val_loader()]
@@ -170,15 +164,20 @@ def _first_rows(rows: np.ndarray, targets: int) -> np.ndarray:
     return rows[: max(1, int(np.searchsorted(counted, targets, "right")))]
 
 
-def _line_baselines(tokens: TokenizedCorpus, rows: np.ndarray) -> list[dict[str, Any]]:
+def _line_baselines(tokens: TokenizedCorpus, with_test: bool) -> list[dict[str, Any]]:
     """Unigram and Kneser-Ney over the windows laid end to end; a window's first token is no target, as for the models.
 
     The second words of a window see the last ones of the window before: context that no model has.
     """
     train = tokens.train[tokens.train != PAD_ID]
+    test = _laid_out(tokens.test) if with_test and len(tokens.test) else None
+    valid, is_target = _laid_out(tokens.valid)
+    return score_count_models(train, valid, tokens.vocab_size, tokens.unk_id, is_target, test)
+
+
+def _laid_out(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of ids (windows, length) as one text (tokens,), and which tokens after its first are targets."""
     is_text = rows != PAD_ID
-    scored = rows[is_text]
     is_first = np.zeros_like(is_text)
     is_first[:, 0] = True
-    is_target = ~is_first[is_text][1:]
-    return score_count_models(train, scored, tokens.vocab_size, tokens.unk_id, is_target)
+    return rows[is_text], ~is_first[is_text][1:]
