@@ -140,7 +140,8 @@ def draw_directions(path: Path, directions: list[dict[str, Any]], note: str) -> 
             style = {"color": colour, "marker": marker, "label": when}
             means = [r["cosine"] for r in rows]
             mean_with_error(cosine, x, means, [(r["cosine_low"], r["cosine_high"]) for r in rows], **style)
-            ratio.plot(x, [r["norm_ratio"] for r in rows], **style)
+            lengths = [(r["norm_ratio_low"], r["norm_ratio_high"]) for r in rows]
+            mean_with_error(ratio, x, [r["norm_ratio"] for r in rows], lengths, **style)
         cosine.axhline(1, color=GREY, linewidth=1, linestyle="--")
         cosine.set(title="Direction", xlabel="alpha", ylabel="cosine with the exact gradient")
         ratio.axhline(1, color=GREY, linewidth=1, linestyle="--")
