@@ -87,6 +87,8 @@ WHY = {
     "router's gradient.",
     "baseline_step": "At 16 x 64 positions one position after the other is already a product over 16 rows, and the parallel "
     "sweeps, of which several are needed, have only 64 positions to win back.",
+    "sweep_storm": "Not found out in full. Optuna writes the list of a factor's values with each trial, and it is longer with "
+    "more points; and at the end each worker counts the points that are done, which falls on the 500 that are measured.",
     "data_scale": "Not found out; scoring looks n-grams up in tables that no cache holds, which may be why larger ones take "
     "longer.",
 }

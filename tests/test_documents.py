@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import pkgutil
 import re
@@ -392,6 +393,27 @@ def test_the_readmes_words_on_08_have_the_numbers_of_its_row():
     )
     assert "NewLLM" not in helped
     assert "counting words beats all three" in page
+
+
+def test_what_scaling_says_of_a_database_is_what_the_storm_printed():
+    kept = (ROOT / "docs" / "results" / "benchmarks" / "sweep_storm.txt").read_text(encoding="utf-8")
+    page = re.sub(r"\s+", " ", (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"))
+    rows = re.findall(r"\n +(\d+) +([\d,]+) +[\d,]+ +(\d+) +(\d+) +[\d, ]+ ([\d.]+) +[\d.]+ ms", kept)
+    few = [row for row in rows if row[1] == "500"]
+    told = "{}, {} and {}".format(*(row[2] for row in few))
+    assert f"1, 4 and 16 workers with trials that cost nothing get {told} points a second" in page
+    assert {round(float(row[4])) for row in rows} == {17}
+    grown = float(re.search(r"server's processor a point, .* measured: ([\d.]+)", kept)[1])
+    assert f"but {100 * (grown - 1):.0f}% more of the server's time" in page
+    off = max(abs(int(row[3]) / int(row[2]) - 1) for row in rows)
+    assert f"within {math.ceil(100 * off)}%" in page
+    limits = [int(n.replace(",", "")) for n in re.findall(r" ([\d,]+) workers\n", kept)]
+    assert limits[0] == pytest.approx(350, rel=0.02)
+    assert limits[1] == pytest.approx(21_000, rel=0.02)
+    assert limits[2] == pytest.approx(1_000_000, rel=0.3)
+    assert "some 350 workers on with trials of a second, 21,000 with trials of a minute, and a million" in page
+    for target in ("lost", "stored twice"):
+        assert f"target: points {target} in the storm, at most 0, measured: 0, held" in kept
 
 
 def test_the_readmes_speeds_of_the_operator_are_those_that_the_benchmark_printed():
