@@ -7,6 +7,8 @@ import json
 import math
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ import torch
 from torch import nn
 
 from bklm.data import make_loader, windows
+from bklm.harness.launch import launch
 from bklm.models import GPT, GPTConfig, NewLLM, NewLLMConfig
+from bklm.studies.grad_blend.config import GradBlendConfig
 from bklm.training.auxiliary import WithTerm
 from bklm.training.checkpoints import CheckpointFolder
 from bklm.training.energy_terms import PublishedEnergy
@@ -58,6 +62,8 @@ def in_two_processes(work, folder: Path) -> list[dict]:
         if child == 0:
             code = 1
             try:
+                # Accelerate reads it, and the threads of the process that forked are not here.
+                os.environ["OMP_NUM_THREADS"] = "1"
                 torch.set_num_threads(1)
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -174,6 +180,56 @@ def test_gradients_are_added_up_and_a_parameter_that_no_process_used_keeps_none(
         assert found["told"] == {"from": 0}
     assert sorted(first["rows"] + second["rows"]) == [0, 1, 2, 3, 4]
     assert (first["came_second"], second["came_second"]) == (False, True)
+
+
+def compute_and_tell(folder: Path) -> None:
+    accelerator = make_accelerator("cpu", "fp32")
+    torch.randn(600, 600) @ torch.randn(600, 600)
+    (folder / str(accelerator.process_index)).write_text(str(torch.get_num_threads()))
+
+
+def test_a_notebook_that_has_computed_on_many_cores_launches_processes_that_compute(tmp_path, monkeypatch):
+    """A forked process has none of the threads that OpenMP still counts, and would wait for them."""
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        torch.randn(600, 600) @ torch.randn(600, 600)
+        launch(GradBlendConfig(processes=2, device="cpu"), compute_and_tell, tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert [(tmp_path / name).read_text() for name in "01"] == ["1", "1"]
+
+
+def test_a_process_has_left_the_others_before_python_is_taken_down():
+    """gloo's threads otherwise end one process in some with signal 6, whereupon torchrun stops the one that still writes."""
+    code = """
+import atexit, torch
+import torch.distributed as dist
+atexit.register(lambda: print("shared at the end:", dist.is_initialized()))
+from bklm.training.processes import make_accelerator, sum_over_processes
+for again in range(2):
+    print("sum", sum_over_processes(make_accelerator("cpu", "fp32"), torch.ones(1)).item())
+"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+        for env in ranks
+    ]
+    said = [process.communicate(timeout=120)[0].split("\n") for process in started]
+    assert said == [["sum 2.0", "sum 2.0", "shared at the end: False", ""]] * 2
+    assert [process.returncode for process in started] == [0, 0]
 
 
 def test_parts_of_a_batch_change_nothing_but_the_memory_it_takes():

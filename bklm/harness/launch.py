@@ -38,7 +38,8 @@ def _launched(work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     if torch.distributed.is_torchelastic_launched():
         # A notebook's own stream belongs to the kernel that this process was forked from.
         sys.stdout = sys.__stdout__
-        # OpenMP's threads do not survive a fork.
+        # OpenMP's threads do not survive a fork; where the environment names no number, Accelerate takes all cores.
+        os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
     work(*arguments)
 

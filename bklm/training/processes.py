@@ -9,6 +9,7 @@ that are already divided by the whole batch's target count is exact, and small.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -45,7 +46,23 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
         )
     # A notebook may ask for another device or precision than the run before.
     AcceleratorState._reset_state(True)
-    return Accelerator(cpu=not on_gpu, mixed_precision={"fp32": "no"}.get(precision, precision))
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision={"fp32": "no"}.get(precision, precision))
+    if accelerator.num_processes > 1:
+        # Once, however many Accelerators this process makes.
+        atexit.unregister(leave_gloo)
+        atexit.register(leave_gloo)
+    return accelerator
+
+
+def leave_gloo() -> None:
+    """Let go of what this process shares with others, while Python still stands.
+
+    gloo's threads hold tensors to the end. One that lets go of them while Python is being taken down ends the process with
+    signal 6 (torch 2.13.0: one launch in fifteen), and torchrun then stops the main process, which still writes.
+    NCCL has no such threads; to leave it waits for every process, also for one that has failed.
+    """
+    if dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO:
+        dist.destroy_process_group()
 
 
 def name_of_what_keeps_state(model: nn.Module) -> str | None:
