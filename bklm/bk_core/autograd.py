@@ -15,6 +15,8 @@ registered op knows nothing of it, and would drop the tangent without a word.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -24,6 +26,8 @@ from bklm.bk_core.gradients import differentiable_backward, in_torch_convention,
 
 Settings = tuple[bool, str, float, str, bool]
 """causal, gradient, grad_blend, backend, and whether pivots need no check; see :func:`apply`."""
+Known = tuple[Tensor, Tensor, Settings, Any]
+"""k, z and the settings of an earlier call, and what computes it: a backend, None where something else is to be done too."""
 
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 """Of the vmap older than torch.func, which torch.autograd itself still maps with: its tensors show no other sign."""
@@ -56,6 +60,16 @@ def eager(a: Tensor, k: Tensor, z: Tensor, settings: Settings) -> Tensor:
     if needs_grad or in_forward_mode():
         return _Eager.apply(a, k, z, settings)
     return _forward(a, k, z, settings)[0]
+
+
+def known(a: Tensor, earlier: Known) -> Tensor:
+    """As :func:`eager` with the k, z and settings of an earlier call, none of which wants a gradient; a (M, N) is real."""
+    k, z, settings, backend = earlier
+    if backend is None or in_forward_mode():
+        return eager(a, k, z, settings)
+    if a.requires_grad and torch.is_grad_enabled():
+        return _Known.apply(a, earlier)
+    return backend.forward(a, k, z, settings[0])[0]
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -97,23 +111,46 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gbar):
-        a, k, z, G, *saved = ctx.saved_tensors
-        causal, gradient, grad_blend, backend, _bounded = ctx.settings
         _, needs_k, needs_z, _ = ctx.needs_input_grad
-        if not is_plain(gbar):
-            transforms = torch._C._are_functorch_transforms_active()
-            op = ops.TransformableBackward.apply if transforms else ops.resolvent_diagonal_backward
-            return (*ops.vjp(op, gbar, a, k, z, G, ctx.settings[:4], needs_k, needs_z), None)
-        gbar = materialised(gbar)
-        # These gradients will be differentiated, or already are.
-        if torch.is_grad_enabled() or in_forward_mode():
-            grads = differentiable_backward(gbar, a, k, z, causal, gradient, grad_blend, needs_k, needs_z)
-        else:
-            grads = rows_backward(
-                gbar, a, k, z, G, saved, causal, gradient, grad_blend, backend, needs_k, needs_z
-            )
-        return (*in_torch_convention(grads, a, k), None)
+        a, k, z, G, *saved = ctx.saved_tensors
+        return (*_pull_back(gbar, a, k, z, G, saved, ctx.settings, needs_k, needs_z), None)
 
     @staticmethod
     def jvp(ctx, *tangents):
         return ops.tangent(ctx.saved_tensors, tangents[:3], ctx.settings[0])
+
+
+class _Known(torch.autograd.Function):
+    """As :class:`_Eager`, of :func:`known`: two tensors to keep in place of four, and nothing to decide."""
+
+    @staticmethod
+    def forward(ctx, a, earlier):
+        k, z, settings, backend = earlier
+        G, saved = backend.forward(a, k, z, settings[0])
+        ctx.save_for_backward(a, G, *saved)
+        ctx.earlier = earlier
+        return G
+
+    @staticmethod
+    def backward(ctx, gbar):
+        a, G, *saved = ctx.saved_tensors
+        k, z, settings, backend = ctx.earlier
+        if torch.is_grad_enabled() or in_forward_mode() or not is_plain(gbar):
+            return _pull_back(gbar, a, k, z, G, saved, settings, False, False)[0], None
+        return backend.backward(materialised(gbar), a, k, z, G, saved, settings[0], False, False)[0], None
+
+
+def _pull_back(gbar, a, k, z, G, saved, settings, needs_k, needs_z):
+    """Gradients of a, k and z in torch's convention, by the road that ``gbar`` asks for."""
+    causal, gradient, grad_blend, backend, _bounded = settings
+    if not is_plain(gbar):
+        transforms = torch._C._are_functorch_transforms_active()
+        op = ops.TransformableBackward.apply if transforms else ops.resolvent_diagonal_backward
+        return ops.vjp(op, gbar, a, k, z, G, settings[:4], needs_k, needs_z)
+    gbar = materialised(gbar)
+    # These gradients will be differentiated, or already are.
+    if torch.is_grad_enabled() or in_forward_mode():
+        grads = differentiable_backward(gbar, a, k, z, causal, gradient, grad_blend, needs_k, needs_z)
+    else:
+        grads = rows_backward(gbar, a, k, z, G, saved, causal, gradient, grad_blend, backend, needs_k, needs_z)
+    return in_torch_convention(grads, a, k)

@@ -29,7 +29,7 @@ import math
 import torch
 from torch import Tensor
 
-from bklm.bk_core import autograd, pivots
+from bklm.bk_core import autograd, backends, pivots
 from bklm.bk_core.arguments import as_number, as_precision, coupling, precision_of, real_number, shift, widened
 from bklm.bk_core.gradients import materialised
 
@@ -93,11 +93,10 @@ def resolvent_diagonal(
         # What every layer asks for: all but the values of ``a`` is known from an earlier call.
         known = _known(b, c, z, a.shape, a.dtype, causal, gradient, grad_blend, backend)
         if known is not None:
-            k, rows_z, settings = known
             if a.dim() == 2:
-                return autograd.eager(materialised(a), k, rows_z, settings)
-            rows = materialised(a.reshape(rows_z.shape[0], a.shape[-1]))
-            return autograd.eager(rows, k, rows_z, settings).reshape(a.shape)
+                return autograd.known(materialised(a), known)
+            rows = materialised(a.reshape(known[1].shape[0], a.shape[-1]))
+            return autograd.known(rows, known).reshape(a.shape)
     check_options(gradient, grad_blend)
     if not isinstance(b, Tensor):
         b = as_number("b", b)
@@ -158,8 +157,8 @@ def _known(
     gradient: str,
     grad_blend: float,
     backend: str,
-) -> tuple[Tensor, Tensor, autograd.Settings] | None:
-    """k, z and the settings of a plain eager call on the CPU with numbers b, c and z; None where it is not that simple.
+) -> autograd.Known | None:
+    """What a plain eager call on the CPU with numbers b, c and z needs beside a; None where it is not that simple.
 
     They may not be written to: the next call gets the same ones.
     """
@@ -172,7 +171,10 @@ def _known(
         return None
     with torch.inference_mode(False):  # an inference tensor could not be saved for a later training step
         k, bounded = coupling(b, c, tuple(shape), torch.empty(0, dtype=dtype, device="cpu"), owner)
-    return k, rows_z, (causal, gradient, float(grad_blend), backend, bounded)
+    # Pivots to check, or another direction to take, is more than one backend does.
+    whole = bounded and gradient == "exact" and grad_blend == 0
+    chosen = backends.select(backend, torch.device("cpu")) if whole else None
+    return k, rows_z, (causal, gradient, float(grad_blend), backend, bounded), chosen
 
 
 def _in_64_bits(a: Tensor, b: Tensor | complex, c: Tensor | complex, z: Tensor | complex, **options):

@@ -43,6 +43,27 @@ def test_forward_over_reverse_agrees_with_finite_differences(causal):
     )
 
 
+@pytest.mark.parametrize("bond", [0.7, -0.7])
+@pytest.mark.parametrize("causal", [False, True])
+def test_with_numbers_for_all_but_a_every_derivative_is_that_with_tensors(causal, bond):
+    """Such a call takes the shortest road, unless pivots are to be checked (a negative product)."""
+    a, b, c, z = leaves(7)
+    rest = bond, 0.9, 0.3 + 1.5j
+
+    def with_numbers(x):
+        return resolvent_diagonal(x, *rest, causal=causal)
+
+    options = {"check_batched_grad": True, "check_forward_ad": True, "fast_mode": True}
+    assert torch.autograd.gradcheck(with_numbers, [a], **options)
+    assert torch.autograd.gradgradcheck(with_numbers, [a], check_fwd_over_rev=True, fast_mode=True)
+    tensors = [torch.full_like(x.detach(), value) for x, value in zip((b, c, z), rest, strict=True)]
+    gbar = torch.randn(2, 7, dtype=torch.complex128)
+    found, expected = (
+        torch.autograd.grad(resolvent_diagonal(a, *k, causal=causal), a, gbar)[0] for k in (rest, tensors)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_tangents_are_those_of_torch_func_at_lengths_the_scan_cuts_unevenly(causal, requires_grad):
