@@ -105,9 +105,10 @@ def newllm_against_steps(scripts, batch, length):
     ],
 )
 def test_what_was_made_fast_keeps_its_distance(arms, size, threads, least, scripts):
-    """In turns, so that a busy machine slows both. Bounds are a fourth to a sixth of what was measured on an Intel Xeon; those
-    of the copies a tenth and a sixtieth, since other processors copy faster, and a machine that has no core to spare
-    slows each of the team's parts (an AMD EPYC beside another worker of these tests: a twenty-seventh)."""
+    """In turns, so that a busy machine slows both, and by their lower quartiles, which it slows least. Bounds are a fourth to
+    a sixth of what was measured on an Intel Xeon; those of the copies a tenth and a sixtieth, since other processors copy
+    faster, and a machine that has no core to spare slows each of the team's parts (an AMD EPYC beside another worker of
+    these tests: a twenty-seventh)."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -115,7 +116,7 @@ def test_what_was_made_fast_keeps_its_distance(arms, size, threads, least, scrip
         found = scripts("_timing").take_turns({"ours": ours, "theirs": theirs}, 0.3)
     finally:
         torch.set_num_threads(before)
-    assert found["theirs"].median / found["ours"].median > least
+    assert found["theirs"].low / found["ours"].low > least
 
 
 def test_targets_are_printed_as_held_missed_or_not_measured(scripts, capsys):
