@@ -36,6 +36,8 @@ TOKENS = 4096
 LONGEST_READ = 2000
 OVER_GPT = {64: 1.5, 1024: 2.0, 4096: 3.0, 16384: 5.0}
 """Targets: windows, and by how much the solve model's tokens/s exceed GPT's."""
+OVER_LSTM = (64, 1024, 4096)
+"""Windows at which the solve model's tokens/s should not be below the LSTM's."""
 LEAST_WINDOW = 256  # of the exponent: below, what does not depend on N counts
 
 
@@ -118,6 +120,7 @@ def steps_table(window: int, options: argparse.Namespace) -> tuple[list[dict[str
     ]
     judged = {
         "gain": found["GPT"].median / mine,
+        "over_lstm": found["LSTM"].median / mine,
         "products": mine / found[PRODUCTS].median,
         "memory": memory[SOLVE] / memory["GPT"],
     }
@@ -133,8 +136,8 @@ def exponent(windows: list[int], options: argparse.Namespace) -> tuple[float, di
 
 
 @torch.no_grad()
-def generation(position: int, options: argparse.Namespace) -> list[dict[str, object]]:
-    """One row an arm: milliseconds a token, and the state's bytes."""
+def generation(position: int, options: argparse.Namespace) -> tuple[list[dict[str, object]], float]:
+    """One row an arm: milliseconds a token, and the state's bytes; and the solve model's seconds a token."""
     arms, states = {}, {}
     for name, model in models(options.parameters, options.vocab_size, position + 1, options.heads).items():
         model.eval()
@@ -159,7 +162,7 @@ def generation(position: int, options: argparse.Namespace) -> list[dict[str, obj
 
         arms[name] = step
     found = take_turns(arms, options.seconds)
-    return [
+    table = [
         {
             "generating": name,
             "ms a token": f"{time.median * 1e3:.3g} ({time.low * 1e3:.3g} - {time.high * 1e3:.3g})",
@@ -168,6 +171,7 @@ def generation(position: int, options: argparse.Namespace) -> list[dict[str, obj
         }
         for name, time in found.items()
     ]
+    return table, found[SOLVE].median
 
 
 def judge(judged: dict[Any, Any]) -> None:
@@ -177,7 +181,12 @@ def judge(judged: dict[Any, Any]) -> None:
         target(f"{SOLVE}'s tokens/s over GPT's, windows of {window:,}", found.get("gain"), least=least)
         target(f"its time over its products', windows of {window:,}", found.get("products"), most=1.25)
     target("its memory over GPT's, windows of 1,024", judged.get(1024, {}).get("memory"), most=0.5)
-    target("exponent of its step time over N", judged.get("exponent"), most=1.0)
+    for window in OVER_LSTM:
+        name = f"{SOLVE}'s tokens/s over the LSTM's, windows of {window:,}"
+        target(name, judged.get(window, {}).get("over_lstm"), least=1.0)
+    target("exponent of its step time over N", judged.get("exponent"), least=0.9)
+    target("exponent of its step time over N", judged.get("exponent"), most=1.1)
+    target("a token at the last position over one at the first", judged.get("generation"), most=1.1)
 
 
 def main() -> None:
@@ -211,8 +220,12 @@ def main() -> None:
         judged["exponent"], found = exponent(lengths, options)
         times = ", ".join(f"{n:,}: {duration(t.median)}" for n, t in found.items())
         print(f"\nexponent of the step time over N, one row: {judged['exponent']:.2f} ({times})")
+    token = []
     for position in positions:
-        print_table(f"Generation at position {position:,}, one row", generation(position, options))
+        table, seconds = generation(position, options)
+        token.append(seconds)
+        print_table(f"Generation at position {position:,}, one row", table)
+    judged["generation"] = token[-1] / token[0] if len(token) > 1 else None
     print()
     judge({} if options.quick else judged)
 

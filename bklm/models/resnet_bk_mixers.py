@@ -1,7 +1,7 @@
 """The block of a ResNet-BK that reads: values of all positions before, weighted by the last rows of a resolvent.
 
-Per head, with u = LN(x), a potential v_i = w_v . u_i + E, bonds b_i = sigmoid(w_b . u_i + beta) and values V_i of d / H
-channels,
+With u = LN(x), after a short convolution over positions where there is one, per head a potential v_i = w_v . u_i + E, bonds
+b_i = sigmoid(w_b . u_i + beta) and values V_i of d / H channels,
 
     y_i = the last entry of (T_i - i eta)^-1 V_0..i,   T_i = tridiag(b, v, b) on positions 0 ... i
     x_i <- x_i + W_o [silu(g_i) Re y'_i, silu(g_i) Im y'_i],   y' = y / rms(y),   g = W_g u

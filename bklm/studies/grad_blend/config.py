@@ -112,7 +112,7 @@ class GradBlendConfig(WindowStudyConfig):
             )
         if config.mixer == "solve" and config.first_weights == "torch":
             raise ValueError(
-                "first_weights: got 'torch' with mixer 'solve', whose energies bklm spreads over the band; take 'bklm', or "
+                "first_weights: got 'torch' with mixer 'solve', whose eta and bonds bklm starts spread over its memories; take 'bklm', or "
                 "mixer 'diagonal'."
             )
         if config.top_k > config.num_experts:
