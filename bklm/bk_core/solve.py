@@ -195,15 +195,24 @@ def solve_step(
     batch = _batch(x.shape[:-1], a.shape)
     rows_z, fits_32_bits = shift(z, batch, x.device, precision, ("x", owner))
     dtype, wide = as_precision(torch.complex64, precision), precision if fits_32_bits else torch.float64
-    pivot = a.to(as_precision(a.dtype, wide)) - rows_z.to(as_precision(torch.complex64, wide)).reshape(batch)
-    source = x.to(as_precision(torch.complex64, wide))
+    rows_z = rows_z.to(as_precision(torch.complex64, wide)).reshape(batch)
     if state is not None:
         b, c = (_between(name, value, batch, wide, owner) for name, value in (("b", b), ("c", c)))
+    x, a = x.to(as_precision(torch.complex64, wide)), a.to(as_precision(a.dtype, wide))
+    left, y = (t.to(dtype) for t in advance(x, a, b, c, rows_z, state))
+    return y, SolveState(left, y)
+
+
+def advance(
+    x: Tensor, a: Tensor, b: Tensor | complex, c: Tensor | complex, z: Tensor, state: SolveState | None
+) -> SolveState:
+    """:func:`solve_step` of tensors that are known to fit, in one precision; none is looked at."""
+    pivot = a - z
+    if state is not None:
         pivot = pivot - b * c * state.left
-        source = source - (c[..., None] if isinstance(c, Tensor) else c) * state.y
+        x = x - (c[..., None] if isinstance(c, Tensor) else c) * state.y
     left = pivot.reciprocal()
-    y = (left[..., None] * source).to(dtype)
-    return y, SolveState(left.to(dtype), y)
+    return SolveState(left, left[..., None] * x)
 
 
 def _between(

@@ -112,8 +112,8 @@ class GradBlendConfig(WindowStudyConfig):
             )
         if config.mixer == "solve" and config.first_weights == "torch":
             raise ValueError(
-                "first_weights: got 'torch' with mixer 'solve', whose eta and bonds bklm starts spread over its memories; take 'bklm', or "
-                "mixer 'diagonal'."
+                "first_weights: got 'torch' with mixer 'solve', whose heads bklm starts with memories of their own; take "
+                "'bklm', or mixer 'diagonal'."
             )
         if config.top_k > config.num_experts:
             raise ValueError(
