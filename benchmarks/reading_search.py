@@ -24,8 +24,12 @@ from typing import Any
 import torch
 from _timing import print_table, where
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bklm.models import GPT, LSTM, GPTConfig, LanguageModel, ResNetBK, ResNetBKConfig
+from bklm.models.gpt import GPTBlock
+from bklm.models.normalised_gate import gated
+from bklm.models.resnet_bk_mixers import SolveMixer
 from bklm.models.sizing import gpt_of_size, lstm_of_size
 from bklm.studies.baseline.config import BaselineConfig
 from bklm.studies.baseline.run import prepare_text
@@ -34,6 +38,35 @@ from bklm.training.denormals import flushed_denormals
 from bklm.training.loop import train
 from bklm.training.processes import make_accelerator
 from bklm.training.schedules import TrainingSettings
+
+
+class RealMixer(SolveMixer):
+    """Of y, Re alone is handed on."""
+
+    def _is_fused(self, read: Tensor) -> bool:
+        return False
+
+    def _write(self, y: Tensor, gates: Tensor) -> Tensor:
+        return super()._write(torch.complex(y.real, torch.zeros_like(y.real)), gates)
+
+
+class LoudMixer(RealMixer):
+    """y as large as eta makes it."""
+
+    def _write(self, y: Tensor, gates: Tensor) -> Tensor:
+        parts = torch.stack([y.real, y.imag], -1).permute(0, 2, 4, 1, 3).flatten(3)
+        return self.output(gated(parts, gates).flatten(2))
+
+
+class DroppingBlock(GPTBlock):
+    """Drops attention weights, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self._heads(x)
+        p = self.dropout_p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=p)
+        return self._add(x, mixed), key, value
+
 
 READERS: dict[str, dict[str, Any]] = {
     "taken": {},
@@ -45,9 +78,15 @@ READERS: dict[str, dict[str, Any]] = {
     "hopping 0.99": {"hopping": 0.99},
     "4 heads": {"n_heads": 4},
     "16 heads": {"n_heads": 16},
+    "head of its own": {"tied": False},
+    "Re y alone": {"mixer_class": RealMixer},
+    "y not normalised": {"mixer_class": LoudMixer},
+    "weight decay 0.01": {"weight_decay": 0.01},
+    "weight decay 0.1": {"weight_decay": 0.1},
 }
 GPTS: dict[str, dict[str, Any]] = {
     "taken": {},
+    "attention weights dropped": {"block": DroppingBlock},
     "no warm-up": {"warmup": 0.0},
     "branches not scaled down": {"last_scale": True},
     "head of its own": {"untied": True},
@@ -81,16 +120,22 @@ class UntiedGPT(GPT):
         return self.output.weight, None
 
 
-def build_reader(vocabulary: int, given: argparse.Namespace, **options: Any) -> ResNetBK:
+def build_reader(
+    vocabulary: int, given: argparse.Namespace, *, mixer_class: type[SolveMixer] = SolveMixer, **options: Any
+) -> ResNetBK:
     size = {"d_model": 16, "n_layers": 1} if given.quick else {"d_model": 128, "n_layers": 3}
     fields = {"n_heads": 8, "num_experts": 1, **options}
-    return ResNetBK(ResNetBKConfig(vocabulary, **size, mixer="solve", **fields))
+    model = ResNetBK(ResNetBKConfig(vocabulary, **size, mixer="solve", **fields))
+    for block in model.blocks:
+        # The same weights, read in another way.
+        block.mixer.__class__ = mixer_class
+    return model
 
 
 @torch.no_grad()
 def build_gpt(
     vocabulary: int, given: argparse.Namespace, *, last_scale: bool = False, untied: bool = False,
-    wide_start: bool = False, **options: Any,
+    wide_start: bool = False, block: type[GPTBlock] = GPTBlock, **options: Any,
 ) -> GPT:  # fmt: skip
     config = gpt_of_size(given.parameters, vocabulary, given.seq_len, **options).config
     if untied:
@@ -98,9 +143,11 @@ def build_gpt(
         size = given.parameters - vocabulary * config.d_model
         config = gpt_of_size(size, vocabulary, given.seq_len, **options).config
     model = (UntiedGPT if untied else GPT)(config)
+    for one in model.blocks:
+        one.__class__ = block
     if last_scale:
-        for block in model.blocks:
-            for layer in (block.attention_output, block.down):
+        for one in model.blocks:
+            for layer in (one.attention_output, one.down):
                 layer.weight.mul_(math.sqrt(2 * config.n_layers))
     if wide_start:
         nn.init.normal_(model.embedding.weight)
@@ -161,8 +208,8 @@ def search(name_of_model: str, rate: float, text: BaselineText, given: argparse.
     for name in given.only or variants:
         options = dict(variants[name])
         settings = TrainingSettings(
-            max(given.schedule, given.epochs), learning_rate=rate, weight_decay=0.0, clip=1.0, schedule="cosine",
-            warmup=options.pop("warmup", 0.05),
+            max(given.schedule, given.epochs), learning_rate=rate, clip=1.0, schedule="cosine",
+            warmup=options.pop("warmup", 0.05), weight_decay=options.pop("weight_decay", 0.0),
         )  # fmt: skip
         row = {"variant": name}
         for seed in given.seeds:

@@ -424,12 +424,19 @@ def test_the_fields_protocol_keeps_case_adds_linear_context_and_sets_published_n
 
 def test_a_rival_is_judged_on_test_over_all_seeds_and_not_where_one_diverged():
     def trials(model, *scores):
-        return [{"model": model, "seed": s, "val_ppl": p, "test_ppl": p} for s, p in enumerate(scores)]
+        found = [{"model": model, "seed": s, "val_ppl": p, "test_ppl": p} for s, p in enumerate(scores)]
+        return [
+            t if p is None or model != "gpt" else t | {"val_ppl": 2 * p}
+            for t, p in zip(found, scores, strict=True)
+        ]
 
     def found(*rival):
         rows = tables.rival_claims(trials("resnet_bk", 30.0, 30.3, 30.6) + trials("gpt", *rival))
         goal = rows[1]["measured here"].partition(",")[0] if len(rows) > 1 else "-"
-        return rows[0]["measured here"].rsplit(": ", 1)[1], goal
+        verdict, _, validation = rows[0]["measured here"].rsplit(": ", 1)[1].partition("; ")
+        if verdict == "better":
+            assert validation.startswith("on validation x2."), "twice as high there, and no verdict hangs on it"
+        return verdict, goal
 
     assert found(32.0, 32.3, 32.7) == ("better", "not reached")
     assert found(34.0, 34.3, 34.7) == ("better", "reached")

@@ -265,7 +265,8 @@ def is_beside_the_original(claims: Rows) -> bool:
 
 def rival_claims(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """Each rival's test perplexity over ResNetBK's of the same seeds, judged for all of them at once; [] without either, or
-    without a test split. On validation text rates, dropouts and epochs were chosen, of ResNetBK its defaults as well.
+    without a test split. On validation text, whose ratio stands beside it, rates, dropouts and epochs were chosen, of
+    ResNetBK its defaults as well.
     """
     scored = [t for t in trials if t["val_ppl"] is not None and t.get("test_ppl") is not None]
     test, own = dataclasses.replace(MODELS, score="test_ppl"), "resnet_bk"
@@ -278,6 +279,8 @@ def rival_claims(trials: Sequence[Trial]) -> list[dict[str, Any]]:
             found = "better" if ratio.low > 1 else "worse" if ratio.high < 1 else "no difference"
         announced = "590 against 1288 (validation, of a model that saw the future)" if name == "gpt" else "-"
         measured = f"{TITLES[name]}'s over its own x{ratio or ' (not of the same seeds)'}: {found}"
+        if ratio is not None:
+            measured += f"; on validation x{MODELS.ratio(scored, name, own, any_of=len(rivals))}"
         rows.append((f"{TITLES[own]} better than {TITLES[name]}, test PPL", announced, measured))
         if name == "gpt" and ratio is not None and ratio.is_judged:
             reached = (
