@@ -437,6 +437,21 @@ def test_the_readmes_speeds_of_the_operator_are_those_that_the_benchmark_printed
     assert (int(said[5]), int(said[6])) == pytest.approx((min(jax), max(jax)), abs=0.8)
 
 
+def test_the_readmes_speeds_of_the_solve_model_are_those_that_the_benchmark_printed():
+    kept = (ROOT / "docs" / "results" / "benchmarks" / "reading_step.txt").read_text(encoding="utf-8")
+    words = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    said = re.search(
+        r"trains at ([\d.]+), ([\d.]+), ([\d.]+) and ([\d.]+) times GPT's tokens per second .* at ([\d.]+) of the LSTM's "
+        r"with windows of 64, and holds ([\d.]+) to ([\d.]+) times GPT's memory",
+        words,
+    )
+    gains, lstm = (re.findall(rf"\n  {name} .* x([\d.]+) +[\d,]+ MB ", kept) for name in ("GPT", "LSTM"))
+    memory = [float(x) for x in re.findall(r"\n  ResNetBK \(solve\) .* MB +x([\d.]+)", kept)]
+    assert [float(x) for x in said.groups()[:4]] == pytest.approx([float(x) for x in gains], abs=0.06)
+    assert said[5] == lstm[0]
+    assert (float(said[6]), float(said[7])) == pytest.approx((min(memory), max(memory)), abs=0.06)
+
+
 def test_the_files_that_numbers_lack_are_named_all_of_them_and_no_other(readme):
     head = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8").split("\n## ")[0]
     assert sorted(re.findall(r"`(\w+\.(?:json|csv))`", head)) == readme.missing_files()
