@@ -38,7 +38,6 @@ SIDE = (
 )  # fmt: skip
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
-EARLIER_NEWLLM = "**Of an earlier version of the study**: rows of NewLLM say nothing, as it read no better than single words. "
 Row = dict[str, Any]
 
 
@@ -107,21 +106,9 @@ def blending_helps(run: Any) -> str:
     return claim("", "", any_holds(found))["verdict"]
 
 
-def earlier(run: Any) -> str:
-    """What is wrong with a kept run of a study that was mended since; nothing once it is run again."""
-    if run.study.name == "compression" and not any("float_reads" in row for row in run.summary["table"]):
-        return EARLIER_NEWLLM
-    return ""
-
-
 def claims_table(run: Any) -> list[Row]:
-    """Announced, measured, verdict; none of a claim that an earlier version of a study could not judge."""
-    return [
-        {**c, "verdict": "no verdict"}
-        if earlier(run) and "NewLLM" in f"{c['announced']} {c['measured']}"
-        else c
-        for c in run.summary["claims"]
-    ]
+    """Announced, measured, verdict."""
+    return run.summary["claims"]
 
 
 def held(run: Any) -> str:
@@ -142,7 +129,7 @@ def verdict(run: Any) -> str:
 
 
 # Places of a run with claims.
-OF_CLAIMS = {"claims_table": claims_table, "held": held, "verdict": verdict, "earlier": earlier}
+OF_CLAIMS = {"claims_table": claims_table, "held": held, "verdict": verdict}
 
 
 def physics_table(name: str) -> Callable[[Any], list[dict[str, Any]]]:
@@ -468,9 +455,7 @@ OF_RUNS: Places = {
         "reading": lambda run: compression.vacuous_in_words(
             run.summary["table"], run.summary["baselines"][0]["val_ppl"]
         ),
-        "recommended": lambda run: compression.readable_recommended(
-            [r for r in run.summary["recommended"] if not earlier(run) or r["family"] != "NewLLM"]
-        ),
+        "recommended": lambda run: compression.readable_recommended(run.summary["recommended"]),
         "verdicts": lambda run: readable_verdicts(run.summary["verdicts"]),
         "speed": lambda run: compression_timed.readable_speed(run.summary["speed"]),
     },

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bklm.compression import published_core
-from bklm.harness.arms import Arm, all_hold, claim, is_below, nats_in_words, verdicts
+from bklm.harness.arms import NOT_SHOWN, Arm, all_hold, claim, is_below, nats_in_words, verdicts
 from bklm.harness.comparison import Trial
 from bklm.harness.statistics import widened
 from bklm.studies.compression.models import CHANCE, GATED, GRADUAL, INT8, RANDOM, SCRATCH, family_of
@@ -180,7 +180,8 @@ def _as_small(
             widened(best["ppl_ratio"], upper(best), best["seeds"], len(made)) if is_judged(best) else math.inf
         )
         told.append(f"of {len(made)} files at once up to x{high:.3f}" if is_judged(best) else "no interval")
-        return claim(announced, "; ".join(told), True if high <= BELOW else None)
+        holds = high <= BELOW or (NOT_SHOWN if is_judged(best) else None)
+        return claim(announced, "; ".join(told), holds)
     # Another that is as small and has no interval might be near.
     open_ones = [r["arm"] for r in made if r["times_smaller"] >= times and not is_judged(r)]
     told += [f"{arm} has no interval" for arm in open_ones[:1]]
@@ -196,9 +197,12 @@ def _student(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         told += [f"{r['arm']}: a seed diverged" for r in own if upper(r) is None][:1]
         holds = None
         if all(map(is_judged, own)):
-            reached = sum(upper(r) <= 1 + BETTER and r["times_smaller"] >= STUDENT for r in own)
-            holds = reached == len(own)
-            told.append(f"both in {reached} of {len(own)}")
+            judged_ones = [
+                r["times_smaller"] >= STUDENT and is_below(r["ppl_ratio_low"], r["ppl_ratio_high"], 1 + BETTER)
+                for r in own
+            ]
+            holds = all_hold(judged_ones)
+            told.append(f"both in {judged_ones.count(True)} of {len(own)}")
         announced = f"a distilled {family} is {STUDENT:.2f} times smaller and {BETTER:+.2%} in perplexity"
         found.append(claim(announced, "; ".join(told), holds))
     return found
