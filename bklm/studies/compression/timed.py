@@ -51,7 +51,8 @@ def _file_of(family: str, arm: str) -> str:
 def readable_speed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
-            "model": r["family"], "products": r["arm"], "val PPL": "-" if r["val_ppl"] is None else f"{r['val_ppl']:.2f}" + " (one seed)" * (r["arm"] == TORCHAO),
+            "model": r["family"], "products": r["arm"],
+            "val PPL": "-" if r["val_ppl"] is None else f"{r['val_ppl']:.2f}" + " (one seed)" * (r["arm"] == TORCHAO),
             "scored tokens/s": f"{r['scored_tokens_per_second']:,.0f}",
             "times float's (95%)": str(Perplexity(r["times_faster"], r["times_faster_low"], r["times_faster_high"])),
             "generated tokens/s": f"{r['generated_tokens_per_second']:,.0f}",
