@@ -25,6 +25,7 @@ from bklm.studies.physics import tables as physics_tables
 from bklm.studies.physics.energies import readable_energies
 from bklm.studies.precision.claims import readable_claims
 from bklm.studies.precision.tables import readable_summary
+from bklm.training.context_gain import gain_in_words
 
 # Of GRAD_BLEND's original code on the same text, 3 epochs, batch 32, learning rate 1e-3, while it saw the future: from a
 # run of it outside this repository, of which nothing but these three numbers is kept.
@@ -126,6 +127,24 @@ def verdict(run: Any) -> str:
     """One verdict on all claims of a run."""
     found = {c["verdict"] for c in claims_table(run)}
     return found.pop() if len(found) == 1 else "in part" if "holds" in found else "none is shown to hold"
+
+
+def float_models(run: Any) -> str:
+    """Each whole model of the compression study: perplexity, what context is worth to it, and the count models above it."""
+    told, counted = [], run.summary["counted"]
+    for row in (r for r in run.summary["table"] if r["arm"] == r["family"]):
+        better = [c["arm"] for c in counted if c["val_ppl"] < row["val_ppl"]]
+        words = f"{row['arm']} {ppl(row)}, to which context is worth {gain_in_words(row['context_gain'])}"
+        told.append(f"{words}, and {len(better) or 'none'} of {len(counted)} count models have a lower one")
+    return "; ".join(told)
+
+
+def first_seed(run: Any) -> str:
+    """The float models' perplexity of the first seed, which alone torchao's products were scored on."""
+    epochs = pd.DataFrame(run.rows("epochs.csv"))
+    first = epochs[(epochs.run == "sweep") & (epochs.seed == epochs.seed.min())]
+    families = dict.fromkeys(r["family"] for r in run.summary["speed"])
+    return ", ".join(f"{f} {first[first.arm == f].val_perplexity.min():.2f}" for f in families)
 
 
 # Places of a run with claims.
@@ -458,6 +477,10 @@ OF_RUNS: Places = {
         "recommended": lambda run: compression.readable_recommended(run.summary["recommended"]),
         "verdicts": lambda run: readable_verdicts(run.summary["verdicts"]),
         "speed": lambda run: compression_timed.readable_speed(run.summary["speed"]),
+        "float_models": float_models,
+        "first_seed": first_seed,
+        # What is measured of the claims, by the claim.
+        "found": lambda run: {c["announced"]: c["measured"] for c in run.summary["claims"]},
     },
     "dialogue": {
         **OF_CLAIMS,

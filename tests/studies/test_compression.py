@@ -327,7 +327,13 @@ def test_a_hundred_times_is_judged_by_the_largest_ratio_within_fifteen_percent()
     float32 = ("NewLLM", 100.0, 400_000, 0.0)
     near, far = ("NewLLM: int3", 112.0, 40_000, 0.0), ("NewLLM: int2", 300.0, 3000, 0.0)
     assert verdict_of(trials(float32, near, far), "100 times smaller") == "does not hold"
-    assert verdict_of(trials(float32, near, far), "goal: 10 times smaller") == "holds"
+    for bits, ppl, verdict in (
+        (40_000, 112.0, "holds"),
+        (50_000, 112.0, "does not hold"),
+        (4_000, 116.0, "does not hold"),
+    ):
+        learned = ("NewLLM, 2 bits in training, groups of 32", ppl, bits, 0.0)
+        assert verdict_of(trials(float32, learned), "make NewLLM 10 times smaller") == verdict
     shares = [{"family": "NewLLM", "core_time_share": None, "outer_parameter_share": 0.5}]
     told = measured_of(trials(float32, near, far), "100 times smaller", shares=shares)
     for words in (

@@ -10,12 +10,13 @@ from bklm.compression import published_core
 from bklm.harness.arms import NOT_SHOWN, Arm, all_hold, claim, is_below, nats_in_words, verdicts
 from bklm.harness.comparison import Trial
 from bklm.harness.statistics import widened
-from bklm.studies.compression.models import CHANCE, GATED, GRADUAL, INT8, RANDOM, SCRATCH, family_of
+from bklm.studies.compression.models import CHANCE, GATED, GRADUAL, INT8, RANDOM, ROUNDED, SCRATCH, family_of
 from bklm.studies.compression.speed import PER_TOKEN
 from bklm.studies.compression.tables import (
     ARMS,
     SMALLER,
     beside_counting,
+    beside_in_words,
     is_judged,
     kind_of,
     ratio_in_words,
@@ -24,10 +25,7 @@ from bklm.studies.compression.tables import (
 )
 
 BELOW = 1.15
-MUCH_SMALLER = (
-    ("100 times smaller for less than 15% of perplexity", 100.0),
-    ("goal: 10 times smaller for less than 15% of perplexity", 10.0),
-)
+MUCH_SMALLER = ("100 times smaller for less than 15% of perplexity", 100.0)
 STUDENT, BETTER = 2.10, -0.0355
 CORE_SPEED = 1.8
 IDLE = "no better than single words, or of no use for context"
@@ -37,6 +35,12 @@ SINGLE_FILES = (
     ("int8 makes {} 4 times smaller for 1% to 3% of perplexity", INT8, 3.5, 1.03),
     ("goal: int8 makes {} 3.9 times smaller for 0.3% of perplexity", INT8, 3.9, 1.003),
     ("goal: int8 products cost {} 1% of perplexity at most", PER_TOKEN, 0.0, 1.01),
+    (
+        "goal: few bits, learned in training, make {} 10 times smaller for 15% of perplexity",
+        ROUNDED,
+        10.0,
+        BELOW,
+    ),
 )
 # Arms and controls that a sentence is about, by a part of either's name.
 PAIRS = (
@@ -100,7 +104,7 @@ def claims_table(
     ]
     families = list(dict.fromkeys(r["family"] for r in rows))
     found += [row for family in families for row in _single_files(rows, family)]
-    found += [_as_small(rows, shares, *smaller) for smaller in MUCH_SMALLER] + _student(rows)
+    found += [_as_small(rows, shares, *MUCH_SMALLER), *_student(rows)]
     for words, parts, rival in PAIRS:
         some = (parts,) if isinstance(parts, str) else parts
         for family in families:
@@ -109,20 +113,25 @@ def claims_table(
                 if family_of(r["arm"]) == family and any(p in r["arm"] for p in some) and rival in r["against"]
             ]  # fmt: skip
             found += [_at_equal_rates(_all_win(words.format(family), own), own, rows)] if own else []
-    found += [_speed(row) for row in speeds if row["arm"] == PER_TOKEN]
+    found += [
+        _speed(row, *which)
+        for which in (("score", "times_faster"), ("write", "written_times_faster"))
+        for row in speeds
+        if row["arm"] == PER_TOKEN
+    ]
     return found + [_core(row) for row in shares if row["core_time_share"] is not None] + [_published_core()]
 
 
 def _all_win(announced: str, own: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Whether every pair of a kind is won beyond its interval; told is the best one, and which gave no verdict."""
+    """Whether every pair of a kind is won beyond its interval; told are the best one, the worst, and which gave no verdict."""
     known = sorted((r for r in own if r["loss_difference"] is not None), key=lambda r: r["loss_difference"])
-    told = [f"{r['arm']} - {r['against']}: {nats_in_words(r, 3)} nats" for r in known[:1]]
-    if all(r["low"] is not None for r in own):
-        found = [is_below(r["low"], r["high"]) for r in own]
-        told.append(f"beyond the interval in {found.count(True)} of {len(own)}")
-        return claim(announced, "; ".join(told), all_hold(found))
+    shown = dict.fromkeys((0, len(known) - 1)) if known else ()
+    told = [f"{known[i]['arm']} - {known[i]['against']}: {nats_in_words(known[i], 3)} nats" for i in shown]
+    found = [is_below(r["low"], r["high"]) for r in own]
+    if any(holds is not None for holds in found):
+        told.append(f"lower beyond the interval in {found.count(True)} of {len(own)}")
     lost = [f"{r['arm']}: {r['verdict'].removesuffix(': no verdict')}" for r in own if r["low"] is None]
-    return claim(announced, "; ".join([*told, *lost[:1]]), None)
+    return claim(announced, "; ".join([*told, *lost[:1]]), all_hold(found))
 
 
 def _at_equal_rates(
@@ -142,7 +151,7 @@ def _single_files(rows: Sequence[Mapping[str, Any]], family: str) -> list[dict[s
     """Of one kind of file each: the best of many would be lucky. It must be both small and near."""
     found = []
     for words, method, smaller, most in SINGLE_FILES:
-        for row in (r for r in rows if r["arm"] == f"{family}: {method}" and upper(r) is not None):
+        for row in (r for r in rows if _made_by(method, r, family) and upper(r) is not None):
             told = f"{row['arm']}: {_in_words(row)}"
             near = is_below(row["ppl_ratio_low"], row["ppl_ratio_high"], most) if is_judged(row) else None
             found.append(
@@ -151,11 +160,17 @@ def _single_files(rows: Sequence[Mapping[str, Any]], family: str) -> list[dict[s
     return found
 
 
+def _made_by(method: str, row: Mapping[str, Any], family: str) -> bool:
+    return row["arm"] == f"{family}: {method}" or (
+        method == ROUNDED and row["family"] == family and row["arm"].endswith(ROUNDED)
+    )
+
+
 def _in_words(row: Mapping[str, Any]) -> str:
     read = (
         "" if row["float_reads"] else ", of a model that reads no better than single words, or without context"
     )
-    return f"{row['times_smaller']:.2f} times smaller, PPL x{ratio_in_words(row)}{read}"
+    return f"{row['times_smaller']:.2f} times smaller, PPL x{ratio_in_words(row)}{beside_in_words(row)}{read}"
 
 
 def _as_small(
@@ -193,7 +208,9 @@ def _student(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     for family in dict.fromkeys(r["family"] for r in rows if "student" in r["arm"]):
         own = [r for r in rows if r["family"] == family and "student" in r["arm"] and INT8 not in r["arm"]]
         known = sorted((r for r in own if upper(r) is not None), key=upper)
-        told = [f"{r['arm']}: {_in_words(r)}" for r in known[:1]]
+        # The nearest to it, and the one that decides where all are asked for.
+        shown = dict.fromkeys((0, len(known) - 1)) if known else ()
+        told = [f"{known[i]['arm']}: {_in_words(known[i])}" for i in shown]
         told += [f"{r['arm']}: a seed diverged" for r in own if upper(r) is None][:1]
         holds = None
         if all(map(is_judged, own)):
@@ -208,11 +225,11 @@ def _student(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     return found
 
 
-def _speed(row: Mapping[str, Any]) -> dict[str, str]:
+def _speed(row: Mapping[str, Any], verb: str, key: str) -> dict[str, str]:
     """Over the rounds of one run; an interval around 1 neither shows nor refutes it."""
-    low, high = row["times_faster_low"], row["times_faster_high"]
-    told = f"per token: x{row['times_faster']:.3f} ({low:.3f} to {high:.3f}) of float32's tokens a second, one model's"
-    return claim(f"goal: int8 products score {row['family']} no slower", told, is_below(-high, -low, -1.0))
+    low, high = (row[f"{key}_{end}"] for end in ("low", "high"))
+    told = f"per token: x{row[key]:.3f} ({low:.3f} to {high:.3f}) of float32's tokens a second, one model's"
+    return claim(f"goal: int8 products {verb} {row['family']} no slower", told, is_below(-high, -low, -1.0))
 
 
 def _core(row: Mapping[str, Any]) -> dict[str, str]:

@@ -200,7 +200,7 @@ def recommended(rows: Sequence[Mapping[str, Any]], is_kept: Callable[[str], bool
 
 
 _KEPT = (
-    "arm", "float_reads", "file_bytes", "packed_file_bytes", "times_smaller", "val_ppl",
+    "arm", "against", "float_reads", "file_bytes", "packed_file_bytes", "times_smaller", "val_ppl",
     "ppl_ratio", "ppl_ratio_low", "ppl_ratio_high",
 )  # fmt: skip
 
@@ -210,16 +210,23 @@ def readable_recommended(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         {
             "model": r["family"], "within": f"+{r['within']:.0%}", "smallest file": r["arm"], "size": _size(r, "file_bytes"),
             "times smaller": f"{r['times_smaller']:.2f}", "val PPL": f"{r['val_ppl']:.1f}",
-            "PPL over float's (95%)": ratio_in_words(r) + ("" if is_judged(r) else ", no interval"),
+            "PPL over float's (95%)": ratio_in_words(r) + beside_in_words(r) + ("" if is_judged(r) else ", no interval"),
         }
         for r in rows
     ]  # fmt: skip
 
 
+def beside_in_words(row: Mapping[str, Any]) -> str:
+    """Over which float model a ratio is, where that is not the family's own; rows of an earlier version do not say."""
+    against = row.get("against", row["family"])
+    return "" if against == row["family"] else f" over {against}"
+
+
 def recommended_in_words(rows: Sequence[Mapping[str, Any]], tried: int) -> str:
     """One sentence: what to take within each bound."""
     told = [
-        f"{r['arm']} within {r['within']:.0%} ({r['times_smaller']:.1f} times smaller, PPL x{ratio_in_words(r)})"
+        f"{r['arm']} within {r['within']:.0%} "
+        f"({r['times_smaller']:.1f} times smaller, PPL x{ratio_in_words(r)}{beside_in_words(r)})"
         for r in rows
     ]
     few = "" if all(is_judged(r) for r in rows) else " Fewer than three seeds: by the means, and no verdict."
