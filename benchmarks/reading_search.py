@@ -40,17 +40,21 @@ from bklm.training.processes import make_accelerator
 from bklm.training.schedules import TrainingSettings
 
 
-class RealMixer(SolveMixer):
-    """Of y, Re alone is handed on."""
+class OpenMixer(SolveMixer):
+    """Computes y by itself, so that what is made of it can be another thing."""
 
     def _is_fused(self, read: Tensor) -> bool:
         return False
+
+
+class RealMixer(OpenMixer):
+    """Of y, Re alone is handed on."""
 
     def _write(self, y: Tensor, gates: Tensor) -> Tensor:
         return super()._write(torch.complex(y.real, torch.zeros_like(y.real)), gates)
 
 
-class LoudMixer(RealMixer):
+class LoudMixer(OpenMixer):
     """y as large as eta makes it."""
 
     def _write(self, y: Tensor, gates: Tensor) -> Tensor:

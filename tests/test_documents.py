@@ -437,6 +437,40 @@ def test_the_readmes_speeds_of_the_operator_are_those_that_the_benchmark_printed
     assert (int(said[5]), int(said[6])) == pytest.approx((min(jax), max(jax)), abs=0.8)
 
 
+def test_the_readmes_speed_of_the_solve_beside_jaxs_is_what_the_benchmark_printed():
+    kept = (ROOT / "docs" / "results" / "benchmarks" / "resolvent_solve.txt").read_text(encoding="utf-8")
+    words = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    said = re.search(r"`resolvent_solve`, is ([\d.]+) to ([\d.]+) times faster than jax's", words)
+    # With gradients: the last ratio of a row, before the largest difference.
+    ratios = [float(x) for x in re.findall(r"\n  \d+, \d+, \d+ .* ([\d.]+) +[\d.]+e-\d+(?=\n)", kept)]
+    assert len(ratios) == 3
+    assert [float(x) for x in said.groups()] == pytest.approx([min(ratios), max(ratios)], abs=0.06)
+
+
+def test_the_readmes_words_on_07_have_the_numbers_of_the_kept_results():
+    folder = ROOT / "docs" / "results"
+    page = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    table = pd.read_csv(folder / "compression_table.csv").set_index("arm")
+    speed = pd.read_csv(folder / "compression_speed.csv").set_index(["family", "arm"])
+    for family in ("ResNetBK", "NewLLM", "ResNetBK with experts"):
+        int8 = table.loc[f"{family}: int8"]
+        assert abs(int8.ppl_ratio - 1) < 1e-3
+        assert int8.times_smaller == pytest.approx(4, abs=0.1)
+    faster = {f: speed.loc[f, "int8 products, per token"] for f in ("ResNetBK", "NewLLM")}
+    assert f"is scored {faster['ResNetBK'].times_faster:.1f} times as fast, NewLLM no faster" in page
+    assert faster["NewLLM"].times_faster_low < 1 < faster["NewLLM"].times_faster_high
+    assert [f.written_times_faster for f in faster.values()] == pytest.approx([2 / 3, 2 / 3], abs=0.02)
+    few = table.loc["ResNetBK, 2 bits in training, groups of 32"]
+    percent = [f"{100 * (few[k] - 1):.1f}%" for k in ("ppl_ratio_low", "ppl_ratio_high")]
+    said = f"{few.times_smaller:.1f} times smaller for {100 * (few.ppl_ratio - 1):.0f}% ({percent[0]} to {percent[1]})"
+    assert said in page
+    assert few.against == "ResNetBK, more steps"
+    claims = pd.read_csv(folder / "compression_claims.csv").set_index("announced").verdict
+    for words in ("a file reads better than counting", "distillation makes every student"):
+        assert set(claims[claims.index.str.startswith(words)]) == {"not shown"}
+    assert claims["100 times smaller for less than 15% of perplexity"] == "does not hold"
+
+
 def test_the_readmes_speeds_of_the_solve_model_are_those_that_the_benchmark_printed():
     kept = (ROOT / "docs" / "results" / "benchmarks" / "reading_step.txt").read_text(encoding="utf-8")
     words = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))

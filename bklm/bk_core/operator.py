@@ -160,7 +160,7 @@ def _known(
 ) -> autograd.Known | None:
     """What a plain eager call on the CPU with numbers b, c and z needs beside a; None where it is not that simple.
 
-    They may not be written to: the next call gets the same ones.
+    Nothing of it may be written to: the next call gets the same tensors.
     """
     if dtype not in (torch.float32, torch.float64) or not shape or not math.prod(shape):
         return None

@@ -206,7 +206,8 @@ def solve_step(
 def advance(
     x: Tensor, a: Tensor, b: Tensor | complex, c: Tensor | complex, z: Tensor, state: SolveState | None
 ) -> SolveState:
-    """:func:`solve_step` of tensors that are known to fit, in one precision; none is looked at."""
+    """:func:`solve_step` of what is known to fit: x (..., D), a and z (...) tensors in one precision, z complex, b and c
+    numbers or tensors (...). Nothing is checked or converted; the state is in that precision."""
     pivot = a - z
     if state is not None:
         pivot = pivot - b * c * state.left
