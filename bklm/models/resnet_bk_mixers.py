@@ -93,6 +93,8 @@ class SolveMixer(nn.Module):
             nn.init.zeros_(linear.bias)
         self.output.weight.mul_(OUTPUT_SCALE)
         energies = torch.linspace(-config.energy_span, config.energy_span, heads)
+        energies[::2] += config.edge_energy
+        self.inputs.weight[2 * d : 2 * d + heads] *= config.potential_scale
         self.inputs.bias[2 * d : 2 * d + heads] = energies
         self.inputs.bias[2 * d + heads :] = math.log(config.hopping / (1 - config.hopping))
         self.log_eta.copy_(torch.linspace(math.log(config.least_eta), math.log(config.eta), heads))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from bklm.bk_core import resolvent_solve
 from bklm.models import ResNetBK, ResNetBKConfig, future_leak
 from bklm.models.normalised_gate import gated, normalised, normalised_gate
+from bklm.models.resnet_bk_config import reading_settings
 from bklm.models.resnet_bk_mixers import SolveMixer
 
 VOCABULARY = 23
@@ -290,6 +291,32 @@ def test_first_energies_and_bonds_are_the_configs():
     torch.testing.assert_close(eta, torch.tensor([0.1, 0.1 ** (2 / 3), 0.1 ** (1 / 3), 1.0]))
 
 
+def test_every_second_head_can_begin_at_the_bands_edge():
+    size = {"mixer": "solve", "n_heads": 4}
+    model, plain = (
+        ResNetBK(ResNetBKConfig(50, 64, 1, **size, **more)).blocks[0].mixer.inputs
+        for more in ({"edge_energy": -1.8, "potential_scale": 0.1}, {})
+    )
+    assert (
+        reading_settings(64).items() >= {"edge_energy": -1.8, "potential_scale": 0.1, "least_eta": 0.1}.items()
+    )
+    torch.testing.assert_close(model.bias[128:132], torch.tensor([-1.8, 0.0, -1.8, 0.0]))
+    assert 0.07 < model.weight[128:132].std() / plain.weight[128:132].std() < 0.14
+    assert 0.9 < model.weight[132:].std() / plain.weight[132:].std() < 1.1
+
+
+def test_a_head_at_the_bands_edge_sums_and_one_at_its_middle_turns_by_a_quarter():
+    """What the comments of the settings say, of the weight that a position back has on the last one."""
+    x, bonds = torch.eye(64, dtype=torch.complex128), torch.full((63,), 0.95, dtype=torch.float64)
+    turns = []
+    for energy in (-1.9, 0.0):
+        diagonal = torch.full((64,), energy, dtype=torch.float64)
+        weights = resolvent_solve(x, diagonal, bonds, bonds, torch.tensor(0.05j), causal=True)[-1]
+        turns.append((weights[30:40] / weights[31:41]).angle().abs())
+    assert turns[0].max() < 0.2
+    torch.testing.assert_close(turns[1], torch.full((10,), math.pi / 2, dtype=torch.float64), atol=0.02, rtol=0)
+
+
 def test_dropout_acts_in_training_only():
     model, ids = model_of(dropout_p=0.3), ids_of(2, 6)
     assert torch.equal(model(ids), model(ids))
@@ -363,6 +390,8 @@ def test_the_head_is_tied_unless_it_is_not_wanted():
         ({"least_eta": 2.0}, "least_eta: got 2.0; it must be positive and at most eta"),
         ({"least_eta": 0.0}, "least_eta: got 0.0"),
         ({"energy_span": -1.0}, "energy_span: got -1.0"),
+        ({"edge_energy": float("nan")}, "edge_energy: got nan; it must be a finite number"),
+        ({"potential_scale": -1.0}, "potential_scale: got -1.0; it must be 0 or a positive, finite number"),
         ({"hopping": 1.0}, "hopping: got 1.0"),
         ({"convolution": -1}, "convolution: got -1"),
         ({"dense_width": 0}, "dense_width: got 0; it must be at least 1 or None for 4 d_model"),

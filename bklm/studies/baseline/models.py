@@ -23,6 +23,7 @@ from bklm.models import (
     ResNetBK,
     ResNetBKConfig,
 )
+from bklm.models.resnet_bk_config import reading_settings
 from bklm.models.sizing import Sized, gpt_of_size, linear_context_of_size, lstm_of_size, resnet_bk_of_size
 from bklm.training.context_gain import WINDOW_LENGTHS
 
@@ -91,8 +92,7 @@ def model_settings(name: str, vocab_size: int, seq_len: int, sizes: Mapping[str,
 
 
 def _reading_resnet_bk(parameters: int, vocab_size: int, seq_len: int, **more: Any) -> Sized[ResNetBKConfig]:
-    # The longest first memory, to 90% about 4.6 / least_eta positions, is three quarters of a window: chosen at 64.
-    solve = {"mixer": "solve", "num_experts": 1, "least_eta": min(1.0, 6.4 / seq_len), **more}
+    solve = reading_settings(seq_len) | more
     width = resnet_bk_of_size(parameters, vocab_size, None, **solve).config.d_model
     heads = next(h for h in HEADS if h == 1 or width >= h * LEAST_WIDTH)
     return resnet_bk_of_size(parameters, vocab_size, None, n_heads=heads, **solve)

@@ -15,6 +15,7 @@ from bklm.bk_core import BKCore
 from bklm.compression import PrunedModel
 from bklm.data.embeddings import svd_embedding
 from bklm.models import LanguageModel, ResNetBK, ResNetBKConfig
+from bklm.models.resnet_bk_config import reading_settings
 from bklm.models.resnet_bk_mixers import SolveCore
 from bklm.studies.integration.config import IntegrationConfig
 from bklm.training.auxiliary import WithTerm
@@ -114,13 +115,11 @@ def build(config: IntegrationConfig, names: Collection[str], training: Training,
 
 
 def _config(config: IntegrationConfig, on: Collection[str], vocabulary: int) -> ResNetBKConfig:
-    mixer = {"mixer": "diagonal", "n_seq": config.seq_len, "eta": ETA}
+    mixer = {"mixer": "diagonal", "n_seq": config.seq_len, "eta": ETA, "num_experts": 1}
     if "reading" in on:
-        mixer = {"mixer": "solve", "convolution": POSITIONS if "convolution" in on else 0}
-        # As in study 03: the longest first memory is three quarters of a window.
-        mixer["least_eta"] = min(1.0, 6.4 / config.seq_len)
+        mixer = reading_settings(config.seq_len) | {"convolution": POSITIONS if "convolution" in on else 0}
     return ResNetBKConfig(
-        vocabulary, config.d_model, config.n_layers, num_experts=1, dropout_p=config.dropout,
+        vocabulary, config.d_model, config.n_layers, dropout_p=config.dropout,
         n_heads=math.gcd(config.n_heads, config.d_model), tied="tying" in on,
         grad_blend=0.0 if "gradient" in on else config.blend, **mixer,
     )  # fmt: skip
