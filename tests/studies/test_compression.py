@@ -243,13 +243,14 @@ def test_what_a_method_cannot_serve_is_a_row_with_its_sentence_and_the_others_go
 def test_retrained_arms_go_on_from_their_seeds_model_and_students_begin_as_their_controls(result):
     config, folder = result.config, result.folder
     vocabulary = json.loads(next(folder.glob("trials/*/result.json")).read_text())["vocabulary"]
-    base = models.load_model(folder, config, "NewLLM", 0)
+    base, narrow = (models.load_model(folder, config, name, 0) for name in ("NewLLM", "NewLLM, width 0.5"))
     for name, arm in models.retrained_arms(config, folder, 10).items():
         torch.manual_seed(0)
         made = arm.build(vocabulary)
         inside = getattr(made, "model", made)
         if name.startswith("NewLLM"):
-            assert all(torch.equal(a, b) for a, b in zip(inside.parameters(), base.parameters(), strict=True))
+            first = narrow if name == f"NewLLM, width 0.5, {models.MORE}" else base
+            assert all(torch.equal(a, b) for a, b in zip(inside.parameters(), first.parameters(), strict=True))
     students = models.student_arms(config, folder)
     for name, against in (
         ("NewLLM, student at T 2", "NewLLM, width 0.5"),
@@ -380,6 +381,25 @@ def test_zeros_are_judged_against_chance_and_zeros_everywhere_against_the_narrow
         assert [other for arm, other in against if arm == pruned] == [name for name, *_ in chance]
         assert verdict_of(found, "zeros in all of NewLLM, not retrained, beat a dense") == verdict
         assert verdict_of(found, "Wanda prunes NewLLM") == "holds"
+
+
+def test_zeros_that_training_put_everywhere_are_judged_against_a_dense_model_of_as_many_bytes_and_steps():
+    zeros, dense = (
+        f"NewLLM, {name}: int8" for name in (f"{models.AS_SMALL} width 0.5", f"width 0.5, {models.MORE}")
+    )
+    whole = (("NewLLM", 100.0, 4000, 0.0), (dense, 121.0, 500, 0.0))
+    announced = "zeros in all of NewLLM, retrained, beat a dense"
+    for ppl, verdict in ((115.0, "holds"), (122.0, "does not hold")):
+        assert verdict_of(trials(*whole, (zeros, ppl, 502, 0.0001)), announced) == verdict
+    # At other bytes nothing is compared.
+    unequal = trials(*whole, (zeros, 90.0, 540, 0.0001))
+    assert not any(r["arm"] == zeros for r in claims.judged(unequal, {}))
+
+
+def test_int8_has_groups_beside_the_scale_a_row_that_every_model_is_measured_in(result):
+    wide = dataclasses.replace(result.config, d_model=64, bits=(8,), groups=(0, 32, 128))
+    found = {name for name in methods.methods_of(wide, "ResNetBK", result.folder) if name.startswith("int8 in")}
+    assert found == {"int8 in groups of 32", "int8 in groups of 128"}
 
 
 def test_a_model_that_reads_no_better_than_single_words_gives_no_verdict_and_no_file():
@@ -543,5 +563,6 @@ def test_the_published_sparse_core_is_1_where_all_rows_are_skipped_and_wrong_whe
 def test_the_figure_is_drawn_without_kneser_ney_in_sight_and_not_at_all_without_a_model(tmp_path):
     rows = tables.file_rows(trials(("NewLLM", 100.0, 4000), ("NewLLM: int8", 100.2, 1010)))
     far = [{"arm": "Kneser-Ney 2-gram", "val_ppl": 1e4, "file_bytes": 10}]
-    assert figures.draw_files(tmp_path / "a.png", rows, far, 300.0, "title", "note").exists()
-    assert figures.draw_files(tmp_path / "b.png", [], far, 300.0, "title", "note") is None
+    chosen = [{**rows[1], "within": 0.01}]
+    assert figures.draw_files(tmp_path / "a.png", rows, far, chosen, 300.0, "title", "note").exists()
+    assert figures.draw_files(tmp_path / "b.png", [], far, [], 300.0, "title", "note") is None

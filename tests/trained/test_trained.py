@@ -13,13 +13,20 @@ import torch
 
 import bklm
 from bklm.bk_core.reference import dense
-from bklm.compression import quantise, with_int8_products
+from bklm.compression import distil, narrower, prune, quantise, with_int8_products
+from bklm.compression.pruning import scoped
 from bklm.models import ResNetBK, ResNetBKConfig
+from bklm.training.schedules import TrainingSettings
 
 
 @pytest.fixture(scope="module", params=["baseline", "grad_blend"])
 def trained(request, runs):
     return bklm.load(runs / request.param)
+
+
+def wide_config(vocab_size):
+    """Of a model with matrices that are worth coding."""
+    return ResNetBKConfig(vocab_size, d_model=32, n_layers=1, mixer="solve", n_heads=4, num_experts=1)
 
 
 def test_a_zip_and_a_folder_hold_the_same_model(runs):
@@ -212,10 +219,27 @@ def test_a_loaded_run_stays_one_and_keeps_its_small_model(runs, validation, tmp_
     assert again.generate("the cat", 5) == small.generate("the cat", 5)
 
 
+def test_a_pruned_run_and_a_student_of_a_run_are_runs_that_are_saved_and_loaded(runs, validation, tmp_path):
+    run = bklm.load(runs / "baseline")
+    run.model = ResNetBK(wide_config(run.model.vocab_size)).eval()
+    zeros = prune(run, 0.5)
+    body = scoped(zeros.model, "body").values()
+    assert sum(int((w == 0).sum()) for w in body) == round(0.5 * sum(w.numel() for w in body))
+    torch.manual_seed(0)
+    batches = [tuple(torch.randint(3, run.model.vocab_size, (4, 8)) for _ in range(2)) for _ in range(2)]
+    small = ResNetBK(narrower(run.model.config, 0.5))
+    student = distil(run, small, batches, batches, TrainingSettings(1, learning_rate=1e-2))
+    assert student.model is small
+    assert run.model.num_parameters() > small.num_parameters()
+    for k, made in enumerate((zeros, student)):
+        again = bklm.load(made.save(tmp_path / str(k)))
+        assert again.perplexity(validation) == made.perplexity(validation)
+        assert again.generate("the cat", 5) == made.generate("the cat", 5)
+
+
 def test_a_run_whose_products_are_int8_is_saved_and_loaded_and_not_exported(runs, validation, tmp_path):
     run = bklm.load(runs / "baseline")
-    wide = ResNetBKConfig(run.model.vocab_size, d_model=32, n_layers=1, mixer="solve", n_heads=4, num_experts=1)
-    run.model = ResNetBK(wide).eval()
+    run.model = ResNetBK(wide_config(run.model.vocab_size)).eval()
     small = with_int8_products(run)
     again = bklm.load(small.save(tmp_path / "small"))
     assert again.perplexity(validation) == small.perplexity(validation)

@@ -7,10 +7,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bklm.compression import published_core
+from bklm.compression.sized import NEAR
 from bklm.harness.arms import NOT_SHOWN, Arm, all_hold, claim, is_below, nats_in_words, verdicts
 from bklm.harness.comparison import Trial
 from bklm.harness.statistics import widened
-from bklm.studies.compression.models import CHANCE, GATED, GRADUAL, INT8, RANDOM, ROUNDED, SCRATCH, family_of
+from bklm.studies.compression.models import (
+    AS_SMALL,
+    CHANCE,
+    GATED,
+    GRADUAL,
+    INT8,
+    MORE,
+    RANDOM,
+    ROUNDED,
+    SCRATCH,
+    family_of,
+)
 from bklm.studies.compression.speed import PER_TOKEN
 from bklm.studies.compression.tables import (
     ARMS,
@@ -48,6 +60,7 @@ PAIRS = (
     ("pruning {} while training keeps more than as many zeros at random", GRADUAL, RANDOM),
     ("Wanda prunes {} better than magnitude by row", "zeros, wanda", "zeros, magnitude by row"),
     ("zeros in all of {}, not retrained, beat a dense model of as many bytes", "zeros everywhere", ", width"),
+    ("zeros in all of {}, retrained, beat a dense model of as many bytes and steps", AS_SMALL, ", width"),
     ("a gate that skips a block of {} token by token beats skipping by chance", GATED, CHANCE),
     ("{} without parts beats one that was trained without them", ("skipped", "left"), SCRATCH),
 )
@@ -61,7 +74,8 @@ RIVALS = (
 
 def judged(trials: Sequence[Trial], arms: Mapping[str, Arm], unigram: float = math.inf) -> list[dict[str, Any]]:
     """Paired verdicts: retrained arms and students against their controls; Wanda against magnitude, both against chance; zeros
-    everywhere against the narrow model of as many bytes; what is left of a model against one trained in that size.
+    everywhere against the narrow model of as many bytes and, where there is training, steps; what is left of a model against
+    one trained in that size.
 
     There is none where the model, or both of a pair, read no better than single words or without context: nothing was there
     to lose.
@@ -84,6 +98,12 @@ def _rivals(name: str, rows: Mapping[str, Any]) -> list[str]:
     if "zeros everywhere" in name:
         width = name.partition("as small as ")[2].partition(",")[0]
         return [f"{family_of(name)}, {width}: {INT8}"]
+    if AS_SMALL in name and name.endswith(f": {INT8}"):
+        # In int8 the files are as large.
+        width = name.partition(f"{AS_SMALL} ")[2].partition(":")[0]
+        rival = f"{family_of(name)}, {width}, {MORE}: {INT8}"
+        sizes = [rows[n]["file_bytes"] for n in (name, rival) if n in rows]
+        return [rival] if len(sizes) == 2 and abs(sizes[0] / sizes[1] - 1) <= 2 * NEAR else []
     if name.endswith((f"skipped, {INT8}", f"left, {INT8}")):
         ending = f"{SCRATCH}: {INT8}"
         return [other for other in rows if family_of(other) == family_of(name) and other.endswith(ending)]

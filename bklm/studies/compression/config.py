@@ -22,20 +22,21 @@ class CompressionConfig(WindowStudyConfig):
         "smoke": {
             "seeds": (0,), "epochs": 2, "retrain_epochs": 1, "seq_len": 16, "vocab_size": 500, "d_model": 32, "n_layers": 2,
             "max_train_tokens": 4096, "learning_rates": (1e-2,), "retrain_rates": (1e-3,), "bits": (8, 4), "groups": (0, 32),
-            "sparsities": (0.5,), "widths": (0.5,), "temperatures": (2.0,), "calibration_tokens": 1024, "repeats": 3,
+            "sparsities": (0.5,), "trained_sparsity": 0.5, "widths": (0.5,), "temperatures": (2.0,),
+            "calibration_tokens": 1024, "repeats": 3,
         },
         "quick": {
             "seeds": (0,), "epochs": 3, "retrain_epochs": 1, "seq_len": 64, "vocab_size": 5000, "d_model": 64, "n_layers": 3,
             "max_train_tokens": 60_000, "learning_rates": (1e-2,), "retrain_rates": (3e-3,), "bits": (8, 4, 2),
-            "groups": (0, 32), "sparsities": (0.8,), "widths": (0.5, 0.25), "temperatures": (2.0,),
-            "calibration_tokens": 8192, "repeats": 5,
+            "groups": (0, 32), "sparsities": (0.8,), "trained_sparsity": 0.8, "widths": (0.5, 0.25),
+            "temperatures": (2.0,), "calibration_tokens": 8192, "repeats": 5,
         },
         # 8,000 of the original's 30,000 words: a seventh of the words is left unknown, and the time goes into steps.
         "full": {
             "seeds": (0, 1, 2), "epochs": 3, "retrain_epochs": 2, "seq_len": 128, "vocab_size": 8_000, "d_model": 64,
             "n_layers": 4, "max_train_tokens": 0, "learning_rates": (1e-2, 3e-2), "retrain_rates": (3e-3,),
-            "bits": (8, 4, 3, 2), "groups": (0, 32, 128), "sparsities": (0.5, 0.8), "widths": (0.5, 0.25, 0.125),
-            "temperatures": (1.0, 2.0, 4.0), "calibration_tokens": 16_384, "repeats": 11,
+            "bits": (8, 4, 3, 2), "groups": (0, 32, 128), "sparsities": (0.3, 0.5, 0.7, 0.8, 0.9), "trained_sparsity": 0.8,
+            "widths": (0.5, 0.25, 0.125), "temperatures": (1.0, 2.0, 4.0), "calibration_tokens": 16_384, "repeats": 11,
         },
     }  # fmt: skip
 
@@ -62,7 +63,10 @@ class CompressionConfig(WindowStudyConfig):
         None, low=0, high=65536, help="inputs that share a scale, fewer than the widest map has; 0: a whole row"
     )
     sparsities: tuple[float, ...] | None = setting(
-        None, low=0.05, high=0.99, help="share of zeros in the body's weights; the largest is trained, too"
+        None, low=0.05, high=0.99, help="shares of zeros in the body's weights, without training"
+    )
+    trained_sparsity: float | None = setting(
+        None, low=0.05, high=0.99, help="share of zeros in the body's weights at the end of further training"
     )
     widths: tuple[float, ...] | None = setting(
         None, above=0, high=0.9, help="of smaller models from scratch, falling; students have the first"

@@ -22,16 +22,17 @@ from bklm.harness.figures import (
 from bklm.studies.compression.tables import BITS, KINDS, MEGA, SMALLER, kind_of
 
 COUNTED = "Kneser-Ney"
+RINGED = "smallest within a bound"
 WIDTH = re.compile(r".*, width [\d.]+")
 WORST = 3.0  # times the float model's perplexity: what is above says no more than that
 
 
 def draw_files(
-    path: Path, rows: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]], unigram: float, title: str,
-    note: str,
+    path: Path, rows: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]],
+    recommended: Sequence[Mapping[str, Any]], unigram: float, title: str, note: str,
 ) -> Path | None:  # fmt: skip
     """Perplexity against the size of the packed file, a panel per model; the line to beat are smaller models and counting;
-    above the unigram model's line nothing was read."""
+    what is recommended is ringed; above the unigram model's line nothing was read."""
     families = list(dict.fromkeys(r["family"] for r in rows if r["seeds"] and r["arm"] == r["family"]))
     if not families:
         return None
@@ -64,6 +65,11 @@ def draw_files(
                     [r["packed_file_bytes"] / MEGA for r in dense], [r["val_ppl"] for r in dense], color=styles[SMALLER][0],
                     linewidth=1, linestyle=line,
                 )  # fmt: skip
+            ringed = [r for r in recommended if r["family"] == family and r["val_ppl"] <= limit]
+            axes.plot(
+                [r["packed_file_bytes"] / MEGA for r in ringed], [r["val_ppl"] for r in ringed], color="#000000", marker="o",
+                markersize=11, fillstyle="none", linestyle="", label=RINGED,
+            )  # fmt: skip
             near = [r for r in counted if r["val_ppl"] <= limit]
             axes.plot(
                 [r["packed_file_bytes"] / MEGA for r in near], [r["val_ppl"] for r in near], color="#000000", marker="*",

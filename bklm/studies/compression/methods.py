@@ -73,10 +73,10 @@ def methods_of(config: CompressionConfig, source: str, folder: Path, seed: int =
         return {name: lambda m, text, b=b: quantise(m, b, GROUP) for b, name in few.items()}
     found: dict[str, Method] = {"float16": lambda m, text: quantise(m, 16)}
     for bits in config.bits:
-        # With 8 bits a scale a row loses nothing that groups could keep.
-        for group in config.groups if bits < 8 else ():
+        for group in config.groups:
             name = f"int{bits}" if not group else f"int{bits} in groups of {group}"
-            if group < config.widest_input(source):
+            # int8 with a scale a row is what every trained model is measured in.
+            if group < config.widest_input(source) and name != INT8:
                 found[name] = lambda m, text, b=bits, g=group: quantise(m, b, g or None)
     return found | products_of(config) | _zeros(config, source, folder, seed) | _fewer_parts(config, source)
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from bklm.compression import Distilled, PrunedModel, RoundedModel, baked, narrower, quantise
+from bklm.compression import CannotServeError, Distilled, PrunedModel, RoundedModel, baked, narrower, quantise
 from bklm.compression.gating import GatedBlocks
 from bklm.compression.saving import save_compressed, sizes_of
+from bklm.compression.sized import MOST_ZEROS, sparsity_of_size
 from bklm.files.atomic import read_result
 from bklm.harness.arms import WEIGHTS, Arm
 from bklm.harness.session import place_of as place_of_trial
@@ -27,6 +28,7 @@ EXPERTS = "ResNetBK with experts"
 BY_NAME = {"resnet_bk": ("ResNetBK",), "newllm": ("NewLLM",), "all": ("ResNetBK", "NewLLM", EXPERTS)}
 GROUP = 32  # inputs that share a scale, in training
 MORE, GRADUAL, RANDOM = "more steps", "zeros, gradual", "zeros at random, retrained"
+AS_SMALL = "zeros in all, gradual, as small as"
 GATED, CHANCE = "positions kept by a gate", "positions kept by chance"
 SCRATCH = "from scratch"
 ROUNDED = f"bits in training, groups of {GROUP}"
@@ -129,19 +131,29 @@ def retrained_arms(config: CompressionConfig, folder: Path, steps: int) -> dict[
     A head tied in training is none of them: it begins at a loss that so few steps do not repair.
     """
     arms = {}
-    bits, sparsity = min(config.bits), max(config.sparsities)
+    bits, sparsity = min(config.bits), config.trained_sparsity
+    narrow = f"width {config.widths[0]:g}"
     # The last quarter of the steps is for what is left to settle.
     pruning = max(1, steps * 3 // 4)
     for family in families(config):
         if family == EXPERTS:
             continue
 
-        def start(change: Callable[[LanguageModel], LanguageModel], family: str = family) -> Callable:
+        def start(change: Callable[[LanguageModel], LanguageModel], source: str = family) -> Callable:
             # An arm's seed is what torch's generator was seeded with before it is built.
-            return lambda vocabulary: change(load_model(folder, config, family, torch.initial_seed()))
+            return lambda vocabulary: change(load_model(folder, config, source, torch.initial_seed()))
 
         def named(arm: str, made: Callable) -> Callable:
             return lambda vocabulary: _named(made(vocabulary), arm)
+
+        def as_small(model: LanguageModel, family: str = family) -> LanguageModel:
+            dense = load_model(folder, config, f"{family}, {narrow}", torch.initial_seed())
+            try:
+                wanted = sparsity_of_size(model, sizes(quantise(dense))["file_bytes"])
+            except CannotServeError:
+                # Of a tiny file most is no weight: then as many zeros as leave something, and no verdict at equal bytes.
+                wanted = MOST_ZEROS
+            return PrunedModel(model, wanted, pruning, scope="all")
 
         changes = {
             MORE: lambda model: model,
@@ -150,6 +162,7 @@ def retrained_arms(config: CompressionConfig, folder: Path, steps: int) -> dict[
             f"{sparsity:.0%} {RANDOM}": lambda model: PrunedModel(
                 model, sparsity, pruning, seed=torch.initial_seed()
             ),
+            f"{AS_SMALL} {narrow}": as_small,
         }
         against = {f"{sparsity:.0%} {GRADUAL}": f"{sparsity:.0%} {RANDOM}"}
         if family != "NewLLM":
@@ -162,6 +175,9 @@ def retrained_arms(config: CompressionConfig, folder: Path, steps: int) -> dict[
             controls = tuple(f"{family}, {rival}" for rival in rivals)
             arm = f"{family}, {name}"
             arms[arm] = Arm(named(arm, start(change)), controls, kept=False)
+        # A dense model of as many bytes as those zeros leave, after as many steps.
+        arm = f"{family}, {narrow}, {MORE}"
+        arms[arm] = Arm(named(arm, start(lambda model: model, f"{family}, {narrow}")), kept=False)
     return arms
 
 

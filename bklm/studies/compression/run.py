@@ -97,7 +97,7 @@ def estimated_minutes(config: CompressionConfig) -> float:
         if family != models.EXPERTS:
             students = len(config.temperatures) + (config.n_layers > 1 and family != "NewLLM")
             epochs += config.epochs * first * students * (config.widths[0] + TEACHER)
-            epochs += config.retrain_epochs * again * (4 + 2 * (family != "NewLLM"))
+            epochs += config.retrain_epochs * again * (5 + config.widths[0] + 2 * (family != "NewLLM"))
             scored += seeds * sum(w * done[f"{family}, width {w:g}"] for w in config.widths)
         name = (f"compression {family}", config)
         runs += [Run(name, made, epochs, used, val_tokens), Run(name, made, scored, SCORING * val_tokens, 0)]
@@ -200,7 +200,7 @@ def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
     title = tables.headline(chosen) + not_beaten_in_short(
         min(r["val_ppl"] for r in rows if r["seeds"]), study.text.baselines
     )
-    report.figure("files.png", figures.draw_files, rows, counted, unigram, title, note)
+    report.figure("files.png", figures.draw_files, rows, counted, chosen, unigram, title, note)
     rows_at_once = min(speed.SEQUENCES, config.batch_size)
     own = f"One CPU, in turns; one seed's models; batch {rows_at_once} x {study.text.seq_len}."
     report.figure("speed.png", figures.draw_speed, speeds, timed.speed_headline(speeds), own)
