@@ -41,6 +41,7 @@ import pandas as pd
 from readme_places import OF_RUNS, OF_STUDIES, list_scores, size_in_words
 
 from bklm.harness.comparison import Comparison
+from bklm.harness.windows import readable_windows
 from bklm.studies import STUDIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,11 +94,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return table.where(table.notna(), None).to_dict("records")
 
 
-def study_table(run: Run) -> list[dict[str, Any]]:
-    """A study's table for people, by the comparison in its tables.py."""
+def comparison_of(run: Run) -> Comparison:
+    """The first one in its study's tables.py."""
     found = vars(importlib.import_module(f"{run.study.package}.tables")).values()
-    comparison = next(value for value in found if isinstance(value, Comparison))
-    return comparison.readable(run.summary["table"])
+    return next(value for value in found if isinstance(value, Comparison))
+
+
+def study_table(run: Run) -> list[dict[str, Any]]:
+    """A study's table for people."""
+    return comparison_of(run).readable(run.summary["table"])
 
 
 # Places of a run of any study.
@@ -113,6 +118,7 @@ OF_EVERY_RUN: dict[str, Callable[[Run], Any]] = {
     "seeds": lambda run: len(run.config["seeds"]),
     "finding": lambda run: run.summary["finding"],
     "table": study_table,
+    "windows": lambda run: readable_windows(comparison_of(run), run.rows("windows.csv")),
     "count_model": lambda run: min(run.summary["baselines"], key=lambda row: row["val_ppl"]),
     # Empty for a run of the original's size.
     "size": size_in_words,

@@ -19,6 +19,7 @@ from bklm.harness.machine import environment, git_revision
 from bklm.harness.page import moments, write_page
 from bklm.harness.session import Session
 from bklm.harness.statistics import FEWEST_SEEDS
+from bklm.harness.windows import window_rows
 
 Result = TypeVar("Result", bound="StudyResult")
 
@@ -193,6 +194,7 @@ class Report:
         lost = [dict(t) for group in comparison.lost(trials).values() for t in group]
         runs = {"sweep": trials, **also}
         self.csv("table.csv", table)
+        self.csv("windows.csv", window_rows(comparison, trials))
         self.csv("epochs.csv", epoch_rows(runs, comparison.by))
         self.json(
             "summary.json",

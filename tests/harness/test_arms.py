@@ -26,6 +26,7 @@ from bklm.harness.arms import (
 from bklm.harness.comparison import Column, Comparison
 from bklm.harness.study import run_study
 from bklm.harness.text import prepare_text
+from bklm.harness.windows import readable_windows, window_rows
 from bklm.models import GPT, LSTM, GPTConfig, LSTMConfig, ResNetBK, ResNetBKConfig
 from bklm.models.wrapped import Wrapped
 from bklm.training.auxiliary import WithTerm, other_sequence, recorded_states, without_term
@@ -33,6 +34,20 @@ from bklm.training.schedules import TrainingSettings
 from bklm.training.weights import load_weights
 
 ARMS = Comparison(by="arm", title=str)
+
+
+def test_windows_are_means_over_seeds_of_the_arms_whose_every_trial_measured_them():
+    def trial(arm, seed, *ppl):
+        found = {"mixer_off": 2 * ppl[0], "by_window": dict(zip(("1", "8"), ppl, strict=True))} if ppl else None
+        return {"arm": arm, "seed": seed, "val_ppl": 10.0} | ({"windows": found} if found else {})
+
+    rows = window_rows(
+        ARMS, [trial("a", 0, 20.0, 10.0), trial("a", 1, 45.0, 10.0), trial("b", 0, 20.0, 9.0), trial("b", 1)]
+    )
+    expected = {"val_ppl_mixer_off": 60.0, "val_ppl_context_1": 30.0, "val_ppl_context_8": 10.0}
+    assert rows == [{"arm": "a", "seeds": 2} | {k: pytest.approx(v) for k, v in expected.items()}]
+    assert readable_windows(ARMS, rows) == [{"arm": "a", "mixer off": "60", "1": "30", "8": "10"}]
+    assert window_rows(ARMS, [trial("b", 0)]) == []
 
 
 class Predicts(nn.Module):

@@ -101,7 +101,7 @@ def test_every_weight_has_a_placebo_and_every_part_leaves_table_and_picture(corr
     judged = {(v["arm"], v["against"]) for v in corrected.verdicts}
     assert {("mended 1", "none"), ("mended 1", "placebo 1"), ("detached", "none")} <= judged
     for name in ("verdicts.csv", "equal_seconds.csv", "linearised.csv", "spectrum.csv", "recall.csv", "claims.csv",
-                 "arms.png", "linearised.png", "spectrum.png", "recall.png"):  # fmt: skip
+                 "windows.csv", "arms.png", "linearised.png", "spectrum.png", "recall.png"):  # fmt: skip
         assert (corrected.folder / name).stat().st_size > 100, name
     assert set(corrected.tables()) == {
         "arms",
