@@ -57,7 +57,7 @@ PREFIXES = {
     "grad_blend": {"corrected": "corrected", "original": "original", "reads": "reads"},
     "baseline": {name: f"baseline_{name}" for name in ("wikitext", "peps", "original")},
     "embedding_freeze": {name: f"freeze_{name}" for name in ("peps", "wikitext")},
-    "koopman": {name: f"koopman_{name}" for name in ("corrected", "original")},
+    "koopman": {name: f"koopman_{name}" for name in ("corrected", "original", "recall")},
     "physics": {name: f"physics_{name}" for name in ("corrected", "original")},
     "dialogue": {name: f"dialogue_{name}" for name in ("grammar", "real")},
 }
