@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bklm.harness.comparison import Comparison, Trial, geometric_mean
+from bklm.harness.statistics import Perplexity
 
 WINDOW = "val_ppl_context_"
 
@@ -34,4 +35,4 @@ def readable_windows(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) 
 
 
 def _rounded(perplexity: float | None) -> str:
-    return "-" if perplexity is None else f"{perplexity:.4g}"
+    return "-" if perplexity is None else str(Perplexity(perplexity, None, None))

@@ -46,7 +46,7 @@ def test_windows_are_means_over_seeds_of_the_arms_whose_every_trial_measured_the
     )
     expected = {"val_ppl_mixer_off": 60.0, "val_ppl_context_1": 30.0, "val_ppl_context_8": 10.0}
     assert rows == [{"arm": "a", "seeds": 2} | {k: pytest.approx(v) for k, v in expected.items()}]
-    assert readable_windows(ARMS, rows) == [{"arm": "a", "mixer off": "60", "1": "30", "8": "10"}]
+    assert readable_windows(ARMS, rows) == [{"arm": "a", "mixer off": "60.0", "1": "30.0", "8": "10.0"}]
     assert window_rows(ARMS, [trial("b", 0)]) == []
 
 
