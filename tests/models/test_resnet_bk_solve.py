@@ -350,6 +350,25 @@ def test_compiles_whole_and_gives_the_eager_numbers(changes):
         torch.testing.assert_close(whole, eager)
 
 
+@pytest.mark.slow
+def test_the_model_of_03_streams_through_4096_positions_as_it_reads_them():
+    """At its real size in float32; weights grown, so that no branch is too quiet to be wrong."""
+    torch.manual_seed(0)
+    config = ResNetBKConfig(1000, 224, 4, n_heads=8, dropout_p=0.0, **reading_settings(64))
+    model = ResNetBK(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0 if p.ndim == 2 else 1.0)
+        ids = torch.randint(1000, (1, 4096), generator=torch.Generator().manual_seed(1))
+        whole = model(ids)[0]
+        state, streamed = model.init_state(1), []
+        for token in ids.T:
+            logits, state = model.step(token, state)
+            streamed.append(logits[0])
+    assert whole.std() > 0.3
+    torch.testing.assert_close(torch.stack(streamed), whole, atol=1e-5 * float(whole.abs().max()), rtol=0)
+
+
 def test_fresh_weights_depend_on_the_seed_alone():
     def weights(seed):
         torch.manual_seed(seed)
