@@ -58,8 +58,8 @@ RUNS = {
         "corrected": "--profile full --data_dir WIKITEXT",
         "original": "--profile full --protocol original --data_dir WIKITEXT",
         # Recall alone, further than the others: of the text, which it has no use for, next to nothing.
-        "recall": "--profile full --parts recall --recall_pairs 2 --trained_distance 256 --distances 16 32 64 128 256 512 1024 "
-        "2048 --epochs 1 --learning_rates 0.01 --vocab_size 500 --max_train_tokens 8192 --data_dir WIKITEXT",
+        "recall": "--profile full --parts recall --recall_pairs 2 --trained_distance 256 --distances 16 32 64 128 256 512 "
+        "1024 2048 --epochs 1 --learning_rates 0.01 --vocab_size 500 --max_train_tokens 8192 --data_dir WIKITEXT",
     },
     "physics": {
         "corrected": "--profile full --data_dir WIKITEXT",

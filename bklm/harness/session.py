@@ -176,12 +176,12 @@ class Session:
         def run(point: Point) -> dict[str, Any]:
             key = tuple(point.values())
             if key not in records:
-                self._announce(point)
+                broadcast(self.accelerator, point)
                 place, of_helper = folder_of(point), folder_of(point) in self._helped
                 records[key] = trial(place, **point)
                 track(self.accelerator, place.removeprefix(f"{INTERNALS}/"), records[key])
-                if place in self._trained or not (of_helper or workers.link):
-                    self._tell(points, len(records), point, records[key])
+                if (own := place in self._trained) or not (of_helper or workers.link):
+                    self._tell(points, len(records), point, records[key], own)
                 self._draw(points, records, draw)
             return records[key]
 
@@ -198,7 +198,7 @@ class Session:
             self._helped |= {folder_of(point): steps for point, steps in pool.steps_of_helpers()}
         for point in points:
             run(point)
-        self._announce(None)
+        broadcast(self.accelerator, None)
         return [records[tuple(p.values())] for p in points]
 
     def best_rate(
@@ -247,18 +247,16 @@ class Session:
         if picture is not None and self._on_figure is not None:
             self._on_figure(picture)
 
-    def _announce(self, point: Point | None) -> Point | None:
-        return broadcast(self.accelerator, point)
-
-    def _tell(self, points: list[Point], done: int, point: Point, record: dict[str, Any]) -> None:
+    def _tell(self, points: list[Point], done: int, point: Point, record: dict[str, Any], own: bool) -> None:
         """One line on a trial; how many are done and the time left are known to the study's own process alone."""
         # A part that is no trial, such as a model's first phase, has no score.
         if record.get("val_ppl") is None:
             return
         words = f"{_name_point(point)}: validation PPL {record['val_ppl']:.1f}"
         if workers.link is None:
-            done = max(done, self._pool.done(len(points)) if self._pool else 0)
-            words = f"Trial {done} of {len(points)}, {words}{self.progress.time_left()}"
+            done = max(done, self._pool.done(len(points)) if self._pool and own else 0)
+            left = self.progress.time_left() if own else "; found"
+            words = f"Trial {done} of {len(points)}, {words}{left}"
         log.info("%s", words)
 
     def _draw(self, points: list[Point], records: dict[tuple, dict[str, Any]], draw: Callable | None) -> None:
