@@ -412,6 +412,7 @@ OF_RUNS: Places = {
     },
     "baseline": {
         "row": lambda run: run.summary["table"][0],
+        "reads": lambda run: next(row for row in run.summary["table"] if row["model"] == "resnet_bk"),
         "epochs": lambda run: f"{run.config['epochs']} epoch{'s' if run.config['epochs'] > 1 else ''}",
         "last_epoch": lambda run: int(max(row["epoch"] for row in run.rows("epochs.csv"))),
         "quality": quality,
