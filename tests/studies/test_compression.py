@@ -315,13 +315,13 @@ def measured_of(*given, **options):
 
 def test_four_times_by_int8_must_be_small_and_near_in_the_same_file():
     float32 = ("NewLLM", 100.0, 4000, 0.0)
-    assert verdict_of(trials(float32, ("NewLLM: int8", 100.2, 1010, 0.0)), "4 times smaller") == "holds"
+    assert verdict_of(trials(float32, ("NewLLM: int8", 100.2, 1010, 0.0)), "4 times (at least 3.5) smaller") == "holds"
     apart = trials(
         float32, ("NewLLM: int8", 104.0, 1010, 0.0), ("NewLLM: int8 products, per token", 100.0, 2000, 0.0)
     )
-    assert verdict_of(apart, "4 times smaller") == "does not hold"
+    assert verdict_of(apart, "4 times (at least 3.5) smaller") == "does not hold"
     seedless = [t for t in trials(float32, ("NewLLM: int8", 100.2, 1010, 0.0)) if t["seed"] == 0]
-    assert verdict_of(seedless, "4 times smaller") == "no verdict"
+    assert verdict_of(seedless, "4 times (at least 3.5) smaller") == "no verdict"
 
 
 def test_a_hundred_times_is_judged_by_the_largest_ratio_within_fifteen_percent():
@@ -445,7 +445,7 @@ def test_a_file_is_compared_with_the_count_model_of_as_many_packed_bytes():
         assert [r["verdict"] for r in table[:2]] == verdicts
         assert [r["announced"].rpartition(": ")[2] for r in table[:2]] == [r["arm"] for r in counted]
         assert "Kneser-Ney 2-gram has PPL 105.0 in 0.001 MB packed" in table[0]["measured"]
-        beaten = "1 is" if verdicts[1] == "holds" else "none is"
+        beaten = "1 is shown to be" if verdicts[1] == "holds" else "none is shown to be"
         assert f"of 1 larger count models {beaten} beaten" in tables.counting_in_words(rows, counted)
 
 
@@ -479,20 +479,20 @@ def lost_seed_of(found, arm):
 
 
 def test_where_a_seed_of_one_arm_diverged_its_claim_has_no_verdict_and_says_so():
-    students = [f"NewLLM, student at T {t}" for t in (1, 2)]
-    wanda = [f"NewLLM: {s}% zeros, wanda, int8" for s in (30, 50)]
+    students = [f"ResNetBK, student at T {t}" for t in (1, 2)]
+    wanda = [f"ResNetBK: {s}% zeros, wanda, int8" for s in (30, 50)]
     base = (
-        ("NewLLM", 100.0, 4000, 0.0),
-        ("NewLLM, width 0.5", 120.0, 1000, 0.0),
-        ("NewLLM: int8", 100.0, 1000, 0.0),
+        ("ResNetBK", 100.0, 4000, 0.0),
+        ("ResNetBK, width 0.5", 120.0, 1000, 0.0),
+        ("ResNetBK: int8", 100.0, 1000, 0.0),
     )
     better = [(a, 90.0, 950, 0.0002) for a in (*students, *wanda)]
     worse = [(a.replace("wanda", "magnitude by row"), 99.0, 950, 0.0) for a in wanda]
     found = trials(*base, *better, *worse)
-    arms = {a: Arm(None, ("NewLLM, width 0.5",)) for a in students}
+    arms = {a: Arm(None, ("ResNetBK, width 0.5",)) for a in students}
     for words, arm in (
         ("makes every student", students[1]),
-        ("a distilled", students[1]),
+        ("every distilled", students[1]),
         ("Wanda prunes", wanda[1]),
     ):
         assert verdict_of(found, words, arms) == "holds"
@@ -501,28 +501,28 @@ def test_where_a_seed_of_one_arm_diverged_its_claim_has_no_verdict_and_says_so()
         assert f"{arm}: a seed diverged" in measured_of(lost, words, arms)
     # A file that is small enough and lost a seed leaves that question open.
     small = trials(
-        ("NewLLM", 100.0, 400_000, 0.0), ("NewLLM: int2", 110.0, 3000, 0.0), ("NewLLM: int8", 100.0, 100_000)
+        ("ResNetBK", 100.0, 400_000, 0.0), ("ResNetBK: int2", 110.0, 3000, 0.0), ("ResNetBK: int8", 100.0, 100_000)
     )
     assert verdict_of(small, "100 times smaller") == "holds"
-    lost = lost_seed_of(small, "NewLLM: int2")
+    lost = lost_seed_of(small, "ResNetBK: int2")
     assert verdict_of(lost, "100 times smaller") == "no verdict"
-    assert "NewLLM: int2 has no interval" in measured_of(lost, "100 times smaller")
+    assert "ResNetBK: int2 has no interval" in measured_of(lost, "100 times smaller")
 
 
 def test_one_lucky_pair_of_two_makes_no_claim_hold():
-    names = [f"NewLLM, student at T {t}" for t in (1, 2)]
-    arms = {name: Arm(None, ("NewLLM, width 0.5",)) for name in names}
-    base = (("NewLLM", 100.0, 4000, 0.0), ("NewLLM, width 0.5", 120.0, 1000, 0.0))
+    names = [f"ResNetBK, student at T {t}" for t in (1, 2)]
+    arms = {name: Arm(None, ("ResNetBK, width 0.5",)) for name in names}
+    base = (("ResNetBK", 100.0, 4000, 0.0), ("ResNetBK, width 0.5", 120.0, 1000, 0.0))
     for second, verdict in ((125.0, "does not hold"), (92.0, "holds")):
         found = trials(*base, (names[0], 90.0, 1000, 0.0002), (names[1], second, 1000, 0.0002))
         assert verdict_of(found, "makes every student", arms) == verdict
-        assert verdict_of(found, "a distilled NewLLM", arms) == verdict
+        assert verdict_of(found, "every distilled ResNetBK", arms) == verdict
 
 
 def test_a_student_that_is_hardly_better_is_not_as_good_as_announced():
-    base = (("NewLLM", 100.0, 4000, 0.0), ("NewLLM, width 0.5", 120.0, 1000, 0.0))
+    base = (("ResNetBK", 100.0, 4000, 0.0), ("ResNetBK, width 0.5", 120.0, 1000, 0.0))
     for ppl, verdict in ((99.9, "does not hold"), (96.0, "holds")):
-        assert verdict_of(trials(*base, ("NewLLM, student at T 2", ppl, 1000, 0.0)), "a distilled") == verdict
+        assert verdict_of(trials(*base, ("ResNetBK, student at T 2", ppl, 1000, 0.0)), "every distilled") == verdict
 
 
 def test_a_sparse_core_is_bounded_by_the_cores_share_of_one_models_time_and_gets_no_verdict():

@@ -22,7 +22,7 @@ from bklm.harness.figures import (
 from bklm.studies.compression.tables import BITS, KINDS, MEGA, SMALLER, kind_of
 
 COUNTED = "Kneser-Ney"
-RINGED = "smallest within a bound"
+RINGED = "recommended"
 WIDTH = re.compile(r".*, width [\d.]+")
 WORST = 3.0  # times the float model's perplexity: what is above says no more than that
 
@@ -84,7 +84,9 @@ def draw_files(
                     textcoords="offset points",
                     fontsize=9,
                 )
-            axes.axhline(whole["val_ppl"], color=GREY, linewidth=1, linestyle="--", label="float32")
+            axes.axhline(
+                whole["val_ppl"], color=GREY, linewidth=1, linestyle="--", label="float32, as first trained"
+            )
             axes.axhline(unigram, color="#000000", linewidth=1, linestyle="-.", label="unigram")
             sizes = [r["packed_file_bytes"] / MEGA for r in (*shown, *near)]
             wide_range_axis(axes.xaxis, sizes, "file packed by zlib, MB")

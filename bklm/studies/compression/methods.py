@@ -35,6 +35,7 @@ from bklm.studies.compression.models import (
     load_model,
     score,
     sizes,
+    smaller,
 )
 
 TORCH_AO = "int8 products, torch.ao"
@@ -47,15 +48,15 @@ Method = Callable[[LanguageModel, Sequence[Any]], LanguageModel]
 
 
 def sources(config: CompressionConfig) -> list[str]:
-    """The trained models that something is done to: the whole ones, and narrower ones from scratch."""
-    narrow = [f"{f}, width {w:g}" for f in families(config) if f != EXPERTS for w in config.widths]
-    return [*families(config), *narrow]
+    """The trained models that something is done to: the whole ones, and smaller ones from scratch."""
+    small = [f"{family}, {name}" for family in families(config) for name in smaller(config, family)]
+    return [*families(config), *small]
 
 
 def methods_of(config: CompressionConfig, source: str, folder: Path, seed: int = 0) -> dict[str, Method]:
     """Every method by name but int8, which every trained model is measured in; each takes a model and calibration batches.
 
-    Fewer than 8 bits are tried on narrow models and with part of the experts as well, where the smallest files come from.
+    Fewer than 8 bits are tried on smaller models and with part of the experts as well, where the smallest files come from.
 
     Args:
         folder: the study's, with the models whose bytes zeros are brought to.

@@ -92,13 +92,13 @@ def estimated_minutes(config: CompressionConfig) -> float:
     for family in families(config):
         made = functools.partial(models.build, config, family, vocabulary)
         # A narrower model costs up to its width's share, a student the teacher's forward as well.
-        sizes = [size.get("width", 1.0) for size in models.smaller(config, family).values()]
-        epochs, scored = config.epochs * first * (1 + sum(sizes)), seeds * done[family]
+        sizes = {name: size.get("width", 1.0) for name, size in models.smaller(config, family).items()}
+        epochs = config.epochs * first * (1 + sum(sizes.values()))
+        scored = seeds * (done[family] + sum(w * done[f"{family}, {name}"] for name, w in sizes.items()))
         if family != models.EXPERTS:
             students = len(config.temperatures) + (config.n_layers > 1 and family != "NewLLM")
             epochs += config.epochs * first * students * (config.widths[0] + TEACHER)
             epochs += config.retrain_epochs * again * (5 + config.widths[0] + 2 * (family != "NewLLM"))
-            scored += seeds * sum(w * done[f"{family}, width {w:g}"] for w in config.widths)
         name = (f"compression {family}", config)
         runs += [Run(name, made, epochs, used, val_tokens), Run(name, made, scored, SCORING * val_tokens, 0)]
     return minutes(config, runs)
@@ -197,8 +197,10 @@ def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
     finding = tables.finding_in_words(rows, chosen, counted, unigram)
     claims = claims_table(rows, judged_rows, shares, speeds, counted)
     note = small_print(study.text, len(config.seeds), "what is far above both lines is not drawn")
+    # The title speaks of the first model alone.
+    of = chosen[0]["family"] if chosen else families(config)[0]
     title = tables.headline(chosen) + not_beaten_in_short(
-        min(r["val_ppl"] for r in rows if r["seeds"]), study.text.baselines
+        min(r["val_ppl"] for r in rows if r["seeds"] and r["family"] == of), study.text.baselines
     )
     report.figure("files.png", figures.draw_files, rows, counted, chosen, unigram, title, note)
     rows_at_once = min(speed.SEQUENCES, config.batch_size)

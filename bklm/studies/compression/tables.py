@@ -40,8 +40,13 @@ def kind_of(arm: str) -> str:
     return next((kind for part, kind in KINDS if part in arm), BITS)
 
 
+def size_in_words(count: float | None) -> str:
+    """Bytes as people read them, "-" for None."""
+    return "-" if count is None or count != count else f"{count / MEGA:.3f} MB"
+
+
 def _size(row: Mapping[str, Any], key: str) -> str:
-    return "-" if row[key] is None else f"{row[key] / MEGA:.3f} MB"
+    return size_in_words(row[key])
 
 
 ARMS = Comparison(
@@ -83,12 +88,13 @@ def flat(trials: Sequence[Mapping[str, Any]], methods: Sequence[Mapping[str, Any
 
 
 def float_of(arm: str, known: Mapping[str, Any]) -> str:
-    """The float model that an arm is compared with: of one that was trained further, or the one after as many steps more,
-    the better of these two."""
+    """The float model that an arm is compared with: of one that was trained further, a narrow one too, or the one after as
+    many steps more, the better of these two."""
     family = family_of(arm)
     further = f"{family}, {MORE}"
     rivals = [n for n in (family, further) if n in known and known[n]["val_ppl"] is not None]
-    if kind_of(arm) != RETRAINED or arm == further or not rivals:
+    trained_further = kind_of(arm) == RETRAINED or MORE in arm
+    if not trained_further or arm == further or not rivals:
         return family
     return min(rivals, key=lambda name: known[name]["val_ppl"])
 
@@ -256,7 +262,7 @@ def counting_in_words(rows: Sequence[Mapping[str, Any]], counted: Sequence[Mappi
     if not larger:
         return told
     beaten = sum(better is True for better in larger)
-    are = f"{beaten or 'none'} {'is' if beaten < 2 else 'are'}"
+    are = f"{beaten or 'none'} {'is' if beaten < 2 else 'are'} shown to be"
     return f"{told}; of {len(larger)} larger count models {are} beaten in as few bytes"
 
 

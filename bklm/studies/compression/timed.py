@@ -7,6 +7,7 @@ from typing import Any
 
 from bklm.harness.statistics import Perplexity
 from bklm.studies.compression.speed import CORE, FLOAT, HIDDEN, PER_TOKEN, TORCHAO
+from bklm.studies.compression.tables import size_in_words
 
 SEEN = 0.01  # a share of time that a busy machine does not hide
 
@@ -19,15 +20,17 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> Perplexity:
 def speed_rows(
     models: Mapping[str, Mapping[str, Any]], files: Sequence[Mapping[str, Any]] = ()
 ) -> list[dict[str, Any]]:
-    """Per model and arm: tokens a second, and over float32's in the same rounds; perplexity where a file of it is known."""
-    known = {r["arm"]: r["val_ppl"] for r in files}
+    """Per model and arm: tokens a second, over float32's in the same rounds; perplexity and bytes where a file is known."""
+    known = {r["arm"]: r for r in files}
     rows = []
     for family, found in models.items():
         for arm, seconds in found["generated"].items():
             scored, written = found["scored"], found["generated"]
             faster, written_faster = ratio(scored[FLOAT], scored[arm]), ratio(written[FLOAT], seconds)
+            file = known.get(_file_of(family, arm), {})
             rows.append({
-                "family": family, "arm": arm, "val_ppl": found["val_ppl"].get(arm) or known.get(_file_of(family, arm)),
+                "family": family, "arm": arm, "val_ppl": found["val_ppl"].get(arm) or file.get("val_ppl"),
+                "file_bytes": file.get("file_bytes"),
                 "scored_tokens_per_second": found["tokens"] / _typical(scored[arm]),
                 "generated_tokens_per_second": found["written"] / _typical(seconds),
                 "times_faster": faster.mean, "times_faster_low": faster.low, "times_faster_high": faster.high,
@@ -53,6 +56,7 @@ def readable_speed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             "model": r["family"], "products": r["arm"],
             "val PPL": "-" if r["val_ppl"] is None else f"{r['val_ppl']:.2f}" + " (one seed)" * (r["arm"] == TORCHAO),
+            "file": size_in_words(r.get("file_bytes")),
             "scored tokens/s": f"{r['scored_tokens_per_second']:,.0f}",
             "times float's (95%)": str(Perplexity(r["times_faster"], r["times_faster_low"], r["times_faster_high"])),
             "generated tokens/s": f"{r['generated_tokens_per_second']:,.0f}",
