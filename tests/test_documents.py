@@ -470,6 +470,10 @@ def test_the_readmes_words_on_07_have_the_numbers_of_the_kept_results():
         assert set(claims[claims.index.str.startswith(words)]) == {"not shown"}
     zeros = claims[claims.index.str.match("zeros in all of .*, retrained, beat a dense model")]
     assert sorted(zeros) == ["does not hold", "not shown"]
+    # What the page says of the dense model beside which those zeros stand.
+    fewer, whole = (table.loc[f"ResNetBK, width 0.5{layers}: int8"] for layers in (", 2 of 4 layers", ""))
+    assert fewer.val_ppl < whole.val_ppl
+    assert fewer.file_bytes < whole.file_bytes
     assert claims["100 times smaller for less than 15% of perplexity"] == "does not hold"
 
 

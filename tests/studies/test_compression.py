@@ -315,7 +315,10 @@ def measured_of(*given, **options):
 
 def test_four_times_by_int8_must_be_small_and_near_in_the_same_file():
     float32 = ("NewLLM", 100.0, 4000, 0.0)
-    assert verdict_of(trials(float32, ("NewLLM: int8", 100.2, 1010, 0.0)), "4 times (at least 3.5) smaller") == "holds"
+    assert (
+        verdict_of(trials(float32, ("NewLLM: int8", 100.2, 1010, 0.0)), "4 times (at least 3.5) smaller")
+        == "holds"
+    )
     apart = trials(
         float32, ("NewLLM: int8", 104.0, 1010, 0.0), ("NewLLM: int8 products, per token", 100.0, 2000, 0.0)
     )
@@ -501,7 +504,9 @@ def test_where_a_seed_of_one_arm_diverged_its_claim_has_no_verdict_and_says_so()
         assert f"{arm}: a seed diverged" in measured_of(lost, words, arms)
     # A file that is small enough and lost a seed leaves that question open.
     small = trials(
-        ("ResNetBK", 100.0, 400_000, 0.0), ("ResNetBK: int2", 110.0, 3000, 0.0), ("ResNetBK: int8", 100.0, 100_000)
+        ("ResNetBK", 100.0, 400_000, 0.0),
+        ("ResNetBK: int2", 110.0, 3000, 0.0),
+        ("ResNetBK: int8", 100.0, 100_000),
     )
     assert verdict_of(small, "100 times smaller") == "holds"
     lost = lost_seed_of(small, "ResNetBK: int2")
@@ -522,7 +527,10 @@ def test_one_lucky_pair_of_two_makes_no_claim_hold():
 def test_a_student_that_is_hardly_better_is_not_as_good_as_announced():
     base = (("ResNetBK", 100.0, 4000, 0.0), ("ResNetBK, width 0.5", 120.0, 1000, 0.0))
     for ppl, verdict in ((99.9, "does not hold"), (96.0, "holds")):
-        assert verdict_of(trials(*base, ("ResNetBK, student at T 2", ppl, 1000, 0.0)), "every distilled") == verdict
+        assert (
+            verdict_of(trials(*base, ("ResNetBK, student at T 2", ppl, 1000, 0.0)), "every distilled")
+            == verdict
+        )
 
 
 def test_a_sparse_core_is_bounded_by_the_cores_share_of_one_models_time_and_gets_no_verdict():
