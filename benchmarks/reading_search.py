@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from bklm.models import GPT, LSTM, GPTConfig, LanguageModel, ResNetBK, ResNetBKConfig
 from bklm.models.gpt import GPTBlock
 from bklm.models.normalised_gate import gated
+from bklm.models.resnet_bk_config import reading_settings
 from bklm.models.resnet_bk_mixers import SolveMixer
 from bklm.models.sizing import gpt_of_size, lstm_of_size
 from bklm.studies.baseline.config import BaselineConfig
@@ -72,8 +73,17 @@ class DroppingBlock(GPTBlock):
         return self._add(x, mixed), key, value
 
 
+# As studies 03 and 09 take it for windows of 64.
+OF_03 = {name: value for name, value in reading_settings(64).items() if name != "mixer"}
 READERS: dict[str, dict[str, Any]] = {
     "taken": {},
+    "as in 03": OF_03,
+    "as in 03, edge_energy 0": OF_03 | {"edge_energy": 0.0},
+    "as in 03, edge_energy -1.5": OF_03 | {"edge_energy": -1.5},
+    "as in 03, potential_scale 1": OF_03 | {"potential_scale": 1.0},
+    "as in 03, least_eta 0.2": OF_03 | {"least_eta": 0.2},
+    "as in 03, hopping 0.9": OF_03 | {"hopping": 0.9},
+    "as in 03, convolution 2": OF_03 | {"convolution": 2},
     "convolution 0": {"convolution": 0},
     "least_eta 0.1": {"least_eta": 0.1},
     "energy_span 1": {"energy_span": 1.0},
