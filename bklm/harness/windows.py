@@ -20,7 +20,8 @@ def window_rows(comparison: Comparison, trials: Sequence[Trial]) -> list[dict[st
         if len(known) == len(group):
             row = {comparison.by: value, "seeds": len(group)}
             row["val_ppl_mixer_off"] = geometric_mean("mixer_off")(known)
-            by_length = [w["by_window"] for w in known]
+            # A record that was read back has words for keys, one of this process numbers.
+            by_length = [{str(n): ppl for n, ppl in w["by_window"].items()} for w in known]
             rows.append(row | {f"{WINDOW}{n}": geometric_mean(n)(by_length) for n in by_length[0]})
     return rows
 
