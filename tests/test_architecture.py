@@ -49,7 +49,8 @@ NEW_STUDY = 400
 # judged on test, and the models that read alone.
 # koopman, physics, compression: 20 to 90 more for what fresh eyes missed: a spectrum's table, a claim for the gated
 # recurrence, equal seconds for blocks, edges of searches, files of every order of counting, the best of many as such.
-# compression: 50 more for zeros in all of a model beside a dense one of as many bytes and steps, rings in its figure, sizes beside speeds.
+# compression: 50 more for zeros in all of a model beside a dense one of as many bytes and steps, rings in its figure, sizes
+# beside speeds.
 STUDY_LINES = {
     "grad_blend": 1_080, "baseline": 1_690, "embedding_freeze": 1_915, "precision": 1_970, "koopman": 1_240, "physics": 1_390,
     "compression": 1_750, "dialogue": 1_140, "integration": 1_170,

@@ -370,6 +370,33 @@ def test_the_readmes_words_on_03_have_the_numbers_of_the_kept_results():
     assert "The published ResNetBK is a bigram model. NewLLM is not shown to beat counting." in page
 
 
+def test_the_readmes_words_on_09_have_the_numbers_of_the_kept_results():
+    folder = ROOT / "docs" / "results"
+    page = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    claims = pd.read_csv(folder / "integration_claims.csv").set_index("announced")
+    steps = claims.loc["all optimisations together help, at equal steps"]
+    mean, low, high = (-float(x) for x in re.findall(r"-[\d.]+", steps.measured)[:3])
+    assert steps.verdict == "holds"
+    assert f"lower the plain model's loss by {mean:.2f} nats ({high:.2f} to {low:.2f}) in as many steps" in page
+    assert claims.verdict["all optimisations together help, at equal time"] == "not shown"
+    speed = re.search(
+        r"([\d.]+) \(([\d.]+) to ([\d.]+)\) times as fast", claims.measured["10 times faster (steps 5 and 6)"]
+    )
+    mean, low, high = map(float, speed.groups())
+    assert f"{mean:.1f} times ({low:.2f} to {high:.2f}) as fast, where 10 and 17.5 were announced" in page
+    switches = pd.read_csv(folder / "integration_switches.csv").set_index("switch")
+    stays = {name for name, verdict in switches.verdict.items() if verdict.startswith("stays")}
+    assert stays == {"kernel", "tying", "reading and convolution"}
+    assert f"for the Koopman term saves {1 - switches.ms_ratio['koopman']:.0%} of a step" in page
+    summary = json.loads((folder / "integration_summary.json").read_text(encoding="utf-8"))
+    counted = min(row["val_ppl"] for row in summary["baselines"])
+    table = pd.read_csv(folder / "integration_table.csv").set_index("arm")
+    below = {arm for arm, high in table.val_ppl_high.items() if high < counted}
+    assert {arm for arm in table.index if arm.startswith(("full", "less"))} - below == {
+        "less gradient", "less reading and convolution", "less kernel"
+    }  # fmt: skip
+
+
 def test_the_readmes_words_on_08_have_the_numbers_of_its_row():
     """The row is written from the kept results."""
     page = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))

@@ -26,6 +26,8 @@ def draw_switches(path: Path, rows: Sequence[Mapping[str, Any]], title: str, not
         # One switch may be worth a hundred times another: near 0 the axis is linear.
         loss.set_xscale("symlog", linthresh=LINEAR)
         loss.xaxis.set_major_formatter("{x:g}")
+        # -1 and -0.1 stand close to each other.
+        loss.tick_params(axis="x", labelsize=9)
         budgets = [("", "equal steps", -SHIFT)]
         if any(r["time_loss_difference"] is not None for r in rows):
             budgets.append(("time_", "equal time", SHIFT))
@@ -42,7 +44,7 @@ def draw_switches(path: Path, rows: Sequence[Mapping[str, Any]], title: str, not
             time, list(timed), [r["ms_ratio"] for r in timed.values()], ends, sideways=True, **style
         )
         _compare(loss, 0.0, "loss without it, nats more")
-        _compare(time, 1.0, "step time without / with")
+        _compare(time, 1.0, "step time, without/with")
         loss.set_yticks(range(len(rows)), [f"{r['switch']} ({r['study']})" for r in rows])
         loss.set_ylim(len(rows) - 0.5, -0.5)
         legend_below(loss, ncols=2, fontsize=10)

@@ -215,5 +215,5 @@ def kept_in_words(rows: Sequence[Row]) -> str:
         for v in (True, False, None)
     }
     by[True] += [f"{name} (as one of a pair)" for name in needed]
-    words = {True: "Stays", False: "Goes", None: "No verdict on"}
+    words = {True: "Stays", False: "Goes, as no harm of its removal is shown", None: "No verdict on"}
     return " ".join(f"{words[v]}: {', '.join(names)}." for v, names in by.items() if names)
