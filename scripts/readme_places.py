@@ -148,7 +148,13 @@ def first_seed(run: Any) -> str:
 
 
 # Places of a run with claims.
-OF_CLAIMS = {"claims_table": claims_table, "held": held, "verdict": verdict}
+OF_CLAIMS = {
+    "claims_table": claims_table,
+    "held": held,
+    "verdict": verdict,
+    # What is measured of the claims, by the claim.
+    "found": lambda run: {c["announced"]: c["measured"] for c in run.summary["claims"]},
+}
 
 
 def physics_table(name: str) -> Callable[[Any], list[dict[str, Any]]]:
@@ -480,8 +486,6 @@ OF_RUNS: Places = {
         "speed": lambda run: compression_timed.readable_speed(run.summary["speed"]),
         "float_models": float_models,
         "first_seed": first_seed,
-        # What is measured of the claims, by the claim.
-        "found": lambda run: {c["announced"]: c["measured"] for c in run.summary["claims"]},
     },
     "dialogue": {
         **OF_CLAIMS,
