@@ -387,6 +387,9 @@ def test_the_readmes_words_on_09_have_the_numbers_of_the_kept_results():
     switches = pd.read_csv(folder / "integration_switches.csv").set_index("switch")
     stays = {name for name, verdict in switches.verdict.items() if verdict.startswith("stays")}
     assert stays == {"kernel", "tying", "reading and convolution"}
+    assert switches.verdict["pruning"].startswith("no verdict: without it more bytes")
+    costs = pd.read_csv(folder / "integration_costs.csv").set_index("arm")
+    assert [arm for arm in ("full", "less gradient") if costs.loc[arm, "reached"]] == ["full"]
     assert f"for the Koopman term saves {1 - switches.ms_ratio['koopman']:.0%} of a step" in page
     summary = json.loads((folder / "integration_summary.json").read_text(encoding="utf-8"))
     counted = min(row["val_ppl"] for row in summary["baselines"])

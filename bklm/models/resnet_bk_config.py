@@ -28,6 +28,7 @@ are what ``reading_settings`` takes, and a row changes what it names. Rows of 26
     edge_energy 0, potential_scale 1                             27.22   27.09
     edge_energy 0                                                26.98     -
     edge_energy -1.8 (reading_settings)                          26.63   26.67
+    least_eta 0.05                                               26.46     -
     edge_energy -1.5                                             26.39   26.76
     edge_energy -1.9                                             26.39     -
     edge_energy -1.5, potential_scale 1                          26.58     -
@@ -38,6 +39,7 @@ are what ``reading_settings`` takes, and a row changes what it names. Rows of 26
     edge_energy -1.5, 16 heads                                   26.73     -
     hopping 0.98                                                 26.41     -
     convolution 2                                                26.41     -
+    dropout before the head as well                              26.67     -
     a rate of 5e-3                                               26.66     -
     all heads at -1.8                                            26.47     -
     heads at -1.8, 0, 1.8, 0                                     26.41     -
@@ -56,7 +58,9 @@ from typing import Any
 from bklm.models.checks import check_choice, check_dropout, check_int, check_real
 
 MIXERS = ("diagonal", "solve")
-FIRST_POTENTIALS = ("edge_energy", "potential_scale")
+REAL = (
+    "grad_blend", "eta", "balance", "least_eta", "energy_span", "edge_energy", "potential_scale", "hopping",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class ResNetBKConfig:
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k: got {self.top_k}; it can be at most num_experts = {self.num_experts}.")
         check_dropout(self.dropout_p)
-        for name in ("grad_blend", "eta", "balance", "least_eta", "energy_span", "hopping", *FIRST_POTENTIALS):
+        for name in REAL:
             check_real(name, getattr(self, name))
         if not 0.0 <= self.grad_blend <= 1.0:
             raise ValueError(f"grad_blend: got {self.grad_blend}; it must lie between 0 and 1.")

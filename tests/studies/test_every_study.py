@@ -196,9 +196,15 @@ def test_a_finished_study_is_read_back_and_trains_nothing(copied, runs, study, m
     config = copied(study)
     monkeypatch.setattr(session, "repeated_once", lambda attempt: pytest.fail("trained again"), raising=False)
     monkeypatch.setattr(session, "twice", lambda attempt: pytest.fail("trained again"), raising=False)
+    log = Path(config.output_dir) / study / "run.log"
+    before = len(log.read_text().splitlines()) if log.exists() else 0
     again = run_of(study)(config)
     assert without_timings(again.table) == without_timings(runs(study).table)
     assert again.finding == runs(study).finding
+    # Of what lies there nobody says how long it will take.
+    told = [line for line in log.read_text().splitlines()[before:] if "Trial 1 of " in line]
+    assert told
+    assert all(line.endswith("; found") for line in told)
 
 
 @pytest.mark.parametrize("study", STUDIES)

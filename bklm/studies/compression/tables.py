@@ -40,13 +40,13 @@ def kind_of(arm: str) -> str:
     return next((kind for part, kind in KINDS if part in arm), BITS)
 
 
-def size_in_words(count: float | None) -> str:
+def megabytes(count: float | None) -> str:
     """Bytes as people read them, "-" for None."""
     return "-" if count is None or count != count else f"{count / MEGA:.3f} MB"
 
 
 def _size(row: Mapping[str, Any], key: str) -> str:
-    return size_in_words(row[key])
+    return megabytes(row[key])
 
 
 ARMS = Comparison(

@@ -7,7 +7,7 @@ from typing import Any
 
 from bklm.harness.statistics import Perplexity
 from bklm.studies.compression.speed import CORE, FLOAT, HIDDEN, PER_TOKEN, TORCHAO
-from bklm.studies.compression.tables import size_in_words
+from bklm.studies.compression.tables import megabytes
 
 SEEN = 0.01  # a share of time that a busy machine does not hide
 
@@ -56,7 +56,7 @@ def readable_speed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             "model": r["family"], "products": r["arm"],
             "val PPL": "-" if r["val_ppl"] is None else f"{r['val_ppl']:.2f}" + " (one seed)" * (r["arm"] == TORCHAO),
-            "file": size_in_words(r.get("file_bytes")),
+            "file": megabytes(r.get("file_bytes")),
             "scored tokens/s": f"{r['scored_tokens_per_second']:,.0f}",
             "times float's (95%)": str(Perplexity(r["times_faster"], r["times_faster_low"], r["times_faster_high"])),
             "generated tokens/s": f"{r['generated_tokens_per_second']:,.0f}",
