@@ -100,6 +100,8 @@ READERS: dict[str, dict[str, Any]] = {
 }
 GPTS: dict[str, dict[str, Any]] = {
     "taken": {},
+    "rate 0.0003": {"rate": 3e-4},
+    "rate 0.0003, attention weights dropped": {"rate": 3e-4, "block": DroppingBlock},
     "attention weights dropped": {"block": DroppingBlock},
     "no warm-up": {"warmup": 0.0},
     "branches not scaled down": {"last_scale": True},
@@ -222,7 +224,7 @@ def search(name_of_model: str, rate: float, text: BaselineText, given: argparse.
     for name in given.only or variants:
         options = dict(variants[name])
         settings = TrainingSettings(
-            max(given.schedule, given.epochs), learning_rate=rate, clip=1.0, schedule="cosine",
+            max(given.schedule, given.epochs), learning_rate=options.pop("rate", rate), clip=1.0, schedule="cosine",
             warmup=options.pop("warmup", 0.05), weight_decay=options.pop("weight_decay", 0.0),
         )  # fmt: skip
         row = {"variant": name}

@@ -96,7 +96,7 @@ def test_the_page_is_made_of_the_kept_outputs_and_says_first_which_targets_are_m
     assert "1 targets are held, 1 are missed, 1 were not measured." in page
     assert "| [moe](#moe) | d | at most 0.3 | 0.4 |" in page
     assert script.WHY["moe"] in page
-    assert "`benchmarks/bk_core.py`" in page.rpartition("Of ")[2]
+    assert "`bk_core`" in page.rpartition("Of ")[2]
 
 
 def test_a_script_whose_peer_is_not_given_is_refused_before_it_overwrites_what_was_measured(
@@ -117,6 +117,28 @@ def test_a_script_whose_peer_is_not_given_is_refused_before_it_overwrites_what_w
     with pytest.raises(SystemExit):
         script.main()
     assert "changes that are not committed" in capsys.readouterr().err
+
+
+def test_a_search_is_kept_under_the_command_line_that_ran_it_without_a_path_of_this_machine(
+    monkeypatch, tmp_path
+):
+    script = benchmarks_page(monkeypatch)
+    ran = []
+
+    def fake(command, **_):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="a table\n")
+
+    monkeypatch.setattr(script.subprocess, "run", fake)
+    monkeypatch.setattr(script, "git_revision", lambda: "0123456789abcdef")
+    monkeypatch.setattr(script, "OUTPUTS", tmp_path)
+    script.run("gpt_search", {"text": "/home/someone/text"})
+    assert ran[-1][1:4] == ["benchmarks/reading_search.py", "--model", "gpt"]
+    assert ran[-1][-2:] == ["--data_dir", "/home/someone/text"]
+    head, table = (tmp_path / "gpt_search.txt").read_text().splitlines()
+    assert head.startswith("$ python benchmarks/reading_search.py --model gpt --epochs 8")
+    assert "'head of its own' --data_dir FOLDER    # " in head
+    assert (head.endswith("revision 0123456789ab"), table) == (True, "a table")
 
 
 @pytest.mark.parametrize("workers", [1, 3, 40])
