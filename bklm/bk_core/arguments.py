@@ -40,6 +40,10 @@ def precision_of(values: dict[str, Tensor | complex]) -> torch.dtype:
     device = values[reference].device
     for name, x in values.items():
         if isinstance(x, Tensor):
+            if x.layout != torch.strided:
+                raise TypeError(
+                    f"{name} has layout {x.layout}: a dense tensor is needed, for instance {name}.to_dense()."
+                )
             if x.dtype in _DOUBLE:
                 found = torch.float64
             elif x.dtype not in _SINGLE:

@@ -42,15 +42,13 @@ class BKCore(nn.Module):
             raise TypeError(f"n_heads={n_heads!r}: a whole number of heads is needed.")
         if n_heads < 1:
             raise ValueError(f"n_heads={n_heads}: at least one head is needed.")
-        if not isinstance(causal, bool):
-            raise TypeError(f"causal={causal!r}: True or False is needed.")
         eta = real_number("eta", eta)
         if not LEAST_ETA <= eta <= MOST_ETA:
             raise ValueError(
                 f"eta={eta}: the imaginary part of the shift must lie between {LEAST_ETA} and {MOST_ETA}, "
                 f"where features, up to 1 / eta, and their gradients, up to 1 / eta^2, fit in 32 bits."
             )
-        check_options(gradient, grad_blend)
+        check_options(causal, gradient, grad_blend)
         self.n_heads = n_heads
         self.causal = causal
         self.gradient = gradient

@@ -60,7 +60,8 @@ def resolvent_diagonal(
             "original", the published formula (no conjugate, clamped to +-1000; see reference.original_gradient).
             b, c and z have a gradient with "exact" only.
         grad_blend: alpha in [0, 1]; ``(1 - alpha) * gradient + alpha * hypothesis-7`` for ``a``
-            (reference.hypothesis7_gradient); b, c and z keep their exact gradient.
+            (reference.hypothesis7_gradient); b, c and z keep their exact gradient. Like ``gradient`` it shapes the backward
+            alone: forward mode gives the exact tangent whatever they are.
         backend: "auto", or one of :func:`available_backends`.
         return_min_pivot: also return the smallest |pivot| of every row, (...), real, without gradient, 0 where the
             recursion broke down; no error is raised for small pivots then.
@@ -82,14 +83,15 @@ def resolvent_diagonal(
     digits are lost there, or the result is NaN.
 
     Raises:
-        TypeError: not tensors or numbers, integer or boolean tensors.
+        TypeError: not tensors or numbers, integer, boolean or sparse tensors, causal neither True nor False.
         ValueError: wrong shapes, mixed devices, N = 0, Im z = 0, unknown gradient, grad_blend outside [0, 1],
             b, c or z requiring a gradient with gradient="local" or "original".
         SmallPivotError (a ValueError): negative or complex b c, or complex a, for which a pivot is lost in rounding.
         BackendUnavailableError (an OSError): the named backend does not run here.
     """
     simple = type(b) is type(c) is type(grad_blend) is float and type(z) is complex and type(gradient) is str
-    if simple and isinstance(a, Tensor) and a.is_cpu and not return_min_pivot and autograd.is_plain(a):
+    simple = simple and type(causal) is bool and isinstance(a, Tensor) and a.layout is torch.strided
+    if simple and a.is_cpu and not return_min_pivot and autograd.is_plain(a):
         # What every layer asks for: all but the values of ``a`` is known from an earlier call.
         known = _known(b, c, z, a.shape, a.dtype, causal, gradient, grad_blend, backend)
         if known is not None:
@@ -97,7 +99,7 @@ def resolvent_diagonal(
                 return autograd.known(materialised(a), known)
             rows = materialised(a.reshape(known[1].shape[0], a.shape[-1]))
             return autograd.known(rows, known).reshape(a.shape)
-    check_options(gradient, grad_blend)
+    check_options(causal, gradient, grad_blend)
     if not isinstance(b, Tensor):
         b = as_number("b", b)
     if not isinstance(c, Tensor):
@@ -164,7 +166,7 @@ def _known(
     """
     if dtype not in (torch.float32, torch.float64) or not shape or not math.prod(shape):
         return None
-    check_options(gradient, grad_blend)
+    check_options(causal, gradient, grad_blend)
     owner = f"a of shape {tuple(shape)}"
     rows_z, fits_32_bits = shift(z, tuple(shape[:-1]), torch.device("cpu"), dtype, ("a", owner))
     if dtype == torch.float32 and not fits_32_bits:
@@ -185,8 +187,10 @@ def _in_64_bits(a: Tensor, b: Tensor | complex, c: Tensor | complex, z: Tensor |
     return result[0].to(torch.complex64), result[1].to(torch.float32)
 
 
-def check_options(gradient: str, grad_blend: float) -> None:
-    """Refuse an unknown direction or a blend outside [0, 1]."""
+def check_options(causal: bool, gradient: str, grad_blend: float) -> None:
+    """Refuse what is no truth value, an unknown direction and a blend outside [0, 1]."""
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal={causal!r}: True or False is needed, got {type(causal).__name__}.")
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient={gradient!r} is unknown: use one of {list(GRADIENTS)}.")
     if not 0.0 <= real_number("grad_blend", grad_blend) <= 1.0:

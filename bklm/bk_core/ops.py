@@ -148,6 +148,11 @@ def _tangents(primals, tangents):
     return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True))
 
 
+def rows_of(x: Tensor, dim: int | None) -> int:
+    """M of an argument (M, ...) that may be batched along ``dim``."""
+    return x.shape[0] if dim is None else x.movedim(dim, 0).shape[1]
+
+
 def fold(x: Tensor, dim: int | None, size: int) -> Tensor:
     """A batched (or repeated unbatched) argument as (size * M, ...)."""
     rows = x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
@@ -163,17 +168,15 @@ def fold_k(k: Tensor, dim: int | None, size: int, m: int) -> Tensor:
 
 
 def _vmap(op, info, in_dims, a, k, z, *settings):
-    size = info.batch_size
+    size, m = info.batch_size, rows_of(a, in_dims[0])
     rows_a, rows_z = fold(a, in_dims[0], size), fold(z, in_dims[2], size)
-    m = rows_a.shape[0] // size
     G = op(rows_a, fold_k(k, in_dims[1], size, m), rows_z, *settings)
     return G.unflatten(0, (size, m)), 0
 
 
 def _backward_vmap(op, info, in_dims, gbar, a, k, z, G, *settings):
-    size = info.batch_size
+    size, m = info.batch_size, rows_of(a, in_dims[1])
     rows = [fold(x, in_dims[i], size) for i, x in ((0, gbar), (1, a), (3, z), (4, G))]
-    m = rows[0].shape[0] // size
     rows.insert(2, fold_k(k, in_dims[2], size, m))
     grads = op(*rows, *settings)
     kept = (True, *settings[-2:])  # needs_k, needs_z

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 GRADIENT_CLAMP = 1000.0
 """Bound that the published experiment put on every component of its gradient of the potential."""
@@ -91,21 +92,58 @@ def left_right(a: Tensor, b: Tensor, c: Tensor, z: Tensor | complex, causal: boo
     ``G_ii = 1 / (d_i - k_{i-1} L_{i-1} - k_i R_{i+1})``, or ``G_ii = L_i`` with ``causal=True``. For real ``a`` and
     ``k >= 0`` none of them exceeds ``1 / |Im z|``. Returns (..., N) in the complex type of ``a``'s precision.
     """
-    n = a.shape[-1]
-    d = _complex(a, a) - _complex(z, a)[..., None]
-    k = (_complex(b, a) * _complex(c, a)).expand(*d.shape[:-1], n - 1)
-    left = [1 / d[..., 0]]
-    for i in range(1, n):
-        left.append(1 / (d[..., i] - k[..., i - 1] * left[-1]))
+    d, k = _matrix(a, b, c, z)
+    left = _fraction(d, k)
     if causal:
-        return torch.stack(left, dim=-1)
-    right = [1 / d[..., n - 1]]  # right[n - 1 - i] is R_i
-    for i in range(n - 2, -1, -1):
-        right.append(1 / (d[..., i] - k[..., i] * right[-1]))
-    zero = torch.zeros_like(d[..., :1])
-    from_left = torch.cat([zero, k * torch.stack(left[:-1], dim=-1)], dim=-1) if n > 1 else zero
-    from_right = torch.cat([k * torch.stack(right[:-1][::-1], dim=-1), zero], dim=-1) if n > 1 else zero
-    return 1 / (d - from_left - from_right)
+        return left
+    right = _fraction(d.flip(-1), k.flip(-1)).flip(-1)
+    return 1 / (d - F.pad(k * left[..., :-1], (1, 0)) - F.pad(k * right[..., 1:], (0, 1)))
+
+
+def left_right_adjoint(
+    gbar: Tensor, a: Tensor, b: Tensor, c: Tensor, z: Tensor | complex, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``D_i = sum_j conj(gbar_j) dG_jj / da_i`` (..., N) and ``K_i = sum_j conj(gbar_j) dG_jj / dk_i`` (..., N - 1).
+
+    The recursions of :func:`left_right` taken back one position after the other, complex. ``gbar`` as in
+    :func:`exact_gradient`; ``sum_j conj(gbar_j) dG_jj / dz`` is ``-sum_i D_i``.
+    """
+    d, k = _matrix(a, b, c, z)
+    left, gbar = _fraction(d, k), conjugate(gbar)
+    if causal:
+        D = -left * left * _walk(gbar.flip(-1), (k * left[..., 1:] ** 2).flip(-1)).flip(-1)
+        return D, -D[..., 1:] * left[..., :-1]
+    right = _fraction(d.flip(-1), k.flip(-1)).flip(-1)
+    G = 1 / (d - F.pad(k * left[..., :-1], (1, 0)) - F.pad(k * right[..., 1:], (0, 1)))
+    # What each G takes of its own denominator, then of those that L and R were made of.
+    own = G * G * gbar
+    of_left = F.pad(k * own[..., 1:], (0, 1)).flip(-1)
+    of_left = left * left * _walk(of_left, (k * left[..., 1:] ** 2).flip(-1)).flip(-1)
+    of_right = right * right * _walk(F.pad(k * own[..., :-1], (1, 0)), k * right[..., :-1] ** 2)
+    K = (own + of_left)[..., 1:] * left[..., :-1] + (own + of_right)[..., :-1] * right[..., 1:]
+    return -(own + of_left + of_right), K
+
+
+def _matrix(a: Tensor, b: Tensor, c: Tensor, z: Tensor | complex) -> tuple[Tensor, Tensor]:
+    """d (..., N) and k (..., N - 1), complex."""
+    d = _complex(a, a) - _complex(z, a)[..., None]
+    return d, (_complex(b, a) * _complex(c, a)).expand(*d.shape[:-1], a.shape[-1] - 1)
+
+
+def _fraction(d: Tensor, k: Tensor) -> Tensor:
+    """``y_i = 1 / (d_i - k_{i-1} y_{i-1})``, (..., N): L; R of both turned around."""
+    found = [1 / d[..., 0]]
+    for i in range(1, d.shape[-1]):
+        found.append(1 / (d[..., i] - k[..., i - 1] * found[-1]))
+    return torch.stack(found, dim=-1)
+
+
+def _walk(source: Tensor, factor: Tensor) -> Tensor:
+    """``y_i = source_i + factor_{i-1} y_{i-1}``, (..., N)."""
+    found = [source[..., 0]]
+    for i in range(1, source.shape[-1]):
+        found.append(source[..., i] + factor[..., i - 1] * found[-1])
+    return torch.stack(found, dim=-1)
 
 
 def exact_gradient(

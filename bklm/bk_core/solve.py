@@ -65,25 +65,26 @@ def resolvent_solve(
             Needs ``causal=True``.
         grad_blend: alpha in [0, 1], for experiments: the derivative of L with respect to ``a``, through which alone y
             depends on it, is ``(1 - alpha) * exact + alpha * hypothesis-7`` as in
-            :func:`bklm.bk_core.resolvent_diagonal`; x, b, c and z keep their exact gradient. Needs ``causal=True``.
+            :func:`bklm.bk_core.resolvent_diagonal`; x, b, c and z keep their exact gradient. Forward mode gives the exact
+            tangent. Needs ``causal=True``.
 
     Every input has its exact gradient (but for grad_blend), in forward mode too and to any order. Rules for NaN, 16-bit
     inputs and range are those of :func:`bklm.bk_core.resolvent_diagonal`; the products ``b_i L_i`` and ``c_i L_i`` must
     be representable too.
 
     Raises:
-        TypeError: not tensors or numbers, integer or boolean tensors.
+        TypeError: not tensors or numbers, integer, boolean or sparse tensors, causal neither True nor False.
         ValueError: wrong shapes, mixed devices, N = 0, D = 0, Im z = 0, return_left or grad_blend without causal,
             grad_blend outside [0, 1].
         SmallPivotError (a ValueError): negative or complex b c, or complex a, for which a pivot is lost in rounding. The
             solve does not exchange rows: it may be raised where T - z is far from singular.
         BackendUnavailableError (an OSError): the named backend does not run here.
     """
+    check_options(causal, "exact", grad_blend)
     if return_left and not causal:
         raise ValueError(
             "return_left=True needs causal=True: the bidirectional diagonal is resolvent_diagonal's."
         )
-    check_options("exact", grad_blend)
     if grad_blend and not causal:
         raise ValueError(
             f"grad_blend={grad_blend} needs causal=True: the bidirectional solve has its exact gradient."

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bklm.bk_core import solve_backends, solve_formulas
 from bklm.bk_core.gradients import materialised
-from bklm.bk_core.ops import fold, fold_k
+from bklm.bk_core.ops import fold, fold_k, rows_of
 
 
 @torch.library.custom_op("bklm::causal_solve", mutates_args=())
@@ -98,15 +98,13 @@ def _given(primals, tangents):
 
 
 def _causal_vmap(op, info, in_dims, x, left, c, *settings):
-    size = info.batch_size
-    m = x.shape[0] if in_dims[0] is None else x.movedim(in_dims[0], 0).shape[1]
+    size, m = info.batch_size, rows_of(x, in_dims[0])
     rows = fold(x, in_dims[0], size), fold(left, in_dims[1], size), fold_k(c, in_dims[2], size, m)
     return op(*rows, *settings).unflatten(0, (size, m)), 0
 
 
 def _tridiagonal_vmap(op, info, in_dims, x, a, b, c, z, left, backend):
-    size = info.batch_size
-    m = x.shape[0] if in_dims[0] is None else x.movedim(in_dims[0], 0).shape[1]
+    size, m = info.batch_size, rows_of(x, in_dims[0])
     rows_x, rows_a, rows_z, rows_left = (
         fold(t, in_dims[i], size) for i, t in ((0, x), (1, a), (4, z), (5, left))
     )

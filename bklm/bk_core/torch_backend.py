@@ -184,4 +184,4 @@ def _interleave(even: Tensor, odd: Tensor) -> Tensor:
     if even.shape[1] > odd.shape[1]:
         odd = torch.cat([odd, even[:, -1:]], dim=1)
     pairs = torch.stack([even, odd], dim=2)
-    return pairs.reshape(even.shape[0], -1, *even.shape[2:]).narrow(1, 0, n)
+    return pairs.reshape(even.shape[0], 2 * pairs.shape[1], *even.shape[2:]).narrow(1, 0, n)

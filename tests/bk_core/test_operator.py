@@ -309,6 +309,8 @@ A = torch.zeros(2, 4)
         ((A, 1.0, 1.0, torch.tensor([1j, 1j, 1j])), {}, ValueError, "z has shape"),
         ((A, 1.0, 1.0, torch.tensor([1, 2])), {}, TypeError, "z has dtype torch.int64"),
         ((A, 1.0, 1.0, None), {}, TypeError, "z must be a tensor or a number"),
+        ((A, 1.0, 1.0, 1j), {"causal": 1}, TypeError, "causal=1: True or False is needed, got int"),
+        ((A.to_sparse(), 1.0, 1.0, 1j), {}, TypeError, r"a has layout torch.sparse_coo: .*a.to_dense\(\)"),
         ((A, 1.0, 1.0, 1j), {"gradient": "exakt"}, ValueError, "gradient='exakt' is unknown"),
         ((A, 1.0, 1.0, 1j), {"grad_blend": 1.5}, ValueError, r"outside \[0, 1\]"),
         ((A, 1.0, 1.0, 1j), {"grad_blend": float("nan")}, ValueError, r"outside \[0, 1\]"),

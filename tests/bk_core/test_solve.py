@@ -388,6 +388,14 @@ X, A = torch.zeros(2, 4, 3), torch.zeros(2, 4)
         ((X, A, 1.0, 1.0, torch.ones(2)), {}, ValueError, "Im z != 0"),
         ((X, A, 1.0, 1.0, torch.tensor([1j, 1j, 1j])), {}, ValueError, "z has shape"),
         ((X, A, 1.0, 1.0, 1j), {"backend": "cuda"}, ValueError, "backend='cuda' is unknown"),
+        ((X, A, 1.0, 1.0, 1j), {"causal": "no"}, TypeError, "causal='no': True or False is needed, got str"),
+        ((X, A, 1.0, 1.0, 1j), {"causal": None}, TypeError, "causal=None"),
+        (
+            (X[0].to_sparse(), A, 1.0, 1.0, 1j),
+            {},
+            TypeError,
+            r"x has layout torch.sparse_coo: .*x.to_dense\(\)",
+        ),
         ((X, A, 1.0, 1.0, 1j), {"return_left": True}, ValueError, "return_left=True needs causal=True"),
     ],
 )
@@ -415,6 +423,8 @@ def test_a_step_refuses_bad_input_too(arguments, error, message):
 def test_mixed_devices_are_refused():
     with pytest.raises(ValueError, match="a is on meta and x on cpu"):
         resolvent_solve(X, A.to("meta"), 1.0, 1.0, 1j)
+    with pytest.raises(ValueError, match="b is on meta and x on cpu"):
+        resolvent_solve(X, A, torch.ones(3, device="meta"), 1.0, 1j)
     with pytest.raises(ValueError, match="c is on meta and x on cpu"):
         resolvent_solve(X, A, 1.0, torch.ones(3, device="meta"), 1j)
     with pytest.raises(ValueError, match="z is on meta and x on cpu"):
