@@ -26,10 +26,9 @@ from _timing import print_table, where
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bklm.models import GPT, LSTM, GPTConfig, LanguageModel, ResNetBK, ResNetBKConfig
+from bklm.models import GPT, LSTM, GPTConfig, LanguageModel, ResNetBK, ResNetBKConfig, reading_settings
 from bklm.models.gpt import GPTBlock
 from bklm.models.normalised_gate import gated
-from bklm.models.resnet_bk_config import reading_settings
 from bklm.models.resnet_bk_mixers import SolveMixer
 from bklm.models.sizing import gpt_of_size, lstm_of_size
 from bklm.studies.baseline.config import BaselineConfig

@@ -73,10 +73,8 @@ RUNS = {
     "'rate 0.0003, attention weights dropped' 'attention weights dropped' 'no dropout' 'no warm-up' "
     "'branches not scaled down' 'head of its own'",
 }
-PERPLEXITIES = {
-    "reading_search",
-    "gpt_search",
-}  # what these print does not depend on what else the machine does
+# What these print does not depend on what else the machine does.
+PERPLEXITIES = {"reading_search", "gpt_search"}
 # What a script needs to be told, and by which option of its own.
 NEEDS = {
     "bk_core": {"jax": "--jax"},

@@ -24,7 +24,7 @@ from bklm.models import (
 )
 from bklm.models.mixing import MixingPoint
 from bklm.training import measure_context_gain
-from bklm.training.context_gain import ContextGain, gain_in_words, relative_gain
+from bklm.training.context_gain import ContextGain, gain_in_words, relative_gain, short_lengths
 from bklm.training.evaluation import evaluate
 
 V = 6
@@ -208,3 +208,12 @@ def test_the_gain_is_the_smaller_of_the_two_and_takes_the_longest_window_trained
     assert ContextGain(80.0, 100.0, {}, 8).gain == pytest.approx(0.2)
     assert gain_in_words(0.0021) == "0.2%"
     assert gain_in_words(0.0019) == "0.19%: a bigram model"
+    # It reads, to its harm: no bigram model.
+    assert gain_in_words(-0.038) == "-3.8%: no gain"
+
+
+def test_short_windows_are_powers_of_two_and_that_of_the_training():
+    assert short_lengths(128) == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert short_lengths(4096) == [1, 2, 4, 8, 16, 32, 64, 4096]
+    assert short_lengths(24) == [1, 2, 4, 8, 16, 24]
+    assert short_lengths(1) == [1]

@@ -10,7 +10,7 @@ from bklm.models.loss import TokenLosses, linear_cross_entropy, linear_token_los
 from bklm.models.lstm import LSTM, LSTMConfig, LSTMState
 from bklm.models.new_llm import NewLLM, NewLLMConfig, NewLLMState
 from bklm.models.resnet_bk import ResNetBK, ResNetBKState
-from bklm.models.resnet_bk_config import ResNetBKConfig
+from bklm.models.resnet_bk_config import ResNetBKConfig, reading_settings
 from bklm.models.sizing import (
     Sized,
     conservative_of_size,
@@ -52,5 +52,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_token_losses",
     "lstm_of_size",
+    "reading_settings",
     "resnet_bk_of_size",
 ]

@@ -26,8 +26,8 @@ WINDOW_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def short_lengths(window: int) -> list[int]:
-    """Lengths of windows that suffice for a gain of a model trained with ``window``: 1, 2, 4, 8 and that one."""
-    return sorted({1, 2, 4, 8, window})
+    """Lengths of windows for a model trained with ``window``: powers of two below it, up to 64, and that one."""
+    return [length for length in WINDOW_LENGTHS if length < min(window, 128)] + [window]
 
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -76,9 +76,11 @@ def relative_gain(
 
 
 def gain_in_words(gain: float | None) -> str:
-    """A gain for people: what it is, and what the model is where it is below 0.2%."""
+    """A gain for people: what it is, and what the model is where it is less than 0.2% either way."""
     if gain is None:
         return "not measured"
+    if gain < -BIGRAM_GAIN:
+        return f"{gain:.1%}: no gain"
     return f"{gain:.2%}: a bigram model" if gain < BIGRAM_GAIN else f"{gain:.1%}"
 
 

@@ -10,9 +10,8 @@ from causality import require_no_gradient_to_the_future
 from torch.nn import functional as F
 
 from bklm.bk_core import resolvent_solve
-from bklm.models import ResNetBK, ResNetBKConfig, future_leak
+from bklm.models import ResNetBK, ResNetBKConfig, future_leak, reading_settings
 from bklm.models.normalised_gate import gated, normalised, normalised_gate
-from bklm.models.resnet_bk_config import reading_settings
 from bklm.models.resnet_bk_mixers import SolveMixer
 
 VOCABULARY = 23

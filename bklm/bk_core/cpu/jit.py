@@ -69,7 +69,7 @@ class _Notice(numba.core.event.Listener):
                 else "every process will again, as it finds no folder that it may write them to"
             )
             print(
-                "bklm: compiling kernels for this processor, about five seconds for the operator and again when a model "
+                "bklm: compiling kernels for this processor, five to ten seconds for the operator and again when a model "
                 f"needs its own; {later}.",
                 file=sys.stderr,
                 flush=True,

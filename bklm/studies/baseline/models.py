@@ -22,8 +22,8 @@ from bklm.models import (
     NewLLMConfig,
     ResNetBK,
     ResNetBKConfig,
+    reading_settings,
 )
-from bklm.models.resnet_bk_config import reading_settings
 from bklm.models.sizing import Sized, gpt_of_size, linear_context_of_size, lstm_of_size, resnet_bk_of_size
 from bklm.training.context_gain import WINDOW_LENGTHS
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from bklm.bk_core import BKCore
 from bklm.compression import PrunedModel
 from bklm.data.embeddings import svd_embedding
-from bklm.models import LanguageModel, ResNetBK, ResNetBKConfig
-from bklm.models.resnet_bk_config import reading_settings
+from bklm.models import LanguageModel, ResNetBK, ResNetBKConfig, reading_settings
 from bklm.models.resnet_bk_mixers import SolveCore
 from bklm.studies.integration.config import IntegrationConfig
 from bklm.training.auxiliary import WithTerm
