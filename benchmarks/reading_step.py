@@ -5,10 +5,11 @@
     python benchmarks/reading_step.py --quick                    # a small size, for CI
 
 A step is forward, loss, backward, clip and AdamW, with dropout 0.1, on up to TOKENS tokens (at 64 README's 16 rows). GPT has
-torch's fused attention, without dropout on its weights. The products are the solve model's matrix products alone, forward
-and backward, of the same shapes. Arms take turns in one process; medians with quartiles. Memory is what torch holds at most
-during one step beside weights, moments and gradients. Linear in N: one row of 256 to the largest window, the exponent by
-least squares through the logarithms.
+torch's fused attention, without dropout on its weights. Its positions are parameters, so that at equal size it is narrower
+the longer the window: *GPT, wider* keeps the width that it has at 64. The products are the solve model's matrix products
+alone, forward and backward, of the same shapes. Arms take turns in one process; medians with quartiles. Memory is what torch
+holds at most during one step beside weights, moments and gradients. Linear in N: one row of 256 to the largest window, the
+exponent by least squares through the logarithms.
 
 Generation: milliseconds a token from a state at that position, one row. GPT's key-value cache is filled with random numbers,
 which take as long to read; the others read a text of that length (more than LONGEST_READ positions: of LONGEST_READ).
@@ -17,6 +18,7 @@ which take as long to read; the others read a text of that length (more than LON
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +34,7 @@ from bklm.models.sizing import gpt_of_size, lstm_of_size, resnet_bk_of_size
 from bklm.training.allocator import keep_freed_memory
 
 SOLVE, PRODUCTS = "ResNetBK (solve)", "its products"
+SHORT = 64  # the window at which GPT is as wide as study 03's
 TOKENS = 4096
 LONGEST_READ = 2000
 OVER_GPT = {64: 1.5, 1024: 2.0, 4096: 3.0, 16384: 5.0}
@@ -42,12 +45,14 @@ LEAST_WINDOW = 256  # of the exponent: below, what does not depend on N counts
 
 
 def models(parameters: int, vocab_size: int, n_seq: int, heads: int) -> dict[str, LanguageModel]:
-    """The arms, of about equal size; GPT with ``n_seq`` positions."""
+    """The arms, of about equal size; GPT with ``n_seq`` positions, and where these are many a second one."""
     size = parameters, vocab_size
     solve = resnet_bk_of_size(*size, None, mixer="solve", num_experts=1, n_heads=heads)
+    wider = dataclasses.replace(gpt_of_size(*size, SHORT).config, n_seq=n_seq)
     return {
         SOLVE: ResNetBK(solve.config),
         "GPT": GPT(gpt_of_size(*size, n_seq).config),
+        **({"GPT, wider": GPT(wider)} if n_seq > SHORT else {}),
         "LSTM": LSTM(lstm_of_size(*size).config),
         "NewLLM": NewLLM(new_llm_of_size(*size)),
         "ResNetBK (diagonal)": ResNetBK(resnet_bk_of_size(*size, None).config),
@@ -59,6 +64,11 @@ def new_llm_of_size(parameters: int, vocab_size: int) -> NewLLMConfig:
     of V, 30 w^2 + 3 V w parameters beside biases."""
     width = round((math.sqrt(9 * vocab_size**2 + 120 * parameters) - 3 * vocab_size) / 60)
     return NewLLMConfig(vocab_size, width, 2 * width, width)
+
+
+def width_of(model: LanguageModel) -> int:
+    """Of its embedding."""
+    return model.head()[0].shape[1]
 
 
 def rows_of(window: int) -> int:
@@ -109,6 +119,7 @@ def steps_table(window: int, options: argparse.Namespace) -> tuple[list[dict[str
     table = [
         {
             "step": name,
+            "width": width_of(built[name]) if name in built else "",
             "parameters": f"{built[name].num_parameters():,}" if name in built else "",
             "time (quartiles)": str(time),
             "tokens/s": f"{ids.numel() / time.median:,.0f}",
@@ -139,7 +150,8 @@ def exponent(windows: list[int], options: argparse.Namespace) -> tuple[float, di
 def generation(position: int, options: argparse.Namespace) -> tuple[list[dict[str, object]], float]:
     """One row an arm: milliseconds a token, and the state's bytes; and the solve model's seconds a token."""
     arms, states = {}, {}
-    for name, model in models(options.parameters, options.vocab_size, position + 1, options.heads).items():
+    built = models(options.parameters, options.vocab_size, position + 1, options.heads)
+    for name, model in built.items():
         model.eval()
         token = torch.zeros(1, dtype=torch.long)
         if isinstance(model, GPT):
@@ -165,6 +177,7 @@ def generation(position: int, options: argparse.Namespace) -> tuple[list[dict[st
     table = [
         {
             "generating": name,
+            "width": width_of(built[name]),
             "ms a token": f"{time.median * 1e3:.3g} ({time.low * 1e3:.3g} - {time.high * 1e3:.3g})",
             "state": f"{states[name]:,} bytes",
             "of GPT's": f"x{states[name] / states['GPT']:.3g}",

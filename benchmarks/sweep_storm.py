@@ -37,7 +37,7 @@ from _timing import duration, print_table, processor, target
 from optuna.distributions import CategoricalDistribution, distribution_to_json
 
 from bklm.sharing import database
-from bklm.sharing.sweep import Sweep
+from bklm.sharing.sweep import RESULT, Sweep
 
 fork = multiprocessing.get_context("fork")
 SERVER_CORES = 8  # of the database's machine in part 3
@@ -50,7 +50,8 @@ INSERT INTO trials (number, study_id, state, datetime_start, datetime_complete)
     SELECT n, :study, 'COMPLETE', now(), now() FROM generate_series(0, :last) n;
 INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json)
     SELECT trial_id, name, 0, kind
-    FROM trials, (VALUES ('mixer', :kind_mixer), ('rate', :kind_rate), ('seed', :kind_seed)) AS kinds(name, kind);
+    FROM trials, (VALUES ('mixer', :kind_mixer), ('rate', :kind_rate), ('size', :kind_size), ('seed', :kind_seed))
+        AS kinds(name, kind);
 INSERT INTO trial_values (trial_id, objective, value, value_type) SELECT trial_id, 0, number, 'FINITE' FROM trials;
 INSERT INTO trial_user_attributes (trial_id, key, value_json)
     SELECT trial_id, 'result', json_build_array(number, json_build_object('val_ppl', number, 'seconds', 0.0)) FROM trials;
@@ -67,13 +68,22 @@ class Cost(NamedTuple):
 
 
 def grid(points: int) -> dict[str, list[int]]:
-    """Three factors of whole numbers, the last of which grows with the points (a multiple of 50)."""
-    return {"mixer": list(range(5)), "rate": list(range(10)), "seed": list(range(points // 50))}
+    """Four factors of whole numbers, the last of which grows with the points (a multiple of 50).
+
+    No factor has more than 40 values: Optuna writes the list of all with each trial, and what a list of hundreds costs would
+    be taken for what many points cost.
+    """
+    sizes = 1 if points % 500 else 10
+    values = {"mixer": 5, "rate": 10, "size": sizes, "seed": points // 50 // sizes}
+    return {name: list(range(count)) for name, count in values.items()}
 
 
 def place(point: dict[str, int], points: int) -> int:
     """Of a point in the grid: its only result."""
-    return (point["mixer"] * 10 + point["rate"]) * (points // 50) + point["seed"]
+    found = 0
+    for name, values in grid(points).items():
+        found = found * len(values) + point[name]
+    return found
 
 
 def work(address: str, name: str, points: int, journal: Path, spent: Any, slot: int, gate: Any) -> None:
@@ -168,7 +178,10 @@ class Storm:
 
     def found(self, killed: int, server_seconds: float) -> dict[str, Any]:
         failed = [p.exitcode for p in self.started if p.exitcode not in (0, -signal.SIGKILL)]
-        results = Sweep(self.address, "storm", grid(self.points)).results()
+        sweep = Sweep(self.address, "storm", grid(self.points))
+        results = sweep.results()
+        # Points of killed workers get a second trial, after all first ones.
+        again = sum(row.state == "COMPLETE" for row in sweep._trials.not_simply_done(RESULT, self.points))
         places = [(place(point, self.points), result["val_ppl"]) for point, result in results]
         stored = Counter(number for number, result in places if number == result)
         begun = self.begun()
@@ -183,6 +196,7 @@ class Storm:
             "ended with an error": len(failed),
             "begun": len(begun),
             "begun twice": sum(n > 1 for n in Counter(number for _, number in begun).values()),
+            "dealt again": again,
             "lost": self.points - len(stored),
             "stored twice": sum(n > 1 for n in stored.values()),
             "seconds": times[-1] - times[0],
@@ -224,7 +238,16 @@ def throughput(workers: int, think: float, lock: float, cores: float, number_of_
 
 
 def show_storm(found: dict[str, Any]) -> None:
-    keys = ("workers", "points", "killed", "ended with an error", "begun twice", "lost", "stored twice")
+    keys = (
+        "workers",
+        "points",
+        "killed",
+        "ended with an error",
+        "dealt again",
+        "begun twice",
+        "lost",
+        "stored twice",
+    )
     row = {key: f"{found[key]:,}" for key in keys} | {"seconds": f"{found['seconds']:.0f}"}
     row["points/s"] = f"{found['points'] / found['seconds']:.0f}"
     print_table("the storm: workers killed at random, the server crashed and started anew once", [row])
@@ -277,6 +300,7 @@ def judge(storm: dict[str, Any], found: list[dict[str, Any]]) -> None:
     """Print every target and whether it is held; the costs with the most workers, from the fewest points to the most."""
     few, many = found[0]["cost"], found[-1]["cost"]
     print()
+    target("points of killed workers that others were dealt in the storm", storm["dealt again"], least=1)
     target("points lost in the storm", storm["lost"], most=0)
     target("points stored twice in the storm", storm["stored twice"], most=0)
     rates = [one["begun"] / one["seconds"] for one in (found[0], found[-1])]
