@@ -64,12 +64,13 @@ def duration(seconds: float) -> str:
 
 
 def take_turns(
-    arms: dict[str, Callable[[], object]], seconds: float = 2.0, shortest: float = 2e-3
+    arms: dict[str, Callable[[], object]], seconds: float = 2.0, shortest: float = 1e-2, pause: float = 0.0
 ) -> dict[str, Timing]:
     """Time every arm in rounds, one sample of each a round, so that a busy moment of the machine hits all of them.
 
-    Each arm is called once to warm up; a sample repeats a short call until it takes ``shortest`` seconds. Rounds go on for
-    about ``seconds`` (at least 5, at most 200). Medians with quartiles.
+    Each arm is called once to warm up; a sample repeats a short call until it takes ``shortest`` seconds, as the first calls
+    after a long one find nothing in the caches. Rounds go on for about ``seconds`` (at least 5, at most 200). ``pause``:
+    seconds before a sample, in which threads that another arm left waiting go to sleep. Medians with quartiles.
     """
     repeats = {}
     round_cost = 0.0
@@ -82,6 +83,7 @@ def take_turns(
     samples: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(min(200, max(5, int(seconds / round_cost)))):
         for name, call in arms.items():
+            time.sleep(pause)
             samples[name].append(_clock(call, repeats[name]))
     found = {}
     for name, times in samples.items():

@@ -69,6 +69,8 @@ from _timing import (
 )
 from tqdm import tqdm
 
+from bklm.training.allocator import keep_freed_memory
+
 HELD = 120  # bytes per element that a call may hold beside its inputs
 HELD_BY_SCAN = 610  # the same for torch's associative scan with its graph, the hungriest of the peers
 HELD_BY_LOOP = 200  # and for the theta/phi loop's, which besides makes NODES bytes of graph at every position
@@ -282,6 +284,7 @@ def main() -> None:
         return
     seconds = options.seconds or (0.5 if options.quick else 6.0)
     done = json.loads(options.save.read_text()) if options.save and options.save.exists() else {}
+    keep_freed_memory()  # as training does
     print(where())
     tables: dict[str, list[Row]] = {}
     for table, function, arguments in tqdm(cases(options), desc="cases", leave=False):

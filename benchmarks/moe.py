@@ -42,6 +42,7 @@ from tqdm import tqdm
 from bklm.moe.analytic import Settings
 from bklm.moe.ops import draw, mixture
 from bklm.moe.reference import dense_moe, looped_moe
+from bklm.training.allocator import keep_freed_memory
 
 MB = 2**20
 DROPOUT = 0.1
@@ -267,6 +268,7 @@ def main() -> None:
         print(
             "this system keeps no peak counter that can be set back (/proc/self/clear_refs): memory is left out"
         )
+    keep_freed_memory()  # as training does
     print(f"{where()}, {args.device}, float32, forward + backward")
     print(
         "     T    D  E  k  arm       median ms    (quartiles)           vs dense vs loop vs layer   peak MB vs dense vs loop"

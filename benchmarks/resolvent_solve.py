@@ -39,6 +39,8 @@ AGAINST_JAX = dict(zip(PEERS, (6, 4, 4), strict=True))
 AGAINST_SCIPY = 5
 CALLS = 4
 """Calls in a row for a sample, of ours and scipy as of jax: the first after another's turn finds its data in no cache."""
+PAUSE = 0.02
+"""Seconds before each turn: the threads of the other process spin for a while when they have nothing to do."""
 MISSING = "not installed"
 PATIENCE = 120
 """Seconds; the longest answer, the first, compiles for a few."""
@@ -150,7 +152,7 @@ def peers_case(m: int, n: int, columns: int, jax: str | None, seconds: float) ->
             arms |= {f"jax {name}": lambda name=name: second.ask(name) for name in ("forward", "both")}
             theirs = second.values()
             difference = max(difference, float(np.abs(theirs - forward().numpy()).max() / np.abs(theirs).max()))
-        found = {name: each_of(timing) for name, timing in take_turns(arms, seconds).items()}
+        found = {name: each_of(timing) for name, timing in take_turns(arms, seconds, pause=PAUSE).items()}
         if second:
             second.close()
     return {

@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from bklm.bk_core import reference
 from bklm.models import ResNetBK, ResNetBKConfig, linear_cross_entropy
+from bklm.training.allocator import keep_freed_memory
 
 BKLM, SOLVE, PEER, LOOP, AUTOGRAD = (
     "bklm, causal (default)",
@@ -128,6 +129,7 @@ class Trainer:
 
 def serve(arm: str, size: Size, now: Callable[[], float], pipe) -> None:
     """In a process of its own: answer "time" with the timings of a step, "memory" with its extra peak bytes."""
+    keep_freed_memory()  # as training does; where memory is measured, variables of the environment forbid it
     is_floor = arm in FLOORS.values()
     work = GemmFloor(size, now, mixer=arm == FLOORS[SOLVE]) if is_floor else Trainer(arm, size, now)
     pipe.send(work.step())

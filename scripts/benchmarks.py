@@ -86,25 +86,33 @@ NEEDS = {
 SHOWN = {"jax": "PYTHON", "nltk": "PYTHON", "text": "FOLDER"}  # the page names no path of a machine
 # Of what misses a target, as far as its tables tell why; shown only where one is missed.
 WHY = {
-    "bk_core": "At (32, 128) most of a call is autograd's and Python's time around the kernels (*A small call from Python*). "
-    "With long rows a call is bound by memory: what is left to win is its distance to a copy of the same bytes on all cores "
-    "(*Where the time of a call goes*). Of the compilation the solve's kernels are most (*Compilation*).",
+    "bk_core": "At (32, 128) the kernels are a quarter of a call; the rest is autograd's and Python's time around "
+    "them (*A small call from Python*). With long rows a call moves its bytes at some two fifths of the "
+    "rate of a copy on all threads (*Where the time of a call goes*): tiles are swept once more than "
+    "short rows, and their complex reciprocals computed again. Of the compilation the solve's kernels are "
+    "most (*Compilation*); selftest and notebook 00 compile some of models besides.",
     "resolvent_solve": "With short rows the calls around the kernels weigh as much as the kernels; with long rows of one "
     "column the solve reads and writes what the diagonal does, and x, y and their gradients besides.",
-    "reading_step": "A step is not its matrix products alone: the optimiser, norms, dropout, the mixer and the loss pass over "
-    "memory that the products do not. GPT's fused attention keeps none of its N x N weights for the backward, so both "
-    "models keep some numbers a position, and ours more. An exponent below 0.9: short rows pay for what does not grow with N.",
-    "train_step": "Beside the products of so small a model the optimiser passes over an embedding and a head of 30,000 words, "
-    "and the loss over their logits.",
-    "moe": "With one active expert of four the router, the sort of tokens by expert and the sums back are passes that a dense "
-    "layer of the active size does not have; the smaller the layer, the more they weigh. *exact* asks every expert, for the "
-    "router's gradient.",
-    "baseline_step": "At 16 x 64 positions one position after the other is already a product over 16 rows, and the parallel "
-    "sweeps, of which several are needed, have only 64 positions to win back.",
-    "sweep_storm": "Not found out in full. Optuna writes the list of a factor's values with each trial, and it is longer with "
-    "more points; and at the end each worker counts the points that are done, which falls on the 500 that are measured.",
-    "data_scale": "Not found out; scoring looks n-grams up in tables that no cache holds, which may be why larger ones take "
-    "longer.",
+    "reading_step": "A step is not its matrix products alone: the optimiser, norms, dropout, the mixer and the loss pass "
+    "over memory that the products do not. GPT's fused attention keeps none of its N x N weights for the "
+    "backward, so both models keep some numbers a position, and ours more. An exponent below 0.9: short "
+    "rows pay for what does not grow with N.",
+    "train_step": "So narrow a model has few products: of the time beyond them the blocks' norms, dropout, mixture and "
+    "mixer take most, then the loss over logits of 30,000 words, then the optimiser (*where the time "
+    "goes*).",
+    "moe": "With one active expert of four the router, the sort of tokens by expert, gathers and the sums back "
+    "are passes that a dense layer of the active size does not have; the smaller the layer, the more they "
+    "weigh. The backward computes the hidden activations again, one product in seven, which is what saves "
+    "the memory. *exact* asks every expert, for the router's gradient.",
+    "baseline_step": "At 16 x 64 positions parallel sweeps would cost more than they win, so that both arms go one "
+    "position after the other; three fifths of a step are matrix products (*of the floor*), and what is "
+    "left are some calls at each of 64 positions, the head's loss and the optimiser. On Intel *steps* has "
+    "the faster products that came with this work.",
+    "sweep_storm": "Not found out in full. Optuna writes the list of a factor's values with each trial, which are a few "
+    "more with more points; and at the end each worker counts the points that are done, which falls on "
+    "the 500 that are measured.",
+    "data_scale": "Scoring finds an n-gram by bisection among those of its history, in tables of hundreds of megabytes: "
+    "a larger text has more of each, and less of it lies in a cache.",
 }
 HEAD = """# Benchmarks
 
