@@ -11,7 +11,7 @@ from causality import require_no_gradient_to_the_future
 from torch.nn import functional as F
 
 from bklm.bk_core import resolvent_diagonal
-from bklm.models import ResNetBK, ResNetBKConfig, future_leak
+from bklm.models import ResNetBK, ResNetBKConfig, future_leak, reading_settings
 
 VOCABULARY = 23
 
@@ -211,11 +211,16 @@ def test_step_beyond_the_last_position_is_refused():
 
 
 @pytest.mark.slow
-def test_time_per_token_is_the_same_at_position_100_and_100_000():
+@pytest.mark.parametrize("fields", [{}, {"n_heads": 8, **reading_settings(64)}], ids=["diagonal", "solve"])
+@torch.no_grad()
+def test_a_token_at_position_100_000_is_the_forwards_and_takes_as_long_as_at_100(fields):
     torch.manual_seed(0)
-    model = ResNetBK(ResNetBKConfig(1000, n_seq=None)).eval()
-    token = torch.zeros(1, dtype=torch.int64)
-    states = {n: model.prefill(torch.randint(0, 1000, (1, n)))[1] for n in (100, 100_000)}
+    model = ResNetBK(ResNetBKConfig(1000, n_seq=None, **fields)).eval()
+    token, ids = torch.zeros(1, dtype=torch.int64), torch.randint(0, 1000, (1, 100_000))
+    states = {n: model.prefill(ids[:, :n])[1] for n in (100, 100_000)}
+    assert model.state_bytes(100) == model.state_bytes(100_000)
+    whole, _ = model.prefill(torch.cat([ids, token[None]], 1))
+    torch.testing.assert_close(model.step(token, states[100_000])[0], whole, rtol=0, atol=1e-5)
 
     def seconds(state):
         start = time.perf_counter()
