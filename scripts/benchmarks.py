@@ -64,14 +64,13 @@ BENCHMARKS = {
     "the LSTM that study 03 compares, one seed (``--text``; other models of study 03 have the published defaults). *taken* is "
     "what the package has. No target; more variants were tried of the model that reads (`bklm/models/resnet_bk_config.py`).",
     "gpt_search": "What makes the GPT of study 03 good, all eight epochs of its protocol, one seed; *taken* drops a tenth and "
-    "is trained at 0.001. Version 0.1.0 had the rate 0.0003 and dropped attention weights, too. No target.",
+    "is trained at 0.001. Version 0.1.0 took the rate 0.0003 and dropped attention weights, too. No target.",
     "freeze_phase2": "An epoch of phase 2 with cached contexts against the token-by-token procedure. Target: 30 times.",
 }
 # Those that are a run of another script, by its command line.
 RUNS = {
     "gpt_search": "reading_search --model gpt --epochs 8 --schedule 8 --only taken 'rate 0.0003' "
-    "'rate 0.0003, attention weights dropped' 'attention weights dropped' 'no dropout' 'no warm-up' "
-    "'branches not scaled down' 'head of its own'",
+    "'rate 0.0003, attention weights dropped' 'no warm-up' 'branches not scaled down' 'head of its own'",
 }
 # What these print does not depend on what else the machine does.
 PERPLEXITIES = {"reading_search", "gpt_search"}

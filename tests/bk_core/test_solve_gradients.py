@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 
 from bklm.bk_core import resolvent_diagonal, resolvent_solve, solve_ops, solve_reference
 from bklm.bk_core.cpu import solve as cpu_solve
+from bklm.bk_core.cpu.solve_lines import CHUNK
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of its own vmap
 BACKENDS = ["reference", "torch", "cpu"]
@@ -56,15 +57,16 @@ def test_gradients_equal_those_through_the_sequential_solve(n, complex_x, column
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("columns", [1, 24])
-def test_gradients_in_32_bits_have_five_correct_digits(columns, causal):
-    inputs = [t.detach() for t in leaves(500, columns, (2,))]
+@pytest.mark.parametrize(("n", "columns"), [(500, 1), (500, 24), (2 * CHUNK + 77, 1), (2 * CHUNK + 77, 3)])
+def test_gradients_in_32_bits_have_five_correct_digits(n, columns, causal):
+    """Beyond a chunk, too, where what enters one is computed anew."""
+    inputs = [t.detach() for t in leaves(n, columns, (2,))]
     single = [t.to(torch.complex64 if t.is_complex() else torch.float32).requires_grad_() for t in inputs]
     double = [t.detach().to(torch.complex128 if t.is_complex() else F64).requires_grad_() for t in single]
-    weight = torch.randn(2, 500, columns, dtype=torch.complex128)
+    weight = torch.randn(2, n, columns, dtype=torch.complex128)
     grads = []
-    for t in (single, double):
-        y = resolvent_solve(*t, causal=causal)
+    for t, backend in ((single, "cpu"), (double, "torch")):
+        y = resolvent_solve(*t, causal=causal, backend=backend)
         grads.append(torch.autograd.grad((weight.to(y.dtype) * y).real.sum(), t))
     for ours, exact in zip(*grads, strict=True):
         assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
