@@ -286,13 +286,8 @@ def rival_claims(trials: Sequence[Trial]) -> list[dict[str, Any]]:
             reached = (
                 "reached" if ratio.low >= 1 / GOAL else "not reached" if ratio.high < 1 / GOAL else "not shown"
             )
-            rows.append(
-                (
-                    f"goal: {TITLES[own]}'s test PPL at most {GOAL:.2f} of GPT's",
-                    "-",
-                    f"{reached}, GPT's x{ratio}",
-                )
-            )
+            needed = f"{reached}: GPT's over its own x{ratio}, at least x{1 / GOAL:.3f} is needed"
+            rows.append((f"goal: {TITLES[own]}'s test PPL at most {GOAL:.2f} of GPT's", "-", needed))
     return [{"claim": c, "original": o, "measured here": m} for c, o, m in rows]
 
 
