@@ -432,7 +432,7 @@ def test_a_rival_is_judged_on_test_over_all_seeds_and_not_where_one_diverged():
 
     def found(*rival):
         rows = tables.rival_claims(trials("resnet_bk", 30.0, 30.3, 30.6) + trials("gpt", *rival))
-        goal = rows[1]["measured here"].partition(",")[0] if len(rows) > 1 else "-"
+        goal = rows[1]["measured here"].partition(":")[0] if len(rows) > 1 else "-"
         verdict, _, validation = rows[0]["measured here"].rsplit(": ", 1)[1].partition("; ")
         if verdict == "better":
             assert validation.startswith("on validation x2."), "twice as high there, and no verdict hangs on it"
