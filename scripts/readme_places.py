@@ -247,6 +247,13 @@ def rank_of_newllm(run: Any) -> str:
     return f"{told} by the mean, its interval overlaps that of {', '.join(level)}" if level else told
 
 
+def rates_at_an_edge(run: Any) -> str:
+    """Whose learning rate is the least or the largest that was tried: a better one may lie beyond."""
+    tried, chosen = run.config["learning_rates"], {r["model"]: r["learning_rate"] for r in run.summary["table"]}
+    found = [f"{TITLES[m]}'s {rate:g}" for m, rate in chosen.items() if rate in (min(tried), max(tried))]
+    return f"{' and '.join(found)} at an edge of the list" if found else "none at an edge of the list"
+
+
 def gain_of_context(run: Any) -> str:
     """What longer windows bring over windows of 16, at best."""
     found = {}
@@ -418,7 +425,9 @@ OF_RUNS: Places = {
     },
     "baseline": {
         "row": lambda run: run.summary["table"][0],
-        "reads": lambda run: next(row for row in run.summary["table"] if row["model"] == "resnet_bk"),
+        "by_model": lambda run: {row["model"]: row for row in run.summary["table"]},
+        "reads": lambda run: run.by_model["resnet_bk"],
+        "edges": rates_at_an_edge,
         "epochs": lambda run: f"{run.config['epochs']} epoch{'s' if run.config['epochs'] > 1 else ''}",
         "last_epoch": lambda run: int(max(row["epoch"] for row in run.rows("epochs.csv"))),
         "quality": quality,
