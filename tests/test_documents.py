@@ -540,6 +540,26 @@ def test_the_readmes_speeds_of_the_solve_model_are_those_that_the_benchmark_prin
     assert [float(x) for x in said.groups()[:4]] == pytest.approx([float(x) for x in gains], abs=0.06)
     assert said[5] == lstm[0]
     assert (float(said[6]), float(said[7])) == pytest.approx((min(memory), max(memory)), abs=0.06)
+    beyond = [float(x) for x in re.findall(r"x([\d.]+) the time of its own matrix products", kept)]
+    said = re.search(
+        r"takes ([\d.]+) to ([\d.]+) times as long as its own matrix products \(aim: 1.25\)", words
+    )
+    assert [float(x) for x in said.groups()] == pytest.approx([min(beyond), max(beyond)], abs=0.06)
+
+
+def test_the_limits_say_what_the_solve_misses_beside_jax_and_scipy():
+    kept = (ROOT / "docs" / "results" / "benchmarks" / "resolvent_solve.txt").read_text(encoding="utf-8")
+    words = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    said = re.search(
+        r"with gradients, is ([\d.]+) to ([\d.]+) times as fast as jax's \(aims: 6, 4 and 4\), and forward ([\d.]+) to "
+        r"([\d.]+) times as fast as scipy's \(aim: 5\)",
+        words,
+    )
+    rows = re.findall(r"\n  \d+, \d+, \d+ .*? ([\d.]+)  +[\d.]+ ms \(.* ([\d.]+) +[\d.]+e-\d+(?=\n)", kept)
+    scipy, jax = ([float(x) for x in column] for column in zip(*rows, strict=True))
+    assert len(rows) == 3
+    expected = [min(jax), max(jax), min(scipy), max(scipy)]
+    assert [float(x) for x in said.groups()] == pytest.approx(expected, abs=0.06)
 
 
 def test_the_files_that_numbers_lack_are_named_all_of_them_and_no_other(readme):
