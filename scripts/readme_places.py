@@ -523,6 +523,7 @@ OF_RUNS: Places = {
         "shares": lambda run: integration.shares_in_words(run.summary["shares"]),
         "timed": lambda run: integration.ARMS.readable(run.summary["parts"]["timed"]),
         "costs": lambda run: integration.readable_costs(run.summary["parts"]["costs"]),
+        "by_arm": lambda run: {row["arm"]: row for row in run.rows("costs.csv")},
     },
 }
 # Places of a study, which need several runs or none.

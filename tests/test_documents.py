@@ -390,6 +390,33 @@ def test_the_readmes_words_on_03_have_the_numbers_of_the_kept_results():
     assert "The published ResNetBK is a bigram model. NewLLM is not shown to beat counting." in page
 
 
+def test_the_readmes_words_on_two_pairs_are_those_of_05s_recall():
+    folder = ROOT / "docs" / "results"
+    page = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    rows = pd.read_csv(folder / "koopman_recall_recall.csv").set_index("arm")
+    config = json.loads((folder / "koopman_recall_manifest.json").read_text(encoding="utf-8"))["config"]
+    assert (config["recall_pairs"], config["trained_distance"], max(config["distances"])) == (2, 256, 2048)
+    assert len(rows) == 5
+
+    def share(arm, distance):
+        return rows.loc[arm, f"accuracy_{distance}"], rows.loc[arm, f"accuracy_{distance}_95"]
+
+    for arm, last in (("LinearContext", 2048), ("GPT", 256), ("LRU", 256)):
+        for distance in (d for d in config["distances"] if d <= last):
+            mean, half = share(arm, distance)
+            assert 0.4 < mean < 0.6
+            assert mean - half > 1 / 16
+    chance = 1 / 16
+    for distance in config["distances"]:
+        assert share("NewLLM", distance)[0] < 0.13
+        assert abs(share("ResNetBK", distance)[0] - chance) <= share("ResNetBK", distance)[1]
+    assert (
+        "Of two pairs at once none of the five finds which value is whose: the gated recurrence names one of the two over "
+        "2,048 positions, eight times as far as in training, GPT and the linear one up to 256, its longest; NewLLM hardly, "
+        "and ResNetBK not at all." in page
+    )
+
+
 def test_the_readmes_words_on_09_have_the_numbers_of_the_kept_results():
     folder = ROOT / "docs" / "results"
     page = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
@@ -411,6 +438,10 @@ def test_the_readmes_words_on_09_have_the_numbers_of_the_kept_results():
     costs = pd.read_csv(folder / "integration_costs.csv").set_index("arm")
     assert [arm for arm in ("full", "less gradient") if costs.loc[arm, "reached"]] == ["full"]
     assert f"for the Koopman term saves {1 - switches.ms_ratio['koopman']:.0%} of a step" in page
+    left = claims.loc["those that stay together help, at equal time"]
+    mean, low, high = (float(x) for x in re.findall(r"[\d.]+", left.measured)[:3])
+    assert left.verdict == "does not hold"
+    assert f"its loss lies {mean:.2f} nats ({low:.2f} to {high:.2f}) above the plain model's" in page
     summary = json.loads((folder / "integration_summary.json").read_text(encoding="utf-8"))
     counted = min(row["val_ppl"] for row in summary["baselines"])
     table = pd.read_csv(folder / "integration_table.csv").set_index("arm")

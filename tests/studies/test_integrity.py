@@ -6,6 +6,7 @@ import importlib
 import inspect
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 from bklm.data import IGNORED, Pieces, Portions, make_loader, set_epoch, windows
 from bklm.data.dialogue_tokens import DialogueVocabulary
 from bklm.data.dialogue_windows import Mixed, dialogue_rows
+from bklm.data.embeddings import GPT2_STD, random_embedding
 from bklm.models import ContextTokenConfig, ContextTokenLM, LanguageModel, future_leak
 from bklm.studies import STUDIES, CompressionConfig, KoopmanConfig
 from bklm.studies.baseline.models import COMPETITORS, build_model, model_settings
@@ -228,10 +230,24 @@ def test_every_model_begins_at_a_uniform_guess(name):
 
 
 @pytest.mark.parametrize("name", COMPETITORS)
-def test_every_competitor_begins_at_a_uniform_guess_among_as_many_words_as_the_field_has(name):
+def test_every_competitor_begins_at_a_uniform_guess_among_many_words(name):
     sizes = {"embed_dim": 48, "hidden_dim": 96, "context_dim": 48, "n_layers": 2, "dropout_p": 0.1}
     torch.manual_seed(0)
     begins_at_a_uniform_guess(build_model(name, model_settings(name, 3000, 32, sizes)), 3000, 32)
+
+
+@pytest.mark.parametrize(("tied", "over"), [(True, 1.09), (False, 1.0)])
+def test_a_tied_arm_of_04_begins_above_a_uniform_guess_as_its_page_says(tied, over):
+    """Its table has the scale of GPT-2's, as published: too large for a head."""
+    torch.manual_seed(0)
+    model = ContextTokenLM(ContextTokenConfig(2048, 64, 64, 3, tied=tied))
+    model.embedding.weight.data = torch.from_numpy(random_embedding(2048, 64, GPT2_STD, 0))
+    ids = torch.randint(2048, (8, 65))
+    with torch.no_grad():
+        loss = model.eval().loss(ids[:, :-1], ids[:, 1:].contiguous()).item()
+    assert loss / math.log(2048) == pytest.approx(over, abs=0.02)
+    page = (Path(__file__).parents[2] / "bklm" / "studies" / "embedding_freeze" / "page.md").read_text()
+    assert "begins at 1.09 times the loss of a uniform guess" in page
 
 
 # --- no arm sees the future --------------------------------------------------------------------------------------------
