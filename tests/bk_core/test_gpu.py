@@ -34,7 +34,7 @@ def run_cases(selection, interpret):
         "pytest",
         str(HERE / "gpu_cases.py"),
         str(HERE / "gpu_solve_cases.py"),
-        str(HERE / "test_transforms.py"),
+        str(HERE / "test_every_backend.py"),
         "--noconftest",
         "-p",
         "no:cacheprovider",
