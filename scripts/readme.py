@@ -211,6 +211,10 @@ class Study(string.Formatter):
         """A kept benchmark's table."""
         return read_rows(DOCS / f"{name}.csv")
 
+    def output(self, name: str) -> str:
+        """What a script of benchmarks/ printed, as scripts/benchmarks.py keeps it."""
+        return (DOCS / "benchmarks" / f"{name}.txt").read_text(encoding="utf-8")
+
     def keep(self, name: str, path: str) -> None:
         """Keep a run's results, or a benchmark's table.
 

@@ -254,6 +254,10 @@ def rates_at_an_edge(run: Any) -> str:
     return f"{' and '.join(found)} at an edge of the list" if found else "none at an edge of the list"
 
 
+# A variant's name and perplexity in what the search of GPT's choices printed.
+GPT_ROW = re.compile(r"^  (\S.*?)  +[\d,]+ +([\d.]+) \(epoch \d+\)$", re.MULTILINE)
+
+
 def gain_of_context(run: Any) -> str:
     """What longer windows bring over windows of 16, at best."""
     found = {}
@@ -533,7 +537,11 @@ OF_STUDIES: Places = {
         "small_weights": small_weights,
         "router": lambda study: study.benchmark("moe_perplexity"),
     },
-    "baseline": {"their": in_their_epochs, "reported_ppl": lambda study: tables.REPORTED_PPL},
+    "baseline": {
+        "their": in_their_epochs,
+        "reported_ppl": lambda study: tables.REPORTED_PPL,
+        "gpt": lambda study: dict(GPT_ROW.findall(study.output("gpt_search"))),
+    },
     "embedding_freeze": {
         "arms_table": arms_table,
         "effects": effects,
