@@ -348,7 +348,8 @@ def test_the_readmes_words_on_03s_larger_text_are_those_of_its_kept_results():
     )
     mean, low, high = (f"{float(x):.2f}" for x in ratio.groups())
     assert (
-        f"GPT's test perplexity is {mean} times its own ({low} to {high}), the LSTM's is not told apart" in page
+        f"GPT's test perplexity is {mean} times ResNetBK's ({low} to {high}), the LSTM's is not told apart"
+        in page
     )
     assert ": no difference" in judged["ResNetBK better than LSTM, test PPL"]
     assert min(row["val_ppl"] for row in kept["baselines"]) < min(row["val_ppl_low"] for row in kept["table"])
