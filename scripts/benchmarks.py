@@ -85,11 +85,11 @@ NEEDS = {
 SHOWN = {"jax": "PYTHON", "nltk": "PYTHON", "text": "FOLDER"}  # the page names no path of a machine
 # Of what misses a target, as far as its tables tell why; shown only where one is missed.
 WHY = {
-    "bk_core": "At (32, 128) the kernels are a quarter of a call; the rest is autograd's and Python's time around "
-    "them (*A small call from Python*). With long rows a call moves its bytes at some two fifths of the "
-    "rate of a copy on all threads (*Where the time of a call goes*): tiles are swept once more than "
-    "short rows, and their complex reciprocals computed again. Of the compilation the solve's kernels are "
-    "most (*Compilation*); selftest and notebook 00 compile some of models besides.",
+    "bk_core": "At (32, 128) the kernels are the lesser part of a call; most is autograd's and Python's time around "
+    "them (*A small call from Python*). With long rows a call moves its bytes at a lower rate than a copy "
+    "on all threads (*Where the time of a call goes*): tiles are swept once more than short rows, and "
+    "their complex reciprocals computed again. Of the compilation the solve's kernels are most "
+    "(*Compilation*); selftest and notebook 00 compile some of models besides.",
     "resolvent_solve": "With short rows the calls around the kernels weigh as much as the kernels; with long rows of one "
     "column the solve reads and writes what the diagonal does, and x, y and their gradients besides.",
     "reading_step": "A step is not its matrix products alone: the optimiser, norms, dropout, the mixer and the loss pass "
@@ -104,9 +104,9 @@ WHY = {
     "weigh. The backward computes the hidden activations again, one product in seven, which is what saves "
     "the memory. *exact* asks every expert, for the router's gradient.",
     "baseline_step": "At 16 x 64 positions parallel sweeps would cost more than they win, so that both arms go one "
-    "position after the other; three fifths of a step are matrix products (*of the floor*), and what is "
-    "left are some calls at each of 64 positions, the head's loss and the optimiser. On Intel *steps* has "
-    "the faster products that came with this work.",
+    "position after the other; most of a step are matrix products (*of the floor*), and what is left are "
+    "some calls at each of 64 positions, the head's loss and the optimiser. On Intel *steps* has the "
+    "faster products that came with this work.",
     "sweep_storm": "Not found out in full. Optuna writes the list of a factor's values with each trial, which are a few "
     "more with more points; and at the end each worker counts the points that are done, which falls on "
     "the 500 that are measured.",

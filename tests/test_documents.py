@@ -36,6 +36,16 @@ INLINE = re.compile(
 PYTHONS = ("python", "python3", ".venv/bin/python")
 
 
+def readme_words() -> str:
+    """README without its line ends."""
+    return re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+def printed(name: str) -> str:
+    """What a benchmark printed, as docs/results keeps it."""
+    return (ROOT / "docs" / "results" / "benchmarks" / f"{name}.txt").read_text(encoding="utf-8")
+
+
 def blocks(path: Path, language: str) -> list[str]:
     return [body for name, body in FENCE.findall(path.read_text(encoding="utf-8")) if name == language]
 
@@ -306,7 +316,7 @@ def test_the_readmes_words_on_05_and_06_have_the_numbers_of_the_kept_results():
         return pd.read_csv(ROOT / "docs" / "results" / f"{name}.csv")
 
     def readme_says(words):
-        assert words in re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8")), words
+        assert words in readme_words(), words
 
     equal = rows("koopman_corrected_equal_seconds")
     readme_says(
@@ -339,7 +349,7 @@ def test_the_readmes_words_on_03s_larger_text_are_those_of_its_kept_results():
     folder = ROOT / "docs" / "results"
     kept = json.loads((folder / "baseline_peps_summary.json").read_text(encoding="utf-8"))
     sample = json.loads((folder / "baseline_wikitext_summary.json").read_text(encoding="utf-8"))
-    page = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    page = readme_words()
     assert round(kept["train_targets"] / sample["train_targets"]) == 11
     judged = {row["claim"]: row["measured here"] for row in kept["claims"]}
     assert judged["goal: ResNetBK's test PPL at most 0.90 of GPT's"].startswith("reached")
@@ -360,7 +370,7 @@ def test_the_readmes_words_on_03_have_the_numbers_of_the_kept_results():
     kept = json.loads(
         (ROOT / "docs" / "results" / "baseline_wikitext_summary.json").read_text(encoding="utf-8")
     )
-    page = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    page = readme_words()
     table = {row["model"]: row for row in kept["table"]}
     best = min(table, key=lambda model: table[model]["val_ppl"])
     assert (best, len(table)) == ("lstm", 6)
@@ -393,7 +403,7 @@ def test_the_readmes_words_on_03_have_the_numbers_of_the_kept_results():
 
 def test_the_readmes_words_on_two_pairs_are_those_of_05s_recall():
     folder = ROOT / "docs" / "results"
-    page = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    page = readme_words()
     rows = pd.read_csv(folder / "koopman_recall_recall.csv").set_index("arm")
     config = json.loads((folder / "koopman_recall_manifest.json").read_text(encoding="utf-8"))["config"]
     assert (config["recall_pairs"], config["trained_distance"], max(config["distances"])) == (2, 256, 2048)
@@ -420,7 +430,7 @@ def test_the_readmes_words_on_two_pairs_are_those_of_05s_recall():
 
 def test_the_readmes_words_on_09_have_the_numbers_of_the_kept_results():
     folder = ROOT / "docs" / "results"
-    page = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    page = readme_words()
     claims = pd.read_csv(folder / "integration_claims.csv").set_index("announced")
     steps = claims.loc["all optimisations together help, at equal steps"]
     mean, low, high = (-float(x) for x in re.findall(r"-[\d.]+", steps.measured)[:3])
@@ -454,7 +464,7 @@ def test_the_readmes_words_on_09_have_the_numbers_of_the_kept_results():
 
 def test_the_readmes_words_on_08_have_the_numbers_of_its_row():
     """The row is written from the kept results."""
-    page = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    page = readme_words()
     row = re.search(
         r"NewLLM up to (\d+) turns back, ResNetBK up to (\d+) turns back \(ResNetBK longer up to (\d+)\), "
         r"GPT up to (\d+) turns back, .* pretraining helps ([\w, ]+), and counting words beats all of them",
@@ -478,7 +488,7 @@ def test_the_readmes_words_on_08_have_the_numbers_of_its_row():
 
 
 def test_what_scaling_says_of_a_database_is_what_the_storm_printed():
-    kept = (ROOT / "docs" / "results" / "benchmarks" / "sweep_storm.txt").read_text(encoding="utf-8")
+    kept = printed("sweep_storm")
     page = re.sub(r"\s+", " ", (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"))
     rows = re.findall(r"\n +(\d+) +([\d,]+) +[\d,]+ +(\d+) +(\d+) +[\d, ]+ ([\d.]+) +[\d.]+ ms", kept)
     few = [row for row in rows if row[1] == "500"]
@@ -499,8 +509,8 @@ def test_what_scaling_says_of_a_database_is_what_the_storm_printed():
 
 
 def test_the_readmes_speeds_of_the_operator_are_those_that_the_benchmark_printed():
-    kept = (ROOT / "docs" / "results" / "benchmarks" / "bk_core.txt").read_text(encoding="utf-8")
-    words = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    kept = printed("bk_core")
+    words = readme_words()
     said = re.search(
         r"compiles the kernels, five to ten seconds on a CPU.* some (\d+) µs at \(32, 128\), more than (\d+) times "
         r"faster than autograd through the published loop; some (\d+) ms at N = 1,000,000, and with long rows "
@@ -520,8 +530,8 @@ def test_the_readmes_speeds_of_the_operator_are_those_that_the_benchmark_printed
 
 
 def test_the_readmes_speed_of_the_solve_beside_jaxs_is_what_the_benchmark_printed():
-    kept = (ROOT / "docs" / "results" / "benchmarks" / "resolvent_solve.txt").read_text(encoding="utf-8")
-    words = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    kept = printed("resolvent_solve")
+    words = readme_words()
     said = re.search(r"`resolvent_solve`, is ([\d.]+) to ([\d.]+) times faster than jax's", words)
     # With gradients: the last ratio of a row, before the largest difference.
     ratios = [float(x) for x in re.findall(r"\n  \d+, \d+, \d+ .* ([\d.]+) +[\d.]+e-\d+(?=\n)", kept)]
@@ -531,7 +541,7 @@ def test_the_readmes_speed_of_the_solve_beside_jaxs_is_what_the_benchmark_printe
 
 def test_the_readmes_words_on_07_have_the_numbers_of_the_kept_results():
     folder = ROOT / "docs" / "results"
-    page = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    page = readme_words()
     table = pd.read_csv(folder / "compression_table.csv").set_index("arm")
     speed = pd.read_csv(folder / "compression_speed.csv").set_index(["family", "arm"])
     for family in ("ResNetBK", "NewLLM", "ResNetBK with experts"):
@@ -560,8 +570,8 @@ def test_the_readmes_words_on_07_have_the_numbers_of_the_kept_results():
 
 
 def test_the_readmes_speeds_of_the_solve_model_are_those_that_the_benchmark_printed():
-    kept = (ROOT / "docs" / "results" / "benchmarks" / "reading_step.txt").read_text(encoding="utf-8")
-    words = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    kept = printed("reading_step")
+    words = readme_words()
     said = re.search(
         r"trains at ([\d.]+), ([\d.]+), ([\d.]+) and ([\d.]+) times GPT's tokens per second .* at ([\d.]+) of the LSTM's "
         r"with windows of 64, and holds ([\d.]+) to ([\d.]+) times GPT's memory",
@@ -580,8 +590,8 @@ def test_the_readmes_speeds_of_the_solve_model_are_those_that_the_benchmark_prin
 
 
 def test_the_limits_say_what_the_solve_misses_beside_jax_and_scipy():
-    kept = (ROOT / "docs" / "results" / "benchmarks" / "resolvent_solve.txt").read_text(encoding="utf-8")
-    words = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    kept = printed("resolvent_solve")
+    words = readme_words()
     said = re.search(
         r"with gradients, is ([\d.]+) to ([\d.]+) times as fast as jax's \(aims: 6, 4 and 4\), and forward ([\d.]+) to "
         r"([\d.]+) times as fast as scipy's \(aim: 5\)",

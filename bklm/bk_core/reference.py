@@ -93,11 +93,7 @@ def left_right(a: Tensor, b: Tensor, c: Tensor, z: Tensor | complex, causal: boo
     ``k >= 0`` none of them exceeds ``1 / |Im z|``. Returns (..., N) in the complex type of ``a``'s precision.
     """
     d, k = _matrix(a, b, c, z)
-    left = _fraction(d, k)
-    if causal:
-        return left
-    right = _fraction(d.flip(-1), k.flip(-1)).flip(-1)
-    return 1 / (d - F.pad(k * left[..., :-1], (1, 0)) - F.pad(k * right[..., 1:], (0, 1)))
+    return _fraction(d, k) if causal else _both_sides(d, k)[2]
 
 
 def left_right_adjoint(
@@ -109,12 +105,12 @@ def left_right_adjoint(
     :func:`exact_gradient`; ``sum_j conj(gbar_j) dG_jj / dz`` is ``-sum_i D_i``.
     """
     d, k = _matrix(a, b, c, z)
-    left, gbar = _fraction(d, k), conjugate(gbar)
+    gbar = conjugate(gbar)
     if causal:
+        left = _fraction(d, k)
         D = -left * left * _walk(gbar.flip(-1), (k * left[..., 1:] ** 2).flip(-1)).flip(-1)
         return D, -D[..., 1:] * left[..., :-1]
-    right = _fraction(d.flip(-1), k.flip(-1)).flip(-1)
-    G = 1 / (d - F.pad(k * left[..., :-1], (1, 0)) - F.pad(k * right[..., 1:], (0, 1)))
+    left, right, G = _both_sides(d, k)
     # What each G takes of its own denominator, then of those that L and R were made of.
     own = G * G * gbar
     of_left = F.pad(k * own[..., 1:], (0, 1)).flip(-1)
@@ -136,6 +132,12 @@ def _fraction(d: Tensor, k: Tensor) -> Tensor:
     for i in range(1, d.shape[-1]):
         found.append(1 / (d[..., i] - k[..., i - 1] * found[-1]))
     return torch.stack(found, dim=-1)
+
+
+def _both_sides(d: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """L, R and G, each (..., N)."""
+    left, right = _fraction(d, k), _fraction(d.flip(-1), k.flip(-1)).flip(-1)
+    return left, right, 1 / (d - F.pad(k * left[..., :-1], (1, 0)) - F.pad(k * right[..., 1:], (0, 1)))
 
 
 def _walk(source: Tensor, factor: Tensor) -> Tensor:
