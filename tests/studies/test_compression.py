@@ -14,6 +14,7 @@ from bklm.compression.activations import activations_of
 from bklm.compression.coded_model import matrices
 from bklm.harness.arms import Arm
 from bklm.harness.text import prepare_text
+from bklm.models import future_leak
 from bklm.studies.compression import claims, figures, methods, models, run, speed, tables
 from bklm.training.evaluation import evaluate
 
@@ -265,6 +266,15 @@ def test_retrained_arms_go_on_from_their_seeds_model_and_students_begin_as_their
         assert student.config == control.config
         assert all(torch.equal(a, b) for a, b in zip(student.parameters(), control.parameters(), strict=True))
     assert list(models.smaller(dataclasses.replace(config, n_layers=1), "ResNetBK")) == ["width 0.5"]
+
+
+def test_no_model_that_trained_further_and_no_student_sees_the_future(result):
+    config, folder = result.config, result.folder
+    vocabulary = json.loads(next(folder.glob("trials/*/result.json")).read_text())["vocabulary"]
+    ids = torch.arange(12)[None] % vocabulary
+    for name, arm in (models.retrained_arms(config, folder, 10) | models.student_arms(config, folder)).items():
+        torch.manual_seed(0)
+        assert future_leak(arm.build(vocabulary), ids, 9).max() <= 1e-12, name
 
 
 @pytest.mark.parametrize(("further", "float_ppl"), [(80.0, 80.0), (104.0, 100.0)])

@@ -19,7 +19,7 @@ import torch
 from bklm.data import embeddings
 from bklm.harness import progress
 from bklm.harness.report import command_words
-from bklm.models import ContextTokenConfig, ContextTokenLM
+from bklm.models import ContextTokenConfig, ContextTokenLM, future_leak
 from bklm.studies.embedding_freeze import figures as embedding_freeze_figures
 from bklm.studies.embedding_freeze import phase2
 from bklm.studies.embedding_freeze import run as embedding_freeze
@@ -160,6 +160,8 @@ def test_arms_that_tell_whether_phase_1_helps_are_added_and_move_no_other_number
     )
     # Nothing trained the one; the others' layers read what they say.
     named = {label.split(", 6 samples")[0].split(", 4 samples")[0]: m for label, m in blocks.items()}
+    for label, model in named.items():
+        assert future_leak(model, torch.arange(8)[None], 5).max() <= 1e-12, label
     iterations = {words: int(m.context_block.fixed_point_iterations) for label, m in named.items()
                   for words in PHASE1_ARMS.values() if words in label}  # fmt: skip
     assert iterations["untrained context block"] == 1 < iterations["phase 1 with diversity only"]

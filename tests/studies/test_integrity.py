@@ -15,7 +15,17 @@ from every_model import MODELS, V
 from small import small
 from torch import nn
 
-from bklm.data import IGNORED, Pieces, Portions, make_loader, set_epoch, windows
+from bklm.data import (
+    IGNORED,
+    Pieces,
+    Portions,
+    get_wikitext2_dataloaders,
+    load_corpus,
+    make_loader,
+    set_epoch,
+    tokenize_corpus,
+    windows,
+)
 from bklm.data.dialogue_tokens import DialogueVocabulary
 from bklm.data.dialogue_windows import Mixed, dialogue_rows
 from bklm.data.embeddings import GPT2_STD, random_embedding
@@ -120,6 +130,16 @@ def test_in_every_loader_of_a_study_each_target_is_the_next_number_and_an_oracle
         # Nobody knows which line of the originals' windows ends where.
         if config.study != "baseline" or protocol != "original":
             assert evaluate(oracle, loader, None).perplexity == pytest.approx(1.0, abs=1e-6), name
+
+
+@pytest.mark.parametrize("layout", ["every-target-once", "disjoint"])
+def test_in_the_loaders_of_wikitext_each_target_is_the_next_number(layout, counting):
+    tokens = tokenize_corpus(load_corpus("wikitext-2", counting), 30_000)
+    *loaders, size = get_wikitext2_dataloaders(4, 9, data_dir=counting, layout=layout)
+    assert size == tokens.vocab_size
+    words = {index: tokens.decode([index]).strip() for index in range(size)}
+    for loader in loaders:
+        assert follows(loader, lambda i: int(words[i]) if words[i].isdigit() else None) > COUNTED / 2
 
 
 @pytest.mark.parametrize("layout", ["every-target-once", "disjoint"])
