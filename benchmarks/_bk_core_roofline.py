@@ -7,7 +7,7 @@ import tempfile
 import torch
 from _bk_core_arms import YARDSTICK, inputs, nothing, ours
 from _timing import Timing, copy, duration, processor, take_turns
-from resolvent_solve import PAUSE, Jax, each_of, in_a_row
+from resolvent_solve import SETTLE, Jax, each_of, in_a_row
 
 from bklm.bk_core.cpu import backend as cpu
 from bklm.bk_core.cpu.vectors import REGISTER_BYTES
@@ -103,7 +103,7 @@ def jax_case(m: int, n: int, python: str, seconds: float) -> Row:
                 "jax": lambda: second.ask("a"),
             },
             seconds,
-            pause=PAUSE,
+            settle=SETTLE,
         )
         second.close()
     numbers, tensors, theirs = (each_of(found[name]) for name in ("numbers", "tensors", "jax"))

@@ -64,13 +64,14 @@ def duration(seconds: float) -> str:
 
 
 def take_turns(
-    arms: dict[str, Callable[[], object]], seconds: float = 2.0, shortest: float = 1e-2, pause: float = 0.0
+    arms: dict[str, Callable[[], object]], seconds: float = 2.0, shortest: float = 1e-2, settle: float = 0.0
 ) -> dict[str, Timing]:
     """Time every arm in rounds, one sample of each a round, so that a busy moment of the machine hits all of them.
 
     Each arm is called once to warm up; a sample repeats a short call until it takes ``shortest`` seconds, as the first calls
-    after a long one find nothing in the caches. Rounds go on for about ``seconds`` (at least 5, at most 200). ``pause``:
-    seconds before a sample, in which threads that another arm left waiting go to sleep. Medians with quartiles.
+    after a long one find nothing in the caches. Rounds go on for about ``seconds`` (at least 5, at most 200). ``settle``: for
+    arms of two processes, seconds of calls before each sample that are not timed: after another process's turn two threads
+    share a core until the system has parted them, some 50 ms. Medians with quartiles.
     """
     repeats = {}
     round_cost = 0.0
@@ -83,7 +84,9 @@ def take_turns(
     samples: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(min(200, max(5, int(seconds / round_cost)))):
         for name, call in arms.items():
-            time.sleep(pause)
+            until = time.perf_counter() + settle
+            while time.perf_counter() < until:
+                call()
             samples[name].append(_clock(call, repeats[name]))
     found = {}
     for name, times in samples.items():

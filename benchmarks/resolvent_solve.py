@@ -31,6 +31,7 @@ from scipy.linalg import solve_banded
 from torch import Tensor
 
 from bklm.bk_core import resolvent_solve
+from bklm.training.allocator import keep_freed_memory
 
 PEERS = ((32, 128, 32), (8, 65536, 1), (1, 1_000_000, 1))
 MODELS = ((64, 256, 32), (64, 1024, 48), (16, 4096, 64), (256, 128, 24))
@@ -39,10 +40,10 @@ AGAINST_JAX = dict(zip(PEERS, (6, 4, 4), strict=True))
 AGAINST_SCIPY = 5
 CALLS = 4
 """Calls in a row for a sample, of ours and scipy as of jax: the first after another's turn finds its data in no cache."""
-PAUSE = 0.02
-"""Seconds before each turn: the threads of the other process spin for a while when they have nothing to do."""
+SETTLE = 0.1
+"""Seconds of calls before each sample that are not timed."""
 MISSING = "not installed"
-PATIENCE = 120
+PATIENCE = 15
 """Seconds; the longest answer, the first, compiles for a few."""
 Call = Callable[[], object]
 
@@ -110,8 +111,8 @@ class Jax:
         return subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, name: str) -> str:
-        """Its answer. jax 0.10.2 was once seen to wait for ever on two cores: then another process is asked, and the sample
-        that took so long is one of many."""
+        """Its answer. On two cores jax 0.10.2 waits for ever in one call of some hundreds: then another process is asked, and
+        the sample that took so long is one of many."""
         for _ in range(3):
             self.process.stdin.write(name + "\n")
             self.process.stdin.flush()
@@ -152,7 +153,7 @@ def peers_case(m: int, n: int, columns: int, jax: str | None, seconds: float) ->
             arms |= {f"jax {name}": lambda name=name: second.ask(name) for name in ("forward", "both")}
             theirs = second.values()
             difference = max(difference, float(np.abs(theirs - forward().numpy()).max() / np.abs(theirs).max()))
-        found = {name: each_of(timing) for name, timing in take_turns(arms, seconds, pause=PAUSE).items()}
+        found = {name: each_of(timing) for name, timing in take_turns(arms, seconds, settle=SETTLE).items()}
         if second:
             second.close()
     return {
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--jax", metavar="PYTHON", help="a Python interpreter that has jax")
     parser.add_argument("--seconds", type=float, default=None, help="time for each case (default 6, quick 0.5)")
     options = parser.parse_args()
+    keep_freed_memory()  # as training does
     if options.size and min(options.size) < 1:
         parser.error("--size: at least 1 row of 1 position and 1 column is needed.")
     seconds = options.seconds or (0.5 if options.quick else 6.0)

@@ -64,6 +64,13 @@ def as_precision(dtype: torch.dtype, precision: torch.dtype) -> torch.dtype:
     return torch.complex128 if precision == torch.float64 else torch.complex64
 
 
+def as_rows(x: Tensor, shape: tuple[int, ...], rows: tuple[int, ...]) -> Tensor:
+    """``x`` broadcast to ``shape``, then reshaped to ``rows``; itself where it is so: every view is a node of autograd's."""
+    if x.shape != shape:
+        x = x.expand(shape)
+    return x if x.shape == rows else x.reshape(rows)
+
+
 def widened(values: tuple[Tensor | complex, ...]) -> list[Tensor | complex]:
     """The tensors in 64 bits; numbers as they are."""
     return [x.to(as_precision(x.dtype, torch.float64)) if isinstance(x, Tensor) else x for x in values]
@@ -116,7 +123,7 @@ def between_rows(x: Tensor | complex, wanted: tuple[int, ...], like: Tensor) -> 
     x = x.to(as_precision(x.dtype, like.real.dtype))
     if x.dim() <= 1 or math.prod(x.shape[:-1]) == 1:
         return materialised(x.reshape(1, -1).expand(1, wanted[-1]))
-    return materialised(x.expand(wanted).reshape(math.prod(wanted[:-1]), wanted[-1]))
+    return materialised(as_rows(x, wanted, (math.prod(wanted[:-1]), wanted[-1])))
 
 
 def shift(
@@ -140,7 +147,7 @@ def shift(
         raise ValueError(f"z is on {z.device} and {owner[0]} on {device}: move all inputs to one device.")
     check_broadcast("z", z, batch, f"(...) = {batch} for {owner[1]}")
     z = z.to(as_precision(torch.complex64, precision))
-    rows = materialised(z.expand(batch).reshape(m))
+    rows = materialised(as_rows(z, batch, (m,)))
     return rows, pivots.check_shift(rows.detach()) if autograd.is_plain(rows) else True
 
 

@@ -26,6 +26,7 @@ from bklm.bk_core import autograd, solve_autograd
 from bklm.bk_core.arguments import (
     as_number,
     as_precision,
+    as_rows,
     between_rows,
     check_broadcast,
     coupling,
@@ -108,19 +109,20 @@ def resolvent_solve(
         empty = a.expand(shape) + k.sum() + rows_z.reshape(*batch, 1)
         y = x + empty[..., None]
         return (y, empty) if return_left else y
-    rows_x = (x if x.shape[:-1] == shape else x.expand(*shape, columns)).reshape(m, n, columns)
-    rows_a = materialised((a if a.shape == shape else a.expand(shape)).reshape(m, n))
+    rows_x = as_rows(x, (*shape, columns), (m, n, columns))
+    rows_a = materialised(as_rows(a, shape, (m, n)))
     bounded = bounded and not a.is_complex()
     lower = between_rows(c, (*batch, n - 1), a)
     if causal:
         left = autograd.apply(rows_a, k, rows_z, True, "exact", float(grad_blend), backend, bounded)
-        y = solve_autograd.causal(rows_x, left, lower, False, backend).reshape(*shape, columns)
-        return (y, left.reshape(shape)) if return_left else y
+        y = solve_autograd.causal(rows_x, left, lower, False, backend)
+        y = as_rows(y, (m, n, columns), (*shape, columns))
+        return (y, as_rows(left, (m, n), shape)) if return_left else y
     fixed = (materialised(t.detach()) for t in (rows_a, k, rows_z))
     left = autograd.apply(*fixed, True, "exact", 0.0, backend, bounded)
     upper = between_rows(b, (*batch, n - 1), a)
     y = solve_autograd.tridiagonal(rows_x, rows_a, upper, lower, rows_z, left, backend)
-    return y.reshape(*shape, columns)
+    return as_rows(y, (m, n, columns), (*shape, columns))
 
 
 def _shape(x: Tensor, a: Tensor) -> tuple[tuple[int, ...], int, int]:

@@ -11,6 +11,8 @@ Dispatch, measured on 2 cores (benchmarks/resolvent_solve.py):
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ LINES_FROM = solve_tiles.TILE
 """Positions; up to here a tile is a whole line."""
 THREADS_FROM = 2**16
 """Below, waking another thread costs about what it saves."""
+PARTS_FROM = 2**20
+"""Below, handing out more than one part a thread costs more than a busy core would."""
 
 _NUMPY = {torch.complex64: np.float32, torch.complex128: np.float64}
 
@@ -110,7 +114,7 @@ def _adjoint(gbar, left, b, c, y, reverse, real, sums):
             threads.scratch(SCRATCH_LENGTH, dtype), first, last, gbar.data_ptr(), buffer.ctypes.data, *rest
         )
 
-    threads.split(part, m, g.numel() >= THREADS_FROM)
+    _split(part, m, g)
     return g, S, B, C
 
 
@@ -190,7 +194,12 @@ def _run(kernel, rest: tuple, count: int, y: Tensor) -> None:
     def part(first: int, last: int) -> None:
         kernel(threads.scratch(SCRATCH_LENGTH, dtype), first, last, *rest)
 
-    threads.split(part, count, y.numel() >= THREADS_FROM)
+    _split(part, count, y)
+
+
+def _split(part: Callable[[int, int], None], count: int, y: Tensor) -> None:
+    parts = threads.PARTS_PER_THREAD if y.numel() >= PARTS_FROM else 1
+    threads.split(part, count, y.numel() >= THREADS_FROM, parts)
 
 
 def _between(c: Tensor) -> tuple[int, int, bool]:

@@ -10,7 +10,8 @@ from bklm.bk_core.cpu.scratch import reals_at
 from bklm.bk_core.cpu.solve_columns import inlined
 from bklm.bk_core.cpu.solve_tiles import SUMMARY
 
-_SUMMARY = np.uintp(SUMMARY)
+BLOCK = 512
+_SUMMARY, _BLOCK = np.uintp(SUMMARY), np.uintp(BLOCK)
 _0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
 
 
@@ -71,16 +72,22 @@ def sum_columns(s, first, last, g, y, S, B, C, n, columns, reverse, both):
 
 @inlined
 def _sums(s, g, y, S, B, C, row, n, columns, reverse, both):
-    for i in range(n):
-        here = row * n + i
-        _sum(s, g, y, here * columns, here * columns, columns, S, here, NO)
     start, between = row * n * columns, row * (n - _1)
     to_g, to_y = (_0, columns) if reverse else (columns, _0)
-    for i in range(n - _1):
-        _sum(s, g, y, start + i * columns + to_g, start + i * columns + to_y, columns, C, between + i, YES)
-    if both:
-        for i in range(n - _1):
-            _sum(s, g, y, start + i * columns, start + (i + _1) * columns, columns, B, between + i, YES)
+    # BLOCK positions at a time: what one loop has read is in the cache for the next.
+    for first in range(_0, n, _BLOCK):
+        last = min(n, first + _BLOCK)
+        for i in range(first, last):
+            at = start + i * columns
+            _sum(s, g, y, at, at, columns, S, row * n + i, NO)
+        last = min(n - _1, last)
+        for i in range(first, last):
+            at = start + i * columns
+            _sum(s, g, y, at + to_g, at + to_y, columns, C, between + i, YES)
+        if both:
+            for i in range(first, last):
+                at = start + i * columns
+                _sum(s, g, y, at, at + columns, columns, B, between + i, YES)
 
 
 @inlined

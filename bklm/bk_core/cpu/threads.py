@@ -84,17 +84,19 @@ def run(
     split(lambda first, last: kernel(scratch(*buffer), first, last, *arguments), count, worth_it)
 
 
-def split(kernel: Callable[[int, int], None], n: int, worth_it: bool) -> None:
+def split(
+    kernel: Callable[[int, int], None], n: int, worth_it: bool, parts_per_thread: int = PARTS_PER_THREAD
+) -> None:
     """kernel(first, last) over 0 <= first < last <= n, in one call, or where ``worth_it`` in parts shared among threads.
 
     The calling thread works too, and parts are handed out one by one: a core that is busy with something else delays the
-    call by no more than the part that it took.
+    call by no more than the part that it took. Each costs some ten microseconds of Python.
     """
     workers = min(torch.get_num_threads(), n) if worth_it else 1
     if workers <= 1:
         kernel(0, n)
         return
-    count = min(n, PARTS_PER_THREAD * workers)
+    count = min(n, parts_per_thread * workers)
     edges = [n * i // count for i in range(count + 1)]
     parts = deque(itertools.pairwise(edges))
     errors: list[BaseException] = []
