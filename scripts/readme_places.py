@@ -37,6 +37,7 @@ SIDE = (
     "Phase 1:", "Tokens per", "beat Kneser-Ney", "Context lowers", "trials ended at", "profit from", "A trained embedding",
     "The original's unequal",
 )  # fmt: skip
+FEW = 3  # claims that are named; more stand in their study's own table
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 Row = dict[str, Any]
@@ -113,10 +114,12 @@ def claims_table(run: Any) -> list[Row]:
 
 
 def held(run: Any) -> str:
-    """How many of a run's claims hold, and which."""
+    """How many of a run's claims hold, and which, where they are few."""
     rows = claims_table(run)
     names = [c["announced"] for c in rows if c["verdict"] == "holds"]
-    told = f"{len(names)} of {len(rows)} claims hold{': ' * bool(names)}{'; '.join(names)}"
+    told = f"{len(names)} of {len(rows)} claims hold"
+    if 0 < len(names) <= FEW:
+        told += f": {'; '.join(names)}"
     for said, words in ((NOT_SHOWN, "not shown"), ("no verdict", "without a verdict")):
         if count := sum(c["verdict"] == said for c in rows):
             told += f"; {count} {words}"

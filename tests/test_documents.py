@@ -494,16 +494,22 @@ def test_what_scaling_says_of_a_database_is_what_the_storm_printed():
     few = [row for row in rows if row[1] == "500"]
     told = "{}, {} and {}".format(*(row[2] for row in few))
     assert f"1, 4 and 16 workers with trials that cost nothing get {told} points a second" in page
-    assert {round(float(row[4])) for row in rows} == {17}
-    grown = float(re.search(r"server's processor a point, .* measured: ([\d.]+)", kept)[1])
-    assert f"but {100 * (grown - 1):.0f}% more of the server's time" in page
+    assert {round(float(row[4])) for row in rows} == {19}
+    grown = re.findall(r"target: .* a point, with 20,000 points .* measured: .*, (held|missed)", kept)
+    assert grown == ["held"] * 3
+    assert (
+        "costs 19 statements, and when 20,000 points are done neither one more nor more of anyone's time"
+        in page
+    )
+    dealt = re.search(r"dealt in the storm, .* measured: (\d+)", kept)[1]
+    assert f"and {dealt} that killed workers had begun were dealt to others" in page
     off = max(abs(int(row[3]) / int(row[2]) - 1) for row in rows)
     assert f"within {math.ceil(100 * off)}%" in page
     limits = [int(n.replace(",", "")) for n in re.findall(r" ([\d,]+) workers\n", kept)]
-    assert limits[0] == pytest.approx(350, rel=0.02)
-    assert limits[1] == pytest.approx(21_000, rel=0.02)
-    assert limits[2] == pytest.approx(1_000_000, rel=0.3)
-    assert "some 350 workers on with trials of a second, 21,000 with trials of a minute, and a million" in page
+    assert limits == pytest.approx([400, 24_000, 1_400_000], rel=0.02)
+    assert (
+        "some 400 workers on with trials of a second, 24,000 with trials of a minute, and 1.4 million" in page
+    )
     for target in ("lost", "stored twice"):
         assert f"target: points {target} in the storm, at most 0, measured: 0, held" in kept
 
@@ -512,7 +518,8 @@ def test_the_readmes_speeds_of_the_operator_are_those_that_the_benchmark_printed
     kept = printed("bk_core")
     words = readme_words()
     said = re.search(
-        r"compiles the kernels, five to ten seconds on a CPU.* some (\d+) µs at \(32, 128\), more than (\d+) times "
+        r"compiles the kernels, five to ten seconds on a CPU.* of an AMD EPYC, .* some (\d+) µs at "
+        r"\(32, 128\), more than (\d+) times "
         r"faster than autograd through the published loop; some (\d+) ms at N = 1,000,000, and with long rows "
         r"(\d+) to (\d+) times faster than jax's",
         words,
@@ -521,8 +528,8 @@ def test_the_readmes_speeds_of_the_operator_are_those_that_the_benchmark_printed
     solve = re.search(r"the solve, 1 and 32 columns, .* ([\d.]+)\n", kept)
     assert float(first[1]) - int(first[2]) / 1000 == pytest.approx(5, abs=1)
     assert float(solve[1]) == pytest.approx(10, abs=2)
-    call, over = re.search(r"\n  32, 128 +(\d+) us .* ([\d.]+) +[\d.]+ ms \(.*\) +[\d.]+\n", kept).groups()
-    assert int(said[1]) == pytest.approx(int(call), rel=0.15)
+    call, over = re.search(r"\n  32, 128 +([\d.]+) us .* ([\d.]+) +[\d.]+ ms \(.*\) +[\d.]+\n", kept).groups()
+    assert int(said[1]) == pytest.approx(float(call), rel=0.15)
     assert 0.9 * float(over) <= int(said[2]) <= float(over)
     assert int(said[3]) == pytest.approx(float(re.search(r"\n  1, 1000000 +([\d.]+) ms", kept)[1]), rel=0.25)
     jax = [float(value) for value in re.findall(r"target: jax / ours[^:]*: ([\d.]+), ", kept)]
@@ -593,14 +600,14 @@ def test_the_limits_say_what_the_solve_misses_beside_jax_and_scipy():
     kept = printed("resolvent_solve")
     words = readme_words()
     said = re.search(
-        r"with gradients, is ([\d.]+) to ([\d.]+) times as fast as jax's \(aims: 6, 4 and 4\), and forward ([\d.]+) to "
-        r"([\d.]+) times as fast as scipy's \(aim: 5\)",
+        r"with gradients, is ([\d.]+) to ([\d.]+) times as fast as jax's \(aims: 4, and for short rows 6, which "
+        r"have ([\d.]+)\), and forward ([\d.]+) to ([\d.]+) times as fast as scipy's \(aim: 5\)",
         words,
     )
     rows = re.findall(r"\n  \d+, \d+, \d+ .*? ([\d.]+)  +[\d.]+ ms \(.* ([\d.]+) +[\d.]+e-\d+(?=\n)", kept)
     scipy, jax = ([float(x) for x in column] for column in zip(*rows, strict=True))
     assert len(rows) == 3
-    expected = [min(jax), max(jax), min(scipy), max(scipy)]
+    expected = [min(jax), max(jax), jax[0], min(scipy), max(scipy)]
     assert [float(x) for x in said.groups()] == pytest.approx(expected, abs=0.06)
 
 
