@@ -69,7 +69,7 @@ def take_turns(
     """Time every arm in rounds, one sample of each a round, so that a busy moment of the machine hits all of them.
 
     Each arm is called once to warm up; a sample repeats a short call until it takes ``shortest`` seconds, as the first calls
-    after a long one find nothing in the caches. Rounds go on for about ``seconds`` (at least 5, at most 200). ``settle``: for
+    after a long one find nothing in the caches. Samples take about ``seconds`` together (5 to 200 rounds). ``settle``: for
     arms of two processes, seconds of calls before each sample that are not timed: after another process's turn two threads
     share a core until the system has parted them, some 50 ms. Medians with quartiles.
     """
@@ -90,7 +90,7 @@ def take_turns(
             samples[name].append(_clock(call, repeats[name]))
     found = {}
     for name, times in samples.items():
-        low, median, high = statistics.quantiles(times, n=4)
+        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
         found[name] = Timing(median, low, high)
     return found
 

@@ -194,7 +194,7 @@ def copy_speed() -> float:
 
 def spread(values: list[float]) -> str:
     """Median and half the distance between quartiles, in microseconds."""
-    low, _, high = statistics.quantiles(values, n=4)
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{statistics.median(values) * 1e6:>9.1f} +-{(high - low) / 2 * 1e6:>6.1f}"
 
 

@@ -146,11 +146,11 @@ def check_equal(problem: Problem) -> None:
 
 
 def times(problem: Problem, device: str, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds per step of each arm, at least two rounds, then until `rounds` or the time is used up."""
+    """Seconds per step of each arm, at least five rounds, then until `rounds` or the time is used up."""
     taken: dict[str, list[float]] = {arm.name: [] for arm in ARMS}
     begin = time.perf_counter()
     for i in range(rounds):
-        if i >= 2 and time.perf_counter() - begin > seconds:
+        if i >= 5 and time.perf_counter() - begin > seconds:
             break
         for arm in ARMS:
             _synchronise(device)
@@ -197,7 +197,7 @@ def report(case: Case, taken: dict[str, list[float]], memory: dict[str, float]) 
     gains = {}
     middle = {name: statistics.median(t) for name, t in taken.items()}
     for name, t in taken.items():
-        low, _, high = statistics.quantiles(t, n=4) if len(t) > 1 else (t[0],) * 3
+        low, _, high = statistics.quantiles(t, n=4, method="inclusive") if len(t) > 1 else (t[0],) * 3
         gain = [middle[rival] / middle[name] for rival in ("dense", "loop", "layer")]
         line = f"{case.tokens:6d} {case.width:4d} {case.experts:2d} {case.top_k:2d}  {name:9s} {middle[name] * 1e3:9.2f}"
         line += f" ({low * 1e3:8.2f} ... {high * 1e3:8.2f}) {gain[0]:7.2f}x {gain[1]:6.2f}x {gain[2]:7.2f}x"

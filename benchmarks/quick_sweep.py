@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--profile", default="quick", choices=("smoke", "quick"))
     parser.add_argument("--rounds", type=int, default=1, help="of both in turn (default 1)")
     args = parser.parse_args()
+    print(where())
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         arms = {
@@ -89,7 +90,6 @@ def main() -> None:
         }
         for name, t in taken.items()
     ]
-    print(where())
     print_table(
         f"grad_blend, {args.profile}, embedded text, {os.cpu_count()} cores, rounds in turn: {args.rounds}",
         rows,

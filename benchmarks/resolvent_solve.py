@@ -17,6 +17,7 @@ is better for us. Threads: torch.get_num_threads(), jax's and scipy's own choice
 from __future__ import annotations
 
 import argparse
+import os
 import select
 import subprocess
 import sys
@@ -39,7 +40,7 @@ AGAINST_JAX = dict(zip(PEERS, (6, 4, 4), strict=True))
 """Targets of the peers' table: so many times as fast as jax with gradients, and everywhere AGAINST_SCIPY forward."""
 AGAINST_SCIPY = 5
 CALLS = 4
-"""Calls in a row for a sample, of ours and scipy as of jax: the first after another's turn finds its data in no cache."""
+"""Calls in a row for a sample, of ours and scipy as of jax, whose every sample is a question and an answer as well."""
 SETTLE = 0.1
 """Seconds of calls before each sample that are not timed."""
 MISSING = "not installed"
@@ -89,12 +90,12 @@ def ours(given: tuple[Tensor, ...], gbar: Tensor, causal: bool) -> tuple[Call, C
 
 
 def banded(x: Tensor, a: Tensor, b: Tensor, c: Tensor, z: Tensor) -> Call:
-    """scipy's solve of every row."""
-    m, n, _ = x.shape
-    bands = np.zeros((m, 3, n), np.complex64)
-    bands[:, 0, 1:], bands[:, 1], bands[:, 2, :-1] = b.numpy(), (a - z[:, None]).numpy(), c.numpy()
-    columns = x.numpy()
-    return lambda: np.stack([solve_banded((1, 1), bands[i], columns[i], check_finite=False) for i in range(m)])
+    """scipy's solve, of all rows in one call: nothing couples one to the next. The bands are built before."""
+    m, n, count = x.shape
+    bands = np.zeros((3, m, n), np.complex64)
+    bands[0, :, 1:], bands[1], bands[2, :, :-1] = b.numpy(), (a - z[:, None]).numpy(), c.numpy()
+    bands, columns = bands.reshape(3, m * n), x.numpy().reshape(m * n, count)
+    return lambda: solve_banded((1, 1), bands, columns, check_finite=False).reshape(m, n, count)
 
 
 class Jax:
@@ -108,7 +109,11 @@ class Jax:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # What keep_freed_memory is to ours.
+        kept = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+        return subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **kept}
+        )
 
     def ask(self, name: str) -> str:
         """Its answer. On two cores jax 0.10.2 waits for ever in one call of some hundreds: then another process is asked, and

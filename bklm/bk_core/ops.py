@@ -27,8 +27,8 @@ def resolvent_diagonal(
 ) -> Tensor:
     """G (M, N) of a (M, N), k (M or 1, N - 1) and z (M,); see backends.py."""
     chosen = backends.select(backend, a.device)
-    pivots.check_shift(z)
     a, k, z = (materialised(x) for x in (a, k, z))
+    pivots.check_shift(z)
     G = chosen.forward(a, k, z, causal)[0]
     if check_pivots:
         pivots.check(a, k, z, G, causal, lambda *rows: chosen.forward(*rows, True)[0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +52,9 @@ def check_shift(z: Tensor) -> bool:
         return True
     # numpy asks a few numbers several times as fast as torch.
     values = z.numpy() if z.device.type == "cpu" else z
-    if bool(((abs(values.imag) >= 1 / LARGEST_32_BIT_SHIFT) & (abs(values) <= LARGEST_32_BIT_SHIFT)).all()):
+    with np.errstate(over="ignore", invalid="ignore"):
+        fits = (abs(values.imag) >= 1 / LARGEST_32_BIT_SHIFT) & (abs(values) <= LARGEST_32_BIT_SHIFT)
+    if bool(fits.all()):
         return True
     bad = ~(torch.isfinite(z) & (z.imag != 0))
     if bool(bad.any()):

@@ -57,7 +57,7 @@ def resolvent_solve(
         a: diagonal of T, (..., N), real or complex. The batch dimensions of x and a broadcast to those of the result.
         b: super-diagonal, a number or a tensor that broadcasts to (..., N - 1), real or complex.
         c: sub-diagonal, likewise.
-        z: shift, a number or a tensor that broadcasts to (...), finite, ``Im z != 0``.
+        z: shift, a number or a tensor that broadcasts to (...), finite, ``Im z != 0``. Takes the precision of x, a, b, c.
         causal: row i is the last entry of the solution on the leading block T[0..i, 0..i]: it depends on positions 0..i
             only, bit for bit, and streams (:func:`solve_step`).
         backend: "auto", or one of :func:`bklm.bk_core.available_backends`.

@@ -191,8 +191,9 @@ class ResNetBKConfig:
 def reading_settings(window: int) -> dict[str, Any]:
     """Fields of a ResNetBKConfig that reads windows of so many tokens, as the search above found them at 64.
 
-    The longest first memory, to 90% about 4.6 / least_eta positions, is three quarters of a window. Every second head begins
-    just inside the band's lower edge, where it sums what it read.
+    In the middle of the band the smallest eta would be a memory, to 90%, of about 4.6 / least_eta positions, three quarters of
+    a window. Every second head begins just inside the band's lower edge, where it sums what it read and forgets three times as
+    soon; the first, of the smallest eta, is one of these, and of eight heads the second remembers longest, half a window.
     """
     return {
         "mixer": "solve", "num_experts": 1, "least_eta": min(1.0, 6.4 / window), "edge_energy": -1.8, "potential_scale": 0.1,

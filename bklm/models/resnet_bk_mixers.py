@@ -9,7 +9,7 @@ b_i = sigmoid(w_b . u_i + beta) and values V_i of d / H channels,
 
 b_i couples position i to i - 1 and is a function of u_i: a position whose bond closes forgets all that lies before. The
 weights of the values are the last row of the resolvent of a Hermitian matrix, at most 1 / eta long: no length overflows.
-Their phase turns with the energy E inside the band |v| < 2 b, and their size falls by about eta / sqrt(4 - v^2) a
+Their phase turns with the energy E inside the band |v| < 2 b, and their size falls by about eta / sqrt(4 b^2 - v^2) a
 position. Both are learned; eta starts spread over the heads, for memories of one position to hundreds, E in the middle
 of the band (every second one at its edge with ``edge_energy``). The rms divides out the size of y, which eta sets.
 """

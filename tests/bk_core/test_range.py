@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bklm.bk_core import BKCore, reference, resolvent_diagonal
+from bklm.bk_core import BKCore, pivots, reference, resolvent_diagonal
 from bklm.bk_core.cpu import backend as cpu
 from bklm.bk_core.cpu import tiles as cpu_tiles
 from bklm.bk_core.cpu.scratch import SCRATCH_LENGTH
@@ -191,3 +191,20 @@ def test_only_numbers_out_of_range_take_the_slow_sweep(large):
         scratch, 0, 1, *cpu._inputs(a, k, z), G.data_ptr(), 0, 0, 3, 41, 41, 1, False
     )
     assert again == (large is not None)
+
+
+@pytest.mark.parametrize(
+    ("z", "dtype"), [(3e38 + 3e38j, torch.complex64), (1.7e308 + 1.7e308j, torch.complex128)]
+)
+def test_a_shift_whose_modulus_leaves_the_range_is_widened_in_silence(z, dtype):
+    """A warning of numpy's would be an error here (pyproject.toml)."""
+    assert not pivots.check_shift(torch.tensor([z], dtype=dtype))
+
+
+def test_the_op_takes_a_shift_that_is_a_pending_conjugate_and_wants_a_gradient():
+    a, k = torch.randn(2, 5), torch.ones(1, 4)
+    z = torch.full((2,), 0.5 - 1j).requires_grad_()
+    G = torch.ops.bklm.resolvent_diagonal(a, k, z.conj(), False, "exact", 0.0, "auto")
+    assert torch.allclose(G, resolvent_diagonal(a, 1.0, 1.0, 0.5 + 1j))
+    G.abs().sum().backward()
+    assert z.grad.isfinite().all()

@@ -106,6 +106,29 @@ def test_a_row_of_4096_equals_the_banded_and_the_sequential_solve(columns, dtype
     assert error(causal, sequential(x, a, b, c, z, True)) < tolerance
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_shift_below_the_axis_and_negative_entries_give_the_dense_solve(backend, causal):
+    x, a, b, c, z = problem(21, 3, (2,))
+    inputs = x, a, -b, -c, z.conj().resolve_conj()
+    y = resolvent_solve(*inputs, causal=causal, backend=backend)
+    assert error(y, solve_reference.dense(*inputs, causal)) < 1e-12
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("wide_ones", "result"), [("b", torch.complex128), ("c", torch.complex128), ("z", torch.complex64)]
+)
+def test_wide_bonds_widen_the_result_and_a_wide_shift_does_not(wide_ones, result, causal):
+    given = dict(zip("xabcz", problem(40, 2, (2,), F32), strict=True))
+    given |= {name: wide(given[name]) for name in wide_ones}
+    y = resolvent_solve(*given.values(), causal=causal)
+    assert y.dtype == result
+    assert error(y, solve_reference.dense(*map(wide, given.values()), causal)) < (
+        1e-13 if result == torch.complex128 else 1e-5
+    )
+
+
 @pytest.mark.parametrize(("eta", "broken"), [(1.0, False), (1e-3, False), (1.0, True)])
 def test_a_row_of_several_chunks_is_the_banded_solve_whatever_it_remembers(eta, broken):
     n, z = 2 * CHUNK + 77, 0.2 + 1j * eta
@@ -123,7 +146,7 @@ def test_a_row_of_several_chunks_is_the_banded_solve_whatever_it_remembers(eta, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backend", "columns"), [("cpu", 1), ("cpu", 3), ("cpu", 16), ("torch", 1), ("torch", 3)]
+    ("backend", "columns"), [("cpu", 1), ("cpu", 3), ("cpu", 16), ("cpu", 64), ("torch", 1), ("torch", 3)]
 )
 def test_a_million_positions_equal_the_banded_and_the_sequential_solve(columns, backend):
     g = torch.Generator().manual_seed(6)

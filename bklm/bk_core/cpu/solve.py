@@ -6,7 +6,7 @@ Dispatch, measured on 2 cores (benchmarks/resolvent_solve.py):
   one after the other in one pass (solve_lines.py), or, bidirectional with a long memory, cut into tiles. How depends on M, N
   and D alone, so results are deterministic.
 - else SIMD over the columns of one row after the other (solve_columns.py, solve_adjoint.py).
-- more than one thread from THREADS_FROM elements of y on.
+- more than one thread from THREADS_FROM elements of y on, in more than one part each from PARTS_FROM on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LINES_FROM = solve_tiles.TILE
 THREADS_FROM = 2**16
 """Below, waking another thread costs about what it saves."""
 PARTS_FROM = 2**20
-"""Below, handing out more than one part a thread costs more than a busy core would."""
+"""Below, a thread has one part: four took a third longer at (32, 128, 32) (measured once by hand)."""
 
 _NUMPY = {torch.complex64: np.float32, torch.complex128: np.float64}
 
