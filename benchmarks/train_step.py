@@ -224,9 +224,10 @@ def report(size: Size, rounds: int, now: Callable[[], float]) -> None:
         print(f"{arm:44}" + "  ".join(f"{p} {1e3 * s:.1f}" for p, s in parts.items()))
     print()
     full = size == Size()
-    gain = middle[LOOP][1] / middle[BKLM][1] if full else None
-    target(f"tokens/s of {BKLM} over those of {LOOP}", gain, least=2)
-    target(f"tokens/s of {BKLM} over those of {LOOP} (aim)", gain, least=3)
+    # Which of the two is faster changes from run to run: their logits of 30,000 words take 1.4 GB.
+    gain = min(middle[LOOP][1], middle[AUTOGRAD][1]) / middle[BKLM][1] if full else None
+    target(f"tokens/s of {BKLM} over those of the faster with whole logits", gain, least=2)
+    target(f"tokens/s of {BKLM} over those of the faster with whole logits (aim)", gain, least=3)
     share = memory_ratio(peaks[BKLM], peaks[LOOP]) if peaks and full else None
     target(f"peak memory of {BKLM} over that of {LOOP}", share, most=0.333)
     for arm in (SOLVE, BKLM):

@@ -96,8 +96,8 @@ WHY = {
     "rows pay for what does not grow with N.",
     "train_step": "Most of the step is the head over 30,000 words: most of the floor are its products, and the loss "
     "passes over 123 million logits besides; the blocks' norms, dropout, mixture and mixer take about as "
-    "long as that (*where the time goes*). The aim of 3 times is out of reach where the arm that is "
-    "compared takes less than 3 times the products alone.",
+    "long as that (*where the time goes*). The arms of whole logits hold 1.4 GB, and their times change "
+    "from run to run by half; the faster of the two is judged, which takes hardly more than twice the products alone.",
     "moe": "With one active expert of four the router, the sort of tokens by expert, gathers and the sums back "
     "are passes that a dense layer of the active size does not have; the smaller the layer, the more they"
     " weigh. The backward computes the hidden activations again, one product in seven, which is what "
