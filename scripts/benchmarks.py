@@ -42,7 +42,8 @@ BENCHMARKS = {
     "1,024; an exponent of 0.9 to 1.1 over N; a token takes as long at position 100,000 as at 100 (beyond 2,000 positions the "
     "state is that of a text of 2,000: it is as large at any).",
     "train_step": "One optimiser step of ResNet-BK, with the published mixer and with GRAD_BLEND's (solve), against "
-    "whole logits and the recursion. Targets: 2 times the tokens/s (aim 3), a third of the peak memory; for both models "
+    "whole logits and the recursion. Targets: 2 times the tokens/s of the faster with whole logits (aim 3), a third of the "
+    "peak memory; for both models "
     "at most 1.3 times the time of their matrix products.",
     "moe": "The analytic mixture of experts against autograd. Targets: *selected* 2 times in time and memory at E = 8, "
     "k = 1; *exact* not slower than *dense*; at E = 4, k = 1 as fast as the dense layer of its active size. Claimed by "
@@ -94,24 +95,24 @@ WHY = {
     "over memory that the products do not. GPT's fused attention keeps none of its N x N weights for the "
     "backward, so both models keep some numbers a position, and ours more. An exponent below 0.9: short "
     "rows pay for what does not grow with N.",
-    "train_step": "Most of the step is the head over 30,000 words: most of the floor are its products, and the loss "
+    "train_step": "Most of the step is the head over 30,000 words: most of the floor is its products, and the loss "
     "passes over 123 million logits besides; the blocks' norms, dropout, mixture and mixer take about as "
     "long as that (*where the time goes*). The arms of whole logits hold 1.4 GB, and their times change "
-    "from run to run by half; the faster of the two is judged, which takes hardly more than twice the products alone.",
+    "from run to run by half; the faster of the two is judged.",
     "moe": "With one active expert of four the router, the sort of tokens by expert, gathers and the sums back "
     "are passes that a dense layer of the active size does not have; the smaller the layer, the more they"
     " weigh. The backward computes the hidden activations again, one product in seven, which is what "
     "saves the memory. *exact* asks every expert, for the router's gradient.",
     "baseline_step": "At 16 x 64 positions parallel sweeps would cost more than they win, so that both arms go one "
-    "position after the other; most of a step are matrix products (*of the floor*), and what is left are "
+    "position after the other; most of a step is matrix products (*of the floor*), and what is left are "
     "some calls at each of 64 positions, the head's loss and the optimiser. *steps* has the "
     "faster products that came with this work, so that it is faster than NewLLM was when the target was set.",
     "quick_sweep": "Nine tenths of it is optimiser steps (measured once by hand), with matrix products that both revisions "
     "compute alike; this one scores each arm without its mixer and in windows besides.",
     "data_scale": "Training sorts the positions of the text, which by itself grows by an exponent of 1.06 (N log N), "
-    "and reads the text in the order that it found: from the processor's cache at 10 MB, from memory at "
-    "100. Scoring finds an n-gram "
-    "by bisection among those of its history, in tables of tens to hundreds of megabytes, of which less lies in a cache.",
+    "and reads the text in the order that it found, presumably from the processor's cache at 10 MB and from "
+    "memory at 100. Scoring finds an n-gram by bisection among those of its history, "
+    "in tables of tens to hundreds of megabytes, of which less lies in a cache.",
 }
 HEAD = """# Benchmarks
 

@@ -398,6 +398,8 @@ def test_the_readmes_words_on_03_have_the_numbers_of_the_kept_results():
         f"Windows beyond its training's {own} words, where GPT ends, lower its perplexity by another {gained:.1%}"
         in page
     )
+    older = float(re.search(r"rate 0.0003 +[\d,]+ +([\d.]+) ", printed("gpt_search"))[1])
+    assert table["resnet_bk"]["val_ppl"] == pytest.approx(0.9 * older, rel=0.01)
     assert abs(table["resnet_bk_diagonal"]["context_gain"]) < 1e-3
     counted = min(row["val_ppl"] for row in kept["baselines"])
     assert table["newllm"]["val_ppl_low"] < counted < table["newllm"]["val_ppl_high"]
@@ -599,6 +601,23 @@ def test_the_readmes_speeds_of_the_solve_model_are_those_that_the_benchmark_prin
         r"takes ([\d.]+) to ([\d.]+) times as long as its own matrix products \(aim: 1.25\)", words
     )
     assert [float(x) for x in said.groups()] == pytest.approx([min(beyond), max(beyond)], abs=0.06)
+
+
+def test_what_is_said_of_an_intel_xeon_is_what_the_scripts_printed_there():
+    solve, moe, there = (printed(f"intel/{name}") for name in ("resolvent_solve", "moe", "bk_core"))
+    rows = re.findall(r"\n  \d+, \d+, \d+ .*? ([\d.]+)  +[\d.]+ ms \(.* ([\d.]+) +[\d.]+e-\d+(?=\n)", solve)
+    scipy, jax = ([float(x) for x in column] for column in zip(*rows, strict=True))
+    exact = [float(x) for x in re.findall(r" exact +[\d.]+ \( +[\d.]+ \.\.\. +[\d.]+\) +([\d.]+)x", moe)]
+    slower = [x for x in exact if x < 1]
+    page = re.sub(r"\s+", " ", (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"))
+    assert f"was {min(jax):.1f} to {max(jax):.1f} times as fast as jax (wanted: 6, 4 and 4)" in page
+    assert f"and {min(scipy):.1f} to {max(scipy):.1f} times as scipy (5)" in page
+    assert f"*exact* of *moe* once slower than dense ({slower[0]:.2f})" in page
+    assert len(slower) == 1
+    assert f"its solve was {min(jax):.1f} to {max(jax):.1f} times faster than jax's" in readme_words()
+    times = [re.findall(r"\n  32, (?:128|512) +([\d.]+) us ", text)[:2] for text in (there, printed("bk_core"))]
+    ratios = [float(a) / float(b) for a, b in zip(*times, strict=True)]
+    assert f"took {min(ratios):.1f} to {max(ratios):.1f} times as long with short rows" in readme_words()
 
 
 def test_the_limits_say_what_the_solve_misses_beside_jax_and_scipy():

@@ -429,3 +429,31 @@ def test_output_of_the_mixer_before_a_change_is_the_same_bit_for_bit():
     changed = u.clone()
     changed[:, 50:] = torch.randn(2, 20, 12, dtype=torch.float64)
     assert torch.equal(mixer(u)[0][:, :50], mixer(changed)[0][:, :50])
+
+
+def test_first_memories_of_eight_heads_are_what_reading_settings_says():
+    """By the weights of what lies before a stretch of one potential, to 90%."""
+    torch.manual_seed(0)
+    mixer = ResNetBK(ResNetBKConfig(10, 16, 1, n_heads=8, **reading_settings(64))).blocks[0].mixer
+    energies, bonds = mixer.inputs.bias[2 * 16 :].detach().double().split(8)
+    etas = mixer.log_eta.detach().double().exp()
+
+    def memory(energy, bond, eta):
+        x = torch.zeros(400, 1, dtype=torch.float64)
+        x[200] = 1.0
+        entries = (
+            torch.full((400,), float(energy), dtype=torch.float64),
+            float(bond),
+            float(bond),
+            1j * float(eta),
+        )
+        y = resolvent_solve(x, *entries, causal=True)[:, 0].abs()
+        return math.log(10) * 50 / float((y[250] / y[300]).log())
+
+    found = [memory(*head) for head in zip(energies, bonds.sigmoid(), etas, strict=True)]
+    assert found.index(max(found)) == 1
+    assert found[1] == pytest.approx(64 / 2, rel=0.05)
+    middle = memory(0.0, bonds[0].sigmoid(), etas[0])
+    assert middle == pytest.approx(4.6 / float(etas[0]), rel=0.06)
+    assert middle == pytest.approx(3 / 4 * 64, rel=0.1)
+    assert middle / found[0] == pytest.approx(3, rel=0.1)
