@@ -21,23 +21,24 @@ def machine() -> str:
 
 
 def passes_case(m: int, n: int, seconds: float) -> list[Row]:
-    """The passes of one bidirectional call, alone. Bytes: what a pass must read and write, and read before it writes."""
+    """The passes of one bidirectional call, alone. Bytes: what a pass must read and write, and read before it writes; of the
+    hoppings, which the m rows share, an m-th."""
     a, gbar = inputs(m, n)
     k, z = torch.ones(1, n - 1), torch.full((m,), 1j)
     tile, tiles = cpu._tiling(m, n)
     G, states = cpu.forward(a, k, z, False)
+    row = 4 + 4 / m  # a and its share of k
     swept = {} if tiles == 1 else {
-        "L of every tile's start": (8, lambda: cpu._sweep(a, k, z, tile, tiles, False)),
-        "R of every tile's end": (8, lambda: cpu._sweep(a, k, z, tile, tiles, True)),
+        "L of every tile's start": (row, lambda: cpu._sweep(a, k, z, tile, tiles, False)),
+        "R of every tile's end": (row, lambda: cpu._sweep(a, k, z, tile, tiles, True)),
     }  # fmt: skip
-    both = 8 if tiles == 1 else 24
+    forward = (len(swept) + 1) * row + 16
+    # A row of several tiles reads gbar, a and k once more, for what a tile adds to the next.
+    backward = (1 if tiles == 1 else 2) * (8 + row) + 8
     arms = swept | {
-        "forward, with these": (both + 16, lambda: cpu.forward(a, k, z, False)),
-        "backward": (
-            (16 if tiles == 1 else 32) + 8,
-            lambda: cpu.backward(gbar, a, k, z, G, states, False, False, False),
-        ),
-        "whole call": (both + (40 if tiles == 1 else 56), ours(a, gbar)),
+        "forward, with these": (forward, lambda: cpu.forward(a, k, z, False)),
+        "backward": (backward, lambda: cpu.backward(gbar, a, k, z, G, states, False, False, False)),
+        "whole call": (forward + backward, ours(a, gbar)),
         "copy of 52 B/element, one thread": (2 * YARDSTICK, copy(YARDSTICK * m * n, 1)),
         "the same, all threads": (2 * YARDSTICK, copy(YARDSTICK * m * n, torch.get_num_threads())),
     }
@@ -47,7 +48,7 @@ def passes_case(m: int, n: int, seconds: float) -> list[Row]:
         {
             "B, N": f"{m}, {n}",
             "pass": name,
-            "B/element": size,
+            "B/element": f"{size:.3g}",
             "time": found[name],
             "ns/element": f"{found[name].median / (m * n) * 1e9:.2f}",
             "GB/s": f"{size * m * n / found[name].median / 1e9:.1f}",

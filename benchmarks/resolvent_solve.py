@@ -6,6 +6,7 @@
     python benchmarks/resolvent_solve.py --size 8 65536 1             # B N D instead of the sizes of the first table
 
 peers       bidirectional, complex64 x (B, N, D), real a, b, c, complex z: forward, and forward + gradients of all five inputs
+around      the peers' call with gradients, the shortest: its kernels, what torch's autograd takes by itself, and the rest
 models      causal, real x (rows, N, columns a head), number b and c: forward, and forward + gradients of x and a, against
             a copy on all threads that moves the bytes that must be moved at least (12 and 32 a number of y)
 
@@ -27,11 +28,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _timing import Timing, copy, print_table, take_turns, target, where
+from _timing import Timing, copy, duration, print_table, take_turns, target, where
 from scipy.linalg import solve_banded
 from torch import Tensor
 
 from bklm.bk_core import resolvent_solve
+from bklm.bk_core.cpu import backend, solve
 from bklm.training.allocator import keep_freed_memory
 
 PEERS = ((32, 128, 32), (8, 65536, 1), (1, 1_000_000, 1))
@@ -182,6 +184,51 @@ def peers_case(m: int, n: int, columns: int, jax: str | None, seconds: float) ->
     }
 
 
+class _Nothing(torch.autograd.Function):
+    """As many inputs and gradients as the solve has, and no work."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor, b: Tensor, c: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(x, a, b, c, z)
+        return x
+
+    @staticmethod
+    def backward(ctx, gbar: Tensor) -> tuple[Tensor, ...]:
+        _, *rest = ctx.saved_tensors
+        return gbar, *rest
+
+
+def around_case(m: int, n: int, columns: int, seconds: float) -> list[dict[str, str]]:
+    """Where the time of a bidirectional call with gradients of everything goes."""
+    x, a, b, c, z, gbar = inputs(m, n, columns)
+    leaves = [t.clone().requires_grad_() for t in (x, a, b, c, z)]
+
+    def nothing() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        _Nothing.apply(*leaves).backward(gbar)
+
+    left, _ = backend.forward(a, b * c, z, True)
+    y = solve.tridiagonal_rows(x, left, b, c)
+    found = take_turns(
+        {
+            "whole call": ours((x, a, b, c, z), gbar, causal=False)[1],
+            "kernel of L": lambda: backend.forward(a, b * c, z, True),
+            "kernel of y": lambda: solve.tridiagonal_rows(x, left, b, c),
+            "kernel of the adjoint": lambda: solve.tridiagonal_adjoint(gbar, left, b, c, y, False, True),
+            "autograd around nothing": nothing,
+        },
+        seconds,
+    )
+    whole, *parts = (t.median for t in found.values())
+    rest = max(whole - sum(parts), 0.0)
+    shown = {name: (str(t), t.median) for name, t in found.items()} | {"the rest": (duration(rest), rest)}
+    return [
+        {"B, N, D": f"{m}, {n}, {columns}", "part": name, "time": text, "share": f"{t / whole:.0%}"}
+        for name, (text, t) in shown.items()
+    ]
+
+
 def models_case(m: int, n: int, columns: int, seconds: float) -> dict[str, object]:
     g = torch.Generator().manual_seed(1)
     x, a = torch.randn(m, n, columns, generator=g), torch.randn(m, n, generator=g)
@@ -209,7 +256,7 @@ def models_case(m: int, n: int, columns: int, seconds: float) -> dict[str, objec
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, short rounds")
-    parser.add_argument("--only", nargs="+", choices=("peers", "models"), help="tables to print")
+    parser.add_argument("--only", nargs="+", choices=("peers", "around", "models"), help="tables to print")
     parser.add_argument(
         "--size", type=int, nargs=3, metavar=("B", "N", "D"), help="instead of the sizes of the tables"
     )
@@ -226,10 +273,12 @@ def main() -> None:
     print(where())
     if not options.jax:
         print("jax: not installed here; name an interpreter that has it with --jax", file=sys.stderr)
-    wanted = options.only or ("peers", "models")
+    wanted = options.only or ("peers", "around", "models")
     found = {size: peers_case(*size, options.jax, seconds) for size in peers} if "peers" in wanted else {}
     if found:
         print_table("Bidirectional, complex64", list(found.values()))
+    if "around" in wanted:
+        print_table("A call with gradients from Python", around_case(*peers[0], seconds))
     if "models" in wanted:
         print_table("Causal, as models use it", [models_case(*s, seconds) for s in models])
     print()
