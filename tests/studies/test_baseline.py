@@ -29,6 +29,7 @@ from bklm.studies.baseline.models import (
     CONTEXT_LENGTHS,
     active_parameters,
     build_model,
+    count_parameters,
     model_names,
 )
 from bklm.studies.baseline.run import estimated_minutes, fields_of_models, prepare_text, run_baseline
@@ -581,6 +582,16 @@ def test_the_full_profile_has_the_originals_sizes_and_competitors_within_one_per
         ((_, fields),) = fields_of_models(dataclasses.replace(config, model=name), 1000).items()
         model = build_model(name, fields)
     assert model.num_parameters() == (parameters or pytest.approx(2_739_432, rel=0.01))
+
+
+def test_the_fields_competitors_are_within_one_percent_at_30000_words():
+    config = BaselineConfig(profile="full", protocol="field").resolved()
+    sizes = {
+        name: count_parameters(name, fields)
+        for name, fields in fields_of_models(config, config.vocab_size).items()
+    }
+    assert set(sizes) == set(COMPETITORS)
+    assert max(sizes.values()) < 1.01 * min(sizes.values())
 
 
 def test_active_parameters_leave_out_the_experts_that_a_token_does_not_visit():
