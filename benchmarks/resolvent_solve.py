@@ -210,16 +210,15 @@ def around_case(m: int, n: int, columns: int, seconds: float) -> list[dict[str, 
 
     left, _ = backend.forward(a, b * c, z, True)
     y = solve.tridiagonal_rows(x, left, b, c)
-    found = take_turns(
-        {
-            "whole call": ours((x, a, b, c, z), gbar, causal=False)[1],
-            "kernel of L": lambda: backend.forward(a, b * c, z, True),
-            "kernel of y": lambda: solve.tridiagonal_rows(x, left, b, c),
-            "kernel of the adjoint": lambda: solve.tridiagonal_adjoint(gbar, left, b, c, y, False, True),
-            "autograd around nothing": nothing,
-        },
-        seconds,
-    )
+    calls = {
+        "whole call": ours((x, a, b, c, z), gbar, causal=False)[1],
+        "kernel of L": lambda: backend.forward(a, b * c, z, True),
+        "kernel of y": lambda: solve.tridiagonal_rows(x, left, b, c),
+        "kernel of the adjoint": lambda: solve.tridiagonal_adjoint(gbar, left, b, c, y, False, True),
+        "autograd around nothing": nothing,
+    }
+    arms = {name: in_a_row(call) for name, call in calls.items()}
+    found = {name: each_of(timing) for name, timing in take_turns(arms, seconds, settle=SETTLE).items()}
     whole, *parts = (t.median for t in found.values())
     rest = max(whole - sum(parts), 0.0)
     shown = {name: (str(t), t.median) for name, t in found.items()} | {"the rest": (duration(rest), rest)}
