@@ -523,7 +523,7 @@ def test_the_readmes_speeds_of_the_operator_are_those_that_the_benchmark_printed
     kept = printed("bk_core")
     words = readme_words()
     said = re.search(
-        r"compiles the kernels, five to ten seconds on a CPU.* of an AMD EPYC, .* some (\d+) µs at "
+        r"compiles the kernels, three to ten seconds on a CPU.* of an AMD EPYC, .* some (\d+) µs at "
         r"\(32, 128\), more than (\d+) times "
         r"faster than autograd through the published loop; some (\d+) ms at N = 1,000,000, and with long rows "
         r"([\d.]+) to ([\d.]+) times faster than jax's",
@@ -531,8 +531,7 @@ def test_the_readmes_speeds_of_the_operator_are_those_that_the_benchmark_printed
     )
     first = re.search(r"nothing compiled .* ([\d.]+) s\n +kernels in the cache .* (\d+) ms\n", kept)
     solve = re.search(r"the solve, 1 and 32 columns, .* ([\d.]+)\n", kept)
-    assert float(first[1]) - int(first[2]) / 1000 == pytest.approx(5, abs=1)
-    assert float(solve[1]) == pytest.approx(10, abs=2)
+    assert 3 < float(first[1]) - int(first[2]) / 1000 < float(solve[1]) < 10
     call, over = re.search(r"\n  32, 128 +([\d.]+) us .* ([\d.]+) +[\d.]+ ms \(.*\) +[\d.]+\n", kept).groups()
     assert int(said[1]) == pytest.approx(float(call), rel=0.15)
     assert 0.9 * float(over) <= int(said[2]) <= float(over)
@@ -549,6 +548,50 @@ def test_the_readmes_speed_of_the_solve_beside_jaxs_is_what_the_benchmark_printe
     ratios = [float(x) for x in re.findall(r"\n  \d+, \d+, \d+ .* ([\d.]+) +[\d.]+e-\d+(?=\n)", kept)]
     assert len(ratios) == 3
     assert [float(x) for x in said.groups()] == pytest.approx([min(ratios), max(ratios)], abs=0.06)
+
+
+def test_what_is_said_of_another_epyc_is_what_the_scripts_printed_there():
+    words = readme_words()
+    said = re.search(
+        r"another EPYC\]\(.*?\) they were (.*?) to (.*?) and (.*?) to (.*?) times faster than jax's", words
+    )
+    page = re.sub(r"\s+", " ", (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"))
+    listed = re.search(
+        r"jax / ours ([\d., and]+) for the diagonal .* with gradients ([\d., and]+) for the solve", page
+    )
+    for name, low, high, listing in (
+        ("bk_core", *said.groups()[:2], listed[1]),
+        ("resolvent_solve", *said.groups()[2:], listed[2]),
+    ):
+        there = printed(f"another_epyc/{name}")
+        ratios = re.findall(r"target: jax / ours.*?measured: ([\d.]+)", there)
+        assert [float(low), float(high)] == pytest.approx(
+            [min(map(float, ratios)), max(map(float, ratios))], abs=0.06
+        )
+        assert re.findall(r"[\d.]+\d", listing) == ratios
+    assert re.search(r"\(32, 128, 32\), at least 6, .* missed", printed("another_epyc/resolvent_solve"))
+    # Of the two scripts' jax tables: ours, and jax's.
+    longer = []
+    for name, row in (
+        (
+            "bk_core",
+            r"\n  \d+, \d+ +([\d.]+) ms \([^()]*\) +[\d.]+ ms \([^()]*\) +([\d.]+) ms \([^()]*\) +[\d.]+ +[\d.]+(?=\n)",
+        ),
+        (
+            "resolvent_solve",
+            r"\n  \d+, \d+, \d+ .* ([\d.]+) (?:ms|us) \([^()]*\) +([\d.]+) ms \([^()]*\) +[\d.]+ +[\d.]+e-\d+(?=\n)",
+        ),
+    ):
+        here, there = (re.findall(row, printed(place + name)) for place in ("", "another_epyc/"))
+        assert len(here) == len(there) > 1
+        longer += [
+            [float(t) / float(h) for h, t in zip(*pair, strict=True)] for pair in zip(here, there, strict=True)
+        ]
+    (own, most), (least, their) = ((min(x), max(x)) for x in zip(*longer, strict=True))
+    assert (
+        f"took {own:.1f} to {most:.1f} times as long, jax's and scipy's {least:.1f} to {their:.1f} times"
+        in page
+    )
 
 
 def test_the_readmes_words_on_07_have_the_numbers_of_the_kept_results():
@@ -625,13 +668,16 @@ def test_the_limits_say_what_the_solve_misses_beside_jax_and_scipy():
     words = readme_words()
     said = re.search(
         r"with gradients, is ([\d.]+) to ([\d.]+) times as fast as jax's \(aims: 4, and for short rows 6, which "
-        r"have ([\d.]+)\), and forward ([\d.]+) to ([\d.]+) times as fast as scipy's \(aim: 5\)",
+        r"have ([\d.]+), and ([\d.]+) on another EPYC\), and forward ([\d.]+) to ([\d.]+) times as fast as scipy's \(aim: 5\)",
         words,
     )
     rows = re.findall(r"\n  \d+, \d+, \d+ .*? ([\d.]+)  +[\d.]+ ms \(.* ([\d.]+) +[\d.]+e-\d+(?=\n)", kept)
     scipy, jax = ([float(x) for x in column] for column in zip(*rows, strict=True))
     assert len(rows) == 3
-    expected = [min(jax), max(jax), jax[0], min(scipy), max(scipy)]
+    another = re.search(
+        r"with gradients, at \(32, 128, 32\), .* measured: ([\d.]+)", printed("another_epyc/resolvent_solve")
+    )
+    expected = [min(jax), max(jax), jax[0], float(another[1]), min(scipy), max(scipy)]
     assert [float(x) for x in said.groups()] == pytest.approx(expected, abs=0.06)
 
 
