@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from bklm.models import loss as loss_module
+from bklm.models.products import linear, weight_gradient
 
 HEADS = 8  # of the mixer solve
 
@@ -38,11 +39,10 @@ class GemmFloor:
         self.dw, self.rows = torch.zeros(v, d), rows
         # Up and down are of one size.
         widths = [2 * d, 2 * d, *([2 * d + 2 * HEADS, 2 * d] if mixer else [])] * size.n_layers
-        self.maps = [
-            (torch.randn(w, d), torch.randn(t, w), torch.empty(t, d), torch.empty(w, d)) for w in widths
-        ]
+        self.maps = [(torch.randn(w, d), torch.randn(t, w)) for w in widths]
         self.flop = 3 * 2 * t * d * (v + sum(widths))
 
+    @torch.no_grad()
     def step(self) -> dict[str, float]:
         start = self.now()
         # The library that serves these shapes best.
@@ -52,8 +52,8 @@ class GemmFloor:
             head.logits(h)
             head.towards_rows(self.logits[: len(h)])
             self.dw.addmm_(self.logits[: len(h)].t(), h)
-        for weight, u, dx, dw in self.maps:  # forward, input and weight gradient
-            torch.mm(self.h, weight.t(), out=u)
-            torch.mm(u, weight, out=dx)
-            torch.mm(u.t(), self.h, out=dw)
+        for weight, u in self.maps:  # forward, input and weight gradient
+            linear(self.h, weight)
+            linear(u, weight.t())
+            weight_gradient(u, self.h)
         return {"total": self.now() - start}

@@ -25,14 +25,15 @@ SHORTEST_TIME = 1e-7
 
 
 def processor() -> str:
-    """Model, vector width in bits, cores."""
+    """Name, on x86 family and model, which tell apart what virtual machines give one name, vector width in bits, cores."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
-        model = names[0] if names else model
+        pairs = (line.partition(":") for line in reversed(info.read_text().splitlines()))
+        told = {key.strip(): value.strip() for key, _, value in pairs}
+        model = told.get("model name", model)
+        if {"cpu family", "model"} <= told.keys():
+            model += f" (family {told['cpu family']}, model {told['model']})"
     features = llvmlite.binding.get_host_cpu_features()
     width = 512 if features.get("avx512f") else 256 if features.get("avx2") else 128
     return f"{model}, vectors of {width} bits, {os.cpu_count()} cores"

@@ -7,7 +7,8 @@
 A step is forward, loss, backward, clip and AdamW, with dropout 0.1, on up to TOKENS tokens (at 64 README's 16 rows). GPT has
 torch's fused attention, without dropout on its weights. Its positions are parameters, so that at equal size it is narrower
 the longer the window: *GPT, wider* keeps the width that it has at 64. The products are the solve model's matrix products
-alone, forward and backward, of the same shapes. Arms take turns in one process; medians with quartiles. Memory is what torch
+alone, forward and backward, of the same shapes, by the faster of torch's libraries, which all arms but the LSTM's recurrence
+call (`bklm/models/products.py`). Arms take turns in one process; medians with quartiles. Memory is what torch
 holds at most during one step beside weights, moments and gradients. Linear in N: one row of 256 to the largest window, the
 exponent by least squares through the logarithms.
 
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from bklm.models import GPT, LSTM, LanguageModel, NewLLM, NewLLMConfig, ResNetBK
 from bklm.models.gpt import GPTState, KVCache
+from bklm.models.products import linear, weight_gradient
 from bklm.models.sizing import gpt_of_size, lstm_of_size, resnet_bk_of_size
 from bklm.training.allocator import keep_freed_memory
 
@@ -89,7 +91,7 @@ def training_step(model: LanguageModel, ids: Tensor) -> Callable[[], None]:
 
 
 def products(model: ResNetBK, tokens: int) -> Callable[[], None]:
-    """Every matrix product of a step: of inputs and weights, and the two of its gradient."""
+    """Every matrix product of a step, of inputs and weights, and the two of its gradient, by the library that serves it."""
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)] + [model.embedding.weight]
     data = [
         (w.detach(), torch.randn(tokens, w.shape[1]), torch.randn(tokens, w.shape[0]))
@@ -100,9 +102,9 @@ def products(model: ResNetBK, tokens: int) -> Callable[[], None]:
     @torch.no_grad()
     def step() -> None:
         for w, x, g in data:
-            torch.mm(x, w.t())
-            torch.mm(g, w)
-            torch.mm(g.t(), x)
+            linear(x, w)
+            linear(g, w.t())
+            weight_gradient(g, x)
 
     return step
 

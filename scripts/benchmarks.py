@@ -88,10 +88,8 @@ NEEDS = {
 SHOWN = {"jax": "PYTHON", "nltk": "PYTHON", "text": "FOLDER"}  # the page names no path of a machine
 # Of what misses a target, as far as its tables tell why; shown only where one is missed.
 WHY = {
-    "bk_core": "Most of the compilation is the solve's kernels (*Compilation*); selftest and notebook 00 compile "
+    "bk_core": "More than half of the compilation is the solve's kernels (*Compilation*); selftest and notebook 00 compile "
     "some of models besides.",
-    "resolvent_solve": "With short rows Python and autograd around the kernels take as long as the kernels (measured "
-    "once by hand).",
     "reading_step": "A step is not its matrix products alone: the optimiser, norms, dropout, the mixer and the loss pass "
     "over memory that the products do not. GPT's fused attention keeps none of its N x N weights for the "
     "backward, so both models keep some numbers a position, and ours more. An exponent below 0.9: short "
@@ -113,8 +111,8 @@ WHY = {
     "compute alike; this one scores each arm without its mixer and in windows besides.",
     "data_scale": "Training sorts the positions of the text, which by itself grows by an exponent of 1.06 (N log N), "
     "and reads the text in the order that it found, presumably from the processor's cache at 10 MB and from "
-    "memory at 100. Scoring finds an n-gram by bisection among those of its history, "
-    "in tables of tens to hundreds of megabytes, of which less lies in a cache.",
+    "memory at 100. Scoring finds an n-gram by bisection among those of its history; its time a word rises between 10 and "
+    "30 MB of text alone, and why was not found.",
 }
 HEAD = """# Benchmarks
 
@@ -122,25 +120,30 @@ What each script printed, on two cores of a shared virtual machine without a GPU
 processor and how busy the machine was. Compare within a table, not between tables: the arms of one table took turns in one
 run. A script ends with its targets and whether they are held. There was no GPU; `benchmarks/bk_core_gpu.py` is ready
 for one (the diagonal; the solve has none).
-At a revision only the processor that a head names was measured; what scripts of earlier revisions printed on an Intel Xeon
-[stands below](#on-an-intel-xeon). What trains for a perplexity (*gpt_search*) was run at another revision.
+The scripts were run at several revisions and on two machines whose processors have one name ([runs](#runs)); what some of them
+printed on the other of these, and earlier ones on an Intel Xeon, [stands below](#on-another-amd-epyc).
 The speeds in [findings.md](findings.md) were measured by their study, on the machine that is named there.
 
 Write this page again with `python scripts/benchmarks.py`.
 """
 ELSEWHERE = """## On another AMD EPYC
 
-The day before, on a machine whose processor has the same name and two cores as well: {epyc}. There our calls
-took 1.5 to 2.2 times as long, jax's and scipy's 1.1 to 1.4 times: jax / ours {epyc_jax} for the diagonal with long
-rows, and with gradients {epyc_solve} for the solve, of which the first was a miss.
+Earlier, on a machine whose processor has the same name and two cores as well, and where a copy in one thread takes
+about twice as long: {epyc}. Of what is judged beside jax and scipy, our calls took 1.5 to 2.3 times as long there,
+jax's and scipy's 1.1 to 1.4 times: jax / ours {epyc_jax} for the diagonal with long rows, and with gradients
+{epyc_solve} for the solve. The first of these is a miss; half of that call is not its kernels (*A call with gradients
+from Python* above). The table of passes there, and on the Xeon, counts shared hoppings in full.
 
 ## On an Intel Xeon
 
 What scripts of earlier revisions printed there, on a machine that was not always quiet: {intel}.
 
-There these targets of *bk_core* were missed: {missed}. *resolvent_solve* was 1.6 to 3.3 times as fast as jax (wanted: 6, 4
-and 4) and 2.9 to 3.3 times as scipy (5), *exact* of *moe* once slower than dense (0.96). Turns were not settled then
-(`benchmarks/_timing.py`), so that the ratios to jax and scipy may be too low; none was measured there again.
+There these targets of *bk_core* were missed: {missed}. *resolvent_solve* was 1.6 to 3.3 times as fast as jax (wanted:
+6, 4 and 4) and 2.9 to 3.3 times as scipy (5), *exact* of *moe* once slower than dense (0.96). *reading_step* trained at
+1.01, 1.57, 2.15 and 4.58 times GPT's tokens/s (1.5, 2, 3 and 5) and, in windows of 64, at 0.86 of the LSTM's (1), in
+1.54 to 1.81 times the time of its products (1.25); *train_step* took 1.59 times that of its own (1.3). Turns were not
+settled then (`benchmarks/_timing.py`), so that the ratios to jax and scipy may be too low; why the loop is 94 and not
+150 times slower there was not examined, and none was measured there again.
 """
 QUIET, LONGEST_WAIT = 0.5, 300.0
 """The load below which a script starts, and the seconds for which that is waited for."""
@@ -210,6 +213,7 @@ def page() -> str:
         parts.append(
             "| missed in | what | wanted | measured |\n| --- | --- | --- | --- |\n" + "\n".join(lines) + "\n"
         )
+    parts.append(runs_table(outputs))
     for name, output in outputs.items():
         why = f"{WHY[name]}\n\n" if name in WHY and any(row[0] == name for row in missed) else ""
         parts.append(f"## {name}\n\n{BENCHMARKS[name]}\n\n{why}```text\n{output}```\n")
@@ -217,6 +221,17 @@ def page() -> str:
     if missing := [f"`{name}`" for name in BENCHMARKS if name not in outputs]:
         parts.append(f"Of {', '.join(missing)} no output is kept yet.\n")
     return "\n".join(parts)
+
+
+def runs_table(outputs: Mapping[str, str]) -> str:
+    """When, at which revision and where each kept output was printed."""
+    rows = []
+    for name, output in outputs.items():
+        date, revision = re.search(r"# ([\d-]+), revision (\w+)", output).groups()
+        place = output.splitlines()[1].partition(", vectors")[0]
+        rows.append(f"| [{name}](#{name}) | {date} | {revision} | {place} |")
+    rule = "| --- | --- | --- | --- |\n"
+    return "## Runs\n\n| script | date | revision | processor |\n" + rule + "\n".join(rows) + "\n"
 
 
 def elsewhere() -> str:

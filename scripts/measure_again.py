@@ -33,20 +33,32 @@ FREEZE = (
 --epochs 10 --learning_rates 0.001 0.004 --phase1_arms True"
 )
 BASELINE = "--profile full --batch_size 16 --clip 1 --schedule cosine --context_tokens 16384"
+# The models that read, at sizes at which the head does not take most of the parameters, once over the whole text.
+PEPS = (
+    f"{BASELINE} --epochs 1 --search_tokens 400000 --tokenizer bpe --vocab_size 8000 --embed_dim 128 --hidden_dim 256 "
+    "--context_dim 128 --data_dir PEPS"
+)
 # Words by study and run; TEXT in capitals stands for a folder.
 RUNS = {
     "grad_blend": {
         "corrected": "--profile full --epochs_per_trial 3 --final_epochs 5 --mixer diagonal --data_dir WIKITEXT",
         "original": "--profile full --epochs_per_trial 3 --protocol original --data_dir WIKITEXT",
         "reads": "--profile full --epochs_per_trial 3 --final_epochs 5 --data_dir WIKITEXT",
+        # Each layer as torch starts it, as the original had it.
+        "weights": "--profile full --epochs_per_trial 3 --mixer diagonal --first_weights torch --alphas 0 0.5 1 "
+        "--data_dir WIKITEXT",
     },
     "precision": {"": "--profile quick"},
     "baseline": {
         "wikitext": f"{BASELINE} --epochs 8 --learning_rates 0.0001 0.0003 0.001 0.003 0.01 0.03 --dropouts 0 0.1 0.3 "
         "--data_dir WIKITEXT",
-        # The models that read, at sizes at which the head does not take most of the parameters, once over the whole text.
-        "peps": f"{BASELINE} --epochs 1 --learning_rates 0.001 0.003 0.01 --search_tokens 400000 --model readers "
-        "--tokenizer bpe --vocab_size 8000 --embed_dim 128 --hidden_dim 256 --context_dim 128 --data_dir PEPS",
+        "peps": f"{PEPS} --learning_rates 0.001 0.003 0.01 --model readers",
+        # Beyond the edge of that list, at which GPT's rate lies.
+        "peps_gpt": f"{PEPS} --learning_rates 0.0003 --model gpt",
+        # As WikiText-2 is scored elsewhere, but of the sample and small: two cores, not a GPU.
+        "field": "--profile full --protocol field --epochs 5 --learning_rates 0.001 0.003 0.01 --search_tokens 60000 "
+        "--batch_size 16 --embed_dim 32 --hidden_dim 64 --context_dim 32 --n_layers 4 --context_tokens 16384 "
+        "--data_dir WIKITEXT",
         "original": "--profile full --model newllm --protocol original --seeds 0 --epochs 27 --learning_rates 0.0001 "
         "--seq_len 63 --clip '0.5@1, 1@11' --context_tokens 16384 --data_dir WIKITEXT",
     },

@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from bklm.harness.arms import NOT_SHOWN, any_holds, claim, readable_verdicts
-from bklm.harness.statistics import Perplexity, interval95, with_interval
+from bklm.harness.arms import NOT_SHOWN, readable_verdicts
+from bklm.harness.statistics import Perplexity, with_interval
 from bklm.studies.baseline import tables
 from bklm.studies.baseline.models import TITLES
 from bklm.studies.compression import tables as compression
@@ -19,6 +19,7 @@ from bklm.studies.compression import timed as compression_timed
 from bklm.studies.dialogue import tables as dialogue
 from bklm.studies.embedding_freeze.config import INEQUALITY
 from bklm.studies.embedding_freeze.tables import REPORTED
+from bklm.studies.grad_blend.tables import rates_in_words
 from bklm.studies.integration import tables as integration
 from bklm.studies.koopman import tables as koopman
 from bklm.studies.physics import tables as physics_tables
@@ -62,20 +63,13 @@ def list_scores(rows: list[Row]) -> str:
 def exact_directions(run: Any) -> dict[str, dict[str, str]]:
     """Cosine and length of each direction against the exact gradient at the end, over the seeds (mean, 95% interval)."""
     rows = [r for r in run.rows("gradient_directions.csv") if r["weights"] == "at the end"]
-    if "norm_ratio_low" in rows[0]:
-        return {
-            r["direction"]: {
-                "cosine": "{cosine:+.2f} ({cosine_low:+.2f} to {cosine_high:+.2f})".format(**r),
-                "ratio": "{norm_ratio:.0f} ({norm_ratio_low:.0f} to {norm_ratio_high:.0f})".format(**r),
-            }
-            for r in rows
+    return {
+        r["direction"]: {
+            "cosine": "{cosine:+.2f} ({cosine_low:+.2f} to {cosine_high:+.2f})".format(**r),
+            "ratio": "{norm_ratio:.0f} ({norm_ratio_low:.0f} to {norm_ratio_high:.0f})".format(**r),
         }
-    # A run of before 0.3.0 pooled the trials of all alphas there.
-    found = {}
-    for name, group in pd.DataFrame(run.rows("exact_directions.csv")).groupby("direction"):
-        cosine, ratio = (interval95(list(group[key])) for key in ("cosine", "norm_ratio"))
-        found[name] = {"cosine": "{:+.2f} ± {:.2f}".format(*cosine), "ratio": "{:.0f} ± {:.0f}".format(*ratio)}
-    return found
+        for r in rows
+    }
 
 
 def versus_counting(run: Any) -> str:
@@ -88,24 +82,6 @@ def versus_counting(run: Any) -> str:
     elif best["val_ppl_low"] > count["val_ppl"]:
         words = "does not beat"
     return f"The best corrected model, {ppl(best)}, {words} {count['name']} ({count['val_ppl']:.1f})."
-
-
-def blending_helps(run: Any) -> str:
-    """Whether an alpha of 0.3 to 0.7 is shown to be better than 0, all of them to be worse, or neither: by intervals that do
-    not overlap, of a run of version 0.1.0; of a later one by its own pairs of seeds."""
-    if found := run.summary.get("claims"):
-        return found[0]["verdict"]
-    none = run.by_alpha[0.0]
-    blends = [row for alpha, row in run.by_alpha.items() if 0.3 <= alpha <= 0.7]
-    found = [
-        True
-        if r["val_ppl_high"] < none["val_ppl_low"]
-        else False
-        if r["val_ppl_low"] > none["val_ppl_high"]
-        else NOT_SHOWN
-        for r in blends
-    ]
-    return claim("", "", any_holds(found))["verdict"]
 
 
 def claims_table(run: Any) -> list[Row]:
@@ -174,17 +150,6 @@ def alpha_lines(study: Any) -> str:
         reported = "-" if row.get("original_val_ppl") is None else f"{row['original_val_ppl']:.2f}"
         lines.append(" | ".join([f"{alpha:g}", *ours, f"{ORIGINAL_CODE.get(alpha, '-')}", reported]))
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def small_weights(study: Any) -> dict[str, str | int]:
-    """What the corrected training ends at with torch's default weights, and over how many seeds."""
-    by_alpha: dict[float, list[float]] = {}
-    for row in study.benchmark("potential_initialisation"):
-        by_alpha.setdefault(row["alpha"], []).append(row["val_ppl"])
-    seeds = {alpha: f"{len(v)} seed{'s' if len(v) > 1 else ''}" for alpha, v in by_alpha.items()}
-    parts = [f"{Perplexity.over_seeds(v)} at alpha {a:g} ({seeds[a]})" for a, v in by_alpha.items()]
-    most = max(map(len, by_alpha.values()))
-    return {"results": ", ".join(parts), "seeds": NUMBERS[most] if most < len(NUMBERS) else most}
 
 
 def revision(run: Any) -> str:
@@ -418,10 +383,10 @@ OF_RUNS: Places = {
         "best_ppl": lambda run: ppl(run.best),
         "reported": lambda run: run.by_alpha[0.0]["original_val_ppl"],
         "above": lambda run: "above" if run.best["val_ppl"] > run.count_model["val_ppl"] else "below",
-        "holds": blending_helps,
+        "holds": lambda run: run.summary["claims"][0]["verdict"],
         "versus": versus_counting,
         "exact": exact_directions,
-        "rate": lambda run: f"{run.config['learning_rate']:.0e}".replace("e-0", "e-"),
+        "rates": lambda run: rates_in_words(run.config["learning_rates"], run.config["epochs_per_trial"]),
         "revision": revision,
     },
     "precision": {
@@ -434,6 +399,10 @@ OF_RUNS: Places = {
         "row": lambda run: run.summary["table"][0],
         "by_model": lambda run: {row["model"]: row for row in run.summary["table"]},
         "reads": lambda run: run.by_model["resnet_bk"],
+        "gpt": lambda run: ppl(run.by_model["gpt"]),
+        "vocabulary": lambda run: int(
+            re.search(r"vocabulary ([\d,]+)", run.summary["note"])[1].replace(",", "")
+        ),
         "edges": rates_at_an_edge,
         "epochs": lambda run: f"{run.config['epochs']} epoch{'s' if run.config['epochs'] > 1 else ''}",
         "last_epoch": lambda run: int(max(row["epoch"] for row in run.rows("epochs.csv"))),
@@ -527,6 +496,7 @@ OF_RUNS: Places = {
         **OF_CLAIMS,
         "switches": lambda run: integration.readable_switches(run.summary["switches"]),
         "interaction": lambda run: integration.interaction_in_words(run.summary["interaction"]),
+        "edges": lambda run: integration.rates_in_words(run.summary["table"], run.config["learning_rates"]),
         "shares": lambda run: integration.shares_in_words(run.summary["shares"]),
         "timed": lambda run: integration.ARMS.readable(run.summary["parts"]["timed"]),
         "costs": lambda run: integration.readable_costs(run.summary["parts"]["costs"]),
@@ -537,7 +507,6 @@ OF_RUNS: Places = {
 OF_STUDIES: Places = {
     "grad_blend": {
         "alphas": alpha_lines,
-        "small_weights": small_weights,
         "router": lambda study: study.benchmark("moe_perplexity"),
     },
     "baseline": {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bklm.compression.coded_model import copy_of, model_of
+from bklm.compression.coded_model import model_of
 from bklm.models import ResNetBK
 from bklm.models.wrapped import Wrapped
 
@@ -125,9 +125,3 @@ class GatedBlocks(Wrapped):
         for hook in hooks:
             hook.remove()
         return float(torch.stack(counts).mean())
-
-    def ungated(self) -> ResNetBK:
-        """A copy without gates, which runs every block over every position; on the CPU, evaluating."""
-        made = copy_of(self.model)
-        made.blocks = nn.ModuleList(b.block for b in made.blocks)
-        return made

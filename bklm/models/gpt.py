@@ -20,6 +20,7 @@ from bklm.models.base import LanguageModel
 from bklm.models.checks import check_dropout, check_int
 from bklm.models.dropout import add_dropout, dropout
 from bklm.models.mixing import MixingPoint
+from bklm.models.products import Linear
 
 INITIAL_STD = 0.02
 
@@ -95,12 +96,12 @@ class GPTBlock(nn.Module):
         d = config.d_model
         self.n_heads, self.dropout_p = config.n_heads, config.dropout_p
         self.attention_norm = nn.LayerNorm(d)
-        self.qkv = nn.Linear(d, 3 * d)
+        self.qkv = Linear(d, 3 * d)
         self.mixed = MixingPoint()
-        self.attention_output = nn.Linear(d, d)
+        self.attention_output = Linear(d, d)
         self.mlp_norm = nn.LayerNorm(d)
-        self.up = nn.Linear(d, 4 * d)
-        self.down = nn.Linear(4 * d, d)
+        self.up = Linear(d, 4 * d)
+        self.down = Linear(4 * d, d)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Output (B, N, D), and the keys and values (B, heads, N, head width)."""

@@ -26,6 +26,7 @@ from bklm.models.dropout import add_dropout, dropout
 from bklm.models.linear_scan import linear_scan
 from bklm.models.lru import LRUBlock
 from bklm.models.mixing import MixingPoint
+from bklm.models.products import Linear
 
 INITIAL_STD = 0.02
 _LONGEST_MEMORY = 64.0
@@ -73,12 +74,12 @@ class LinearContextBlock(nn.Module):
         self.dropout_p = dropout_p
         self.mixer_norm = nn.LayerNorm(d)
         # Values, gates and decays, one after the other.
-        self.inputs = nn.Linear(d, 3 * d)
+        self.inputs = Linear(d, 3 * d)
         self.mixed = MixingPoint()
-        self.mixer_output = nn.Linear(d, d)
+        self.mixer_output = Linear(d, d)
         self.mlp_norm = nn.LayerNorm(d)
-        self.up = nn.Linear(d, 4 * d)
-        self.down = nn.Linear(4 * d, d)
+        self.up = Linear(d, 4 * d)
+        self.down = Linear(4 * d, d)
 
     @torch.no_grad()
     def reset_parameters(self, n_layers: int) -> None:

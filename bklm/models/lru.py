@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from bklm.models.dropout import add_dropout
 from bklm.models.linear_scan import linear_scan
 from bklm.models.mixing import MixingPoint
+from bklm.models.products import Linear
 
 # Those of the paper's tasks with long memories.
 RING = (0.9, 0.999)
@@ -40,12 +41,12 @@ class LRUBlock(nn.Module):
         self.log_rate, self.log_phase, self.direct = (nn.Parameter(torch.empty(d)) for _ in range(3))
         # Complex matrices as real ones: of B the real rows before the imaginary ones, of C the real columns before those of
         # minus the imaginary ones.
-        self.inputs = nn.Linear(d, 2 * d, bias=False)
+        self.inputs = Linear(d, 2 * d, bias=False)
         self.mixed = MixingPoint()
-        self.mixer_output = nn.Linear(2 * d, d, bias=False)
+        self.mixer_output = Linear(2 * d, d, bias=False)
         # Gates and values, one after the other.
-        self.up = nn.Linear(d, 4 * d)
-        self.down = nn.Linear(2 * d, d)
+        self.up = Linear(d, 4 * d)
+        self.down = Linear(2 * d, d)
 
     @torch.no_grad()
     def reset_parameters(self, n_layers: int) -> None:

@@ -3,7 +3,8 @@
 On a CPU torch.mm and F.linear call MKL for float32, and MKL keeps to AVX2 on processors that are not Intel's; oneDNN,
 which torch also carries and torch.compile calls, uses what there is. Time against MKL's, measured once by hand: on an AMD
 EPYC with AVX-512, one thread, 0.4 for a thin or a large x W^T, 0.5 for a weight's gradient; on an Intel Xeon with
-AVX-512, two threads, 1 for a large x W^T, 1.4 to 1.7 for a thin one and for a weight's gradient. So on Intel's processors
+AVX-512, two threads, 1 for a large x W^T, 1.4 to 1.7 for a thin one and for a weight's gradient. A training step of the
+solve model or of GPT (2.74 M parameters, windows of 64, one thread of that EPYC) takes 0.55 of it. So on Intel's processors
 and everywhere else (double, half precision, an accelerator, a torch built without oneDNN) these functions are the
 ordinary products.
 """
@@ -15,10 +16,14 @@ import platform
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bklm.moe.plain import is_ordinary
+from bklm.moe.autocast import autocast_dtype
+from bklm.moe.plain import is_ordinary, is_transformed
+
+ONEDNN_FROM = 2**21
+"""Multiplications of a product; below, preparing oneDNN's call takes longer than it saves (measured once by hand)."""
 
 
 @functools.cache
@@ -50,10 +55,43 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, without gradients: x (..., K) times weight (V, K) transposed, plus bias."""
-    if onednn_serves(x):
+    """F.linear with all its gradients: x (..., K) times weight (V, K) transposed, plus bias (V,)."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    many = x.numel() * len(weight) >= ONEDNN_FROM
+    if not (many and all(map(onednn_serves, given)) and autocast_dtype(x) is None) or is_transformed(*given):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return _Linear.apply(x, weight, bias)
+    return onednn_linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose products go to the library that serves them best, forward and backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    """``onednn_linear`` with its gradients; where these are differentiated again, or mapped over, ordinary products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
         return onednn_linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        ordinary = torch.is_grad_enabled() or is_transformed(g) or not onednn_serves(g)
+        grad_x = grad_weight = None
+        if needs_x:
+            grad_x = g @ weight if ordinary else onednn_linear(g, weight.t(), None)
+        rows = g.reshape(-1, len(weight))
+        if needs_weight:
+            grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if ordinary else weight_gradient(g, x)
+        return grad_x, grad_weight, rows.sum(0) if needs_bias else None
 
 
 class PreparedLinear:
@@ -85,7 +123,7 @@ class PreparedLinear:
 
 def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
     """Gradient (V, K) of a weight from all rows at once: d^T x of d (..., V) and x (..., K)."""
-    d, x = d.flatten(0, -2), x.flatten(0, -2).to(d.dtype)
+    d, x = d.reshape(-1, d.shape[-1]), x.reshape(-1, x.shape[-1]).to(d.dtype)
     if onednn_serves(d):
         return onednn_linear(d.t().contiguous(), x.t(), None)
     return d.t() @ x

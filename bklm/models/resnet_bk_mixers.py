@@ -28,6 +28,7 @@ from bklm.bk_core.solve import advance
 from bklm.models.dropout import add_dropout
 from bklm.models.mixing import MixingPoint
 from bklm.models.normalised_gate import gated, normalised, normalised_gate
+from bklm.models.products import Linear
 from bklm.models.resnet_bk_config import ResNetBKConfig
 from bklm.models.short_convolution import short_convolution
 from bklm.models.solve_features import is_fused, solve_features
@@ -72,13 +73,13 @@ class SolveMixer(nn.Module):
         width = config.convolution
         self.convolution = nn.Conv1d(d, d, width, groups=d) if width else None
         # One product: values and gates (d each), potential and bond of each head, whose biases are the energies E and beta.
-        self.inputs = nn.Linear(d, 2 * d + 2 * heads)
+        self.inputs = Linear(d, 2 * d + 2 * heads)
         self.log_eta = nn.Parameter(torch.empty(heads))
         self.core = SolveCore(config.causal, config.grad_blend)
         self.mixed = MixingPoint()
         # What the convolution brings from other positions reaches the gates past the core.
         self.neighbours = MixingPoint() if width > 1 else None
-        self.output = nn.Linear(2 * d, d)
+        self.output = Linear(2 * d, d)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -197,8 +198,8 @@ class DenseLayer(nn.Module):
 
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(d_model, width)
-        self.down = nn.Linear(width, d_model)
+        self.up = Linear(d_model, width)
+        self.down = Linear(width, d_model)
 
     @torch.no_grad()
     def reset_parameters(self, branches: int) -> None:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.profiler import profile
 
 from bklm.models import products
-from bklm.models.products import PreparedLinear, linear, onednn_serves, weight_gradient
+from bklm.models.products import Linear, PreparedLinear, linear, onednn_serves, weight_gradient
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -34,8 +36,9 @@ def test_onednn_takes_single_precision_on_a_cpu_that_is_not_intels_and_nothing_e
     assert onednn_serves(x) == expected
 
 
-def test_linear_of_whole_sliced_and_transposed_matrices(matrices):
+def test_linear_of_whole_sliced_and_transposed_matrices(matrices, monkeypatch):
     x, weight = matrices
+    monkeypatch.setattr(products, "ONEDNN_FROM", 1)
     bias = weight[:, 0].contiguous()
     close(linear(x, weight, bias), x.double() @ weight.double().t() + bias.double())
     close(linear(x[..., 2:5], weight[:, 2:5]), x[..., 2:5].double() @ weight[:, 2:5].double().t())
@@ -68,3 +71,101 @@ def test_a_weights_gradient_sums_over_all_leading_dimensions(matrices):
     close(weight_gradient(d, x), d.flatten(0, 1).double().t() @ x.flatten(0, 1).double())
     turned = x.transpose(0, 1)
     close(weight_gradient(d.transpose(0, 1), turned), d.flatten(0, 1).double().t() @ x.flatten(0, 1).double())
+
+
+@pytest.fixture
+def layer(monkeypatch):
+    """A small map that takes oneDNN's products wherever they can be had, and its input."""
+    monkeypatch.setattr(products, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(products, "is_intel", lambda: False)
+    torch.manual_seed(0)
+    return Linear(8, 6), torch.randn(3, 5, 8, requires_grad=True)
+
+
+def by_torch(layer, x):
+    return F.linear(x, layer.weight, layer.bias)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_a_layer_takes_onednns_products_forward_and_backward(layer):
+    module, x = layer
+    with profile() as seen:
+        module(x).sum().backward()
+    names = {event.key for event in seen.key_averages()}
+    assert any("_linear_pointwise" in name for name in names)
+    assert not names & {"aten::mm", "aten::addmm", "aten::linear"}
+
+
+@pytest.mark.parametrize(
+    "wanted", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (3, 5, 8), (0, 8)])
+def test_a_layers_gradients_are_those_of_torchs_own(layer, shape, wanted):
+    module, _ = layer
+    x = torch.randn(shape, requires_grad=wanted[0])
+    for parameter, needed in zip(module.parameters(), wanted[1:], strict=True):
+        parameter.requires_grad_(needed)
+    leaves = [t for t in (x, *module.parameters()) if t.requires_grad]
+    y = module(x)
+    # Neither a gradient in order nor one of ones.
+    g = torch.randn(*shape[:-1], 12)[..., ::2]
+    torch.testing.assert_close(y, by_torch(module, x), rtol=0, atol=1e-5)
+    expected = torch.autograd.grad(by_torch(module, x), leaves, g)
+    for got, want in zip(torch.autograd.grad(y, leaves, g), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_a_layer_without_a_bias_in_double_precision_or_with_few_rows_is_torchs_own(layer, monkeypatch):
+    _, x = layer
+    plain = Linear(8, 6, bias=False)
+    torch.testing.assert_close(plain(x), F.linear(x, plain.weight), rtol=0, atol=1e-5)
+    module = Linear(8, 6).double()
+    assert torch.equal(module(x.double()), by_torch(module, x.double()))
+    monkeypatch.setattr(products, "ONEDNN_FROM", 2**21)
+    module = Linear(8, 6)
+    assert torch.equal(module(x), by_torch(module, x))
+
+
+def test_a_layer_follows_second_derivatives_batched_gradients_and_torch_func(layer):
+    module, x = layer
+
+    def twice(forward):
+        (g,) = torch.autograd.grad(forward(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), (x, module.weight))
+
+    def batched(forward):
+        directions = torch.eye(6).view(6, 1, 1, 6).expand(6, 3, 5, 6)
+        return torch.autograd.grad(forward(x), (x, module.weight), directions, is_grads_batched=True)
+
+    def jacobian(forward):
+        def of_weight(weight, row):
+            with_it = {"weight": weight, "bias": module.bias}
+            return (
+                torch.func.functional_call(module, with_it, row)
+                if forward is module
+                else F.linear(row, *with_it.values())
+            )
+
+        return [
+            torch.func.vmap(torch.func.jacrev(of_weight), in_dims=(None, 0))(module.weight.detach(), x.detach())
+        ]
+
+    def forward_mode(forward):
+        return torch.func.jvp(forward, (x.detach(),), (torch.ones_like(x),))
+
+    for derivative in (twice, batched, jacobian, forward_mode):
+        for got, want in zip(derivative(module), derivative(lambda t: by_torch(module, t)), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_autocast_makes_a_layers_products_half_precision_as_it_does_torchs(layer):
+    module, x = layer
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module(x), by_torch(module, x))
+        assert module(x).dtype == torch.bfloat16
+
+
+def test_mixed_dtypes_are_refused_as_torch_refuses_them(layer):
+    module, x = layer
+    with pytest.raises(RuntimeError, match="dtype"):
+        module(x.double())

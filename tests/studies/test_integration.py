@@ -329,6 +329,10 @@ def test_seconds_to_the_plain_loss_are_steps_times_milliseconds_and_claims_are_r
     # Its first score is at the plain arm's last: half the steps, of twice the time.
     assert costs[1]["seconds"] == pytest.approx(2.0, rel=0.02)
     assert costs[1]["ratio"] == pytest.approx(1.0, rel=0.02)
+    # An arm that has one seed has not missed the goal with the others.
+    one = [t for t in trials({"plain": 4.0, "full": 3.5}) if t["arm"] == "plain" or t["seed"] == 0]
+    assert [r["seeds"] for r in tables.cost_rows(one, milliseconds, 100, first)] == [3, 1]
+    assert tables.readable_costs(tables.cost_rows(one, milliseconds, 100, first))[1]["seeds there"] == "1 of 1"
     sizes = {"full": 100, "plain": 200}
     table = [{"arm": arm, "val_ppl": 30.0, "logit_parameters": count} for arm, count in sizes.items()]
 

@@ -1,6 +1,6 @@
 """The numba backend: ``forward`` and ``backward`` on CPU tensors, rows flattened to M. Contract: backends.py.
 
-Dispatch, measured on 2 cores (benchmarks/bk_core.py):
+Dispatch, whose limits were measured once by hand on 2 cores:
 
 - ``a`` and ``k`` real: SIMD tiles (cpu/tiles.py). A row of at most SHORT_ROW positions, or LONGEST_TILE of
   ENOUGH_ROWS rows, is one tile; a longer one is cut into tiles of LONG_ROW_TILE, and into chunks where there
@@ -30,7 +30,7 @@ SWEEP_LANES = 256
 SHORTEST_CHUNK = 8
 """Tiles; polishing redoes one or two of them at eta ~ 1."""
 THREADS_FROM = 2**17
-"""Elements; below, waking another thread costs about what it saves."""
+"""Elements; below, one thread."""
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 _SCRATCH = {dtype: (SCRATCH_LENGTH, like) for dtype, like in _NUMPY.items()}

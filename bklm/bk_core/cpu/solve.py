@@ -1,6 +1,6 @@
 """The numba solver. Contract: solve_backends.py.
 
-Dispatch, measured on 2 cores (benchmarks/resolvent_solve.py):
+Dispatch, whose limits were measured once by hand on 2 cores:
 
 - fewer than COLUMNS columns: lines, one column of one row each. Short ones side by side in the lanes (solve_tiles.py), others
   one after the other in one pass (solve_lines.py), or, bidirectional with a long memory, cut into tiles. How depends on M, N

@@ -75,6 +75,8 @@ def draw_analysis(
         wide_range_axis(variance.yaxis, variances, "variance over steps")
         for axes in (final, convergence, variance):
             axes.set_xticks(every_alpha if len(every_alpha) <= 6 else every_alpha[::2])
+            # Also where the outer alphas have no point: their words need room.
+            axes.set_xlim(min(every_alpha) - 0.06, max(every_alpha) + 0.06)
             said = dict.fromkeys(never if axes is convergence else (), "never") | dict.fromkeys(
                 lost, "diverged"
             )

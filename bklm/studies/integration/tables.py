@@ -155,7 +155,7 @@ def cost_rows(
         each = statistics.median(milliseconds[arm])
         rows.append(
             {
-                "arm": arm, "milliseconds": each, "reached": len(reached), "seeds": len(goals),
+                "arm": arm, "milliseconds": each, "reached": len(reached), "seeds": len(found),
                 "steps": steps * interval95(reached)[0] if whole else None,
                 "seconds": steps * interval95(reached)[0] * each / 1e3 if whole else None,
                 "ratio": ratio.mean, "low": ratio.low, "high": ratio.high,
