@@ -18,7 +18,7 @@ Each name is imported when it is first asked for. ``bklm`` on the command line, 
 
 import importlib
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["__version__", "load", "models", "resolvent_diagonal", "studies"]
 
 _HOMES = {"load": "bklm.trained", "resolvent_diagonal": "bklm.bk_core"}

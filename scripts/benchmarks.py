@@ -32,7 +32,9 @@ BENCHMARKS = {
     "would pick instead. Targets: 150 and 60 times the loop at (32, 128) and (32, 512); for (8, 65536) and (1, 1000000) "
     "at most 6 and 4 copies of 52 B per element (52 read and 52 written, in one thread, as when the targets were set; "
     "the table shows a copy on all threads beside it), 20 B of extra memory per element, 6 times faster than jax's "
-    "solve with its gradient (``--jax``); 10 s of compilation in all, 0.3 s of import above torch's.",
+    "solve with its gradient (``--jax``); 10 s of compilation in all, 0.3 s of import above torch's. The passes' bytes hold "
+    "what a processor reads before it writes, the copies' do not: *of a copy's* may be up to half too high. Turns settle in "
+    "jax's table alone, so that a time there is the shortest of its call.",
     "resolvent_solve": "The solve against jax's and scipy's, and as models use it against a copy. Targets: 5 times "
     "faster than scipy forward; with gradients 6, 4 and 4 times faster than jax (``--jax``; it needs a Python of its "
     "own).",

@@ -270,6 +270,23 @@ def claims(part: str = "claims") -> str:
     return CLAIMS + "\n".join(study.part(part) for study in studies)
 
 
+def kept_runs() -> str:
+    """Every kept run: when it ended, at which revision of the repository, and where."""
+    rows = [
+        {
+            "run": f"{list(STUDIES).index(study.name) + 1:02d} {study.name} {name}".strip(),
+            "finished": run.manifest["finished"][:10],
+            "revision": run.manifest["git_revision"][:12],
+            "version": run.manifest["environment"]["bklm"],
+            "processor": run.hardware("{processor}, {cores} cores"),
+        }
+        for study in map(Study, STUDIES)
+        for name, run in study.runs.items()
+        if run.kept("manifest.json").exists()
+    ]
+    return markdown_table(sorted(rows, key=lambda row: row["run"]))
+
+
 def missing_files() -> list[str]:
     """The files that docs/results lacks of what sections of docs/findings.md and docs/results.md name."""
     studies = [study for name in STUDIES if (study := Study(name, strict=False)).is_kept]
@@ -305,6 +322,7 @@ def main(words: list[str]) -> None:
         written = {(page, study.name): text for page, text in study.sections().items()} | {
             (page, part): claims(part) for part, page in TABLES.items()
         }
+        written[RESULTS, "runs"] = kept_runs()
     except ValueError as error:
         raise SystemExit(f"readme.py: {error}") from error
     except LookupError as error:

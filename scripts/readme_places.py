@@ -385,6 +385,8 @@ OF_RUNS: Places = {
         "above": lambda run: "above" if run.best["val_ppl"] > run.count_model["val_ppl"] else "below",
         "holds": lambda run: run.summary["claims"][0]["verdict"],
         "versus": versus_counting,
+        # The worst mean perplexity over that of alpha 0.
+        "worst": lambda run: f"{max(r['val_ppl'] for r in run.by_alpha.values()) / run.by_alpha[0.0]['val_ppl']:.2f}",
         "exact": exact_directions,
         "rates": lambda run: rates_in_words(run.config["learning_rates"], run.config["epochs_per_trial"]),
         "revision": revision,

@@ -754,6 +754,12 @@ def is_what_the_page_gives(readme, study: str, page: str, section: str) -> bool:
     return re.fullmatch(pattern, section, re.DOTALL) is not None
 
 
+def test_the_table_of_runs_is_that_of_the_kept_manifests(readme):
+    _, section, _ = readme.split_page("docs/results.md", "runs")
+    assert section == readme.kept_runs()
+    assert len(section.splitlines()) == 2 + len(list((ROOT / "docs" / "results").glob("*_manifest.json")))
+
+
 @pytest.mark.parametrize("page", ["docs/findings.md", "docs/results.md"])
 @pytest.mark.parametrize("study", STUDIES)
 def test_a_studys_section_is_its_page_with_the_numbers_of_the_kept_results(readme, study, page):

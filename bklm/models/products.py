@@ -57,8 +57,14 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear with all its gradients: x (..., K) times weight (V, K) transposed, plus bias (V,)."""
     given = (x, weight) if bias is None else (x, weight, bias)
-    many = x.numel() * len(weight) >= ONEDNN_FROM
-    if not (many and all(map(onednn_serves, given)) and autocast_dtype(x) is None) or is_transformed(*given):
+    # Compiling is asked first: a question for the size would be compiled in.
+    if (
+        torch.compiler.is_compiling()
+        or x.numel() * len(weight) < ONEDNN_FROM
+        or not all(map(onednn_serves, given))
+        or autocast_dtype(x) is not None
+        or is_transformed(*given)
+    ):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return _Linear.apply(x, weight, bias)

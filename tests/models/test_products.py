@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.profiler import profile
 
@@ -169,3 +170,14 @@ def test_mixed_dtypes_are_refused_as_torch_refuses_them(layer):
     module, x = layer
     with pytest.raises(RuntimeError, match="dtype"):
         module(x.double())
+
+
+def test_a_compiled_layer_is_compiled_once_for_few_rows_and_many(layer, monkeypatch):
+    module, _ = layer
+    monkeypatch.setattr(products, "ONEDNN_FROM", 2**21)
+    counted = CompileCounter()
+    compiled = torch.compile(module, backend=counted, dynamic=True, fullgraph=True)
+    for rows in (3, 400_000):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(compiled(x), by_torch(module, x), rtol=0, atol=1e-5)
+    assert counted.frame_count == 1

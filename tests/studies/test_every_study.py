@@ -166,8 +166,10 @@ def test_its_main_table_says_what_each_model_gains_from_context(runs, study):
         rows for make in runs(study).tables().values() if (rows := make()) and "val PPL (95%)" in rows[0]
     )
     told = [row.get("context gain", row.get("gain from context")) for row in rows]
-    assert all(told)
-    assert any("%" in words for words in told)
+    # Of counting, and of an arm that diverged, there is none.
+    asked = [words for words in told if words != "-"]
+    assert asked
+    assert all("%" in words for words in asked)
 
 
 # Koopman's and physics' are asked in their own files, of runs that these have.

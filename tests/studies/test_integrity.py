@@ -235,6 +235,7 @@ def test_every_arm_of_a_study_begins_at_a_uniform_guess(study, protocol, tmp_pat
     if protocol == "original" and protocol not in getattr(config_class, "protocols", {}):
         pytest.skip("it has no such protocol")
     own = {"protocol": protocol} if protocol == "original" else {}
+    own |= {name: "all" for name in ("model", "models") if name in config_class.names()}
     config = small(study, tmp_path, small_text, **own).resolved()
     # The published model of 01 starts from torch's own weights, a little above it.
     within = 0.04 if (study, protocol) == ("grad_blend", "original") else 0.02

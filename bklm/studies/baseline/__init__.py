@@ -1,4 +1,4 @@
-"""The baseline study: NewLLM as published, beside a GPT, an LSTM and two ResNetBK of the same size."""
+"""The baseline study: NewLLM as published, beside a GPT, an LSTM, LinearContext and two ResNetBK of one size."""
 
 from bklm.files.lazy import lazy
 
