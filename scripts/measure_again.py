@@ -33,11 +33,6 @@ FREEZE = (
 --epochs 10 --learning_rates 0.001 0.004 --phase1_arms True"
 )
 BASELINE = "--profile full --batch_size 16 --clip 1 --schedule cosine --context_tokens 16384"
-# The models that read, at sizes at which the head does not take most of the parameters, once over the whole text.
-PEPS = (
-    f"{BASELINE} --epochs 1 --search_tokens 400000 --tokenizer bpe --vocab_size 8000 --embed_dim 128 --hidden_dim 256 "
-    "--context_dim 128 --data_dir PEPS"
-)
 # Words by study and run; TEXT in capitals stands for a folder.
 RUNS = {
     "grad_blend": {
@@ -52,9 +47,9 @@ RUNS = {
     "baseline": {
         "wikitext": f"{BASELINE} --epochs 8 --learning_rates 0.0001 0.0003 0.001 0.003 0.01 0.03 --dropouts 0 0.1 0.3 "
         "--data_dir WIKITEXT",
-        "peps": f"{PEPS} --learning_rates 0.001 0.003 0.01 --model readers",
-        # Beyond the edge of that list, at which GPT's rate lies.
-        "peps_gpt": f"{PEPS} --learning_rates 0.0003 --model gpt",
+        # The models that read, at sizes at which the head does not take most of the parameters, once over the whole text.
+        "peps": f"{BASELINE} --epochs 1 --learning_rates 0.001 0.003 0.01 --search_tokens 400000 --model readers "
+        "--tokenizer bpe --vocab_size 8000 --embed_dim 128 --hidden_dim 256 --context_dim 128 --data_dir PEPS",
         # As WikiText-2 is scored elsewhere, but of the sample and small: two cores, not a GPU.
         "field": "--profile full --protocol field --epochs 5 --learning_rates 0.001 0.003 0.01 --search_tokens 60000 "
         "--batch_size 16 --embed_dim 32 --hidden_dim 64 --context_dim 32 --n_layers 4 --context_tokens 16384 "

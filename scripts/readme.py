@@ -7,7 +7,7 @@
 
     python scripts/readme.py grad_blend corrected=FOLDER original=FOLDER reads=FOLDER weights=FOLDER moe_perplexity=TABLE.csv
     python scripts/readme.py precision FOLDER
-    python scripts/readme.py baseline wikitext=FOLDER peps=FOLDER peps_gpt=FOLDER field=FOLDER original=FOLDER
+    python scripts/readme.py baseline wikitext=FOLDER peps=FOLDER field=FOLDER original=FOLDER
         (wikitext's holds int8.csv, of int8_table)
     python scripts/readme.py embedding_freeze peps=FOLDER wikitext=FOLDER freeze_lm_embedding=TABLE.csv
     python scripts/readme.py koopman corrected=FOLDER original=FOLDER
@@ -55,7 +55,7 @@ PART = re.compile(r"^<!-- (\S+) -->\n", re.MULTILINE)
 # A study's runs by name, and what their files in docs/results begin with; one run named as the study where it is not here.
 PREFIXES = {
     "grad_blend": {name: f"grad_blend_{name}" for name in ("corrected", "original", "reads", "weights")},
-    "baseline": {name: f"baseline_{name}" for name in ("wikitext", "peps", "peps_gpt", "field", "original")},
+    "baseline": {name: f"baseline_{name}" for name in ("wikitext", "peps", "field", "original")},
     "embedding_freeze": {name: f"freeze_{name}" for name in ("peps", "wikitext")},
     "koopman": {name: f"koopman_{name}" for name in ("corrected", "original", "recall")},
     "physics": {name: f"physics_{name}" for name in ("corrected", "original")},

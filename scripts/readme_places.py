@@ -386,7 +386,9 @@ OF_RUNS: Places = {
         "holds": lambda run: run.summary["claims"][0]["verdict"],
         "versus": versus_counting,
         # The worst mean perplexity over that of alpha 0.
-        "worst": lambda run: f"{max(r['val_ppl'] for r in run.by_alpha.values()) / run.by_alpha[0.0]['val_ppl']:.2f}",
+        "worst": lambda run: (
+            f"{max(r['val_ppl'] for r in run.by_alpha.values()) / run.by_alpha[0.0]['val_ppl']:.2f}"
+        ),
         "exact": exact_directions,
         "rates": lambda run: rates_in_words(run.config["learning_rates"], run.config["epochs_per_trial"]),
         "revision": revision,
@@ -401,7 +403,6 @@ OF_RUNS: Places = {
         "row": lambda run: run.summary["table"][0],
         "by_model": lambda run: {row["model"]: row for row in run.summary["table"]},
         "reads": lambda run: run.by_model["resnet_bk"],
-        "gpt": lambda run: ppl(run.by_model["gpt"]),
         "vocabulary": lambda run: int(
             re.search(r"vocabulary ([\d,]+)", run.summary["note"])[1].replace(",", "")
         ),
