@@ -38,6 +38,7 @@ from bklm.compression.int8_modules import with_modules
 from bklm.files.atomic import replacing
 from bklm.models import LanguageModel
 from bklm.models.by_name import CLASSES
+from bklm.models.products import Linear
 from bklm.training.evaluation import evaluate
 
 MODELS = tuple(getattr(models, name) for name in CLASSES)
@@ -87,6 +88,9 @@ def quantised(model: LanguageModel) -> LanguageModel:
         exponents[name] = row_exponents(weight.abs().amax(1) / 127.5)
         scaled = weight * torch.pow(2.0, exponents[name].double()).unsqueeze(1)
         linear.weight = nn.Parameter(scaled.float(), False)
+        if type(linear) is Linear:
+            # torch.ao knows a map by its very class.
+            linear.__class__ = nn.Linear
     with _torch_ao() as ao:
         result = ao.quantize_dynamic(
             result, dict.fromkeys(exponents, ao.per_channel_dynamic_qconfig), inplace=True
