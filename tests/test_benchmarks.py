@@ -84,12 +84,14 @@ def test_the_page_is_made_of_the_kept_outputs_and_says_first_which_targets_are_m
     assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == script.page()
     monkeypatch.setattr(script, "OUTPUTS", tmp_path)
     (tmp_path / "moe.txt").write_text(
-        "$ python benchmarks/moe.py\n\ntarget: a, b (c), at least 1,000, measured: 1,200, held\n"
+        "$ python benchmarks/moe.py    # 2026-11-30, revision 0123456789ab\nAMD EPYC, vectors of 512 bits, 2 cores\n\n"
+        "target: a, b (c), at least 1,000, measured: 1,200, held\n"
         "target: d, at most 0.3, measured: 0.4, missed\ntarget: e, at most 1, measured: not in this run\n"
     )
     page = script.page()
     assert "1 targets are held, 1 are missed, 1 were not measured." in page
     assert "| [moe](#moe) | d | at most 0.3 | 0.4 |" in page
+    assert "| [moe](#moe) | 2026-11-30 | 0123456789ab | AMD EPYC |" in page
     assert script.WHY["moe"] in page
     assert "`bk_core`" in page.rpartition("Of ")[2]
 
