@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from bklm.batch import job
 from bklm.batch.__main__ import main
 from bklm.batch.plan import Outcome, read_runs
 from bklm.batch.run import run_batch
@@ -306,6 +308,34 @@ def test_a_process_that_is_killed_is_reported_with_its_signal_and_what_to_do(set
     )
     assert "fewer workers" in by_memory
     assert by_crash == "the notebook's process was killed by SIGSEGV; run the batch again"
+
+
+@pytest.mark.parametrize(("deaths", "done"), [(0, True), (2, True), (3, False)])
+def test_a_kernel_that_died_before_it_began_is_started_again(deaths, done):
+    """No cell has run then."""
+    left = iter([job.NEVER_BEGAN] * deaths)
+    ran = []
+
+    def work() -> None:
+        if died := next(left, None):
+            raise RuntimeError(died)
+        ran.append(True)
+
+    with contextlib.nullcontext() if done else pytest.raises(RuntimeError, match="before replying"):
+        job._with_a_kernel_that_began(work)
+    assert ran == [True] * done
+
+
+def test_what_else_ends_a_notebook_ends_it_once():
+    calls = []
+
+    def work() -> None:
+        calls.append(True)
+        raise RuntimeError("Kernel died")
+
+    with pytest.raises(RuntimeError, match="Kernel died"):
+        job._with_a_kernel_that_began(work)
+    assert len(calls) == 1
 
 
 @pytest.mark.slow

@@ -15,6 +15,9 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.execute import execute_notebook
 
 ENGINE = "bklm-batch"
+STARTS = 3
+NEVER_BEGAN = "Kernel died before replying to kernel_info"
+"""Seen once, of two kernels that started at one moment (jupyter_client 8.10.0), and not since; no cell has run then."""
 
 
 class _ReportingEngine(NBClientEngine):
@@ -53,10 +56,10 @@ def execute(
     logging.getLogger("papermill").setLevel(logging.ERROR)
     error = None
     try:
-        execute_notebook(
+        _with_a_kernel_that_began(lambda: execute_notebook(
             notebook, output, parameters, engine_name=ENGINE, progress_bar=False, cwd=str(Path(notebook).parent),
             stdout_file=sys.stdout, stderr_file=sys.stdout, on_cell=lambda number: pipe.send(("cell", number)),
-        )  # fmt: skip
+        ))  # fmt: skip
     except PapermillExecutionError as failure:
         error = f"cell {failure.cell_index}: {failure.ename}: {failure.evalue}"
     except KeyboardInterrupt:
@@ -64,3 +67,15 @@ def execute(
     except Exception as failure:  # a dead kernel, a full disk: whatever ends this notebook ends no other
         error = f"{type(failure).__name__}: {failure}"
     pipe.send(("end", error))
+
+
+def _with_a_kernel_that_began(work: Callable[[], object]) -> None:
+    """Do the work, and again where its kernel died before it began, ``STARTS`` times in all."""
+    for start in range(1, STARTS + 1):
+        try:
+            work()
+        except RuntimeError as failure:
+            if NEVER_BEGAN not in str(failure) or start == STARTS:
+                raise
+        else:
+            return
