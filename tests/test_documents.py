@@ -595,6 +595,29 @@ def test_what_is_said_of_another_epyc_is_what_the_scripts_printed_there():
     )
 
 
+def test_the_readmes_words_on_01_have_the_numbers_of_the_kept_results():
+    words = readme_words()
+    finding = {
+        run: json.loads(
+            (ROOT / "docs" / "results" / f"grad_blend_{run}_summary.json").read_text(encoding="utf-8")
+        )["finding"]
+        for run in ("corrected", "reads", "weights", "original")
+    }
+    worse = {
+        run: dict(re.findall(r"alpha ([\d.]+) x([\d.]+)", told.split("; not told apart")[0]))
+        for run, told in finding.items()
+    }
+    assert all(told.startswith("Lowest validation PPL at alpha 0:") for told in finding.values())
+    assert "ruins the training at every alpha from 0.3 on" in words
+    assert set(worse["corrected"]) == set(worse["reads"]) == {"0.3", "0.5", "0.7", "1"}
+    assert "from torch's first weights (alpha 0.5 and 1)" in words
+    assert set(worse["weights"]) == {"0.5", "1"}
+    assert min(float(x) for run in ("corrected", "reads", "weights") for x in worse[run].values()) > 2
+    costs = {alpha: f"{float(x) - 1:.0%}" for alpha, x in worse["original"].items()}
+    assert f"costs {costs.pop('0.3')} at alpha 0.3 and {costs.pop('0.5')} at 0.5" in words
+    assert not costs
+
+
 def test_the_readmes_words_on_07_have_the_numbers_of_the_kept_results():
     folder = ROOT / "docs" / "results"
     page = readme_words()
