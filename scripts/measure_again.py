@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ("wikitext", "peps", "dialogues")
 FREEZE = (
     "--profile quick --document_tokens {} --samples {} --val_documents {} --pretraining_documents 400 --vocab_size 2048 \
---epochs 10 --learning_rates 0.001 0.004 --phase1_arms True"
+--epochs 10 --learning_rates 0.0003 0.001 0.004 0.01 --phase1_arms True"
 )
 BASELINE = "--profile full --batch_size 16 --clip 1 --schedule cosine --context_tokens 16384"
 # Words by study and run; TEXT in capitals stands for a folder.
@@ -48,12 +48,12 @@ RUNS = {
         "wikitext": f"{BASELINE} --epochs 8 --learning_rates 0.0001 0.0003 0.001 0.003 0.01 0.03 --dropouts 0 0.1 0.3 "
         "--data_dir WIKITEXT",
         # The models that read, at sizes at which the head does not take most of the parameters, once over the whole text.
-        "peps": f"{BASELINE} --epochs 1 --learning_rates 0.001 0.003 0.01 --search_tokens 400000 --model readers "
-        "--tokenizer bpe --vocab_size 8000 --embed_dim 128 --hidden_dim 256 --context_dim 128 --data_dir PEPS",
+        "peps": f"{BASELINE} --epochs 1 --learning_rates 0.0003 0.001 0.003 0.01 0.03 --search_tokens 400000 "
+        "--model readers --tokenizer bpe --vocab_size 8000 --embed_dim 128 --hidden_dim 256 --context_dim 128 --data_dir PEPS",
         # As WikiText-2 is scored elsewhere, but of the sample and small: two cores, not a GPU.
-        "field": "--profile full --protocol field --epochs 5 --learning_rates 0.001 0.003 0.01 --search_tokens 60000 "
-        "--batch_size 16 --embed_dim 32 --hidden_dim 64 --context_dim 32 --n_layers 4 --context_tokens 16384 "
-        "--data_dir WIKITEXT",
+        "field": "--profile full --protocol field --epochs 5 --learning_rates 0.0003 0.001 0.003 0.01 0.03 "
+        "--search_tokens 240000 --batch_size 16 --embed_dim 32 --hidden_dim 64 --context_dim 32 --n_layers 4 "
+        "--context_tokens 16384 --data_dir WIKITEXT",
         "original": "--profile full --model newllm --protocol original --seeds 0 --epochs 27 --learning_rates 0.0001 "
         "--seq_len 63 --clip '0.5@1, 1@11' --context_tokens 16384 --data_dir WIKITEXT",
     },
@@ -74,7 +74,7 @@ RUNS = {
     },
     "compression": {"": "--profile full --torchao True --data_dir WIKITEXT"},
     "dialogue": {
-        "grammar": "--profile full --learning_rates 0.001 0.004 --pretraining_dir WIKITEXT",
+        "grammar": "--profile full --pretraining_dir WIKITEXT",
         "real": "--profile full --dataset dailydialog --epochs 8 --pretraining_dir WIKITEXT --data_dir DIALOGUES",
     },
     "integration": {"": "--profile full --data_dir WIKITEXT"},

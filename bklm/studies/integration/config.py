@@ -31,7 +31,7 @@ class IntegrationConfig(WindowStudyConfig):
         "full": {
             "seeds": (0, 1, 2), "epochs": 3, "scores": 12, "score_tokens": 10_000, "batch_size": 16, "seq_len": 128,
             "vocab_size": 8_000, "d_model": 64, "n_layers": 4, "max_train_tokens": 0,
-            "learning_rates": (1e-3, 3e-3, 1e-2, 3e-2), "repeats": 30,
+            "learning_rates": (3e-4, 1e-3, 3e-3, 1e-2), "repeats": 30,
         },
     }  # fmt: skip
 

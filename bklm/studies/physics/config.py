@@ -37,7 +37,7 @@ class PhysicsConfig(WindowStudyConfig):
         # 8,000 of the original's 30,000 words: a seventh of the words is left unknown, and the time goes into steps.
         "full": {
             "seeds": (0, 1, 2), "epochs": 2, "pieces": 6, "batch_size": 16, "seq_len": 128, "vocab_size": 8_000,
-            "d_model": 64, "n_layers": 4, "max_train_tokens": 0, "learning_rates": (3e-3, 1e-2, 3e-2),
+            "d_model": 64, "n_layers": 4, "max_train_tokens": 0, "learning_rates": (1e-3, 3e-3, 1e-2, 3e-2),
             "decays": (0.3, 1.0, 3.0), "score_tokens": 8192, "stable_rates": STABLE_RATES, "stable_tokens": 60_000,
             "memory_layers": (4, 8, 16, 32),
         },
