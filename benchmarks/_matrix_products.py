@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from bklm.models import loss as loss_module
-from bklm.models.products import linear, weight_gradient
+from bklm.moe.products import linear, weight_gradient
 
 HEADS = 8  # of the mixer solve
 

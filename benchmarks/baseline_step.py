@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from bklm.models import NewLLM, NewLLMConfig, new_llm_loop, new_llm_steps
 from bklm.models.new_llm_plain import CONTEXT_LIMIT
-from bklm.models.products import PreparedLinear, linear, weight_gradient
+from bklm.moe.products import PreparedLinear, linear, weight_gradient
 from bklm.training.allocator import keep_freed_memory
 
 TARGETS = {(16, 64): 1.3, (1, 4096): 2.0}  # times as fast as steps

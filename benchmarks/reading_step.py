@@ -8,7 +8,7 @@ A step is forward, loss, backward, clip and AdamW, with dropout 0.1, on up to TO
 torch's fused attention, without dropout on its weights. Its positions are parameters, so that at equal size it is narrower
 the longer the window: *GPT, wider* keeps the width that it has at 64. The products are the solve model's matrix products
 alone, forward and backward, of the same shapes, by the faster of torch's libraries, which all arms but the LSTM's recurrence
-call (`bklm/models/products.py`). Arms take turns in one process; medians with quartiles. Memory is what torch
+call (`bklm/moe/products.py`). Arms take turns in one process; medians with quartiles. Memory is what torch
 holds at most during one step beside weights, moments and gradients. Linear in N: one row of 256 to the largest window, the
 exponent by least squares through the logarithms.
 
@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from bklm.models import GPT, LSTM, LanguageModel, NewLLM, NewLLMConfig, ResNetBK
 from bklm.models.gpt import GPTState, KVCache
-from bklm.models.products import linear, weight_gradient
 from bklm.models.sizing import gpt_of_size, lstm_of_size, resnet_bk_of_size
+from bklm.moe.products import linear, weight_gradient
 from bklm.training.allocator import keep_freed_memory
 
 SOLVE, PRODUCTS = "ResNetBK (solve)", "its products"

@@ -7,7 +7,7 @@
 # Seen: MKL says that it is set for "Intel(R) Architecture processors", without a name of vectors, oneDNN that it takes avx512_core.
 #   One thread of an AMD EPYC (family 26) took 0.45 of MKL's time for x W^T of 1024 rows, 224 to 448, with oneDNN, and 0.6 for a
 #   weight's gradient (timed once; below the two are only asked what they use).
-# bklm: linear maps of its models, forward and backward, go to oneDNN on a processor that is not Intel's (bklm/models/products.py).
+# bklm: linear maps of its models, forward and backward, go to oneDNN on a processor that is not Intel's (bklm/moe/products.py).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

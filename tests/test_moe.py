@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from torch.profiler import profile
 
 from bklm.moe import analytic as moe_core
+from bklm.moe import products
 from bklm.moe.analytic import Settings
 from bklm.moe.layer import AnalyticMoE
 from bklm.moe.ops import draw, mixture
@@ -84,6 +86,25 @@ def test_backward_equals_autograd(dtype, tolerance, router_gradient, experts, k)
         noise, keep, keep_p = draw_for(leaves, k, router_gradient, dropout_p)
         config = Settings(k, tau, router_gradient, keep_p, dtype)
         assert_equals_autograd(leaves, noise, keep, config, tolerance)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("router_gradient", ["exact", "none"])
+@pytest.mark.parametrize(("experts", "k"), [(4, 1), (4, 2), (4, 4), (1, 1)])
+def test_experts_by_onednns_products_are_the_same(monkeypatch, router_gradient, experts, k):
+    monkeypatch.setattr(products, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(products, "is_intel", lambda: False)
+    for tokens in (1, 33):
+        leaves = make_inputs(tokens, experts, torch.float32)
+        noise, keep, keep_p = draw_for(leaves, k, router_gradient, 0.1)
+        config = Settings(k, 1.0, router_gradient, keep_p, torch.float32)
+        assert_equals_autograd(leaves, noise, keep, config, 1e-5)
+    with profile() as seen:
+        mixture(*leaves, noise, keep, config)[0].sum().backward()
+    calls = sum(event.count for event in seen.key_averages() if "_linear_pointwise" in event.key)
+    # Of each expert that has a token: two forward, the first again, and four of the gradients.
+    assert calls >= 7
+    assert experts > 1 or calls == 7
 
 
 @pytest.mark.usefixtures("blocks")

@@ -38,7 +38,7 @@ from bklm.compression.int8_modules import with_modules
 from bklm.files.atomic import replacing
 from bklm.models import LanguageModel
 from bklm.models.by_name import CLASSES
-from bklm.models.products import Linear
+from bklm.moe.products import Linear
 from bklm.training.evaluation import evaluate
 
 MODELS = tuple(getattr(models, name) for name in CLASSES)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from bklm.moe.plain import is_ordinary, is_transformed
+from bklm.moe.tracing import is_ordinary, is_transformed
 
 # Of torch 2.7 and later.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)

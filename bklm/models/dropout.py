@@ -14,7 +14,7 @@ from bklm.bk_core import pivots
 from bklm.bk_core.gradients import materialised
 from bklm.models import dropout_kernels as kernels
 from bklm.models.checks import is_without_numbers, values_at_hand
-from bklm.moe.plain import is_transformed
+from bklm.moe.tracing import is_transformed
 
 _STEPS = 2**16  # of the dropout probability
 

@@ -20,7 +20,7 @@ from bklm.models.base import LanguageModel
 from bklm.models.checks import check_dropout, check_int
 from bklm.models.dropout import add_dropout, dropout
 from bklm.models.mixing import MixingPoint
-from bklm.models.products import Linear
+from bklm.moe.products import Linear
 
 INITIAL_STD = 0.02
 

@@ -26,7 +26,7 @@ from bklm.models.dropout import add_dropout, dropout
 from bklm.models.linear_scan import linear_scan
 from bklm.models.lru import LRUBlock
 from bklm.models.mixing import MixingPoint
-from bklm.models.products import Linear
+from bklm.moe.products import Linear
 
 INITIAL_STD = 0.02
 _LONGEST_MEMORY = 64.0

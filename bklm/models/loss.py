@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from bklm.data.loaders import IGNORED
 from bklm.models import loss_kernels
 from bklm.models.checks import is_plain_wanted, values_at_hand
-from bklm.models.products import onednn_linear, onednn_serves, weight_gradient
 from bklm.models.second_derivatives import differentiable_gradients
 from bklm.moe.autocast import autocast_dtype, autocast_off
+from bklm.moe.products import onednn_linear, onednn_serves, weight_gradient
 
 # Size of one chunk of logits. On a CPU it should stay near the last-level cache; a GPU wants matrix products
 # large enough to fill it. The time is flat around both values (benchmarks/train_step.py --chunks).

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from bklm.models.dropout import add_dropout
 from bklm.models.linear_scan import linear_scan
 from bklm.models.mixing import MixingPoint
-from bklm.models.products import Linear
+from bklm.moe.products import Linear
 
 # Those of the paper's tasks with long memories.
 RING = (0.9, 0.999)

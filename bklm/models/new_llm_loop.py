@@ -26,7 +26,7 @@ from bklm.models.checks import is_plain_wanted, values_at_hand
 from bklm.models.dropout import keep_scale
 from bklm.models.new_llm_plain import plain, plain_gradients, product_dtype
 from bklm.models.new_llm_steps import Gradients, Trace, Weights
-from bklm.models.products import linear, weight_gradient
+from bklm.moe.products import linear, weight_gradient
 
 INFERRED_AT_ONCE = 1024
 """Positions: what a forward leaves for its backward is kept of no more of them where there will be none."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bklm.models.dropout import keep_masks
 from bklm.models.new_llm_plain import CONTEXT_LIMIT
-from bklm.models.products import PreparedLinear, linear
+from bklm.moe.products import PreparedLinear, linear
 
 
 class Weights(NamedTuple):

@@ -24,7 +24,7 @@ from bklm.models import new_llm_kernels as kernels
 from bklm.models.dropout import draws, dropped_from, keep_scale
 from bklm.models.new_llm_plain import CONTEXT_LIMIT
 from bklm.models.new_llm_steps import Gradients, Trace, Weights
-from bklm.models.products import PreparedLinear, linear
+from bklm.moe.products import PreparedLinear, linear
 
 TOLERANCE = 8
 """How far a context may lie from the one that its gates were computed with, in rounding errors of the dtype, relative to

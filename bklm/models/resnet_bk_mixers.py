@@ -28,11 +28,11 @@ from bklm.bk_core.solve import advance
 from bklm.models.dropout import add_dropout
 from bklm.models.mixing import MixingPoint
 from bklm.models.normalised_gate import gated, normalised, normalised_gate
-from bklm.models.products import Linear
 from bklm.models.resnet_bk_config import ResNetBKConfig
 from bklm.models.short_convolution import short_convolution
 from bklm.models.solve_features import is_fused, solve_features
 from bklm.moe.layer import AnalyticMoE
+from bklm.moe.products import Linear
 
 INITIAL_STD = 0.02
 OUTPUT_SCALE = 0.1

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bklm.moe.autocast import autocast_off
+from bklm.moe.products import add_weight_gradient, scaled_linear
 
 # A block of hidden activations should stay in a CPU's cache and fill a GPU. Blocks of 512 to 2048 tokens were equally
 # fast on a CPU for D = 64 to 768; whole batches of 4096 took up to twice as long.
@@ -171,9 +172,9 @@ def forward(
         for e, rows, _ in _groups(tokens, bounds, block, num_tokens, k < num_experts, everywhere=False):
             h = _hidden(_take(xs, rows), up_w[e], up_b[e], _take(keep, rows), settings)
             if k < num_experts:
-                y.index_add_(0, rows, torch.addmm(down_b[e], h, down_w[e].t(), beta=1 / k, alpha=1 / k))
+                y.index_add_(0, rows, scaled_linear(h, down_w[e], down_b[e], 1 / k))
             else:
-                y[rows].addmm_(h.mul_(p[e, rows].unsqueeze(1)), down_w[e].t())
+                y[rows].add_(scaled_linear(h.mul_(p[e, rows].unsqueeze(1)), down_w[e]))
     return y, balance, p, tokens, bounds
 
 
@@ -215,8 +216,8 @@ def backward(
         for e, rows, chosen in _groups(tokens, bounds, block, num_tokens, routed, everywhere):
             x_rows, gy_rows = _take(xs, rows), _take(gy, rows)
             h = _hidden(x_rows, up_w[e], up_b[e], _take(keep, rows), settings)
-            # dL/dh with the factors of gate and dropout; beta = 0: the first argument only lends its shape.
-            u = torch.addmm(up_b[e], gy_rows, down_w[e], beta=0, alpha=slope)
+            # dL/dh with the factors of gate and dropout.
+            u = scaled_linear(gy_rows, down_w[e].t(), scale=slope)
             if learns:
                 inner = torch.sum(h * u, 1, dtype=p.dtype).mul_(1.0 / slope)
                 _put(gbar[e], rows, inner.add_(gy_rows @ down_b[e]))
@@ -234,26 +235,32 @@ def backward(
                 h.mul_(weight.unsqueeze(1))
                 u.mul_(weight.unsqueeze(1))
                 g_down_b[e].add_(weight.to(dtype) @ gy_rows)
-            _add_product(g_down_w[e], gy_rows.t(), h, gate)
-            _add_product(g_up_w[e], u.t(), x_rows, 1.0)
+            add_weight_gradient(g_down_w[e], gy_rows, h, gate)
+            add_weight_gradient(g_up_w[e], u, x_rows)
             g_up_b[e].add_(u.sum(0))
+            back = scaled_linear(u, up_w[e].t()).to(gx.dtype)
             if routed:
-                gx.index_add_(0, rows, (u @ up_w[e]).to(gx.dtype))
+                gx.index_add_(0, rows, back)
             else:
-                _add_product(gx[rows], u, up_w[e], 1.0)
+                gx[rows].add_(back)
         if not learns:
             return gx, None, None, g_up_w, g_up_b, g_down_w, g_down_b
         gbar.add_((_balance_weights(bounds, p) * (grad_balance / num_tokens)).unsqueeze(1))
         g_logits = gbar.sub_((p * gbar).sum(0)).mul_(p).div_(settings.tau)  # the Jacobian of the softmax
         g_router = (g_logits @ x.to(p.dtype)).to(router_weight.dtype)
-        _add_product(gx, g_logits.t(), router_weight.to(p.dtype), 1.0)
+        weight = router_weight.to(p.dtype)
+        # So thin a product is MKL's on every processor.
+        if gx.dtype == p.dtype:
+            gx.addmm_(g_logits.t(), weight)
+        else:
+            gx.add_(g_logits.t() @ weight)
         return gx, g_router, g_logits.sum(1).to(router_bias.dtype), g_up_w, g_up_b, g_down_w, g_down_b
 
 
 def _hidden(x: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None, settings: Settings) -> Tensor:
     """Hidden activations (n, H) of one expert after ReLU and dropout; ReLU commutes with dropout's factor."""
     scale = 1.0 / settings.keep_p
-    hidden = torch.addmm(bias, x, weight.t(), beta=scale, alpha=scale).relu_()
+    hidden = scaled_linear(x, weight, bias, scale).relu_()
     return hidden if keep is None else hidden.mul_(keep)
 
 
@@ -287,14 +294,6 @@ def _groups(
         for e, row in enumerate(limits):
             chosen = tokens[row[b] : row[b + 1]] - start if routed else None
             yield e, slice(start, min(start + block, num_tokens)), chosen
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    """total += alpha a b, summed in the dtype of ``total`` so that low-precision blocks do not lose what they add."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b, alpha=alpha)
-    else:
-        total.add_(a @ b, alpha=alpha)
 
 
 def _balance_weights(bounds: Tensor, p: Tensor) -> Tensor:

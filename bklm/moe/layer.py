@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from bklm.moe.analytic import Settings, mixture_of_few
 from bklm.moe.autocast import autocast_dtype
 from bklm.moe.ops import draw, in_backward, mixture
-from bklm.moe.plain import is_ordinary, is_transformed
+from bklm.moe.tracing import is_ordinary, is_transformed
 
 ROUTER_GRADIENTS = ("exact", "selected", "none")
 _FEW_TOKENS = 8

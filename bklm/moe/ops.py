@@ -15,7 +15,8 @@ from torch.autograd.function import FunctionCtx
 from torch.utils.flop_counter import register_flop_formula
 
 from bklm.moe.analytic import Settings, backward, block_tokens, forward, routing_dtype
-from bklm.moe.plain import is_ordinary, is_transformed, plain_draw, plain_gradients, plain_mixture
+from bklm.moe.plain import plain_draw, plain_gradients, plain_mixture
+from bklm.moe.tracing import is_ordinary, is_transformed
 
 # In CUDA graphs of torch.compile the operators stay outside: group sizes travel to the host. Where torch has no such tag
 # (2.6 cannot even be given one) nothing is said.

@@ -6,8 +6,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.profiler import profile
 
-from bklm.models import products
-from bklm.models.products import Linear, PreparedLinear, linear, onednn_serves, weight_gradient
+from bklm.moe import products
+from bklm.moe.products import Linear, PreparedLinear, linear, onednn_serves, weight_gradient
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 

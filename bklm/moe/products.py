@@ -4,9 +4,9 @@ On a CPU torch.mm and F.linear call MKL for float32, and MKL keeps to AVX2 on pr
 which torch also carries and torch.compile calls, uses what there is. Time against MKL's, measured once by hand: on an AMD
 EPYC with AVX-512, one thread, 0.4 for a thin or a large x W^T, 0.5 for a weight's gradient; on an Intel Xeon with
 AVX-512, two threads, 1 for a large x W^T, 1.4 to 1.7 for a thin one and for a weight's gradient. A training step of the
-solve model or of GPT (2.74 M parameters, windows of 64, one thread of that EPYC) takes 0.55 of it. So on Intel's processors
-and everywhere else (double, half precision, an accelerator, a torch built without oneDNN) these functions are the
-ordinary products.
+solve model or of GPT (2.74 M parameters, windows of 64, one thread of that EPYC) takes 0.55 of it; an expert's products
+0.5 and their weights' gradients 0.75 (D 64, H 256, 1,024 tokens). So on Intel's processors and everywhere else (double,
+half precision, an accelerator, a torch built without oneDNN) these functions are the ordinary products.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bklm.moe.autocast import autocast_dtype
-from bklm.moe.plain import is_ordinary, is_transformed
+from bklm.moe.tracing import is_ordinary, is_transformed
 
 ONEDNN_FROM = 2**21
 """Multiplications of a product; below, preparing oneDNN's call takes longer than it saves (measured once by hand)."""
@@ -69,6 +69,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return _Linear.apply(x, weight, bias)
     return onednn_linear(x, weight, bias)
+
+
+def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """scale (x W^T + bias) of x (M, K), weight (V, K) and bias (V,), all of one dtype, for code with a backward of its own:
+    it records nothing."""
+    if x.numel() * len(weight) >= ONEDNN_FROM and onednn_serves(x):
+        y = onednn_linear(x, weight, bias)
+        return y if scale == 1 else y.mul_(scale)
+    if bias is None:
+        y = x @ weight.t()
+        return y if scale == 1 else y.mul_(scale)
+    return torch.addmm(bias, x, weight.t(), beta=scale, alpha=scale)
 
 
 class Linear(nn.Linear):
@@ -133,3 +145,14 @@ def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
     if onednn_serves(d):
         return onednn_linear(d.t().contiguous(), x.t(), None)
     return d.t() @ x
+
+
+def add_weight_gradient(total: Tensor, d: Tensor, x: Tensor, scale: float = 1.0) -> None:
+    """total (V, K) += scale d^T x of d (M, V) and x (M, K), summed in the dtype of ``total`` so that blocks in a lower
+    precision do not lose what they add."""
+    if d.numel() * x.shape[1] >= ONEDNN_FROM and onednn_serves(d):
+        total.add_(weight_gradient(d, x), alpha=scale)
+    elif total.dtype == d.dtype:
+        total.addmm_(d.t(), x, alpha=scale)
+    else:
+        total.add_(d.t() @ x, alpha=scale)
