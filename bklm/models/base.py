@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bklm.data.loaders import IGNORED
 from bklm.models.checks import values_at_hand
 from bklm.models.loss import TokenLosses, linear_cross_entropy, linear_token_losses
 from bklm.models.mixing import MixingMeans, MixingPoint, recording, replacing
 from bklm.models.modes import evaluating
+from bklm.moe.products import linear
 
 
 class LanguageModel(nn.Module):
@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
-        return F.linear(hidden, *self.head())
+        return linear(hidden, *self.head())
 
     def loss(self, input_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """Mean (or "sum") negative log-likelihood in nats of the targets (B, N) that are not -100: a scalar.

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from bklm.models.base import LanguageModel
 from bklm.models.checks import check_choice, check_int
 from bklm.models.mixing import MixingPoint
+from bklm.moe import products
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class _Layers(nn.Module):
     def __init__(self, context_dim: int, other_dim: int, out: int, n_layers: int) -> None:
         super().__init__()
         self.context_dim = context_dim
-        self.linears = nn.ModuleList(nn.Linear(context_dim + other_dim, out) for _ in range(n_layers))
+        self.linears = nn.ModuleList(products.Linear(context_dim + other_dim, out) for _ in range(n_layers))
         self.norms = nn.ModuleList(nn.LayerNorm(out) for _ in range(n_layers))
 
     def __len__(self) -> int:
@@ -123,11 +124,11 @@ class ContextBlock(_Layers):
 
     def given(self, x: Tensor) -> Tensor:
         """What x (..., D_e) adds in all layers, (..., L D_c): ``from_inputs`` takes it."""
-        return F.linear(x, *self.input_weights())
+        return products.linear(x, *self.input_weights())
 
     def own(self, layer: int, context: Tensor) -> Tensor:
         """What a context (..., D_c) adds in a layer, (..., D_c)."""
-        return F.linear(context, self.linears[layer].weight[:, : self.context_dim])
+        return products.linear(context, self.linears[layer].weight[:, : self.context_dim])
 
     def input_weights(self) -> tuple[Tensor, Tensor]:
         """Weight (L D_c, D_e) and bias of the one product of ``given``."""
@@ -150,7 +151,7 @@ class TokenBlock(_Layers):
     def __init__(self, config: ContextTokenConfig) -> None:
         super().__init__(config.context_dim, config.context_dim, config.context_dim, config.n_layers)
         same = config.embed_dim == config.context_dim
-        self.project = nn.Identity() if same else nn.Linear(config.embed_dim, config.context_dim)
+        self.project = nn.Identity() if same else products.Linear(config.embed_dim, config.context_dim)
 
     def forward(self, x: Tensor, contexts: Tensor) -> Tensor:
         """Token states (..., D_c) from x (..., D_e) and the contexts of every layer (..., L, D_c)."""
