@@ -26,6 +26,7 @@ from bklm.models import LanguageModel
 from bklm.models.checks import is_without_numbers
 from bklm.models.modes import evaluating, keeping_modes
 from bklm.moe.ops import in_backward
+from bklm.moe.products import Linear
 from bklm.training.auxiliary import WithTerm, other_sequence, recorded_states
 from bklm.training.energy_drift import mean_or_none, over_spread
 
@@ -75,9 +76,7 @@ class EnergyNets(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.t, self.v = (
-            nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)) for _ in range(2)
-        )
+        self.t, self.v = (nn.Sequential(Linear(width, width), nn.Tanh(), Linear(width, 1)) for _ in range(2))
 
     def kinetic(self, x: Tensor) -> Tensor:
         return self.t(x).squeeze(-1)

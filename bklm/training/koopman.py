@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from bklm.models import LanguageModel
 from bklm.models.koopman import edmd, replaced
 from bklm.models.modes import evaluating
+from bklm.moe.products import Linear, linear
 from bklm.training.auxiliary import other_sequence, recorded_states
 
 RING = 100  # means that the published DMD is fitted to
@@ -32,14 +33,14 @@ class Lifting(nn.Module):
 
     def __init__(self, width: int, lift: int) -> None:
         super().__init__()
-        self.phi = nn.Sequential(nn.Linear(width, lift), nn.Tanh(), nn.Linear(lift, lift))
-        self.psi = nn.Sequential(nn.Linear(lift, lift), nn.Tanh(), nn.Linear(lift, width))
+        self.phi = nn.Sequential(Linear(width, lift), nn.Tanh(), Linear(lift, lift))
+        self.psi = nn.Sequential(Linear(lift, lift), nn.Tanh(), Linear(lift, width))
         self.matrix = nn.Parameter(torch.eye(lift) + 0.01 * torch.randn(lift, lift))
 
     def parts(self, x: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction, linearity and prediction: the shares of variance that are not explained."""
         lifted, target = self.phi(x), self.phi(after)
-        foretold = lifted @ self.matrix
+        foretold = linear(lifted, self.matrix.mT)
         return (
             unexplained(self.psi(lifted), x),
             unexplained(foretold, target),
