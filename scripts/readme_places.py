@@ -373,7 +373,28 @@ def side_claims(run: Any) -> str:
 
 Places = dict[str, dict[str, Callable[[Any], Any]]]
 
+
 # Places of a run, by study, beside those that every run has (`readme.Run`).
+def what_is_left(run: Any) -> str:
+    """How the switches that stay do together."""
+    found = OF_CLAIMS["found"](run).get("those that stay together help, at equal time")
+    return (
+        f"what is left (*integrated*) was trained, too: {found}"
+        if found
+        else "what is left is the arm *plain* itself, from which every table begins"
+    )
+
+
+def less_gradient(run: Any) -> str:
+    """What the full set loses without the exact gradient, and whether that is shown."""
+    by = {row["arm"]: row for row in run.rows("costs.csv")}
+    full, less = by["full"], by["less gradient"]
+    told = f"The full set reaches the plain model's last loss with {full['reached']} of {full['seeds']} seeds, without "
+    told += f"the exact gradient {less['reached']} of {less['seeds']} do"
+    shown = next(r["stays"] for r in run.summary["switches"] if r["switch"] == "gradient")
+    return f"{told}." if shown else f"{told}, whose seeds end so far apart that three of them show nothing."
+
+
 OF_RUNS: Places = {
     "grad_blend": {
         "by_alpha": lambda run: {row["alpha"]: row for row in run.summary["table"]},
@@ -503,7 +524,8 @@ OF_RUNS: Places = {
         "shares": lambda run: integration.shares_in_words(run.summary["shares"]),
         "timed": lambda run: integration.ARMS.readable(run.summary["parts"]["timed"]),
         "costs": lambda run: integration.readable_costs(run.summary["parts"]["costs"]),
-        "by_arm": lambda run: {row["arm"]: row for row in run.rows("costs.csv")},
+        "left": what_is_left,
+        "less_gradient": less_gradient,
     },
 }
 # Places of a study, which need several runs or none.
