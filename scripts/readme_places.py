@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from bklm.harness.arms import NOT_SHOWN, readable_verdicts
-from bklm.harness.statistics import Perplexity, with_interval
+from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.studies.baseline import tables
 from bklm.studies.baseline.models import TITLES
 from bklm.studies.compression import tables as compression
@@ -385,6 +385,14 @@ def what_is_left(run: Any) -> str:
     )
 
 
+def width_in_words(run: Any) -> str:
+    """How many standard deviations of paired differences the intervals of all switches at once reach to either side."""
+    seeds, any_of = len(run.config["seeds"]), run.summary["switches"][0]["any_of"]
+    # Of a standard deviation of one.
+    standard = [math.sqrt((seeds - 1) / 2), -math.sqrt((seeds - 1) / 2), *[0.0] * (seeds - 2)]
+    return f"{interval95(standard, any_of)[1]:.1f}"
+
+
 def less_gradient(run: Any) -> str:
     """What the full set loses without the exact gradient, and whether that is shown."""
     by = {row["arm"]: row for row in run.rows("costs.csv")}
@@ -392,7 +400,11 @@ def less_gradient(run: Any) -> str:
     told = f"The full set reaches the plain model's last loss with {full['reached']} of {full['seeds']} seeds, without "
     told += f"the exact gradient {less['reached']} of {less['seeds']} do"
     shown = next(r["stays"] for r in run.summary["switches"] if r["switch"] == "gradient")
-    return f"{told}." if shown else f"{told}, whose seeds end so far apart that three of them show nothing."
+    return (
+        f"{told}."
+        if shown
+        else f"{told}, whose seeds end so far apart that {less['seeds']} of them show nothing."
+    )
 
 
 OF_RUNS: Places = {
@@ -524,6 +536,7 @@ OF_RUNS: Places = {
         "shares": lambda run: integration.shares_in_words(run.summary["shares"]),
         "timed": lambda run: integration.ARMS.readable(run.summary["parts"]["timed"]),
         "costs": lambda run: integration.readable_costs(run.summary["parts"]["costs"]),
+        "width": width_in_words,
         "left": what_is_left,
         "less_gradient": less_gradient,
     },
