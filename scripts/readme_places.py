@@ -374,39 +374,35 @@ def side_claims(run: Any) -> str:
 Places = dict[str, dict[str, Callable[[Any], Any]]]
 
 
-# Places of a run, by study, beside those that every run has (`readme.Run`).
 def what_is_left(run: Any) -> str:
     """How the switches that stay do together."""
     found = OF_CLAIMS["found"](run).get("those that stay together help, at equal time")
-    return (
-        f"what is left (*integrated*) was trained, too: {found}"
-        if found
-        else "what is left is the arm *plain* itself, from which every table begins"
-    )
+    if found:
+        return f"what is left (*integrated*) was trained, too: {found}"
+    known = re.search(r"Those that stay are the arm ([^.]+)\.", run.finding)
+    return f"what is left is the arm *{known[1]}*, no other" if known else "here nothing was left to train"
 
 
 def width_in_words(run: Any) -> str:
-    """How many standard deviations of paired differences the intervals of all switches at once reach to either side."""
-    seeds, any_of = len(run.config["seeds"]), run.summary["switches"][0]["any_of"]
+    """How many standard deviations of paired differences the intervals of losses of all switches at once reach."""
+    seeds, any_of = len(run.config["seeds"]), integration.at_once(run.summary["parts"]["verdicts"])
     # Of a standard deviation of one.
     standard = [math.sqrt((seeds - 1) / 2), -math.sqrt((seeds - 1) / 2), *[0.0] * (seeds - 2)]
     return f"{interval95(standard, any_of)[1]:.1f}"
 
 
 def less_gradient(run: Any) -> str:
-    """What the full set loses without the exact gradient, and whether that is shown."""
+    """What the full set reaches without the exact gradient, and whether more seeds could tell more of it."""
     by = {row["arm"]: row for row in run.rows("costs.csv")}
     full, less = by["full"], by["less gradient"]
-    told = f"The full set reaches the plain model's last loss with {full['reached']} of {full['seeds']} seeds, without "
-    told += f"the exact gradient {less['reached']} of {less['seeds']} do"
-    shown = next(r["stays"] for r in run.summary["switches"] if r["switch"] == "gradient")
-    return (
-        f"{told}."
-        if shown
-        else f"{told}, whose seeds end so far apart that {less['seeds']} of them show nothing."
-    )
+    told = f"The full set reaches the plain model's last loss with {full['reached']} of {full['seeds']} seeds, and without "
+    told += f"the exact gradient with {less['reached']} of {less['seeds']}."
+    row = next(r for r in run.summary["switches"] if r["switch"] == "gradient")
+    open_ended = row["loss_low"] is not None and row["loss_low"] <= 0 <= row["loss_high"]
+    return f"{told} More seeds could tell whether its removal costs loss." if open_ended else told
 
 
+# Places of a run, by study, beside those that every run has (`readme.Run`).
 OF_RUNS: Places = {
     "grad_blend": {
         "by_alpha": lambda run: {row["alpha"]: row for row in run.summary["table"]},
@@ -530,7 +526,9 @@ OF_RUNS: Places = {
     },
     "integration": {
         **OF_CLAIMS,
-        "switches": lambda run: integration.readable_switches(run.summary["switches"]),
+        "switches": lambda run: integration.readable_switches(
+            run.summary["switches"], run.summary["parts"]["verdicts"]
+        ),
         "interaction": lambda run: integration.interaction_in_words(run.summary["interaction"]),
         "edges": lambda run: integration.rates_in_words(run.summary["table"], run.config["learning_rates"]),
         "shares": lambda run: integration.shares_in_words(run.summary["shares"]),

@@ -94,17 +94,26 @@ def test_backward_equals_autograd(dtype, tolerance, router_gradient, experts, k)
 def test_experts_by_onednns_products_are_the_same(monkeypatch, router_gradient, experts, k):
     monkeypatch.setattr(products, "ONEDNN_FROM", 1)
     monkeypatch.setattr(products, "is_intel", lambda: False)
-    for tokens in (1, 33):
+    for tokens, block in ((33, 7), (1, 64), (33, 64)):
+        monkeypatch.setitem(moe_core._BLOCK_TOKENS, "cpu", block)
         leaves = make_inputs(tokens, experts, torch.float32)
         noise, keep, keep_p = draw_for(leaves, k, router_gradient, 0.1)
         config = Settings(k, 1.0, router_gradient, keep_p, torch.float32)
         assert_equals_autograd(leaves, noise, keep, config, 1e-5)
-    with profile() as seen:
-        mixture(*leaves, noise, keep, config)[0].sum().backward()
-    calls = sum(event.count for event in seen.key_averages() if "_linear_pointwise" in event.key)
-    # Of each expert that has a token: two forward, the first again, and four of the gradients.
-    assert calls >= 7
-    assert experts > 1 or calls == 7
+    y = None
+
+    def products_of(step):
+        with profile() as seen:
+            step()
+        return sum(event.count for event in seen.key_averages() if event.key == "mkldnn::_linear_pointwise")
+
+    def forward():
+        nonlocal y
+        y, *_ = mixture(*leaves, noise, keep, config)
+
+    # Of each expert two forward; backward the first again and four of the gradients.
+    assert products_of(forward) == 2 * experts
+    assert products_of(lambda: y.sum().backward()) == 5 * experts
 
 
 @pytest.mark.usefixtures("blocks")

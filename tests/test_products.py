@@ -1,13 +1,26 @@
 """The products give what torch's ordinary ones give, whichever library takes them and however the matrices lie."""
 
+import warnings
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.profiler import profile
 
+from bklm.models import LSTM, ContextTokenConfig, ContextTokenLM, LSTMConfig
 from bklm.moe import products
-from bklm.moe.products import Linear, PreparedLinear, linear, onednn_serves, weight_gradient
+from bklm.moe.products import (
+    Linear,
+    PreparedLinear,
+    add_linear,
+    add_weight_gradient,
+    linear,
+    onednn_serves,
+    scaled_linear,
+    weight_gradient,
+)
+from bklm.training.koopman import Lifting
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -74,6 +87,35 @@ def test_a_weights_gradient_sums_over_all_leading_dimensions(matrices):
     close(weight_gradient(d.transpose(0, 1), turned), d.flatten(0, 1).double().t() @ x.flatten(0, 1).double())
 
 
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_products_that_record_nothing_scale_and_add(matrices, monkeypatch, rows, scale):
+    monkeypatch.setattr(products, "ONEDNN_FROM", 1)
+    x, weight = matrices[0][0, :rows], matrices[1]
+    bias = weight[:, 0].contiguous()
+    exact = x.double() @ weight.double().t()
+    close(scaled_linear(x, weight, None, scale), scale * exact)
+    close(scaled_linear(x, weight, bias, scale), scale * (exact + bias.double()))
+    close(scaled_linear(x[:, :6], weight.t(), None, scale), scale * x[:, :6].double() @ weight.double())
+    total = torch.ones(rows, 6, dtype=x.dtype)
+    add_linear(total, x, weight)
+    close(total, 1 + exact)
+    d = torch.randn(rows, 6, dtype=x.dtype)
+    for total in (torch.ones(6, 8, dtype=x.dtype), torch.ones(6, 8, dtype=torch.float64)):
+        add_weight_gradient(total, d, x, scale)
+        torch.testing.assert_close(
+            total.double(), 1 + scale * d.double().t() @ x.double(), rtol=0, atol=tolerance(x.dtype)
+        )
+
+
+def test_low_precision_is_rounded_once_where_a_product_is_scaled(monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN_FROM", 1)
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 32, dtype=torch.bfloat16), torch.randn(16, 32, dtype=torch.bfloat16)
+    once = (0.3 * (x.double() @ weight.double().t())).to(torch.bfloat16)
+    assert (scaled_linear(x, weight, None, 0.3) != once).double().mean() < 0.02
+
+
 @pytest.fixture
 def layer(monkeypatch):
     """A small map that takes oneDNN's products wherever they can be had, and its input."""
@@ -95,6 +137,48 @@ def test_a_layer_takes_onednns_products_forward_and_backward(layer):
     names = {event.key for event in seen.key_averages()}
     assert any("_linear_pointwise" in name for name in names)
     assert not names & {"aten::mm", "aten::addmm", "aten::linear"}
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_whole_logits_the_context_block_and_koopmans_nets_take_onednns_products(monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(products, "is_intel", lambda: False)
+    model = ContextTokenLM(ContextTokenConfig(vocab_size=20, embed_dim=8, context_dim=8, n_layers=2))
+    x = torch.randn(2, 40, 8)
+    lifting = Lifting(8, 12)
+    for run, expected in (
+        (lambda: LSTM(LSTMConfig(20, d_model=8, n_layers=1)).logits(x), 1),
+        (lambda: model.logits(x), 1),
+        # What the token gives in one product, the context in one a layer.
+        (lambda: model.context_block(x, x), 3),
+        (lambda: model.token_block(x, torch.randn(2, 40, 2, 8)), 2),
+        # phi twice and psi twice, two maps each, and the matrix.
+        (lambda: lifting.parts(x, x), 9),
+    ):
+        with torch.no_grad(), profile() as seen:
+            run()
+        found = {event.key: event.count for event in seen.key_averages()}
+        assert found.get("mkldnn::_linear_pointwise", 0) == expected
+
+
+def test_a_slice_of_a_weight_is_laid_out_for_many_rows_alone(layer):
+    weight = torch.randn(6, 16)[:, :8]
+    for rows, count in ((products.FEWEST_FOR_A_SLICE - 1, 0), (products.FEWEST_FOR_A_SLICE, 1)):
+        x = torch.randn(rows, 8)
+        with profile() as seen:
+            y = linear(x, weight)
+        assert sum(e.count for e in seen.key_averages() if e.key == "mkldnn::_linear_pointwise") == count
+        torch.testing.assert_close(y, F.linear(x, weight), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_layer_is_traced_without_a_warning(layer):
+    module, x = layer
+    with warnings.catch_warnings():
+        # Of torch itself: its tracer is old.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(module, x.detach())
+    torch.testing.assert_close(traced(x), by_torch(module, x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

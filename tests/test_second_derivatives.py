@@ -470,7 +470,7 @@ FUNCTIONS = {
     "_Causal", "_Tridiagonal", "CausalSolve", "TridiagonalSolve",  # solve
     "_Mixture", "_ChunkedCrossEntropy", "_Recurrence", "_NormalisedGate", "_ShortConvolution", "_Reversible",
     "_SolveFeatures", "_Dropout",
-    "_Linear",  # of single precision alone: tests/models/test_products.py
+    "_Linear",  # of single precision alone: tests/test_products.py
     "_LimitGradient", "_Rounded",  # below: their backwards are rules, no derivatives
 }  # fmt: skip
 

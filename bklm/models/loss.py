@@ -34,9 +34,9 @@ from bklm.moe.products import onednn_linear, onednn_serves, weight_gradient
 CPU_CHUNK_BYTES = 16 * 2**20
 GPU_CHUNK_BYTES = 256 * 2**20
 _FEWEST_ROWS = 16
-# With few rows, so with many words, the sum into a large gradient is what costs, and MKL adds while it multiplies. At
-# 2,016 rows and 1,000 words oneDNN took 0.5 of MKL's time, at 139 rows and 30,000 words 1.0 to 1.5.
-_ROWS_FOR_ONEDNN = 512
+# With few rows, so with many words, the sum into a large gradient is what costs, and MKL adds while it multiplies. At 139
+# rows and 30,000 words oneDNN takes 0.5 of MKL's time, at 32 rows and 131,000 words 2.2 (one thread of an AMD EPYC).
+_ROWS_FOR_ONEDNN = 64
 
 
 class TokenLosses(NamedTuple):
@@ -204,10 +204,16 @@ class LinearHead:
             self._weight_t = self.weight.t().contiguous()
         return onednn_linear(p, self._weight_t, None)
 
+    def no_weight_gradient(self) -> Tensor:
+        """Zeros (V, D), laid out as oneDNN's products are that will be added to them, where it makes them."""
+        if self.by_onednn and self.chunk_rows >= _ROWS_FOR_ONEDNN:
+            return torch.zeros_like(self.weight.t(), memory_format=torch.contiguous_format).t()
+        return torch.zeros_like(self.weight, dtype=self.exact)
+
     def add_weight_gradient(self, total: Tensor, p: Tensor, h: Tensor) -> None:
         """total (V, D) += p^T h, of p (m, V) and h (m, D)."""
         if self.by_onednn and len(p) >= _ROWS_FOR_ONEDNN:
-            total += weight_gradient(h, p).t()
+            total += weight_gradient(p, h)
         else:
             total.addmm_(p.t(), h)
 
@@ -223,7 +229,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale = valid.to(head.exact)
         total = scale.new_zeros(())
         d_rows = torch.empty_like(rows) if needs_rows else None
-        d_weight = torch.zeros_like(weight, dtype=head.exact) if needs_weight else None
+        d_weight = head.no_weight_gradient() if needs_weight else None
         d_bias = torch.zeros_like(bias, dtype=head.exact) if needs_bias else None
         for chunk in head.chunks():
             target, w = targets[chunk], scale[chunk]

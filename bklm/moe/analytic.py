@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bklm.moe.autocast import autocast_off
-from bklm.moe.products import add_weight_gradient, scaled_linear
+from bklm.moe.products import add_linear, add_weight_gradient, scaled_linear
 
 # A block of hidden activations should stay in a CPU's cache and fill a GPU. Blocks of 512 to 2048 tokens were equally
 # fast on a CPU for D = 64 to 768; whole batches of 4096 took up to twice as long.
@@ -174,7 +174,7 @@ def forward(
             if k < num_experts:
                 y.index_add_(0, rows, scaled_linear(h, down_w[e], down_b[e], 1 / k))
             else:
-                y[rows].add_(scaled_linear(h.mul_(p[e, rows].unsqueeze(1)), down_w[e]))
+                add_linear(y[rows], h.mul_(p[e, rows].unsqueeze(1)), down_w[e])
     return y, balance, p, tokens, bounds
 
 
@@ -238,18 +238,17 @@ def backward(
             add_weight_gradient(g_down_w[e], gy_rows, h, gate)
             add_weight_gradient(g_up_w[e], u, x_rows)
             g_up_b[e].add_(u.sum(0))
-            back = scaled_linear(u, up_w[e].t()).to(gx.dtype)
             if routed:
-                gx.index_add_(0, rows, back)
+                gx.index_add_(0, rows, scaled_linear(u, up_w[e].t()).to(gx.dtype))
             else:
-                gx[rows].add_(back)
+                add_linear(gx[rows], u, up_w[e].t())
         if not learns:
             return gx, None, None, g_up_w, g_up_b, g_down_w, g_down_b
         gbar.add_((_balance_weights(bounds, p) * (grad_balance / num_tokens)).unsqueeze(1))
         g_logits = gbar.sub_((p * gbar).sum(0)).mul_(p).div_(settings.tau)  # the Jacobian of the softmax
         g_router = (g_logits @ x.to(p.dtype)).to(router_weight.dtype)
         weight = router_weight.to(p.dtype)
-        # So thin a product is MKL's on every processor.
+        # Of so few experts oneDNN's product takes two to three times as long as MKL's.
         if gx.dtype == p.dtype:
             gx.addmm_(g_logits.t(), weight)
         else:

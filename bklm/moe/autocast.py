@@ -1,4 +1,4 @@
-"""What autocast does to the mixture's products."""
+"""What autocast does to matrix products, the mixture's and the models'."""
 
 from __future__ import annotations
 

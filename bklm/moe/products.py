@@ -5,7 +5,7 @@ which torch also carries and torch.compile calls, uses what there is. Time again
 EPYC with AVX-512, one thread, 0.4 for a thin or a large x W^T, 0.5 for a weight's gradient; on an Intel Xeon with
 AVX-512, two threads, 1 for a large x W^T, 1.4 to 1.7 for a thin one and for a weight's gradient. A training step of the
 solve model or of GPT (2.74 M parameters, windows of 64, one thread of that EPYC) takes 0.55 of it; an expert's products
-0.5 and their weights' gradients 0.75 (D 64, H 256, 1,024 tokens). So on Intel's processors and everywhere else (double,
+and their weights' gradients 0.5 (D 64, H 256, 1,024 tokens). So on Intel's processors and everywhere else (double,
 half precision, an accelerator, a torch built without oneDNN) these functions are the ordinary products.
 """
 
@@ -24,6 +24,8 @@ from bklm.moe.tracing import is_ordinary, is_transformed
 
 ONEDNN_FROM = 2**21
 """Multiplications of a product; below, preparing oneDNN's call takes longer than it saves (measured once by hand)."""
+FEWEST_FOR_A_SLICE = 32
+"""Rows of x; below, laying out a weight that is a slice of another takes longer than oneDNN saves (measured once by hand)."""
 
 
 @functools.cache
@@ -49,21 +51,26 @@ def onednn_serves(x: Tensor) -> bool:
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., K) times weight (V, K) transposed, plus bias: the operator that torch.compile puts in place of F.linear."""
     # A slice of a matrix would take oneDNN's reference loop, a thousand times slower.
-    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+    if not _is_laid_out(weight):
         weight = weight.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+
+
+def _is_laid_out(weight: Tensor) -> bool:
+    return weight.is_contiguous() or weight.t().is_contiguous()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear with all its gradients: x (..., K) times weight (V, K) transposed, plus bias (V,)."""
     given = (x, weight) if bias is None else (x, weight, bias)
-    # Compiling is asked first: a question for the size would be compiled in.
+    # Who compiles or traces is asked for first: a question for the size would be compiled in, or warned of.
     if (
         torch.compiler.is_compiling()
+        or is_transformed(*given)
         or x.numel() * len(weight) < ONEDNN_FROM
         or not all(map(onednn_serves, given))
         or autocast_dtype(x) is not None
-        or is_transformed(*given)
+        or not (_is_laid_out(weight) or x.numel() >= FEWEST_FOR_A_SLICE * x.shape[-1])
     ):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
@@ -74,13 +81,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """scale (x W^T + bias) of x (M, K), weight (V, K) and bias (V,), all of one dtype, for code with a backward of its own:
     it records nothing."""
-    if x.numel() * len(weight) >= ONEDNN_FROM and onednn_serves(x):
+    if _is_served(x, weight):
         y = onednn_linear(x, weight, bias)
         return y if scale == 1 else y.mul_(scale)
     if bias is None:
-        y = x @ weight.t()
-        return y if scale == 1 else y.mul_(scale)
+        # Of beta 0 the first argument lends its dtype alone; one rounding, where a product and its multiple have two.
+        return torch.addmm(x.new_empty(1), x, weight.t(), beta=0, alpha=scale)
     return torch.addmm(bias, x, weight.t(), beta=scale, alpha=scale)
+
+
+def add_linear(total: Tensor, x: Tensor, weight: Tensor) -> None:
+    """total (M, V) += x W^T of x (M, K) and weight (V, K), summed in the dtype of ``total``; it records nothing."""
+    if total.dtype == x.dtype and not _is_served(x, weight):
+        total.addmm_(x, weight.t())
+    else:
+        total.add_(scaled_linear(x, weight))
+
+
+def _is_served(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN takes x (M, K) times weight (V, K) transposed, and is worth calling."""
+    return x.numel() * len(weight) >= ONEDNN_FROM and onednn_serves(x) and onednn_serves(weight)
 
 
 class Linear(nn.Linear):
@@ -140,17 +160,20 @@ class PreparedLinear:
 
 
 def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
-    """Gradient (V, K) of a weight from all rows at once: d^T x of d (..., V) and x (..., K)."""
+    """Gradient (V, K) of a weight from all rows at once: d^T x of d (..., V) and x (..., K). Its layout is of either kind."""
     d, x = d.reshape(-1, d.shape[-1]), x.reshape(-1, x.shape[-1]).to(d.dtype)
-    if onednn_serves(d):
-        return onednn_linear(d.t().contiguous(), x.t(), None)
-    return d.t() @ x
+    if not onednn_serves(d):
+        return d.t() @ x
+    # One of both is laid out anew: the narrower.
+    if d.shape[1] > x.shape[1]:
+        return onednn_linear(x.t().contiguous(), d.t(), None).t()
+    return onednn_linear(d.t().contiguous(), x.t(), None)
 
 
 def add_weight_gradient(total: Tensor, d: Tensor, x: Tensor, scale: float = 1.0) -> None:
     """total (V, K) += scale d^T x of d (M, V) and x (M, K), summed in the dtype of ``total`` so that blocks in a lower
     precision do not lose what they add."""
-    if d.numel() * x.shape[1] >= ONEDNN_FROM and onednn_serves(d):
+    if d.numel() * x.shape[1] >= ONEDNN_FROM and onednn_serves(d) and onednn_serves(x):
         total.add_(weight_gradient(d, x), alpha=scale)
     elif total.dtype == d.dtype:
         total.addmm_(d.t(), x, alpha=scale)

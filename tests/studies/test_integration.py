@@ -246,7 +246,7 @@ def test_without_the_exact_gradient_a_step_leaves_the_fused_kernel_too_and_its_t
     assert (row["stays"], row["ms_ratio"]) == (False, 3.0)
     assert (
         "3.000 (3.000 to 3.000), the kernel's as well"
-        in tables.readable_switches([row])[0]["removed: time of a step"]
+        in tables.readable_switches([row], [])[0]["removed: time of a step"]
     )
 
 

@@ -67,7 +67,7 @@ class IntegrationResult(StudyResult):
 
     def tables(self) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         made = {
-            "switches": lambda: tables.readable_switches(self.switches),
+            "switches": lambda: tables.readable_switches(self.switches, self.parts["verdicts"]),
             "arms": lambda: ARMS.readable(self.table),
             "verdicts": lambda: readable_verdicts([r for r in self.parts["verdicts"] if r["any_of"] == 1]),
             "timed": lambda: ARMS.readable(self.parts["timed"]),

@@ -49,7 +49,14 @@ def time_ratio(milliseconds: Milliseconds, arm: str, to: str, any_of: int = 1) -
     return Perplexity(statistics.median(ratios), *ends)
 
 
-def readable_switches(rows: Sequence[Row]) -> Rows:
+def at_once(verdicts: Sequence[Row]) -> int:
+    """How many intervals of losses hold at once, of those with a switch left out."""
+    return max((r["any_of"] for r in verdicts if r["arm"].startswith(LESS)), default=1)
+
+
+def readable_switches(rows: Sequence[Row], verdicts: Sequence[Row]) -> Rows:
+    """Rows of ``switch_rows`` in words; ``verdicts``: of ``judged`` at equal steps."""
+
     def time_in_words(r: Row) -> str:
         ratio = f"x{Perplexity(r['ms_ratio'], r['ms_ratio_low'], r['ms_ratio_high'])}"
         return (
@@ -63,7 +70,7 @@ def readable_switches(rows: Sequence[Row]) -> Rows:
         }
         return nats_in_words(found, digits=3)
 
-    all_at_once = f"(95% for {rows[0]['any_of']} at once)" if rows else ""
+    all_at_once = f"(95% for {at_once(verdicts)} at once)"
     return [
         {
             "switch": f"{r['switch']} ({r['study']})", "on": r["on"], "off": r["off"],
