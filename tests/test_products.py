@@ -91,6 +91,7 @@ def test_a_weights_gradient_sums_over_all_leading_dimensions(matrices):
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_products_that_record_nothing_scale_and_add(matrices, monkeypatch, rows, scale):
     monkeypatch.setattr(products, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(products, "RAGGED_FROM", 1)
     x, weight = matrices[0][0, :rows], matrices[1]
     bias = weight[:, 0].contiguous()
     exact = x.double() @ weight.double().t()
@@ -114,6 +115,17 @@ def test_low_precision_is_rounded_once_where_a_product_is_scaled(monkeypatch):
     x, weight = torch.randn(64, 32, dtype=torch.bfloat16), torch.randn(16, 32, dtype=torch.bfloat16)
     once = (0.3 * (x.double() @ weight.double().t())).to(torch.bfloat16)
     assert (scaled_linear(x, weight, None, 0.3) != once).double().mean() < 0.02
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize(("rows", "count"), [(products.WHOLE, 2), (products.WHOLE + 1, 0)])
+def test_a_number_of_rows_that_may_not_come_again_is_not_prepared_for(monkeypatch, rows, count):
+    monkeypatch.setattr(products, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(products, "is_intel", lambda: False)
+    x, weight = torch.randn(rows, 8), torch.randn(6, 8)
+    with profile() as seen:
+        add_weight_gradient(torch.zeros(6, 8), scaled_linear(x, weight), x)
+    assert sum(e.count for e in seen.key_averages() if e.key == "mkldnn::_linear_pointwise") == count
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ which torch also carries and torch.compile calls, uses what there is. Time again
 EPYC with AVX-512, one thread, 0.4 for a thin or a large x W^T, 0.5 for a weight's gradient; on an Intel Xeon with
 AVX-512, two threads, 1 for a large x W^T, 1.4 to 1.7 for a thin one and for a weight's gradient. A training step of the
 solve model or of GPT (2.74 M parameters, windows of 64, one thread of that EPYC) takes 0.55 of it; an expert's products
-and their weights' gradients 0.5 (D 64, H 256, 1,024 tokens). So on Intel's processors and everywhere else (double,
+and their weights' gradients 0.5 (D 64, H 256, blocks of 1,024 tokens). So on Intel's processors and everywhere else (double,
 half precision, an accelerator, a torch built without oneDNN) these functions are the ordinary products.
 """
 
@@ -24,6 +24,10 @@ from bklm.moe.tracing import is_ordinary, is_transformed
 
 ONEDNN_FROM = 2**21
 """Multiplications of a product; below, preparing oneDNN's call takes longer than it saves (measured once by hand)."""
+RAGGED_FROM = 2**25
+"""The same where the number of rows is no multiple of ``WHOLE`` and so perhaps another at every call, as an expert's tokens
+are: oneDNN takes 0.1 ms to prepare itself for a number it has not seen, and keeps a thousand (measured once by hand)."""
+WHOLE = 64
 FEWEST_FOR_A_SLICE = 32
 """Rows of x; below, laying out a weight that is a slice of another takes longer than oneDNN saves (measured once by hand)."""
 
@@ -100,7 +104,11 @@ def add_linear(total: Tensor, x: Tensor, weight: Tensor) -> None:
 
 def _is_served(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN takes x (M, K) times weight (V, K) transposed, and is worth calling."""
-    return x.numel() * len(weight) >= ONEDNN_FROM and onednn_serves(x) and onednn_serves(weight)
+    return _is_worth_it(len(x), x.shape[1] * len(weight)) and onednn_serves(x) and onednn_serves(weight)
+
+
+def _is_worth_it(rows: int, weights: int) -> bool:
+    return rows * weights >= (RAGGED_FROM if rows % WHOLE else ONEDNN_FROM)
 
 
 class Linear(nn.Linear):
@@ -173,7 +181,7 @@ def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
 def add_weight_gradient(total: Tensor, d: Tensor, x: Tensor, scale: float = 1.0) -> None:
     """total (V, K) += scale d^T x of d (M, V) and x (M, K), summed in the dtype of ``total`` so that blocks in a lower
     precision do not lose what they add."""
-    if d.numel() * x.shape[1] >= ONEDNN_FROM and onednn_serves(d) and onednn_serves(x):
+    if _is_worth_it(len(d), d.shape[1] * x.shape[1]) and onednn_serves(d) and onednn_serves(x):
         total.add_(weight_gradient(d, x), alpha=scale)
     elif total.dtype == d.dtype:
         total.addmm_(d.t(), x, alpha=scale)
