@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the group of all processes as their default when it is imported. Imported later, as AdamW's step does,
+# they would hold gloo's threads to the end, whatever lets go of the group (torch 2.13.0).
+import torch.distributed.nn.functional
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
