@@ -383,9 +383,9 @@ def what_is_left(run: Any) -> str:
     return f"what is left is the arm *{known[1]}*, no other" if known else "here nothing was left to train"
 
 
-def width_in_words(run: Any) -> str:
+def width_in_words(run: Any, seeds: int) -> str:
     """How many standard deviations of paired differences the intervals of losses of all switches at once reach."""
-    seeds, any_of = len(run.config["seeds"]), integration.at_once(run.summary["parts"]["verdicts"])
+    any_of = integration.at_once(run.summary["parts"]["verdicts"])
     # Of a standard deviation of one.
     standard = [math.sqrt((seeds - 1) / 2), -math.sqrt((seeds - 1) / 2), *[0.0] * (seeds - 2)]
     return f"{interval95(standard, any_of)[1]:.1f}"
@@ -534,7 +534,9 @@ OF_RUNS: Places = {
         "shares": lambda run: integration.shares_in_words(run.summary["shares"]),
         "timed": lambda run: integration.ARMS.readable(run.summary["parts"]["timed"]),
         "costs": lambda run: integration.readable_costs(run.summary["parts"]["costs"]),
-        "width": width_in_words,
+        "width": lambda run: width_in_words(run, len(run.config["seeds"])),
+        "width_of_three": lambda run: width_in_words(run, 3),
+        "realised": lambda run: "".join(run.finding.rpartition("Seconds of training at equal time")[1:]),
         "left": what_is_left,
         "less_gradient": less_gradient,
     },

@@ -459,6 +459,11 @@ def test_the_readmes_words_on_09_have_the_numbers_of_the_kept_results():
     costs = pd.read_csv(folder / "integration_costs.csv").set_index("arm")
     assert [arm for arm in ("full", "less gradient") if costs.loc[arm, "reached"]] == ["full"]
     assert f"Without the Koopman term a step is {1 - switches.ms_ratio['koopman']:.0%} shorter" in page
+    told = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    five, three = map(
+        float, re.search(r"those of loss reach ([\d.]+) standard .* \(over three ([\d.]+)\)", told).groups()
+    )
+    assert f"intervals are then {three / five:.1f} times as wide" in page
     left = costs.loc["integrated"]
     assert (
         f"last loss in {left.ratio:.2f} of the time ({left.low:.2f} to {left.high:.2f}), chosen and measured on the same "
