@@ -47,6 +47,8 @@ BENCHMARKS = {
     "whole logits and the recursion. Targets: 2 times the tokens/s of the faster with whole logits (aim 3), a third of the "
     "peak memory; for both models "
     "at most 1.3 times the time of their matrix products.",
+    "products": "Single matrix products and whole training steps by MKL, by oneDNN, and by what the package takes of both "
+    "(`bklm/moe/products.py`). Target: what is taken costs at most 1.2 times the faster of both.",
     "moe": "The analytic mixture of experts against autograd. Targets: *selected* 2 times in time and memory at E = 8, "
     "k = 1; *exact* not slower than *dense*; at E = 4, k = 1 as fast as the dense layer of its active size. Claimed by "
     "the original: 10 times.",

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = {
     "train_step": ("--quick --rounds 2", "tokens/s"),
     "baseline_step": ("--quick --seconds 1", "of the floor"),
+    "products": ("--quick", "taken / faster"),
     "freeze_phase2": ("--quick --seconds 1", "kept contexts"),
     "scaling": ("--parts training --rounds 1 --workers 1 --profile smoke", "1 process, 1 thread each"),
     "resolvent_solve": ("--quick --seconds 0.2", "scipy / ours"),

@@ -1,12 +1,11 @@
 """Matrix products on the faster of the libraries that torch carries.
 
 On a CPU torch.mm and F.linear call MKL for float32, and MKL keeps to AVX2 on processors that are not Intel's; oneDNN,
-which torch also carries and torch.compile calls, uses what there is. Time against MKL's, measured once by hand: on an AMD
-EPYC with AVX-512, one thread, 0.4 for a thin or a large x W^T, 0.5 for a weight's gradient; on an Intel Xeon with
-AVX-512, two threads, 1 for a large x W^T, 1.4 to 1.7 for a thin one and for a weight's gradient. A training step of the
-solve model or of GPT (2.74 M parameters, windows of 64, one thread of that EPYC) takes 0.55 of it; an expert's products
-and their weights' gradients 0.5 (D 64, H 256, blocks of 1,024 tokens). So on Intel's processors and everywhere else (double,
-half precision, an accelerator, a torch built without oneDNN) these functions are the ordinary products.
+which torch also carries and torch.compile calls, uses what there is. On an AMD EPYC with AVX-512 a training step takes
+about half as long with it (benchmarks/products.py: products, limits and steps, by both); on an Intel Xeon with AVX-512, two
+threads, measured once by hand, a large x W^T takes as long, a thin one and a weight's gradient 1.4 to 1.7 times. So on
+Intel's processors and everywhere else (double, half precision, an accelerator, a torch built without oneDNN) these
+functions are the ordinary products.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from bklm.moe.autocast import autocast_dtype
 from bklm.moe.tracing import is_ordinary, is_transformed
 
 ONEDNN_FROM = 2**21
-"""Multiplications of a product; below, preparing oneDNN's call takes longer than it saves (measured once by hand)."""
+"""Multiplications of a product; below, preparing oneDNN's call takes longer than it saves (benchmarks/products.py)."""
 RAGGED_FROM = 2**25
 """The same where the number of rows is no multiple of ``WHOLE`` and so perhaps another at every call, as an expert's tokens
-are: oneDNN takes 0.1 ms to prepare itself for a number it has not seen, and keeps a thousand (measured once by hand)."""
+are: oneDNN takes 0.1 ms to prepare itself for a number it has not seen, and keeps a thousand (benchmarks/products.py)."""
 WHOLE = 64
 FEWEST_FOR_A_SLICE = 32
-"""Rows of x; below, laying out a weight that is a slice of another takes longer than oneDNN saves (measured once by hand)."""
+"""Rows of x; below, laying out a weight that is a slice of another takes longer than oneDNN saves (benchmarks/products.py)."""
 
 
 @functools.cache
