@@ -6,9 +6,9 @@
 
 For float32 on a CPU torch's own operators call MKL; oneDNN, which torch carries too, is called by name. *taken* is what
 `bklm/moe/products.py` does here. *forward* is x W^T of x (rows, K) and W (V, K), *input's* d W of d (rows, V), *weight's*
-G += d^T x. With *another number of rows* each call has up to ``MORE_ROWS`` more, as an expert's tokens change, and its time
-varies as they do; *a slice* is a W whose rows do not follow one another in memory. Arms take turns in one process; medians
-with quartiles.
+G += d^T x. *An expert's rows* are drawn at each call, as each token goes to one of eight experts at random, so that a number
+comes again now and then; *a number never seen* is another one at every call, which oneDNN has to prepare for. *A slice* is a W
+whose rows do not follow one another in memory. Arms take turns in one process; medians with quartiles.
 """
 
 from __future__ import annotations
@@ -33,13 +33,22 @@ SHAPES = {
     "an expert's map": (1024, 64, 256),
     "a thin map": (4096, 64, 16),
     "at the least size": (512, 64, 64),
+    "a weight's least size": (512, 64, 256),
     "a small map": (64, 64, 64),
 }
 """Rows, K and V."""
-MORE_ROWS = 3000
-RAGGED = {"a small expert": (200, 64, 256), "an expert": (1000, 64, 256), "a large expert": (2000, 256, 1024)}
-"""The same, the fewest rows."""
-SLICES = {"8 rows": (8, 256, 256), "32 rows": (32, 256, 256), "1,024 rows": (1024, 256, 256)}
+RAGGED = {
+    "a small layer": (64, 64, 256),
+    "a layer": (512, 64, 256),
+    "many tokens": (2048, 64, 256),
+    "a large layer": (512, 256, 1024),
+}
+"""The same, the mean of the rows."""
+EXPERTS = 8
+NEVER_SEEN = {"a layer": (512, 64, 256), "a large layer": (512, 256, 1024)}
+"""The same, the fewest rows; calls have up to ``MORE_ROWS`` more."""
+MORE_ROWS = 512
+SLICES = {"8 rows": (8, 256, 256), "64 rows": (64, 256, 256), "1,024 rows": (1024, 256, 256)}
 QUICK = {"an expert's map": (128, 64, 256)}
 ALLOWED = 1.2
 """What is taken may cost so many times the faster library."""
@@ -47,20 +56,21 @@ ALLOWED = 1.2
 
 def arms(call: Callable[[], object]) -> Arms:
     """``call`` as the package takes it here, and with each library throughout."""
-    decided = products.is_intel, products.ONEDNN_FROM, products.RAGGED_FROM
+    limits = "is_intel", "ONEDNN_FROM", "WEIGHT_GRADIENT_FROM", "RAGGED_FROM"
+    decided = [getattr(products, name) for name in limits]
 
     def throughout(library: str, least: int) -> Callable[[], object]:
+        forced = [lambda: library == "MKL", least, least, least]
+
         def timed() -> object:
             # Attributes are set, as a context manager would take longer than a small product.
-            products.is_intel, products.ONEDNN_FROM, products.RAGGED_FROM = (
-                lambda: library == "MKL",
-                least,
-                least,
-            )
+            for name, value in zip(limits, forced, strict=True):
+                setattr(products, name, value)
             try:
                 return call()
             finally:
-                products.is_intel, products.ONEDNN_FROM, products.RAGGED_FROM = decided
+                for name, value in zip(limits, decided, strict=True):
+                    setattr(products, name, value)
 
         return timed
 
@@ -76,18 +86,25 @@ def products_of(rows: int, k: int, v: int) -> dict[str, Arms]:
     }
 
 
-def products_of_other_rows(rows: int, k: int, v: int) -> dict[str, Arms]:
-    """The same, each call with a number of rows that the calls before did not have."""
-    x, d = torch.randn(rows + MORE_ROWS, k), torch.randn(rows + MORE_ROWS, v)
-    w, total = torch.randn(v, k), torch.zeros(v, k)
-    # Steps of a prime through all of them: oneDNN has forgotten a number by the time it comes again.
-    others = itertools.cycle([rows + 7 * i % MORE_ROWS for i in range(MORE_ROWS)])
+def products_of_an_expert(rows: int, k: int, v: int) -> dict[str, Arms]:
+    drawn = torch.distributions.Binomial(EXPERTS * rows, torch.tensor(1 / EXPERTS)).sample((10_000,))
+    return products_of_some(drawn.int().tolist(), k, v)
+
+
+def products_never_seen(rows: int, k: int, v: int) -> dict[str, Arms]:
+    """oneDNN keeps about a thousand preparations: it has forgotten a number by the time it comes again."""
+    return products_of_some([rows + 7 * i % MORE_ROWS for i in range(MORE_ROWS)], k, v)
+
+
+def products_of_some(rows: list[int], k: int, v: int) -> dict[str, Arms]:
+    x, d, w, total = torch.randn(max(rows), k), torch.randn(max(rows), v), torch.randn(v, k), torch.zeros(v, k)
+    numbers = itertools.cycle(rows)
 
     def forward() -> object:
-        return products.scaled_linear(x[: next(others)], w)
+        return products.scaled_linear(x[: next(numbers)], w)
 
     def weights() -> None:
-        n = next(others)
+        n = next(numbers)
         products.add_weight_gradient(total, d[:n], x[:n])
 
     return {"forward": arms(forward), "weight's": arms(weights)}
@@ -156,7 +173,8 @@ def main() -> None:
     seconds = 0.1 if args.quick else args.seconds
     found = {
         "a number of rows seen before": (QUICK if args.quick else SHAPES, products_of),
-        "another number of rows at each call": (QUICK if args.quick else RAGGED, products_of_other_rows),
+        "an expert's rows": (QUICK if args.quick else RAGGED, products_of_an_expert),
+        "a number of rows never seen": (QUICK if args.quick else NEVER_SEEN, products_never_seen),
         "a weight that is a slice": (QUICK if args.quick else SLICES, products_of_slice),
     }
     costs = {title: report(title, table_of(*how), seconds) for title, how in found.items()}

@@ -93,6 +93,7 @@ def test_backward_equals_autograd(dtype, tolerance, router_gradient, experts, k)
 @pytest.mark.parametrize(("experts", "k"), [(4, 1), (4, 2), (4, 4), (1, 1)])
 def test_experts_by_onednns_products_are_the_same(monkeypatch, router_gradient, experts, k):
     monkeypatch.setattr(products, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(products, "WEIGHT_GRADIENT_FROM", 1)
     monkeypatch.setattr(products, "RAGGED_FROM", 1)
     monkeypatch.setattr(products, "is_intel", lambda: False)
     for tokens, block in ((33, 7), (1, 64), (33, 64)):

@@ -53,6 +53,7 @@ def test_onednn_takes_single_precision_on_a_cpu_that_is_not_intels_and_nothing_e
 def test_linear_of_whole_sliced_and_transposed_matrices(matrices, monkeypatch):
     x, weight = matrices
     monkeypatch.setattr(products, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(products, "WEIGHT_GRADIENT_FROM", 1)
     bias = weight[:, 0].contiguous()
     close(linear(x, weight, bias), x.double() @ weight.double().t() + bias.double())
     close(linear(x[..., 2:5], weight[:, 2:5]), x[..., 2:5].double() @ weight[:, 2:5].double().t())
@@ -91,6 +92,7 @@ def test_a_weights_gradient_sums_over_all_leading_dimensions(matrices):
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_products_that_record_nothing_scale_and_add(matrices, monkeypatch, rows, scale):
     monkeypatch.setattr(products, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(products, "WEIGHT_GRADIENT_FROM", 1)
     monkeypatch.setattr(products, "RAGGED_FROM", 1)
     x, weight = matrices[0][0, :rows], matrices[1]
     bias = weight[:, 0].contiguous()
@@ -111,6 +113,7 @@ def test_products_that_record_nothing_scale_and_add(matrices, monkeypatch, rows,
 
 def test_low_precision_is_rounded_once_where_a_product_is_scaled(monkeypatch):
     monkeypatch.setattr(products, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(products, "WEIGHT_GRADIENT_FROM", 1)
     torch.manual_seed(0)
     x, weight = torch.randn(64, 32, dtype=torch.bfloat16), torch.randn(16, 32, dtype=torch.bfloat16)
     once = (0.3 * (x.double() @ weight.double().t())).to(torch.bfloat16)
@@ -121,6 +124,7 @@ def test_low_precision_is_rounded_once_where_a_product_is_scaled(monkeypatch):
 @pytest.mark.parametrize(("rows", "count"), [(products.WHOLE, 2), (products.WHOLE + 1, 0)])
 def test_a_number_of_rows_that_may_not_come_again_is_not_prepared_for(monkeypatch, rows, count):
     monkeypatch.setattr(products, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(products, "WEIGHT_GRADIENT_FROM", 1)
     monkeypatch.setattr(products, "is_intel", lambda: False)
     x, weight = torch.randn(rows, 8), torch.randn(6, 8)
     with profile() as seen:
@@ -132,6 +136,7 @@ def test_a_number_of_rows_that_may_not_come_again_is_not_prepared_for(monkeypatc
 def layer(monkeypatch):
     """A small map that takes oneDNN's products wherever they can be had, and its input."""
     monkeypatch.setattr(products, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(products, "WEIGHT_GRADIENT_FROM", 1)
     monkeypatch.setattr(products, "is_intel", lambda: False)
     torch.manual_seed(0)
     return Linear(8, 6), torch.randn(3, 5, 8, requires_grad=True)
@@ -154,6 +159,7 @@ def test_a_layer_takes_onednns_products_forward_and_backward(layer):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 def test_whole_logits_the_context_block_and_koopmans_nets_take_onednns_products(monkeypatch):
     monkeypatch.setattr(products, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(products, "WEIGHT_GRADIENT_FROM", 1)
     monkeypatch.setattr(products, "is_intel", lambda: False)
     model = ContextTokenLM(ContextTokenConfig(vocab_size=20, embed_dim=8, context_dim=8, n_layers=2))
     x = torch.randn(2, 40, 8)

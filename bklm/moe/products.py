@@ -23,11 +23,14 @@ from bklm.moe.tracing import is_ordinary, is_transformed
 
 ONEDNN_FROM = 2**21
 """Multiplications of a product; below, preparing oneDNN's call takes longer than it saves (benchmarks/products.py)."""
+WEIGHT_GRADIENT_FROM = 2**23
+"""The same for the gradient of a weight, which has to lay out a matrix besides (benchmarks/products.py)."""
 RAGGED_FROM = 2**25
-"""The same where the number of rows is no multiple of ``WHOLE`` and so perhaps another at every call, as an expert's tokens
-are: oneDNN takes 0.1 ms to prepare itself for a number it has not seen, and keeps a thousand (benchmarks/products.py)."""
+"""The same for either where the number of rows is no multiple of ``WHOLE``, perhaps another at every call, as an expert's
+tokens are: oneDNN takes 0.1 ms and more to prepare itself for a number it has not seen, and keeps a thousand of them
+(benchmarks/products.py)."""
 WHOLE = 64
-FEWEST_FOR_A_SLICE = 32
+FEWEST_FOR_A_SLICE = 64
 """Rows of x; below, laying out a weight that is a slice of another takes longer than oneDNN saves (benchmarks/products.py)."""
 
 
@@ -106,8 +109,8 @@ def _is_served(x: Tensor, weight: Tensor) -> bool:
     return _is_worth_it(len(x), x.shape[1] * len(weight)) and onednn_serves(x) and onednn_serves(weight)
 
 
-def _is_worth_it(rows: int, weights: int) -> bool:
-    return rows * weights >= (RAGGED_FROM if rows % WHOLE else ONEDNN_FROM)
+def _is_worth_it(rows: int, weights: int, least: int = ONEDNN_FROM) -> bool:
+    return rows * weights >= (RAGGED_FROM if rows % WHOLE else least)
 
 
 class Linear(nn.Linear):
@@ -169,7 +172,7 @@ class PreparedLinear:
 def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
     """Gradient (V, K) of a weight from all rows at once: d^T x of d (..., V) and x (..., K). Its layout is of either kind."""
     d, x = d.reshape(-1, d.shape[-1]), x.reshape(-1, x.shape[-1]).to(d.dtype)
-    if not onednn_serves(d):
+    if not onednn_serves(d) or d.shape[1] * x.numel() < WEIGHT_GRADIENT_FROM:
         return d.t() @ x
     # One of both is laid out anew: the narrower.
     if d.shape[1] > x.shape[1]:
@@ -180,7 +183,8 @@ def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
 def add_weight_gradient(total: Tensor, d: Tensor, x: Tensor, scale: float = 1.0) -> None:
     """total (V, K) += scale d^T x of d (M, V) and x (M, K), summed in the dtype of ``total`` so that blocks in a lower
     precision do not lose what they add."""
-    if _is_worth_it(len(d), d.shape[1] * x.shape[1]) and onednn_serves(d) and onednn_serves(x):
+    size = len(d), d.shape[1] * x.shape[1], WEIGHT_GRADIENT_FROM
+    if _is_worth_it(*size) and onednn_serves(d) and onednn_serves(x):
         total.add_(weight_gradient(d, x), alpha=scale)
     elif total.dtype == d.dtype:
         total.addmm_(d.t(), x, alpha=scale)
