@@ -34,6 +34,13 @@ def close(got, want):
     torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance(got.dtype))
 
 
+@pytest.fixture
+def small_ones_too(monkeypatch):
+    """oneDNN takes a product of any size."""
+    for limit in ("ONEDNN_FROM", "WEIGHT_GRADIENT_FROM"):
+        monkeypatch.setattr(products, limit, 1)
+
+
 @pytest.fixture(params=[*DTYPES, "float32 by MKL"], ids=str)
 def matrices(request, monkeypatch):
     """x and a weight; in float32 once as on an Intel processor and once as on others."""
@@ -50,10 +57,8 @@ def test_onednn_takes_single_precision_on_a_cpu_that_is_not_intels_and_nothing_e
     assert onednn_serves(x) == expected
 
 
-def test_linear_of_whole_sliced_and_transposed_matrices(matrices, monkeypatch):
+def test_linear_of_whole_sliced_and_transposed_matrices(matrices, small_ones_too):
     x, weight = matrices
-    monkeypatch.setattr(products, "ONEDNN_FROM", 1)
-    monkeypatch.setattr(products, "WEIGHT_GRADIENT_FROM", 1)
     bias = weight[:, 0].contiguous()
     close(linear(x, weight, bias), x.double() @ weight.double().t() + bias.double())
     close(linear(x[..., 2:5], weight[:, 2:5]), x[..., 2:5].double() @ weight[:, 2:5].double().t())
@@ -80,7 +85,7 @@ def test_a_relu_lets_nan_through(matrices):
     assert not y[:, :2].isnan().any()
 
 
-def test_a_weights_gradient_sums_over_all_leading_dimensions(matrices):
+def test_a_weights_gradient_sums_over_all_leading_dimensions(matrices, small_ones_too):
     x, weight = matrices
     d = linear(x, weight)
     close(weight_gradient(d, x), d.flatten(0, 1).double().t() @ x.flatten(0, 1).double())
@@ -90,9 +95,7 @@ def test_a_weights_gradient_sums_over_all_leading_dimensions(matrices):
 
 @pytest.mark.parametrize("rows", [0, 1, 5])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_products_that_record_nothing_scale_and_add(matrices, monkeypatch, rows, scale):
-    monkeypatch.setattr(products, "ONEDNN_FROM", 1)
-    monkeypatch.setattr(products, "WEIGHT_GRADIENT_FROM", 1)
+def test_products_that_record_nothing_scale_and_add(matrices, monkeypatch, rows, scale, small_ones_too):
     monkeypatch.setattr(products, "RAGGED_FROM", 1)
     x, weight = matrices[0][0, :rows], matrices[1]
     bias = weight[:, 0].contiguous()
@@ -111,9 +114,7 @@ def test_products_that_record_nothing_scale_and_add(matrices, monkeypatch, rows,
         )
 
 
-def test_low_precision_is_rounded_once_where_a_product_is_scaled(monkeypatch):
-    monkeypatch.setattr(products, "ONEDNN_FROM", 1)
-    monkeypatch.setattr(products, "WEIGHT_GRADIENT_FROM", 1)
+def test_low_precision_is_rounded_once_where_a_product_is_scaled(small_ones_too):
     torch.manual_seed(0)
     x, weight = torch.randn(64, 32, dtype=torch.bfloat16), torch.randn(16, 32, dtype=torch.bfloat16)
     once = (0.3 * (x.double() @ weight.double().t())).to(torch.bfloat16)
@@ -122,9 +123,7 @@ def test_low_precision_is_rounded_once_where_a_product_is_scaled(monkeypatch):
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 @pytest.mark.parametrize(("rows", "count"), [(products.WHOLE, 2), (products.WHOLE + 1, 0)])
-def test_a_number_of_rows_that_may_not_come_again_is_not_prepared_for(monkeypatch, rows, count):
-    monkeypatch.setattr(products, "ONEDNN_FROM", 1)
-    monkeypatch.setattr(products, "WEIGHT_GRADIENT_FROM", 1)
+def test_a_number_of_rows_that_may_not_come_again_is_not_prepared_for(monkeypatch, rows, count, small_ones_too):
     monkeypatch.setattr(products, "is_intel", lambda: False)
     x, weight = torch.randn(rows, 8), torch.randn(6, 8)
     with profile() as seen:
@@ -133,10 +132,8 @@ def test_a_number_of_rows_that_may_not_come_again_is_not_prepared_for(monkeypatc
 
 
 @pytest.fixture
-def layer(monkeypatch):
+def layer(monkeypatch, small_ones_too):
     """A small map that takes oneDNN's products wherever they can be had, and its input."""
-    monkeypatch.setattr(products, "ONEDNN_FROM", 1)
-    monkeypatch.setattr(products, "WEIGHT_GRADIENT_FROM", 1)
     monkeypatch.setattr(products, "is_intel", lambda: False)
     torch.manual_seed(0)
     return Linear(8, 6), torch.randn(3, 5, 8, requires_grad=True)
@@ -157,9 +154,7 @@ def test_a_layer_takes_onednns_products_forward_and_backward(layer):
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
-def test_whole_logits_the_context_block_and_koopmans_nets_take_onednns_products(monkeypatch):
-    monkeypatch.setattr(products, "ONEDNN_FROM", 1)
-    monkeypatch.setattr(products, "WEIGHT_GRADIENT_FROM", 1)
+def test_whole_logits_the_context_block_and_koopmans_nets_take_onednns_products(monkeypatch, small_ones_too):
     monkeypatch.setattr(products, "is_intel", lambda: False)
     model = ContextTokenLM(ContextTokenConfig(vocab_size=20, embed_dim=8, context_dim=8, n_layers=2))
     x = torch.randn(2, 40, 8)
@@ -283,3 +278,18 @@ def test_a_compiled_layer_is_compiled_once_for_few_rows_and_many(layer, monkeypa
         x = torch.randn(rows, 8)
         torch.testing.assert_close(compiled(x), by_torch(module, x), rtol=0, atol=1e-5)
     assert counted.frame_count == 1
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize(("smaller", "count"), [(0, 1), (1, 0)])
+def test_a_small_weights_gradient_is_not_laid_out_for_onednn(monkeypatch, smaller, count):
+    monkeypatch.setattr(products, "is_intel", lambda: False)
+    monkeypatch.setattr(products, "WEIGHT_GRADIENT_FROM", 64 * 6 * 8 + smaller)
+    d, x = torch.randn(64, 6), torch.randn(64, 8)
+    for gradient in (
+        lambda: weight_gradient(d, x),
+        lambda: add_weight_gradient(torch.zeros(6, 8), d, x),
+    ):
+        with profile() as seen:
+            gradient()
+        assert sum(e.count for e in seen.key_averages() if e.key == "mkldnn::_linear_pointwise") == count

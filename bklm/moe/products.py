@@ -2,8 +2,8 @@
 
 On a CPU torch.mm and F.linear call MKL for float32, and MKL keeps to AVX2 on processors that are not Intel's; oneDNN,
 which torch also carries and torch.compile calls, uses what there is. On an AMD EPYC with AVX-512 a training step takes
-about half as long with it (benchmarks/products.py: products, limits and steps, by both); on an Intel Xeon with AVX-512, two
-threads, measured once by hand, a large x W^T takes as long, a thin one and a weight's gradient 1.4 to 1.7 times. So on
+0.5 to 0.7 of the time with it (benchmarks/products.py: products, limits and steps, by both); on an Intel Xeon with AVX-512,
+two threads, measured once by hand, a large x W^T takes as long, a thin one and a weight's gradient 1.4 to 1.7 times. So on
 Intel's processors and everywhere else (double, half precision, an accelerator, a torch built without oneDNN) these
 functions are the ordinary products.
 """
@@ -106,10 +106,14 @@ def add_linear(total: Tensor, x: Tensor, weight: Tensor) -> None:
 
 def _is_served(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN takes x (M, K) times weight (V, K) transposed, and is worth calling."""
-    return _is_worth_it(len(x), x.shape[1] * len(weight)) and onednn_serves(x) and onednn_serves(weight)
+    return (
+        _is_worth_it(len(x), x.shape[1] * len(weight), ONEDNN_FROM)
+        and onednn_serves(x)
+        and onednn_serves(weight)
+    )
 
 
-def _is_worth_it(rows: int, weights: int, least: int = ONEDNN_FROM) -> bool:
+def _is_worth_it(rows: int, weights: int, least: int) -> bool:
     return rows * weights >= (RAGGED_FROM if rows % WHOLE else least)
 
 
@@ -183,8 +187,8 @@ def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
 def add_weight_gradient(total: Tensor, d: Tensor, x: Tensor, scale: float = 1.0) -> None:
     """total (V, K) += scale d^T x of d (M, V) and x (M, K), summed in the dtype of ``total`` so that blocks in a lower
     precision do not lose what they add."""
-    size = len(d), d.shape[1] * x.shape[1], WEIGHT_GRADIENT_FROM
-    if _is_worth_it(*size) and onednn_serves(d) and onednn_serves(x):
+    is_worth_it = _is_worth_it(len(d), d.shape[1] * x.shape[1], WEIGHT_GRADIENT_FROM)
+    if is_worth_it and onednn_serves(d) and onednn_serves(x):
         total.add_(weight_gradient(d, x), alpha=scale)
     elif total.dtype == d.dtype:
         total.addmm_(d.t(), x, alpha=scale)
