@@ -91,6 +91,8 @@ NEEDS = {
 SHOWN = {"jax": "PYTHON", "nltk": "PYTHON", "text": "FOLDER"}  # the page names no path of a machine
 # Of what misses a target, as far as its tables tell why; shown only where one is missed.
 WHY = {
+    "products": "An expert of 2,048 tokens lies at the limit from which ragged groups go to oneDNN, so that half of its calls "
+    "are MKL's; a lower limit would cost where numbers of rows do not come again, which nobody knows before.",
     "bk_core": "More than half of the compilation is the solve's kernels (*Compilation*); selftest and notebook 00 compile "
     "some of models besides.",
     "reading_step": "A step is not its matrix products alone: the optimiser, norms, dropout, the mixer and the loss pass "
