@@ -2,7 +2,7 @@
 
 On a CPU torch.mm and F.linear call MKL for float32, and MKL keeps to AVX2 on processors that are not Intel's; oneDNN,
 which torch also carries and torch.compile calls, uses what there is. On an AMD EPYC with AVX-512 a training step takes
-0.5 to 0.7 of the time with it (benchmarks/products.py: products, limits and steps, by both); on an Intel Xeon with AVX-512,
+0.55 to 0.8 of the time with it (benchmarks/products.py: products, limits and steps, by both); on an Intel Xeon with AVX-512,
 two threads, measured once by hand, a large x W^T takes as long, a thin one and a weight's gradient 1.4 to 1.7 times. So on
 Intel's processors and everywhere else (double, half precision, an accelerator, a torch built without oneDNN) these
 functions are the ordinary products.

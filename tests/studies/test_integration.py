@@ -261,8 +261,19 @@ def test_what_stays_takes_with_it_what_it_needs_and_a_pair_of_which_only_both_ar
     assert kept(reading=True, convolution=False, **pair) == {"reading"}
     assert kept(reading=False, convolution=True, **pair) == {"reading", "convolution"}
     assert kept(reading=False, convolution=False, tying=True) == {"tying"}
-    rows = [{"switch": "reading", "stays": False}, {"switch": "convolution", "stays": True}]
-    assert tables.kept_in_words(rows) == "Stays: convolution, reading (as one of a pair)."
+    verdicts = {
+        "reading": "goes: without it less time",
+        "koopman": "goes: without it more loss, less time; at equal time less loss",
+        "energy": "goes: no cost of its removal is shown",
+        "pruning": "no verdict",
+        "convolution": "stays: without it more loss",
+    }
+    stays = {"s": True, "n": None, "g": False}
+    rows = [{"switch": name, "stays": stays[v[0]], "verdict": v} for name, v in verdicts.items()]
+    assert tables.kept_in_words(rows) == (
+        "Stays: convolution, reading (as one of a pair). "
+        "Goes: koopman (less loss at equal time), energy (no cost of its removal is shown). No verdict on: pruning."
+    )
 
 
 def test_what_stays_under_another_arms_name_is_called_by_it():
@@ -357,7 +368,7 @@ def test_seconds_to_the_plain_loss_are_steps_times_milliseconds_and_claims_are_r
     full = {"arm": "full", "against": "plain", "loss_difference": -1.0, "low": -1.1, "high": -0.9}
     found = verdicts(1.0, [full, full | {"arm": "integrated"}])
     assert found["all optimisations together help, at equal steps"] == "holds"
-    assert "parameters of the logits 100 and 200" in told["all optimisations together help, at equal steps"]
+    assert "parameters that reach the logits 100 and 200" in told["all optimisations together help, at equal steps"]
     unshown = full | {"low": -1.1, "high": 0.1}
     assert verdicts(1.0, [unshown])["all optimisations together help, at equal steps"] == "not shown"
     beside = verdicts(1.0, [full | {"against": "none", "low": 0.1, "high": 0.2}])

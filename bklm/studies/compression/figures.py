@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 
 from bklm.harness.figures import (
@@ -21,9 +22,11 @@ from bklm.harness.figures import (
 )
 from bklm.studies.compression.tables import BITS, KINDS, MEGA, SMALLER, kind_of
 
-COUNTED = "Kneser-Ney"
+COUNTED = "Kneser-Ney, by order"
 RINGED = "recommended"
 WIDTH = re.compile(r".*, width [\d.]+")
+NARROWER = {"": ("narrower, float32", ":"), ": int8": ("narrower, int8", "-")}
+"""By the ending of an arm: the label and the style of the line through narrower models."""
 WORST = 3.0  # times the float model's perplexity: what is above says no more than that
 
 
@@ -54,17 +57,18 @@ def draw_files(
                     colour, marker = styles[kind]
                     style = {"color": colour, "marker": marker, "linestyle": "", "label": kind, "markersize": 5}
                     _points(axes, points, **style)
-            for ending, line in (("", ":"), (": int8", "-")):
+            for ending, (label, line) in NARROWER.items():
                 ended = [r for r in shown if r["arm"].endswith(ending)]
                 names = {family, *(a for r in ended if WIDTH.fullmatch(a := r["arm"].removesuffix(ending)))}
                 dense = sorted(
                     (r for r in ended if r["arm"].removesuffix(ending) in names),
                     key=lambda r: r["packed_file_bytes"],
                 )
-                axes.plot(
-                    [r["packed_file_bytes"] / MEGA for r in dense], [r["val_ppl"] for r in dense], color=styles[SMALLER][0],
-                    linewidth=1, linestyle=line,
-                )  # fmt: skip
+                if len(dense) > 1:
+                    axes.plot(
+                        [r["packed_file_bytes"] / MEGA for r in dense], [r["val_ppl"] for r in dense], linestyle=line,
+                        color=styles[SMALLER][0], linewidth=1, label=label,
+                    )  # fmt: skip
             ringed = [r for r in recommended if r["family"] == family and r["val_ppl"] <= limit]
             axes.plot(
                 [r["packed_file_bytes"] / MEGA for r in ringed], [r["val_ppl"] for r in ringed], color="#000000", marker="o",
@@ -73,17 +77,14 @@ def draw_files(
             near = [r for r in counted if r["val_ppl"] <= limit]
             axes.plot(
                 [r["packed_file_bytes"] / MEGA for r in near], [r["val_ppl"] for r in near], color="#000000", marker="*",
-                markersize=9, linestyle="", label=COUNTED,
+                markersize=9, linestyle="", label=COUNTED, zorder=5,
             )  # fmt: skip
             for row in near:
                 order = row["arm"].removeprefix("Kneser-Ney ").partition("-")[0]
-                axes.annotate(
-                    order,
-                    (row["packed_file_bytes"] / MEGA, row["val_ppl"]),
-                    (5, 4),
-                    textcoords="offset points",
-                    fontsize=9,
-                )
+                place = row["packed_file_bytes"] / MEGA, row["val_ppl"]
+                halo = [withStroke(linewidth=2, foreground="white")]
+                style = {"fontsize": 9, "zorder": 6, "path_effects": halo}
+                axes.annotate(order, place, (5, 4), textcoords="offset points", **style)
             axes.axhline(
                 whole["val_ppl"], color=GREY, linewidth=1, linestyle="--", label="float32, as first trained"
             )
@@ -96,7 +97,11 @@ def draw_files(
             axes.set_title(family, fontsize=11)
         # One legend for all panels: what others show and the last does not is added to it.
         told = {label for axes in panels for label in axes.get_legend_handles_labels()[1]}
-        for kind in (k for k in kinds if k in told - set(panels[-1].get_legend_handles_labels()[1])):
+        told -= set(panels[-1].get_legend_handles_labels()[1])
+        for label, line in NARROWER.values():
+            if label in told:
+                panels[-1].plot([], [], color=styles[SMALLER][0], linestyle=line, linewidth=1, label=label)
+        for kind in (k for k in kinds if k in told):
             panels[-1].plot([], [], color=styles[kind][0], marker=styles[kind][1], linestyle="", label=kind)
         legend_below(panels[-1], ncols=3, fontsize=10)
 
@@ -120,16 +125,16 @@ def draw_speed(path: Path, rows: Sequence[Mapping[str, Any]], title: str, note: 
     families = list(dict.fromkeys(r["family"] for r in rows))
     if not families:
         return None
+    uses = {"times_faster": "scoring", "written_times_faster": "writing"}
+    # Of all panels, so that they have one kind of scale.
+    shown = [r[f"{key}_{end}"] for r in rows for key in uses for end in ("low", "high")]
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(len(families), 1, squeeze=False)[:, 0]
         for axes, family in zip(panels, families, strict=True):
-            own, shown = [r for r in rows if r["family"] == family], []
-            for k, (key, label) in enumerate(
-                (("times_faster", "scoring"), ("written_times_faster", "writing"))
-            ):
+            own = [r for r in rows if r["family"] == family]
+            for k, (key, label) in enumerate(uses.items()):
                 ends = [(r[f"{key}_low"], r[f"{key}_high"]) for r in own]
-                shown += [end for both in ends for end in both]
                 style = {"color": colours(2)[k], "marker": MARKERS[k], "linestyle": "", "label": label}
                 heights = [i + 0.2 * k for i in range(len(own))]
                 mean_with_error(axes, heights, [r[key] for r in own], ends, sideways=True, **style)

@@ -197,11 +197,10 @@ def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
     finding = tables.finding_in_words(rows, chosen, counted, unigram)
     claims = claims_table(rows, judged_rows, shares, speeds, counted)
     note = small_print(study.text, len(config.seeds), "what is far above both lines is not drawn")
-    # The title speaks of one model alone.
+    # The title speaks of one model alone, and of its recommended files where there are any.
     told_of = chosen[0]["family"] if chosen else families(config)[0]
-    title = tables.headline(chosen) + not_beaten_in_short(
-        min(r["val_ppl"] for r in rows if r["seeds"] and r["family"] == told_of), study.text.baselines
-    )
+    own = [r["val_ppl"] for r in chosen or rows if r["seeds"] and r["family"] == told_of]
+    title = tables.headline(chosen) + not_beaten_in_short(min(own), study.text.baselines)
     report.figure("files.png", figures.draw_files, rows, counted, chosen, unigram, title, note)
     rows_at_once = min(speed.SEQUENCES, config.batch_size)
     own = f"One CPU, in turns; one seed's models; batch {rows_at_once} x {study.text.seq_len}."

@@ -104,16 +104,14 @@ def shares_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def speed_headline(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The figure's title: int8 products with a scale a token, of the first model; the fastest of many would be a lucky one."""
+    """The figure's title: int8 products with a scale a token, of the first model, in both uses; the fastest of many would be
+    a lucky one."""
     own = next((r for r in rows if r["arm"] == PER_TOKEN), None)
     if own is None:
         return "No model was timed"
-    low, high = own["times_faster_low"], own["times_faster_high"]
-    found = (
-        "faster than float32"
-        if low > 1
-        else "slower than float32"
-        if high < 1
-        else "no difference from float32"
-    )
-    return f"{own['family']}: int8 products per token score x{own['times_faster']:.2f} ({low:.2f} to {high:.2f}), {found}"
+    told = []
+    for does, key in (("score", "times_faster"), ("write", "written_times_faster")):
+        low, high = own[f"{key}_low"], own[f"{key}_high"]
+        found = "faster" if low > 1 else "slower" if high < 1 else "no difference shown"
+        told.append(f"{does} x{own[key]:.2f} ({low:.2f} to {high:.2f}), {found}")
+    return f"{own['family']}, beside float32: int8 products per token {', and '.join(told)}"

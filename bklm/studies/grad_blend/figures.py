@@ -67,7 +67,8 @@ def draw_analysis(
         _perplexity_axis(final, means)
         convergence.plot(alphas, [r["convergence_epoch"] for r in table], **style)
         convergence.set(title="Convergence", xlabel="alpha", ylabel="epoch of 90% improvement")
-        convergence.set_ylim(bottom=0)
+        # Room above, or the highest point is cut in half.
+        convergence.set_ylim(0, 1.05 * convergence.get_ylim()[1])
         never = [r["alpha"] for r in table if r["convergence_epoch"] is None]
         variances = [r["gradient_variance"] for r in table]
         variance.plot(alphas, variances, **style)
@@ -89,11 +90,13 @@ def draw_analysis(
 
 def _perplexity_axis(axes: Axes, values: Sequence[float]) -> None:
     """A perplexity axis ruled by the points: the interval of a diverged alpha may leave it, the others stay readable."""
-    low, high = axes.get_ylim()
-    if high > max(values) * 3 or low < min(values) / 2:
+    drawn = axes.dataLim
+    lowest, highest = min(values) / 2, max(values) * 3
+    if drawn.y1 > highest or drawn.y0 < lowest:
         axes.set_title(f"{axes.get_title(loc='left')} (intervals cut)")
     wide_range_axis(axes.yaxis, values, "validation PPL")
-    axes.set_ylim(max(low, min(values) / 2), min(high, max(values) * 3))
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, lowest), min(high, highest))
 
 
 def draw_training(path: Path, final: Trial, baselines: list[dict[str, Any]], note: str) -> Path:

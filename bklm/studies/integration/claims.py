@@ -49,9 +49,9 @@ def claims_table(steps: Rows, time: Rows, costs: Rows, table: Rows, unigram: flo
 
 
 def _sizes(by: Mapping[str, Mapping[str, Any]], arm: str, against: str) -> str:
-    """ "; parameters of the logits 2,196,608 and 3,870,000", or "" where one is not known."""
+    """ "; parameters that reach the logits 2,196,608 and 3,870,000", or "" where one is not known."""
     found = [by.get(name, {}).get("logit_parameters") for name in (arm, against)]
-    return "" if None in found else "; parameters of the logits {:,.0f} and {:,.0f}".format(*found)
+    return "" if None in found else "; parameters that reach the logits {:,.0f} and {:,.0f}".format(*found)
 
 
 def _times_faster(announced: str, times: float, cost: Mapping[str, Any] | None) -> dict[str, str]:

@@ -44,12 +44,13 @@ def draw_switches(path: Path, rows: Sequence[Mapping[str, Any]], title: str, not
             time, list(timed), [r["ms_ratio"] for r in timed.values()], ends, sideways=True, **style
         )
         _compare(loss, 0.0, "loss without it, nats more")
-        _compare(time, 1.0, "step time, without/with")
+        _compare(time, 1.0, "step time, ratio")
         loss.set_yticks(range(len(rows)), [f"{r['switch']} ({r['study']})" for r in rows])
         loss.set_ylim(len(rows) - 0.5, -0.5)
         legend_below(loss, ncols=2, fontsize=10)
 
-    note = f"A bar that lies wholly right of a dashed line is a cost of the removal (of time: of more than 2%). {note}"
+    cost = "A bar that lies wholly right of a dashed line is a cost of the removal (of time: of more than 2%)"
+    note = f"{cost}; the bars of a panel hold all at once. {note}"
     return save_figure(path, draw, title=title, note=note, size=(7.2, 2.4 + 0.42 * len(rows)))
 
 

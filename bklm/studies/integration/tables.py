@@ -222,5 +222,12 @@ def kept_in_words(rows: Sequence[Row]) -> str:
         for v in (True, False, None)
     }
     by[True] += [f"{name} (as one of a pair)" for name in needed]
-    words = {True: "Stays", False: "Goes, as no harm of its removal is shown", None: "No verdict on"}
+    by[False] = [f"{r['switch']} ({_short(r['verdict'])})" for r in rows if r["switch"] in by[False]]
+    words = {True: "Stays", False: "Goes", None: "No verdict on"}
     return " ".join(f"{words[v]}: {', '.join(names)}." for v, names in by.items() if names)
+
+
+def _short(verdict: str) -> str:
+    """Why a switch goes: "goes: without it more loss, less time; at equal time less loss" is "less loss at equal time"."""
+    cause, _, decided = verdict.partition("; at equal time ")
+    return f"{decided} at equal time" if decided else cause.removeprefix("goes: ").removeprefix("without it ")
