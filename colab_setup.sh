@@ -92,7 +92,8 @@ run() {
         if mv "$running" "$output_dir/$name.failed.ipynb" 2>/dev/null; then
             reached="; the notebook up to there is $output_dir/$name.failed.ipynb"
         fi
-        grep -v '^\s*$' "$output_dir/.papermill.log" | tail -n 3 >&2
+        # Without a line left grep fails, and what stands below would not be said.
+        { grep -v '^\s*$' "$output_dir/.papermill.log" || true; } | tail -n 3 >&2
         fail "notebook $name stopped (the reason is above)$reached." "$status"
     fi
     step="adding the executed notebook to the results zip"

@@ -27,7 +27,7 @@ MOST_PARAMETERS = 9
 # 40 more: losses at equal seconds came from the koopman study, since physics asks for them as well; 25 for verdicts that say
 # "not shown" where neither a claim nor its opposite is.
 # 45 more: what short windows and no mixer leave of a perplexity, in every study whose trials measured it.
-HARNESS = 4_025
+HARNESS = 4_080
 NEW_STUDY = 400
 # Planned were 800, 1,450, 1,500 and 1,900; the gain from context and more rivals came to the baseline study, samples and best
 # weights to the freeze study, the leak test and the gain from context to the first, tokenisers and texts of one's own to the

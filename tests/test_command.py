@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bklm
 from bklm.command import actions
@@ -69,6 +70,16 @@ def test_a_run_says_how_long_it_takes_before_it_starts(profile, said, monkeypatc
     monkeypatch.setattr(run, "estimated_minutes", lambda config: 12.0)
     monkeypatch.setattr(run, "run_grad_blend", started)
     assert main(["run", "1", "--profile", profile, "--dataset", "embedded"]) == 0
+
+
+def test_a_launch_on_gpus_is_not_estimated_in_the_process_that_is_to_fork(monkeypatch, capsys):
+    from bklm.studies.grad_blend import run
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run, "estimated_minutes", lambda config: pytest.fail("took steps on the GPU"))
+    monkeypatch.setattr(run, "run_grad_blend", lambda config: None)
+    assert main(["run", "1", "--profile", "quick", "--dataset", "embedded", "--processes", "2"]) == 0
+    assert "2 processes on GPUs take is not estimated" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

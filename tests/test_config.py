@@ -182,6 +182,12 @@ def test_the_estimate_is_of_the_text_that_the_environment_names(small_text, monk
     assert train_tokens < 2000
 
 
+def test_the_estimate_counts_what_the_tokenizer_makes_of_the_words():
+    words, pieces, letters = (text_size("wikitext-103", None, 8000, unit) for unit in ("word", "bpe", "char"))
+    assert words[0] == pieces[0] == 8000 > letters[0]
+    assert words[1] < pieces[1] < 2 * words[1] < 4 * words[1] < letters[1] < 6 * words[1]
+
+
 def test_a_path_is_expanded_stripped_and_anchored_once(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))

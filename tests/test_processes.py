@@ -6,9 +6,12 @@ import contextlib
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import torch
 from torch import nn
 
 from bklm.data import make_loader, windows
+from bklm.harness import study
 from bklm.harness.launch import launch
 from bklm.models import GPT, GPTConfig, NewLLM, NewLLMConfig
 from bklm.studies.grad_blend.config import GradBlendConfig
@@ -200,6 +204,61 @@ def test_a_notebook_that_has_computed_on_many_cores_launches_processes_that_comp
     finally:
         torch.set_num_threads(threads)
     assert [(tmp_path / name).read_text() for name in "01"] == ["1", "1"]
+
+
+def end_in(how: str, folder: Path) -> None:
+    (folder / os.environ["RANK"]).touch()
+    if os.environ["RANK"] == "1":
+        match how:
+            case "a sentence":
+                raise ValueError("n_layers: got 0: take 1 or more.")
+            case "another error":
+                raise LookupError("nothing there")
+            case "a signal":
+                os.kill(os.getpid(), signal.SIGKILL)
+    # Longer than the test: the launcher stops the others.
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("a sentence", ValueError, "^n_layers: got 0: take 1 or more.$"),
+        (
+            "another error",
+            RuntimeError,
+            "^processes: one of them ended .*LookupError: nothing there.*is kept.$",
+        ),
+        ("a signal", RuntimeError, "^processes: one of them ended .*SIGKILL.*is kept.$"),
+    ],
+)
+def test_what_ends_a_process_of_a_launch_is_raised_by_its_own_sentence(tmp_path, capfd, how, error, message):
+    with pytest.raises(error, match=message):
+        launch(GradBlendConfig(processes=2, device="cpu"), end_in, how, tmp_path)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_launch_that_is_stopped_ends_as_a_run_of_one_process_does(tmp_path):
+    def stop() -> None:
+        while not all((tmp_path / rank).exists() for rank in "01"):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stopper = threading.Thread(target=stop, daemon=True)
+    stopper.start()
+    with pytest.raises(KeyboardInterrupt):
+        launch(GradBlendConfig(processes=2, device="cpu"), end_in, "nothing", tmp_path)
+    stopper.join(timeout=10)
+
+
+def test_curves_go_to_a_tracker_from_the_launching_process_alone(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(study, "start_tracker", lambda *a: begun.append(a))
+    config = GradBlendConfig(profile="smoke", device="cpu", output_dir=str(tmp_path)).resolved()
+    study._work_only(config, lambda session: None, None)
+    assert begun == []
+    study.run_study(config, lambda session: None, lambda session, found: None)
+    assert len(begun) == 1
 
 
 def test_a_process_has_left_the_others_before_python_is_taken_down():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import subprocess
+import sys
 import zipfile
 
 import nbformat
@@ -13,6 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import bklm
+from bklm.harness import bundle
 from bklm.harness import comparison as verdict
 from bklm.harness.bundle import zip_study
 from bklm.harness.cli import parse
@@ -22,6 +25,16 @@ from bklm.harness.report import command_for, seeds_in_words
 from bklm.harness.statistics import Perplexity, interval95, with_interval
 from bklm.studies.grad_blend.config import GradBlendConfig
 from bklm.training.evaluation import LARGEST_PERPLEXITY, Evaluation
+
+
+@pytest.mark.parametrize("words", [["nowhere"], [".", "--notebook", "nowhere.ipynb"]])
+def test_what_the_zip_cannot_be_made_of_is_one_sentence(words, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bundle", *words])
+    with pytest.raises(SystemExit) as ended:
+        bundle.main()
+    assert ended.value.code == 2
+    assert re.fullmatch(r"FileNotFoundError: .*nowhere.*\n", capsys.readouterr().err)
 
 
 def test_the_interval_is_students_for_the_number_of_seeds():

@@ -169,6 +169,12 @@ def test_run_checks_its_words_before_it_makes_a_folder_or_starts_papermill(check
     assert not (tmp_path / "started").exists()
 
 
+def test_a_run_that_fails_without_a_word_is_told_of_all_the_same(checkout):
+    done = checkout('case "$*" in *bklm.batch.papermill_words*) echo out;; *papermill*) exit 137;; esac', "run")
+    assert done.returncode == 137
+    assert "stopped (the reason is above)" in done.stderr
+
+
 @pytest.mark.parametrize("is_written", [False, True])
 def test_a_run_that_fails_names_its_notebook_only_where_there_is_one(checkout, tmp_path, is_written):
     write = "echo {} >out/01_grad_blend_sweep.running.ipynb;" if is_written else ""

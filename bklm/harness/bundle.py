@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import re
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,14 @@ def zip_study(folder: Path, notebook: Path | None = None) -> Bundle:
 
     Args:
         notebook: an executed notebook; it is copied into the folder with its HTML rendering first, unless it lies there.
+
+    Raises:
+        FileNotFoundError: no such folder or notebook. ValueError: the file is no notebook.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"results zip: there is no study folder {folder}; run the study first.")
+    if notebook is not None and not notebook.is_file():
+        raise FileNotFoundError(f"results zip: there is no notebook {notebook}; give the executed one's file.")
     if notebook is not None and notebook.parent.resolve() != folder.resolve():
         notebook = add_notebook(folder, notebook.read_text(encoding="utf-8"), notebook.name)
     old = {p.stem for p in folder.glob("*.ipynb")} - {notebook and notebook.stem}
@@ -133,7 +139,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--notebook", type=Path)
     arguments = parser.parse_args()
-    bundle = zip_study(arguments.folder, arguments.notebook)
+    try:
+        bundle = zip_study(arguments.folder.resolve(), arguments.notebook)
+    except (ValueError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
     print(
         f"Results: {bundle.path}\nSize:    {bundle.size / 1e6:.2f} MB ({bundle.size} bytes)\nSHA-256: {bundle.sha256}"
     )

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import typing
+from types import ModuleType
 from typing import Annotated
 
 import tyro
@@ -64,6 +65,18 @@ def _default(config_class: type[StudyConfig], spec: FieldSpec) -> str:
     return "(default: none)"
 
 
+def _duration(config: StudyConfig, study: ModuleType) -> str:
+    """How long a resolved config takes here, in one sentence."""
+    # Not imported where no study runs: torch comes with them.
+    from bklm.harness.estimate import duration_in_words
+    from bklm.harness.launch import spoils_a_launch
+
+    if spoils_a_launch(config):
+        # An estimate takes steps on the device, and CUDA that is in use here does not survive the fork.
+        return f"How long {config.processes} processes on GPUs take is not estimated; the same command with 1 tells for one."
+    return f"Takes {duration_in_words(study.estimated_minutes(config))} on this machine, less what is done already."
+
+
 def main(config_class: type[StudyConfig], words: list[str] | None = None, prog: str | None = None) -> None:
     """Parse, run, show. What a user can mend ends in one sentence and exit code 2; the traceback is in run.log.
 
@@ -76,11 +89,7 @@ def main(config_class: type[StudyConfig], words: list[str] | None = None, prog: 
         config = parse(config_class, words, prog).resolved()
         study = importlib.import_module(f"{config_class.package()}.run")
         if config.profile != "smoke" and os.environ.get("RANK", "0") == "0":
-            # Not imported where no study runs: torch comes with it.
-            from bklm.harness.estimate import duration_in_words
-
-            words = duration_in_words(study.estimated_minutes(config))
-            print(f"Takes {words} on this machine, less what is done already.", file=sys.stderr, flush=True)
+            print(_duration(config, study), file=sys.stderr, flush=True)
         # The processes of a launch that are not the main one have no result.
         if (result := getattr(study, f"run_{config.study}")(config)) is not None:
             result.show()

@@ -18,6 +18,8 @@ from bklm.training.processes import make_accelerator
 
 KNOWN = {"wikitext-2": (30_000, 2_051_910, 213_886), "wikitext-103": (267_735, 103_227_021, 217_646),
          "c4": (10**6, 10**11, 200_000)}  # fmt: skip
+# Tokens a word, and how large a vocabulary gets, counted on a WikiText-2 sample (of BPE with 8,000 pieces).
+UNITS = {"word": (1.0, 10**9), "bpe": (1.2, 10**9), "char": (4.9, 1000)}
 LONG = 90  # minutes, from which on people count hours
 
 
@@ -26,12 +28,15 @@ def text_size(
     dataset: str, data_dir: str | None, vocab_limit: int, tokenizer: str = "word"
 ) -> tuple[int, int, int]:
     """(vocabulary, training tokens, validation tokens) of a study's text; where ``KNOWN``, as published: nothing is fetched.
+    Words are published; pieces and characters are taken to be as many a word as ``UNITS`` says.
 
     Raises:
         ValueError, OSError: see ``bklm.data.load_corpus``.
     """
     if dataset in KNOWN and not data_dir and (tokenizer == "word" or dataset != "wikitext-2"):
-        return min(KNOWN[dataset][0], vocab_limit), *KNOWN[dataset][1:]
+        vocabulary, *tokens = KNOWN[dataset]
+        a_word, most = UNITS[tokenizer]
+        return min(vocabulary, vocab_limit, most), *(int(n * a_word) for n in tokens)
     text = tokenize_corpus(load_corpus(dataset, data_dir), vocab_limit, tokenizer=tokenizer)
     return text.vocab_size, len(text.train), len(text.valid)
 

@@ -67,17 +67,6 @@ def study_folder(config: StudyConfig) -> Iterator[Path]:
         held.release()
 
 
-def internal(folder: Path, place: str) -> Path:
-    """``folder / place``; for a place among the internals, what an earlier version left beside them is moved there first."""
-    before = folder / place.removeprefix(f"{INTERNALS}/")
-    if before.exists() and not (folder / place).exists():
-        (folder / place).parent.mkdir(exist_ok=True)
-        # Of several processes one has moved it.
-        with contextlib.suppress(FileNotFoundError):
-            before.rename(folder / place)
-    return folder / place
-
-
 def shorten_tracebacks(path: Path) -> None:
     """Leave of each traceback in an earlier run's log its last line, so that a traceback in it is of the latest run."""
     try:

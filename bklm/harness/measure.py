@@ -33,6 +33,7 @@ FEWEST_REPEATS = 3
 SPARE = 0.25  # cores; a quiet system needs some itself
 WARMED_AGAIN = 5e-3  # seconds; an arm that takes less is warmed up before every timed call
 WARMING_CALLS = 3
+LONGEST_COMPILATION = 20  # seconds
 LONGEST_MEASUREMENT = 600  # seconds, of one arm's memory
 
 
@@ -60,7 +61,7 @@ def time_arms(
     device: str,
     predicted: Mapping[str, float] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Seconds per call of each arm: a call to warm up, then rounds until every arm has ``repeats`` or has used
+    """Seconds per call of each arm: two calls to warm up, then rounds until every arm has ``repeats`` or has used
     ``seconds`` (with at least FEWEST_REPEATS).
 
     Args:
@@ -76,7 +77,9 @@ def time_arms(
         n: {"total": [], "forward": [], "would_take": predicted[n] if n in skipped else None} for n in arms
     }
     running = [n for n in arms if n not in skipped]
-    short = {n for n in running if _call(arms[n], device)[1] < WARMED_AGAIN}
+    first = {n: _call(arms[n], device)[1] for n in running}
+    # A first call may compile; a second tells, but where even that would take too long for a compilation.
+    short = {n for n in running if first[n] < LONGEST_COMPILATION and _call(arms[n], device)[1] < WARMED_AGAIN}
     for i in range(repeats):
         # An order of its own each round: no arm always follows the one that leaves the caches worst.
         for name in random.Random(i).sample(running, len(running)):
@@ -140,9 +143,14 @@ class MemoryMeter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._helper is not None:
-            self._helper.stdin.close()
-            self._helper.wait(timeout=60)
+        if self._helper is None:
+            return
+        if kind is not None:
+            # Who stops does not wait for what is being measured: the helper and its fork are a group of their own.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._helper.pid, signal.SIGKILL)
+        self._helper.stdin.close()
+        self._helper.wait(timeout=60)
 
     def measure(self, part: str, settings: Mapping[str, Any], arm: str) -> tuple[int | None, str]:
         """(bytes, "") or (None, why not)."""
@@ -177,7 +185,7 @@ class MemoryMeter:
             }
             self._helper = subprocess.Popen(
                 [sys.executable, "-m", "bklm.harness.measure"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
             )  # fmt: skip
         return self._helper
 

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from bklm.files.atomic import read_result, write_json
 from bklm.harness import workers
 from bklm.harness.comparison import Trial
-from bklm.harness.folder import INTERNALS, experiment_name, fingerprint, internal
+from bklm.harness.folder import INTERNALS, experiment_name, fingerprint
 from bklm.harness.progress import Progress
 from bklm.harness.tracker import stop_tracker, track
 from bklm.training.checkpoints import CheckpointFolder, read_weights
@@ -168,7 +168,6 @@ class Session:
         points = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
         records: dict[tuple, dict[str, Any]] = {}
         self._grids += 1
-        internal(self.folder, name)
 
         def folder_of(point: Point) -> str:
             return f"{name}/{(place or place_of)(point)}".rstrip("/")

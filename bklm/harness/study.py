@@ -70,7 +70,8 @@ def run_study(
 
 def _work_only(config: StudyConfig, work: Callable[[Session], Any], prepare: Any) -> None:
     """In each launched process: the trainings."""
-    with _open(config, prepare, None, None) as study:
+    # Curves go to a tracker from the process that launched these, once.
+    with _open(config, prepare, None, None, tracks=False) as study:
         work(study)
 
 
@@ -80,6 +81,7 @@ def _open(
     prepare: Callable[[Any], Any] | None,
     on_figure: Callable[[Path], None] | None,
     text: Any,
+    tracks: bool = True,
 ) -> Iterator[Session]:
     accelerator = make_accelerator(config.device, getattr(config, "precision", "fp32"))
     # A study without a text is one of precision, which asks what becomes of small numbers.
@@ -91,7 +93,7 @@ def _open(
         if accelerator.is_main_process and workers.link is None:
             claim(folder, config, fingerprint(text))
         with Session(config, text, accelerator, broadcast(accelerator, folder), on_figure) as study:
-            if accelerator.is_main_process and workers.link is None:
+            if tracks and accelerator.is_main_process and workers.link is None:
                 start_tracker(accelerator, config, folder)
             yield study
 

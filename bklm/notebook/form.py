@@ -66,8 +66,22 @@ def config_from(config_class: type[Config], namespace: dict[str, Any]) -> Config
     """The config that the form cells (and papermill's injected cell) describe; ``namespace`` is ``globals()``.
 
     Raises:
-        ValueError: a value that the config does not allow.
+        ValueError: a value that the config does not allow; a form that is not this version's, or was not run.
     """
+    names = {*config_class.names(), "headless"}
+    # What IPython has run, where it runs this.
+    forms = [source for source in namespace.get("In", []) if re.match("# @title (More s|S)ettings ", source)]
+    written = {name for source in forms for name in re.findall(r"(?m)^(\w+) = .*# @param", source)}
+    if missing := [name for name in config_class.names() if name not in namespace]:
+        raise ValueError(
+            f"settings: this notebook's form has no {', '.join(missing)}. Run both settings cells; if they have no such line, "
+            f"this is a copy from another version of bklm: open notebooks/{config_class.notebook}.ipynb of this one."
+        )
+    if unknown := sorted(written - names):
+        raise ValueError(
+            f"settings: {', '.join(unknown)} of this notebook's form is not known to this version of bklm; open "
+            f"notebooks/{config_class.notebook}.ipynb of this one, or remove the line and restart."
+        )
     return config_class(**{name: namespace[name] for name in config_class.names()})
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from bklm.compression.int8 import QuantisationRow
 from bklm.harness.figures import save_figure
-from bklm.harness.folder import internal, logging_to, shorten_tracebacks
+from bklm.harness.folder import logging_to, shorten_tracebacks
 from bklm.harness.page import alternative_text, meaning
 from bklm.harness.report import Report
 from bklm.studies.grad_blend.run import run_grad_blend
@@ -111,14 +111,7 @@ def test_of_an_earlier_runs_traceback_the_log_keeps_the_last_line(tmp_path):
     assert path.stat().st_mtime_ns == before
 
 
-def test_internals_lie_in_a_folder_of_their_own_and_those_of_an_earlier_version_are_moved_there(result):
+def test_internals_lie_in_a_folder_of_their_own(result):
     folders = {p.name for p in result.folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
     assert folders == {"internals", "final"}
-    trials = result.folder / "internals" / "trials"
-    before = {p: p.stat().st_mtime_ns for p in trials.glob("*/result.json")}
-    assert before
-    trials.rename(result.folder / "trials")
-    assert run_grad_blend(result.config).table == result.table
-    assert {p: p.stat().st_mtime_ns for p in trials.glob("*/result.json")} == before
-    assert not (result.folder / "trials").exists()
-    assert internal(result.folder, "final") == result.folder / "final"
+    assert [*(result.folder / "internals" / "trials").glob("*/result.json")]

@@ -26,6 +26,24 @@ def test_config_from_reads_the_forms_variables():
     assert notebook.config_from(GradBlendConfig, variables) == GradBlendConfig(profile="smoke", batch_size=16)
 
 
+def test_a_form_of_another_version_is_refused_in_one_sentence_that_names_its_lines():
+    variables = dict.fromkeys(GradBlendConfig.names(), "") | {"profile": "smoke"}
+    forms = ['# @title Settings { display-mode: "form" }\nprofile = "smoke"  # @param ["smoke"]']
+    own = '# @title My cell\nmine = 1  # @param {type:"integer"}'
+    assert notebook.config_from(GradBlendConfig, variables | {"In": ["", *forms, own]}).profile == "smoke"
+    forms.append(
+        '# @title More settings { display-mode: "form" }\nlearning_rate = 0.1  # @param {type:"number"}\n'
+        'headless = False  # @param {type:"boolean"}'
+    )
+    with pytest.raises(
+        ValueError, match=r"^settings: learning_rate of this notebook's form .*01_grad_blend_sweep"
+    ):
+        notebook.config_from(GradBlendConfig, variables | {"In": forms})
+    del variables["tracker"]
+    with pytest.raises(ValueError, match=r"^settings: this notebook's form has no tracker\. Run both"):
+        notebook.config_from(GradBlendConfig, variables)
+
+
 @pytest.fixture
 def colab(monkeypatch, tmp_path):
     """A stand-in for google.colab: its kernel class, a browser that can refuse, and a Drive in a folder of the test."""

@@ -368,7 +368,10 @@ def test_seconds_to_the_plain_loss_are_steps_times_milliseconds_and_claims_are_r
     full = {"arm": "full", "against": "plain", "loss_difference": -1.0, "low": -1.1, "high": -0.9}
     found = verdicts(1.0, [full, full | {"arm": "integrated"}])
     assert found["all optimisations together help, at equal steps"] == "holds"
-    assert "parameters that reach the logits 100 and 200" in told["all optimisations together help, at equal steps"]
+    assert (
+        "parameters that reach the logits 100 and 200"
+        in told["all optimisations together help, at equal steps"]
+    )
     unshown = full | {"low": -1.1, "high": 0.1}
     assert verdicts(1.0, [unshown])["all optimisations together help, at equal steps"] == "not shown"
     beside = verdicts(1.0, [full | {"against": "none", "low": 0.1, "high": 0.2}])

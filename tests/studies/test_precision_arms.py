@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import signal
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -169,13 +173,26 @@ def test_arms_take_turns_and_one_that_would_take_too_long_is_not_called():
     made = {name: Arm(lambda name=name: calls.append(name)) for name in ("a", "b", "slow")}
     taken = measure.time_arms(made, repeats=4, seconds=1.0, device="cpu", predicted={"slow": 0.5})
     turn = measure.WARMING_CALLS + 1  # short ones are warmed up again in every turn
-    assert calls[:2] == ["a", "b"]
-    rounds = [calls[2 + i : 2 + i + 2 * turn] for i in range(0, 8 * turn, 2 * turn)]
-    assert len(calls) == 2 + 8 * turn
+    assert calls[:4] == ["a", "b", "a", "b"]
+    rounds = [calls[4 + i : 4 + i + 2 * turn] for i in range(0, 8 * turn, 2 * turn)]
+    assert len(calls) == 4 + 8 * turn
     assert all(r in (["a"] * turn + ["b"] * turn, ["b"] * turn + ["a"] * turn) for r in rounds)
     assert len({tuple(r) for r in rounds}) == 2  # no arm always follows the other
     assert len(taken["a"]["total"]) == len(taken["a"]["forward"]) == 4
     assert (taken["slow"]["total"], taken["slow"]["would_take"]) == ([], 0.5)
+
+
+def test_an_arm_that_compiles_at_its_first_call_is_warmed_like_the_others():
+    calls = {"compiled": 0, "ready": 0}
+
+    def call(name):
+        calls[name] += 1
+        if name == "compiled" and calls[name] == 1:
+            time.sleep(2 * measure.WARMED_AGAIN)
+
+    made = {name: Arm(functools.partial(call, name)) for name in calls}
+    measure.time_arms(made, repeats=5, seconds=1.0, device="cpu")
+    assert calls["compiled"] == calls["ready"] == 2 + 5 * (measure.WARMING_CALLS + 1)
 
 
 def test_an_arm_that_uses_up_its_time_is_still_called_three_times():
@@ -194,6 +211,15 @@ def test_memory_is_not_measured_where_the_system_keeps_no_counter(monkeypatch):
         found, why = meter.measure(GRID, {}, "anything")
     assert found is None
     assert "no peak-memory counter" in why
+
+
+def test_who_is_stopped_does_not_wait_for_what_is_being_measured():
+    meter = measure.MemoryMeter("cpu")
+    if meter.reason:
+        pytest.skip(meter.reason)
+    helper = meter._running()
+    meter.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert helper.returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow

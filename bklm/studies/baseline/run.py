@@ -19,7 +19,6 @@ from bklm.data import load_corpus
 from bklm.harness import workers
 from bklm.harness.comparison import Trial, not_beaten_in_short
 from bklm.harness.estimate import Run, minutes, text_size
-from bklm.harness.folder import internal
 from bklm.harness.report import Report, StudyResult, small_print
 from bklm.harness.session import Session
 from bklm.harness.study import run_study
@@ -284,7 +283,7 @@ def _report(study: Session, found: tuple[list[Trial], list[Trial]]) -> BaselineR
             study.folder, of_model, config.checkpoint_folder(), config.resume_from and Path(config.resume_from)
         )
     measured = measure_models(
-        runs, text, internal(study.folder, "internals/measured.json"),
+        runs, text, study.folder / "internals/measured.json",
         device=config.device, precision=config.precision, generate_tokens=config.generate_tokens,
     )  # fmt: skip
     chosen = [t for t in trials if "dropout" in t and t["seed"] == config.seeds[0]]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from bklm.files.atomic import read_result, replacing, write_json
 from bklm.harness.comparison import Trial
-from bklm.harness.folder import INTERNALS, internal
+from bklm.harness.folder import INTERNALS
 from bklm.harness.session import Session
 from bklm.models import ContextTokenConfig, ContextTokenLM
 from bklm.studies.embedding_freeze.config import FACTORS, Arm
@@ -80,7 +80,7 @@ class Trainer:
         Raises:
             ValueError: ``is_done`` says that an earlier run left it in the folder, and some of it is missing.
         """
-        folder = internal(self.study.folder, PHASE1)
+        folder = self.study.folder / PHASE1
         missing = [key for key in self._keys if not (folder / _name(*key) / "result.json").exists()]
         if is_done and missing:
             raise ValueError(

@@ -17,7 +17,6 @@ import psutil
 import torch
 
 from bklm.harness.estimate import best_of
-from bklm.harness.folder import internal
 from bklm.harness.measure import FEWEST_REPEATS, MemoryMeter
 from bklm.harness.report import Report, StudyResult
 from bklm.harness.session import Session
@@ -187,7 +186,7 @@ def _measure(study: Session) -> Cells:
     cells: Cells = {}
     with MemoryMeter(device) as memory:
         limits = config.repeats, config.seconds, config.reference_n, config.shifts[0]
-        measured = bench.Bench(internal(study.folder, "internals/cells"), device, memory, *limits)
+        measured = bench.Bench(study.folder / "internals/cells", device, memory, *limits)
         for name, part, settings in plan:
             study.progress.describe(bench.name_cell(name))
             cells[name], is_new = measured.cell(name, part, settings)
