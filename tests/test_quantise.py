@@ -161,6 +161,17 @@ def test_a_saved_copy_comes_back_the_same_and_is_smaller(trained, tmp_path):
         assert integers > 0.7 * trained.num_parameters()
 
 
+def test_a_file_of_an_int8_copy_that_is_none_is_one_sentence(tmp_path):
+    model = NewLLM(NewLLMConfig(20, embed_dim=16, hidden_dim=16, context_dim=16, n_layers=1))
+    (tmp_path / "damaged").write_bytes(b"no tensors")
+    for name, error, said in (
+        ("damaged", ValueError, "is damaged .*; save the copy again"),
+        ("none", FileNotFoundError, "does not exist; give a file that save_quantised wrote"),
+    ):
+        with pytest.raises(error, match=said):
+            load_quantised(model, tmp_path / name)
+
+
 @pytest.mark.parametrize("name", [name for name in MAKERS if name not in ("NewLLM", "LSTM untied", "ResNetBK")])
 def test_a_tied_model_holds_one_int8_matrix_and_looks_embeddings_up_in_it(name, tmp_path):
     torch.manual_seed(0)

@@ -63,6 +63,10 @@ def test_every_schedule_that_can_be_written_is_read_back(steps):
         ({"seed": 0.5}, r"seed: got 0\.5; a whole number"),
         ({"clip": 0.0}, r"clip: got 0\.0; gradient norms must be positive"),
         ({"clip": "0.5@1"}, r"clip: got '0\.5@1'"),
+        ({"clip": ()}, r"clip: got \(\); .*stages that begin at epoch 1 and go up"),
+        ({"clip": ((2, 0.5),)}, r"stages that begin at epoch 1 and go up"),
+        ({"clip": ((1, 0.5), (1, 0.6))}, r"stages that begin at epoch 1 and go up"),
+        ({"clip": ((1, float("inf")),)}, r"stages that begin at epoch 1 and go up"),
         ({"clip": parse_clip("0.5@1, 1@6")}, r"last stage begins at epoch 6, but the run has 5 epochs"),
     ],
 )

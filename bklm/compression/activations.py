@@ -23,6 +23,7 @@ from bklm.compression.coded_model import (
     copy_of,
     halve_the_rest,
     like,
+    maps_of,
     matrices,
     model_of,
     put,
@@ -145,11 +146,8 @@ def _maps(model: LanguageModel, head: bool) -> list[str]:
     """Names of the weights that multiply in int8."""
     names = {id(p): name for name, p in model.named_parameters()}
     weight = model.head()[0]
-    found = [
-        names[id(m.weight)]
-        for m in model.modules()
-        if isinstance(m, nn.Linear) and m.weight is not weight and min(m.weight.shape) >= MULTIPLIED
-    ]
+    maps = (model.get_submodule(name).weight for name in maps_of(model))
+    found = [names[id(w)] for w in maps if w is not weight]
     if not found or not isinstance(model, KINDS):
         names = ", ".join(kind.__name__ for kind in KINDS)
         raise TypeError(

@@ -18,8 +18,10 @@ from bklm import models
 from bklm.compression.coding import Coded, Tied, half
 from bklm.models import LanguageModel
 from bklm.models.by_name import CLASSES
+from bklm.moe.layer import AnalyticMoE
 
 SMALLEST = 8  # a matrix with fewer inputs or outputs is not worth a scale a row
+MEASURED = ("val_ppl", "val_ppl_without_unk", "val_loss", "val_accuracy", "test_ppl", "context_gain", "epochs")
 MULTIPLIED = 16  # inputs and outputs of a map, below which its products stay in float
 
 
@@ -43,12 +45,21 @@ def model_of(given: Any, caller: str) -> LanguageModel:
 
 
 def like(given: Any, made: LanguageModel) -> Any:
-    """``made`` as what was given: a model for a model, a loaded run with it for a loaded run."""
+    """``made`` as what was given: a model for a model, a loaded run with it for a loaded run.
+
+    The run's record loses what was measured of the model before, and says which one that was ("changed_from").
+    """
     if isinstance(given, LanguageModel):
         return made
     run = copy.copy(given)
     run.model = made
-    run.record = {**run.record, "model_config": dataclasses.asdict(made.config)}
+    record = {key: value for key, value in run.record.items() if key not in MEASURED}
+    run.record = {
+        "changed_from": {"model": run.name, "val_ppl": run.record.get("val_ppl")},
+        **record,
+        "model_class": getattr(made, "plain_class", type(made)).__name__,
+        "model_config": dataclasses.asdict(made.config),
+    }
     return run
 
 
@@ -80,6 +91,26 @@ def put(model: LanguageModel, codes: Mapping[str, Coded]) -> None:
             held[name] = dataclasses.replace(coded, left=named[coded.source])
             named[name].copy_(held[name].decode())
     model.__dict__["codes"] = held
+
+
+def maps_of(model: nn.Module) -> list[str]:
+    """Names of the linear maps whose products may be replaced: at least ``MULTIPLIED`` wide, and called as modules.
+
+    A mixture reads its router's weight itself, so that the router stays as it is.
+    """
+    mixtures = (m for m in model.modules() if isinstance(m, AnalyticMoE))
+    routers = {id(m) for mixture in mixtures for m in mixture.modules()}
+    return [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and id(m) not in routers and min(m.weight.shape) >= MULTIPLIED
+    ]
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a state_dict holds, by name."""
+    named = dict(model.named_buffers())
+    return {name: named[name] for name in model.state_dict() if name in named}
 
 
 def forget_codes(model: LanguageModel) -> None:

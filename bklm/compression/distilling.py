@@ -33,7 +33,8 @@ class Distilled(Wrapped):
     and not copied: it is in evaluation mode from then on, and moves to the device of the ids.
 
     Raises:
-        ValueError: a temperature that is not positive, a weight outside 0 to 1, or another vocabulary.
+        ValueError: a temperature that is not positive, a weight outside 0 to 1, another vocabulary, or one model for both; in
+            training, windows that are longer than the teacher reads.
     """
 
     loss_is_likelihood = False
@@ -46,6 +47,10 @@ class Distilled(Wrapped):
             raise ValueError(f"temperature: got {temperature}; it must be positive and finite.")
         if not 0.0 <= weight <= 1.0:
             raise ValueError(f"weight: got {weight}; the teacher's share of the loss lies between 0 and 1.")
+        if student is teacher:
+            raise ValueError(
+                "student: it is the teacher itself, which would learn from what it just said; give another model, or a copy."
+            )
         if student.vocab_size != teacher.vocab_size:
             raise ValueError(
                 f"student: it has {student.vocab_size} words and the teacher {teacher.vocab_size}; both must read the same "
@@ -59,13 +64,18 @@ class Distilled(Wrapped):
             return self.model.loss(input_ids, targets, reduction=reduction)
         self.check_ids(input_ids)
         self.check_targets(input_ids, targets)
+        (teacher,) = self._teacher
+        if teacher.n_seq is not None and input_ids.shape[1] > teacher.n_seq:
+            raise ValueError(
+                f"input_ids: got {input_ids.shape[1]} positions, but the teacher has n_seq = {teacher.n_seq}; train the "
+                "student on windows of that length: it goes on beyond them by itself."
+            )
         if is_without_numbers(targets):
             raise RuntimeError(
                 "Distilled: this loss takes the rows that are scored by their numbers, and torch.func, torch.export, a tracer "
                 "or tensors without values give none; call eval() before, or take the student, model.model."
             )
         scored, count = scored_targets(targets.flatten(), reduction)
-        (teacher,) = self._teacher
         teacher = teacher.to(input_ids.device)
         own = self.model.hidden(input_ids).flatten(0, 1)[scored]
         with torch.no_grad():

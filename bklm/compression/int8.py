@@ -26,15 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
 from bklm import models
-from bklm.compression.coded_model import MULTIPLIED
+from bklm.compression.coded_model import maps_of, persistent_buffers
 from bklm.compression.coding import CannotServeError
 from bklm.compression.int8_linear import Int8Embedding, Int8Linear, row_exponents
 from bklm.compression.int8_model import HEAD, Quantised, class_of
 from bklm.compression.int8_modules import with_modules
+from bklm.compression.saving import require_file
 from bklm.files.atomic import replacing
 from bklm.models import LanguageModel
 from bklm.models.by_name import CLASSES
@@ -76,13 +78,8 @@ def quantised(model: LanguageModel) -> LanguageModel:
         if isinstance(child, nn.Linear) and child.weight is weight:
             delattr(result, name)  # an untied head
     result.add_module(HEAD, head)
-    large = [
-        name
-        for name, m in result.named_modules()
-        if isinstance(m, nn.Linear) and min(m.in_features, m.out_features) >= MULTIPLIED
-    ]
     exponents = {}
-    for name in dict.fromkeys([*large, HEAD]):
+    for name in dict.fromkeys([*maps_of(result), HEAD]):
         linear = result.get_submodule(name)
         weight = linear.weight.double()
         exponents[name] = row_exponents(weight.abs().amax(1) / 127.5)
@@ -138,6 +135,7 @@ def save_quantised(model: LanguageModel, path: Path | str) -> Path:
         if bias is not None:
             state[f"{name}.bias"] = bias
     state |= {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    state |= persistent_buffers(model)
     with replacing(path) as temporary:
         save_file(state, str(temporary))
     return path
@@ -147,10 +145,19 @@ def load_quantised(model: LanguageModel, path: Path | str) -> LanguageModel:
     """The int8 copy in a file of ``save_quantised``; ``model``, a float one of the same configuration, is left as it is.
 
     Raises:
-        ValueError: the file holds another model or configuration, naming the first thing that differs.
+        FileNotFoundError: there is no such file. ValueError: it is damaged, or holds another model or configuration, naming
+            the first thing that differs.
     """
-    result, state = quantised(model), load_file(str(path))
+    require_file(Path(path), "save_quantised")
+    result = quantised(model)
+    try:
+        state = load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); save the copy again.") from error
     expected = {name: p.shape for name, p in result.named_parameters()}
+    # An earlier version wrote none.
+    buffers = {name: b for name, b in persistent_buffers(result).items() if name in state}
+    expected |= {name: b.shape for name, b in buffers.items()}
     linears = dict(_int8_linears(result))
     for name, linear in linears.items():
         integers, scales, bias = linear.weight_and_bias()
@@ -173,8 +180,8 @@ def load_quantised(model: LanguageModel, path: Path | str) -> LanguageModel:
                 "give a model of the configuration that was saved."
             )
     with torch.no_grad(), _torch_ao():
-        for name, p in result.named_parameters():
-            p.copy_(state[name])
+        for name, tensor in (*result.named_parameters(), *buffers.items()):
+            tensor.copy_(state[name])
         for name, linear in linears.items():
             linear.set_weight_and_bias(state[f"{name}.int8"], state[f"{name}.scale"], state.get(f"{name}.bias"))
     return result

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bklm.compression.activations import Activations, activations_of, multiply
-from bklm.compression.coded_model import codes_of, model_of, put
+from bklm.compression.coded_model import codes_of, model_of, persistent_buffers, put
 from bklm.compression.coding import Coded, pack_bits, read, unpack_bits
 from bklm.files.atomic import replacing
 from bklm.models import LanguageModel
@@ -47,6 +47,8 @@ def save_compressed(model: Any, path: Path | str) -> Path:
     for name, held in _held(model, kind).items():
         own, facts[name] = held.stored() if isinstance(held, Coded) else _plainly(held)
         tensors |= {f"{name}.{key}": value.contiguous() for key, value in own.items()}
+    for name, value in _buffers(model, kind).items():
+        tensors[f"{name}.values"], facts[name] = value, {"kind": "plain"}
     header = {
         "class": kind.__name__,
         "config": dataclasses.asdict(model.config),
@@ -68,8 +70,7 @@ def load_compressed(path: Path | str) -> LanguageModel:
         FileNotFoundError: there is no such file. ValueError: it is no file of ``save_compressed``, or a damaged one.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a file that save_compressed wrote.")
+    require_file(path, "save_compressed")
     try:
         with safe_open(str(path), "pt") as file:
             text = (file.metadata() or {}).get(HEADER)
@@ -85,9 +86,36 @@ def load_compressed(path: Path | str) -> LanguageModel:
         raise ValueError(
             f"{path} holds a {header['class']!r}, which this version of bklm does not have; update bklm."
         )
+    try:
+        return _read(header, tensors)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is damaged, or of a version of bklm that this one does not know ({type(error).__name__}: {error}); save "
+            "the model again, or update bklm."
+        ) from error
+
+
+def require_file(path: Path, writer: str) -> None:
+    """Refuse what is no file.
+
+    Raises:
+        FileNotFoundError: it does not exist, or is a folder.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}; give a file that {writer} wrote.")
+
+
+def _read(header: dict[str, Any], tensors: dict[str, Tensor]) -> LanguageModel:
+    """The model that a file's header and tensors describe; whatever they lack is an error of its own kind."""
     _part(tensors, header.get("joined", {}))
     model = built(header["class"], header["config"]).eval()
     named = dict(model.named_parameters())
+    # Without this a tensor would stay as it was drawn.
+    if missing := sorted(named.keys() - header["tensors"].keys()):
+        raise LookupError(f"no {missing[0]}")
+    # An earlier version wrote no buffers.
+    named |= persistent_buffers(model)
     codes = {}
     with torch.no_grad():
         for name, facts in header["tensors"].items():
@@ -191,6 +219,13 @@ def _held(model: LanguageModel, kind: type[LanguageModel]) -> dict[str, Tensor |
         else:
             held[name] = model.__dict__.get("moved", {}).get(name) if plain is None else plain
     return held
+
+
+def _buffers(model: LanguageModel, kind: type[LanguageModel]) -> dict[str, Tensor]:
+    """The buffers that a state_dict of its class holds, such as how a context block was trained."""
+    with torch.device("meta"):
+        expected = persistent_buffers(kind(model.config))
+    return {name: model.get_buffer(name).detach().cpu() for name in expected}
 
 
 def _require_described(

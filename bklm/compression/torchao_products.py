@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bklm.compression.coded_model import MULTIPLIED, copy_of, like, model_of
+from bklm.compression.coded_model import MULTIPLIED, copy_of, like, maps_of, model_of
 from bklm.compression.products import multiplies_exactly
 
 
@@ -59,11 +59,7 @@ def with_torchao_products(model: Any) -> Any:
         )
     made = copy_of(plain).requires_grad_(False)
     head = made.head()[0]
-    places = [
-        name
-        for name, m in made.named_modules()
-        if isinstance(m, nn.Linear) and m.weight is not head and min(m.weight.shape) >= MULTIPLIED
-    ]
+    places = [name for name in maps_of(made) if made.get_submodule(name).weight is not head]
     if not places:
         raise TypeError(
             f"with_torchao_products: this {type(plain).__name__} has no maps of its own with at least {MULTIPLIED} inputs and "

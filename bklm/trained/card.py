@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ Licence of the text: {corpus.get("licence", UNKNOWN_LICENCE)}.
 | --- | --- |
 {_rows(trained)}
 
-A perplexity is per token, over every token of the split. The interval is over the seeds of the study; the weights here are of
+A perplexity is per token, over {_scored(trained)}. The interval is over the seeds of the study; the weights here are of
 seed {record.get("seed", "unknown")}. An n-gram model of the same tokens that is below the model reads better than it.
 
 Exported by bklm {__version__}. The command that trained it:
@@ -99,7 +100,13 @@ def _example(trained: Trained) -> str:
 
 def _rows(trained: Trained) -> str:
     record, summary = trained.record, trained.summary
-    rows: list[tuple[str, str]] = [("perplexity of these weights", f"{record['val_ppl']:.2f}")]
+    rows: list[tuple[str, str]] = []
+    if (changed := record.get("changed_from")) and changed["val_ppl"] is not None:
+        rows.append(
+            (f"perplexity of {changed['model']}, which this was made from", f"{changed['val_ppl']:.2f}")
+        )
+    if record.get("val_ppl") is not None:
+        rows.append(("perplexity of these weights", f"{record['val_ppl']:.2f}"))
     for name, title in (
         ("val_ppl_without_unk", "without the unknown token"),
         ("test_ppl", "perplexity on the test split"),
@@ -108,7 +115,7 @@ def _rows(trained: Trained) -> str:
             rows.append((title, f"{record[name]:.2f}"))
     if record.get("val_accuracy") is not None:
         rows.append(("tokens foretold", f"{record['val_accuracy']:.1%}"))
-    if (row := _of_model(trained)) and row.get("val_ppl_low") is not None:
+    if not changed and (row := _of_model(trained)) and row.get("val_ppl_low") is not None:
         interval = f"{row['val_ppl']:.2f} ({row['val_ppl_low']:.2f} to {row['val_ppl_high']:.2f})"
         kind = "range" if row["seeds"] == 2 else "95% interval"
         trials = trained.manifest["config"].get("epochs_per_trial")
@@ -118,7 +125,9 @@ def _rows(trained: Trained) -> str:
     if (gain := record.get("context_gain")) is not None:
         rows.append(("gain from context", f"{gain:.2%}"))
     rows += [
-        (b["name"], f"{b['val_ppl']:.2f}") for b in summary.get("baselines", []) if b.get("val_ppl") is not None
+        (b["name"], f"{b['val_ppl']:.2f}")
+        for b in summary.get("baselines", [])
+        if b.get("val_ppl") is not None and _is_of(record, b)
     ]
     return "\n".join(f"| {name} | {value} |" for name, value in rows)
 
@@ -127,6 +136,18 @@ def _of_model(trained: Trained) -> dict[str, Any] | None:
     """The row of the study's table that this model belongs to."""
     for row in trained.summary.get("table", []):
         for factor in ("model", "alpha", "arm"):
-            if factor in row and row[factor] == trained.record.get(factor):
+            if factor in row and row[factor] == trained.record.get(factor) and _is_of(trained.record, row):
                 return row
     return None
+
+
+def _is_of(record: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether a row is of the size of training text that a model was trained on, where a study has several."""
+    return "samples" not in row or row["samples"] == record.get("samples")
+
+
+def _scored(trained: Trained) -> str:
+    """Which tokens a perplexity is of."""
+    if trained.manifest.get("study") == "dialogue":
+        return "every token of the replies, which follow a turn of the user's"
+    return "every token of the split"

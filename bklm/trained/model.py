@@ -112,9 +112,15 @@ class Trained:
 
     def __repr__(self) -> str:
         return (
-            f"<{self.name}: {type(self.model).__name__} of {self.model.num_parameters():,} parameters, validation PPL "
-            f"{self.record['val_ppl']:.1f} on {self.text_name}, from {self._run.source}>"
+            f"<{self.name}: {type(self.model).__name__} of {self.model.num_parameters():,} parameters, {self._measured()} on "
+            f"{self.text_name}, from {self._run.source}>"
         )
+
+    def _measured(self) -> str:
+        if (perplexity := self.record.get("val_ppl")) is not None:
+            return f"validation PPL {perplexity:.1f}"
+        before = self.record.get("changed_from", {}).get("val_ppl")
+        return "not measured" + ("" if before is None else f", made from one of validation PPL {before:.1f}")
 
     @property
     def text_name(self) -> str:
@@ -173,7 +179,8 @@ class Trained:
         return self.score(text).perplexity
 
     def score(self, text: str | os.PathLike[str]) -> Score:
-        """Score every token after the first, in windows as long as in training.
+        """Score every token after the first, in windows as long as in training; of study 04's models, whose context runs
+        through the whole text there, in windows of ``WINDOW`` from an empty context.
 
         Args:
             text: the text itself, or the path of a text file in UTF-8.

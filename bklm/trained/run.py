@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import tempfile
 import zipfile
@@ -40,7 +41,8 @@ class SavedModel:
 
     @property
     def val_ppl(self) -> float:
-        return self.record["val_ppl"]
+        """Infinite where nothing was measured since the model was changed."""
+        return self.record.get("val_ppl", math.inf)
 
     @property
     def model_class(self) -> str:
@@ -100,7 +102,8 @@ class SavedRun:
             record = weights.with_name(RECORD)
             if record.exists():
                 saved = SavedModel(weights.parent, _read(record))
-                if "model_config" in saved.record and saved.record.get("val_ppl") is not None:
+                known = saved.record.get("val_ppl") is not None or "changed_from" in saved.record
+                if "model_config" in saved.record and known:
                     found.append(saved)
         best = self.summary().get("best_model")
         return sorted(found, key=lambda m: (m.name != best, m.val_ppl))

@@ -31,14 +31,19 @@ def parse_clip(text: str) -> ClipSchedule:
         except ValueError:
             stage = None
         stages.append(stage)
-    epochs = [stage[0] for stage in stages if stage]
-    right = None not in stages and epochs[0] == 1 and all(a < b for a, b in pairwise(epochs))
-    if not right or not all(0 < norm < math.inf for _, norm in stages):
+    if None in stages or not _are_stages(stages):
         raise ValueError(
             f"clip: got {text!r}; give one positive norm such as 0.5, or NORM@EPOCH stages that begin at epoch 1 and "
             "go up, such as 0.5@1, 1@11, 2@31."
         )
     return tuple(stages)
+
+
+def _are_stages(stages: Sequence[tuple[int, float]]) -> bool:
+    """Whether epochs begin with 1 and go up, and norms are positive."""
+    epochs = [epoch for epoch, _ in stages]
+    goes_up = epochs[:1] == [1] and all(a < b for a, b in pairwise(epochs))
+    return goes_up and all(isinstance(norm, Real) and 0 < norm < math.inf for _, norm in stages)
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,14 @@ class TrainingSettings:
         _require(self, "warmup", 0.0, "a fraction of all steps, 0 to 1, is needed", kind=Real, most=1.0)
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: got {self.schedule!r}; allowed are 'constant' and 'cosine'.")
-        for stage in self.clip if isinstance(self.clip, tuple) else ((1, self.clip),):
-            if not isinstance(stage[1], Real) or not stage[1] > 0:
-                raise ValueError(f"clip: got {self.clip!r}; gradient norms must be positive numbers.")
-        last = self.clip[-1][0] if isinstance(self.clip, tuple) else 1
+        is_schedule = isinstance(self.clip, tuple)
+        if is_schedule and not _are_stages(self.clip):
+            raise ValueError(
+                f"clip: got {self.clip!r}; give one positive norm, or (epoch, norm) stages that begin at epoch 1 and go up."
+            )
+        if not is_schedule and not (isinstance(self.clip, Real) and self.clip > 0):
+            raise ValueError(f"clip: got {self.clip!r}; gradient norms must be positive numbers.")
+        last = self.clip[-1][0] if is_schedule else 1
         if last > self.epochs:
             raise ValueError(
                 f"clip: the schedule's last stage begins at epoch {last}, but the run has {self.epochs} epochs; "

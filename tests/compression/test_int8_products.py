@@ -8,8 +8,9 @@ import torch
 
 from bklm.compression import load_compressed, products, save_compressed, with_int8_products
 from bklm.compression.coding import integers
+from bklm.compression.int8 import quantised
 from bklm.compression.products import Int8Product, _product, multiplies_exactly
-from bklm.models import LSTM, LSTMConfig
+from bklm.models import LSTM, LSTMConfig, ResNetBK, ResNetBKConfig
 from bklm.training.evaluation import evaluate
 
 
@@ -97,6 +98,20 @@ def test_a_model_with_int8_products_is_near_the_float_one_and_loads_again(
     stepped, _ = small.step(x[:, 5], state)
     assert torch.allclose(stepped, small(x[:, :6])[:, -1], atol=0.05 * float(stepped.detach().abs().max()))
     assert logits.shape == stepped.shape
+
+
+@pytest.mark.parametrize("mixer", ["diagonal", "solve"])
+@pytest.mark.parametrize("make", [with_int8_products, lambda m: with_int8_products(m, head=True), quantised])
+def test_a_mixtures_router_multiplies_in_float_however_many_experts_it_has(mixer, make):
+    config = ResNetBKConfig(50, d_model=16, n_layers=1, n_heads=2, num_experts=17, top_k=2, mixer=mixer)
+    torch.manual_seed(0)
+    model = ResNetBK(config).eval()
+    ids = torch.arange(24).view(2, 12)
+    if mixer == "diagonal" and make is not quantised:
+        with pytest.raises(TypeError, match="without maps"):
+            make(model)
+        return
+    torch.testing.assert_close(make(model)(ids), model(ids), rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("per", ["token", "tensor"])

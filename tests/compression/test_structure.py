@@ -184,3 +184,14 @@ def test_bad_values_are_refused_in_one_sentence(reading, change, words):
         Distilled(ResNetBK(narrower(reading.config, 0.5)), reading, **change)
     with pytest.raises(ValueError, match="it has 50 words and the teacher 120"):
         Distilled(ResNetBK(ResNetBKConfig(50, 16, 1)), reading)
+    with pytest.raises(ValueError, match="student: it is the teacher itself"):
+        Distilled(reading, reading)
+
+
+def test_windows_that_the_teacher_cannot_read_are_refused_and_scored_by_the_student_alone():
+    teacher = GPT(GPTConfig(50, 16, 1, 2, n_seq=8))
+    made = Distilled(ResNetBK(ResNetBKConfig(50, 16, 1)), teacher)
+    x = torch.arange(18).view(2, 9)
+    with pytest.raises(ValueError, match="got 9 positions, but the teacher has n_seq = 8"):
+        made.train().loss(x, x)
+    assert made.eval().loss(x, x).isfinite()

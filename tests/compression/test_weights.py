@@ -8,7 +8,16 @@ import torch
 
 from bklm.compression import file_sizes, load_compressed, low_rank, quantise, save_compressed, saving
 from bklm.compression.coded_model import matrices
-from bklm.models import GPT, GPTConfig, LanguageModel, ResNetBK, ResNetBKConfig
+from bklm.compression.int8 import load_quantised, quantised, save_quantised
+from bklm.models import (
+    GPT,
+    ContextTokenConfig,
+    ContextTokenLM,
+    GPTConfig,
+    LanguageModel,
+    ResNetBK,
+    ResNetBKConfig,
+)
 from bklm.models.koopman import tie_blocks
 from bklm.training.auxiliary import WithTerm
 from bklm.training.evaluation import evaluate
@@ -136,6 +145,45 @@ def test_files_of_others_and_damaged_ones_are_refused(tmp_path):
     (tmp_path / "half").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="is damaged"):
         load_compressed(tmp_path / "half")
+    with pytest.raises(FileNotFoundError, match="is a folder; give a file that save_compressed wrote"):
+        load_compressed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda h: h["tensors"].pop("norm.weight"), "no norm.weight"),
+        (lambda h: h["config"].update(later=1), "later"),
+        (lambda h: h["tensors"]["embedding.weight"].update(kind="later"), "later"),
+        (lambda h: h["joined"].clear(), ""),
+    ],
+)
+def test_a_file_that_lacks_a_tensor_or_is_of_a_later_version_is_refused_in_one_sentence(tmp_path, change, said):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    save_compressed(quantise(ResNetBK(ResNetBKConfig(20, d_model=16, n_layers=1))), tmp_path / "whole")
+    with safe_open(str(tmp_path / "whole"), "pt") as file:
+        header = saving._unpack(file.metadata()[saving.HEADER])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(header)
+    save_file(tensors, str(tmp_path / "changed"), {saving.HEADER: saving._pack(header)})
+    with pytest.raises(ValueError, match=rf"changed is damaged, or of a version .*{said}"):
+        load_compressed(tmp_path / "changed")
+
+
+def test_how_a_context_block_was_trained_is_kept_in_the_file(tmp_path):
+    model = ContextTokenLM(ContextTokenConfig(20, 16, 16, 2))
+    model.context_block.fixed_point_iterations.fill_(5)
+    for k, made in enumerate((model, quantise(model, 8))):
+        again = load_compressed(save_compressed(made, tmp_path / str(k)))
+        assert int(again.context_block.fixed_point_iterations) == 5
+    fresh = ContextTokenLM(model.config)
+    again = load_quantised(fresh, save_quantised(quantised(model), tmp_path / "int8"))
+    assert (
+        int(again.context_block.fixed_point_iterations),
+        int(fresh.context_block.fixed_point_iterations),
+    ) == (5, 0)
 
 
 def test_tables_of_eight_columns_are_coded_so_that_int8_is_no_half_precision():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import sys
@@ -11,9 +12,10 @@ import torch
 
 import bklm
 from bklm import models
+from bklm.compression import quantise
 from bklm.models.by_name import config_class
 from bklm.trained import export, push
-from bklm.trained.card import _without_place, _without_places
+from bklm.trained.card import _without_place, _without_places, model_card
 from bklm.trained.run import CLASSES
 
 TEXT = "The dog likes <unk> x<unk>y zzz the fish ."
@@ -77,6 +79,32 @@ def test_the_card_names_text_measures_interval_and_baselines_and_no_place_of_thi
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "configuration_bklm.py", "modeling_bklm.py",
     }  # fmt: skip
+
+
+def test_the_card_of_a_changed_model_says_whose_perplexity_it_has(trained):
+    small = quantise(quantise(trained, 8), 4)
+    card = model_card(small)
+    assert (
+        f"| perplexity of {trained.name}, which this was made from | {trained.record['val_ppl']:.2f} |" in card
+    )
+    assert "of these weights" not in card
+    assert "mean over" not in card
+
+
+def test_the_card_has_the_rows_of_the_models_own_size_of_text_and_the_tokens_that_were_scored(trained):
+    row = {"arm": "reads", "seeds": 3, "val_ppl_low": 1.0, "val_ppl_high": 3.0}
+    table = [row | {"samples": 20, "val_ppl": 2.5}, row | {"samples": 40, "val_ppl": 1.5}]
+    counted = [{"name": "unigram", "samples": n, "val_ppl": 100.0 + n} for n in (20, 40)]
+    run = copy.copy(trained)
+    run.record = {**run.record, "arm": "reads", "samples": 40, "model": None, "alpha": None}
+    run.summary = {"table": table, "baselines": counted}
+    card = model_card(run)
+    assert "1.50 (1.00 to 3.00)" in card
+    assert "140.00" in card
+    assert "120.00" not in card
+    assert "over every token of the split." in card
+    run.manifest = {**run.manifest, "study": "dialogue"}
+    assert "over every token of the replies" in model_card(run)
 
 
 def test_places_are_cut_from_a_command_and_addresses_are_not():

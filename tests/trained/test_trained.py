@@ -231,8 +231,12 @@ def test_a_pruned_run_and_a_student_of_a_run_are_runs_that_are_saved_and_loaded(
     student = distil(run, small, batches, batches, TrainingSettings(1, learning_rate=1e-2))
     assert student.model is small
     assert run.model.num_parameters() > small.num_parameters()
+    assert student.record["model_class"] == "ResNetBK"
     for k, made in enumerate((zeros, student)):
         again = bklm.load(made.save(tmp_path / str(k)))
+        # What the study measured is of the model before.
+        assert f"not measured, made from one of validation PPL {run.record['val_ppl']:.1f} on" in repr(again)
+        assert not {"val_ppl", "test_ppl", "context_gain"} & again.record.keys()
         assert again.perplexity(validation) == made.perplexity(validation)
         assert again.generate("the cat", 5) == made.generate("the cat", 5)
 
