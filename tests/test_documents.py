@@ -434,6 +434,15 @@ def test_the_readmes_words_on_two_pairs_are_those_of_05s_recall():
     )
 
 
+def test_the_readmes_words_on_int8_in_03_are_those_of_its_table():
+    rows = pd.read_csv(ROOT / "docs" / "results" / "baseline_wikitext_int8.csv").set_index("weights")
+    scored, written = (rows[f"{k}_tokens_per_second"] for k in ("scored", "generated"))
+    faster = scored["int8"] / scored["float32"]
+    assert 0.95 < written["int8"] / written["float32"] < 1.1
+    words = f"is scored {faster:.1f} times as fast and writes no slower, for {rows.perplexity_change['int8']:.1%} of perplexity"
+    assert words in readme_words()
+
+
 def test_the_readmes_words_on_09_have_the_numbers_of_the_kept_results():
     folder = ROOT / "docs" / "results"
     page = readme_words()
