@@ -439,7 +439,8 @@ def test_the_readmes_words_on_int8_in_03_are_those_of_its_table():
     scored, written = (rows[f"{k}_tokens_per_second"] for k in ("scored", "generated"))
     faster = scored["int8"] / scored["float32"]
     assert 0.95 < written["int8"] / written["float32"] < 1.1
-    words = f"is scored {faster:.1f} times as fast and writes no slower, for {rows.perplexity_change['int8']:.1%} of perplexity"
+    cost = rows.perplexity_change["int8"]
+    words = f"is scored {faster:.1f} times as fast and writes no slower, for {cost:.1%} of perplexity"
     assert words in readme_words()
 
 
