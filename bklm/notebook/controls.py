@@ -15,6 +15,7 @@ from IPython.display import clear_output, display
 from bklm.harness.config import FieldSpec, StudyConfig
 from bklm.harness.estimate import duration_in_words
 from bklm.harness.folder import other_experiment
+from bklm.harness.launch import spoils_a_launch
 from bklm.notebook.form import as_typed
 from bklm.notebook.process import StudyRun
 
@@ -211,6 +212,8 @@ def as_pre(lines: Iterable[str]) -> str:
 
 
 def _state_minutes(estimate: Callable[[Any], float], resolved: StudyConfig) -> str:
+    if spoils_a_launch(resolved):
+        return "No estimate: steps on a GPU in this kernel would keep it from launching several processes."
     try:
         minutes = estimate(resolved)
     except (ValueError, OSError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
@@ -103,6 +104,17 @@ def test_the_estimate_follows_the_controls_and_says_why_there_is_none(tiny_confi
     controls.widgets["batch_size"].value = 64
     assert controls._guess.value == "No estimate: no such &lt;text&gt;"
     assert seen == [8, 16, 64]
+
+
+def test_no_step_on_a_gpu_keeps_the_kernel_from_launching_several_processes(tiny_config, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    controls = Controls(
+        dataclasses.replace(tiny_config, processes=2, device="auto"),
+        ["batch_size"],
+        estimate=lambda config: pytest.fail("took steps on the GPU"),
+    )
+    controls.show()
+    assert controls._guess.value.startswith("No estimate: steps on a GPU")
 
 
 def test_the_sweeps_estimate_grows_with_its_trials_and_leaves_the_random_state_alone(tiny_config):
