@@ -307,6 +307,15 @@ def test_recommended_is_the_smallest_file_whose_upper_end_is_within_the_bound():
     assert "of 5 tried (each by its own interval)" in told
     one = [t for t in found if t["seed"] == 0]
     assert "no verdict" in tables.recommended_in_words(recommended(one), 5)
+    # The figure's title: of the recommended files, or where there are none of what was tried.
+    counted = [{"name": "unigram", "val_ppl": 100.05}]
+    rows = tables.file_rows(found)
+    assert tables.files_title(recommended(found), rows, "GPT", counted) == (
+        "NewLLM: 4.0 times smaller within 1%, 10.0 times smaller within 15%; not below unigram (100.0)"
+    )
+    assert tables.files_title([], rows, "NewLLM", counted) == (
+        "No file is recommended; not below unigram (100.0)"
+    )
 
 
 def claim_of(found, words, arms=None, shares=()):

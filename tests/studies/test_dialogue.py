@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -230,6 +231,13 @@ def test_ids_mean_the_same_words_in_both_stages_and_in_the_file_that_is_kept(res
         words = read.split()[:100]
         assert len(words) == 100
         assert words == said.split()[:100]
+
+
+def test_one_dialogue_for_validation_is_refused_before_anything_is_trained(result):
+    with pytest.raises(
+        ValueError, match=r"^held_out_dialogues: got 1 dialogue for validation.*take two or more"
+    ):
+        prepare_text(dataclasses.replace(result.config, held_out_dialogues=1))
 
 
 def test_a_model_beside_another_tokenizer_is_refused_on_load(result, tmp_path):

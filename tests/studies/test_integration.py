@@ -13,8 +13,8 @@ from bklm.data import Portions, load_corpus, make_loader, set_epoch, tokenize_co
 from bklm.models import ResNetBK, future_leak
 from bklm.studies import run_integration
 from bklm.studies.integration import claims, judging, tables
-from bklm.studies.integration.judging import left_out
-from bklm.studies.integration.run import _arms, _known_as, prepare_text
+from bklm.studies.integration.judging import known_as, left_out, portions_that_fit
+from bklm.studies.integration.run import _arms, prepare_text
 from bklm.studies.integration.switches import NEEDS, SWITCHES, Training, build, co_occurrences, together
 from bklm.training.evaluation import evaluate
 
@@ -276,12 +276,20 @@ def test_what_stays_takes_with_it_what_it_needs_and_a_pair_of_which_only_both_ar
     )
 
 
+@pytest.mark.parametrize("fit", [1, 2, 5, 11, 13, 25, 31, 153, 348, 1000])
+@pytest.mark.parametrize("scores", [1, 2, 12])
+def test_a_training_at_equal_time_takes_the_steps_that_fit(fit, scores):
+    batches, taken = portions_that_fit(fit, scores)
+    assert 1 <= taken <= scores
+    assert batches * taken == pytest.approx(fit, rel=0.021)
+
+
 def test_what_stays_under_another_arms_name_is_called_by_it():
-    assert _known_as(set(SWITCHES)) == "full"
-    assert _known_as(set(SWITCHES) - {"tying"}) == "less tying"
-    assert _known_as(set(SWITCHES) - {"reading", "convolution"}) == "less reading and convolution"
-    assert _known_as({"gradient", "kernel"}) == "plain"
-    assert _known_as(set(SWITCHES) - {"tying", "start"}) is None
+    assert known_as(set(SWITCHES)) == "full"
+    assert known_as(set(SWITCHES) - {"tying"}) == "less tying"
+    assert known_as(set(SWITCHES) - {"reading", "convolution"}) == "less reading and convolution"
+    assert known_as({"gradient", "kernel"}) == "plain"
+    assert known_as(set(SWITCHES) - {"tying", "start"}) is None
 
 
 def test_a_switch_without_which_a_seed_diverges_stays():

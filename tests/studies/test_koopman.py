@@ -163,6 +163,7 @@ def test_the_plain_model_is_loaded_with_the_perplexity_that_the_table_says(corre
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        ({"score_tokens": 16}, r"^score_tokens: got 16; a window of seq_len 16 takes one more than that"),
         ({"weights": (-0.1,)}, r"^weights: got \(-0\.1,\); allowed is "),
         ({"rank": 1001}, r"^rank: got 1001, above the 1000 snapshots \(fit_positions\) or the 17 features of a state; take"),
         ({"n_layers": 0}, r"^n_layers: got 0; allowed is "),
@@ -224,6 +225,9 @@ def test_a_speed_up_holds_only_where_one_operator_is_twice_as_fast_and_no_worse(
     assert faster(bad[:1], TIMES)[1]["verdict"] == "no verdict"
     slow = {**TIMES, "affine": TIMES["EDMD"]}
     assert faster(good, slow)[1]["verdict"] == "does not hold"
+    # About twice as fast: neither shown nor refuted.
+    about = {**TIMES, "affine": [0.0049, 0.0058, 0.0048]}
+    assert faster(good, about)[1]["verdict"] == "not shown"
     # Of two operators the better may be so by chance: each interval is wider than it would be alone.
     alone = linearised_rows([[r for r in s if r["replacement"] != "EDMD"] for s in bad], {})
     wide, narrow = (
@@ -339,3 +343,31 @@ def test_long_range_holds_only_beyond_the_interval_over_paired_seeds():
     assert (rows["LRU"]["seeds"], rows["LRU"]["diverged"]) == (1, 1)
     assert rows["GPT"]["accuracy_512"] is None
     assert long_range(lost) == (pytest.approx(0.8), None)
+    for trial in lost:
+        if trial["arm"] == "NewLLM":
+            trial["val_ppl"] = None
+    far = claims_table([], [], [], [], lost, steps, 100.0, 0.05)[-2]
+    assert (far["measured"], far["verdict"]) == ("diverged with every seed: NewLLM", "no verdict")
+
+
+def test_a_recurrence_about_twice_as_fast_is_not_refuted_and_one_seed_of_a_forward_is_no_verdict():
+    trials = recalled({name: [0.9, 0.9, 0.9] for name in ("NewLLM", "LRU", "ResNetBK", "GPT", "LinearContext")})
+
+    def verdict(*slower):
+        steps = {"LRU": [0.01] * 3, "ResNetBK": [0.01 * x for x in slower]}
+        claims = claims_table([], [], [], [], trials, steps, 100.0, 0.05)
+        return next(c["verdict"] for c in claims if "trains 2 times faster" in c["announced"])
+
+    assert [verdict(1.9, 2.0, 2.1), verdict(1.0, 1.1, 1.0)] == ["not shown", "does not hold"]
+
+    def stands_in(*perplexities):
+        lifting = [{"koopman_ppl": x, "koopman_moves": 3} for x in perplexities]
+        found = [
+            {"arm": "published", "seed": n, "val_ppl": 50.0, "lifting": one} for n, one in enumerate(lifting)
+        ]
+        claims = claims_table([], [], found, [], [], {}, 100.0, 0.1)
+        return claims[0]["verdict"]
+
+    assert [stands_in(60.0), stands_in(60.0, 61.0, 62.0), stands_in(20.0, 90.0, 99.0), stands_in(150.0, 151.0, 152.0)] == [
+        "no verdict", "holds", "not shown", "does not hold"
+    ]  # fmt: skip

@@ -120,6 +120,13 @@ def test_steps_are_read_off_the_curve_and_paired_with_each_control(config):
     assert rows["conservative", "free-force"]["ratio"] < 0.6
     assert rows["every-second", "plain"]["ratio"] is None
     assert rows["every-second", "plain"]["reached"] == 0
+    # Steps before a term sets in are the plain model's.
+    late = {"conservative": 5}
+    rows = {(r["arm"], r["against"]): r for r in tables.step_rows(trials, arms, 10, 6.0, times, late)}
+    n = rows["conservative", "plain"]["steps"]
+    assert rows["conservative", "plain"]["seconds_to_loss"] == pytest.approx(1e-3 * (5 + 3 * (n - 5)))
+    assert rows["conservative", "plain"]["seconds_ratio"] == pytest.approx((5 + 3 * (n - 5)) / 20, rel=0.05)
+    assert rows["plain", "-"]["seconds_to_loss"] == pytest.approx(0.02)
     # A seed that diverged leaves no ratio.
     rows = tables.step_rows(
         [t for t in trials if (t["arm"], t["seed"]) != ("conservative", 1)], arms, 10, 6.0, times

@@ -329,6 +329,13 @@ def test_a_gpu_that_is_not_there_is_refused(config, monkeypatch):
         run_precision(dataclasses.replace(config, device="cuda"))
 
 
+@pytest.mark.parametrize(
+    ("asked", "published"), [((1, 3), 3), ((1, 64), 1), ((64, 128), 64), ((16, 32, 64), 32)]
+)
+def test_claims_are_checked_at_a_batch_that_is_measured(asked, published):
+    assert PrecisionConfig(profile="smoke", batch_sizes=asked).resolved().published_batch == published
+
+
 @pytest.mark.parametrize("profile", ["smoke", "quick", "full"])
 def test_every_profile_fills_every_field_and_full_ends_at_a_million(profile):
     resolved = PrecisionConfig(profile=profile).resolved()

@@ -33,6 +33,7 @@ from bklm.studies.compression.models import (
     families,
     half_of_experts,
     load_model,
+    percent,
     score,
     sizes,
     smaller,
@@ -90,8 +91,8 @@ def _zeros(config: CompressionConfig, source: str, folder: Path, seed: int) -> d
     found: dict[str, Method] = {}
     for sparsity in config.sparsities:
         for method in METHODS:
-            found[f"{sparsity:.0%} zeros, {method}, int8"] = lambda m, text, s=sparsity, k=method: quantise(
-                prune(m, s, k, calibration=text, seed=seed)
+            found[f"{percent(sparsity)} zeros, {method}, int8"] = lambda m, text, s=sparsity, k=method: (
+                quantise(prune(m, s, k, calibration=text, seed=seed))
             )
     # One size: of the next one the mask and the scales alone take most of the bytes.
     width = f"width {config.widths[0]:g}"

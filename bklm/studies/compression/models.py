@@ -37,6 +37,11 @@ FILES = "files"  # folder of compressed models of one seed
 INT8 = "int8"
 
 
+def percent(share: float) -> str:
+    """ "75%", and "75.4%" where it is that: two shares that a study tells apart have two names."""
+    return f"{100 * share:g}%"
+
+
 def families(config: CompressionConfig) -> tuple[str, ...]:
     """The models that are compressed."""
     return BY_NAME[config.models]
@@ -158,13 +163,13 @@ def retrained_arms(config: CompressionConfig, folder: Path, steps: int) -> dict[
         changes = {
             MORE: lambda model: model,
             f"{bits} {ROUNDED}": lambda model: RoundedModel(model, bits, GROUP),
-            f"{sparsity:.0%} {GRADUAL}": lambda model: PrunedModel(model, sparsity, pruning),
-            f"{sparsity:.0%} {RANDOM}": lambda model: PrunedModel(
+            f"{percent(sparsity)} {GRADUAL}": lambda model: PrunedModel(model, sparsity, pruning),
+            f"{percent(sparsity)} {RANDOM}": lambda model: PrunedModel(
                 model, sparsity, pruning, seed=torch.initial_seed()
             ),
             f"{AS_SMALL} {narrow}": as_small,
         }
-        against = {f"{sparsity:.0%} {GRADUAL}": f"{sparsity:.0%} {RANDOM}"}
+        against = {f"{percent(sparsity)} {GRADUAL}": f"{percent(sparsity)} {RANDOM}"}
         if family != "NewLLM":
             # Half of a block's positions: of NewLLM each layer needs the one before.
             changes[GATED] = GatedBlocks

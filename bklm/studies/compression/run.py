@@ -13,7 +13,6 @@ from bklm.compression.calibration import first_batches
 from bklm.compression.saving import is_compressed_file
 from bklm.files.atomic import kept_result
 from bklm.harness.arms import Arm, readable_verdicts, train_arms
-from bklm.harness.comparison import not_beaten_in_short
 from bklm.harness.estimate import Run, minutes, text_size
 from bklm.harness.folder import INTERNALS
 from bklm.harness.report import Report, StudyResult, small_print
@@ -197,10 +196,7 @@ def _report(study: Session, found: dict[str, Any]) -> CompressionResult:
     finding = tables.finding_in_words(rows, chosen, counted, unigram)
     claims = claims_table(rows, judged_rows, shares, speeds, counted)
     note = small_print(study.text, len(config.seeds), "what is far above both lines is not drawn")
-    # The title speaks of one model alone, and of its recommended files where there are any.
-    told_of = chosen[0]["family"] if chosen else families(config)[0]
-    own = [r["val_ppl"] for r in chosen or rows if r["seeds"] and r["family"] == told_of]
-    title = tables.headline(chosen) + not_beaten_in_short(min(own), study.text.baselines)
+    title = tables.files_title(chosen, rows, families(config)[0], study.text.baselines)
     report.figure("files.png", figures.draw_files, rows, counted, chosen, unigram, title, note)
     rows_at_once = min(speed.SEQUENCES, config.batch_size)
     own = f"One CPU, in turns; one seed's models; batch {rows_at_once} x {study.text.seq_len}."

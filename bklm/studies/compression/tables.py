@@ -7,10 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bklm.harness.arms import NOT_SHOWN, Holds
-from bklm.harness.comparison import Column, Comparison, Trial, geometric_mean, score_in_words
+from bklm.harness.comparison import (
+    Column,
+    Comparison,
+    Trial,
+    geometric_mean,
+    not_beaten_in_short,
+    score_in_words,
+)
 from bklm.harness.statistics import FEWEST_SEEDS, widened
 from bklm.studies.compression.models import INT8, MORE, SCRATCH, family_of
 from bklm.training.context_gain import BIGRAM_GAIN, gain_in_words
+
+Rows = Sequence[Mapping[str, Any]]
 
 # What a file's name says of how it was made; the first that fits.
 RETRAINED, SMALLER, BITS = "retrained", "smaller, from scratch", "fewer bits"
@@ -288,8 +297,15 @@ def beside_counting(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Any
     return words, False if all(r["val_ppl_low"] > ppl for r in small) else NOT_SHOWN
 
 
-def headline(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The figure's title: what the first model's smallest files within the tightest and the widest bound are."""
+def files_title(chosen: Rows, rows: Rows, family: str, baselines: Rows) -> str:
+    """The figure's title, of one model: its recommended files, or of none all of ``family``'s, beside counting."""
+    family = chosen[0]["family"] if chosen else family
+    own = [r["val_ppl"] for r in chosen or (r for r in rows if r["seeds"]) if r["family"] == family]
+    return headline(chosen) + not_beaten_in_short(min(own), baselines)
+
+
+def headline(rows: Rows) -> str:
+    """What the first model's smallest files within the tightest and the widest bound are."""
     if not rows:
         return "No file is recommended"
     first = [r for r in rows if r["family"] == rows[0]["family"]]

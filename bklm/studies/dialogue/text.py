@@ -103,6 +103,11 @@ def prepare_text(config: DialogueConfig) -> DialogueText:
         corpus.dialogues("train")  # says what is wrong
     corpus = corpus.first(most, held_out)
     dialogues = {split: corpus.dialogues(split) for split in SPLITS}
+    if len(dialogues["valid"]) < 2:
+        raise ValueError(
+            f"held_out_dialogues: got {len(dialogues['valid'])} dialogue for validation; what earlier turns are worth is "
+            "told by those of another dialogue: take two or more."
+        )
     prose = load_corpus(config.pretraining, config.pretraining_dir)
     said = [text for dialogue in dialogues["train"] for _, text in dialogue]
     vocabulary = DialogueVocabulary.train([*said, *prose.train], config.vocab_size)
@@ -117,7 +122,11 @@ def prepare_text(config: DialogueConfig) -> DialogueText:
         corpus, tokens, config.seq_len, config.batch_size, "dialogues", _baselines(corpus, encoded, before, vocabulary),
         prose=before, dialogues=dialogues, encoded=encoded, rows=rows, notes=_notes(corpus),
     )  # fmt: skip
-    check_and_log(text, (before.train_loader(0), before.val_loader(), text.train_loader(0), text.val_loader()))
+    pretraining, tuning = (
+        (before.train_loader(0), before.val_loader()),
+        (text.train_loader(0), text.val_loader()),
+    )
+    check_and_log(text, (*pretraining, *tuning, text.test_loader()))
     return text
 
 

@@ -107,7 +107,14 @@ def prepare_text(config: EmbeddingFreezeConfig) -> FreezeText:
     else:
         bpe = train_bpe([*split.train, *split.spare], config.vocab_size)
     return make_text(
-        corpus, split, bpe, embedding, config.samples, config.document_tokens or None, config.batch_tokens
+        corpus,
+        split,
+        bpe,
+        embedding,
+        config.samples,
+        config.document_tokens or None,
+        config.batch_tokens,
+        config.original_comparison,
     )
 
 

@@ -167,12 +167,14 @@ def make_text(
     samples: tuple[int, ...],
     document_tokens: int | None,
     batch_tokens: int,
+    with_other: bool = True,
 ) -> FreezeText:
     """Tokenise documents and make the pretrained embedding, where an arm starts from it.
 
     Args:
         document_tokens: tokens kept of each document; None: all.
         batch_tokens: tokens that every text must exceed.
+        with_other: whether an arm is scored on documents of the test split.
 
     Raises:
         ValueError, OSError: fewer tokens than a batch, or an embedding that does not fit.
@@ -180,7 +182,7 @@ def make_text(
     if embedding.file and embedding_file_shape(embedding.file) != (len(bpe), embedding.width):
         # Says what does not fit.
         load_embedding(embedding.file, len(bpe), embedding.width)
-    other = list(islice(corpus.documents("test"), len(split.valid)))
+    other = list(islice(corpus.documents("test"), len(split.valid))) if with_other else []
     text = FreezeText(
         embedding=embedding,
         samples=samples,
@@ -189,8 +191,15 @@ def make_text(
         bpe=bpe,
         documents=bpe.encode_documents(split.train, document_tokens),
         valid=np.concatenate(bpe.encode_documents(split.valid, document_tokens)).astype(np.int64),
-        other_valid=np.concatenate(bpe.encode_documents(other, document_tokens)).astype(np.int64),
+        other_valid=np.concatenate(
+            [np.zeros(0, np.int64), *bpe.encode_documents(other, document_tokens)]
+        ).astype(np.int64),
     )
+    if with_other and len(text.other_valid) < 2:
+        raise ValueError(
+            f"data_dir: the test split of {corpus.name!r} has {len(text.other_valid)} tokens, and the original's comparison "
+            "is scored on it; give it documents, or choose original_comparison False."
+        )
     for what, stream in (("smallest sample", text.train(min(samples))), ("validation", text.valid)):
         if len(stream) <= batch_tokens:
             raise ValueError(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from bklm.harness.arms import Arm, verdicts
 from bklm.harness.comparison import Trial
 from bklm.harness.statistics import times_wider
-from bklm.studies.integration.switches import removed
+from bklm.studies.integration.switches import OF_PLAIN, SWITCHES, removed
 from bklm.studies.integration.tables import (
     ARMS,
     FULL,
     LESS,
+    NONE,
     PLACEBO,
     PLAIN,
     Milliseconds,
@@ -47,6 +48,24 @@ def left_out(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 def steps_that_fit(milliseconds: Milliseconds, arm: str, steps: int) -> int:
     """Steps of an arm in the time of ``steps`` of the plain one."""
     return max(1, round(steps / time_ratio(milliseconds, arm, PLAIN).mean))
+
+
+def known_as(kept: Collection[str]) -> str | None:
+    """The arm that has these switches, of those that are trained first."""
+    known = {frozenset(SWITCHES): FULL, OF_PLAIN: PLAIN, frozenset(): NONE}
+    for name in SWITCHES:
+        known[frozenset(SWITCHES) - set(removed(name))] = next(iter(left_out([name]).values()))[0]
+    return known.get(frozenset(kept))
+
+
+def portions_that_fit(fit: int, scores: int) -> tuple[int, int]:
+    """Steps from one score to the next, and scores, of about ``fit`` steps: as many of ``scores`` as leave what they miss
+    within the time that counts for nothing, or the nearest."""
+    options = [(max(1, round(fit / n)), n) for n in range(scores, 0, -1)]
+    missed = {option: abs(math.log(option[0] * option[1] / fit)) for option in options}
+    return next(
+        (option for option in options if missed[option] <= LEAST["time"]), min(options, key=missed.__getitem__)
+    )
 
 
 def judged(trials: Sequence[Trial], arms: Mapping[str, Arm], unigram: float) -> Rows:

@@ -11,10 +11,9 @@ import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from bklm.compression import baked
-from bklm.data import Portions
 from bklm.files.atomic import read_result
 from bklm.harness.arms import WEIGHTS, Arm, readable_verdicts, require_one_process, train_arms
 from bklm.harness.comparison import Trial
@@ -23,13 +22,18 @@ from bklm.harness.report import Report, StudyResult, small_print
 from bklm.harness.session import Session, place_of
 from bklm.harness.statistics import FEWEST_SEEDS
 from bklm.harness.study import run_study
-from bklm.harness.text import StudyText
-from bklm.harness.text import prepare_text as prepare_plain_text
 from bklm.models import LanguageModel
 from bklm.studies.integration import figures, tables
 from bklm.studies.integration.claims import claims_table
 from bklm.studies.integration.config import IntegrationConfig
-from bklm.studies.integration.judging import judged, left_out, steps_that_fit, switch_rows
+from bklm.studies.integration.judging import (
+    judged,
+    known_as,
+    left_out,
+    portions_that_fit,
+    steps_that_fit,
+    switch_rows,
+)
 from bklm.studies.integration.measured import HEAD, first_losses, of_models, step_times, with_later
 from bklm.studies.integration.switches import (
     OF_PLAIN,
@@ -40,6 +44,7 @@ from bklm.studies.integration.switches import (
     removed,
 )
 from bklm.studies.integration.tables import ARMS, FULL, KEPT, NONE, PLACEBO, PLAIN
+from bklm.studies.integration.text import IntegrationText, prepare_text
 from bklm.training.auxiliary import without_term
 from bklm.training.schedules import TrainingSettings
 from bklm.training.weights import load_weights
@@ -84,33 +89,11 @@ class IntegrationResult(StudyResult):
         record = read_result(place / "result.json", {**NEEDED, "val_ppl": float})
         if record is None or not (place / WEIGHTS).exists():
             known = ", ".join(repr(row["arm"]) for row in self.table if not row["arm"].startswith(PLACEBO))
-            raise ValueError(f"model: got {model!r}; this study trained {known}, those that diverged excepted.")
+            raise ValueError(f"model: got {name!r}; this study trained {known}, those that diverged excepted.")
         training = Training(None, record["steps_per_score"] * self.config.scores)
         made = _arms(self.config, training, self.kept)[name].build(record["vocabulary"])
         load_weights(without_term(made), place / WEIGHTS)
         return without_term(baked(without_term(made))).eval()
-
-
-@dataclass(frozen=True, eq=False)
-class IntegrationText(StudyText):
-    """A study's text in epochs of ``portion`` batches, wherever its passes end (0: whole passes), each scored on the first
-    ``scored`` validation tokens."""
-
-    # Many short trainings are scored often.
-    scored_at_once: ClassVar[int] = 8
-    portion: int = 0
-    scored: int = 0
-
-    def train_loader(self, seed: int) -> Any:
-        loader = super().train_loader(seed)
-        return Portions(loader, self.portion) if self.portion else loader
-
-    def val_loader(self) -> Any:
-        return self.search_val_loader(self.scored)
-
-    def whole_val_loader(self) -> Any:
-        """The whole split, for a model that is done."""
-        return self.search_val_loader(0)
 
 
 def run_integration(
@@ -120,24 +103,6 @@ def run_integration(
 ) -> IntegrationResult | None:
     """Run the study; everything goes to ``<output_dir>/integration`` and its zip. See ``bklm.harness.study.run_study``."""
     return run_study(config, _train_all, _report, prepare=prepare_text, on_figure=on_figure, text=text)
-
-
-def prepare_text(config: IntegrationConfig) -> IntegrationText:
-    """The text of a resolved config. Errors as ``bklm.harness.text.prepare_text``, and more scores than there are steps."""
-    found = prepare_plain_text(config)
-    own = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-    text = IntegrationText(**own, scored=config.score_tokens)
-    steps = len(text.train_loader(0)) * config.epochs
-    if 0 < config.score_tokens <= config.seq_len:
-        raise ValueError(
-            f"score_tokens: got {config.score_tokens}, but a window has {config.seq_len} (seq_len); take more than that, or 0 "
-            "for the whole validation split."
-        )
-    if config.scores > steps:
-        raise ValueError(
-            f"scores: got {config.scores}, but a training has {steps} steps; take that many or fewer."
-        )
-    return text
 
 
 def estimated_minutes(config: IntegrationConfig) -> float:
@@ -200,10 +165,15 @@ def _train_all(study: Session) -> dict[str, Any]:
     )  # fmt: skip
 
     def train(
-        chosen: dict[str, Arm], name: str, batches: int, rate: float = rates[0], **more: Any
+        chosen: dict[str, Arm],
+        name: str,
+        batches: int,
+        rate: float = rates[0],
+        scores: int = config.scores,
+        **more: Any,
     ) -> list[Trial]:
         own = dataclasses.replace(text, portion=batches)
-        with_rate = dataclasses.replace(settings, learning_rate=rate)
+        with_rate = dataclasses.replace(settings, learning_rate=rate, epochs=scores)
         return train_arms(
             study, chosen, with_rate, text=own, name=name, measure=of_models(own), needed=NEEDED, **more
         )
@@ -216,11 +186,13 @@ def _train_all(study: Session) -> dict[str, Any]:
 
     def train_for_as_long(name: str, place: str = TIMED) -> None:
         fit = steps_that_fit(found["milliseconds"], name, steps)
-        batches = max(1, round(fit / config.scores))
-        study.expect(study.progress.total + batches * config.scores * seeds)
-        arm = _arms(config, Training(table, batches * config.scores), found["kept"])[name]
+        batches, scores = portions_that_fit(fit, config.scores)
+        study.expect(study.progress.total + batches * scores * seeds)
+        arm = _arms(config, Training(table, batches * scores), found["kept"])[name]
         best = next(t["learning_rate"] for t in found["steps"] if t["arm"] == name)
-        found["time"] += train({name: dataclasses.replace(arm, kept=False)}, place, batches, best)
+        found["time"] += train(
+            {name: dataclasses.replace(arm, kept=False)}, place, batches, best, scores=scores
+        )
 
     found["steps"] = train(arms, TRIALS, portion, rates=searched)
     ARMS.require_any(found["steps"])
@@ -236,7 +208,7 @@ def _train_all(study: Session) -> dict[str, Any]:
     names = tables.kept_names(found["switches"])
     found["kept"] = tuple(n for n in SWITCHES if n in names)
     # With fewer seeds nothing is judged; a set that was trained under another name is not trained again.
-    is_new = bool(found["kept"]) and _known_as(found["kept"]) is None
+    is_new = bool(found["kept"]) and known_as(found["kept"]) is None
     if seeds >= FEWEST_SEEDS and is_new:
         place, arm = _place_of_kept(found["kept"]), _arms(config, whole, found["kept"])[KEPT]
         later = step_times(study, {PLAIN: arms[PLAIN], KEPT: arm}, PLAIN, f"times_{place}")["milliseconds"]
@@ -245,14 +217,6 @@ def _train_all(study: Session) -> dict[str, Any]:
         if config.budgets != "steps":
             train_for_as_long(KEPT, f"{place}_{TIMED}")
     return found
-
-
-def _known_as(kept: Collection[str]) -> str | None:
-    """The arm that has these switches, of those that are trained first."""
-    known = {frozenset(SWITCHES): FULL, OF_PLAIN: PLAIN, frozenset(): NONE}
-    for name in SWITCHES:
-        known[frozenset(SWITCHES) - set(removed(name))] = next(iter(left_out([name]).values()))[0]
-    return known.get(frozenset(kept))
 
 
 def _place_of_kept(kept: Collection[str]) -> str:
@@ -300,10 +264,12 @@ def _report(study: Session, found: dict[str, Any]) -> IntegrationResult:
     for name, rows in files.items():
         report.csv(f"{name}.csv", rows)
     report.csv("claims.csv", claims)
-    best = ARMS.best(trials)
+    # A placebo is a control, and is not kept.
+    own = [t for t in trials if not t["arm"].startswith(PLACEBO)]
+    best = ARMS.best(own)
     reached = ARMS.perplexity(ARMS.groups(trials)[best])
     # With fewer seeds nothing is judged, so that what stays is not known.
-    is_judged, known = len(study.config.seeds) >= FEWEST_SEEDS, _known_as(found["kept"])
+    is_judged, known = len(study.config.seeds) >= FEWEST_SEEDS, known_as(found["kept"])
     told = [
         f"Lowest validation PPL: {best}, {reached}.{ARMS.diverged(trials)}",
         kept,
@@ -312,8 +278,9 @@ def _report(study: Session, found: dict[str, Any]) -> IntegrationResult:
     ]
     told += [tables.rates_in_words(table, study.config.learning_rates), tables.realised_in_words(timed)]
     again = {"timed": [t for t in timed if t["arm"] != PLAIN]} if timed else {}
+    again |= {"placebos": placebos} if (placebos := [t for t in trials if t not in own]) else {}
     return report.finish(
-        IntegrationResult, ARMS, trials, also=again, rows=table,
+        IntegrationResult, ARMS, own, also=again, rows=table,
         finding=" ".join(words for words in told if words),
         summary={"claims": claims, "parts": parts, "switches": found["switches"], "interaction": adds, "shares": shares},
         switches=found["switches"], kept=found["kept"], parts=parts, claims=claims, shares=tables.shares_in_words(shares),

@@ -88,6 +88,11 @@ class KoopmanConfig(WindowStudyConfig):
                 f"trained_distance: got {config.trained_distance} with {config.recall_pairs} pairs, which are "
                 f"{2 * config.recall_pairs} tokens long themselves; take at least that."
             )
+        if 0 < config.score_tokens <= config.seq_len:
+            raise ValueError(
+                f"score_tokens: got {config.score_tokens}; a window of seq_len {config.seq_len} takes one more than that: "
+                "take more, or 0 for all."
+            )
         if config.start_epoch is None:
             config = replace(config, start_epoch=-(-2 * config.epochs // 5))
         if config.protocol == "original" and config.parts != "auxiliary":

@@ -108,6 +108,10 @@ def conservative(config: PhysicsConfig, **more: Any) -> Build:
     return build
 
 
+LATE = ("published", "shuffled", "apart", "apart-shuffled")
+"""Arms whose term sets in after a share of the training (``start``)."""
+
+
 def loss_arms(config: PhysicsConfig, steps: int) -> dict[str, Arm]:
     """Arms of the energy terms, the model without one first; ``steps`` of the whole training."""
     published, mended = functools.partial(_published, config, steps), functools.partial(_mended, config, steps)

@@ -168,7 +168,9 @@ def _train_all(study: Session) -> dict[str, Any]:
     # What equals the plain model, or has another decay, claims no speed.
     timed = _arms(dataclasses.replace(config, start=0.0), MANY_STEPS)
     timed = {name: arm for some in timed.values() for name, arm in some.items() if not arm.same_as}
-    return found | {"times": step_times(study, timed, tables.ROUNDS)}
+    # Timed as if it ran from the first step on; until it sets in, its arms' steps are the plain model's.
+    late = dict.fromkeys(models.LATE, int(config.start * steps))
+    return found | {"times": step_times(study, timed, tables.ROUNDS), "late": late}
 
 
 def _train_unsearched(
@@ -275,7 +277,7 @@ def _report(study: Session, found: dict[str, Any]) -> PhysicsResult:
     )
     timed = {name: arm for name, arm in searched.items() if name in found["times"]}
     parts["steps"] = tables.step_rows(
-        trials, timed, found["piece"], math.log(study.text.vocab_size), found["times"]
+        trials, timed, found["piece"], math.log(study.text.vocab_size), found["times"], found["late"]
     )
     parts["equal_seconds"] = tables.equal_seconds_rows(
         trials, arms.get("blocks", {}), found["times"], config.schedule

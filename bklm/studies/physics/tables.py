@@ -68,6 +68,7 @@ def step_rows(
     steps: int,
     first_loss: float,
     times: Mapping[str, Sequence[float]],
+    late: Mapping[str, int] | None = None,
 ) -> Rows:
     """Steps and seconds to the plain model's last loss of the same seed, and paired ratios against every control.
 
@@ -75,7 +76,9 @@ def step_rows(
         arms: with ``against``; the first is the plain one.
         steps: of one recorded epoch.
         times: milliseconds of a step by arm, in rounds that all arms took turns in.
+        late: of arms whose term sets in later, the steps before, which are the plain model's.
     """
+    late = late or {}
     groups, target = ARMS.groups(trials), next(iter(arms))
     goals = {t["seed"]: t["epochs"][-1]["val_loss"] for t in groups.get(target, [])}
     taken = {
@@ -87,7 +90,9 @@ def step_rows(
         reached = [n for n in found.values() if n is not None]
         row = {"arm": arm, "reached": len(reached), "seeds": len(goals), "ms": statistics.median(times[arm])}
         row["steps"] = steps * interval95(reached)[0] if reached and len(reached) == len(goals) else None
-        row["seconds_to_loss"] = row["steps"] and 1e-3 * row["steps"] * row["ms"]
+        row["seconds_to_loss"] = row["steps"] and 1e-3 * row["steps"] * _step_until(
+            row["steps"], arm, target, times, late
+        )
         # A control whose step was not timed is one of losses alone.
         controls = [control for control in arms[arm].against if control in times]
         for control in controls or ((target,) if arm != target else ("-",)):
@@ -96,6 +101,13 @@ def step_rows(
             known = bool(pairs) and all(n is not None and m for n, m in pairs)
             ratio = Perplexity.over_seeds([max(n, 1e-9) / m for n, m in pairs]) if known else NOTHING
             (low, high), slower = ratio.interval, _times_slower(times, arm, control) if known else NOTHING
+            if known:
+                means = [interval95(values)[0] for values in zip(*pairs, strict=True)]
+                own, its = (
+                    _step_until(steps * n, name, target, times, late) / statistics.median(times[name])
+                    for name, n in zip((arm, control), means, strict=True)
+                )
+                slower = Perplexity(*(getattr(slower, end) * own / its for end in ("mean", "low", "high")))
             seconds = NOTHING
             if known:
                 ends = (None, None) if low is None else (low * slower.low, high * slower.high)
@@ -103,6 +115,14 @@ def step_rows(
             row |= {"against": control, "ratio": ratio.mean, "low": low, "high": high, "ms_ratio": slower.mean}
             rows.append(row | interval_of("seconds_ratio", seconds))
     return rows
+
+
+def _step_until(
+    steps: float, arm: str, plain: str, times: Mapping[str, Sequence[float]], late: Mapping[str, int]
+) -> float:
+    """Milliseconds of an arm's mean step over its first ``steps``, of which those before its term sets in are ``plain``'s."""
+    own, before = statistics.median(times[arm]), min(1.0, late.get(arm, 0) / max(steps, 1e-9))
+    return before * statistics.median(times[plain]) + (1 - before) * own
 
 
 def _times_slower(times: Mapping[str, Sequence[float]], arm: str, control: str) -> Perplexity:

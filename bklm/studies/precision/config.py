@@ -53,8 +53,8 @@ class PrecisionConfig(StudyConfig):
 
     @property
     def published_batch(self) -> int:
-        """The batch at which the claims are checked: the original's 32, or the largest one asked for if that is less."""
-        return min(32, max(self.batch_sizes))
+        """The batch at which claims are checked: of those asked for the largest up to the original's 32, or the smallest."""
+        return max((n for n in self.batch_sizes if n <= 32), default=min(self.batch_sizes))
 
     def resolved(self) -> PrecisionConfig:
         """Every empty field filled, sizes in ascending order (a loop's time is foretold from shorter ones)."""
