@@ -332,7 +332,7 @@ def phase1_holds(study: Any) -> str:
     """One verdict on phase 1 for all texts."""
     known = {"phase 1 helps": "holds", "no verdict on phase 1": "no verdict"}
     found = {known.get(run.phase1_verdict.split(",")[0], "does not hold") for run in study.runs.values()}
-    return found.pop() if len(found) == 1 else "in part"
+    return found.pop() if len(found) == 1 else "in part" if "holds" in found else "not shown"
 
 
 def phase1_verdict(run: Any) -> str:

@@ -434,6 +434,17 @@ def test_the_readmes_words_on_two_pairs_are_those_of_05s_recall():
     )
 
 
+def test_no_arm_of_04_is_below_the_best_count_model_as_the_readme_says():
+    folder = ROOT / "docs" / "results"
+    assert "No neural model of studies 01, 04 and 07," in readme_words()
+    for text in ("peps", "wikitext"):
+        table = pd.read_csv(folder / f"freeze_{text}_table.csv")
+        counted = json.loads((folder / f"freeze_{text}_summary.json").read_text(encoding="utf-8"))["baselines"]
+        least = pd.DataFrame(counted).groupby("samples").val_ppl.min()
+        assert len(table) > 30
+        assert (table.val_ppl_high > table.samples.map(least)).all()
+
+
 def test_the_readmes_words_on_int8_in_03_are_those_of_its_table():
     rows = pd.read_csv(ROOT / "docs" / "results" / "baseline_wikitext_int8.csv").set_index("weights")
     scored, written = (rows[f"{k}_tokens_per_second"] for k in ("scored", "generated"))
