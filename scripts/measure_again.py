@@ -21,8 +21,10 @@ from pathlib import Path
 
 from readme import PREFIXES
 
+from bklm.harness.cli import parse
+from bklm.harness.folder import other_experiment
 from bklm.harness.int8 import int8_table
-from bklm.studies import STUDIES
+from bklm.studies import STUDIES, configs
 from bklm.studies.baseline import BaselineConfig
 from bklm.studies.baseline.run import prepare_text, run_baseline
 
@@ -112,10 +114,22 @@ def command(study: str, run: str, folders: dict[str, Path | None], output_dir: P
     ]
 
 
-def is_finished(study: str, place: Path) -> bool:
-    """Whether a run of the study that ended lies there."""
-    manifest = place / study / "manifest.json"
-    return manifest.exists() and bool(json.loads(manifest.read_text(encoding="utf-8")).get("finished"))
+def is_finished(study: str, words: list[str]) -> bool:
+    """Whether the run of this command line that ended lies in its folder.
+
+    Raises:
+        SystemExit: a run with other settings does.
+    """
+    manifest = Path(words[-1]) / study / "manifest.json"
+    if not manifest.exists() or not json.loads(manifest.read_text(encoding="utf-8")).get("finished"):
+        return False
+    kind = next(c for c in configs() if c.study == study)
+    if different := other_experiment(parse(kind, words[3:]).resolved()):
+        raise SystemExit(
+            f"measure_again.py: {words[-1]} holds a run with other settings: {'; '.join(different)}. Choose another "
+            "--output_dir, or remove it."
+        )
+    return True
 
 
 def add_int8(place: Path) -> None:
@@ -146,7 +160,7 @@ def main() -> None:
     for study in given.studies or STUDIES:
         own = {run: command(study, run, folders, given.output_dir, given.workers) for run in RUNS[study]}
         for words in own.values():
-            if is_finished(study, Path(words[-1])):
+            if is_finished(study, words):
                 continue
             print(f"\n$ {shlex.join(words[1:])}", flush=True)
             if not given.commands:

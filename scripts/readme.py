@@ -155,17 +155,29 @@ class Run:
         return places[name](self)
 
     def keep(self, folder: Path, output_dir: str) -> None:
-        """Copy tables, summary, the figures that the page links, and the manifest without the folders of its machine."""
-        figures = (folder / name for name in self.study.figures(self))
-        for path in (*figures, *folder.glob("*.csv"), folder / "summary.json"):
+        """Copy tables, summary, the figures that the page links, and the manifest without the folders of its machine, in place
+        of what was kept of an earlier run.
+
+        Raises:
+            ValueError: the folder lacks one of them; nothing was copied.
+        """
+        figures = [folder / name for name in self.study.figures(self)]
+        files = [*figures, *folder.glob("*.csv"), folder / "summary.json", folder / "manifest.json"]
+        if missing := [path.name for path in files if not path.is_file()]:
+            raise ValueError(
+                f"{folder} lacks {', '.join(missing)}; give the folder of a run that was finished."
+            )
+        new = {self.kept(path.name) for path in files}
+        for path in {*DOCS.glob(f"{self.prefix}_*.csv"), *DOCS.glob(f"{self.prefix}_*.png")} - new:
+            path.unlink()
+        for path in files[:-1]:
             shutil.copy(path, self.kept(path.name))
-        text = (folder / "manifest.json").read_text(encoding="utf-8")
+        text = files[-1].read_text(encoding="utf-8")
         config = json.loads(text)["config"]
-        text = text.replace(config["output_dir"], output_dir)
-        for place in (
-            value for value in config.values() if isinstance(value, str) and Path(value).is_absolute()
-        ):
-            text = text.replace(place, Path(place).name)
+        # A place that is none of a machine stays; one such as "." would be found everywhere.
+        places = [value for value in config.values() if isinstance(value, str) and Path(value).is_absolute()]
+        for place in places:
+            text = text.replace(place, output_dir if place == config["output_dir"] else Path(place).name)
         self.kept("manifest.json").write_text(text, encoding="utf-8")
 
 

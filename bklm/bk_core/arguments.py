@@ -30,7 +30,10 @@ def as_number(name: str, value: object) -> float | complex:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Complex):
         raise TypeError(f"{name} must be a tensor or a number, got {type(value).__name__}.")
-    return float(value) if isinstance(value, numbers.Real) else complex(value)
+    try:
+        return float(value) if isinstance(value, numbers.Real) else complex(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} is beyond the range of 64 bits: give a number that they hold.") from error
 
 
 def precision_of(values: dict[str, Tensor | complex]) -> torch.dtype:
@@ -119,11 +122,20 @@ def between_rows(x: Tensor | complex, wanted: tuple[int, ...], like: Tensor) -> 
     """
     if not isinstance(x, Tensor):
         dtype = as_precision(torch.complex64 if isinstance(x, complex) else torch.float32, like.real.dtype)
-        return constant(x, (1, wanted[-1]), dtype, like.device)
+        return constant(_in_range(x, torch.finfo(dtype).max), (1, wanted[-1]), dtype, like.device)
     x = x.to(as_precision(x.dtype, like.real.dtype))
     if x.dim() <= 1 or math.prod(x.shape[:-1]) == 1:
         return materialised(x.reshape(1, -1).expand(1, wanted[-1]))
     return materialised(as_rows(x, wanted, (math.prod(wanted[:-1]), wanted[-1])))
+
+
+def _in_range(x: complex, most: float) -> complex:
+    """A number as its precision holds it, infinite beyond: torch refuses one that does not fit, and makes it of a tensor's."""
+
+    def part(value: float) -> float:
+        return math.copysign(math.inf, value) if abs(value) > most else value
+
+    return complex(part(x.real), part(x.imag)) if isinstance(x, complex) else part(x)
 
 
 def shift(
@@ -141,6 +153,8 @@ def shift(
     if not isinstance(z, Tensor):
         z = _number_shift(z, precision)
         return constant(z, (m,), as_precision(torch.complex64, precision), device), pivots.fits_32_bits(z)
+    if z.layout != torch.strided:
+        raise TypeError(f"z has layout {z.layout}: a dense tensor is needed, for instance z.to_dense().")
     if z.dtype not in _SINGLE + _DOUBLE:
         raise TypeError(f"z has dtype {z.dtype}: a complex tensor or number is needed, for instance 1j.")
     if z.device != device:
@@ -161,7 +175,7 @@ def _number_shift(z: complex, precision: torch.dtype) -> complex:
         )
     if abs(z.imag) < _SMALLEST_SINGLE and precision == torch.float32:
         raise ValueError(f"z = {z}: Im z vanishes in 32 bits; use 64-bit inputs or a larger |Im z|.")
-    if abs(z) > 1 / _SMALLEST_SINGLE and precision == torch.float32:
+    if math.hypot(z.real, z.imag) > 1 / _SMALLEST_SINGLE and precision == torch.float32:
         raise ValueError(f"z = {z}: 1 / |z| vanishes in 32 bits; use 64-bit inputs or a smaller |z|.")
     return z
 

@@ -8,6 +8,7 @@ is thereby bounded; cancellations of several steps in a row can still multiply.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -43,7 +44,7 @@ LARGEST_32_BIT_SHIFT = 2.0**40
 
 def fits_32_bits(z: complex) -> bool:
     """Whether 32 bits suffice for the derivatives at this shift."""
-    return abs(z.imag) >= 1 / LARGEST_32_BIT_SHIFT and abs(z) <= LARGEST_32_BIT_SHIFT
+    return abs(z.imag) >= 1 / LARGEST_32_BIT_SHIFT and math.hypot(z.real, z.imag) <= LARGEST_32_BIT_SHIFT
 
 
 def check_shift(z: Tensor) -> bool:

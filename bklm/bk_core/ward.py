@@ -20,25 +20,26 @@ from bklm.bk_core.solve import resolvent_solve
 
 @torch.no_grad()
 def ward_residual(
-    a: Tensor, bonds: Tensor | float, z: complex, *, causal: bool = False, backend: str = "auto"
+    a: Tensor, bonds: Tensor | float, z: Tensor | complex, *, causal: bool = False, backend: str = "auto"
 ) -> Tensor:
     """Im G_ii - Im z sum_j |G_ij|^2, (..., N), the left side from ``resolvent_diagonal`` and the right one from
     ``resolvent_solve``.
 
     Args:
-        a: (..., N) real. bonds: real, (..., N - 1), on both sides of the diagonal. z: Im z != 0.
+        a: (..., N) real. bonds: real, (..., N - 1), on both sides of the diagonal. z: Im z != 0, a number or (...).
 
     Raises:
         ValueError: complex a or bonds, for which there is no such law; and as both operators do.
     """
-    bonds = torch.as_tensor(bonds, dtype=a.dtype, device=a.device)
-    if a.is_complex() or bonds.is_complex():
+    if a.is_complex() or torch.as_tensor(bonds).is_complex():
         raise ValueError(
             "ward_residual: got complex entries; the law holds for a real symmetric T: give real a and bonds."
         )
+    bonds = torch.as_tensor(bonds, dtype=a.dtype, device=a.device)
     n = a.shape[-1]
     options = {"causal": causal, "backend": backend}
     left = resolvent_diagonal(a, bonds, bonds, z, **options).imag
     columns = torch.eye(n, dtype=a.dtype, device=a.device)
     rows = resolvent_solve(columns, a, bonds, bonds, z, **options)
-    return left - z.imag * rows.abs().square().sum(-1)
+    eta = z.imag.unsqueeze(-1) if isinstance(z, Tensor) else z.imag
+    return left - eta * rows.abs().square().sum(-1)

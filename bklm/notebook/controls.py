@@ -86,8 +86,14 @@ class Controls:
     def keep(self, before: Controls) -> None:
         """Take the values that controls made before from the same form were moved to, and say so: *Run all* makes them anew.
 
-        A field whose value in the form was changed since follows the form.
+        A field whose value in the form was changed since follows the form. A study that runs is taken over with its buttons.
         """
+        if before._is_running:
+            self.study, before.study = before.study, None
+            self.run_button.disabled, self.stop_button.disabled = True, False
+            self._progress.layout.display = ""
+            self.study.tell(self._update)
+            self._update()
         moved = [n for n in before.widgets if n in before._moved and n in self.widgets]
         kept = [n for n in moved if getattr(self._config, n) == getattr(before._config, n)]
         for name in kept:

@@ -106,12 +106,16 @@ class Study:
         self._run(self._config())
 
     def _run(self, config: StudyConfig) -> None:
-        self._button = self.controls.study
+        # First, so that no cell shows an earlier run's result where this one fails.
+        self.result, self._bundle = None, None
+        button = self.controls.study
         run = getattr(self._module, f"run_{config.study}")
         if self._reads_text:
             run = partial(run, text=self._text_of(config))
-        self.result, self._bundle = None, None
         self.result = cells.run(run, config, self.headless)
+        # One that was still at work is read when it has ended.
+        if button is not None and button.returncode is not None:
+            self._button = button
 
     def table(self, name: str = "") -> None:
         """Show a table: the main one, or one by name. One that this run has no rows for is a sentence."""

@@ -132,6 +132,10 @@ class StudyRun:
         if piece.strip():
             self.lines.append(piece.rstrip())
 
+    def tell(self, on_change: Callable[[], None]) -> None:
+        """Tell someone else from here on: the controls that a cell made anew."""
+        self._on_change = on_change
+
     def _tell(self) -> None:
         try:
             self._on_change()

@@ -4,12 +4,14 @@ diag((T - z)^-1) = diag((T / s - z / s)^-1) / s, exactly so in binary floating p
 any scale follows from dense inversion at scale 1.
 """
 
+import math
+
 import mpmath
 import numpy as np
 import pytest
 import torch
 
-from bklm.bk_core import BKCore, pivots, reference, resolvent_diagonal
+from bklm.bk_core import BKCore, pivots, reference, resolvent_diagonal, resolvent_solve
 from bklm.bk_core.cpu import backend as cpu
 from bklm.bk_core.cpu import tiles as cpu_tiles
 from bklm.bk_core.cpu.scratch import SCRATCH_LENGTH
@@ -156,6 +158,54 @@ def test_a_product_b_c_that_overflows_shows_as_nan(causal, backend):
     G = resolvent_diagonal(torch.randn(9), b, b, 1j, causal=causal, backend=backend)
     assert torch.isnan(G[4:]).all()
     assert torch.isfinite(torch.view_as_real(G[:4])).all() if causal else torch.isnan(G).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(1e20, torch.float32), (1e39, torch.float32), (math.inf, torch.float32), (1e200, torch.float64)],
+)
+def test_numbers_whose_product_overflows_show_as_nan_like_tensors(backend, value, dtype):
+    a, x = torch.zeros(4, dtype=dtype), torch.tensor(value, dtype=torch.float64).to(dtype)
+    found = resolvent_diagonal(a, value, value, 1j, causal=True, backend=backend)
+    wanted = resolvent_diagonal(a, x, x, 1j, causal=True, backend=backend)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0, equal_nan=True)
+    assert torch.isnan(found[1:]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_couplings_that_32_bits_do_not_hold_but_for_their_product_are_no_error_of_torchs(backend):
+    x, a = torch.ones(4, 2), torch.zeros(4)
+    found = resolvent_solve(x, a, 1e40, 1e-40, 1j, causal=True, backend=backend)
+    wanted = resolvent_solve(x.double(), a.double(), 1e40, 1e-40, 1j, causal=True, backend=backend)
+    finite = torch.isfinite(torch.view_as_real(found)).all(-1)
+    assert finite[0].all()
+    torch.testing.assert_close(found[finite], wanted[finite].to(torch.complex64), rtol=1e-3, atol=1e-6)
+
+
+def test_numbers_beyond_64_bits_are_refused_and_large_shifts_are_not():
+    with pytest.raises(ValueError, match=r"^b is beyond the range of 64 bits"):
+        resolvent_diagonal(torch.zeros(4), 10**400, 1.0, 1j)
+    far = resolvent_diagonal(torch.zeros(4, dtype=torch.float64), 1.0, 1.0, complex(1.5e308, 1.5e308))
+    assert (far.abs() < 1e-307).all()
+    with pytest.raises(ValueError, match=r"1 / \|z\| vanishes in 32 bits"):
+        resolvent_diagonal(torch.zeros(4), 1.0, 1.0, complex(1.5e308, 1.5e308))
+    with pytest.raises(TypeError, match=r"^z has layout torch.sparse_coo: a dense tensor is needed"):
+        resolvent_diagonal(torch.zeros(2, 4), 1.0, 1.0, torch.tensor([1j, 2j]).to_sparse())
+
+
+def test_a_number_as_large_as_32_bits_hold_reaches_as_far_as_on_the_other_backend():
+    """Rows longer than a chunk: 150 positions lie between the large number and where a thread begins anew."""
+    n = 20_000
+    places = torch.arange(n)
+    for at in (n // 4, n // 2, 3 * n // 4, 16_384):
+        x = torch.ones(n, 1)
+        x[at - 150] = 1e37
+        found, wanted = (
+            resolvent_solve(x, torch.zeros(n), 1.0, 1.0, 1j, backend=backend) for backend in ("cpu", "torch")
+        )
+        near = (places - at).abs() < 1000
+        torch.testing.assert_close(found[near], wanted[near], rtol=1e-3, atol=1e-3)
 
 
 def test_a_shift_whose_reciprocal_32_bits_cannot_hold_is_refused():

@@ -77,3 +77,15 @@ def test_it_tells_a_wrong_operator_from_a_right_one(monkeypatch):
 def test_complex_entries_are_refused_for_they_obey_no_such_law():
     with pytest.raises(ValueError, match=r"^ward_residual: got complex entries; .*: give real a and bonds\.$"):
         ward_residual(torch.ones(3, dtype=torch.complex128), 1.0, 1j)
+
+
+def test_rows_with_shifts_of_their_own_have_the_residuals_that_they_have_alone_and_complex_bonds_are_refused():
+    torch.manual_seed(0)
+    a, z = torch.randn(3, 5, dtype=torch.float64), torch.tensor([0.3 + 1j, -0.2 + 0.5j, 0.1 - 2j])
+    found = ward_residual(a, 1.0, z)
+    assert found.shape == (3, 5)
+    assert found.abs().max() < 1e-12
+    for row, shift, residual in zip(a, z.tolist(), found, strict=True):
+        torch.testing.assert_close(ward_residual(row, 1.0, shift), residual, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="got complex entries"):
+        ward_residual(a, 1j, 1j)

@@ -106,6 +106,46 @@ def test_the_estimate_follows_the_controls_and_says_why_there_is_none(tiny_confi
     assert seen == [8, 16, 64]
 
 
+def test_controls_made_anew_take_over_a_run_that_goes_on_with_its_buttons(tiny_config, monkeypatch):
+    class Running:
+        percent, doing, counts, lines, returncode, is_running, was_stopped = (
+            40,
+            "arm a",
+            "4/10",
+            [],
+            None,
+            True,
+            False,
+        )
+
+        def __init__(self, config, on_change):
+            self.config, self.seconds, self.folder = config, 1.0, "there"
+            self.tell(on_change)
+
+        def tell(self, on_change):
+            self.on_change = on_change
+
+        def stop(self):
+            self.is_running, self.returncode, self.was_stopped = False, 1, True
+
+        def picture(self):
+            return None
+
+    monkeypatch.setattr("bklm.notebook.controls.StudyRun", Running)
+    before = Controls(tiny_config, ["batch_size"])
+    before.show()
+    before._start()
+    again = Controls(tiny_config, ["batch_size"])
+    again.show()
+    again.keep(before)
+    assert again.study.percent == again._bar.value == 40
+    assert (again.run_button.disabled, again.stop_button.disabled) == (True, False)
+    again._stop()
+    again.study.on_change()
+    assert (again.run_button.disabled, again.stop_button.disabled) == (False, True)
+    assert "Stopped" in again._status.value
+
+
 def test_no_step_on_a_gpu_keeps_the_kernel_from_launching_several_processes(tiny_config, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     controls = Controls(

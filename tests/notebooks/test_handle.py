@@ -192,6 +192,35 @@ def test_a_failed_run_leaves_no_result_of_an_earlier_one(finished, monkeypatch):
         study.table()
 
 
+def test_a_text_that_cannot_be_prepared_leaves_no_result_of_an_earlier_one(finished, monkeypatch):
+    study = notebook.study("grad_blend", variables(finished))
+    study.run()
+    monkeypatch.setattr(study, "_text_of", lambda config: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(OSError, match="no network"):
+        study.run()
+    with pytest.raises(ValueError, match="nothing has been run yet"):
+        study.table()
+
+
+def test_the_run_button_is_read_when_it_has_ended_though_the_run_cell_was_tried_before(finished, monkeypatch):
+    study = notebook.study("grad_blend", variables(finished))
+    button = SimpleNamespace(is_running=True, returncode=None, config=finished)
+    study.controls.study = button
+    read, monkey = cells.run, monkeypatch.context
+
+    def busy(run, config, headless):
+        raise ValueError("output_dir: another run is working there")
+
+    with monkey() as patch:
+        patch.setattr(cells, "run", busy)
+        with pytest.raises(ValueError, match="another run is working"):
+            study.run()
+    assert cells.run is read
+    button.is_running, button.returncode = False, 0
+    study.table()
+    assert study.result.table
+
+
 @pytest.mark.parametrize("name", [name for name in STUDIES if name != "precision"])
 def test_the_text_cell_of_every_study_that_reads_one_says_source_and_sizes_and_counts(
     name, monkeypatch, capsys, tmp_path
