@@ -176,7 +176,8 @@ class Run:
         config = json.loads(text)["config"]
         # A place that is none of a machine stays; one such as "." would be found everywhere.
         places = [value for value in config.values() if isinstance(value, str) and Path(value).is_absolute()]
-        for place in places:
+        # The longest first: a folder of another one is no part of its name.
+        for place in sorted(places, key=len, reverse=True):
             text = text.replace(place, output_dir if place == config["output_dir"] else Path(place).name)
         self.kept("manifest.json").write_text(text, encoding="utf-8")
 

@@ -214,6 +214,8 @@ def end_in(how: str, folder: Path) -> None:
                 raise ValueError("n_layers: got 0: take 1 or more.")
             case "another error":
                 raise LookupError("nothing there")
+            case "an error of five parts":
+                b"\xff".decode()
             case "a signal":
                 os.kill(os.getpid(), signal.SIGKILL)
     # Longer than the test: the launcher stops the others.
@@ -228,6 +230,11 @@ def end_in(how: str, folder: Path) -> None:
             "another error",
             RuntimeError,
             "^processes: one of them ended .*LookupError: nothing there.*is kept.$",
+        ),
+        (
+            "an error of five parts",
+            RuntimeError,
+            "^processes: one of them ended .*UnicodeDecodeError.*is kept.$",
         ),
         ("a signal", RuntimeError, "^processes: one of them ended .*SIGKILL.*is kept.$"),
     ],

@@ -9,6 +9,9 @@ are for tests, benchmarks and studies; :func:`bklm.bk_core.resolvent_diagonal` i
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,6 +39,20 @@ def conjugate(x: Tensor) -> Tensor:
     return torch.complex(x.real, -x.imag)
 
 
+def one_by_one(compute: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+    """compute(*matrices) of a batch (..., N, M) each, one of the batch after the other.
+
+    torch 2.13.0 factorises a batch on a CPU in parallel, and that can be wrong where the number of threads was set in the
+    process (docs/compatibility.md).
+    """
+    batch = matrices[0].shape[:-2]
+    if math.prod(batch) == 0 or not batch:
+        return compute(*matrices)
+    rows = zip(*(m.reshape(-1, *m.shape[-2:]).unbind() for m in matrices), strict=True)
+    found = torch.stack([compute(*row) for row in rows])
+    return found.reshape(*batch, *found.shape[1:])
+
+
 def dense(a: Tensor, b: Tensor, c: Tensor, z: Tensor | complex) -> Tensor:
     """Diagonal of the inverse of the full (..., N, N) matrix. O(N^3) time, O(N^2) memory.
 
@@ -48,7 +65,7 @@ def dense(a: Tensor, b: Tensor, c: Tensor, z: Tensor | complex) -> Tensor:
     lower = _complex(c, a).expand(*a.shape[:-1], n - 1)
     matrix = torch.diag_embed(_complex(a, a) - shift[..., None])
     matrix = matrix + torch.diag_embed(upper, offset=1) + torch.diag_embed(lower, offset=-1)
-    return torch.diagonal(torch.linalg.inv(matrix), dim1=-2, dim2=-1)
+    return torch.diagonal(one_by_one(torch.linalg.inv, matrix), dim1=-2, dim2=-1)
 
 
 def dense_causal(a: Tensor, b: Tensor, c: Tensor, z: Tensor | complex) -> Tensor:

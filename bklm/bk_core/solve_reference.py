@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bklm.bk_core.reference import left_right
+from bklm.bk_core.reference import left_right, one_by_one
 
 
 def dense(x: Tensor, a: Tensor, b: Tensor, c: Tensor, z: Tensor | complex, causal: bool = False) -> Tensor:
@@ -25,9 +25,9 @@ def dense(x: Tensor, a: Tensor, b: Tensor, c: Tensor, z: Tensor | complex, causa
     matrix = matrix + torch.diag_embed(c.expand(*batch, n - 1), offset=-1)
     x = x.expand(*batch, *x.shape[-2:])
     if not causal:
-        return torch.linalg.solve(matrix, x)
+        return one_by_one(torch.linalg.solve, matrix, x)
     blocks = range(1, n + 1)
-    last = [torch.linalg.solve(matrix[..., :i, :i], x[..., :i, :])[..., -1, :] for i in blocks]
+    last = [one_by_one(torch.linalg.solve, matrix[..., :i, :i], x[..., :i, :])[..., -1, :] for i in blocks]
     return torch.stack(last, dim=-2)
 
 

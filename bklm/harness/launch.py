@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import logging
 import os
 import signal
@@ -65,7 +66,9 @@ def _cause(error: ChildFailedError) -> Exception:
     name, _, words = told.partition(": ")
     kind = getattr(builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, (ValueError, OSError, RuntimeError)):
-        return kind(words)
+        # One such as UnicodeDecodeError is not made of a sentence.
+        with contextlib.suppress(TypeError):
+            return kind(words)
     return RuntimeError(
         f"processes: one of them ended before its work did ({told}); what was finished is kept."
     )

@@ -11,6 +11,7 @@ from bklm.bk_core import (
     BackendUnavailableError,
     SmallPivotError,
     SolveState,
+    reference,
     resolvent_diagonal,
     resolvent_solve,
     solve_reference,
@@ -457,3 +458,16 @@ def test_mixed_devices_are_refused():
 def test_an_unusable_backend_is_refused():
     with pytest.raises(BackendUnavailableError, match="needs CPU tensors"):
         resolvent_solve(X.to("meta"), A.to("meta"), 1.0, 1.0, 1j, backend="cpu")
+
+
+def test_the_dense_forms_are_right_after_torch_was_given_another_number_of_threads():
+    """torch's own of a batch are not (docs/compatibility.md): these take one matrix after the other."""
+    before = torch.get_num_threads()
+    inputs = problem(300, 2, (2,))
+    try:
+        torch.set_num_threads(2)
+        dense, diagonal = solve_reference.dense(*inputs), reference.dense(*inputs[1:])
+    finally:
+        torch.set_num_threads(before)
+    assert error(resolvent_solve(*inputs, backend="torch"), dense) < 1e-12
+    assert error(reference.left_right(*inputs[1:]), diagonal) < 1e-12

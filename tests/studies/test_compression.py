@@ -316,6 +316,7 @@ def test_recommended_is_the_smallest_file_whose_upper_end_is_within_the_bound():
     assert tables.files_title([], rows, "NewLLM", counted) == (
         "No file is recommended; not below unigram (100.0)"
     )
+    assert tables.files_title([], rows, "GPT", counted) == "No file is recommended"
 
 
 def claim_of(found, words, arms=None, shares=()):

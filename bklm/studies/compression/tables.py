@@ -301,7 +301,7 @@ def files_title(chosen: Rows, rows: Rows, family: str, baselines: Rows) -> str:
     """The figure's title, of one model: its recommended files, or of none all of ``family``'s, beside counting."""
     family = chosen[0]["family"] if chosen else family
     own = [r["val_ppl"] for r in chosen or (r for r in rows if r["seeds"]) if r["family"] == family]
-    return headline(chosen) + not_beaten_in_short(min(own), baselines)
+    return headline(chosen) + (not_beaten_in_short(min(own), baselines) if own else "")
 
 
 def headline(rows: Rows) -> str:

@@ -122,11 +122,8 @@ def prepare_text(config: DialogueConfig) -> DialogueText:
         corpus, tokens, config.seq_len, config.batch_size, "dialogues", _baselines(corpus, encoded, before, vocabulary),
         prose=before, dialogues=dialogues, encoded=encoded, rows=rows, notes=_notes(corpus),
     )  # fmt: skip
-    pretraining, tuning = (
-        (before.train_loader(0), before.val_loader()),
-        (text.train_loader(0), text.val_loader()),
-    )
-    check_and_log(text, (*pretraining, *tuning, text.test_loader()))
+    loaders = [before.train_loader(0), before.val_loader(), text.train_loader(0), text.val_loader()]
+    check_and_log(text, [*loaders, text.test_loader()])
     return text
 
 
