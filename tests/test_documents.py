@@ -23,6 +23,7 @@ from bklm.batch.plan import check_parameters, read_runs
 from bklm.bk_core import resolvent_diagonal
 from bklm.command.main import parser, study_of
 from bklm.harness.cli import parse
+from bklm.harness.folder import claim
 from bklm.studies import STUDIES, configs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -774,6 +775,45 @@ def test_what_is_measured_again_are_the_runs_of_the_pages_in_words_that_the_stud
     if "data_dir" in str(again.RUNS[study]):
         with pytest.raises(SystemExit, match=f"{study} .* was not given; give --"):
             again.command(study, run, dict.fromkeys(again.TEXTS), ROOT, workers=1)
+
+
+def test_a_run_of_other_settings_is_not_taken_for_the_one_that_is_measured_again(readme, tmp_path):
+    again = importlib.import_module("measure_again")
+    words = again.command("precision", "", dict.fromkeys(again.TEXTS), tmp_path, workers=1)
+    folder = Path(words[-1]) / "precision"
+    assert not again.is_finished("precision", words)
+    config = parse(next(c for c in configs() if c.study == "precision"), words[3:]).resolved()
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"finished": "2026-11-30"}')
+    claim(folder, config)
+    assert again.is_finished("precision", words)
+    with pytest.raises(SystemExit, match=r"holds a run with other settings: .*batch_sizes"):
+        again.is_finished("precision", [*words[:3], "--profile", "smoke", "--output_dir", words[-1]])
+
+
+def test_a_run_is_kept_whole_in_place_of_the_one_before_or_not_at_all(readme, tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "DOCS", tmp_path / "kept")
+    run = readme.Study("precision").first
+    folder = tmp_path / "out" / "precision"
+    for path in (folder, readme.DOCS):
+        path.mkdir(parents=True)
+    (readme.DOCS / "precision_gone.csv").write_text("of the run before")
+    names = [*run.study.figures(run), "table.csv", "summary.json"]
+    for name in names[:-1]:
+        (folder / name).write_text("new")
+    config = {"output_dir": str(tmp_path / "out"), "data_dir": str(tmp_path), "profile": "."}
+    (folder / "manifest.json").write_text(json.dumps({"config": config, "finished": "2026.5"}))
+    with pytest.raises(ValueError, match=r"lacks summary\.json"):
+        run.keep(folder, "results/precision")
+    assert [path.name for path in readme.DOCS.iterdir()] == ["precision_gone.csv"]
+    (folder / names[-1]).write_text("new")
+    run.keep(folder, "results/precision")
+    assert {path.name for path in readme.DOCS.iterdir()} == {
+        run.kept(n).name for n in (*names, "manifest.json")
+    }
+    kept = json.loads((readme.DOCS / "precision_manifest.json").read_text())
+    assert kept["config"] == {"output_dir": "results/precision", "data_dir": tmp_path.name, "profile": "."}
+    assert kept["finished"] == "2026.5"
 
 
 def test_every_picture_that_is_kept_is_shown_on_some_page():

@@ -229,14 +229,14 @@ def end_in(how: str, folder: Path) -> None:
         (
             "another error",
             RuntimeError,
-            "^processes: one of them ended .*LookupError: nothing there.*is kept.$",
+            "^processes: one ended .*LookupError: nothing there.*is kept.$",
         ),
         (
             "an error of five parts",
             RuntimeError,
-            "^processes: one of them ended .*UnicodeDecodeError.*is kept.$",
+            "^processes: one ended .*UnicodeDecodeError.*is kept.$",
         ),
-        ("a signal", RuntimeError, "^processes: one of them ended .*SIGKILL.*is kept.$"),
+        ("a signal", RuntimeError, "^processes: one ended .*SIGKILL.*is kept.$"),
     ],
 )
 def test_what_ends_a_process_of_a_launch_is_raised_by_its_own_sentence(tmp_path, capfd, how, error, message):

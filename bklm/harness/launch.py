@@ -69,9 +69,7 @@ def _cause(error: ChildFailedError) -> Exception:
         # One such as UnicodeDecodeError is not made of a sentence.
         with contextlib.suppress(TypeError):
             return kind(words)
-    return RuntimeError(
-        f"processes: one of them ended before its work did ({told}); what was finished is kept."
-    )
+    return RuntimeError(f"processes: one ended before its work did ({told}); what was finished is kept.")
 
 
 def _launched(work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -292,6 +292,11 @@ def test_what_was_trained_further_is_compared_with_the_better_of_the_model_and_i
     assert rows["NewLLM: int4"]["times_smaller"] == pytest.approx(4000 / 600)
 
 
+def test_two_shares_of_zeros_have_two_names():
+    names = [models.percent(share) for share in (0.75, 0.754, 0.3, 0.9, 0.55)]
+    assert names == ["75%", "75.4%", "30%", "90%", "55%"]
+
+
 def test_recommended_is_the_smallest_file_whose_upper_end_is_within_the_bound():
     found = trials(("NewLLM", 100.0, 4000, 0.0), ("NewLLM: int8", 100.1, 1000, 0.0), ("NewLLM: int4", 102.0, 500, 0.01),
                    ("NewLLM: int3", 110.0, 400, 0.0))  # fmt: skip

@@ -620,6 +620,15 @@ def test_bad_input_is_one_sentence_before_any_training(config, values, says, mon
     assert "\n" not in str(caught.value)
 
 
+def test_a_test_split_of_a_token_is_refused_where_an_arm_is_scored_on_it_and_not_read_elsewhere(
+    config, documents
+):
+    (documents / "test.txt").write_text("a\n")
+    with pytest.raises(ValueError, match=r"^data_dir: the test split of .* original_comparison False"):
+        prepare_text(dataclasses.replace(config, original_comparison=True).resolved())
+    assert len(prepare_text(config.resolved()).other_valid) == 0
+
+
 def test_an_embedding_file_of_another_vocabulary_or_width_is_refused_and_a_fitting_one_used(config, tmp_path):
     size = len(prepare_text(config.resolved()).bpe)
     wrong = {
