@@ -108,8 +108,14 @@ run_tests() {
     "$PY" -m ruff check .
     "$PY" -m ruff format --check .
     step="running the fast tests"
-    [ $# -gt 0 ] || set -- -m "not slow" --ignore tests/browser
-    in_parallel "$@"
+    if [ $# -gt 0 ]; then
+        in_parallel "$@"
+    else
+        in_parallel -m "not slow and not speed" --ignore tests/browser
+        step="running the tests that compare times"
+        # Alone: what two workers do to each other would be measured too.
+        OMP_NUM_THREADS=1 "$PY" -m pytest -m "speed and not slow" --ignore tests/browser
+    fi
 }
 
 run_slow_tests() {
@@ -125,7 +131,7 @@ in_parallel() { # words for pytest
 }
 
 run_generic_tests() {
-    local name words=(-m "not slow" tests)
+    local name words=(-m "not slow and not speed" tests)
     step="running the tests of numbers as on an old processor"
     # What is left out asks for files, words and order, or computes with what the others test.
     for name in browser faults harness notebooks sharing studies trained test_{architecture,batch,benchmarks}.py \

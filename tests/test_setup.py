@@ -202,6 +202,18 @@ def test_the_generic_lane_gives_every_library_the_code_of_an_old_processor(check
     assert own.endswith(" tests/some_test.py")
 
 
+def test_the_test_lane_compares_times_alone_after_the_others_and_only_if_they_pass(checkout):
+    python = 'case "$*" in *pytest*) echo $OMP_NUM_THREADS "$@";; esac'
+    others, alone = checkout(python, "test").stdout.splitlines()
+    assert (
+        others
+        == "1 -m pytest -n logical --maxprocesses 4 --dist loadfile -m not slow and not speed --ignore tests/browser"
+    )
+    assert alone == "1 -m pytest -m speed and not slow --ignore tests/browser"
+    for wrong in ("*-n*logical*", "*ruff*check*", "*speed*and*"):
+        assert checkout(f'case "$*" in {wrong}) exit 3;; esac', "test").returncode == 3
+
+
 def test_an_installation_that_fails_is_said_and_not_remembered_as_done(tmp_path):
     shutil.copy(ROOT / "colab_setup.sh", tmp_path)
     for name in ("requirements.txt", "pyproject.toml", "constraints/x.txt", "scripts/install.py"):

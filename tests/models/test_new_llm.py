@@ -270,6 +270,7 @@ def test_inference_in_pieces_equals_the_whole(monkeypatch):
     torch.testing.assert_close(model.prefill(ids)[1].context, state.context, rtol=0, atol=1e-12)
 
 
+@pytest.mark.speed
 @pytest.mark.skipif(
     "MKL_CBWR" in os.environ, reason="products of another processor than this one are not timed"
 )

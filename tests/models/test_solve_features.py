@@ -87,6 +87,7 @@ def test_the_kernels_exponential_is_within_two_rounding_errors():
     assert out[3].isnan()
 
 
+@pytest.mark.speed
 def test_one_pass_is_faster_than_the_operator_and_torch():
     given = inputs_of(4, 256, 8, 28, torch.float32)
     roads = {"fused": lambda *t: solve_features(*t)[0], "plain": plain_features}
