@@ -413,6 +413,7 @@ OF_RUNS: Places = {
         "reported": lambda run: run.by_alpha[0.0]["original_val_ppl"],
         "above": lambda run: "above" if run.best["val_ppl"] > run.count_model["val_ppl"] else "below",
         "holds": lambda run: run.summary["claims"][0]["verdict"],
+        "measured": lambda run: run.summary["claims"][0]["measured"],
         "versus": versus_counting,
         # The worst mean perplexity over that of alpha 0.
         "worst": lambda run: (
