@@ -222,6 +222,10 @@ def rates_at_an_edge(run: Any) -> str:
     return f"{' and '.join(found)} at an edge of the list" if found else "none at an edge of the list"
 
 
+def arms_at_an_edge(run: Any) -> str:
+    return integration.rates_in_words(run.summary["table"], run.config["learning_rates"])
+
+
 # A variant's name and perplexity in what the search of GPT's choices printed.
 GPT_ROW = re.compile(r"^  (\S.*?)  +[\d,]+ +([\d.]+) \(epoch \d+\)$", re.MULTILINE)
 
@@ -508,6 +512,7 @@ OF_RUNS: Places = {
     "dialogue": {
         **OF_CLAIMS,
         "notes": lambda run: " ".join(run.summary["notes"]),
+        "edges": arms_at_an_edge,
         "contexts": lambda run: dialogue.readable_contexts(run.rows("contexts.csv")),
         "facts": lambda run: dialogue.readable_facts(run.rows("facts.csv")),
         "helped": lambda run: (
@@ -531,7 +536,7 @@ OF_RUNS: Places = {
             run.summary["switches"], run.summary["parts"]["verdicts"]
         ),
         "interaction": lambda run: integration.interaction_in_words(run.summary["interaction"]),
-        "edges": lambda run: integration.rates_in_words(run.summary["table"], run.config["learning_rates"]),
+        "edges": arms_at_an_edge,
         "shares": lambda run: integration.shares_in_words(run.summary["shares"]),
         "timed": lambda run: integration.ARMS.readable(run.summary["parts"]["timed"]),
         "costs": lambda run: integration.readable_costs(run.summary["parts"]["costs"]),
