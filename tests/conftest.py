@@ -14,7 +14,9 @@ from hypothesis import settings
 from bklm.studies.grad_blend.config import GradBlendConfig
 
 # On a busy machine an example may take any time: that says nothing about the code. pytest-timeout stops what hangs.
-settings.register_profile("bklm", deadline=None, print_blob=True)
+# The same examples everywhere: what CI finds is of the change that it tests. ``--hypothesis-profile search`` draws others.
+settings.register_profile("bklm", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile("bklm")
 
 

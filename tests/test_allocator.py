@@ -1,6 +1,7 @@
 """Training keeps the memory that its steps free, unless somebody has decided otherwise, and leaves nothing behind."""
 
 import gc
+import resource
 import subprocess
 import sys
 import time
@@ -17,7 +18,9 @@ from bklm.training.schedules import TrainingSettings
 
 # Faults of the last of ten equal rounds that allocate, fill and free 24 MB in blocks of 8.
 FAULTS = """
-import resource, torch
+import ctypes, resource
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page is one fault in place of hundreds
+import torch
 from bklm.training.allocator import keep_freed_memory
 {call}
 for _ in range(10):
@@ -39,7 +42,9 @@ def faults(call, monkeypatch, **variables):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
 def test_freed_memory_is_used_again_without_page_faults_unless_the_environment_says_otherwise(monkeypatch):
-    pages = 24 * 2**20 // 4096
+    pages = 24 * 2**20 // resource.getpagesize()
+    if faults("", monkeypatch) < pages / 2:
+        pytest.skip("this system counts no page faults, or its C library keeps freed memory by itself")
     assert faults("assert keep_freed_memory()", monkeypatch) < pages / 50
     chosen = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     assert faults("assert not keep_freed_memory()", monkeypatch, **chosen) > pages / 2

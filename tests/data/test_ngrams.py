@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+from comparing import assert_exceeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,24 +51,52 @@ def test_words_at_the_edges_of_their_types_are_kept_apart_from_the_texts_end(voc
     assert read(count_ngrams(text, vocab_size, 7)) == by_dictionary(text.tolist(), 7)
 
 
+def mostly_new(tokens):
+    """A text most of whose n-grams occur once."""
+    return (np.random.default_rng(0).zipf(1.3, tokens) % 70_000).astype(np.int32)
+
+
+def fit(ids):
+    return KneserNey(5, 0.75).fit(ids, 70_000)
+
+
+def ngrams_of(model):
+    return sum(len(level.words) for level in model.levels)
+
+
 def fitted(tokens):
-    """An order-5 model of a text whose n-grams are mostly new, its n-grams, the peak of memory, processor seconds."""
-    ids = (np.random.default_rng(0).zipf(1.3, tokens) % 70_000).astype(np.int32)
-    started = time.process_time()
-    KneserNey(5, 0.75).fit(ids, 70_000)
-    seconds = time.process_time() - started
+    """A model of such a text, its n-grams, the peak of memory."""
+    ids = mostly_new(tokens)
     tracemalloc.start()
-    model = KneserNey(5, 0.75).fit(ids, 70_000)
+    model = fit(ids)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    return model, sum(len(level.words) for level in model.levels), peak, seconds
+    return model, ngrams_of(model), peak
 
 
 def test_an_ngram_takes_at_most_24_bytes_while_training_and_after_and_both_grow_with_the_text_alone():
-    (small, few, small_peak, short), (large, many, large_peak, long) = map(fitted, (300_000, 1_200_000))
+    fit(mostly_new(300))  # what numba compiles is not counted
+    (small, few, small_peak), (large, many, large_peak) = map(fitted, (300_000, 1_200_000))
     for model, ngrams, peak in ((small, few, small_peak), (large, many, large_peak)):
         assert sum(level.nbytes for level in model.levels) <= 20 * ngrams
         # Of a small text, the blocks that are worked on at once count, too.
         assert peak <= 24 * ngrams + 8_000_000
     assert large_peak / many <= 1.1 * small_peak / few
-    assert long <= 3 * (many / few) * short
+
+
+@pytest.mark.speed
+def test_the_time_of_training_grows_with_the_text_alone():
+    short, long = mostly_new(75_000), mostly_new(1_200_000)
+    growth = ngrams_of(fit(long)) / ngrams_of(fit(short))
+
+    def seconds(ids):
+        times = []
+        for _ in range(3):
+            started = time.process_time()
+            fit(ids)
+            times.append(time.process_time() - started)
+        return min(times)
+
+    # Caches make it twice as much; with the square of the text it would be twelve times as much.
+    assert growth > 12
+    assert_exceeds(lambda: growth * seconds(short) / seconds(long), 1 / 5)

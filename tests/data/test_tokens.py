@@ -3,6 +3,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from comparing import assert_exceeds
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import trainers
@@ -105,6 +106,7 @@ def test_a_training_limit_keeps_the_vocabulary_and_the_other_splits():
         tokenize_corpus(text, max_train_tokens=1)
 
 
+@pytest.mark.speed
 def test_words_and_ids_are_found_faster_than_by_the_tokenizers_library():
     """A third and a fifth of its processor time when it was measured (docs/benchmarks.md)."""
     draw = np.random.default_rng(0).zipf(1.3, 200_000) % 50_000
@@ -120,7 +122,9 @@ def test_words_and_ids_are_found_faster_than_by_the_tokenizers_library():
             times.append(time.process_time() - started)
         return min(times)
 
-    assert seconds(lambda: Vocabulary.train(lines, 100_000)) < seconds(
-        lambda: vocab.tokenizer.train_from_iterator(lines, trainer)
-    )
-    assert seconds(lambda: vocab.encode(lines)) < seconds(lambda: vocab.tokenizer.encode_batch_fast(lines))
+    library = vocab.tokenizer
+    for theirs, ours in (
+        (lambda: library.train_from_iterator(lines, trainer), lambda: Vocabulary.train(lines, 100_000)),
+        (lambda: library.encode_batch_fast(lines), lambda: vocab.encode(lines)),
+    ):
+        assert_exceeds(lambda theirs=theirs, ours=ours: seconds(theirs) / seconds(ours), 1)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import signal
 import threading
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from meanwhile import when_a_helper_trains
+from meanwhile import epochs_below, kill_when, when_a_helper_trains
 
 from bklm.harness import workers
 from bklm.harness.progress import Progress
@@ -88,9 +86,12 @@ def test_two_workers_give_the_numbers_of_one_and_each_trial_is_trained_once(conf
 def test_the_point_of_a_helper_that_is_killed_is_done_by_the_others(config, monkeypatch, alone):
     killed = []
 
+    def has_begun_one(folder: Path) -> bool:
+        return any(done and f"epoch_{EPOCHS:04}" not in done for done in epochs_below(folder))
+
     def kill() -> None:
         killed.extend(helpers())
-        os.kill(killed[0].pid, signal.SIGKILL)
+        kill_when(has_begun_one, killed[0], trials(config))
 
     here = when_a_helper_trains(grad_blend, trials(config), monkeypatch, kill)
     result = run_grad_blend(config)

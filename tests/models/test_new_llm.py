@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from comparing import assert_exceeds
 from torch.nn import functional as F
 
 from bklm.models import NewLLM, NewLLMConfig, future_leak, new_llm_loop, new_llm_steps, new_llm_windows
@@ -277,15 +278,19 @@ def test_inference_in_pieces_equals_the_whole(monkeypatch):
 def test_one_long_sequence_is_faster_in_windows_than_position_by_position(monkeypatch):
     torch.manual_seed(0)
     model, ids = NewLLM(NewLLMConfig(50)), torch.randint(50, (1, 256))
-    seconds = {new_llm_windows: [], new_llm_steps: []}
-    for _ in range(4):
-        for engine, times in seconds.items():
-            monkeypatch.setattr(new_llm_loop, "_engine", lambda *_, engine=engine: engine)
-            start = time.perf_counter()
-            model.loss(ids, ids).backward()
-            times.append(time.perf_counter() - start)
+
+    def ratio():
+        seconds = {new_llm_windows: [], new_llm_steps: []}
+        for _ in range(4):
+            for engine, times in seconds.items():
+                monkeypatch.setattr(new_llm_loop, "_engine", lambda *_, engine=engine: engine)
+                start = time.perf_counter()
+                model.loss(ids, ids).backward()
+                times.append(time.perf_counter() - start)
+        return min(seconds[new_llm_steps]) / min(seconds[new_llm_windows])
+
     # Four times on a quiet machine; where products are bound by arithmetic, as with those of an old processor, 1.1 times.
-    assert min(seconds[new_llm_windows]) < min(seconds[new_llm_steps])
+    assert_exceeds(ratio, 1)
 
 
 # --- the future ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from comparing import assert_exceeds
 
 from bklm.models import solve_features as module
 from bklm.models.exponential import exponential
@@ -91,15 +92,19 @@ def test_the_kernels_exponential_is_within_two_rounding_errors():
 def test_one_pass_is_faster_than_the_operator_and_torch():
     given = inputs_of(4, 256, 8, 28, torch.float32)
     roads = {"fused": lambda *t: solve_features(*t)[0], "plain": plain_features}
-    seconds = {name: [] for name in roads}
-    for _ in range(6):
-        for name, road in roads.items():
-            start = time.perf_counter()
-            out = road(*given)
-            torch.autograd.grad(out, given, out)
-            seconds[name].append(time.perf_counter() - start)
+
+    def ratio():
+        seconds = {name: [] for name in roads}
+        for _ in range(6):
+            for name, road in roads.items():
+                start = time.perf_counter()
+                out = road(*given)
+                torch.autograd.grad(out, given, out)
+                seconds[name].append(time.perf_counter() - start)
+        return min(seconds["plain"]) / min(seconds["fused"])
+
     # Four times on a quiet machine.
-    assert min(seconds["fused"]) < min(seconds["plain"]) / 1.5
+    assert_exceeds(ratio, 1.5)
 
 
 def test_a_batch_without_rows_has_features_and_gradients():

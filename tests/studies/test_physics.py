@@ -318,7 +318,7 @@ def test_memory_grows_with_depth_but_for_the_reversible_blocks():
             pytest.skip(meter.reason)
 
         def peak(way, layers):
-            settings = {"layers": layers, "width": 32, "batch": 8, "length": 128}
+            settings = {"layers": layers, "width": 32, "batch": 8, "length": 512}
             return meter.measure("bklm.studies.physics.models:memory_arms", settings, way)[0]
 
         found = {

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy
+from meanwhile import LONGEST
 
 from bklm.harness.report import command_for
 from bklm.sharing import database as sweep_storage
@@ -33,9 +34,9 @@ fork = multiprocessing.get_context("fork")
 
 @pytest.fixture
 def short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker is taken for dead after three seconds; forked workers inherit it."""
+    """A worker is taken for dead after six seconds; forked workers inherit it."""
     monkeypatch.setattr(sweep_storage, "HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr(sweep_storage, "GRACE_SECONDS", 3)
+    monkeypatch.setattr(sweep_storage, "GRACE_SECONDS", 6)
 
 
 def worker(address: str, journal: Path, evaluate: Callable[[dict], float]) -> None:
@@ -73,7 +74,7 @@ def test_workers_that_start_together_evaluate_each_point_once_and_each_sees_all_
     for process in workers:
         process.start()
     for process in workers:
-        process.join(60)
+        process.join(LONGEST)
         assert process.exitcode == 0
     assert ended(journal) == Counter(POINTS)
     results = {tuple(p.values()): r["found"] for p, r in Sweep(database, "test", GRID).results()}
@@ -92,7 +93,7 @@ def test_the_trial_of_a_worker_killed_with_signal_9_is_taken_over_by_another(dat
     for process in others:
         process.start()
     for process in others:
-        process.join(60)
+        process.join(LONGEST)
         assert process.exitcode == 0
     assert ended(journal) == Counter(POINTS)
     assert len(lines(journal)) == 2 * len(POINTS) + 1  # the victim began one that it never ended
@@ -110,10 +111,10 @@ def test_a_worker_that_was_only_asleep_gives_way_and_finishes_without_an_error(
     os.kill(sleeper.pid, signal.SIGSTOP)
     other = fork.Process(target=worker, args=(database, journal, quick))
     other.start()
-    other.join(60)
+    other.join(LONGEST)
     assert other.exitcode == 0
     os.kill(sleeper.pid, signal.SIGCONT)
-    sleeper.join(60)
+    sleeper.join(LONGEST)
     assert sleeper.exitcode == 0
     results = Sweep(database, "test", GRID).results()
     assert Counter(tuple(p.values()) for p, _ in results) == Counter(POINTS)

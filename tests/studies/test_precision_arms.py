@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -168,7 +167,15 @@ def _leaves(out: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-def test_arms_take_turns_and_one_that_would_take_too_long_is_not_called():
+@pytest.fixture
+def clock(monkeypatch):
+    """The measurements' clock, which stands still but for what a test adds to it."""
+    now = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_arms_take_turns_and_one_that_would_take_too_long_is_not_called(clock):
     calls = []
     made = {name: Arm(lambda name=name: calls.append(name)) for name in ("a", "b", "slow")}
     taken = measure.time_arms(made, repeats=4, seconds=1.0, device="cpu", predicted={"slow": 0.5})
@@ -182,21 +189,24 @@ def test_arms_take_turns_and_one_that_would_take_too_long_is_not_called():
     assert (taken["slow"]["total"], taken["slow"]["would_take"]) == ([], 0.5)
 
 
-def test_an_arm_that_compiles_at_its_first_call_is_warmed_like_the_others():
+def test_an_arm_that_compiles_at_its_first_call_is_warmed_like_the_others(clock):
     calls = {"compiled": 0, "ready": 0}
 
     def call(name):
         calls[name] += 1
         if name == "compiled" and calls[name] == 1:
-            time.sleep(2 * measure.WARMED_AGAIN)
+            clock[0] += 2 * measure.WARMED_AGAIN
 
     made = {name: Arm(functools.partial(call, name)) for name in calls}
     measure.time_arms(made, repeats=5, seconds=1.0, device="cpu")
     assert calls["compiled"] == calls["ready"] == 2 + 5 * (measure.WARMING_CALLS + 1)
 
 
-def test_an_arm_that_uses_up_its_time_is_still_called_three_times():
-    taken = measure.time_arms({"a": Arm(lambda: None)}, repeats=50, seconds=1e-12, device="cpu")
+def test_an_arm_that_uses_up_its_time_is_still_called_three_times(clock):
+    def call():
+        clock[0] += 1.0
+
+    taken = measure.time_arms({"a": Arm(call)}, repeats=50, seconds=0.5, device="cpu")
     assert len(taken["a"]["total"]) == 3
 
 
@@ -231,9 +241,9 @@ def test_peak_memory_is_what_the_arrays_of_an_arm_take_and_a_failure_is_reported
         single, _ = meter.measure(GRID, settings_, "left/right complex64")
         double, _ = meter.measure(GRID, settings_, "left/right complex128")
         failed, why = meter.measure(GRID, {**settings_, "rows": -1}, "left/right complex64")
-    # At least the value and the gradient, 12 and 24 bytes per position, less the megabyte to which the system keeps
-    # its counter; and at most what the operator promises.
-    positions, grain = 2_000_000, 2**20
+    # At least the value and the gradient, 12 and 24 bytes per position, less some megabytes to which the system keeps its
+    # counter (the more, the more processors it has); and at most what the operator promises.
+    positions, grain = 2_000_000, 6 * 2**20
     assert 12 * positions - grain <= single < 120 * positions
     assert 24 * positions - grain <= double < 120 * positions
     assert failed is None
