@@ -68,14 +68,14 @@ def save_figure(
         figure = Figure(figsize=size, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         draw(figure)
-        width = int(size[0] * 8.6)
-        figure.suptitle(
-            "\n".join(textwrap.wrap(title, width)), x=0.02, ha="left", fontsize=13, fontweight="bold"
-        )
+        lines = "\n".join(textwrap.wrap(title, int(size[0] * 8.6)))
+        figure.suptitle(lines, x=0.02, ha="left", fontsize=13, fontweight="bold")
         if note:
             figure.supxlabel(
                 "\n".join(textwrap.wrap(note, int(size[0] * 11.2))), x=0.02, ha="left", fontsize=10, color=GREY
             )
+        # Ticks are chosen for the room that axes have, which is left for what the ticks were: the second time both agree.
+        figure.draw_without_rendering()
         with replacing(path) as temporary:
             # Whoever shows the picture can say what it shows (page.py).
             figure.savefig(temporary, metadata={"Title": title, "Description": note})
