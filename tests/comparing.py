@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-PAUSES = (0, 1, 2, 4, 8)  # seconds before each measurement
+PAUSES = (0, 1, 2, 4, 8)
+"""Seconds before each measurement."""
 
 
 def assert_exceeds(measure: Callable[[], float], least: float) -> None:
@@ -28,8 +29,9 @@ def cores_given(threads: int) -> float:
     data = bytes(2**20)
 
     def work(until: float) -> None:
+        # Hashing holds no lock, so that the threads run at once.
         while time.perf_counter() < until:
-            hashlib.sha256(data)  # which holds no lock
+            hashlib.sha256(data)
 
     with ThreadPoolExecutor(threads) as pool:
         started, before = time.perf_counter(), time.process_time()

@@ -386,7 +386,8 @@ def test_a_notebook_that_never_ends_is_stopped_with_its_kernel(sets, notebook, t
     endless = notebook(
         "n", f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
     )
-    for minutes in (0.1, 0.5, 2):  # until its kernel has begun, for which a busy machine takes long
+    # Until its kernel has begun, for which a busy machine takes long.
+    for minutes in (0.1, 0.5, 2):
         result = run_batch(
             read_runs(sets({"runs": [{"notebook": endless}]})),
             tmp_path / f"out {minutes}",

@@ -18,7 +18,8 @@ def three_threads(request, monkeypatch):
         pytest.skip("this torch brings no libgomp")
     monkeypatch.setattr(threads, "_is_forked", request.param == "pool")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    with ThreadPoolExecutor(3) as pool:  # bklm's own has as many as there are cores
+    # bklm's own pool has as many as there are cores.
+    with ThreadPoolExecutor(3) as pool:
         monkeypatch.setattr(threads, "_pool", pool)
         yield
 

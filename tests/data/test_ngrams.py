@@ -75,7 +75,8 @@ def fitted(tokens):
 
 
 def test_an_ngram_takes_at_most_24_bytes_while_training_and_after_and_both_grow_with_the_text_alone():
-    fit(mostly_new(300))  # what numba compiles is not counted
+    # What numba compiles is not counted.
+    fit(mostly_new(300))
     (small, few, small_peak), (large, many, large_peak) = map(fitted, (300_000, 1_200_000))
     for model, ngrams, peak in ((small, few, small_peak), (large, many, large_peak)):
         assert sum(level.nbytes for level in model.levels) <= 20 * ngrams
@@ -97,6 +98,6 @@ def test_the_time_of_training_grows_with_the_text_alone():
             times.append(time.process_time() - started)
         return min(times)
 
-    # Caches make it twice as much; with the square of the text it would be twelve times as much.
+    # 1.6 times as much an n-gram when it was measured, by the caches; with the square of the text it would be 13 times.
     assert growth > 12
     assert_exceeds(lambda: growth * seconds(short) / seconds(long), 1 / 5)

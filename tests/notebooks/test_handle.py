@@ -178,25 +178,16 @@ def test_cells_below_one_that_has_not_run_say_so(finished):
             call()
 
 
-def test_a_failed_run_leaves_no_result_of_an_earlier_one(finished, monkeypatch):
+@pytest.mark.parametrize("part", ["run", "text"])
+def test_a_failed_run_leaves_no_result_of_an_earlier_one(part, finished, monkeypatch):
     study = notebook.study("grad_blend", variables(finished))
     study.run()
 
-    def fail(run, config, headless):
-        raise RuntimeError("no memory")
+    def fail(*arguments):
+        raise OSError("no room")
 
-    monkeypatch.setattr(cells, "run", fail)
-    with pytest.raises(RuntimeError, match="no memory"):
-        study.run()
-    with pytest.raises(ValueError, match="nothing has been run yet"):
-        study.table()
-
-
-def test_a_text_that_cannot_be_prepared_leaves_no_result_of_an_earlier_one(finished, monkeypatch):
-    study = notebook.study("grad_blend", variables(finished))
-    study.run()
-    monkeypatch.setattr(study, "_text_of", lambda config: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(OSError, match="no network"):
+    monkeypatch.setattr(*{"run": (cells, "run"), "text": (study, "_text_of")}[part], fail)
+    with pytest.raises(OSError, match="no room"):
         study.run()
     with pytest.raises(ValueError, match="nothing has been run yet"):
         study.table()
