@@ -177,11 +177,11 @@ def draw_experts(path: Path, final: Trial, note: str) -> Path:
                 axes.plot(
                     x, [100 * s[expert] for s in shares], color=colour, marker=marker, label=f"{expert + 1}"
                 )
-            axes.axhline(100 / experts, color=GREY, linewidth=1, linestyle="--")
+            axes.axhline(100 / experts, color=GREY, linewidth=1, linestyle="--", label="even")
             axes.set(title=f"layer {layer + 1}", xlabel="epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
         first = figure.axes[0]
-        first.set(ylabel="% of training tokens", ylim=(0, 100 if experts < 3 else None))
+        first.set(ylabel="% of training tokens", ylim=(0, 105 if experts < 3 else None))
         legend_below(first, title="expert", ncols=2, fontsize=10)
 
     title = (
