@@ -13,16 +13,15 @@ from numba import uintp
 from torch import Tensor
 
 from bklm.bk_core.cpu import threads
-from bklm.bk_core.cpu.jit import inlined, jit
+from bklm.bk_core.cpu.jit import inlined, jit, summing
 from bklm.bk_core.cpu.scratch import reals_at
 
 THREADS_FROM = 2**15  # elements of y
 _0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
 _NUMPY = {torch.float32: np.zeros(0, np.float32), torch.float64: np.zeros(0, np.float64)}
-# A sum over the channels in vector registers adds them in another order than one after the other.
-_SUMS = {"contract", "reassoc", "nsz"}
 
 
+@summing
 def _inverse_size(y, at, width, eps):
     """r of the channels at y[at], ..."""
     total = y.dtype.type(0)
@@ -31,6 +30,7 @@ def _inverse_size(y, at, width, eps):
     return y.dtype.type(1) / np.sqrt(total / y.dtype.type(_2 * width) + y.dtype.type(eps))
 
 
+@summing
 def _projection(y, at_y, o, s, at_re, at_im, at_s, width):
     """q: the sum of s (o_Re Re y + o_Im Im y)."""
     total = y.dtype.type(0)
@@ -40,17 +40,13 @@ def _projection(y, at_y, o, s, at_re, at_im, at_s, width):
     return total
 
 
+@inlined
 def _places(position, head, heads, length, width):
     """Where a head's numbers at a position b N + n begin in y (B, H, N, w), in s (B, N, H w), in out (B, N, 2, H w)."""
     row = position // length
     n = position - row * length
     at_y = _2 * ((row * heads + head) * length + n) * width
     return at_y, (position * heads + head) * width, (_2 * position * heads + head) * width
-
-
-_inverse_size = inlined(_inverse_size, fastmath=_SUMS)
-_projection = inlined(_projection, fastmath=_SUMS)
-_places = inlined(_places)
 
 
 @jit

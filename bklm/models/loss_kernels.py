@@ -13,7 +13,7 @@ from numba import uintp
 from torch import Tensor
 
 from bklm.bk_core.cpu import threads
-from bklm.bk_core.cpu.jit import jit
+from bklm.bk_core.cpu.jit import SUMS, jit
 from bklm.bk_core.cpu.scratch import reals_at
 from bklm.models.exponential import exponential
 
@@ -21,8 +21,6 @@ THREADS_FROM = 2**16  # logits
 LIKE = {torch.float32: np.zeros(0, np.float32), torch.float64: np.zeros(0, np.float64)}
 _INT64 = np.zeros(0, np.int64)
 _0, _LANES = np.uintp(0), np.uintp(32)
-# A sum in vector registers adds in another order than one after the other.
-_SUMS = {"contract", "reassoc", "nsz"}
 
 
 def _losses(like, first, last, logits, targets, losses, width):
@@ -59,7 +57,7 @@ def _losses(like, first, last, logits, targets, losses, width):
         view[target] -= one
 
 
-_losses = jit(_losses, fastmath=_SUMS)
+_losses = jit(_losses, fastmath=SUMS)
 
 
 def losses_in_place(logits: Tensor, targets: Tensor) -> Tensor:

@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from numba import uintp
 
-from bklm.bk_core.cpu.jit import jit
+from bklm.bk_core.cpu.jit import jit, summing
 from bklm.bk_core.cpu.scratch import reals_at
 
 LIKE = {torch.float32: np.zeros(0, np.float32), torch.float64: np.zeros(0, np.float64)}
 _INT16, _INT64 = np.zeros(0, np.int16), np.zeros(0, np.int64)
 _0, _1, _2, _3 = np.uintp(0), np.uintp(1), np.uintp(2), np.uintp(3)
-# A sum in vector registers adds in another order than one after the other.
-_SUMS = {"contract", "reassoc", "nsz"}
 
 
 @jit
@@ -74,6 +72,44 @@ def through_relu(like, g, out, a, rows, count, width, add, scale):
             out_view[row + j] = v
 
 
+@summing
+def _total(x, at, size):
+    total = x.dtype.type(0)
+    for j in range(size):
+        total += x[at + j]
+    return total
+
+
+@summing
+def _squares(x, at, size, centre):
+    """The sum of (x - centre)^2."""
+    total = x.dtype.type(0)
+    for j in range(size):
+        total += (x[at + j] - centre) * (x[at + j] - centre)
+    return total
+
+
+@summing
+def _along(x, y, at, size, centre):
+    """The sum of x (y - centre), of x[0] and y[at], ..."""
+    total = x.dtype.type(0)
+    for j in range(size):
+        total += x[j] * (y[at + j] - centre)
+    return total
+
+
+@summing
+def _is_near(x, y, at, size, tolerance):
+    """Whether y[at], ... lies within ``tolerance`` of x[0], ..., relative to x in the 2-norm."""
+    moved, norm = 0.0, 0.0
+    for j in range(size):
+        moved += np.float64(x[j] - y[at + j]) ** 2
+        norm += np.float64(x[j]) ** 2
+    # NaN is never near.
+    return moved <= tolerance * tolerance * norm
+
+
+@jit
 def contexts_of(
     like, first, last, batch, size, gates, contexts, mixed, mean, rstd, gain, shift, eps, limit,
     tolerance, changed,
@@ -104,27 +140,18 @@ def contexts_of(
         for t in range(first, last):
             row = t * batch + b
             at, gate, after = row * size, _3 * row * size, (row + batch) * size
-            total, squares = real(0), real(0)
             for j in range(size):
                 v = gates_view[gate + j] * c[j] + gates_view[gate + size + j] * gates_view[gate + _2 * size + j]
                 s_view[at + j] = v
-                total += v
-            m = total / real(size)
-            for j in range(size):
-                squares += (s_view[at + j] - m) * (s_view[at + j] - m)
-            r = real(1) / np.sqrt(squares / real(size) + eps)
+            m = _total(s_view, at, size) / real(size)
+            r = real(1) / np.sqrt(_squares(s_view, at, size, m) / real(size) + eps)
             mean_view[row], rstd_view[row] = m, r
-            moved, norm = 0.0, 0.0
             for j in range(size):
                 x = (s_view[at + j] - m) * r * gain_view[j] + shift_view[j]
                 x = limit if x > limit else x
                 x = -limit if x < -limit else x
-                moved += np.float64(x - contexts_view[after + j]) ** 2
-                norm += np.float64(x) ** 2
                 c[j] = x
-            # NaN is never near.
-            far = not (moved <= tolerance * tolerance * norm)
-            if far or t + _1 == last:
+            if t + _1 == last or not _is_near(c, contexts_view, after, size, tolerance):
                 for j in range(size):
                     contexts_view[after + j] = c[j]
                 if t + _1 < last:
@@ -133,6 +160,7 @@ def contexts_of(
     return count
 
 
+@jit
 def gate_gradients(
     like, first, last, batch, size, gates, contexts, mixed, mean, rstd, gain, limit, carry, through, d_mixed,
     d_normed, d_gates, before, tolerance, every, changed,
@@ -173,23 +201,17 @@ def gate_gradients(
             row = t * batch + b
             at, gate, after = row * size, _3 * row * size, (row + batch) * size
             m, r = mean_view[row], rstd_view[row]
-            level, slope = zero, zero
             for j in range(size):
                 v = d[j] if np.abs(contexts_view[after + j]) < limit else zero
                 d_normed_view[at + j] = v
-                v = v * gain_view[j]
-                x[j] = v
-                level += v
-                slope += v * (s_view[at + j] - m) * r
-            level, slope = level / real(size), slope / real(size)
-            moved, norm = 0.0, 0.0
+                x[j] = v * gain_view[j]
+            level = _total(x, _0, size) / real(size)
+            slope = r * _along(x, s_view, at, size, m) / real(size)
             for j in range(size):
                 v = r * (x[j] - level - (s_view[at + j] - m) * r * slope)
                 x[j] = v
-                moved += np.float64(v - d_mixed_view[at + j]) ** 2
-                norm += np.float64(v) ** 2
                 d[j] = v * gates_view[gate + j] + through_view[at + j]
-            if every or not (moved <= tolerance * tolerance * norm):
+            if every or not _is_near(x, d_mixed_view, at, size, tolerance):
                 changed_view[count] = row
                 count += _1
                 for j in range(size):
@@ -206,7 +228,3 @@ def gate_gradients(
         for j in range(size):
             before_view[b * size + j] = d[j]
     return count
-
-
-contexts_of = jit(contexts_of, fastmath=_SUMS)
-gate_gradients = jit(gate_gradients, fastmath=_SUMS)

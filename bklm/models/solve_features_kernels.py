@@ -13,23 +13,74 @@ from numba import uintp
 from torch import Tensor
 
 from bklm.bk_core.cpu import threads
-from bklm.bk_core.cpu.jit import jit
+from bklm.bk_core.cpu.jit import inlined, jit, summing
 from bklm.bk_core.cpu.scratch import reals_at
 from bklm.models.exponential import exponential
 
 THREADS_FROM = 2**19  # elements of read; fewer take as long as sharing them
 _0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
 _NUMPY = {torch.float32: np.zeros(0, np.float32), torch.float64: np.zeros(0, np.float64)}
-# A sum over the channels in vector registers adds them in another order than one after the other.
-_SUMS = {"contract", "reassoc", "nsz"}
 
 
+@inlined
+def _next(x, y_re, y_im, re, im, b):
+    """y = L (x - b y_before), from y_before = y_re + i y_im and L = re + i im."""
+    v, w = x - b * y_re, -b * y_im
+    return re * v - im * w, re * w + im * v
+
+
+@inlined
+def _gradient(s, r, q, y, o, carry):
+    """What reaches one of both parts of y, but for conj(L)."""
+    return s * r * o - q * y + carry
+
+
+@summing
+def _next_size(read, at_x, y, before, d, re, im, b, width):
+    """The sum of |y|^2 over a head's channels, before y is written."""
+    total = y.dtype.type(0)
+    for c in range(width):
+        v, w = _next(read[at_x + c], y[before + c], y[before + d + c], re, im, b)
+        total += v * v + w * w
+    return total
+
+
+@summing
+def _size(y, at, d, o, s, width):
+    """The sums of |y|^2 and of s Re(conj(o) y)."""
+    total, along = y.dtype.type(0), y.dtype.type(0)
+    for c in range(width):
+        v, w = y[at + c], y[at + d + c]
+        total += v * v + w * w
+        along += s[c] * (o[at + c] * v + o[at + d + c] * w)
+    return total, along
+
+
+@summing
+def _products(y, at, before, d, o, s, r, q, carry, own, width):
+    """The sums of conj(y) g and of conj(y_before) g, g the ``_gradient``; each real and imaginary."""
+    zero = y.dtype.type(0)
+    s_re, s_im, b_re, b_im = zero, zero, zero, zero
+    for c in range(width):
+        v, w = y[at + c], y[at + d + c]
+        g_re = _gradient(s[c], r, q, v, o[at + c], carry[own + c])
+        g_im = _gradient(s[c], r, q, w, o[at + d + c], carry[d + own + c])
+        s_re += v * g_re + w * g_im
+        s_im += v * g_im - w * g_re
+        b_re += y[before + c] * g_re + y[before + d + c] * g_im
+        b_im += y[before + c] * g_im - y[before + d + c] * g_re
+    return s_re, s_im, b_re, b_im
+
+
+@jit
 def _forward(like, first, last, read, eta, out, y, left, groups, heads, length, width, eps):
     """out and y (B, N, 2, H w), and L (B, H, N, 2), of read (B, N, 2 H w + 2 H), for the parts first ... last - 1."""
     heads, length, width, groups = uintp(heads), uintp(length), uintp(width), uintp(groups)
     d = heads * width
     stride = _2 * (d + heads)
     one, zero, real = like.dtype.type(1), like.dtype.type(0), like.dtype.type
+    # y before the first position
+    nothing = np.zeros(_2 * d, like.dtype)
     for part in range(uintp(first), uintp(last)):
         row, group = part // groups, part % groups
         end = (row + _1) * length
@@ -50,28 +101,25 @@ def _forward(like, first, last, read, eta, out, y, left, groups, heads, length, 
                 size = re * re + im * im
                 re, im = re / size, -im / size
                 left_view[at_left], left_view[at_left + _1] = re, im
-                at_x, at, total = at_read + head * width, at_y + head * width, zero
-                before = at - _2 * d
+                own = head * width
+                at_x, at = at_read + own, at_y + own
                 if n > _0:
-                    for c in range(width):
-                        y_re = read_view[at_x + c] - b * y_view[before + c]
-                        y_im = -b * y_view[before + d + c]
-                        v, w = re * y_re - im * y_im, re * y_im + im * y_re
-                        y_view[at + c], y_view[at + d + c] = v, w
-                        total += v * v + w * w
+                    before_view, before = y_view, at - _2 * d
                 else:
-                    for c in range(width):
-                        v, w = re * read_view[at_x + c], im * read_view[at_x + c]
-                        y_view[at + c], y_view[at + d + c] = v, w
-                        total += v * v + w * w
+                    before_view, before = nothing, own
+                total = _next_size(read_view, at_x, before_view, before, d, re, im, b, width)
                 r = one / np.sqrt(total / real(_2 * width) + real(eps))
                 for c in range(width):
+                    v, w = _next(
+                        read_view[at_x + c], before_view[before + c], before_view[before + d + c], re, im, b
+                    )
+                    y_view[at + c], y_view[at + d + c] = v, w
                     g = read_view[at_x + d + c]
                     g = r * g / (one + exponential(-g))
-                    out_view[at + c] = g * y_view[at + c]
-                    out_view[at + d + c] = g * y_view[at + d + c]
+                    out_view[at + c], out_view[at + d + c] = g * v, g * w
 
 
+@jit
 def _backward(like, first, last, read, y, left, o, d_read, d_eta, groups, heads, length, width, eps):
     """d_read, and d_eta (B, H), of the gradient o (B, N, 2, H w) of out, for the parts first ... last - 1."""
     heads, length, width, groups = uintp(heads), uintp(length), uintp(width), uintp(groups)
@@ -104,30 +152,23 @@ def _backward(like, first, last, read, y, left, o, d_read, d_eta, groups, heads,
                 re, im, b = left_view[at_left], left_view[at_left + _1], zero
                 if n > _0:
                     b = one / (one + exponential(-read_view[at_read + _2 * d + heads + head]))
-                total, q = zero, zero
                 for c in range(width):
                     g = read_view[at_x + d + c]
                     sigmoid = one / (one + exponential(-g))
                     s[c] = g * sigmoid
                     slope[c] = sigmoid * (one + g * (one - sigmoid))
-                for c in range(width):
-                    v, w = y_view[at + c], y_view[at + d + c]
-                    total += v * v + w * w
-                    q += s[c] * (o_view[at + c] * v + o_view[at + d + c] * w)
+                total, q = _size(y_view, at, d, o_view, s, width)
                 r = one / np.sqrt(total / real(_2 * width) + real(eps))
                 q = r * r * r * q / real(_2 * width)
-                s_re, s_im, d_b = zero, zero, zero
+                s_re, s_im, b_re, b_im = _products(y_view, at, before, d, o_view, s, r, q, carry, own, width)
                 for c in range(width):
                     v, w = y_view[at + c], y_view[at + d + c]
                     o_re, o_im = o_view[at + c], o_view[at + d + c]
-                    g_re = s[c] * r * o_re - q * v + carry[own + c]
-                    g_im = s[c] * r * o_im - q * w + carry[d + own + c]
+                    g_re = _gradient(s[c], r, q, v, o_re, carry[own + c])
+                    g_im = _gradient(s[c], r, q, w, o_im, carry[d + own + c])
                     p_re, p_im = re * g_re + im * g_im, re * g_im - im * g_re
                     d_read_view[at_x + c] = p_re
                     d_read_view[at_x + d + c] = r * (o_re * v + o_im * w) * slope[c]
-                    s_re += v * g_re + w * g_im
-                    s_im += v * g_im - w * g_re
-                    d_b += y_view[before + c] * p_re + y_view[before + d + c] * p_im
                     carry[own + c], carry[d + own + c] = -b * p_re, -b * p_im
                 size = re * re + im * im
                 l_re = (re * s_re - im * s_im) / size + pull_of_left[_2 * head]
@@ -140,13 +181,11 @@ def _backward(like, first, last, read, y, left, o, d_read, d_eta, groups, heads,
                 d_eta_view[row * heads + head] -= d_im
                 d_bond = zero
                 if n > _0:
+                    # of conj(L) g
+                    d_b = re * b_re + im * b_im
                     along = left_view[at_left - _2] * d_re + left_view[at_left - _1] * d_im
                     d_bond = -(d_b + (b + b) * along) * b * (one - b)
                 d_read_view[at_read + _2 * d + heads + head] = d_bond
-
-
-_forward = jit(_forward, fastmath=_SUMS)
-_backward = jit(_backward, fastmath=_SUMS)
 
 
 def forward(read: Tensor, eta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,10 @@ from numba import njit
 NO, YES = np.bool_(False), np.bool_(True)
 """To pass to kernels: numba compiles a function once more for every literal that it is called with, not for these."""
 
+SUMS = {"contract", "reassoc", "nsz"}
+"""``fastmath`` of sums: terms are added in vector registers, in another order than one after the other. Not for a loop that
+reads one array and writes another: LLVM compiles it twice and takes the slow one where the two lie close together, so that
+the last bits of a sum would hang on where memory was found."""
 _SETTINGS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
@@ -52,6 +56,8 @@ def part(function: Callable, **settings: Any) -> Callable:
 
 inlined = functools.partial(part, forceinline=True)
 """For small functions: part of whatever calls them."""
+summing = functools.partial(inlined, fastmath=SUMS)
+"""For small functions that add up what they read, and write nothing: see ``SUMS``."""
 
 
 class _Notice(numba.core.event.Listener):

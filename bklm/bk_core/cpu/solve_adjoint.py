@@ -1,7 +1,7 @@
 """Adjoint of the solve for several columns: the gradient of x and its sums with the result, one pass over gbar and y.
 
 Formulas: solve_formulas.py and solve_backends.py; layout: solve_columns.py. The sums over the columns of a position are
-the one place where the order of additions is left to the compiler (it fixes one for a machine), because in a fixed order
+the one place where the order of additions is left to the compiler (it fixes one for a processor), because in a fixed order
 they could not use vector registers.
 """
 
@@ -10,51 +10,40 @@ from __future__ import annotations
 import numpy as np
 from numba import uintp
 
-from bklm.bk_core.cpu.jit import NO, YES, inlined, jit
+from bklm.bk_core.cpu.jit import NO, inlined, jit, summing
 from bklm.bk_core.cpu.scratch import reals_at
 from bklm.bk_core.cpu.solve_columns import (
     BLOCK,
-    OTHER,
     STATE,
     advance,
     clear,
     eliminate,
     factor,
-    moved,
     write,
 )
 
 _BLOCK = np.uintp(BLOCK)
 _0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
+# After STATE: y of this position and of the one before, in turns.
+_Y = np.uintp(2 * BLOCK)
 
 
-def _advance(s, source, at_source, y, at_y, width, l_re, l_im, q_re, q_im, both):
-    """STATE = L source - q STATE for a block of columns; sums over it of STATE conj(y) after and before that.
-
-    With ``both`` also of STATE after it with OTHER, y of the position before, in whose place y comes. (S, C, B), complex.
-    """
-    nil = s.dtype.type(0)
-    S_re, S_im, C_re, C_im, B_re, B_im = nil, nil, nil, nil, nil, nil
+@inlined
+def _read(s, field, y, at_y, width):
     for w in range(width):
-        y_re, y_im = y[_2 * (at_y + w)], y[_2 * (at_y + w) + _1]
+        s[field + w], s[field + _BLOCK + w] = y[_2 * (at_y + w)], y[_2 * (at_y + w) + _1]
+
+
+@summing
+def _along(s, field, width):
+    """The sum of STATE conj(field) over a block of columns."""
+    nil = s.dtype.type(0)
+    sum_re, sum_im = nil, nil
+    for w in range(width):
         re, im = s[STATE + w], s[STATE + _BLOCK + w]
-        C_re += re * y_re + im * y_im
-        C_im += im * y_re - re * y_im
-        re, im = moved(
-            source[_2 * (at_source + w)], source[_2 * (at_source + w) + _1], re, im, l_re, l_im, q_re, q_im
-        )
-        s[STATE + w], s[STATE + _BLOCK + w] = re, im
-        S_re += re * y_re + im * y_im
-        S_im += im * y_re - re * y_im
-        if both:
-            o_re, o_im = s[OTHER + w], s[OTHER + _BLOCK + w]
-            B_re += re * o_re + im * o_im
-            B_im += im * o_re - re * o_im
-            s[OTHER + w], s[OTHER + _BLOCK + w] = y_re, y_im
-    return S_re, S_im, C_re, C_im, B_re, B_im
-
-
-_advance = inlined(_advance, fastmath={"contract", "reassoc", "nsz"})
+        sum_re += re * s[field + w] + im * s[field + _BLOCK + w]
+        sum_im += im * s[field + w] - re * s[field + _BLOCK + w]
+    return sum_re, sum_im
 
 
 @inlined
@@ -72,7 +61,7 @@ def _descend(
     """g_i = conj(L_i) (source_i - conj(c) g_before), and what g_i adds to S, C and (``both``) B."""
     sign = -s.dtype.type(1)
     clear(s, STATE, width)
-    clear(s, OTHER, width)
+    here, before = _Y, _Y + _2 * _BLOCK
     keep = block > _0
     for step in range(n):
         i = step if reverse else n - _1 - step
@@ -83,21 +72,18 @@ def _descend(
             q_re, q_im = factor(left, c, complex_c, at_left + i, at_c + between, sign)
         l_re, l_im = left[_2 * (at_left + i)], sign * left[_2 * (at_left + i) + _1]
         if sums:
-            if both:
-                S_re, S_im, C_re, C_im, B_re, B_im = _advance(
-                    s, source, at_source + at, y, at_row + at, width, l_re, l_im, q_re, q_im, YES
-                )
-            else:
-                S_re, S_im, C_re, C_im, B_re, B_im = _advance(
-                    s, source, at_source + at, y, at_row + at, width, l_re, l_im, q_re, q_im, NO
-                )
-            _add(S, at_left + i, S_re, S_im, keep)
+            _read(s, here, y, at_row + at, width)
             if step > _0:
-                _add(C, at_between + between, -C_re, -C_im, keep)
-                if both:
-                    _add(B, at_between + i, -B_re, -B_im, keep)
-        else:
-            advance(s, source, NO, at_source + at, width, l_re, l_im, q_re, q_im)
+                re, im = _along(s, here, width)
+                _add(C, at_between + between, -re, -im, keep)
+        advance(s, source, NO, at_source + at, width, l_re, l_im, q_re, q_im)
+        if sums:
+            re, im = _along(s, here, width)
+            _add(S, at_left + i, re, im, keep)
+            if both and step > _0:
+                re, im = _along(s, before, width)
+                _add(B, at_between + i, -re, -im, keep)
+            here, before = before, here
         write(s, STATE, out, at_row + at, width, real)
 
 

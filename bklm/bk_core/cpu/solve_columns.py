@@ -19,7 +19,6 @@ _BLOCK = np.uintp(BLOCK)
 _0, _1, _2, _3 = np.uintp(0), np.uintp(1), np.uintp(2), np.uintp(3)
 # Fields of BLOCK numbers each; a complex one takes two. STATE comes first, so that distances are constants.
 STATE = np.uintp(0)
-OTHER = np.uintp(2 * BLOCK)  # y of the position before
 
 
 @inlined
