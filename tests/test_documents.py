@@ -385,13 +385,24 @@ def test_the_readmes_words_on_03_have_the_numbers_of_the_kept_results():
         name: judged[f"ResNetBK better than {name}, test PPL"]
         for name in ("GPT", "NewLLM", "LinearContext", "LSTM")
     }
-    assert said == {**dict.fromkeys(("GPT", "NewLLM", "LinearContext"), "no difference"), "LSTM": "worse"}
+    assert said == {
+        "GPT": "better", "NewLLM": "no difference", "LinearContext": "no difference", "LSTM": "worse"
+    }  # fmt: skip
     assert (
-        "cannot be told from GPT, NewLLM or LinearContext on its test split, and is worse than the LSTM" in page
+        "On its test split the ResNetBK that reads is worse than the LSTM, cannot be told from NewLLM or LinearContext"
+        in page
+    )
+    (gpt,) = (r["measured here"] for r in kept["claims"] if r["claim"] == "ResNetBK better than GPT, test PPL")
+    (_, low, high), (_, below, above) = ratios = re.findall(r"x([\d.]+) \(([\d.]+) to ([\d.]+)\)", gpt)
+    assert 1 < float(low) < 1.005
+    assert float(below) < 1 < float(above)
+    assert (
+        f"just better than GPT, whose perplexity is {ratios[0][0]} times its own ({low} to {high}); on validation it is "
+        "not told apart" in page
     )
     (goal,) = (row["measured here"] for row in kept["claims"] if row["claim"].startswith("goal:"))
     assert goal.startswith("not reached")
-    assert "the goal of nine tenths of GPT's perplexity is not reached" in page
+    assert "The goal of nine tenths of GPT's perplexity is not reached." in page
     by_window = {
         int(k[16:]): v for k, v in table["resnet_bk"].items() if re.fullmatch(r"val_ppl_context_\d+", k)
     }
@@ -451,9 +462,9 @@ def test_the_readmes_words_on_int8_in_03_are_those_of_its_table():
     rows = pd.read_csv(ROOT / "docs" / "results" / "baseline_wikitext_int8.csv").set_index("weights")
     scored, written = (rows[f"{k}_tokens_per_second"] for k in ("scored", "generated"))
     faster = scored["int8"] / scored["float32"]
-    assert 0.95 < written["int8"] / written["float32"] < 1.1
+    slower = written["int8"] / written["float32"]
     cost = rows.perplexity_change["int8"]
-    words = f"is scored {faster:.1f} times as fast and writes no slower, for {cost:.1%} of perplexity"
+    words = f"is scored {faster:.1f} times as fast and writes at {slower:.2f} of the speed, for {cost:.1%} of perplexity"
     assert words in readme_words()
 
 
