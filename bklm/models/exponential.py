@@ -25,7 +25,8 @@ def exponential(x):
     return math.exp(x)
 
 
-@overload(exponential, jit_options={"forceinline": True})
+# Of its own fastmath: a caller whose sums may be reordered must not have the two parts of ln 2 added up.
+@overload(exponential, jit_options={"forceinline": True, "fastmath": {"contract"}})
 def _exponential(x):
     if x != types.float32:
         return lambda x: math.exp(x)

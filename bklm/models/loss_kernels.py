@@ -57,6 +57,7 @@ def _losses(like, first, last, logits, targets, losses, width):
         view[target] -= one
 
 
+# Its one sum writes each number where it read it: no two arrays whose distance LLVM would ask for.
 _losses = jit(_losses, fastmath=SUMS)
 
 

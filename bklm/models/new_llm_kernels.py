@@ -91,7 +91,7 @@ def _squares(x, at, size, centre):
 
 @summing
 def _along(x, y, at, size, centre):
-    """The sum of x (y - centre), of x[0] and y[at], ..."""
+    """The sum of x[j] (y[at + j] - centre)."""
     total = x.dtype.type(0)
     for j in range(size):
         total += x[j] * (y[at + j] - centre)

@@ -31,7 +31,7 @@ def _next(x, y_re, y_im, re, im, b):
 
 @inlined
 def _gradient(s, r, q, y, o, carry):
-    """What reaches one of both parts of y, but for conj(L)."""
+    """What reaches the real or the imaginary part of y, before conj(L)."""
     return s * r * o - q * y + carry
 
 
@@ -181,7 +181,7 @@ def _backward(like, first, last, read, y, left, o, d_read, d_eta, groups, heads,
                 d_eta_view[row * heads + head] -= d_im
                 d_bond = zero
                 if n > _0:
-                    # of conj(L) g
+                    # The sum of Re(conj(y_before) conj(L) g)
                     d_b = re * b_re + im * b_im
                     along = left_view[at_left - _2] * d_re + left_view[at_left - _1] * d_im
                     d_bond = -(d_b + (b + b) * along) * b * (one - b)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from comparing import assert_exceeds
 
+from bklm.bk_core.cpu.jit import SUMS
 from bklm.models import solve_features as module
 from bklm.models.exponential import exponential
 from bklm.models.solve_features import is_fused, plain_features, solve_features
@@ -68,10 +69,11 @@ def test_batched_and_transformed_calls_take_the_plain_road(monkeypatch):
     assert seen.sum() == 0
 
 
-def test_the_kernels_exponential_is_within_two_rounding_errors():
+@pytest.mark.parametrize("fastmath", [False, SUMS], ids=["strict", "sums"])
+def test_the_kernels_exponential_is_within_two_rounding_errors(fastmath):
     numba = pytest.importorskip("numba")
 
-    @numba.njit
+    @numba.njit(fastmath=fastmath)
     def all_of(x, out):
         for i in range(len(x)):
             out[i] = exponential(x[i])

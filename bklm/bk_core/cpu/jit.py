@@ -19,7 +19,7 @@ NO, YES = np.bool_(False), np.bool_(True)
 SUMS = {"contract", "reassoc", "nsz"}
 """``fastmath`` of sums: terms are added in vector registers, in another order than one after the other. Not for a loop that
 reads one array and writes another: LLVM compiles it twice and takes the slow one where the two lie close together, so that
-the last bits of a sum would hang on where memory was found."""
+the last bits of a sum would depend on where memory was found."""
 _SETTINGS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 

@@ -24,7 +24,8 @@ from bklm.bk_core.cpu.solve_columns import (
 
 _BLOCK = np.uintp(BLOCK)
 _0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
-# After STATE: y of this position and of the one before, in turns.
+# After STATE: y of this position and of the one before, in turns. Distances that are no constants cost nothing where a loop
+# only reads the scratch.
 _Y = np.uintp(2 * BLOCK)
 
 
