@@ -371,6 +371,13 @@ def test_the_readmes_words_on_03s_larger_text_are_those_of_its_kept_results():
     assert max(row["parameters"] for row in kept["table"]) / 1e6 == pytest.approx(3.6, abs=0.05)
 
 
+def test_the_page_of_results_says_whether_its_runs_are_of_one_revision():
+    manifests = (ROOT / "docs" / "results").glob("*_manifest.json")
+    revisions = {json.loads(path.read_text(encoding="utf-8"))["git_revision"] for path in manifests}
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert ("All kept runs are of one revision" in page) == (len(revisions) == 1)
+
+
 def test_the_readmes_words_on_03_have_the_numbers_of_the_kept_results():
     kept = json.loads(
         (ROOT / "docs" / "results" / "baseline_wikitext_summary.json").read_text(encoding="utf-8")
@@ -397,8 +404,8 @@ def test_the_readmes_words_on_03_have_the_numbers_of_the_kept_results():
     assert 1 < float(low) < 1.005
     assert float(below) < 1 < float(above)
     assert (
-        f"just better than GPT, whose perplexity is {ratios[0][0]} times its own ({low} to {high}); on validation it is "
-        "not told apart" in page
+        f"just better than GPT, whose perplexity is {ratios[0][0]} times its own ({low} to {high}); on validation, and in "
+        "the run kept before, it is not told apart." in page
     )
     (goal,) = (row["measured here"] for row in kept["claims"] if row["claim"].startswith("goal:"))
     assert goal.startswith("not reached")
@@ -726,14 +733,18 @@ def test_the_readmes_speeds_of_the_solve_model_are_those_that_the_benchmark_prin
     words = readme_words()
     said = re.search(
         r"trains at ([\d.]+), ([\d.]+), ([\d.]+) and ([\d.]+) times GPT's tokens per second .* at ([\d.]+) and ([\d.]+) of "
-        r"the LSTM's with windows of 64 and 1,024 \(aim: 1\), and holds ([\d.]+) to ([\d.]+) times GPT's memory",
+        r"the LSTM's with windows of 64 and 1,024 \(aim: 1; ([\d.]+) with 64 in 03's own timing\), and holds ([\d.]+) to "
+        r"([\d.]+) times GPT's memory",
         words,
     )
+    rows = pd.read_csv(ROOT / "docs" / "results" / "baseline_wikitext_table.csv").set_index("model")
+    speeds = rows.tokens_per_second
+    assert said[7] == f"{speeds['resnet_bk'] / speeds['lstm']:.2f}"
     gains, lstm = (re.findall(rf"\n  {name} .* x([\d.]+) +[\d,]+ MB ", kept) for name in ("GPT", "LSTM"))
     memory = [float(x) for x in re.findall(r"\n  ResNetBK \(solve\) .* MB +x([\d.]+)", kept)]
     assert [float(x) for x in said.groups()[:4]] == pytest.approx([float(x) for x in gains], abs=0.06)
     assert [float(said[5]), float(said[6])] == pytest.approx([float(x) for x in lstm[:2]], abs=0.006)
-    assert (float(said[7]), float(said[8])) == pytest.approx((min(memory), max(memory)), abs=0.06)
+    assert (float(said[8]), float(said[9])) == pytest.approx((min(memory), max(memory)), abs=0.06)
     beyond = [float(x) for x in re.findall(r"x([\d.]+) the time of its own matrix products", kept)]
     power = re.search(r"grows with the length to the power of ([\d.]+) \(aim: 0.9 to 1.1\)", words)
     assert float(power[1]) == float(re.search(r"one row: ([\d.]+) \(", kept)[1])
