@@ -10,52 +10,32 @@ from __future__ import annotations
 import numpy as np
 from numba import uintp
 
-from bklm.bk_core.cpu.jit import NO, YES, inlined, jit, summing
+from bklm.bk_core.cpu.jit import NO, inlined, jit, summing
 from bklm.bk_core.cpu.scratch import reals_at
 from bklm.bk_core.cpu.solve_columns import (
     BLOCK,
     STATE,
+    advance,
     clear,
     eliminate,
     factor,
-    moved,
     write,
 )
 
 _BLOCK = np.uintp(BLOCK)
 _0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
-# The states of a position and of the one before take turns in STATE and here.
-_STATE_2 = np.uintp(2 * BLOCK)
-
-
-@inlined
-def _advance(s, before, here, source, at, width, l_re, l_im, q_re, q_im):
-    """Field ``here`` = L source - q ``before`` for a block of columns."""
-    for w in range(width):
-        x, y = source[_2 * (at + w)], source[_2 * (at + w) + _1]
-        re, im = moved(x, y, s[before + w], s[before + _BLOCK + w], l_re, l_im, q_re, q_im)
-        s[here + w], s[here + _BLOCK + w] = re, im
 
 
 @summing
-def _sums(s, before, here, y, at, at_other, width, both):
-    """Sums over a block of columns, each complex: S of ``here`` conj(y), C of ``before`` conj(y) and, with ``both``, B of
-    ``here`` conj(y of the position before, at ``at_other``)."""
+def _along(s, y, at_y, width):
+    """The sum of STATE conj(y) over a block of columns."""
     nil = s.dtype.type(0)
-    S_re, S_im, C_re, C_im, B_re, B_im = nil, nil, nil, nil, nil, nil
+    re, im = nil, nil
     for w in range(width):
-        y_re, y_im = y[_2 * (at + w)], y[_2 * (at + w) + _1]
-        re, im = s[before + w], s[before + _BLOCK + w]
-        C_re += re * y_re + im * y_im
-        C_im += im * y_re - re * y_im
-        re, im = s[here + w], s[here + _BLOCK + w]
-        S_re += re * y_re + im * y_im
-        S_im += im * y_re - re * y_im
-        if both:
-            y_re, y_im = y[_2 * (at_other + w)], y[_2 * (at_other + w) + _1]
-            B_re += re * y_re + im * y_im
-            B_im += im * y_re - re * y_im
-    return S_re, S_im, C_re, C_im, B_re, B_im
+        y_re, y_im = y[_2 * (at_y + w)], y[_2 * (at_y + w) + _1]
+        re += s[STATE + w] * y_re + s[STATE + _BLOCK + w] * y_im
+        im += s[STATE + _BLOCK + w] * y_re - s[STATE + w] * y_im
+    return re, im
 
 
 @inlined
@@ -72,8 +52,7 @@ def _descend(
 ):  # fmt: skip
     """g_i = conj(L_i) (source_i - conj(c) g_before), and what g_i adds to S, C and (``both``) B."""
     sign = -s.dtype.type(1)
-    before, here = STATE, _STATE_2
-    clear(s, before, width)
+    clear(s, STATE, width)
     keep = block > _0
     for step in range(n):
         i = step if reverse else n - _1 - step
@@ -83,22 +62,18 @@ def _descend(
         if step > _0:
             q_re, q_im = factor(left, c, complex_c, at_left + i, at_c + between, sign)
         l_re, l_im = left[_2 * (at_left + i)], sign * left[_2 * (at_left + i) + _1]
-        _advance(s, before, here, source, at_source + at, width, l_re, l_im, q_re, q_im)
+        if sums and step > _0:
+            re, im = _along(s, y, at_row + at, width)
+            _add(C, at_between + between, -re, -im, keep)
+        advance(s, source, NO, at_source + at, width, l_re, l_im, q_re, q_im)
         if sums:
-            at_y = at_row + at
-            # Of the first position nothing lies before.
-            at_other = at_y if step == _0 else at_y - columns if reverse else at_y + columns
-            if both:
-                S_re, S_im, C_re, C_im, B_re, B_im = _sums(s, before, here, y, at_y, at_other, width, YES)
-            else:
-                S_re, S_im, C_re, C_im, B_re, B_im = _sums(s, before, here, y, at_y, at_other, width, NO)
-            _add(S, at_left + i, S_re, S_im, keep)
-            if step > _0:
-                _add(C, at_between + between, -C_re, -C_im, keep)
-                if both:
-                    _add(B, at_between + i, -B_re, -B_im, keep)
-        write(s, here, out, at_row + at, width, real)
-        here, before = before, here
+            re, im = _along(s, y, at_row + at, width)
+            _add(S, at_left + i, re, im, keep)
+            if both and step > _0:
+                # With ``both`` positions descend: y of the one before lies a row further on.
+                re, im = _along(s, y, at_row + at + columns, width)
+                _add(B, at_between + i, -re, -im, keep)
+        write(s, STATE, out, at_row + at, width, real)
 
 
 @jit
