@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import uintp
 
-from bklm.bk_core.cpu.jit import NO, inlined, jit, summing
+from bklm.bk_core.cpu.jit import NO, YES, inlined, jit, summing
 from bklm.bk_core.cpu.scratch import reals_at
 from bklm.bk_core.cpu.solve_columns import (
     BLOCK,
@@ -27,15 +27,24 @@ _0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
 
 
 @summing
-def _along(s, y, at_y, width):
-    """The sum of STATE conj(y) over a block of columns."""
+def _sums(s, y, here, after, before, width, both):
+    """Sums over a block of columns of STATE conj(y), each complex: with y from ``here``, from ``after`` and, with ``both``,
+    from ``before``."""
     nil = s.dtype.type(0)
-    re, im = nil, nil
+    S_re, S_im, C_re, C_im, B_re, B_im = nil, nil, nil, nil, nil, nil
     for w in range(width):
-        y_re, y_im = y[_2 * (at_y + w)], y[_2 * (at_y + w) + _1]
-        re += s[STATE + w] * y_re + s[STATE + _BLOCK + w] * y_im
-        im += s[STATE + _BLOCK + w] * y_re - s[STATE + w] * y_im
-    return re, im
+        re, im = s[STATE + w], s[STATE + _BLOCK + w]
+        y_re, y_im = y[_2 * (here + w)], y[_2 * (here + w) + _1]
+        S_re += re * y_re + im * y_im
+        S_im += im * y_re - re * y_im
+        y_re, y_im = y[_2 * (after + w)], y[_2 * (after + w) + _1]
+        C_re += re * y_re + im * y_im
+        C_im += im * y_re - re * y_im
+        if both:
+            y_re, y_im = y[_2 * (before + w)], y[_2 * (before + w) + _1]
+            B_re += re * y_re + im * y_im
+            B_im += im * y_re - re * y_im
+    return S_re, S_im, C_re, C_im, B_re, B_im
 
 
 @inlined
@@ -62,17 +71,22 @@ def _descend(
         if step > _0:
             q_re, q_im = factor(left, c, complex_c, at_left + i, at_c + between, sign)
         l_re, l_im = left[_2 * (at_left + i)], sign * left[_2 * (at_left + i) + _1]
-        if sums and step > _0:
-            re, im = _along(s, y, at_row + at, width)
-            _add(C, at_between + between, -re, -im, keep)
         advance(s, source, NO, at_source + at, width, l_re, l_im, q_re, q_im)
         if sums:
-            re, im = _along(s, y, at_row + at, width)
-            _add(S, at_left + i, re, im, keep)
+            # Rows of y of the positions that come after and before this one here; at an end this one, and nothing is added.
+            here = at_row + at
+            up, down = here + columns, here - columns
+            after = here if step + _1 == n else up if reverse else down
+            before = here if step == _0 else down if reverse else up
+            if both:
+                S_re, S_im, C_re, C_im, B_re, B_im = _sums(s, y, here, after, before, width, YES)
+            else:
+                S_re, S_im, C_re, C_im, B_re, B_im = _sums(s, y, here, after, before, width, NO)
+            _add(S, at_left + i, S_re, S_im, keep)
+            if step + _1 < n:
+                _add(C, at_between + (i if reverse else i - _1), -C_re, -C_im, keep)
             if both and step > _0:
-                # With ``both`` positions descend: y of the one before lies a row further on.
-                re, im = _along(s, y, at_row + at + columns, width)
-                _add(B, at_between + i, -re, -im, keep)
+                _add(B, at_between + i, -B_re, -B_im, keep)
         write(s, STATE, out, at_row + at, width, real)
 
 
