@@ -59,7 +59,8 @@ class Timing(NamedTuple):
 def duration(seconds: float) -> str:
     """Seconds for people: "182 us", "12.1 ms", "3.40 s"."""
     for unit, size in (("us", 1e-6), ("ms", 1e-3)):
-        if seconds < 1000 * size:
+        # Three digits of more would be written as 1e+03.
+        if seconds < 999.5 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} s"
 

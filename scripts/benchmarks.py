@@ -136,8 +136,8 @@ Write this page again with `python scripts/benchmarks.py`.
 ELSEWHERE = """## On another AMD EPYC
 
 Earlier, on a machine whose processor has the same name and two cores as well, and where a copy in one thread takes
-about twice as long: {epyc}. Of what is judged beside jax and scipy, our calls took 1.5 to 2.3 times as long there,
-jax's and scipy's 1.1 to 1.4 times: jax / ours {epyc_jax} for the diagonal with long rows, and with gradients
+about twice as long: {epyc}. Of what is judged beside jax and scipy, our calls took 1.3 to 2.3 times as long there,
+jax's and scipy's 1.1 to 1.5 times: jax / ours {epyc_jax} for the diagonal with long rows, and with gradients
 {epyc_solve} for the solve. The first of these is a miss; half of that call is not its kernels (*A call with gradients
 from Python* above). The table of passes there, and on the Xeon, counts shared hoppings in full.
 

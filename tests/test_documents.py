@@ -629,7 +629,7 @@ def test_what_is_said_of_another_epyc_is_what_the_scripts_printed_there():
         assert re.findall(r"[\d.]+\d", listing) == ratios
     assert re.search(r"\(32, 128, 32\), at least 6, .* missed", printed("another_epyc/resolvent_solve"))
     # What is judged beside jax and scipy: ours, by numbers and by tensors, and theirs.
-    time = r"([\d.]+) (ms|us) \([^()]*\)"
+    time = r"([\d.e+]+) (ms|us) \([^()]*\)"
     jax = rf"\n  \d+, \d+ +{time} +{time} +{time} +[\d.]+ +[\d.]+(?=\n)"
     solve = rf"\n  \d+, \d+, \d+ +{time} +{time} +[\d.]+ +{time} +[\d.]+ +{time} +{time} +[\d.]+ +[\d.]+e-"
     longer = {"ours": [], "theirs": []}
@@ -779,7 +779,7 @@ def test_the_limits_say_what_the_solve_misses_beside_jax_and_scipy():
         r"have ([\d.]+), and ([\d.]+) on another EPYC\), and forward ([\d.]+) to ([\d.]+) times as fast as scipy's \(aim: 5\)",
         words,
     )
-    rows = re.findall(r"\n  \d+, \d+, \d+ .*? ([\d.]+)  +[\d.]+ ms \(.* ([\d.]+) +[\d.]+e-\d+(?=\n)", kept)
+    rows = re.findall(r"\n  \d+, \d+, \d+ .*? ([\d.]+)  +[\d.e+]+ [um]s \(.* ([\d.]+) +[\d.]+e-\d+(?=\n)", kept)
     scipy, jax = ([float(x) for x in column] for column in zip(*rows, strict=True))
     assert len(rows) == 3
     another = re.search(
