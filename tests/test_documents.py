@@ -378,6 +378,22 @@ def test_the_page_of_results_says_whether_its_runs_are_of_one_revision():
     assert ("All kept runs are of one revision" in page) == (len(revisions) == 1)
 
 
+def test_the_limits_name_the_models_of_03_that_beat_counting():
+    def better(run: str) -> set[str]:
+        path = ROOT / "docs" / "results" / f"baseline_{run}_summary.json"
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        counted = min(row["val_ppl"] for row in kept["baselines"])
+        return {row["model"] for row in kept["table"] if row["val_ppl_high"] < counted}
+
+    assert better("peps") == set()
+    assert better("field") == {"lstm", "linear_context", "resnet_bk"}
+    assert better("wikitext") == better("field") | {"gpt"}
+    assert (
+        "LSTM, LinearContext and ResNetBK in 03 on the sample (GPT with 1,000 words, and not in protocol `field`)"
+        in readme_words()
+    )
+
+
 def test_the_readmes_words_on_03_have_the_numbers_of_the_kept_results():
     kept = json.loads(
         (ROOT / "docs" / "results" / "baseline_wikitext_summary.json").read_text(encoding="utf-8")

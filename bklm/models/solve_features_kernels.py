@@ -46,7 +46,7 @@ def _next_size(read, at_x, y, before, d, re, im, b, width):
 
 
 @summing
-def _size(y, at, d, o, s, width):
+def _size_and_projection(y, at, d, o, s, width):
     """The sums of |y|^2 and of s Re(conj(o) y)."""
     total, along = y.dtype.type(0), y.dtype.type(0)
     for c in range(width):
@@ -157,7 +157,7 @@ def _backward(like, first, last, read, y, left, o, d_read, d_eta, groups, heads,
                     sigmoid = one / (one + exponential(-g))
                     s[c] = g * sigmoid
                     slope[c] = sigmoid * (one + g * (one - sigmoid))
-                total, q = _size(y_view, at, d, o_view, s, width)
+                total, q = _size_and_projection(y_view, at, d, o_view, s, width)
                 r = one / np.sqrt(total / real(_2 * width) + real(eps))
                 q = r * r * r * q / real(_2 * width)
                 s_re, s_im, b_re, b_im = _products(y_view, at, before, d, o_view, s, r, q, carry, own, width)

@@ -195,3 +195,15 @@ def test_the_first_compilation_of_a_process_says_what_is_waited_for(capsys, monk
     told = capsys.readouterr().err
     assert told.count("bklm: compiling kernels for this processor") == 1
     assert said in told
+
+
+def test_a_time_of_benchmarks_is_written_without_an_exponent(scripts):
+    seconds = (1.82e-4, 9.994e-4, 9.996e-4, 0.0121, 0.9996, 3.4)
+    assert [scripts("_timing").duration(t) for t in seconds] == [
+        "182 us",
+        "999 us",
+        "1 ms",
+        "12.1 ms",
+        "1 s",
+        "3.4 s",
+    ]

@@ -16,7 +16,7 @@ from bklm.bk_core.cpu.scratch import reals_at
 
 BLOCK = 128
 _BLOCK = np.uintp(BLOCK)
-_0, _1, _2, _3 = np.uintp(0), np.uintp(1), np.uintp(2), np.uintp(3)
+_0, _1, _2 = np.uintp(0), np.uintp(1), np.uintp(2)
 # Fields of BLOCK numbers each; a complex one takes two. STATE comes first, so that distances are constants.
 STATE = np.uintp(0)
 
